@@ -1,0 +1,1 @@
+"""Train deep residual transformers one block at a time."""

@@ -1,0 +1,6 @@
+"""`python -m dbkernels`."""
+
+from dbkernels.cli.main import main
+
+if __name__ == "__main__":
+    main()

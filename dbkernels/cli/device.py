@@ -1,0 +1,22 @@
+"""The device that a verb runs on."""
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """The named device; "auto" is an NVIDIA GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: the name is no device of this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu or cuda, got {name}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name} needs an NVIDIA GPU, got a machine without one")
+    return device

@@ -1,0 +1,142 @@
+"""`python -m dbkernels evaluate`."""
+
+import json
+import os
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from dbkernels.cli.device import pick_device
+from dbkernels.diffusion.gaussian import cdf_grid
+from dbkernels.training.data import ImageData, open_data
+from dbkernels.training.evaluation import block_losses, evaluate_classifier, loss_at
+from dbkernels.training.run import RunConfig, load_run
+
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate trained runs on held-out data: losses by block, and accuracy after every step."""
+
+    run_dirs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Directories of runs; runs that differ by their seed alone are also averaged."""
+    data: str = ""
+    """Data to read, as for train; empty takes the run's own."""
+    split: Literal["test", "train"] = "test"
+    """Which split to read."""
+    levels: int = 3
+    """Noise levels of classification, so evaluations of one block each."""
+    weights: Literal["average", "last"] = "average"
+    """The moving average of the weights where the run kept one, or the last weights."""
+    checkpoint: str = "latest"
+    """latest, or the path of a checkpoint of the run."""
+    seed: int = 0
+    """Seed of the noise."""
+    device: str = "auto"
+    """auto, cpu or cuda; auto is an NVIDIA GPU where there is one."""
+    json: bool = False
+    """Print one JSON object a line instead of a table."""
+
+    def run(self) -> None:
+        if not self.run_dirs:
+            raise ValueError("run_dirs must name at least one run, got none")
+        for directory in self.run_dirs:
+            if self.run_dirs.count(directory) > 1:
+                raise ValueError(f"run_dirs must name each run once, got {directory} twice")
+        rows = [self._row(directory) for directory in self.run_dirs]
+        if self.json:
+            for row in rows:
+                print(json.dumps(row))
+        else:
+            Console().print(_table([*rows, *_means(rows)]))
+
+    def _row(self, directory: Path) -> Row:
+        device = pick_device(self.device)
+        config, models = load_run(
+            directory,
+            which=self.checkpoint,
+            averaged=self.weights == "average",
+            device=device,
+        )
+        data = open_data(self.data or config.data, self.split, config.model.num_classes)
+        _check_shape(config, data)
+        row: Row = {
+            "run": str(directory),
+            "family": config.family,
+            "num_blocks": len(models.blocks),
+            "seed": config.trainer.seed,
+            "block_losses": block_losses(models, data, config.prior, seed=self.seed),
+            "loss_at_sigma_max": loss_at(models, data, config.prior.sigma_max, seed=self.seed),
+        }
+        if config.family == "vit":
+            grid = cdf_grid(config.prior, self.levels)
+            row |= asdict(evaluate_classifier(models, data, grid, seed=self.seed))
+        setting = asdict(config)
+        del setting["trainer"]["seed"]
+        return {**row, "setting": json.dumps(setting, sort_keys=True)}
+
+
+def _check_shape(config: RunConfig, data: ImageData) -> None:
+    size = config.model.image_size
+    expected = (config.model.channels, size, size)
+    if tuple(data.image_shape) != expected:
+        raise ValueError(
+            f"images must be {expected}, as the run was trained, got {tuple(data.image_shape)}"
+        )
+
+
+def _means(rows: list[Row]) -> list[Row]:
+    """One row for every setting that several runs share, with the mean of each figure."""
+    means = []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        group = [row for row in rows if row["setting"] == setting]
+        if len(group) == 1:
+            continue
+        mean = {**group[0], "run": f"mean of {len(group)} seeds", "seed": ""}
+        mean["loss_at_sigma_max"] = statistics.fmean(row["loss_at_sigma_max"] for row in group)
+        for name in ("block_losses", "accuracy"):
+            if name in mean:
+                mean[name] = torch.tensor([row[name] for row in group]).mean(0).tolist()
+        means.append(mean)
+    return means
+
+
+def _table(rows: list[Row]) -> Table:
+    names, parent = _short_names([str(row["run"]) for row in rows if row["seed"] != ""])
+    table = Table(box=box.SIMPLE_HEAD, caption=parent and f"runs of {parent}")
+    table.add_column("run", overflow="fold")
+    headings = ["blocks", "seed", "loss of\neach block", "loss at\nsigma_max"]
+    classified = any("accuracy" in row for row in rows)
+    if classified:
+        headings.append("accuracy after\neach step, %")
+    for heading in headings:
+        table.add_column(heading)
+    for row in rows:
+        cells = [
+            names.get(row["run"], row["run"]),
+            str(row["num_blocks"]),
+            str(row["seed"]),
+            " ".join(f"{loss:.4g}" for loss in row["block_losses"]),
+            f"{row['loss_at_sigma_max']:.4g}",
+        ]
+        if classified:
+            cells.append(" ".join(f"{100 * share:.2f}" for share in row.get("accuracy", ())))
+        table.add_row(*cells)
+    return table
+
+
+def _short_names(paths: list[str]) -> tuple[dict[str, str], str]:
+    """The paths without the directory that they have in common, and that directory."""
+    parents = [os.path.dirname(path) for path in paths]
+    absolute = {os.path.isabs(path) for path in paths}
+    parent = os.path.commonpath(parents) if len(absolute) == 1 else ""
+    return {path: os.path.relpath(path, parent or ".") for path in paths}, parent

@@ -1,0 +1,107 @@
+"""`python -m dbkernels sample`."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tyro.conf import Positional
+
+from dbkernels.cli.device import pick_device
+from dbkernels.diffusion.gaussian import cdf_grid, karras_grid
+from dbkernels.training.inference import generate
+from dbkernels.training.randomness import generator
+from dbkernels.training.run import load_run
+
+GRIDS = {"cdf": cdf_grid, "karras": karras_grid}
+ENLARGE_TO = 64  # pixels; smaller images are drawn this large in the picture
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Generate images with a trained dit, as one picture (.png) or as numbers (.npy)."""
+
+    run_dir: Positional[Path]
+    """Directory of a run."""
+    out: Path = Path("samples.png")
+    """A .png grid, one row per class, or an .npy of all images (N, C, H, W)."""
+    per_class: int = 8
+    """Images of each class."""
+    levels: int = 50
+    """Noise levels, so evaluations of the network (about twice as many for heun)."""
+    grid: Literal["cdf", "karras"] = "cdf"
+    """Spacing of the levels; cdf uses every block about equally often."""
+    sampler: Literal["euler", "heun"] = "euler"
+    """euler evaluates once per level; heun corrects each step."""
+    guidance: float = 2.0
+    """Scale of classifier-free guidance; 1 for none."""
+    weights: Literal["average", "last"] = "average"
+    """The moving average of the weights where the run kept one, or the last weights."""
+    checkpoint: str = "latest"
+    """latest, or the path of a checkpoint of the run."""
+    seed: int = 0
+    """Of the starting noise."""
+    device: str = "auto"
+    """auto, cpu or cuda; auto is an NVIDIA GPU where there is one."""
+
+    def run(self) -> None:
+        self._check()
+        device = pick_device(self.device)
+        config, models = load_run(
+            self.run_dir,
+            which=self.checkpoint,
+            averaged=self.weights == "average",
+            device=device,
+        )
+        if config.family != "dit":
+            raise ValueError(f"sample needs a run of dit, got one of {config.family}")
+        labels = torch.arange(config.model.num_classes, device=device)
+        images = generate(
+            models,
+            labels.repeat_interleave(self.per_class),
+            GRIDS[self.grid](config.prior, self.levels),
+            generator(device, self.seed),
+            guidance=self.guidance,
+            sampler=self.sampler,
+        )
+        write_images(images.cpu(), self.out, self.per_class)
+        print(f"wrote {len(images)} images: {self.out}")
+
+    def _check(self) -> None:
+        if self.out.suffix not in (".png", ".npy"):
+            raise ValueError(f"out must end in .png or .npy, got {self.out}")
+        if not self.out.parent.is_dir():
+            raise ValueError(f"out must lie in a directory that exists, got {self.out}")
+        if self.out.is_dir():
+            raise ValueError(f"out must be a file, got the directory {self.out}")
+        if self.per_class < 1:
+            raise ValueError(f"per_class must be at least 1, got {self.per_class}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be finite, got {self.guidance}")
+
+
+def write_images(images: Tensor, path: Path, per_row: int) -> None:
+    """Write images in [-1, 1] (N, C, H, W) as a grid or as they are, whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as file:
+        if path.suffix == ".npy":
+            np.save(file, images.numpy(), allow_pickle=False)
+        else:
+            picture(images, per_row).save(file, format="PNG")
+    os.replace(temporary, path)
+
+
+def picture(images: Tensor, per_row: int) -> Image.Image:
+    """A grid of images in [-1, 1], (N, C, H, W) with 1 or at least 3 channels."""
+    N, C, H, W = images.shape
+    shown = images[:, :3] if C >= 3 else images[:, :1].expand(N, 3, H, W)
+    pixels = ((shown + 1) * 127.5).round().clamp(0, 255).byte()
+    factor = max(1, ENLARGE_TO // max(H, W))
+    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    rows = [torch.cat(list(row), dim=2) for row in pixels.split(per_row)]
+    return Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy())

@@ -1,0 +1,1 @@
+"""Arithmetic on noise levels; knows no module and no data."""

@@ -1,0 +1,119 @@
+"""A diffusion transformer that denoises an image or a latent, given its class.
+
+    c = noise(c_noise) + table[label]
+    F = unpatchify(W ((1 + scale) * norm(layers(patches(c_in * z) + positions, c)) + shift) + b)
+    D = c_skip * z + c_out * F
+
+Peebles & Xie 2023 (arXiv:2212.09748); preconditioning of Karras et al. 2022 (arXiv:2206.00364);
+arXiv:2506.14202, section 5.2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dbkernels.diffusion.precondition import c_in, c_noise, c_out, c_skip
+from dbkernels.models.embed import (
+    FinalModulation,
+    NoiseEmbedding,
+    check_patch,
+    grid_positions,
+    patchify,
+    unpatchify,
+)
+from dbkernels.models.family import Batch
+from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """A diffusion transformer."""
+
+    width: int
+    """Of the residual stream and of the condition."""
+    depth: int
+    """Number of layers."""
+    heads: int
+    """Of the attention; divides width."""
+    image_size: int = 32
+    """Pixels, or cells of the latent; square."""
+    patch: int = 2
+    """The same unit; divides image_size."""
+    channels: int = 4
+    """Of the image or latent."""
+    num_classes: int = 1000
+    """Labels are 0 to num_classes - 1; num_classes itself means "no label"."""
+    mlp_ratio: int = 4
+    """Width of the MLP's hidden layer over the width."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data that the preconditioning assumes."""
+
+    def __post_init__(self):
+        check_patch(self.image_size, self.patch)
+
+
+class DiT(nn.Module):
+    """The image family: z is (B, C, H, W), a prediction is the denoised image itself."""
+
+    target_parts = ()
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        D, pixels = config.width, config.channels * config.patch**2
+        layer = LayerConfig(D, config.heads, config.mlp_ratio * D, cond_dim=D)
+        self.patch = nn.Linear(pixels, D)
+        positions = grid_positions(config.image_size // config.patch, D)
+        self.register_buffer("positions", positions, persistent=False)
+        self.condition = NoiseEmbedding(D)
+        self.label_table = nn.Embedding(config.num_classes + 1, D)
+        self.layers = nn.ModuleList(AdaLNLayer(layer) for _ in range(config.depth))
+        self.norm = make_norm(layer)
+        self.modulation = FinalModulation(D, D)
+        self.head = nn.Linear(D, pixels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for layer in self.layers:
+            layer.initialise(nn.init.xavier_uniform_)
+        initialise_linear(self.patch, nn.init.xavier_uniform_)
+        initialise_linear(self.head, nn.init.zeros_)
+        nn.init.normal_(self.label_table.weight, std=0.02)
+
+    def target(self, batch: Batch) -> Tensor:
+        """The image itself, (B, C, H, W)."""
+        return batch["image"]
+
+    def denoise(self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
+        """The denoised image (B, C, H, W) from z at sigma (B,), given batch["label"]."""
+        sigma, sigma_data = level[:, None, None, None], self.config.sigma_data
+        c = self.condition(c_noise(level)) + self.label_table(batch["label"])
+        x = self.patch(patchify(c_in(sigma, sigma_data) * z, self.config.patch)) + self.positions
+        for index in layers:
+            x = self.layers[index](x, c)
+        F = self.head(self.modulation(self.norm(x), c))
+        F = unpatchify(F, self.config.patch, self.config.channels)
+        return c_skip(sigma, sigma_data) * z + c_out(sigma, sigma_data) * F
+
+    def loss(self, prediction: Tensor, batch: Batch, level: Tensor) -> Tensor:
+        """Squared error of each sample, (B,), mean over its elements."""
+        return (prediction.float() - batch["image"]).square().flatten(1).mean(1)
+
+    def estimate(self, prediction: Tensor) -> Tensor:
+        """The prediction is the estimate."""
+        return prediction
+
+    def unconditional(self, batch: Batch) -> Batch:
+        """The batch with every label replaced by "no label", for guidance."""
+        return {**batch, "label": torch.full_like(batch["label"], self.config.num_classes)}
+
+
+PRESETS = {
+    "S/2": DiTConfig(width=384, depth=12, heads=6),
+    "B/2": DiTConfig(width=768, depth=12, heads=12),
+    "L/2": DiTConfig(width=1024, depth=24, heads=16),
+    "XL/2": DiTConfig(width=1152, depth=28, heads=16),
+    "digits": DiTConfig(width=96, depth=12, heads=4, image_size=8, channels=1, num_classes=10),
+}

@@ -1,0 +1,94 @@
+"""How pixels, positions, noise levels and labels become tokens and conditions."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FREQUENCIES = 256  # width of the sinusoid that embeds a noise level
+MAX_PERIOD = 10000.0  # longest wavelength of that sinusoid, over 2 pi
+
+
+def patchify(image: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, T, patch * patch * C), patches in reading order, channels last."""
+    B, C, H, W = image.shape
+    x = image.reshape(B, C, H // patch, patch, W // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)
+
+
+def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
+    """(B, T, patch * patch * C) -> (B, C, H, W), square; the inverse of `patchify`."""
+    B, T, _ = tokens.shape
+    side = math.isqrt(T)
+    x = tokens.reshape(B, side, side, patch, patch, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, channels, side * patch, side * patch)
+
+
+def sinusoid(value: Tensor, width: int, max_period: float = MAX_PERIOD) -> Tensor:
+    """Cosines, then sines, of a number at `width / 2` geometric frequencies.
+
+    Args:
+        value:  (...)  float32
+        width:  even
+    Returns:
+        (..., width) float32.
+    """
+    half = width // 2
+    exponent = torch.arange(half, device=value.device, dtype=torch.float32) / half
+    angle = value.float()[..., None] * max_period**-exponent
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def grid_positions(side: int, D: int) -> Tensor:
+    """Fixed sine and cosine positions of a square grid, half the width for each axis.
+
+    Returns:
+        (side * side, D) float32, in reading order.
+    Raises:
+        ValueError: D is not a multiple of 4.
+    """
+    if D % 4:
+        raise ValueError(f"grid positions need a width that 4 divides, got {D}")
+    axis = torch.arange(side, dtype=torch.float32)
+    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
+    halves = [sinusoid(place.flatten(), D // 2) for place in (columns, rows)]
+    return torch.cat(halves, dim=-1)
+
+
+class NoiseEmbedding(nn.Module):
+    """c_noise (B,) -> condition (B, cond_dim): sinusoid, Linear, SiLU, Linear."""
+
+    def __init__(self, cond_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(FREQUENCIES, cond_dim)
+        self.fc2 = nn.Linear(cond_dim, cond_dim)
+        for linear in (self.fc1, self.fc2):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(sinusoid(c_noise, FREQUENCIES))))
+
+
+class FinalModulation(nn.Module):
+    """(1 + scale) * x + shift from a condition, without a norm; starts as the identity."""
+
+    def __init__(self, D: int, cond_dim: int):
+        super().__init__()
+        self.linear = nn.Linear(cond_dim, 2 * D)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x (B, D) or (B, T, D), c (B, cond_dim)."""
+        shift, scale = self.linear(F.silu(c)).chunk(2, dim=-1)
+        if x.dim() == 3:
+            shift, scale = shift[:, None], scale[:, None]
+        return (1 + scale) * x + shift
+
+
+def check_patch(image_size: int, patch: int) -> None:
+    """Raise ValueError unless the patch divides the image."""
+    if patch < 1 or image_size < 1 or image_size % patch:
+        raise ValueError(f"the patch must divide the image size, got {patch} and {image_size}")

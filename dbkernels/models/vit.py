@@ -1,0 +1,138 @@
+"""A vision transformer that denoises the embedding of the label, given the image.
+
+    z0     = E[label] / |E[label]|
+    tokens = [c_in * z ; patches(image)] + positions
+    D      = c_skip * z + c_out * norm(layers(tokens))[0]
+    logits = W ((1 + scale) * D + shift) + b
+
+arXiv:2506.14202, section 4 and its published code. The noisy label takes the place of the class
+token, and every block embeds the image anew.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dbkernels.diffusion.precondition import c_in, c_noise, c_out, c_skip
+from dbkernels.models.embed import FinalModulation, NoiseEmbedding, check_patch, patchify
+from dbkernels.models.family import Batch
+from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A vision transformer."""
+
+    image_size: int
+    """Pixels, square."""
+    patch: int
+    """Pixels; divides image_size."""
+    channels: int
+    """Of the image."""
+    num_classes: int
+    """Labels are 0 to num_classes - 1."""
+    width: int
+    """Of the residual stream; also of the label's embedding."""
+    depth: int
+    """Number of layers."""
+    heads: int
+    """Of the attention; divides width."""
+    mlp_hidden: int
+    """Width of the MLP's hidden layer."""
+    cond_dim: int
+    """Width of the noise condition."""
+    affine: bool = True
+    """Whether the norms have weights of their own."""
+    sigma_data: float = 0.5
+    """Standard deviation of the clean target that the preconditioning assumes."""
+
+    def __post_init__(self):
+        check_patch(self.image_size, self.patch)
+
+
+class ViT(nn.Module):
+    """The classification family: z is (B, width), a prediction is logits (B, num_classes)."""
+
+    target_parts = ("label_table",)
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.config = config
+        D, tokens = config.width, (config.image_size // config.patch) ** 2
+        layer = LayerConfig(
+            D, config.heads, config.mlp_hidden, config.cond_dim, affine=config.affine
+        )
+        self.label_table = nn.Embedding(config.num_classes, D)
+        self.patch = nn.Linear(config.channels * config.patch**2, D)
+        self.positions = nn.Parameter(torch.empty(tokens + 1, D))
+        self.condition = NoiseEmbedding(config.cond_dim)
+        self.layers = nn.ModuleList(AdaLNLayer(layer) for _ in range(config.depth))
+        self.norm = make_norm(layer)
+        self.modulation = FinalModulation(D, config.cond_dim)
+        self.head = nn.Linear(D, config.num_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for layer in self.layers:
+            layer.initialise(nn.init.xavier_uniform_)
+        initialise_linear(self.patch, nn.init.xavier_uniform_)
+        initialise_linear(self.head, nn.init.zeros_)
+        # as large as normed tokens: smaller ones leave a bag of patches for hundreds of steps
+        nn.init.normal_(self.positions)
+        nn.init.normal_(self.label_table.weight, std=0.02)
+
+    def _unit_table(self) -> Tensor:
+        return F.normalize(self.label_table.weight.float(), dim=-1)
+
+    def target(self, batch: Batch) -> Tensor:
+        """The label's embedding at unit length, (B, width); its gradient reaches the table."""
+        return self._unit_table()[batch["label"]]
+
+    def denoise(self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
+        """Logits (B, num_classes) from z (B, width) at sigma (B,), given batch["image"]."""
+        sigma, sigma_data = level[:, None], self.config.sigma_data
+        c = self.condition(c_noise(level))
+        patches = self.patch(patchify(batch["image"], self.config.patch))
+        tokens = torch.cat([(c_in(sigma, sigma_data) * z)[:, None].to(patches), patches], dim=1)
+        x = tokens + self.positions
+        for index in layers:
+            x = self.layers[index](x, c)
+        D = c_skip(sigma, sigma_data) * z + c_out(sigma, sigma_data) * self.norm(x[:, 0])
+        return self.head(self.modulation(D, c))
+
+    def loss(self, prediction: Tensor, batch: Batch, level: Tensor) -> Tensor:
+        """Cross-entropy of each sample, (B,), in nats."""
+        return F.cross_entropy(prediction.float(), batch["label"], reduction="none")
+
+    def estimate(self, prediction: Tensor) -> Tensor:
+        """The expected embedding under the logits, (B, width); unit rows, as in training."""
+        return prediction.float().softmax(-1) @ self._unit_table()
+
+
+PRESETS = {
+    "cifar100": ViTConfig(
+        image_size=32,
+        patch=4,
+        channels=3,
+        num_classes=100,
+        width=128,
+        depth=12,
+        heads=4,
+        mlp_hidden=3072,
+        cond_dim=21,
+    ),
+    "digits": ViTConfig(
+        image_size=8,
+        patch=2,
+        channels=1,
+        num_classes=10,
+        width=96,
+        depth=12,
+        heads=4,
+        mlp_hidden=384,
+        cond_dim=32,
+    ),
+}

@@ -1,0 +1,186 @@
+"""Readers of the data formats: files to images (N, C, H, W), labels (N,) and a number of classes.
+
+The arrays of an .npz do not say where their channels are. One rule finds them and never guesses:
+they are dimension 3 if that is 1, 3 or 4 and dimension 1 is not; dimension 1 if that is 1, 3 or 4
+and dimension 3 is not; every other shape is refused.
+"""
+
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+MAX_COMPRESSED_BYTES = 2**28  # compressed images up to this many bytes are read whole
+DIGITS_SPLIT_SEED = 0  # every run must hold out the same digits
+_HEADER_READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+class Images(Protocol):
+    """Images that are read when they are indexed with row numbers, and not before."""
+
+    shape: tuple[int, ...]  # (N, C, H, W)
+    dtype: np.dtype
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray: ...  # (B,) int64 -> (B, C, H, W)
+
+
+class Arrays(NamedTuple):
+    """One split as its files hold it."""
+
+    images: Images
+    labels: np.ndarray  # int64, none negative
+    num_classes: int
+
+
+def _labels(labels: np.ndarray, name: str | Path) -> np.ndarray:
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(f"labels must be (N,) integers, got {labels.shape} {labels.dtype}: {name}")
+    labels = labels.astype(np.int64)
+    if len(labels) and labels.min() < 0:
+        raise ValueError(f"labels must not be negative, got {labels.min()} in {name}")
+    return labels
+
+
+def _count_classes(splits: Sequence[np.ndarray]) -> int:
+    """Both splits count: one that lacks the last class must not make a smaller model."""
+    return 1 + max((int(labels.max()) for labels in splits if len(labels)), default=0)
+
+
+# scikit-learn's digits
+
+
+def read_digits(split: str) -> Arrays:
+    """Real 8x8 handwritten digits; a stratified fifth is the test split."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ValueError("the digits need scikit-learn: pip install dbkernels[demo]") from error
+    digits = load_digits()
+    images = (digits.images[:, None] / 8 - 1).astype(np.float32)  # stored as 0..16
+    labels = digits.target.astype(np.int64)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=DIGITS_SPLIT_SEED
+    )
+    rows = train if split == "train" else test
+    return Arrays(images[rows], labels[rows], len(digits.target_names))
+
+
+# latents
+
+
+def read_latents(path: Path, split: str) -> Arrays:
+    """A .npy of float16 or float32 latents (N, C, H, W), with its labels in a file beside it."""
+    stems = {"train": path.stem, "test": f"{path.stem}_test"}
+    images = _map_npy(path.with_name(f"{stems[split]}.npy"))
+    if images.ndim != 4 or images.dtype not in (np.float16, np.float32):
+        raise ValueError(
+            "latents must be (N, C, H, W) float16 or float32, "
+            f"got {images.shape} {images.dtype}: {path}"
+        )
+    files = {name: path.with_name(f"{stem}_labels.npy") for name, stem in stems.items()}
+    labels = {
+        name: _labels(_map_npy(file), file)
+        for name, file in files.items()
+        if name == split or file.exists()
+    }
+    return Arrays(images, labels[split], _count_classes(list(labels.values())))
+
+
+def _map_npy(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise ValueError(f"file {path} is missing")
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a whole .npy array of numbers: {error}") from error
+
+
+# .npz
+
+
+def read_npz(path: Path, split: str) -> Arrays:
+    """`images` and `labels` of an .npz, or `test_images` and `test_labels`."""
+    prefix = {"train": "", "test": "test_"}[split]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            for name in (f"{prefix}images", f"{prefix}labels"):
+                if name not in names:
+                    raise ValueError(f"{path} has no array {name} for the {split} split: {names}")
+            labels = {
+                name: _labels(_read_member(archive, name), f"{name} of {path}")
+                for name in ("labels", "test_labels")
+                if name in names
+            }
+            images = _map_member(archive, f"{prefix}images")
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a whole .npz file: {error}") from error
+    images = _channels_first(images, path)
+    return Arrays(images, labels[f"{prefix}labels"], _count_classes(list(labels.values())))
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as file:
+        try:
+            return np.lib.format.read_array(file, allow_pickle=False)
+        except (ValueError, zlib.error) as error:
+            raise _broken(archive, name, error) from error
+
+
+def _map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array mapped where it lies inside the zip, if it is not compressed."""
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED:
+        if info.file_size > MAX_COMPRESSED_BYTES:
+            raise ValueError(
+                f"{name} of {archive.filename} is compressed and has {info.file_size} bytes, over "
+                f"{MAX_COMPRESSED_BYTES}: save it with np.savez, which can be mapped from disk"
+            )
+        return _read_member(archive, name)
+    with archive.open(info) as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            shape, fortran, dtype = _HEADER_READERS[version](file)
+        except (ValueError, KeyError) as error:
+            raise _broken(archive, name, error) from error
+        header_bytes = file.tell()
+    expected = header_bytes + dtype.itemsize * math.prod(shape)
+    if dtype.hasobject or expected != info.file_size:
+        raise _broken(archive, name, f"{shape} {dtype} in {info.file_size} bytes")
+    start = _data_offset(archive.filename, info.header_offset) + header_bytes
+    order = "F" if fortran else "C"
+    return np.memmap(archive.filename, dtype, mode="r", offset=start, shape=shape, order=order)
+
+
+def _broken(archive: zipfile.ZipFile, name: str, reason: Exception | str) -> ValueError:
+    return ValueError(f"{name} of {archive.filename} is not a whole array of numbers: {reason}")
+
+
+def _data_offset(path: str, header_offset: int) -> int:
+    """The name and extra field before the data are measured by the local header alone."""
+    with open(path, "rb") as file:
+        file.seek(header_offset)
+        name_bytes, extra_bytes = struct.unpack("<26x2H", file.read(30))
+    return header_offset + 30 + name_bytes + extra_bytes
+
+
+def _channels_first(images: np.ndarray, path: Path) -> np.ndarray:
+    if images.ndim != 4:
+        raise ValueError(f"images must have 4 dimensions, got {images.shape} in {path}")
+    first, last = images.shape[1] in CHANNELS, images.shape[3] in CHANNELS
+    if first == last:
+        raise ValueError(
+            f"images must be (N, H, W, C) or (N, C, H, W) with C in {CHANNELS} "
+            f"and only one way to read them, got {images.shape} in {path}"
+        )
+    return images.transpose(0, 3, 1, 2) if last else images

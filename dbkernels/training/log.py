@@ -1,0 +1,60 @@
+"""The log of a run: one JSON object a line, and TensorBoard where it is asked for."""
+
+import json
+import os
+from pathlib import Path
+
+
+class RunLog:
+    """Appends rows to `log.jsonl`; a resumed run drops the rows from its own step on.
+
+    Args:
+        directory:    of the run; made where it is missing
+        first_step:   rows of this step of the run and later ones are dropped
+        tensorboard:  whether to write event files to directory/tensorboard too
+    Raises:
+        ValueError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = False):
+        self._writer = _tensorboard_writer(directory / "tensorboard", first_step, tensorboard)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "log.jsonl"
+        kept = [row for row in read_log(path) if row["step"] < first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, row: dict[str, float | int]) -> None:
+        """Log one step: its numbers by name, "step" and "block" among them."""
+        self._file.write(json.dumps(row) + "\n")
+        if self._writer:
+            for name in sorted(row.keys() - {"step", "block"}):
+                self._writer.add_scalar(f"{name}/block{row['block']}", row[name], row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer:
+            self._writer.close()
+
+
+def read_log(path: Path) -> list[dict[str, float | int]]:
+    """All whole rows of a log; none where there is no file, and not a last row cut short."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _tensorboard_writer(directory: Path, first_step: int, wanted: bool):
+    if not wanted:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "tensorboard must be installed for its log (pip install dbkernels[tensorboard]), "
+            "got an environment without it"
+        ) from None
+    return SummaryWriter(str(directory), purge_step=first_step or None)

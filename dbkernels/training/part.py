@@ -1,0 +1,61 @@
+"""Parameters that are updated together: their optimizer, their average, their count of steps."""
+
+import torch
+from torch import Tensor, nn
+
+from dbkernels.training.schedule import average_decay
+
+
+class Part:
+    """One block's own parameters, or those that all blocks share.
+
+    Args:
+        parameters:    by name
+        total:         updates that they will have had at the end of the run
+        weight_decay:  of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)
+        ema:           decay of the moving average, counted in this part's own steps; 0 for none
+    """
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], *, total: int, weight_decay: float, ema: float
+    ):
+        self.parameters, self.total, self.ema, self.steps = parameters, total, ema, 0
+        self.optimizer = torch.optim.AdamW(
+            parameters.values(), weight_decay=weight_decay, fused=True
+        )
+        self.average = {n: p.detach().clone() for n, p in parameters.items()} if ema else {}
+
+    def update(self, lr: float) -> None:
+        """Step the optimizer at one rate, free the gradients, move the average."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            weight = 1 - average_decay(self.steps, self.ema)
+            current = [p.detach() for p in self.parameters.values()]
+            torch._foreach_lerp_(list(self.average.values()), current, weight)
+        self.steps += 1
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state, each tensor under `<parameter>.<name of the state>`."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+
+    def restore(
+        self, steps: int, average: dict[str, Tensor], optimizer_tensors: dict[str, Tensor]
+    ) -> None:
+        """Take back what `steps`, `average` and `optimizer_tensors` once gave."""
+        self.steps = steps
+        for name, tensor in self.average.items():
+            tensor.copy_(average[name])
+        self.optimizer.state.clear()
+        for full_name, tensor in optimizer_tensors.items():
+            name, _, key = full_name.rpartition(".")
+            if name in self.parameters:
+                parameter = self.parameters[name]
+                # a fused optimizer counts its steps on the parameters' device
+                self.optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)

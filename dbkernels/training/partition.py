@@ -1,0 +1,103 @@
+"""Which layers form a block, and which noise each block is trained on and serves.
+
+Shing et al. 2026 (arXiv:2506.14202), section 3.3: the first layers meet the most noise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from dbkernels.diffusion.interval import Interval
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers trained together, and their noise.
+
+    index:          position in the order in which the signal meets the blocks
+    layers:         indices into model.layers, in order; a repeat runs the layer again
+    noise:          what the block serves at inference; the blocks' intervals tile the range
+    trained_noise:  what it is trained on: noise widened by the overlap
+    """
+
+    index: int
+    layers: tuple[int, ...]
+    noise: Interval
+    trained_noise: Interval
+
+
+class NoiseProcess(Protocol):
+    """What a partition asks of a noise process; `LogNormal` is one."""
+
+    def intervals(self, num_blocks: int, scheme: str) -> tuple[Interval, ...]: ...
+
+    def widen(self, interval: Interval, gamma: float) -> Interval: ...
+
+
+def partition(
+    layers: int | Sequence[int],
+    num_blocks: int,
+    process: NoiseProcess,
+    *,
+    split: Sequence[int] | None = None,
+    scheme: str = "equal_probability",
+    gamma: float = 0.05,
+) -> tuple[Block, ...]:
+    """Cut a stack of layers into blocks and give each its interval of noise.
+
+    Args:
+        layers:      number of layers, or the layer indices in running order (they may repeat)
+        num_blocks:  number of blocks
+        process:     gives the intervals and their overlap
+        split:       layers per block, the noisiest block first; None splits evenly, and a
+                     remainder goes one layer each to the first blocks
+        scheme:      how the process cuts its range
+        gamma:       overlap, as a share of each interval's own width; 0 for none
+    Returns:
+        The blocks, the most noise first. Each place of `layers` is in exactly one block.
+    Raises:
+        ValueError: more blocks than layers, a split that does not add up, a negative gamma.
+    """
+    order = tuple(range(layers)) if isinstance(layers, int) else tuple(layers)
+    if not 1 <= num_blocks <= len(order):
+        raise ValueError(
+            f"num_blocks must be between 1 and the {len(order)} layers, got {num_blocks}"
+        )
+    sizes = _even_split(len(order), num_blocks) if split is None else tuple(split)
+    if len(sizes) != num_blocks or sum(sizes) != len(order) or min(sizes) < 1:
+        raise ValueError(
+            f"split must give {num_blocks} blocks at least one layer each and add up to "
+            f"{len(order)} layers, got {list(sizes)} with sum {sum(sizes)}"
+        )
+    ends = np.cumsum(sizes).tolist()
+    groups = [order[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    intervals = process.intervals(num_blocks, scheme)
+    return tuple(
+        Block(index, group, interval, process.widen(interval, gamma))
+        for index, (group, interval) in enumerate(zip(groups, intervals, strict=True))
+    )
+
+
+def _even_split(count: int, parts: int) -> tuple[int, ...]:
+    return tuple(count // parts + (part < count % parts) for part in range(parts))
+
+
+def block_at(blocks: Sequence[Block], level: float) -> Block:
+    """The block that serves a noise level; training, sampling and evaluation all ask here.
+
+    A level on a boundary belongs to the block below it, whose interval it begins.
+
+    Args:
+        blocks:  all blocks of a partition
+        level:   sigma in units of z, or mask time in [0, 1]
+    Raises:
+        ValueError: the level lies outside the blocks' range.
+    """
+    # compared as float32, so that a level which passed through a tensor keeps its block
+    rounded = np.float32(level)
+    low, high = blocks[-1].noise.low, blocks[0].noise.high
+    if not np.float32(low) <= rounded <= np.float32(high):
+        raise ValueError(f"level must lie in [{low}, {high}], got {level}")
+    return next(block for block in reversed(blocks) if rounded <= np.float32(block.noise.high))

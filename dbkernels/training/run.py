@@ -1,0 +1,256 @@
+"""A run: one configuration, one directory with its log and its checkpoints.
+
+<run>/config.json    everything that is needed to build the run again
+<run>/log.jsonl      one row per step
+<run>/checkpoints/   safetensors and JSON
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dbkernels.diffusion.gaussian import LogNormal, Scheme
+from dbkernels.models import FAMILIES, DiTConfig, ViTConfig
+from dbkernels.models.family import Batch
+from dbkernels.training import checkpoint
+from dbkernels.training.augment import drop_labels, mirror, shift
+from dbkernels.training.data import ImageData, open_data
+from dbkernels.training.log import RunLog
+from dbkernels.training.objective import Weighting, gaussian_step
+from dbkernels.training.partition import Block, partition
+from dbkernels.training.sharing import BlockModels
+from dbkernels.training.trainer import Augment, Trainer, TrainerConfig, load_weights
+
+MODEL_CONFIGS = {"vit": ViTConfig, "dit": DiTConfig}
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """How the layers and the noise are cut."""
+
+    num_blocks: int = 3
+    """Number of blocks; 1 trains end to end."""
+    split: str = ""
+    """Layers per block, comma separated, the noisiest block first; empty splits evenly."""
+    scheme: Scheme = "equal_probability"
+    """How the noise levels are cut."""
+    gamma: float = 0.05
+    """Overlap of neighbouring blocks, as a share of each one's width in ln sigma."""
+
+    def blocks(self, depth: int, prior: LogNormal) -> tuple[Block, ...]:
+        """The blocks of a model with `depth` layers."""
+        return partition(
+            depth,
+            self.num_blocks,
+            prior,
+            split=self._sizes() if self.split else None,
+            scheme=self.scheme,
+            gamma=self.gamma,
+        )
+
+    def _sizes(self) -> list[int]:
+        try:
+            return [int(size) for size in self.split.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"split must be whole numbers with commas between, got {self.split}"
+            ) from None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's numbers."""
+
+    family: str
+    model: ViTConfig | DiTConfig
+    data: str
+    """See `open_data`."""
+    weighting: Weighting
+    """Weight of the noise levels in the loss."""
+    label_drop: float
+    """Share of labels dropped for guidance; families without "no label" need 0."""
+    mirror: bool
+    """Whether images are mirrored at random."""
+    shift: int
+    """Pixels by which images are moved at random, at most."""
+    partition: PartitionConfig
+    prior: LogNormal
+    trainer: TrainerConfig
+
+    def __post_init__(self):
+        if not 0 <= self.label_drop < 1:
+            raise ValueError(f"label_drop must be in [0, 1), got {self.label_drop}")
+        if self.shift < 0:
+            raise ValueError(f"shift must be at least 0 pixels, got {self.shift}")
+        if self.label_drop and self.family != "dit":
+            raise ValueError(f"label_drop must be 0 for {self.family}, got {self.label_drop}")
+
+    def build(self, device: torch.device | str) -> BlockModels:
+        """New models, initialised from the run's seed, on a device."""
+        blocks = self.partition.blocks(self.model.depth, self.prior)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.trainer.seed)
+            model = FAMILIES[self.family](self.model)
+        return BlockModels(model.to(device), blocks, self.trainer.sharing)
+
+    def trainer_on(self, device: torch.device | str, data: ImageData) -> Trainer:
+        """A trainer at its first step."""
+        objective = partial(
+            gaussian_step,
+            prior=self.prior,
+            weighting=self.weighting,
+            sigma_data=self.model.sigma_data,
+        )
+        return Trainer(self.build(device), data, objective, self.trainer, augment=self._augment())
+
+    def _augment(self) -> Augment | None:
+        changes: list[Augment] = []
+        if self.shift:
+            changes.append(partial(shift, pixels=self.shift))
+        if self.mirror:
+            changes.append(mirror)
+        if self.label_drop:
+            null = self.model.num_classes
+            changes.append(partial(drop_labels, share=self.label_drop, null=null))
+
+        def augment(batch: Batch, generator: torch.Generator) -> Batch:
+            for change in changes:
+                batch = change(batch, generator)
+            return batch
+
+        return augment if changes else None
+
+
+def write_config(config: RunConfig, directory: Path) -> None:
+    """Write config.json, whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / "config.json.tmp"
+    temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
+    os.replace(temporary, directory / "config.json")
+
+
+def read_config(directory: Path) -> RunConfig:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: the directory holds no run, or one of another version.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"a run's directory must hold config.json, got none in {directory}")
+    try:
+        saved = json.loads(path.read_text())
+        nested = {
+            "model": MODEL_CONFIGS[saved["family"]],
+            "partition": PartitionConfig,
+            "prior": LogNormal,
+            "trainer": TrainerConfig,
+        }
+        return RunConfig(**{k: nested[k](**v) if k in nested else v for k, v in saved.items()})
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"config.json must be one that this version wrote, got {error}") from None
+
+
+def train(
+    config: RunConfig,
+    directory: Path,
+    *,
+    device: torch.device | str,
+    resume: str = "",
+    save_every: int = 0,
+    tensorboard: bool = False,
+    on_step: Callable[[dict[str, float | int]], None] = lambda row: None,
+) -> Trainer:
+    """Train a run to its end, logging every step.
+
+    Args:
+        config:       of the run
+        directory:    of the run; a new run needs one that holds none
+        device:       to train on
+        resume:       "latest", or the path of a checkpoint of this run; empty starts anew
+        save_every:   steps between checkpoints; 0 saves the last one alone
+        tensorboard:  whether to log there too
+        on_step:      called with each row of the log
+    Returns:
+        The trainer, at its last step.
+    Raises:
+        ValueError: a setting is wrong, the directory holds another run, or a checkpoint cannot be
+                    used. No file is touched then.
+        FloatingPointError: a loss is not finite; the last checkpoint stays.
+    """
+    if save_every < 0:
+        raise ValueError(f"save_every must be at least 0, got {save_every}")
+    trainer = config.trainer_on(device, open_data(config.data, "train", config.model.num_classes))
+    if resume:
+        restore(trainer, config, directory, resume)
+    elif (directory / "config.json").exists():
+        raise ValueError(f"{directory} must hold no run yet, got one; resume it or choose another")
+    log = RunLog(directory, first_step=trainer.step, tensorboard=tensorboard)
+    write_config(config, directory)
+    try:
+        while trainer.step < trainer.total_steps:
+            row = trainer.step_block(trainer.next_block())
+            log.write(row)
+            on_step(row)
+            if trainer.step == trainer.total_steps or (
+                save_every and not trainer.step % save_every
+            ):
+                _save(trainer, config, directory)
+    finally:
+        log.close()
+    return trainer
+
+
+def _save(trainer: Trainer, config: RunConfig, directory: Path) -> None:
+    state = {"config": asdict(config), "counters": trainer.counters()}
+    checkpoint.save(directory / "checkpoints", trainer.step, trainer.tensors(), state)
+
+
+def restore(trainer: Trainer, config: RunConfig, directory: Path, which: str) -> None:
+    """Set a trainer to a checkpoint of its own run, "latest" or a path."""
+    path = checkpoint_path(directory, which)
+    tensors, state = checkpoint.load(path)
+    checkpoint.require_same_config(state["config"], asdict(config), path)
+    trainer.restore(tensors, state["counters"])
+
+
+def checkpoint_path(directory: Path, which: str) -> Path:
+    """The newest checkpoint of a run for "latest", else the path itself.
+
+    Raises:
+        ValueError: the run has no checkpoint.
+    """
+    if which != "latest":
+        return Path(which)
+    path = checkpoint.latest(directory / "checkpoints")
+    if path is None:
+        raise ValueError(f"{directory} must hold a checkpoint, got none")
+    return path
+
+
+def load_run(
+    directory: Path, *, which: str = "latest", averaged: bool = True, device: torch.device | str
+) -> tuple[RunConfig, BlockModels]:
+    """A run's configuration and its trained models, ready to sample and evaluate.
+
+    Args:
+        directory:  of the run
+        which:      "latest", or the path of a checkpoint
+        averaged:   whether to take the moving average of the weights where the run kept one
+        device:     to load to
+    Raises:
+        ValueError: there is no such run or checkpoint, or it is damaged.
+    """
+    config = read_config(directory)
+    tensors, state = checkpoint.load(path := checkpoint_path(directory, which))
+    checkpoint.require_same_config(state["config"], asdict(config), path)
+    models = config.build(device)
+    load_weights(models, tensors["model"])
+    if averaged:
+        load_weights(models, tensors.get("ema", {}))
+    return config, models.eval()

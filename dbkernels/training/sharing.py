@@ -1,0 +1,86 @@
+"""What the blocks share, and the copies that make them independent.
+
+The published code of arXiv:2506.14202 trains one stem, table and head with every block's steps; its
+text lets no parameter be shared. Both are here: one setting, read once, when the parts are made.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import nn
+
+from dbkernels.training.partition import Block
+
+Sharing = Literal["joint", "copies"]
+Parameters = dict[str, nn.Parameter]
+SHARED = "shared"  # name of the part that the steps of several blocks update
+
+
+class BlockModels(nn.Module):
+    """One model per block: the very same one, or one with the block's own copy of what is shared.
+
+    Layers exist once in either case, and so do the parts that make the clean target. With copies
+    those are frozen: blocks that pass z from one to the next must agree on what z means, and no
+    block may move it under the others.
+
+    Args:
+        model:    a family; it serves block 0 itself, and every block where sharing is joint
+        blocks:   of one partition
+        sharing:  joint, or copies
+    Raises:
+        ValueError: sharing is unknown, a block names a layer that the model lacks, or a layer with
+                    copies would be trained by two blocks.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], sharing: Sharing):
+        super().__init__()
+        if sharing not in ("joint", "copies"):
+            raise ValueError(f"sharing must be joint or copies, got {sharing}")
+        _check_layers(len(model.layers), blocks, sharing)
+        self.blocks = tuple(blocks)
+        self.model = model
+        self.copies = nn.ModuleList()
+        if sharing == "copies" and len(blocks) > 1:
+            target_parts = [getattr(model, name) for name in model.target_parts]
+            for part in target_parts:
+                part.requires_grad_(False)
+            once = {id(part): part for part in (model.layers, *target_parts)}
+            self.copies.extend(copy.deepcopy(model, dict(once)) for _ in blocks[1:])
+
+    def of(self, block: Block) -> nn.Module:
+        """The model that a block trains and serves with."""
+        return self.copies[block.index - 1] if self.copies and block.index else self.model
+
+    def parts(self) -> dict[str, Parameters]:
+        """Trainable parameters by the steps that update them: each block's own, and the shared.
+
+        Every parameter is in one part, under its name in `named_parameters`. A layer that several
+        blocks run is shared.
+        """
+        reached = {f"block{block.index}": self._reached(block) for block in self.blocks}
+        times = Counter(name for parameters in reached.values() for name in parameters)
+        parts: dict[str, Parameters] = {part: {} for part in reached}
+        shared: Parameters = {}
+        for part, parameters in reached.items():
+            for name, parameter in parameters.items():
+                (parts[part] if times[name] == 1 else shared)[name] = parameter
+        return {**parts, SHARED: shared} if shared else parts
+
+    def _reached(self, block: Block) -> Parameters:
+        """The trainable parameters that a step on a block can move."""
+        model = self.of(block)
+        idle = (layer for i, layer in enumerate(model.layers) if i not in block.layers)
+        untouched = {id(parameter) for layer in idle for parameter in layer.parameters()}
+        moved = {id(p) for p in model.parameters() if p.requires_grad} - untouched
+        return {name: p for name, p in self.named_parameters() if id(p) in moved}
+
+
+def _check_layers(depth: int, blocks: Sequence[Block], sharing: Sharing) -> None:
+    owners = Counter(index for block in blocks for index in set(block.layers))
+    if not set(owners) <= set(range(depth)):
+        raise ValueError(f"the blocks' layers must be below {depth}, got {max(owners)}")
+    if sharing == "copies" and max(owners.values()) > 1:
+        index = owners.most_common(1)[0][0]
+        raise ValueError(f"with copies a layer must be in one block, got layer {index} in several")

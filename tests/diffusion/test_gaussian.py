@@ -1,0 +1,185 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from scipy import stats
+
+from dbkernels.diffusion.gaussian import LogNormal, add_noise, cdf_grid, karras_grid
+from dbkernels.diffusion.interval import Interval
+
+PRIOR = LogNormal()
+
+# arXiv:2506.14202, section 3.3, with the constants of its appendix E
+BOUNDARIES = {
+    2: [80, 0.301200, 0.002],
+    3: [80, 0.505041, 0.179632, 0.002],
+    4: [80, 0.676649, 0.301200, 0.134076, 0.002],
+    6: [80, 0.961665, 0.505041, 0.301200, 0.179632, 0.094340, 0.002],
+}
+
+
+def boundaries(intervals):
+    return [intervals[0].high, *(interval.low for interval in intervals)]
+
+
+def random(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_range_cuts_off_the_published_mass():
+    assert PRIOR.cdf(PRIOR.sigma_min) == pytest.approx(1.464998e-5, rel=1e-6)
+    assert PRIOR.cdf(PRIOR.sigma_max) == pytest.approx(0.99999835, abs=5e-9)
+
+
+def test_quantile_inverts_cdf():
+    for sigma in (0.01, 0.3, 5.0):
+        assert PRIOR.quantile(PRIOR.cdf(sigma)) == pytest.approx(sigma, rel=1e-12)
+
+
+@pytest.mark.parametrize("num_blocks", BOUNDARIES)
+def test_equal_probability_boundaries(num_blocks):
+    actual = boundaries(PRIOR.intervals(num_blocks))
+    assert actual == pytest.approx(BOUNDARIES[num_blocks], abs=5e-7)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 12])
+def test_equal_probability_intervals_hold_equal_mass(num_blocks):
+    for interval in PRIOR.intervals(num_blocks):
+        assert PRIOR.mass(interval) == pytest.approx(1 / num_blocks, rel=1e-9)
+
+
+def test_log_uniform_boundaries():
+    intervals = PRIOR.intervals(3, "log_uniform")
+    assert boundaries(intervals) == pytest.approx([80, 2.339214, 0.068399, 0.002], abs=5e-7)
+    masses = [PRIOR.mass(interval) for interval in intervals]
+    assert masses == pytest.approx([0.044, 0.848, 0.108], abs=5e-4)
+
+
+def test_linear_puts_almost_all_mass_into_the_last_block():
+    intervals = PRIOR.intervals(3, "linear")
+    assert boundaries(intervals) == pytest.approx([80, 53.334, 26.668, 0.002], rel=1e-6)
+    assert PRIOR.mass(intervals[2]) == pytest.approx(0.99991, abs=5e-6)
+
+
+@pytest.mark.parametrize("scheme", ["equal_probability", "log_uniform", "linear"])
+def test_intervals_tile_the_range(scheme):
+    intervals = PRIOR.intervals(5, scheme)
+    assert (intervals[-1].low, intervals[0].high) == (PRIOR.sigma_min, PRIOR.sigma_max)
+    for upper, lower in pairwise(intervals):
+        assert upper.low == lower.high
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "gamma", "expected", "masses"),
+    [
+        (3, 0.05, [(0.39205, 80), (0.17058, 0.53183), (0.002, 0.22493)], [0.413, 0.364, 0.404]),
+        (
+            4,
+            0.1,
+            [(0.41985, 80), (0.27778, 0.73369), (0.12365, 0.32659), (0.002, 0.20417)],
+            [0.391, 0.298, 0.298, 0.373],
+        ),
+    ],
+)
+def test_overlap_is_the_published_one(num_blocks, gamma, expected, masses):
+    for interval, ends, mass in zip(PRIOR.intervals(num_blocks), expected, masses, strict=True):
+        wide = PRIOR.widen(interval, gamma)
+        assert (wide.low, wide.high) == pytest.approx(ends, abs=5e-6)
+        assert PRIOR.mass(wide) == pytest.approx(mass, abs=5e-4)
+
+
+def test_no_overlap_changes_nothing():
+    for interval in PRIOR.intervals(4):
+        wide = PRIOR.widen(interval, 0.0)
+        assert (wide.low, wide.high) == (interval.low, interval.high)
+
+
+def test_samples_follow_the_prior_inside_the_interval():
+    for interval in PRIOR.intervals(3):
+        sigma = PRIOR.sample(interval, 20_000, random()).double()
+        q_low, q_high = PRIOR.cdf(interval.low), PRIOR.cdf(interval.high)
+        uniform = [(PRIOR.cdf(float(s)) - q_low) / (q_high - q_low) for s in sigma]
+        assert stats.kstest(uniform, "uniform").pvalue > 1e-3
+
+
+def test_samples_stay_inside_the_interval_after_rounding():
+    for interval in (Interval(0.3, 0.3000001), PRIOR.range):
+        sigma = PRIOR.sample(interval, 5000, random())
+        assert sigma.dtype == torch.float32
+        low, high = torch.tensor([interval.low, interval.high], dtype=torch.float32)
+        assert low <= sigma.min() and sigma.max() <= high
+
+
+def test_samples_are_a_function_of_the_generator():
+    first, second = (PRIOR.sample(PRIOR.range, 8, random(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, PRIOR.sample(PRIOR.range, 8, random(4)))
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (3, [80, 0.3012, 0.002]),
+        (4, [80, 0.50504, 0.17963, 0.002]),
+        (5, [80, 0.67665, 0.3012, 0.13408, 0.002]),
+    ],
+)
+def test_cdf_grid(count, expected):
+    assert cdf_grid(PRIOR, count) == pytest.approx(expected, abs=5e-6)
+
+
+def test_cdf_grid_meets_the_boundaries_exactly():
+    assert cdf_grid(PRIOR, 7)[2:-1:2] == boundaries(PRIOR.intervals(3))[1:-1]
+
+
+def test_karras_grid_is_the_published_one():
+    grid = karras_grid(PRIOR, 18)
+    assert (grid[0], grid[-1]) == (80.0, 0.002)
+    # Karras et al. 2022, equation 5, at i = 1 of 18
+    root = 80 ** (1 / 7) + (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 17
+    assert grid[1] == pytest.approx(root**7, rel=1e-12)
+    assert grid[1] == pytest.approx(57.586, abs=1e-3)
+
+
+def test_add_noise_adds_sigma_times_unit_noise():
+    z0 = torch.full((3, 20_000), 2.0)
+    sigma = torch.tensor([0.1, 1.0, 50.0])
+    z = add_noise(z0, sigma, random())
+    assert z.mean(1) == pytest.approx(torch.tensor([2.0, 2.0, 2.0]), abs=1.5)
+    assert (z.std(1) / sigma).tolist() == pytest.approx([1, 1, 1], abs=0.03)
+
+
+def test_add_noise_lets_the_gradient_of_the_target_through():
+    z0 = torch.randn(2, 3, 4, requires_grad=True)
+    add_noise(z0, torch.tensor([1.0, 2.0]), random()).sum().backward()
+    assert torch.equal(z0.grad, torch.ones_like(z0))
+
+
+def test_add_noise_keeps_the_dtype():
+    z0 = torch.zeros(2, 3, dtype=torch.bfloat16)
+    assert add_noise(z0, torch.ones(2), random()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: LogNormal(sigma_min=2, sigma_max=1), "0 < sigma_min < sigma_max, got sigma_min 2"),
+        (lambda: LogNormal(sigma_min=1, sigma_max=1), "0 < sigma_min < sigma_max"),
+        (lambda: LogNormal(sigma_min=0), "0 < sigma_min"),
+        (lambda: LogNormal(sigma_max=math.inf), "must be finite"),
+        (lambda: LogNormal(std=0), "std positive, got mean -1.2 and std 0"),
+        (lambda: LogNormal(mean=math.nan), "mean must be finite"),
+        (lambda: PRIOR.intervals(0), "num_blocks must be at least 1, got 0"),
+        (lambda: PRIOR.intervals(2, "cubic"), "scheme must be one of .*, got cubic"),
+        (lambda: PRIOR.widen(PRIOR.range, -0.1), "gamma must be finite and at least 0, got -0.1"),
+        (lambda: PRIOR.widen(PRIOR.range, math.nan), "gamma must be finite"),
+        (lambda: PRIOR.sample(Interval(0.001, 1), 2, random()), r"must lie in \[0.002, 80.0\]"),
+        (lambda: cdf_grid(PRIOR, 1), "at least 2 levels, got 1"),
+        (lambda: karras_grid(PRIOR, 1), "at least 2 levels, got 1"),
+        (lambda: karras_grid(PRIOR, 5, rho=0), "rho must be positive, got 0"),
+    ],
+)
+def test_rejects(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from dbkernels.diffusion.gaussian import LogNormal, cdf_grid
+from dbkernels.diffusion.samplers import euler, guided, heun, start
+
+GRID = cdf_grid(LogNormal(), 6)
+
+
+def counting(denoiser):
+    levels = []
+
+    def counted(z, level):
+        levels.append(level)
+        return denoiser(z, level)
+
+    return counted, levels
+
+
+@pytest.mark.parametrize("sampler", [euler, heun])
+def test_a_perfect_denoiser_lands_on_the_target_with_the_next_noise(sampler):
+    y, noise = torch.randn(2, 5, dtype=torch.float64)
+    seen = {}
+
+    def perfect(z, level):
+        seen.setdefault(level, z)
+        return y
+
+    result = sampler(perfect, y + GRID[0] * noise, GRID)
+    assert torch.equal(result, y)
+    for level, z in seen.items():
+        torch.testing.assert_close(z, y + level * noise)
+
+
+def test_euler_evaluates_once_per_level():
+    denoiser, levels = counting(lambda z, level: z / 2)
+    euler(denoiser, torch.ones(1), GRID)
+    assert levels == GRID
+
+
+def test_heun_evaluates_each_inner_level_twice():
+    denoiser, levels = counting(lambda z, level: z / 2)
+    heun(denoiser, torch.ones(1), GRID)
+    assert len(levels) == 2 * len(GRID) - 1
+    assert sorted(set(levels), reverse=True) == GRID
+
+
+def errors(sampler, counts):
+    """Errors against the exact flow of normal data, z(sigma) ~ sqrt(sigma**2 + s**2)."""
+    s, high, low = 0.5, 5.0, 0.1
+
+    def denoiser(z, level):
+        return s**2 / (s**2 + level**2) * z
+
+    found = []
+    for count in counts:
+        levels = torch.linspace(high, low, count, dtype=torch.float64).tolist()
+        z = torch.ones(1, dtype=torch.float64)
+        exact = ((low**2 + s**2) / (high**2 + s**2)) ** 0.5 * s**2 / (s**2 + low**2)
+        found.append(abs(sampler(denoiser, z, levels).item() - exact))
+    return found
+
+
+def test_euler_is_of_first_order_and_heun_of_second():
+    coarse, fine = errors(euler, [401, 801])
+    assert coarse / fine == pytest.approx(2, rel=0.1)
+    coarse, fine = errors(heun, [401, 801])
+    assert coarse / fine == pytest.approx(4, rel=0.1)
+
+
+def test_guidance_extrapolates_from_unconditional():
+    denoiser = guided(lambda z, level: z + 1, lambda z, level: z - level, 2.0)
+    z = torch.randn(4)
+    torch.testing.assert_close(denoiser(z, 3.0), z - 3 + 2 * 4)
+
+
+def test_guidance_of_one_asks_the_conditional_denoiser_alone():
+    conditional = lambda z, level: z  # noqa: E731
+    assert guided(conditional, None, 1) is conditional
+
+
+def test_start_has_the_spread_of_the_noisiest_marginal():
+    z = start((50_000,), 3.0, 4.0, torch.Generator().manual_seed(0))
+    assert z.std().item() == pytest.approx(5.0, rel=0.02)
+
+
+@pytest.mark.parametrize("sampler", [euler, heun])
+@pytest.mark.parametrize("levels", [[], [1.0, 1.0], [1.0, 2.0], [1.0, 0.0]])
+def test_rejects_levels_that_are_not_descending_and_positive(sampler, levels):
+    with pytest.raises(ValueError, match="levels must be descending and positive, got"):
+        sampler(lambda z, level: z, torch.ones(1), levels)

@@ -1,0 +1,58 @@
+"""The floors of the package: an import may only point to a lower floor, or to its own room."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "dbkernels"
+FLOOR = {"diffusion": 0, "memory": 0, "models": 1, "training": 2, "cli": 3, "__main__": 4}
+
+
+def rooms_imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write the full module name"
+            names = [node.module]
+            if node.module == PACKAGE.name:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == PACKAGE.name and rest:
+                yield rest.partition(".")[0], node.lineno
+
+
+def test_imports_point_down():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        floor = FLOOR.get(room, 9)  # dbkernels/__init__.py may import every room
+        for other, line in rooms_imported(path):
+            assert other == room or FLOOR[other] < floor, f"{path}:{line}: {room} imports {other}"
+
+
+def test_every_room_has_a_floor():
+    rooms = {
+        path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")
+    }
+    assert rooms == {*FLOOR, "__init__"}
+
+
+def test_every_source_file_has_a_test_file():
+    tests = Path(__file__).parent
+    for path in PACKAGE.rglob("*.py"):
+        if path.name in ("__init__.py", "__main__.py"):
+            continue
+        expected = tests / path.relative_to(PACKAGE).with_name(f"test_{path.name}")
+        assert expected.is_file(), f"{path.relative_to(PACKAGE)} has no {expected.name}"
+
+
+def test_importing_changes_no_setting_of_torch():
+    code = """if True:
+        import torch
+        read = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())
+        before = read()
+        import dbkernels.cli.main
+        assert read() == before
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

@@ -1,0 +1,72 @@
+import torch
+from torch import nn
+
+from dbkernels.training.part import Part
+
+
+def make_part(ema=0.5):
+    torch.manual_seed(2)
+    parameters = {"a": nn.Parameter(torch.randn(3)), "b.c": nn.Parameter(torch.randn(2, 2))}
+    return Part(parameters, total=8, weight_decay=0.1, ema=ema)
+
+
+def set_gradients(part, value):
+    for parameter in part.parameters.values():
+        parameter.grad = torch.full_like(parameter, value)
+
+
+def test_update_is_adamw_at_the_given_rate_and_frees_the_gradients():
+    part, plain = make_part(), make_part()
+    reference = torch.optim.AdamW(plain.parameters.values(), lr=0.3, weight_decay=0.1)
+    for value in (1.0, -2.0):
+        set_gradients(part, value)
+        set_gradients(plain, value)
+        part.update(0.3)
+        reference.step()
+    for name, parameter in part.parameters.items():
+        torch.testing.assert_close(parameter, plain.parameters[name])
+        assert parameter.grad is None
+    assert part.steps == 2
+
+
+def test_average_moves_by_its_own_steps():
+    part = make_part(ema=0.5)
+    before = part.average["a"].clone()
+    set_gradients(part, 1.0)
+    part.update(0.1)
+    current = part.parameters["a"].detach()
+    # the first decay is a tenth, the second two elevenths
+    expected = 0.1 * before + 0.9 * current
+    torch.testing.assert_close(part.average["a"], expected)
+    set_gradients(part, 1.0)
+    part.update(0.1)
+    expected = 2 / 11 * expected + 9 / 11 * part.parameters["a"].detach()
+    torch.testing.assert_close(part.average["a"], expected)
+
+
+def test_no_average_without_ema():
+    part = make_part(ema=0.0)
+    set_gradients(part, 1.0)
+    part.update(0.1)
+    assert part.average == {}
+
+
+def test_restored_part_goes_on_with_the_same_bits():
+    part = make_part()
+    set_gradients(part, 1.0)
+    part.update(0.1)
+    saved = {name: p.detach().clone() for name, p in part.parameters.items()}
+    average = {name: tensor.clone() for name, tensor in part.average.items()}
+    state = {name: tensor.clone() for name, tensor in part.optimizer_tensors().items()}
+    other = make_part()
+    with torch.no_grad():
+        for name, parameter in other.parameters.items():
+            parameter.copy_(saved[name])
+    other.restore(1, average, state)
+    for each in (part, other):
+        set_gradients(each, 3.0)
+        each.update(0.2)
+    assert other.steps == part.steps == 2
+    for name in saved:
+        assert torch.equal(other.parameters[name], part.parameters[name])
+        assert torch.equal(other.average[name], part.average[name])

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+
+from dbkernels.diffusion.gaussian import LogNormal, cdf_grid, karras_grid
+from dbkernels.training.partition import block_at, partition
+
+PRIOR = LogNormal()
+
+
+def served(levels, num_blocks):
+    blocks = partition(12, num_blocks, PRIOR)
+    return [block_at(blocks, level).index for level in levels]
+
+
+def test_block_0_has_the_first_layers_and_the_most_noise():
+    blocks = partition(12, 3, PRIOR)
+    assert [block.layers for block in blocks] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
+    assert [block.index for block in blocks] == [0, 1, 2]
+    assert blocks[0].noise.high == 80 and blocks[2].noise.low == 0.002
+
+
+@pytest.mark.parametrize("split", [[4, 4, 4], [3, 6, 3], [6, 4, 2], [2, 4, 6]])
+def test_splits_by_hand(split):
+    blocks = partition(12, 3, PRIOR, split=split)
+    assert [len(block.layers) for block in blocks] == split
+    assert sum((block.layers for block in blocks), ()) == tuple(range(12))
+
+
+@pytest.mark.parametrize(("depth", "num_blocks"), [(13, 3), (14, 3), (7, 7), (5, 2)])
+def test_no_layer_is_dropped(depth, num_blocks):
+    blocks = partition(depth, num_blocks, PRIOR)
+    assert sum((block.layers for block in blocks), ()) == tuple(range(depth))
+    sizes = [len(block.layers) for block in blocks]
+    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+
+
+def test_layers_may_repeat():
+    blocks = partition([0, 1, 1, 1, 1, 2], 3, PRIOR)
+    assert [block.layers for block in blocks] == [(0, 1), (1, 1), (1, 2)]
+
+
+def test_trained_noise_contains_the_served_noise():
+    for block in partition(12, 4, PRIOR, gamma=0.1):
+        assert block.trained_noise.low <= block.noise.low
+        assert block.trained_noise.high >= block.noise.high
+    inner = partition(12, 4, PRIOR, gamma=0.1)[1]
+    assert inner.trained_noise.low < inner.noise.low < inner.noise.high < inner.trained_noise.high
+
+
+def test_every_trained_level_without_overlap_is_served_by_its_block():
+    blocks = partition(12, 6, PRIOR, gamma=0.0)
+    for block in blocks:
+        sigma = PRIOR.sample(block.trained_noise, 500, torch.Generator().manual_seed(1))
+        assert {block_at(blocks, level).index for level in sigma.tolist()} == {block.index}
+
+
+def test_a_boundary_begins_the_interval_below_it():
+    assert served(cdf_grid(PRIOR, 4), 3) == [0, 1, 2, 2]
+    assert served([80.0, 0.50504, 0.505042, 0.002], 3) == [0, 1, 0, 2]
+
+
+def test_a_boundary_keeps_its_block_as_float32():
+    levels = cdf_grid(PRIOR, 13)
+    rounded = np.array(levels, dtype=np.float32).tolist()
+    for num_blocks in (2, 3, 4, 6, 12):
+        assert served(rounded, num_blocks) == served(levels, num_blocks)
+
+
+def test_the_cdf_grid_uses_blocks_equally_and_the_karras_grid_does_not():
+    count = lambda levels, n: np.bincount(served(levels, n)).tolist()  # noqa: E731
+    assert count(cdf_grid(PRIOR, 50), 3) == [17, 16, 17]
+    assert count(cdf_grid(PRIOR, 50), 4) == [13, 12, 12, 13]
+    assert count(karras_grid(PRIOR, 50), 3) == [33, 4, 13]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: partition(2, 3, PRIOR), "between 1 and the 2 layers, got 3"),
+        (lambda: partition(2, 0, PRIOR), "between 1 and the 2 layers, got 0"),
+        (lambda: partition(12, 3, PRIOR, split=[4, 4, 5]), "add up to 12 layers, got .* sum 13"),
+        (lambda: partition(12, 3, PRIOR, split=[6, 6]), "must give 3 blocks"),
+        (lambda: partition(12, 3, PRIOR, split=[0, 6, 6]), "at least one layer each"),
+        (lambda: partition(12, 3, PRIOR, gamma=-0.05), "gamma must be finite and at least 0"),
+        (lambda: partition(12, 3, PRIOR, scheme="cubic"), "scheme must be one of"),
+        (lambda: block_at(partition(12, 3, PRIOR), 80.1), r"must lie in \[0.002, 80.0\], got 80.1"),
+        (lambda: block_at(partition(12, 3, PRIOR), 0.0019), "level must lie in"),
+        (lambda: block_at(partition(12, 3, PRIOR), float("nan")), "level must lie in"),
+    ],
+)
+def test_rejects(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

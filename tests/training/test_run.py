@@ -1,0 +1,188 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from training.tiny import DIT, PRIOR, VIT, equal, weights
+
+from dbkernels.training import checkpoint
+from dbkernels.training.log import read_log
+from dbkernels.training.run import (
+    PartitionConfig,
+    RunConfig,
+    load_run,
+    read_config,
+    train,
+)
+from dbkernels.training.trainer import TrainerConfig
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "data.npy"
+    random = np.random.default_rng(0)
+    images = random.standard_normal((12, 1, 4, 4)).astype(np.float32)
+    np.save(path, images)
+    np.save(tmp_path / "data_labels.npy", np.arange(12) % 3)
+    return str(path)
+
+
+def make_config(source, family="vit", **changes):
+    trainer = TrainerConfig(steps=4, batch_size=4, lr=1e-2, ema=0.9)
+    fields = {
+        "family": family,
+        "model": VIT if family == "vit" else DIT,
+        "data": source,
+        "weighting": "none" if family == "vit" else "edm",
+        "label_drop": 0.0,
+        "mirror": False,
+        "shift": 0,
+        "partition": PartitionConfig(num_blocks=3),
+        "prior": PRIOR,
+        "trainer": trainer,
+    }
+    return RunConfig(**{**fields, **changes})
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stop_at(step):
+    def on_step(row):
+        if row["step"] == step:
+            raise Interrupted
+
+    return on_step
+
+
+@pytest.mark.parametrize("family", ["vit", "dit"])
+def test_config_comes_back_as_it_was_written(tmp_path, source, family):
+    config = make_config(source, family)
+    train(config, tmp_path / "run", device="cpu")
+    assert read_config(tmp_path / "run") == config
+
+
+@pytest.mark.parametrize("stop", [2, 5, 9])
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, source, stop):
+    config = make_config(source, "dit", label_drop=0.3, mirror=True, shift=1)
+    whole = train(config, tmp_path / "whole", device="cpu")
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "cut", device="cpu", save_every=2, on_step=stop_at(stop))
+    resumed = train(config, tmp_path / "cut", device="cpu", save_every=2, resume="latest")
+    for group, expected in whole.tensors().items():
+        assert equal(resumed.tensors()[group], expected), group
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+    saved = [
+        checkpoint.load(checkpoint.latest(tmp_path / n / "checkpoints")) for n in ("whole", "cut")
+    ]
+    for group in saved[0][0]:
+        assert equal(saved[0][0][group], saved[1][0][group])
+
+
+def test_an_earlier_checkpoint_can_be_named(tmp_path, source):
+    config = make_config(source)
+    whole = train(config, tmp_path / "run", device="cpu", save_every=4)
+    earlier = sorted((tmp_path / "run" / "checkpoints").iterdir())[0]
+    again = train(config, tmp_path / "run", device="cpu", resume=str(earlier))
+    assert equal(weights(again), weights(whole))
+
+
+def test_the_same_seed_initialises_the_same_layers_in_any_partition(source):
+    one = make_config(source, partition=PartitionConfig(num_blocks=1)).build("cpu")
+    three = make_config(source).build("cpu")
+    assert all(map(torch.equal, one.model.parameters(), three.model.parameters()))
+
+
+def test_building_leaves_the_global_generator_alone(source):
+    before = torch.random.get_rng_state()
+    make_config(source).build("cpu")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_loaded_run_has_the_average_or_the_last_weights(tmp_path, source):
+    trainer = train(make_config(source), tmp_path / "run", device="cpu")
+    _, averaged = load_run(tmp_path / "run", device="cpu")
+    _, last = load_run(tmp_path / "run", averaged=False, device="cpu")
+    assert equal(dict(last.named_parameters()), weights(trainer))
+    assert equal(dict(averaged.named_parameters()), trainer.tensors()["ema"])
+    assert not averaged.training
+
+
+def test_copies_load_their_frozen_table_beside_the_average(tmp_path, source):
+    trainer = TrainerConfig(steps=2, batch_size=4, ema=0.9, sharing="copies")
+    config = make_config(source, trainer=trainer)
+    trained = train(config, tmp_path / "run", device="cpu")
+    _, loaded = load_run(tmp_path / "run", device="cpu")
+    table = loaded.model.label_table.weight
+    assert torch.equal(table, trained.models.model.label_table.weight)
+    assert all(model.label_table.weight is table for model in loaded.copies)
+
+
+def test_split_reaches_the_blocks(source):
+    config = make_config(source, partition=PartitionConfig(num_blocks=2, split="1,2"))
+    assert [block.layers for block in config.build("cpu").blocks] == [(0,), (1, 2)]
+
+
+def test_a_run_is_not_written_over(tmp_path, source):
+    config = make_config(source)
+    train(config, tmp_path / "run", device="cpu")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="must hold no run yet"):
+        train(config, tmp_path / "run", device="cpu")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, source):
+    config = make_config(source)
+    train(config, tmp_path / "run", device="cpu")
+    other = dataclasses.replace(config, shift=1)
+    with pytest.raises(ValueError, match="shift"):
+        train(other, tmp_path / "run", device="cpu", resume="latest")
+
+
+def test_bad_settings_touch_no_file(tmp_path, source):
+    run = tmp_path / "run"
+    cases = [
+        (make_config(source, partition=PartitionConfig(num_blocks=4)), {}, "num_blocks"),
+        (make_config(source, partition=PartitionConfig(split="1,1")), {}, "split"),
+        (make_config(source, partition=PartitionConfig(split="1,x")), {}, "whole numbers"),
+        (make_config(source, partition=PartitionConfig(gamma=-1.0)), {}, "gamma"),
+        (make_config(str(tmp_path / "none.npy")), {}, "none.npy"),
+        (make_config(source), {"resume": "latest"}, "must hold a checkpoint"),
+        (make_config(source), {"save_every": -1}, "save_every"),
+    ]
+    for config, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            train(config, run, device="cpu", **options)
+        assert not run.exists()
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path, source):
+    config = make_config(source, trainer=TrainerConfig(steps=4, batch_size=4, lr=1e30, clip=0))
+    with pytest.raises(FloatingPointError, match="nothing was updated"):
+        train(config, tmp_path / "run", device="cpu", save_every=1)
+    checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_drop": 1.0}, r"label_drop must be in \[0, 1\), got 1.0"),
+        ({"label_drop": 0.1}, "label_drop must be 0 for vit, got 0.1"),
+        ({"shift": -1}, "shift must be at least 0 pixels, got -1"),
+    ],
+)
+def test_rejects(source, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(source, **changes)
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must hold config\.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"family": "vit"}))
+    with pytest.raises(ValueError, match="one that this version wrote"):
+        read_config(tmp_path)

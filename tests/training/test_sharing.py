@@ -1,0 +1,86 @@
+import pytest
+import torch
+from training.tiny import PRIOR, VIT, make_models
+
+from dbkernels.models import ViT
+from dbkernels.training.partition import partition
+from dbkernels.training.sharing import SHARED, BlockModels
+
+
+def test_joint_blocks_use_the_very_same_model():
+    models = make_models(sharing="joint")
+    assert all(models.of(block) is models.model for block in models.blocks)
+
+
+def test_copies_share_layers_and_target_and_nothing_else():
+    models = make_models(sharing="copies")
+    first, *others = [models.of(block) for block in models.blocks]
+    assert len(others) == 2
+    for other in others:
+        assert other.layers is first.layers
+        assert other.label_table is first.label_table
+        for name in ("patch", "condition", "norm", "modulation", "head"):
+            assert getattr(other, name) is not getattr(first, name)
+        assert other.positions is not first.positions
+        assert torch.equal(other.patch.weight, first.patch.weight)
+
+
+def test_copies_freeze_what_makes_the_target_and_joint_trains_it():
+    assert not make_models(sharing="copies").model.label_table.weight.requires_grad
+    assert make_models(sharing="joint").model.label_table.weight.requires_grad
+
+
+@pytest.mark.parametrize("family", ["vit", "dit"])
+@pytest.mark.parametrize("sharing", ["joint", "copies"])
+def test_every_trainable_parameter_is_in_one_part_under_its_own_name(family, sharing):
+    models = make_models(family, sharing=sharing)
+    parts = models.parts()
+    names = [name for parameters in parts.values() for name in parameters]
+    expected = {name: p for name, p in models.named_parameters() if p.requires_grad}
+    assert sorted(names) == sorted(expected)
+    for parameters in parts.values():
+        assert all(expected[name] is p for name, p in parameters.items())
+
+
+def test_joint_blocks_own_their_layers_and_share_the_rest():
+    parts = make_models(sharing="joint").parts()
+    assert set(parts) == {"block0", "block1", "block2", SHARED}
+    for index in range(3):
+        assert all(name.startswith(f"model.layers.{index}.") for name in parts[f"block{index}"])
+    assert not any("layers" in name for name in parts[SHARED])
+
+
+def test_copies_leave_nothing_shared():
+    parts = make_models(sharing="copies").parts()
+    assert set(parts) == {"block0", "block1", "block2"}
+    assert "model.patch.weight" in parts["block0"]
+    assert "copies.0.patch.weight" in parts["block1"]
+    assert "copies.1.patch.weight" in parts["block2"]
+    assert "model.layers.1.norm1.weight" in parts["block1"]
+
+
+@pytest.mark.parametrize("sharing", ["joint", "copies"])
+def test_one_block_shares_nothing_and_trains_everything(sharing):
+    models = make_models(num_blocks=1, sharing=sharing)
+    assert list(models.parts()) == ["block0"]
+    assert len(models.parts()["block0"]) == len(list(models.parameters()))
+
+
+def test_a_layer_of_several_blocks_is_shared():
+    models = BlockModels(ViT(VIT), partition([0, 1, 1, 2], 2, PRIOR), "joint")
+    parts = models.parts()
+    assert any(name.startswith("model.layers.1.") for name in parts[SHARED])
+    assert all(name.startswith("model.layers.0.") for name in parts["block0"])
+
+
+@pytest.mark.parametrize(
+    ("layers", "sharing", "message"),
+    [
+        (3, "both", "sharing must be joint or copies, got both"),
+        (4, "joint", "layers must be below 3, got 3"),
+        ([0, 1, 1, 2], "copies", "must be in one block, got layer 1 in several"),
+    ],
+)
+def test_rejects(layers, sharing, message):
+    with pytest.raises(ValueError, match=message):
+        BlockModels(ViT(VIT), partition(layers, 2, PRIOR), sharing)

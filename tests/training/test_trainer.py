@@ -1,0 +1,214 @@
+import pytest
+import torch
+from training.tiny import equal, make_trainer, weights
+
+from dbkernels.models import AdaLNLayer
+from dbkernels.training.trainer import TrainerConfig, load_weights
+
+
+def outside(trainer, block):
+    prefix = tuple(f"model.layers.{i}." for i in range(3) if i not in block.layers)
+    return {k: v for k, v in weights(trainer).items() if k.startswith(prefix)}
+
+
+@pytest.mark.parametrize("family", ["vit", "dit"])
+def test_a_step_leaves_the_other_blocks_layers_bitwise_unchanged(family):
+    trainer = make_trainer(family, weight_decay=0.5)
+    trainer.run()
+    block = trainer.blocks[1]
+    before, others = weights(trainer), outside(trainer, block)
+    trainer.step_block(block)
+    assert equal(outside(trainer, block), others)
+    changed = {k for k, v in weights(trainer).items() if not torch.equal(v, before[k])}
+    assert any(name.startswith("model.layers.1.") for name in changed)
+    assert "model.patch.weight" in changed and "model.head.weight" in changed
+    assert all(parameter.grad is None for parameter in trainer.models.parameters())
+
+
+def test_a_step_on_one_block_builds_no_graph_of_another():
+    trainer, ran = make_trainer(), []
+    for index, layer in enumerate(trainer.models.model.layers):
+        assert isinstance(layer, AdaLNLayer)
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    trainer.step_block(trainer.blocks[2])
+    assert ran == [2]
+
+
+@pytest.mark.parametrize("family", ["vit", "dit"])
+def test_copies_give_the_same_bits_in_any_order(family):
+    results = []
+    for order in ([0, 1, 2] * 3, [2, 2, 0, 1, 1, 0, 2, 0, 1], [1, 1, 1, 0, 0, 0, 2, 2, 2]):
+        trainer = make_trainer(family, sharing="copies", decay="cosine", ema=0.9, warmup=1)
+        for index in order:
+            trainer.step_block(trainer.blocks[index])
+        results.append((weights(trainer), trainer.tensors()["ema"]))
+    for other in results[1:]:
+        assert equal(other[0], results[0][0]) and equal(other[1], results[0][1])
+
+
+def test_joint_blocks_depend_on_the_order():
+    results = []
+    for order in ([0, 1, 2], [2, 1, 0]):
+        trainer = make_trainer(sharing="joint")
+        for index in order:
+            trainer.step_block(trainer.blocks[index])
+        results.append(weights(trainer))
+    assert not equal(*results)
+
+
+def test_run_gives_every_block_its_steps_and_the_shared_parts_all():
+    trainer = make_trainer(steps=3)
+    trainer.run()
+    assert {name: part.steps for name, part in trainer.parts.items()} == {
+        "block0": 3,
+        "block1": 3,
+        "block2": 3,
+        "shared": 9,
+    }
+    assert trainer.step == trainer.total_steps == 9
+
+
+def test_shared_parts_warm_up_over_the_steps_of_all_blocks():
+    trainer = make_trainer(steps=4, warmup=2, decay="cosine")
+    rates = {"block0": [], "shared": []}
+    for step in range(12):
+        trainer.step_block(trainer.blocks[step % 3])
+        for name in rates:
+            rates[name].append(trainer.parts[name].optimizer.param_groups[0]["lr"])
+    assert rates["block0"][0] == pytest.approx(1e-2 / 3)
+    assert rates["shared"][0] == pytest.approx(1e-2 / 7)
+    assert max(rates["shared"]) == pytest.approx(1e-2)
+    assert rates["shared"][-1] < 1e-3
+
+
+def test_same_seed_same_bits_other_seed_other_bits():
+    results = []
+    for seed in (0, 0, 1):
+        trainer = make_trainer(seed=seed)
+        trainer.run()
+        results.append(weights(trainer))
+    assert equal(results[0], results[1]) and not equal(results[0], results[2])
+
+
+def test_accumulation_sees_the_same_samples_and_gives_their_mean_gradient():
+    def objective(model, block, batch, generator):
+        sigma = torch.full((len(batch["label"]),), 1.0)
+        z = model.target(batch)
+        return model.loss(model.denoise(z, sigma, block.layers, batch), batch, sigma).mean()
+
+    whole = make_trainer(objective=objective, accumulate=1)
+    pieces = make_trainer(objective=objective, accumulate=4)
+    for trainer in (whole, pieces):
+        for step in range(3):
+            trainer.step_block(trainer.blocks[step])
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(pieces)[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_clipping_bounds_the_gradient_of_one_update(clip):
+    trainer = make_trainer(clip=clip)
+    row = trainer.step_block(trainer.blocks[0])
+    moments = [
+        state["exp_avg"]
+        for name in ("block0", "shared")
+        for state in trainer.parts[name].optimizer.state.values()
+    ]
+    # the first moment of Adam is a tenth of the gradient after one step
+    norm = torch.stack([moment.norm() for moment in moments]).norm().item() * 10
+    assert row["grad_norm"] > 1e-2
+    assert norm == pytest.approx(clip or row["grad_norm"], rel=1e-3)
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters():
+    seen = []
+    trainer = make_trainer("dit", autocast=True)
+    trainer.models.model.layers[0].mlp.fc1.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.dtype)
+    )
+    row = trainer.step_block(trainer.blocks[0])
+    assert seen == [torch.bfloat16]
+    assert all(p.dtype == torch.float32 for p in trainer.models.parameters())
+    assert row["loss"] > 0
+
+
+def test_rows_tell_the_blocks_own_step():
+    trainer = make_trainer()
+    rows = [trainer.step_block(trainer.blocks[i]) for i in (2, 0, 2)]
+    told = [(row["step"], row["block"], row["block_step"]) for row in rows]
+    assert told == [(0, 2, 0), (1, 0, 0), (2, 2, 1)]
+    assert set(rows[0]) == {"step", "block", "block_step", "loss", "grad_norm", "lr"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_update(value):
+    def objective(model, block, batch, generator):
+        return model.head.weight.sum() * value
+
+    trainer = make_trainer(objective=objective, ema=0.9)
+    before = weights(trainer)
+    message = r"block 1 at its step 0 with sigma in \[0.170584, 0.531832\]; nothing was updated"
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.step_block(trainer.blocks[1])
+    assert equal(weights(trainer), before)
+    assert trainer.step == trainer.parts["block1"].steps == 0
+    assert all(p.grad is None for p in trainer.models.parameters())
+
+
+@pytest.mark.parametrize("sharing", ["joint", "copies"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_restored_trainer_goes_on_with_the_same_bits(sharing, ema):
+    settings = {"sharing": sharing, "ema": ema, "decay": "cosine", "warmup": 1}
+    whole = make_trainer(**settings)
+    whole.run()
+    first, second = make_trainer(**settings), make_trainer(**settings)
+    for _ in range(5):
+        first.step_block(first.next_block())
+    tensors = {g: {k: v.clone() for k, v in t.items()} for g, t in first.tensors().items()}
+    second.restore(tensors, first.counters())
+    second.run()
+    for group, expected in whole.tensors().items():
+        assert equal(second.tensors()[group], expected), group
+    assert second.counters() == whole.counters()
+
+
+def test_augmentation_changes_every_batch_from_the_steps_own_generator():
+    trainer, seen = make_trainer(), []
+
+    def augment(batch, generator):
+        seen.append(torch.rand((), generator=generator).item())
+        return batch
+
+    trainer.augment = augment
+    for index in (0, 0, 1):
+        trainer.step_block(trainer.blocks[index])
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"accumulate": 3}, "accumulate must divide the batch size 4, got 3"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"lr": float("nan")}, "lr must be positive, got nan"),
+        ({"warmup": -1}, "warmup must be at least 0, got -1"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+        ({"clip": -1.0}, "clip must be at least 0, got -1.0"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+    ],
+)
+def test_rejects(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainerConfig(**{"steps": 1, "batch_size": 4, **settings})
+
+
+def test_loading_rejects_weights_of_another_model():
+    models = make_trainer().models
+    with pytest.raises(ValueError, match=r"weight model.head.bias must be \(3,\), got \(4,\)"):
+        load_weights(models, {"model.head.bias": torch.zeros(4)})
+    with pytest.raises(ValueError, match="weight neck must be no such parameter"):
+        load_weights(models, {"neck": torch.zeros(4)})
