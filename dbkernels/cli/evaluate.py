@@ -27,7 +27,10 @@ Row = dict[str, object]
 class Evaluate:
     """Evaluate trained runs on held-out data: losses by block, and accuracy after every step."""
 
-    run_dirs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    run_dirs: Annotated[
+        Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)"),
+    ]
     """Directories of runs; runs that differ by their seed alone are also averaged."""
     data: str = ""
     """Data to read, as for train; empty takes the run's own."""
@@ -112,7 +115,12 @@ def _means(rows: list[Row]) -> list[Row]:
 
 def _table(rows: list[Row]) -> Table:
     names, parent = _short_names([str(row["run"]) for row in rows if row["seed"] != ""])
-    table = Table(box=box.SIMPLE_HEAD, caption=parent and f"runs of {parent}")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        caption=parent and f"runs of {parent}",
+    )
     table.add_column("run", overflow="fold")
     headings = ["blocks", "seed", "loss of\neach block", "loss at\nsigma_max"]
     classified = any("accuracy" in row for row in rows)
@@ -139,4 +147,4 @@ def _short_names(paths: list[str]) -> tuple[dict[str, str], str]:
     parents = [os.path.dirname(path) for path in paths]
     absolute = {os.path.isabs(path) for path in paths}
     parent = os.path.commonpath(parents) if len(absolute) == 1 else ""
-    return {path: os.path.relpath(path, parent or ".") for path in paths}, parent
+    return {path: os.path.relpath(path, parent) if parent else path for path in paths}, parent

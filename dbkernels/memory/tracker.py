@@ -120,7 +120,12 @@ class Tracker(TorchDispatchMode):
         return out
 
     def tag(self, tensors: Iterable[Tensor], category: str) -> None:
-        """Say what tensors are for. One that was not met before counts from now on."""
+        """Say what tensors are for, before or during the run.
+
+        Args:
+            tensors:   those not met before count from now on
+            category:  one of CATEGORIES; a storage keeps the first of all that it was given
+        """
         for tensor in tensors:
             self._mark(self._meet(tensor, TEMPORARIES, self._now()), CATEGORIES.index(category))
 

@@ -27,7 +27,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         """x (B, T, D), rotary (2, T, D/H) of `rotary_table` or None for no rotation."""
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.H, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D/H)
+        heads = self.qkv(x).view(B, T, 3, self.H, D // self.H)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)

@@ -115,5 +115,5 @@ PRESETS = {
     "B/2": DiTConfig(width=768, depth=12, heads=12),
     "L/2": DiTConfig(width=1024, depth=24, heads=16),
     "XL/2": DiTConfig(width=1152, depth=28, heads=16),
-    "digits": DiTConfig(width=96, depth=12, heads=4, image_size=8, channels=1, num_classes=10),
+    "digits": DiTConfig(width=64, depth=12, heads=4, image_size=8, channels=1, num_classes=10),
 }

@@ -14,7 +14,7 @@ def patchify(image: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) -> (B, T, patch * patch * C), patches in reading order, channels last."""
     B, C, H, W = image.shape
     x = image.reshape(B, C, H // patch, patch, W // patch, patch)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:

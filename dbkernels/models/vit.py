@@ -129,10 +129,10 @@ PRESETS = {
         patch=2,
         channels=1,
         num_classes=10,
-        width=96,
+        width=64,
         depth=12,
         heads=4,
-        mlp_hidden=384,
+        mlp_hidden=256,
         cond_dim=32,
     ),
 }

@@ -159,7 +159,7 @@ def save(root: Path, step: int, tensors: Tensors, state: dict, *, keep: int = 2)
         The directory of the checkpoint.
     Raises:
         ValueError: an argument that could not be read back as it is.
-        OSError, RuntimeError: the disk refused; earlier checkpoints are untouched.
+        OSError: the disk refused; earlier checkpoints are untouched.
     """
     _check_request(step, tensors, state, keep)
     if not root.exists():
@@ -175,7 +175,7 @@ def save(root: Path, step: int, tensors: Tensors, state: dict, *, keep: int = 2)
         os.rename(temporary, final)
         _fsync(root)
     except safetensors.SafetensorError as error:
-        raise RuntimeError(f"cannot write checkpoint {final}: {error}") from error
+        raise OSError(f"cannot write checkpoint {final}: {error}") from error
     finally:
         _tidy(root)
     for path in [p for p in _newest_first(root) if p != final][keep - 1 :]:

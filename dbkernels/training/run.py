@@ -188,7 +188,7 @@ def train(
     trainer = config.trainer_on(device, open_data(config.data, "train", config.model.num_classes))
     if resume:
         restore(trainer, config, directory, resume)
-    elif (directory / "config.json").exists():
+    elif checkpoint.latest(directory / "checkpoints"):
         raise ValueError(f"{directory} must hold no run yet, got one; resume it or choose another")
     log = RunLog(directory, first_step=trainer.step, tensorboard=tensorboard)
     write_config(config, directory)

@@ -234,7 +234,7 @@ def test_an_error_inside_the_writer_names_the_checkpoint(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(RuntimeError, match=r"cannot write checkpoint .*step-00000002: .*large"):
+        with pytest.raises(OSError, match=r"cannot write checkpoint .*step-00000002: .*large"):
             save(tmp_path, 2, {"model": {"w": torch.zeros(10_000)}}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

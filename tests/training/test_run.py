@@ -135,6 +135,14 @@ def test_a_run_is_not_written_over(tmp_path, source):
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(tmp_path, source):
+    config = make_config(source)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run", device="cpu", on_step=stop_at(1))
+    whole = train(config, tmp_path / "run", device="cpu")
+    assert len(read_log(tmp_path / "run" / "log.jsonl")) == whole.total_steps
+
+
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, source):
     config = make_config(source)
     train(config, tmp_path / "run", device="cpu")

@@ -1,0 +1,1 @@
+"""Bytes; knows no model."""

@@ -1,0 +1,42 @@
+"""Runs of the command line for its tests: tiny data, tiny models, and what was printed."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+SIZES = [
+    "--depth",
+    "3",
+    "--width",
+    "16",
+    "--heads",
+    "2",
+    "--steps",
+    "2",
+    "--batch-size",
+    "8",
+    "--device",
+    "cpu",
+]
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def write_npz(path, shape=(1, 8, 8), labels=None):
+    """24 images of noise in 3 classes, and 9 to test on."""
+    images = np.random.default_rng(0).integers(0, 256, (24, *shape), dtype=np.uint8)
+    labels = np.arange(24) % 3 if labels is None else labels
+    np.savez(path, images=images, labels=labels, test_images=images[:9], test_labels=labels[:9])
+
+
+def refused(outcome, message):
+    """Whether a run ended as a mistake does: exit 1 and one line that holds the message."""
+    assert outcome.code == 1, outcome
+    assert outcome.out == ""
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
+    assert message in outcome.err
+    return True

@@ -1,0 +1,209 @@
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models.tiny import randomise
+from torch import nn
+from training.tiny import DIT, PRIOR, VIT
+
+from dbkernels.diffusion.gaussian import add_noise, cdf_grid
+from dbkernels.diffusion.precondition import c_in, c_noise, c_out, c_skip
+from dbkernels.diffusion.samplers import euler, heun, start
+from dbkernels.models import FAMILIES, AdaLNLayer, DiT, LayerConfig, ViT
+from dbkernels.models.attention import rotary_table
+from dbkernels.models.embed import NoiseEmbedding
+from dbkernels.training.inference import block_denoiser
+from dbkernels.training.objective import gaussian_step
+from dbkernels.training.partition import partition
+from dbkernels.training.sharing import BlockModels
+from dbkernels.training.trainer import Trainer, TrainerConfig
+
+LEVEL = torch.tensor([0.01, 0.4, 2.0, 60.0])
+both = pytest.mark.parametrize("family", ["vit", "dit"])
+
+
+def make_model(family):
+    return randomise(FAMILIES[family]({"vit": VIT, "dit": DIT}[family]))
+
+
+def make_batch():
+    return {"image": torch.randn(4, 1, 4, 4), "label": torch.tensor([2, 0, 1, 1])}
+
+
+def noisy(model, batch):
+    return add_noise(model.target(batch), LEVEL, torch.Generator().manual_seed(3))
+
+
+def test_the_families_have_names():
+    assert set(FAMILIES) == {"vit", "dit"}
+
+
+@both
+def test_two_halves_in_one_call_are_the_whole_network(family):
+    model, batch = make_model(family), make_batch()
+    first, second = (block.layers for block in partition(3, 2, PRIOR))
+    z = noisy(model, batch)
+    whole = model.denoise(z, LEVEL, range(3), batch)
+    assert torch.equal(model.denoise(z, LEVEL, (*first, *second), batch), whole)
+    for half in (first, second):
+        assert not torch.allclose(model.denoise(z, LEVEL, half, batch), whole, atol=1e-3)
+
+
+@both
+@pytest.mark.parametrize("layers", [(0, 1, 2), (2, 0), (1, 1, 1), ()])
+def test_layers_run_in_the_order_that_was_asked_each_on_the_last_ones_output(family, layers):
+    model, batch, calls = make_model(family), make_batch(), []
+    for index, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda _, args, out, i=index: calls.append((i, args[0], out)))
+    model.denoise(noisy(model, batch), LEVEL, layers, batch)
+    assert tuple(index for index, _, _ in calls) == layers
+    for (_, _, given), (_, taken, _) in pairwise(calls):
+        assert taken is given
+
+
+@both
+def test_gradients_stay_in_the_layers_that_ran_and_in_what_is_shared(family):
+    model, batch = make_model(family), make_batch()
+    prediction = model.denoise(noisy(model, batch), LEVEL, (1,), batch)
+    model.loss(prediction, batch, LEVEL).mean().backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith(("layers.0.", "layers.2.")):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None and parameter.grad.any(), name
+
+
+@both
+def test_loss_and_estimate_have_the_shapes_of_the_protocol(family):
+    model, batch = make_model(family), make_batch()
+    z = noisy(model, batch)
+    prediction = model.denoise(z, LEVEL, range(3), batch)
+    loss = model.loss(prediction, batch, LEVEL)
+    assert loss.shape == (4,) and loss.dtype == torch.float32 and (loss > 0).all()
+    assert model.estimate(prediction).shape == z.shape == model.target(batch).shape
+
+
+@both
+def test_samples_do_not_see_each_other(family):
+    model, batch = make_model(family), make_batch()
+    z = noisy(model, batch).detach().requires_grad_()
+    prediction = model.denoise(z, LEVEL, range(3), batch)
+    model.loss(prediction, batch, LEVEL)[2].backward()
+    assert z.grad.flatten(1).any(1).tolist() == [False, False, True, False]
+
+
+@both
+def test_the_target_is_made_by_the_target_parts_alone(family):
+    model, batch = make_model(family), make_batch()
+    before = model.target(batch)
+    children = dict(model.named_children())
+    assert set(model.target_parts) <= set(children)
+    for name, child in children.items():
+        if name not in model.target_parts:
+            randomise(child)
+    assert torch.equal(model.target(batch), before)
+    for name in model.target_parts:
+        randomise(children[name])
+        assert not torch.equal(model.target(batch), before)
+
+
+@both
+def test_same_bits_every_run(family):
+    model, batch = make_model(family), make_batch()
+    z = noisy(model, batch)
+    first, second = (model.denoise(z, LEVEL, range(3), batch) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+class Recurrent(nn.Module):
+    """Prelude, core and coda over tokens; the core is run as often as a block's layers say."""
+
+    target_parts = ("table",)
+
+    def __init__(self, words=5, D=16):
+        super().__init__()
+        self.table, self.stem = nn.Embedding(words, D), nn.Embedding(words, D)
+        self.condition = NoiseEmbedding(8)
+        layer = LayerConfig(D, 2, 32, 8, norm="rms", mlp="swiglu", bias=False)
+        self.layers = nn.ModuleList(AdaLNLayer(layer) for _ in range(3))
+        self.norm, self.head = nn.RMSNorm(D), nn.Linear(D, words)
+
+    def rows(self):
+        return F.normalize(self.table.weight, dim=-1)
+
+    def target(self, batch):
+        return self.rows()[batch["answer"]]
+
+    def denoise(self, z, level, layers, batch):
+        c, sigma = self.condition(c_noise(level)), level[:, None, None]
+        rotary = rotary_table(torch.arange(z.shape[1], device=z.device), 8)
+        x = c_in(sigma, 0.5) * z + self.stem(batch["token"])
+        for index in layers:
+            x = self.layers[index](x, c, rotary)
+        return self.head(c_skip(sigma, 0.5) * z + c_out(sigma, 0.5) * self.norm(x))
+
+    def loss(self, prediction, batch, level):
+        return F.cross_entropy(prediction.mT, batch["answer"], reduction="none").mean(1)
+
+    def estimate(self, prediction):
+        return prediction.softmax(-1) @ self.rows()
+
+
+class Tokens:
+    """Words, each to be answered by the word after it in the alphabet."""
+
+    token = torch.randint(5, (12, 6), generator=torch.Generator().manual_seed(4))
+
+    def __len__(self):
+        return len(self.token)
+
+    def batch(self, indices, device):
+        token = self.token[indices].to(device)
+        return {"token": token, "answer": (token + 1) % 5}
+
+
+STEP = partial(gaussian_step, prior=PRIOR, weighting="none", sigma_data=0.5)
+
+
+def recurrent(num_blocks):
+    return BlockModels(Recurrent(), partition([0, 1, 1, 1, 2], num_blocks, PRIOR), "joint")
+
+
+def test_a_repeated_layer_runs_again_and_its_gradient_is_the_sum():
+    models, ran = recurrent(1), []
+    randomise(models)
+    for index, layer in enumerate(models.model.layers):
+        layer.register_forward_hook(lambda *_, i=index: ran.append(i))
+    batch = Tokens().batch(torch.arange(4), "cpu")
+    loss = STEP(models.model, models.blocks[0], batch, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert ran == [0, 1, 1, 1, 2] and loss.shape == ()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in models.parameters())
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_a_recurrent_stack_is_trained_and_sampled_unchanged(num_blocks):
+    models, data = recurrent(num_blocks), Tokens()
+    config = TrainerConfig(steps=60 // num_blocks, batch_size=8, lr=2e-2, ema=0.5)
+    trainer = Trainer(models, data, STEP, config)
+    trainer.run()
+    names = {"block0"} if num_blocks == 1 else {"block0", "block1", "shared"}
+    assert set(trainer.counters()["parts"]) == names
+    if num_blocks == 2:
+        assert "model.layers.1.mlp.fc1.weight" in trainer.parts["shared"].parameters
+    batch = data.batch(torch.arange(12), "cpu")
+    z = start((12, 6, 16), 80.0, 0.5, torch.Generator().manual_seed(1))
+    # heun's correction magnifies errors by the ratio of neighbouring levels
+    halving = [80 / 2**i for i in range(11)]
+    with torch.no_grad():
+        for sampler, levels in ((euler, cdf_grid(PRIOR, 4)), (heun, halving)):
+            answer = sampler(block_denoiser(models.eval(), batch), z, levels)
+            word = (answer @ models.model.rows().T).argmax(-1)
+            assert (word == batch["answer"]).float().mean() > 0.9
+
+
+def test_a_core_that_two_blocks_run_cannot_be_copied():
+    with pytest.raises(ValueError, match="a layer must be in one block, got layer 1 in several"):
+        BlockModels(Recurrent(), partition([0, 1, 1, 1, 2], 2, PRIOR), "copies")
