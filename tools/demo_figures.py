@@ -25,7 +25,7 @@ from demo_drawing import (
 )
 from matplotlib.axes import Axes
 from matplotlib.image import imsave
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 # the palette's other colours and two greys, so that no category looks like one of three blocks
 CATEGORIES = {
@@ -82,6 +82,10 @@ def loss_figure(run: dict, limits: tuple[float, float], alt: str) -> str | None:
             axes.set_yscale("log")
             axes.set_ylim(low / 1.1, high * 1.1)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            # a range of about a decade is labelled between its powers of ten too
+            few = high / low < 20
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if few else range(2, 10)))
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:.1g}" if few else "")
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss")
         legend_above(axes, 4)

@@ -1,3 +1,4 @@
+import copy
 from functools import partial
 from itertools import pairwise
 
@@ -38,6 +39,7 @@ def noisy(model, batch):
 
 def test_the_families_have_names():
     assert set(FAMILIES) == {"vit", "dit"}
+    assert FAMILIES["vit"] is ViT and FAMILIES["dit"] is DiT
 
 
 @both
@@ -172,15 +174,18 @@ def recurrent(num_blocks):
 
 
 def test_a_repeated_layer_runs_again_and_its_gradient_is_the_sum():
-    models, ran = recurrent(1), []
-    randomise(models)
-    for index, layer in enumerate(models.model.layers):
-        layer.register_forward_hook(lambda *_, i=index: ran.append(i))
-    batch = Tokens().batch(torch.arange(4), "cpu")
-    loss = STEP(models.model, models.blocks[0], batch, torch.Generator().manual_seed(0))
-    loss.backward()
-    assert ran == [0, 1, 1, 1, 2] and loss.shape == ()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in models.parameters())
+    model = randomise(Recurrent())
+    unrolled = copy.deepcopy(model)
+    unrolled.layers = nn.ModuleList(copy.deepcopy(model.layers[i]) for i in (0, 1, 1, 1, 2))
+    batch, losses = Tokens().batch(torch.arange(4), "cpu"), []
+    for network, layers in ((model, [0, 1, 1, 1, 2]), (unrolled, 5)):
+        block = partition(layers, 1, PRIOR)[0]
+        losses.append(STEP(network, block, batch, torch.Generator().manual_seed(0)))
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    parts = [dict(unrolled.layers[i].named_parameters()) for i in (1, 2, 3)]
+    for name, parameter in model.layers[1].named_parameters():
+        torch.testing.assert_close(parameter.grad, sum(part[name].grad for part in parts))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2])

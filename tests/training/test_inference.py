@@ -37,15 +37,17 @@ def spied(models, monkeypatch):
 
 
 @sharings
-def test_a_level_is_predicted_by_the_model_and_the_layers_that_serve_it(sharing):
+def test_a_level_is_predicted_by_the_model_and_the_layers_that_serve_it(sharing, monkeypatch):
     models, batch = ready("vit", sharing), make_images()
     z = torch.randn(5, VIT.width)
     for level, index in ((80.0, 0), (0.6, 0), (LEVELS[1], 1), (0.3, 1), (0.1, 2), (0.002, 2)):
         model = models.of(models.blocks[index])
         expected = model.denoise(z, torch.full((5,), level), (index,), batch)
         assert torch.equal(predict(models, batch, z, level), expected)
-        estimate = block_denoiser(models, batch)(z, level)
-        assert torch.equal(estimate, model.estimate(expected))
+        assert torch.equal(block_denoiser(models, batch)(z, level), model.estimate(expected))
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "estimate", lambda prediction: 2 * prediction)
+            assert torch.equal(block_denoiser(models, batch)(z, level), 2 * expected)
 
 
 @sharings
