@@ -37,6 +37,7 @@ def make_run(num_blocks, **changes):
         "name": "end to end" if num_blocks == 1 else f"{num_blocks} blocks",
         "num_blocks": num_blocks,
         "updates_per_layer": 600,
+        "prior": [-1.2, 1.2],
         "blocks": [dict(zip(keys, block, strict=True)) for block in BLOCKS[num_blocks]],
         "loss": [[step, step % num_blocks, 2.0 / (step + 1)] for step in range(40)],
         "by_category": {"parameters": 10 * MIB, "saved_activations": saved, "temporaries": 0},

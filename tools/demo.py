@@ -37,9 +37,18 @@ from dbkernels.training.trainer import TrainerConfig
 NUM_BLOCKS = (1, 3)
 LEVELS = {"vit": 3, "dit": 30}  # of the samplers
 GUIDANCE = 1.5
+# ten labels of unit length can be read off z below sigma = 0.3, where the published prior has half
+# of its mass; about it, a block must look at the image
+LABEL_PRIOR = LogNormal(mean=0.0)
 # end to end, the ViT sees the noisiest levels alone, where nothing of the label is left in z: it is
 # the ordinary classifier, a harder opponent than one network for all levels
-CLASSIFIER_PRIOR = LogNormal(sigma_min=79.0)
+CLASSIFIER_PRIOR = LogNormal(mean=0.0, sigma_min=79.0)
+PRIORS = {
+    ("vit", 1): CLASSIFIER_PRIOR,
+    ("vit", 3): LABEL_PRIOR,
+    ("dit", 1): LogNormal(),
+    ("dit", 3): LogNormal(),
+}
 SHOWN_PER_CLASS = 10
 TIMED_STEPS = 8
 
@@ -91,7 +100,7 @@ class Demo:
             mirror=False,
             shift=0,
             partition=PartitionConfig(num_blocks=num_blocks),
-            prior=CLASSIFIER_PRIOR if (family, num_blocks) == ("vit", 1) else LogNormal(),
+            prior=PRIORS[family, num_blocks],
             trainer={"vit": self.classifier, "dit": self.generator}[family],
         )
 
@@ -112,6 +121,7 @@ class Demo:
             "num_blocks": num_blocks,
             "run": str(run),
             "updates_per_layer": config.trainer.steps,
+            "prior": [config.prior.mean, config.prior.std],
             "loss": [[r["step"], r["block"], r["loss"]] for r in read_log(run / "log.jsonl")],
             "blocks": [
                 {

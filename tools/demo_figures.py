@@ -36,7 +36,6 @@ CATEGORIES = {
     "inputs": ("inputs", "#F0E442"),
     "temporaries": ("temporaries", "#DDDDDD"),
 }
-PRIOR = NormalDist(-1.2, 1.2)  # of ln sigma
 
 GRID_SHADE = 90  # of 255, between digits
 
@@ -204,12 +203,11 @@ def partition_figure(run: dict, alt: str) -> str:
     Returns:
         SVG.
     """
-    log_low, log_high = np.log([SIGMA_LOW, SIGMA_HIGH])
-    mass = PRIOR.cdf(log_high) - PRIOR.cdf(log_low)
+    prior = NormalDist(*run["prior"])
 
     def density(low: float, high: float) -> tuple[np.ndarray, list[float]]:
         logs = np.linspace(np.log(low), np.log(high), 200)
-        return np.exp(logs), [PRIOR.pdf(log) / mass for log in logs]
+        return np.exp(logs), [prior.pdf(log) for log in logs]
 
     def paint(axes: Axes) -> None:
         axes.plot(*density(SIGMA_LOW, SIGMA_HIGH), color=INK, lw=1)
@@ -222,6 +220,7 @@ def partition_figure(run: dict, alt: str) -> str:
         axes.set_yticks([0, 0.1, 0.2, 0.3])
         axes.set_ylabel("density over ln sigma")
         noise_axis(axes)
+        axes.set_title(f"ln sigma ~ N({prior.mean:g}, {prior.stdev:g}²)", fontsize=8.5, loc="right")
 
     return draw(paint, alt)
 

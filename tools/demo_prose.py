@@ -57,8 +57,7 @@ SECTIONS = {
         "when the network is used. It trains on its bracket, which overlaps its neighbours. Block "
         "0 has the most noise and the first layers. The classifier trained end to end sees the "
         "noisiest end alone, where nothing of the label is left: it is an ordinary classifier.",
-        "computed from the runs' intervals; ln sigma is normal with mean −1.2 and standard "
-        "deviation 1.2, cut to 0.002..80.",
+        "computed from the runs' intervals and priors.",
     ),
     "memory": Prose(
         "Where the memory goes",

@@ -22,7 +22,7 @@ from demo_summary import MISSING, percent_text, seconds_text, summary_table
 
 TASKS = ("classification", "generation")
 REQUIRED = ("device", "torch", "commit", "command", *TASKS)
-REQUIRED_OF_RUN = ("name", "num_blocks", "blocks")
+REQUIRED_OF_RUN = ("name", "num_blocks", "blocks", "prior")
 REQUIRED_OF_BLOCK = ("index", "layers", "low", "high", "trained_low", "trained_high")
 COLUMNS = 10  # images in a row where nothing else says how many
 
