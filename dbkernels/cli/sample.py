@@ -37,7 +37,7 @@ class Sample:
     grid: Literal["cdf", "karras"] = "cdf"
     """Spacing of the levels; cdf uses every block about equally often."""
     sampler: Literal["euler", "heun"] = "euler"
-    """euler evaluates once per level; heun corrects each step and wants --grid karras."""
+    """euler evaluates once per level; heun corrects each step and wants the karras grid."""
     guidance: float = 2.0
     """Scale of classifier-free guidance; 1 for none."""
     weights: Literal["average", "last"] = "average"
