@@ -1,0 +1,139 @@
+"""How (N, F) is cut for ops that work element by element and have one bias per column.
+
+A program owns a strip of BLOCK_F columns and walks down its share of the rows. A thread keeps its
+columns, so sums over rows stay in its registers until the end.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dbkernels.ops._norm import statistics_dtype
+from dbkernels.ops._tile import LANES, partial_sums, processors
+
+CHUNK = 2**17  # elements of plain torch's temporaries, times threads: a core's cache holds four
+
+
+@dataclass(frozen=True)
+class StripTile:
+    """The tile of a kernel that works on columns, BLOCK_N rows at a time."""
+
+    BLOCK_N: int
+    BLOCK_F: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """How the rows are shared out."""
+
+    rows: int
+    """Loaded together by a thread, so that it waits for memory less often."""
+    warps: int
+    """Of one processor."""
+
+
+FORWARD = Share(rows=4, warps=64)
+# at most 128 registers to a thread, so a processor holds all its warps at once: no last wave, and
+# few partial sums
+BACKWARD = Share(rows=2, warps=16)
+
+
+def strip_tile(F: int, share: Share) -> StripTile:
+    """The tile with the fewest idle lanes; among equals, the widest."""
+    warps = min((1, 2, 4), key=lambda warps: (triton.cdiv(F, LANES * warps) * warps, -warps))
+    return StripTile(BLOCK_N=share.rows, BLOCK_F=LANES * warps, num_warps=warps)
+
+
+def rows_per_strip(N: int, F: int, tile: StripTile, share: Share, device: torch.device) -> int:
+    """Rows of one program."""
+    strips = triton.cdiv(F, tile.BLOCK_F)
+    splits = triton.cdiv(share.warps * processors(device), strips * tile.num_warps)
+    return triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
+
+
+def launch_forward(kernel, h: Tensor, bias: Tensor | None, u: Tensor) -> None:
+    N, F = u.shape
+    tile = strip_tile(F, FORWARD)
+    rows = rows_per_strip(N, F, tile, FORWARD, h.device)
+    grid = (triton.cdiv(F, tile.BLOCK_F), triton.cdiv(N, rows))
+    kernel[grid](h, bias, u, N, F, rows, **asdict(tile))
+
+
+def launch_backward(
+    kernel,
+    h: Tensor,
+    du: Tensor,
+    bias: Tensor | None,
+    dh: Tensor,
+    u: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    N, F = du.shape
+    tile = strip_tile(F, BACKWARD)
+    rows = rows_per_strip(N, F, tile, BACKWARD, h.device)
+    grid = (triton.cdiv(F, tile.BLOCK_F), triton.cdiv(N, rows))
+    if dbias is None:
+        kernel[grid](h, du, bias, dh, u, None, N, F, rows, **asdict(tile))
+        return
+    with partial_sums(grid[1], dbias[None]) as (sums,):
+        kernel[grid](h, du, bias, dh, u, sums, N, F, rows, **asdict(tile))
+
+
+@triton.jit
+def strip(N, F, rows_per_split, BLOCK_F: tl.constexpr):
+    """The columns of a program (1, BLOCK_F), its first row, and the row after its last."""
+    cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    first = tl.program_id(1).to(tl.int64) * rows_per_split
+    return cols, first, tl.minimum(first + rows_per_split, N)
+
+
+@triton.jit
+def load_bias(bias_ptr, cols, mask):
+    """float32 (1, BLOCK_F); 0 without a bias, where bias_ptr is None."""
+    bias = tl.zeros(cols.shape, tl.float32)
+    if bias_ptr is not None:
+        bias = load_tile(bias_ptr + cols, mask)
+    return bias
+
+
+@triton.jit
+def load_tile(ptr, mask):
+    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+
+
+def chunks(scratch: int, h: Tensor, *others: Tensor | None) -> Iterator[tuple]:
+    """The same few rows of h and of each other tensor, then `scratch` tensors like those of h.
+
+    The scratch is in at least float32 and the same for all chunks, so it stays in the cache.
+    """
+    rows = min(max(CHUNK * torch.get_num_threads() // h.shape[1], 1), h.shape[0])
+    buffers = h.new_empty(scratch, rows, h.shape[1], dtype=statistics_dtype(h))
+    for start in range(0, h.shape[0], rows):
+        views = [t if t is None else t[start : start + rows] for t in (h, *others)]
+        yield *views, *buffers[:, : len(views[0])]
+
+
+def add_bias(h: Tensor, bias: Tensor | None, x: Tensor) -> None:
+    """x = h + bias in the dtype of x; never h itself, which its gradient may overwrite."""
+    if bias is not None and h.dtype == x.dtype:
+        torch.add(h, bias, out=x)
+        return
+    x.copy_(h)
+    if bias is not None:
+        x += bias
+
+
+def same_dtype(out: Tensor, scratch: Tensor) -> Tensor:
+    """Where to compute what goes into `out` in the dtype of `scratch`: in place where possible."""
+    return out if out.dtype == scratch.dtype else scratch
+
+
+def check_bias(bias: Tensor | None, name: str, width: int) -> None:
+    """One element to a column of h; `name` is how the op calls that many."""
+    if bias is not None and bias.shape != (width,):
+        raise ValueError(f"bias must be ({name},) = ({width},), got {tuple(bias.shape)}")

@@ -1,0 +1,116 @@
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from dbkernels.ops import _strip
+from dbkernels.ops._register import use_implementation
+from dbkernels.ops._strip import BACKWARD, FORWARD, Share, StripTile, rows_per_strip, strip_tile
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("F", [512, 4 * 384, 4 * 768, 4 * 1024, 4 * 1152, 6144, 16384])
+def test_no_lane_of_a_common_width_is_idle(F):
+    assert F % strip_tile(F, FORWARD).BLOCK_F == 0
+
+
+@pytest.mark.parametrize("F", [1, 255, 257, 1000, 2731, 16385])
+def test_fewer_than_256_lanes_of_any_width_are_idle(F):
+    tile = strip_tile(F, FORWARD)
+    assert 0 <= triton.cdiv(F, tile.BLOCK_F) * tile.BLOCK_F - F < 256
+
+
+def test_each_thread_reads_16_bytes_of_bfloat16_of_each_row_at_once():
+    assert strip_tile(100, BACKWARD) == StripTile(BLOCK_N=2, BLOCK_F=256, num_warps=1)
+    assert strip_tile(1536, BACKWARD) == StripTile(BLOCK_N=2, BLOCK_F=512, num_warps=2)
+    assert strip_tile(4096, FORWARD) == StripTile(BLOCK_N=4, BLOCK_F=1024, num_warps=4)
+
+
+@pytest.mark.parametrize("N", [1, 7, 1000, 2**31])
+@pytest.mark.parametrize("F", [40, 1536, 16384])
+def test_programs_fill_the_device_and_cover_the_rows_in_whole_tiles(N, F, monkeypatch):
+    monkeypatch.setattr(_strip, "processors", lambda device: 132)
+    tile = strip_tile(F, BACKWARD)
+    rows = rows_per_strip(N, F, tile, BACKWARD, CPU)
+    strips, splits = triton.cdiv(F, tile.BLOCK_F), triton.cdiv(N, rows)
+    assert rows % tile.BLOCK_N == 0 and rows >= tile.BLOCK_N
+    assert splits * strips * tile.num_warps <= 16 * 132 + strips * tile.num_warps
+    # the limit of a grid's second axis
+    assert splits < 2**16
+    if N == 2**31:
+        assert splits * strips * tile.num_warps >= 0.9 * 16 * 132
+
+
+def test_the_share_sets_the_warps_of_a_processor(monkeypatch):
+    monkeypatch.setattr(_strip, "processors", lambda device: 2)
+    tile = strip_tile(512, Share(4, 8))
+    assert rows_per_strip(64, 512, tile, Share(4, 8), CPU) == 8
+    assert rows_per_strip(64, 512, tile, Share(4, 4), CPU) == 16
+
+
+@triton.jit
+def _strip_kernel(cols_ptr, rows_ptr, N, F, rows_per_split, BLOCK_F: tl.constexpr):
+    cols, first, last = _strip.strip(N, F, rows_per_split, BLOCK_F)
+    tl.store(cols_ptr + cols, cols, mask=cols < F)
+    tl.store(rows_ptr + 2 * tl.program_id(1), first)
+    tl.store(rows_ptr + 2 * tl.program_id(1) + 1, last)
+
+
+def test_rows_beyond_32_bits_have_their_own_number():
+    cols, rows = torch.zeros(40, dtype=torch.int64), torch.zeros(4, 2, dtype=torch.int64)
+    N, rows_per_split = 3 * 2**30 + 5, 2**30
+    with use_implementation("triton"):
+        _strip_kernel[(3, 4)](cols, rows, N, 40, rows_per_split, BLOCK_F=16)
+    assert cols.tolist() == list(range(40))
+    assert rows.tolist() == [[i * 2**30, min((i + 1) * 2**30, N)] for i in range(4)]
+
+
+def test_chunks_cover_the_rows_once(monkeypatch):
+    monkeypatch.setattr(_strip, "CHUNK", 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    h, du = torch.arange(33.0).view(11, 3), torch.arange(11.0).view(11, 1).bfloat16()
+    parts = list(_strip.chunks(2, h.bfloat16(), du, None))
+    assert [part[0].shape for part in parts] == [(5, 3), (5, 3), (1, 3)]
+    assert torch.equal(torch.cat([part[1] for part in parts]), du)
+    for h_rows, _, none, *scratch in parts:
+        assert none is None and len(scratch) == 2
+        assert all(s.shape == h_rows.shape and s.dtype == torch.float32 for s in scratch)
+
+
+def test_a_chunk_has_a_row_however_wide(monkeypatch):
+    monkeypatch.setattr(_strip, "CHUNK", 1)
+    assert len(list(_strip.chunks(1, torch.zeros(3, 5)))) == 3
+
+
+def test_scratch_is_no_larger_than_the_tensor():
+    ((_, scratch),) = _strip.chunks(1, torch.zeros(3, 5))
+    assert scratch.untyped_storage().nbytes() == 3 * 5 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_bias_is_added_in_float32_to_a_copy(dtype):
+    h, bias, x = (
+        torch.tensor([[1.0, 2.0]]).to(dtype),
+        torch.tensor([2.0**-12, 0]),
+        torch.empty(1, 2),
+    )
+    _strip.add_bias(h, bias, x)
+    assert x.tolist() == [[1 + 2.0**-12, 2]]
+    _strip.add_bias(h, bias.to(dtype), x)
+    assert x.tolist() == [[1 + 2.0**-12, 2]]
+    _strip.add_bias(h, None, x)
+    assert x.tolist() == [[1, 2]] and x.data_ptr() != h.data_ptr()
+
+
+def test_a_result_is_its_own_scratch_where_it_is_exact():
+    out, scratch = torch.empty(1), torch.empty(1)
+    assert _strip.same_dtype(out, scratch) is out
+    assert _strip.same_dtype(out.bfloat16(), scratch) is scratch
+
+
+def test_a_bias_of_another_width_is_refused():
+    _strip.check_bias(None, "F", 5)
+    _strip.check_bias(torch.zeros(5), "F", 5)
+    with pytest.raises(ValueError, match=r"bias must be \(2 F,\) = \(6,\), got \(5,\)"):
+        _strip.check_bias(torch.zeros(5), "2 F", 6)
