@@ -1,0 +1,296 @@
+"""Norm of queries and keys and their rotation by position, in one pass over both.
+
+    x_hat = x * rstd * weight,    rstd = 1 / sqrt(mean(x**2) + eps)
+    y     = (a * cos - b * sin, b * cos + a * sin),    x_hat = (a, b) by halves
+
+over the d elements of a head; either step may be left out. Henry et al. 2020 (arXiv:2010.04245)
+with the RMS norm of Zhang & Sennrich 2019 (arXiv:1910.07467); Su et al. 2021 (arXiv:2104.09864).
+
+Backward: dy turned the other way is the gradient g in x_hat, and with every mean over d
+
+    dx      = rstd * (weight * g - x * rstd * mean(weight * g * x * rstd))
+    dweight = sum_tokens sum_heads g * x * rstd
+
+A tile holds heads by halves, so a thread owns both elements of a pair. In bfloat16 an access has 16
+bytes where d / 2 is a multiple of 8 and as many as d / 2 allows elsewhere: 8 at d = 72.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dbkernels.ops import _door
+from dbkernels.ops._heads import (
+    angles,
+    check_heads,
+    launch,
+    load_angles,
+    load_halves,
+    load_head_weights,
+    queries_and_keys,
+    reciprocal_rms,
+    rotate,
+    store_halves,
+)
+from dbkernels.ops._norm import normalise, normalise_backward, statistics_dtype
+from dbkernels.ops._register import register
+from dbkernels.ops._tile import partial_sums
+
+FORWARD_PROGRAMS = 16  # of one processor: enough loads in flight to hide their latency
+BACKWARD_PROGRAMS = 8  # each holds a sum of d columns, and writes it once
+
+# kernels: a program takes the queries (part 0) or the keys (part 1) of a run of tokens
+
+
+@triton.jit
+def _fwd_kernel(
+    qkv_ptr, q_weight_ptr, k_weight_ptr, table_ptr,  # (B*T, 3, H, d), (d,), (d,), (2, T, d)
+    qk_ptr,                                          # (B*T, 2, H, d)
+    tokens, T, H, tokens_per_program, eps,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    first, part = tl.program_id(0).to(tl.int64) * tokens_per_program, tl.program_id(1)
+    heads = tl.minimum(tokens - first, tokens_per_program).to(tl.int32) * H
+    first_t = (first % T).to(tl.int32)
+    if q_weight_ptr is not None:
+        weight_a, weight_b = load_head_weights(part, q_weight_ptr, k_weight_ptr, HEAD_DIM, BLOCK_D)
+
+    for start in range(0, heads, BLOCK_T):
+        head = start + tl.arange(0, BLOCK_T)[:, None]
+        token, mask = first + head // H, head < heads
+        x_start = ((3 * token + part) * H + head % H) * HEAD_DIM
+        a, b = load_halves(qkv_ptr, x_start, mask, HEAD_DIM, BLOCK_D)
+
+        if q_weight_ptr is not None:
+            rstd = reciprocal_rms(a, b, eps, HEAD_DIM)
+            a, b = a * rstd * weight_a, b * rstd * weight_b
+        if table_ptr is not None:
+            t = (first_t + head // H) % T
+            cos, sin = load_angles(table_ptr, t, mask, T, HEAD_DIM, BLOCK_D)
+            a, b = a * cos - b * sin, b * cos + a * sin
+
+        y_start = ((2 * token + part) * H + head % H) * HEAD_DIM
+        store_halves(qk_ptr, y_start, mask, a, b, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _bwd_kernel(
+    dqkv_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, table_ptr,  # (B*T, 3, H, d) twice, as above
+    dq_weight_ptr, dk_weight_ptr,                              # (programs, d) each
+    tokens, T, H, tokens_per_program, eps,
+    HEAD_DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    first, part = tl.program_id(0).to(tl.int64) * tokens_per_program, tl.program_id(1)
+    heads = tl.minimum(tokens - first, tokens_per_program).to(tl.int32) * H
+    first_t = (first % T).to(tl.int32)
+    if q_weight_ptr is not None:
+        weight_a, weight_b = load_head_weights(part, q_weight_ptr, k_weight_ptr, HEAD_DIM, BLOCK_D)
+        dweight_a = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+        dweight_b = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+
+    for start in range(0, heads, BLOCK_T):
+        head = start + tl.arange(0, BLOCK_T)[:, None]
+        mask = head < heads
+        x_start = ((3 * (first + head // H) + part) * H + head % H) * HEAD_DIM
+        a, b = load_halves(dqkv_ptr, x_start, mask, HEAD_DIM, BLOCK_D)
+
+        if table_ptr is not None:
+            t = (first_t + head // H) % T
+            cos, sin = load_angles(table_ptr, t, mask, T, HEAD_DIM, BLOCK_D)
+            a, b = a * cos + b * sin, b * cos - a * sin
+        if q_weight_ptr is not None:
+            x_a, x_b = load_halves(qkv_ptr, x_start, mask, HEAD_DIM, BLOCK_D)
+            rstd = reciprocal_rms(x_a, x_b, eps, HEAD_DIM)
+            x_a, x_b = x_a * rstd, x_b * rstd
+            dweight_a, dweight_b = dweight_a + a * x_a, dweight_b + b * x_b
+            a, b = a * weight_a, b * weight_b
+            mean = tl.sum(a * x_a + b * x_b, axis=1)[:, None] / HEAD_DIM
+            a, b = rstd * (a - x_a * mean), rstd * (b - x_b * mean)
+
+        store_halves(dqkv_ptr, x_start, mask, a, b, HEAD_DIM, BLOCK_D)
+
+    if q_weight_ptr is not None:
+        # each program owns one row of partial sums: no atomics, so every run gives the same bits
+        dweight_a = tl.sum(dweight_a, axis=0)[None, :]
+        dweight_b = tl.sum(dweight_b, axis=0)[None, :]
+        out, mask = tl.program_id(0) * HEAD_DIM, tl.full((1, 1), 1, tl.int1)
+        store_halves(
+            dq_weight_ptr, out, mask & (part == 0), dweight_a, dweight_b, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
+        store_halves(
+            dk_weight_ptr, out, mask & (part == 1), dweight_a, dweight_b, HEAD_DIM, BLOCK_D
+        )  # fmt: skip
+
+
+# launchers: they write into tensors of their caller
+
+
+def _forward_triton(qkv, q_weight, k_weight, rotary, qk, heads, eps):
+    B, T, _ = qkv.shape
+    programs, each, constants = launch(qkv, heads, FORWARD_PROGRAMS)
+    _fwd_kernel[(programs, 2)](
+        qkv, q_weight, k_weight, rotary, qk, B * T, T, heads, each, eps, **constants
+    )
+
+
+def _forward_torch(qkv, q_weight, k_weight, rotary, qk, heads, eps):
+    x = queries_and_keys(qkv, heads).to(statistics_dtype(qkv))
+    if q_weight is not None:
+        x = normalise(x, eps, centred=False)[0] * torch.stack([q_weight, k_weight])[:, None]
+    if rotary is not None:
+        cos, sin = angles(rotary)
+        x = rotate(x, cos, sin)
+    qk.copy_(x)
+
+
+def _backward_triton(
+    dqkv, qkv, q_weight, k_weight, rotary, dq_weight, dk_weight, heads, eps
+):  # fmt: skip
+    B, T, _ = dqkv.shape
+    programs, each, constants = launch(dqkv, heads, BACKWARD_PROGRAMS)
+
+    def run(dq_sums, dk_sums):
+        _bwd_kernel[(programs, 2)](
+            dqkv, qkv, q_weight, k_weight, rotary, dq_sums, dk_sums,
+            B * T, T, heads, each, eps, **constants,
+        )  # fmt: skip
+
+    if q_weight is None:
+        run(None, None)
+        return
+    with partial_sums(programs, dq_weight[None], dk_weight[None]) as sums:
+        run(*sums)
+
+
+def _backward_torch(dqkv, qkv, q_weight, k_weight, rotary, dq_weight, dk_weight, heads, eps):
+    dx = queries_and_keys(dqkv, heads)
+    g = dx.to(statistics_dtype(dqkv))
+    if rotary is not None:
+        cos, sin = angles(rotary)
+        g = rotate(g, cos, -sin)
+    if q_weight is not None:
+        x_hat, stats = normalise(queries_and_keys(qkv, heads), eps, centred=False)
+        for dweight, sums in zip((dq_weight, dk_weight), (g * x_hat).sum((0, 1, 3)), strict=True):
+            dweight.copy_(sums)
+        g = g * torch.stack([q_weight, k_weight])[:, None]
+        g = normalise_backward(g, x_hat, stats[..., 1:], centred=False)
+    dx.copy_(g)
+
+
+_forward_op = register(
+    "qk_norm_rotary_fwd(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? rotary,"
+    " Tensor(a!) qk, int heads, float eps) -> ()",
+    triton=_forward_triton,
+    torch_=_forward_torch,
+)
+_backward_op = register(
+    "qk_norm_rotary_bwd(Tensor(a!) dqkv, Tensor? qkv, Tensor? q_weight, Tensor? k_weight,"
+    " Tensor? rotary, Tensor(b!)? dq_weight, Tensor(c!)? dk_weight, int heads, float eps) -> ()",
+    triton=_backward_triton,
+    torch_=_backward_torch,
+)
+
+
+# allocation and autograd
+
+
+def qk_norm_rotary_forward(
+    qkv: Tensor,
+    heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rotary: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Processed queries and keys (B, T, 2, H, d) from contiguous qkv (B, T, 3 D)."""
+    B, T, D = qkv.shape
+    qk = qkv.new_empty((B, T, 2, heads, D // (3 * heads)))
+    if qkv.numel():
+        _forward_op(qkv, q_weight, k_weight, rotary, qk, heads, eps)
+    return qk
+
+
+def qk_norm_rotary_backward(
+    dqkv: Tensor,
+    qkv: Tensor | None,
+    heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rotary: Tensor | None,
+    eps: float,
+    *,
+    dq_weight: Tensor | None,
+    dk_weight: Tensor | None,
+) -> None:
+    """Turn the gradients of processed queries and keys into those of the raw ones, in place.
+
+    dqkv (B, T, 3 D) is contiguous and its last third is left alone. qkv is the raw input of the
+    forward in storage of its own; it is read for the norm only, and without one may be None.
+    """
+    if dqkv.numel():
+        _backward_op(dqkv, qkv, q_weight, k_weight, rotary, dq_weight, dk_weight, heads, eps)
+    elif dq_weight is not None:
+        dq_weight.zero_(), dk_weight.zero_()
+
+
+class _QKNormRotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, q_weight, k_weight, rotary, heads, eps):
+        ctx.save_for_backward(None if q_weight is None else qkv, q_weight, k_weight, rotary)
+        ctx.heads, ctx.eps = heads, eps
+        return qk_norm_rotary_forward(qkv, heads, q_weight, k_weight, rotary, eps)
+
+    @staticmethod
+    def backward(ctx, dqk):
+        _door.refuse_double_backward("qk_norm_rotary")
+        qkv, q_weight, k_weight, rotary = ctx.saved_tensors
+        dq_weight, dk_weight = (
+            None if weight is None else torch.empty_like(weight) for weight in (q_weight, k_weight)
+        )
+        B, T, _, H, d = dqk.shape
+        dqkv = dqk.new_empty((B, T, 3, H, d))
+        dqkv[:, :, :2] = dqk
+        dqkv[:, :, 2] = 0
+        dqkv = dqkv.flatten(2)
+        qk_norm_rotary_backward(
+            dqkv, qkv, H, q_weight, k_weight, rotary, ctx.eps,
+            dq_weight=dq_weight, dk_weight=dk_weight,
+        )  # fmt: skip
+        return dqkv, dq_weight, dk_weight, None, None, None
+
+
+# public
+
+
+def qk_norm_rotary(
+    qkv: Tensor,
+    heads: int,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    rotary: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Give the queries and keys of a projection their RMS norm, their rotation, or both in turn.
+
+    Args:
+        qkv:       (B, T, 3 D)  queries, keys, values: float32, bfloat16 or float16
+        heads:     H; the head width d is D / H
+        q_weight:  (d,)         of the norm of the queries; None is no norm
+        k_weight:  (d,)         of the norm of the keys; given if q_weight is
+        rotary:    (2, T, d)    float32 cosines and sines, each half repeated, so that only the
+                                first is read; turns the pairs (i, i + d/2). None is no rotation
+        eps:       added to the mean square, so in units of qkv**2
+    Returns:
+        Queries and keys, (B, T, H, d) each, dtype of qkv. Sums and steps are float32 inside.
+    Raises:
+        ValueError: a shape, dtype or device disagrees, d > MAX_HEAD_DIM, d is odd and rotated,
+            rotary requires a gradient, one weight is given alone, or there is nothing to do.
+        RuntimeError: the gradient is differentiated.
+    """
+    check_heads(qkv, heads, q_weight, k_weight, rotary)
+    qkv, q_weight, k_weight, rotary = (
+        None if x is None else x.contiguous() for x in (qkv, q_weight, k_weight, rotary)
+    )
+    return _QKNormRotary.apply(qkv, q_weight, k_weight, rotary, heads, eps).unbind(2)
