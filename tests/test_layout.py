@@ -6,7 +6,16 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "dbkernels"
-FLOOR = {"diffusion": 0, "memory": 0, "models": 1, "training": 2, "cli": 3, "__main__": 4}
+FLOOR = {
+    "ops": 0,
+    "diffusion": 0,
+    "memory": 0,
+    "models": 1,
+    "training": 2,
+    "convert": 2,
+    "cli": 3,
+    "__main__": 4,
+}
 
 
 def rooms_imported(path):

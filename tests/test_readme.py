@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from dbkernels.ops import RUNGS
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -11,7 +13,7 @@ def code_blocks(language):
 
 
 def test_the_example_trains_and_classifies():
-    (example,) = code_blocks("python")
+    example = code_blocks("python")[0]
     # the reader waits a minute for it, a test does not
     shortened = re.sub(r"steps=\d+", "steps=1", example)
     assert shortened != example
@@ -19,6 +21,19 @@ def test_the_example_trains_and_classifies():
     exec(shortened, names)
     assert len(names["blocks"]) == 3
     assert len(names["logits"]) == 3
+
+
+def test_the_layer_runs_alone():
+    names = {}
+    exec(code_blocks("python")[1], names)
+    assert names["layer"].modulation.weight.grad.any()
+
+
+def test_the_ladder_is_that_of_the_code():
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (\d+) \| ([\d.]+) \|", README, re.MULTILINE)
+    # of four layers in a row, the first keeps x; the lowest rung keeps nothing else
+    units = {name: rung.units for name, rung in RUNGS.items()}
+    assert rows == [(name, str(D), f"{D - 0.75 if D > 1 else D}") for name, D in units.items()]
 
 
 def test_every_command_line_parses(monkeypatch):

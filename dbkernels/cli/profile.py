@@ -4,7 +4,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from dbkernels.cli.shape import FamilyName, preset
 from dbkernels.cli.train import DEFAULT_WEIGHTING
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.memory.measure import CATEGORIES, measure_peak
+from dbkernels.ops.rung import Keep
 from dbkernels.training.data import ImageData
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer import Trainer, TrainerConfig
@@ -35,6 +36,8 @@ class Profile:
     """Samples of a step; made up, of the preset's shape."""
     num_blocks: str = "1,2,3,4,6"
     """Numbers of blocks with commas between; 1 is end to end."""
+    keep: Keep = "none"
+    """What a layer's backward computes again instead of keeping it: more saves more memory."""
     autocast: bool = False
     """Compute in bfloat16; parameters stay float32."""
     steps: int = 5
@@ -66,7 +69,7 @@ class Profile:
             ) from None
 
     def _row(self, num_blocks: int, device: torch.device) -> dict[str, object]:
-        model = preset(self.family, self.preset)
+        model = replace(preset(self.family, self.preset), keep=self.keep)
         config = RunConfig(
             family=self.family,
             model=model,

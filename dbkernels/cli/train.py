@@ -1,7 +1,7 @@
 """`python -m dbkernels train`."""
 
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.shape import FamilyName, fitted, preset, resized
 from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.ops.rung import Keep
 from dbkernels.training.data import open_data
 from dbkernels.training.run import PartitionConfig, RunConfig, train
 from dbkernels.training.trainer import Trainer, TrainerConfig
@@ -60,6 +61,8 @@ class Train:
     """Number of layers; 0 keeps the preset's."""
     heads: int = 0
     """Attention heads; 0 keeps the preset's."""
+    keep: Keep = "none"
+    """What a layer's backward computes again instead of keeping it: more saves more memory."""
     weighting: Literal["auto", "none", "edm", "normalised", "published"] = "auto"
     """Weight of the noise levels in the loss; auto is none for vit and edm for dit."""
     label_drop: float = 0.0
@@ -90,14 +93,11 @@ class Train:
         if not self.data:
             raise ValueError("data must be digits or a path, got an empty text")
         sizes = {k: getattr(self, k) for k in ("patch", "width", "depth", "heads")}
-        model = fitted(
-            resized(preset(self.family, self.preset), sizes),
-            open_data(self.data),
-        )
+        model = fitted(resized(preset(self.family, self.preset), sizes), open_data(self.data))
         automatic = DEFAULT_WEIGHTING[self.family]
         return RunConfig(
             family=self.family,
-            model=model,
+            model=replace(model, keep=self.keep),
             data=self.data,
             weighting=automatic if self.weighting == "auto" else self.weighting,
             label_drop=self.label_drop,

@@ -24,7 +24,8 @@ from dbkernels.models.embed import (
     unpatchify,
 )
 from dbkernels.models.family import Batch
-from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm
+from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm, run_layers
+from dbkernels.ops.rung import Keep
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class DiTConfig:
     """Width of the MLP's hidden layer over the width."""
     sigma_data: float = 0.5
     """Standard deviation of the data that the preconditioning assumes."""
+    keep: Keep = "none"
+    """What the backward computes again: a rung of `dbkernels.ops.RUNGS`; no number changes."""
 
     def __post_init__(self):
         check_patch(self.image_size, self.patch)
@@ -63,7 +66,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         D, pixels = config.width, config.channels * config.patch**2
-        layer = LayerConfig(D, config.heads, config.mlp_ratio * D, cond_dim=D)
+        layer = LayerConfig(D, config.heads, config.mlp_ratio * D, cond_dim=D, keep=config.keep)
         self.patch = nn.Linear(pixels, D)
         positions = grid_positions(config.image_size // config.patch, D)
         self.register_buffer("positions", positions, persistent=False)
@@ -91,8 +94,7 @@ class DiT(nn.Module):
         sigma, sigma_data = level[:, None, None, None], self.config.sigma_data
         c = self.condition(c_noise(level)) + self.label_table(batch["label"])
         x = self.patch(patchify(c_in(sigma, sigma_data) * z, self.config.patch)) + self.positions
-        for index in layers:
-            x = self.layers[index](x, c)
+        x = run_layers([self.layers[index] for index in layers], x, c)
         F = self.head(self.modulation(self.norm(x), c))
         F = unpatchify(F, self.config.patch, self.config.channels)
         return c_skip(sigma, sigma_data) * z + c_out(sigma, sigma_data) * F

@@ -5,17 +5,21 @@
     x = x + gate2 * mlp      ((1 + scale2) * norm(x) + shift2)
 
 Peebles & Xie 2023 (arXiv:2212.09748), section 3.2, adaLN-Zero: W and b start at zero, so a new
-layer returns its input.
+layer returns its input. The modules here hold weights; `dbkernels.ops.adaln_layer` runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbkernels.models.attention import Attention
+from dbkernels.ops.affine import fold_affine
+from dbkernels.ops.layer import LayerWeights, adaln_layer
+from dbkernels.ops.rung import RUNGS, Keep
+from dbkernels.ops.stream import ResidualStream
 
 
 @dataclass(frozen=True)
@@ -42,22 +46,31 @@ class LayerConfig:
     """Whether the attention's and the MLP's projections have one."""
     eps: float = 1e-6
     """Of the norms, in units of x**2."""
+    keep: Keep = "none"
+    """What the backward computes again rather than keep: a rung of `dbkernels.ops.RUNGS`."""
 
 
 class AdaLNLayer(nn.Module):
     """Attention and MLP, each between a conditioned norm and a conditioned gate.
 
+    Hooks of the layer run, and so do hooks of its parameters; the modules inside are never called.
+
     Raises:
-        ValueError: D is not a multiple of H, or norm or mlp is unknown.
+        ValueError: D is not a multiple of H, or norm, mlp or keep is unknown.
     """
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        D = config.D
+        if config.D % config.H:
+            raise ValueError(
+                f"the width must be a multiple of the heads, got {config.D} and {config.H}"
+            )
+        if config.keep not in RUNGS:
+            raise ValueError(f"keep must be one of {', '.join(RUNGS)}, got {config.keep}")
+        self.config = config
         self.norm1, self.norm2 = make_norm(config), make_norm(config)
-        self.attention = Attention(D, config.H, qk_norm=config.qk_norm, bias=config.bias)
-        self.mlp = make_mlp(config)
-        self.modulation = nn.Linear(config.cond_dim, 6 * D)
+        self.attention, self.mlp = Attention(config), MLP(config)
+        self.modulation = nn.Linear(config.cond_dim, 6 * config.D)
         initialise_linear(self.modulation, nn.init.zeros_)
 
     def initialise(self, initialise_weight: Callable[[Tensor], object]) -> None:
@@ -67,24 +80,98 @@ class AdaLNLayer(nn.Module):
                 if isinstance(linear, nn.Linear):
                     initialise_linear(linear, initialise_weight)
 
-    def forward(self, x: Tensor, c: Tensor, rotary: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        rotary: Tensor | None = None,
+        stream: ResidualStream | None = None,
+    ) -> Tensor:
         """One layer.
 
         Args:
             x:       (B, T, D)         residual stream
             c:       (B, cond_dim)     condition of each sample, or (B, T, cond_dim) of each token
             rotary:  (2, T, D/H)       of `rotary_table`, or None for no rotary positions
+            stream:  of the stack that the layer stands in; see `run_layers`
         Returns:
             (B, T, D), dtype of x.
+        Raises:
+            ValueError: a shape, dtype or device disagrees.
+            RuntimeError: a module inside was replaced or hooked, or the gradient is differentiated.
         """
+        config = self.config
+        return adaln_layer(
+            x,
+            self._modulation(c),
+            self._weights(),
+            heads=config.H,
+            rotary=rotary,
+            mlp=config.mlp,
+            norm=config.norm,
+            eps=config.eps,
+            keep=config.keep,
+            stream=stream,
+        )
+
+    def _modulation(self, c: Tensor) -> Tensor:
+        """(..., 6 D), with the norms' own weights folded in."""
         modulation = self.modulation(F.silu(c))
-        if modulation.dim() == 2:
-            modulation = modulation[:, None]
+        if not self.config.affine:
+            return modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        h = self.attention((1 + scale1) * self.norm1(x) + shift1, rotary)
-        x = x + gate1 * h
-        h = self.mlp((1 + scale2) * self.norm2(x) + shift2)
-        return x + gate2 * h
+        scale1, shift1 = _fold(scale1, shift1, self.norm1)
+        scale2, shift2 = _fold(scale2, shift2, self.norm2)
+        return torch.cat([shift1, scale1, gate1, shift2, scale2, gate2], dim=-1)
+
+    def _weights(self) -> LayerWeights:
+        attention, mlp = self.attention, self.mlp
+        _check_unseen(attention, Attention), _check_unseen(mlp, MLP)
+        linears = (attention.qkv, attention.out, mlp.fc1, mlp.fc2)
+        for linear in linears:
+            _check_unseen(linear, nn.Linear)
+        parameters = [p for linear in linears for p in (linear.weight, linear.bias)]
+        if self.config.qk_norm:
+            parameters += [attention.q_norm.weight, attention.k_norm.weight]
+        return LayerWeights(*parameters)
+
+
+class Attention(nn.Module):
+    """Weights of the attention; qkv is one projection, in that order."""
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        D, d = config.D, config.D // config.H
+        self.qkv = nn.Linear(D, 3 * D, bias=config.bias)
+        self.out = nn.Linear(D, D, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
+
+
+class MLP(nn.Module):
+    """Weights of the MLP: fc2(gelu(fc1(x))) with the tanh form of GELU, or fc2(silu(a) * b), where
+    fc1 gives a and b in this order (arXiv:2002.05202)."""
+
+    def __init__(self, config: LayerConfig):
+        super().__init__()
+        if config.mlp not in ("gelu", "swiglu"):
+            raise ValueError(f"mlp must be one of gelu, swiglu, got {config.mlp}")
+        first = config.mlp_hidden * (2 if config.mlp == "swiglu" else 1)
+        self.fc1 = nn.Linear(config.D, first, bias=config.bias)
+        self.fc2 = nn.Linear(config.mlp_hidden, config.D, bias=config.bias)
+
+
+def run_layers(
+    layers: Sequence[nn.Module], x: Tensor, c: Tensor, rotary: Tensor | None = None
+) -> Tensor:
+    """Run layers in order, keeping the residual stream once for several of them.
+
+    Args and result as those of `AdaLNLayer.forward`; a layer may come again.
+    """
+    stream = ResidualStream()
+    for layer in layers:
+        x = layer(x, c, rotary, stream)
+    return x
 
 
 def initialise_linear(linear: nn.Linear, initialise_weight: Callable[[Tensor], object]) -> None:
@@ -102,34 +189,20 @@ def make_norm(config: LayerConfig) -> nn.Module:
     return norms[config.norm](config.D, eps=config.eps, elementwise_affine=config.affine)
 
 
-class GeluMLP(nn.Module):
-    """Linear, GELU in its tanh form, Linear."""
-
-    def __init__(self, D: int, hidden: int, bias: bool):
-        super().__init__()
-        self.fc1 = nn.Linear(D, hidden, bias=bias)
-        self.fc2 = nn.Linear(hidden, D, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+def _fold(scale: Tensor, shift: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    return fold_affine(scale, shift, norm.weight, getattr(norm, "bias", None))
 
 
-class SwiGLUMLP(nn.Module):
-    """fc2(silu(a) * b), where fc1 gives a and b in this order (arXiv:2002.05202)."""
-
-    def __init__(self, D: int, hidden: int, bias: bool):
-        super().__init__()
-        self.fc1 = nn.Linear(D, 2 * hidden, bias=bias)
-        self.fc2 = nn.Linear(hidden, D, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(F.silu(a) * b)
-
-
-def make_mlp(config: LayerConfig) -> nn.Module:
-    """The MLP that a layer's config asks for."""
-    mlps = {"gelu": GeluMLP, "swiglu": SwiGLUMLP}
-    if config.mlp not in mlps:
-        raise ValueError(f"mlp must be one of {', '.join(mlps)}, got {config.mlp}")
-    return mlps[config.mlp](config.D, config.mlp_hidden, config.bias)
+def _check_unseen(module: nn.Module, kind: type[nn.Module]) -> None:
+    """A wrapper or a hook of a module that is never called would not run."""
+    hooked = (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
+    if type(module) is not kind or hooked:
+        raise RuntimeError(
+            "AdaLNLayer reads the weights of the modules inside and never calls them: each must be "
+            f"a plain {kind.__name__} without hooks, got {module}"
+        )

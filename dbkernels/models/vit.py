@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from dbkernels.diffusion.precondition import c_in, c_noise, c_out, c_skip
 from dbkernels.models.embed import FinalModulation, NoiseEmbedding, check_patch, patchify
 from dbkernels.models.family import Batch
-from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm
+from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm, run_layers
+from dbkernels.ops.rung import Keep
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class ViTConfig:
     """Whether the norms have weights of their own."""
     sigma_data: float = 0.5
     """Standard deviation of the clean target that the preconditioning assumes."""
+    keep: Keep = "none"
+    """What the backward computes again: a rung of `dbkernels.ops.RUNGS`; no number changes."""
 
     def __post_init__(self):
         check_patch(self.image_size, self.patch)
@@ -63,7 +66,12 @@ class ViT(nn.Module):
         self.config = config
         D, tokens = config.width, (config.image_size // config.patch) ** 2
         layer = LayerConfig(
-            D, config.heads, config.mlp_hidden, config.cond_dim, affine=config.affine
+            D,
+            config.heads,
+            config.mlp_hidden,
+            config.cond_dim,
+            affine=config.affine,
+            keep=config.keep,
         )
         self.label_table = nn.Embedding(config.num_classes, D)
         self.patch = nn.Linear(config.channels * config.patch**2, D)
@@ -98,8 +106,7 @@ class ViT(nn.Module):
         patches = self.patch(patchify(batch["image"], self.config.patch))
         tokens = torch.cat([(c_in(sigma, sigma_data) * z)[:, None].to(patches), patches], dim=1)
         x = tokens + self.positions
-        for index in layers:
-            x = self.layers[index](x, c)
+        x = run_layers([self.layers[index] for index in layers], x, c)
         D = c_skip(sigma, sigma_data) * z + c_out(sigma, sigma_data) * self.norm(x[:, 0])
         return self.head(self.modulation(D, c))
 

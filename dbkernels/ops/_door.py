@@ -77,8 +77,7 @@ def refuse_double_backward(op: str) -> None:
     """Gradients are written by kernels that autograd cannot see into."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{op} has no second derivative: call backward without create_graph=True, or use "
-            f"dbkernels.ops.reference.{op}"
+            f"{op} has no second derivative: call backward without create_graph=True"
         )
 
 

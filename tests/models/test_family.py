@@ -13,8 +13,8 @@ from dbkernels.diffusion.gaussian import add_noise, cdf_grid
 from dbkernels.diffusion.precondition import c_in, c_noise, c_out, c_skip
 from dbkernels.diffusion.samplers import euler, heun, start
 from dbkernels.models import FAMILIES, AdaLNLayer, DiT, LayerConfig, ViT
-from dbkernels.models.attention import rotary_table
 from dbkernels.models.embed import NoiseEmbedding
+from dbkernels.models.rotary import rotary_table
 from dbkernels.training.inference import block_denoiser
 from dbkernels.training.objective import gaussian_step
 from dbkernels.training.partition import partition

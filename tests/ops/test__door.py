@@ -107,7 +107,7 @@ def test_a_modulation_is_never_copied():
 
 
 def test_refuses_a_gradient_that_would_be_differentiated():
-    message = "adaln_norm has no second derivative: .*dbkernels.ops.reference.adaln_norm"
+    message = "adaln_norm has no second derivative: call backward without create_graph=True"
     with pytest.raises(RuntimeError, match=message):
         _door.refuse_double_backward("adaln_norm")
     with torch.no_grad():

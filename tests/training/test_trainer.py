@@ -123,7 +123,7 @@ def test_clipping_bounds_the_gradient_of_one_update(clip):
 def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters():
     seen = []
     trainer = make_trainer("dit", autocast=True)
-    trainer.models.model.layers[0].mlp.fc1.register_forward_hook(
+    trainer.models.model.layers[0].modulation.register_forward_hook(
         lambda module, inputs, output: seen.append(output.dtype)
     )
     row = trainer.step_block(trainer.blocks[0])

@@ -1,0 +1,5 @@
+"""Weights of other people's models."""
+
+from dbkernels.convert.dit_block import dit_block_from_layer, layer_from_dit_block
+
+__all__ = ["dit_block_from_layer", "layer_from_dit_block"]

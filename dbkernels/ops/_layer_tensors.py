@@ -1,0 +1,82 @@
+"""The tensors of one AdaLN layer, by name."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dbkernels.ops._norm import Modulation, NormOptions
+
+
+class LayerWeights(NamedTuple):
+    """What a layer learns, but for its condition's projection; F is the hidden layer's width."""
+
+    qkv_weight: Tensor
+    """(3 D, D), queries first, then keys, then values."""
+    qkv_bias: Tensor | None
+    """(3 D,)"""
+    out_weight: Tensor
+    """(D, D)"""
+    out_bias: Tensor | None
+    """(D,)"""
+    fc1_weight: Tensor
+    """(F, D); for swiglu (2 F, D), the half under silu first."""
+    fc1_bias: Tensor | None
+    """(F,) or (2 F,)"""
+    fc2_weight: Tensor
+    """(D, F)"""
+    fc2_bias: Tensor | None
+    """(D,)"""
+    q_weight: Tensor | None = None
+    """(D / H,), of the RMS norm of queries; None leaves queries and keys as they are."""
+    k_weight: Tensor | None = None
+    """(D / H,), of the RMS norm of keys."""
+
+    @property
+    def qk_norms(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.q_weight, self.k_weight
+
+
+class LayerModulation(NamedTuple):
+    """(samples, D) each, slices of one tensor; their order is that of the published DiT."""
+
+    shift1: Tensor
+    scale1: Tensor
+    gate1: Tensor
+    shift2: Tensor
+    scale2: Tensor
+    gate2: Tensor
+
+    @property
+    def between(self) -> Modulation:
+        """From the attention branch to the MLP."""
+        return Modulation(self.gate1, self.scale2, self.shift2)
+
+
+class LayerOptions(NamedTuple):
+    """What a layer is told beside its tensors."""
+
+    heads: int
+    mlp: str
+    norm: NormOptions
+    keep: str
+
+
+class Activations(NamedTuple):
+    """What one pass of a layer left behind; `rung` says which of it is kept for the backward."""
+
+    stats1: Tensor | None
+    """(samples, tokens, 2), mean and rstd of the first norm."""
+    qkv: Tensor | None
+    """(B, T, 3 D), before the norm and the rotation of queries and keys."""
+    attended: Tensor | None
+    """(B, T, D), of the attention, before its projection out."""
+    logsumexp: Tensor | None
+    """(B, H, T)"""
+    a: Tensor | None
+    """(B, T, D), output of the attention branch."""
+    stats2: Tensor | None
+    """(samples, tokens, 2), of the second norm."""
+    hidden: Tensor | None
+    """(B * T, F), or 2 F for swiglu: the MLP's pre-activation without its bias."""
+    m: Tensor | None
+    """(B, T, D), output of the MLP."""

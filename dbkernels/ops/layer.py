@@ -1,0 +1,143 @@
+"""A whole AdaLN layer as one autograd function, with a chosen set of what it keeps.
+
+    y1 = (1 + scale1) * norm(x) + shift1,     a = attention(y1),    x1 = x + gate1 * a
+    y2 = (1 + scale2) * norm(x1) + shift2,    m = mlp(y2),          out = x1 + gate2 * m
+
+Peebles & Xie 2023 (arXiv:2212.09748), section 3.2, adaLN-Zero. Of all that this makes, the backward
+needs only x, q, k, v, the attention's result, a, the MLP's pre-activation and m: the rest are
+elementwise functions of those within a row. `rung` tells what less can be kept.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from dbkernels.ops import _door
+from dbkernels.ops._layer_call import LayerCall
+from dbkernels.ops._layer_door import check_layer, check_options
+from dbkernels.ops._layer_tensors import Activations, LayerModulation, LayerOptions, LayerWeights
+from dbkernels.ops._norm import NormOptions
+from dbkernels.ops._projection import Gradients
+from dbkernels.ops.rung import RUNGS, Keep
+from dbkernels.ops.stream import ResidualStream, Run
+
+WEIGHTS, ACTIVATIONS = len(LayerWeights._fields), len(Activations._fields)
+
+# autograd
+
+
+class _AdaLNLayer(torch.autograd.Function):
+    """(out, a, m); the run that led to x follows the weights: its start, gates, then branches."""
+
+    @staticmethod
+    def forward(ctx, options, x, modulation, rotary, *rest):
+        weights, run = rest[:WEIGHTS], rest[WEIGHTS:]
+        call = LayerCall(x, modulation, rotary, _cast(weights, options), options)
+        out, activations = call.forward()
+        keeps = RUNGS[options.keep].keeps
+        kept = (t if name in keeps else None for name, t in activations._asdict().items())
+        ctx.save_for_backward(modulation, rotary, *weights, *kept, *run)
+        ctx.mark_non_differentiable(activations.a, activations.m)
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        return out, activations.a, activations.m
+
+    @staticmethod
+    def backward(ctx, dout, da, dm):
+        _door.refuse_double_backward("adaln_layer")
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
+        modulation, rotary, *saved = ctx.saved_tensors
+        weights, saved = LayerWeights(*saved[:WEIGHTS]), saved[WEIGHTS:]
+        kept, (start, *links) = Activations(*saved[:ACTIVATIONS]), saved[ACTIVATIONS:]
+        x = Run(start, links[: len(links) // 2], links[len(links) // 2 :]).x()
+        wanted = dict(zip(LayerWeights._fields, ctx.needs_input_grad[4:], strict=False))
+        gradients = Gradients(frozenset(name for name in wanted if wanted[name]))
+        call = LayerCall(x, modulation, rotary, _cast(weights, ctx.options), ctx.options)
+        with _dtypes_as_they_are(dout.device.type):
+            dx, dmodulation = call.backward(
+                dout.contiguous(), kept, gradients, owned=_is_last_to_read()
+            )
+        dweights = (
+            gradients.sums[name].to(weight.dtype) if wanted[name] else None
+            for name, weight in weights._asdict().items()
+        )
+        return None, dx, dmodulation, None, *dweights, None, *(None for _ in links)
+
+
+def _cast(weights, options: LayerOptions) -> LayerWeights:
+    """To the dtype of the branches. Cast again in the backward, copies need not be kept."""
+    return LayerWeights(*(None if w is None else w.to(options.norm.dtype) for w in weights))
+
+
+def _dtypes_as_they_are(device: str) -> AbstractContextManager:
+    """A backward has the dtypes of its forward, also where it is called under autocast."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def _is_last_to_read() -> bool:
+    """Whether what was saved may be written over: not with retain_graph=True."""
+    # a compiler reuses memory on its own, and its trace knows no graph task
+    if torch.compiler.is_compiling():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+# public
+
+
+def adaln_layer(
+    x: Tensor,
+    modulation: Tensor,
+    weights: LayerWeights,
+    *,
+    heads: int,
+    rotary: Tensor | None = None,
+    mlp: str = "gelu",
+    norm: _door.Norm = "layer",
+    eps: float = 1e-6,
+    keep: Keep = "none",
+    stream: ResidualStream | None = None,
+) -> Tensor:
+    """Run one AdaLN layer, keeping for its backward what the rung says.
+
+    The branches run in the dtype of the weights, or in autocast's; the residual stream keeps that
+    of x. The backward writes over what it kept, unless it is told to retain the graph.
+
+    Args:
+        x:           (B, T, D)  residual stream: float32, bfloat16 or float16
+        modulation:  (B, 6 D) per sample or (B, T, 6 D) per token: shift, scale and gate of the
+                     attention branch, then of the MLP
+        weights:     of one dtype, as `LayerWeights` tells their shapes
+        heads:       divides D
+        rotary:      (2, T, D / heads) cosines and sines, float32; None does not rotate
+        mlp:         "gelu" (tanh) or "swiglu"
+        norm:        "layer", or "rms", which does not subtract the mean
+        eps:         of the norms, in units of x**2
+        keep:        a name of `RUNGS`
+        stream:      of the stack that this layer stands in: spares most layers keeping x
+    Returns:
+        (B, T, D), dtype of x.
+    Raises:
+        ValueError: a shape, dtype or device disagrees, or a name is unknown.
+        RuntimeError: the gradient is differentiated.
+    """
+    check_options(mlp, keep)
+    dtype = weights.qkv_weight.dtype
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # which meta tensors do not have
+        dtype = torch.get_autocast_dtype(device)
+    options = LayerOptions(heads, mlp, NormOptions(eps, _door.check_norm(norm), dtype), keep)
+    check_layer(x, modulation, rotary, weights, options)
+    x, modulation = x.contiguous(), _door.as_rows(modulation)
+    if modulation.stride(-1) != 1:  # kernels read columns that follow each other
+        modulation = modulation.contiguous()
+    run = Run(x.detach()) if stream is None else stream.run_to(x)
+    out, a, m = _AdaLNLayer.apply(
+        options, x, modulation, rotary, *weights, run.start, *run.gates, *run.branches
+    )
+    if stream is not None and out.requires_grad and {"a", "m"} <= RUNGS[keep].keeps:
+        mod = LayerModulation(*modulation.chunk(6, dim=-1))
+        stream.extend(run, out, [mod.gate1, mod.gate2], [a, m])
+    return out

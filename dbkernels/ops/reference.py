@@ -1,0 +1,113 @@
+"""Every op in plain torch. This file is the specification: kernels are tested against it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dbkernels.ops._layer_tensors import LayerWeights
+
+
+def normalise(x: Tensor, norm: str, eps: float) -> Tensor:
+    if norm == "layer":
+        return F.layer_norm(x, x.shape[-1:], eps=eps)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def over_tokens(modulation: Tensor) -> Tensor:
+    """(B, D) as (B, 1, D); (B, T, D) as it is."""
+    return modulation[:, None] if modulation.dim() == 2 else modulation
+
+
+def adaln_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, *, norm: str = "layer", eps: float = 1e-6
+) -> Tensor:
+    return (1 + over_tokens(scale)) * normalise(x, norm, eps) + over_tokens(shift)
+
+
+def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
+    return x + over_tokens(gate) * h
+
+
+def gated_adaln_norm(
+    x: Tensor,
+    h: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    norm: str = "layer",
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    x1 = gated_residual(x, h, gate)
+    return x1, adaln_norm(x1, scale, shift, norm=norm, eps=eps)
+
+
+def biased(h: Tensor, bias: Tensor | None) -> Tensor:
+    """In the dtype of h, as a projection adds it."""
+    return h if bias is None else h + bias.to(h.dtype)
+
+
+def gelu(h: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.gelu(biased(h, bias), approximate="tanh")
+
+
+def swiglu(h: Tensor, bias: Tensor | None = None) -> Tensor:
+    a, b = biased(h, bias).chunk(2, dim=-1)
+    return F.silu(a) * b
+
+
+def qk_norm_rotary(
+    qkv: Tensor,
+    heads: int,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    rotary: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    q, k, _ = qkv.unflatten(-1, (3, heads, -1)).unbind(2)  # (B, T, H, d)
+    if q_weight is not None:
+        q = F.rms_norm(q, q.shape[-1:], q_weight.to(q.dtype), eps)
+        k = F.rms_norm(k, k.shape[-1:], k_weight.to(k.dtype), eps)
+    if rotary is not None:
+        q, k = rotate(q, rotary), rotate(k, rotary)
+    return q, k
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn the pairs (i, i + d/2) of x (B, T, H, d) by the angles of a table (2, T, d)."""
+    cos, sin = rotary[:, :, None]
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, d)
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2)
+
+
+def adaln_layer(
+    x: Tensor,
+    modulation: Tensor,
+    weights: LayerWeights,
+    *,
+    heads: int,
+    rotary: Tensor | None = None,
+    mlp: str = "gelu",
+    norm: str = "layer",
+    eps: float = 1e-6,
+) -> Tensor:
+    w, dtype = weights, weights.qkv_weight.dtype
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+    y = adaln_norm(x, scale1, shift1, norm=norm, eps=eps).to(dtype)
+    qkv = F.linear(y, w.qkv_weight, w.qkv_bias)
+    q, k = qk_norm_rotary(qkv, heads, q_weight=w.q_weight, k_weight=w.k_weight, rotary=rotary)
+    v = qkv.unflatten(-1, (3, heads, -1))[:, :, 2]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = gated_residual(x, F.linear(h, w.out_weight, w.out_bias), gate1).to(x.dtype)
+    y = adaln_norm(x, scale2, shift2, norm=norm, eps=eps).to(dtype)
+    activation = {"gelu": gelu, "swiglu": swiglu}[mlp]
+    h = F.linear(activation(F.linear(y, w.fc1_weight, w.fc1_bias)), w.fc2_weight, w.fc2_bias)
+    return gated_residual(x, h, gate2).to(x.dtype)

@@ -1,0 +1,151 @@
+"""What running as one op asks of the layer's modules, and leaves to their users."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from models.tiny import randomise
+from ops.one_layer import KEEPS, assert_same_bits, saved_by
+from torch import nn
+
+from dbkernels.models.layer import AdaLNLayer, LayerConfig
+from dbkernels.models.rotary import rotary_table
+
+B, T, D, H = 2, 5, 24, 3
+CONFIG = LayerConfig(D=D, H=H, mlp_hidden=40, cond_dim=7, affine=True, qk_norm=True)
+PROJECTIONS = ["attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2"]
+
+
+def inputs():
+    return torch.randn(B, T, D) + 2, torch.randn(B, 7), rotary_table(torch.arange(T), D // H)
+
+
+def gradients(layer, *args):
+    layer.zero_grad()
+    layer(*args).square().sum().backward()
+    return {name: p.grad for name, p in layer.named_parameters()}
+
+
+def test_each_rung_reaches_the_op_and_gives_the_same_gradients():
+    weights, args = randomise(AdaLNLayer(CONFIG)).state_dict(), inputs()
+    kept_bytes, results = [], []
+    for keep in KEEPS:
+        layer = AdaLNLayer(replace(CONFIG, keep=keep))
+        layer.load_state_dict(weights)
+        _, kept = saved_by(lambda layer=layer: layer(*args))
+        kept_bytes.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
+        results.append(gradients(layer, *args))
+    assert kept_bytes == sorted(kept_bytes, reverse=True) and len(set(kept_bytes)) == len(KEEPS)
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+def test_rejects_an_unknown_rung():
+    message = "keep must be one of none, attention, mlp, qkv, layer, got all"
+    with pytest.raises(ValueError, match=message):
+        AdaLNLayer(replace(CONFIG, keep="all"))
+
+
+class Wrapped(nn.Linear):
+    pass
+
+
+HOOKS = {
+    "forward pre-hook": lambda module: module.register_forward_pre_hook(lambda *_: None),
+    "forward hook": lambda module: module.register_forward_hook(lambda *_: None),
+    "backward pre-hook": lambda module: module.register_full_backward_pre_hook(lambda *_: None),
+    "backward hook": lambda module: module.register_full_backward_hook(lambda *_: None),
+}
+NEVER_CALLED = (
+    "reads the weights .* never calls them: each must be a plain {} without hooks, got {}"
+)
+
+
+@pytest.mark.parametrize("kind", list(HOOKS))
+@pytest.mark.parametrize("name", [*PROJECTIONS, "attention", "mlp"])
+def test_rejects_a_hook_that_would_not_run(name, kind):
+    layer, args = AdaLNLayer(CONFIG), inputs()
+    module = layer.get_submodule(name)
+    hook = HOOKS[kind](module)
+    message = NEVER_CALLED.format(type(module).__name__, type(module).__name__)
+    with pytest.raises(RuntimeError, match=message):
+        layer(*args)
+    hook.remove()
+    layer(*args)
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_rejects_a_projection_that_would_not_be_called(name):
+    layer = AdaLNLayer(CONFIG)
+    linear = layer.get_submodule(name)
+    layer.set_submodule(name, Wrapped(linear.in_features, linear.out_features))
+    with pytest.raises(RuntimeError, match=NEVER_CALLED.format("Linear", "Wrapped")):
+        layer(*inputs())
+
+
+def test_hooks_of_the_layer_and_of_its_condition_run():
+    layer, seen = randomise(AdaLNLayer(CONFIG)), []
+    layer.register_forward_pre_hook(lambda *_: seen.append("before"))
+    layer.modulation.register_forward_hook(lambda *_: seen.append("modulation"))
+    layer.register_forward_hook(lambda module, args, y: seen.append("after") or 0 * y)
+    layer.register_full_backward_pre_hook(lambda *_: seen.append("backward"))
+    layer.register_full_backward_hook(lambda *_: seen.append("done"))
+    x, c, rotary = inputs()
+    y = layer(x.requires_grad_(), c, rotary)
+    assert not y.any()
+    y.sum().backward()
+    assert seen == ["before", "modulation", "after", "backward", "done"]
+
+
+def test_hooks_of_parameters_run():
+    layer, seen = randomise(AdaLNLayer(CONFIG)), []
+    for name, parameter in layer.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
+    gradients(layer, *inputs())
+    assert sorted(seen) == sorted(name for name, _ in layer.named_parameters())
+
+
+def test_a_copy_and_a_loaded_state_give_the_same_bits():
+    layer, args = randomise(AdaLNLayer(CONFIG)), inputs()
+    expected = gradients(layer, *args)
+    copied, loaded = copy.deepcopy(layer), AdaLNLayer(CONFIG)
+    loaded.load_state_dict(layer.state_dict())
+    randomise(layer)
+    for other in (copied, loaded):
+        assert_same_bits(gradients(other, *args), expected)
+
+
+def test_takes_the_weights_of_a_functional_call():
+    layer, args = randomise(AdaLNLayer(CONFIG)), inputs()
+    before = layer(*args)
+    state = {n: p.detach().mul(0.5).requires_grad_() for n, p in layer.named_parameters()}
+    y = torch.func.functional_call(layer, state, args)
+    y.square().sum().backward()
+    assert torch.equal(layer(*args), before)
+    assert all(p.grad is None for p in layer.parameters())
+    layer.load_state_dict(state)
+    expected = gradients(layer, *args)
+    assert torch.equal(y, layer(*args))
+    assert_same_bits({name: t.grad for name, t in state.items()}, expected)
+
+
+def test_frozen_weights_stay_so_and_the_others_get_the_same_gradient():
+    layer, args = randomise(AdaLNLayer(CONFIG)), inputs()
+    expected = gradients(layer, *args)
+    layer.attention.requires_grad_(False)
+    layer.mlp.fc2.bias.requires_grad_(False)
+    for name, grad in gradients(layer, *args).items():
+        if layer.get_parameter(name).requires_grad:
+            assert torch.equal(grad, expected[name]), name
+        else:
+            assert grad is None, name
+
+
+def test_has_shapes_before_it_has_weights():
+    with torch.device("meta"):
+        layer = AdaLNLayer(CONFIG)
+        y = layer(torch.empty(B, T, D), torch.empty(B, 7))
+        assert y.shape == (B, T, D)
+        y.sum().backward()
+        assert all(p.grad.shape == p.shape for p in layer.parameters())

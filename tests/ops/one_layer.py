@@ -1,0 +1,134 @@
+"""Tensors of one AdaLN layer for its tests, and the layer as a function of tensors alone."""
+
+from itertools import product
+
+import torch
+from accuracy import assert_as_accurate_as_eager, with_grads
+
+from dbkernels.models.rotary import rotary_table
+from dbkernels.ops import RUNGS, LayerWeights, adaln_layer, reference
+
+KEEPS = list(RUNGS)
+NAMES = ("mlp", "norm", "bias", "qk_norm", "rotated", "per_token")
+ALL_OPTIONS = [
+    dict(zip(NAMES, values, strict=True))
+    for values in product(("gelu", "swiglu"), ("layer", "rms"), *[(True, False)] * 4)
+]
+
+
+class OneLayer:
+    """The inputs and weights of a layer that are there, by name, and what it is told beside them.
+
+    Gates and scales are random, the stream has a mean: nothing cancels or hides.
+    """
+
+    def __init__(
+        self,
+        B=2,
+        T=5,
+        D=24,
+        H=3,
+        *,
+        hidden=40,
+        mlp="gelu",
+        norm="layer",
+        bias=True,
+        qk_norm=True,
+        rotated=False,
+        per_token=False,
+        dtypes=(torch.float32,) * 3,
+    ):
+        def normal(*shape, std=1.0, mean=0.0):
+            return mean + std * torch.randn(shape, dtype=torch.float64)
+
+        first, d = (2 * hidden if mlp == "swiglu" else hidden), D // H
+        weights = {
+            "qkv_weight": normal(3 * D, D, std=D**-0.5),
+            "qkv_bias": normal(3 * D, std=0.3),
+            "out_weight": normal(D, D, std=D**-0.5),
+            "out_bias": normal(D, std=0.3),
+            "fc1_weight": normal(first, D, std=D**-0.5),
+            "fc1_bias": normal(first, std=0.3),
+            "fc2_weight": normal(D, hidden, std=hidden**-0.5),
+            "fc2_bias": normal(D, std=0.3),
+            "q_weight": normal(d, std=0.5, mean=1.5),
+            "k_weight": normal(d, std=0.5, mean=-1.0),
+        }
+        x_dtype, modulation_dtype, dtype = dtypes
+        samples = (B, T) if per_token else (B,)
+        self.tensors = {
+            "x": normal(B, T, D, mean=2.0).to(x_dtype),
+            "modulation": normal(*samples, 6 * D, std=0.5).to(modulation_dtype),
+        }
+        for name, weight in weights.items():
+            if (bias or "bias" not in name) and (qk_norm or name not in ("q_weight", "k_weight")):
+                self.tensors[name] = weight.to(dtype)
+        rotary = rotary_table(torch.arange(T), d) if rotated else None
+        self.options = {"heads": H, "mlp": mlp, "norm": norm, "rotary": rotary}
+
+    @property
+    def weights(self):
+        return self.weights_of(self.tensors)
+
+    def weights_of(self, tensors):
+        return LayerWeights(*(tensors.get(name) for name in LayerWeights._fields))
+
+    def run(self, tensors, op=adaln_layer, **options):
+        """op on these tensors, by name."""
+        weights = self.weights_of(tensors)
+        return op(tensors["x"], tensors["modulation"], weights, **self.options, **options)
+
+    def leaves(self):
+        return {name: t.detach().requires_grad_() for name, t in self.tensors.items()}
+
+    def with_grads(self, op=adaln_layer, *, tensors=None, **options):
+        """The output and the gradient in every tensor, by name."""
+        tensors = tensors or self.tensors
+
+        def f(*values):
+            return self.run(dict(zip(tensors, values, strict=True)), op, **options)
+
+        return dict(zip(["out", *tensors], with_grads(f, *tensors.values()), strict=True))
+
+    def exact(self):
+        """What the specification gives in float64."""
+        tensors = {name: t.double() for name, t in self.tensors.items()}
+        return self.with_grads(reference.adaln_layer, tensors=tensors)
+
+    def assert_as_accurate_as_eager(self, *results):
+        """Each of the results, by `with_grads`."""
+        self.compare(results, self.with_grads(reference.adaln_layer))
+
+    def compare(self, results, eager):
+        eager, exact = together(eager), together(self.exact())
+        for actual in map(together, results):
+            assert actual.keys() == eager.keys()
+            for name, value in actual.items():
+                assert_as_accurate_as_eager(name, value, eager[name], exact[name])
+
+
+def together(results):
+    """The gradients of the norms of queries and keys as one: the largest error of so few elements
+    is a fluke, of eager as of the layer."""
+    few = [name for name in ("q_weight", "k_weight") if name in results]
+    rest = {name: t for name, t in results.items() if name not in few}
+    return {**rest, "qk_weights": torch.cat([results[name] for name in few])} if few else rest
+
+
+def assert_same_bits(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def saved_by(step):
+    """step(), and what autograd kept for its backward: a tensor of each storage, by address."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = step()
+    return result, kept

@@ -1,0 +1,153 @@
+import pytest
+import torch
+from ops.one_layer import KEEPS, OneLayer
+from torch import nn
+
+from dbkernels.memory.measure import measure_peak
+from dbkernels.ops import RUNGS
+from dbkernels.ops import _mlp_branch as mlp_module
+from dbkernels.ops._layer_call import LayerCall, _buffer
+from dbkernels.ops._layer_tensors import Activations, LayerOptions, LayerWeights
+from dbkernels.ops._norm import NormOptions
+from dbkernels.ops._projection import Gradients
+
+B, T, D, H = 2, 5, 24, 3
+WANTED = frozenset(LayerWeights._fields)
+
+
+def layer_call(keep="none", **options):
+    layer = OneLayer(B, T, D, H, **options)
+    norm = NormOptions(1e-6, True, layer.weights.qkv_weight.dtype)
+    told = LayerOptions(H, layer.options["mlp"], norm, keep)
+    x, modulation = layer.tensors["x"], layer.tensors["modulation"].flatten(0, -2)
+    return LayerCall(x, modulation, layer.options["rotary"], layer.weights, told)
+
+
+def kept_by(call, activations):
+    keeps = RUNGS[call.options.keep].keeps
+    return Activations(*(t if n in keeps else None for n, t in activations._asdict().items()))
+
+
+def backward(call, kept, *, owned=False):
+    """Every gradient, by name."""
+    gradients = Gradients(WANTED)
+    dout = call.x.cos()
+    dx, dmodulation = call.backward(dout, kept, gradients, owned=owned)
+    return {"x": dx, "modulation": dmodulation, **gradients.sums}
+
+
+def test_activations_have_the_shapes_and_dtypes_that_they_say():
+    call = layer_call(mlp="swiglu", per_token=True, dtypes=(torch.float32, *[torch.bfloat16] * 2))
+    out, activations = call.forward()
+    f32, bf16 = torch.float32, torch.bfloat16
+    assert (out.shape, out.dtype) == ((B, T, D), f32)
+    assert {n: (tuple(t.shape), t.dtype) for n, t in activations._asdict().items()} == {
+        "stats1": ((B * T, 1, 2), f32),
+        "qkv": ((B, T, 3 * D), bf16),
+        "attended": ((B, T, D), bf16),
+        "logsumexp": ((B, H, T), f32),
+        "a": ((B, T, D), bf16),
+        "stats2": ((B * T, 1, 2), f32),
+        "hidden": ((B * T, 80), bf16),
+        "m": ((B, T, D), bf16),
+    }
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_hidden_is_made_only_for_a_rung_that_keeps_it(keep):
+    _, activations = layer_call(keep).forward()
+    assert (activations.hidden is not None) == ("hidden" in RUNGS[keep].keeps)
+    assert all(t is not None for n, t in activations._asdict().items() if n != "hidden")
+
+
+def test_tokens_are_grouped_by_the_sample_whose_condition_they_share():
+    x = torch.arange(B * T * D).view(B, T, D)
+    assert layer_call().by_sample(x).shape == (B, T, D)
+    each = layer_call(per_token=True).by_sample(x)
+    assert each.shape == (B * T, 1, D) and torch.equal(each[7, 0], x[1, 2])
+
+
+@pytest.mark.parametrize("options", [{"qk_norm": False}, {"qk_norm": True, "rotated": True}])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_owned_activations_are_written_over_and_the_gradients_are_the_same(keep, options):
+    call = layer_call(keep, **options)
+    _, activations = call.forward()
+    kept = kept_by(call, activations)
+    before = {n: t.clone() for n, t in kept._asdict().items() if t is not None}
+    expected = backward(call, kept)
+    assert all(torch.equal(getattr(kept, n), t) for n, t in before.items())
+    for name, grad in backward(call, kept, owned=True).items():
+        assert torch.equal(grad, expected[name]), name
+    changed = {n for n, t in before.items() if not torch.equal(getattr(kept, n), t)}
+    reusable = {"a", "m", "hidden"} | (set() if options["qk_norm"] else {"qkv"})
+    assert changed == reusable & RUNGS[keep].keeps
+
+
+def test_whoever_else_saved_what_is_written_over_gets_an_error():
+    saved, weight = torch.ones(3), torch.ones(3, requires_grad=True)
+    y = (saved * weight).sum()
+    assert _buffer(saved, owned=False).data_ptr() != saved.data_ptr()
+    y.backward(retain_graph=True)
+    assert _buffer(saved, owned=True) is saved
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_what_is_owned_lowers_the_peak():
+    def peak(keep, owned):
+        call = layer_call(keep, qk_norm=False)
+        kept = kept_by(call, call.forward()[1])
+        return measure_peak(
+            lambda: backward(call, kept, owned=owned), model=nn.Module(), inputs=[call.x]
+        ).total_bytes
+
+    hidden_bytes = B * T * 40 * 4
+    assert peak("none", owned=True) <= peak("none", owned=False) - hidden_bytes
+    # what was computed again has no other owner, whoever retains the graph
+    assert peak("layer", owned=True) == peak("layer", owned=False)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_small_chunks_change_rounding_only(mlp, keep, monkeypatch):
+    call = layer_call(keep, mlp=mlp, dtypes=(torch.float64,) * 3)
+    whole, activations = call.forward()
+    expected = backward(call, kept_by(call, activations))
+    monkeypatch.setattr(mlp_module, "CHUNK", 3)  # the last of four has one token
+    out, activations = call.forward()
+    torch.testing.assert_close(out, whole)
+    for name, grad in backward(call, kept_by(call, activations), owned=True).items():
+        torch.testing.assert_close(grad, expected[name])
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_inputs_are_left_alone(keep):
+    call = layer_call(keep, qk_norm=False)
+    inputs = [call.x, call.modulation, *(w for w in call.weights if w is not None)]
+    before = [t.clone() for t in inputs]
+    _, activations = call.forward()
+    backward(call, kept_by(call, activations), owned=True)
+    assert all(map(torch.equal, inputs, before))
+
+
+# a GPU's kernels cannot run here, but what they are given and return has shapes: meta tensors go
+# the way of a GPU's, and unlike fake ones can be written by `out=` without one
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keep", KEEPS)
+def test_shapes_without_data(keep, dtype):
+    B, T, D, H = 2, 5, 32, 4
+    with torch.device("meta"):
+        shapes = [(3 * D, D), 3 * D, (D, D), D, (80, D), 80, (D, 80), D, D // H, D // H]
+        weights = LayerWeights(*(torch.empty(shape, dtype=dtype) for shape in shapes))
+        options = LayerOptions(H, "gelu", NormOptions(1e-6, True, dtype), keep)
+        x, modulation = torch.empty(B, T, D), torch.empty(B, 6 * D)
+        call = LayerCall(x, modulation, torch.empty(2, T, D // H), weights, options)
+        out, activations = call.forward()
+        kept = kept_by(call, activations)
+        assert kept.qkv is None or kept.qkv.dtype == dtype
+        grads = backward(call, kept, owned=True)
+        expected = {"x": x, "modulation": modulation, **weights._asdict()}
+        for name, tensor in {"x": out, **grads}.items():
+            assert tensor.shape == expected[name].shape, name
+            assert tensor.device.type == "meta", name
+        assert out.dtype == grads["x"].dtype == grads["modulation"].dtype == torch.float32

@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from dbkernels.ops._projection import Gradients, as_rows, chunks, project
+
+WANTED = frozenset({"fc_weight", "fc_bias"})
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_projects_the_last_dimension(biased, given):
+    x, weight, bias = torch.randn(2, 5, 6), torch.randn(4, 6), torch.randn(4) if biased else None
+    out = torch.empty(10, 4) if given else None
+    y = project(x, weight, bias, out=out)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
+    assert not given or y.data_ptr() == out.data_ptr()
+
+
+def test_writes_a_part_of_a_larger_tensor_and_nothing_beside_it():
+    x, weight, whole = torch.randn(2, 6), torch.randn(4, 6), torch.zeros(5, 4)
+    project(x, weight, torch.ones(4), out=whole[1:3])
+    torch.testing.assert_close(whole[1:3], x @ weight.T + 1)
+    assert not whole[[0, 3, 4]].any()
+
+
+def test_rows_are_tokens():
+    x = torch.randn(2, 5, 6)
+    assert torch.equal(as_rows(x)[7], x[1, 2]) and as_rows(x).data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "bounds"),
+    [
+        (7, 3, [(0, 3), (3, 6), (6, 7)]),
+        (6, 3, [(0, 3), (3, 6)]),
+        (2, 3, [(0, 2)]),
+        (0, 3, [(0, 0)]),
+    ],
+)
+def test_chunks_tile_the_rows(rows, size, bounds):
+    assert [(part.start, part.stop) for part in chunks(rows, size)] == bounds
+
+
+def test_gradients_are_those_of_a_linear_layer():
+    x, dy = torch.randn(2, 5, 6), torch.randn(2, 5, 4)
+    linear = torch.nn.Linear(6, 4)
+    linear(x).backward(dy)
+    gradients = Gradients(WANTED)
+    gradients.add_projection("fc", dy, x)
+    torch.testing.assert_close(gradients.sums["fc_weight"], linear.weight.grad)
+    torch.testing.assert_close(gradients.sums["fc_bias"], linear.bias.grad)
+
+
+@pytest.mark.parametrize("wanted", [set(), {"fc_weight"}, {"fc_bias"}])
+def test_what_is_not_wanted_is_not_computed(wanted):
+    gradients = Gradients(frozenset(wanted))
+    gradients.add_projection("fc", torch.randn(5, 4), torch.randn(5, 6))
+    assert set(gradients.sums) == wanted
+
+
+def test_many_small_parts_in_bfloat16_are_not_lost():
+    gradients = Gradients(WANTED)
+    for part in (256.0, *[0.5] * 64):
+        gradients.add("fc_bias", torch.full((3,), part, dtype=torch.bfloat16))
+    assert gradients.sums["fc_bias"].dtype == torch.float32
+    assert gradients.sums["fc_bias"].tolist() == [288.0] * 3
+
+
+def test_one_part_keeps_its_dtype_and_is_not_copied():
+    gradients, part = Gradients(WANTED), torch.randn(3).bfloat16()
+    gradients.add("fc_bias", part)
+    assert gradients.sums["fc_bias"] is part
+
+
+def test_parts_in_float64_stay_so():
+    gradients = Gradients(WANTED)
+    for _ in range(2):
+        gradients.add("fc_bias", torch.full((3,), 1 + 2.0**-40, dtype=torch.float64))
+    assert gradients.sums["fc_bias"].tolist() == [2 + 2.0**-39] * 3
+
+
+def test_parts_are_left_alone_from_the_second_on():
+    gradients, parts = Gradients(WANTED), [torch.ones(3).bfloat16() for _ in range(3)]
+    for part in parts:
+        gradients.add("fc_bias", part)
+    assert all(part.tolist() == [1.0] * 3 for part in parts)

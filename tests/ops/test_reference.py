@@ -1,0 +1,161 @@
+"""The specification against the formulas of its papers, written out for one element or one row."""
+
+import math
+
+import pytest
+import torch
+from ops.one_layer import OneLayer
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dbkernels.ops import LayerWeights, reference
+
+EPS = 0.1
+
+
+def row_norm(row, norm):
+    mean = sum(row) / len(row) if norm == "layer" else 0.0
+    variance = sum((value - mean) ** 2 for value in row) / len(row)
+    return [(value - mean) / math.sqrt(variance + EPS) for value in row]
+
+
+def tokens(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_adaln_norm_modulates_the_norm_of_each_token(norm, per_token):
+    x, (scale, shift) = 2 + tokens(2, 3, 4), tokens(2, *((2, 3, 4) if per_token else (2, 4)))
+    y = reference.adaln_norm(x, scale, shift, norm=norm, eps=EPS)
+    x_hat = row_norm(x[1, 2].tolist(), norm)
+    at = (1, 2) if per_token else (1,)
+    expected = (1 + scale[at]) * torch.tensor(x_hat, dtype=torch.float64) + shift[at]
+    torch.testing.assert_close(y[1, 2], expected)
+
+
+def test_the_gate_decides_how_much_of_a_branch_is_added():
+    x, h, gate = tokens(2, 3, 4), tokens(2, 3, 4), tokens(2, 4)
+    y = reference.gated_residual(x, h, gate)
+    assert y[1, 2, 3] == x[1, 2, 3] + gate[1, 3] * h[1, 2, 3]
+    assert torch.equal(reference.gated_residual(x, h, 0 * gate), x)
+
+
+def test_the_next_norm_sees_the_sum():
+    x, h, (gate, scale, shift) = tokens(2, 3, 4), tokens(2, 3, 4), tokens(3, 2, 4)
+    x1, y = reference.gated_adaln_norm(x, h, gate, scale, shift, norm="rms", eps=EPS)
+    assert torch.equal(x1, reference.gated_residual(x, h, gate))
+    assert torch.equal(y, reference.adaln_norm(x1, scale, shift, norm="rms", eps=EPS))
+
+
+def test_gelu_is_its_tanh_form():
+    h, bias = tokens(5, 3), tokens(3)
+    x = (h + bias)[4, 2].item()
+    expected = 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    assert reference.gelu(h, bias)[4, 2].item() == pytest.approx(expected)
+    assert torch.equal(reference.gelu(h + bias), reference.gelu(h, bias))
+
+
+def test_the_first_half_gates_the_second():
+    h, bias = tokens(5, 6), tokens(6)
+    a, b = (h + bias)[4, 2].item(), (h + bias)[4, 5].item()
+    assert reference.swiglu(h, bias)[4, 2].item() == pytest.approx(a / (1 + math.exp(-a)) * b)
+    assert reference.swiglu(h).shape == (5, 3)
+
+
+def test_queries_and_keys_are_normalised_by_head_and_then_turned():
+    qkv, q_weight, k_weight = tokens(1, 3, 3 * 2 * 4), tokens(4), tokens(4)
+    angles = tokens(3, 2).repeat(1, 2)
+    q, k = reference.qk_norm_rotary(
+        qkv,
+        2,
+        q_weight=q_weight,
+        k_weight=k_weight,
+        rotary=torch.stack([angles.cos(), angles.sin()]),
+        eps=EPS,
+    )
+    for part, (actual, weight) in enumerate([(q, q_weight), (k, k_weight)]):
+        row = qkv.view(3, 3, 2, 4)[2, part, 1].tolist()
+        scaled = [w * value for w, value in zip(weight.tolist(), row_norm(row, "rms"), strict=True)]
+        pair = complex(scaled[1], scaled[3])
+        turned = pair * complex(angles[2, 1].cos(), angles[2, 1].sin())
+        assert actual[0, 2, 1, 1].item() == pytest.approx(turned.real)
+        assert actual[0, 2, 1, 3].item() == pytest.approx(turned.imag)
+
+
+def test_attention_is_what_torch_calls_it():
+    q, k, v = (tokens(2, 3, 2, 4) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    )
+    torch.testing.assert_close(reference.attention(q, k, v), expected.transpose(1, 2))
+
+
+def wrapped(layer):
+    """A layer of torch's own, with gates of 1 and the norms' weights as the modulation."""
+    one = torch.ones_like(layer.norm1.bias)
+    modulation = [
+        part
+        for norm in (layer.norm1, layer.norm2)
+        for part in (norm.bias, norm.weight - 1, one)
+    ]  # fmt: skip
+    attention = layer.self_attn
+    weights = LayerWeights(
+        attention.in_proj_weight, attention.in_proj_bias,
+        attention.out_proj.weight, attention.out_proj.bias,
+        layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias,
+    )  # fmt: skip
+    return torch.cat(modulation), weights
+
+
+def test_a_layer_with_open_gates_is_what_torch_calls_a_transformer_layer():
+    layer = nn.TransformerEncoderLayer(
+        8, 2, 12, dropout=0.0, activation=lambda x: nn.functional.gelu(x, approximate="tanh"),
+        layer_norm_eps=EPS, batch_first=True, norm_first=True, dtype=torch.float64,
+    )  # fmt: skip
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x, (modulation, weights) = 2 + tokens(2, 3, 8), wrapped(layer)
+    y = reference.adaln_layer(x, modulation.expand(2, -1), weights, heads=2, eps=EPS)
+    torch.testing.assert_close(y, layer(x))
+    each = modulation.expand(2, 3, -1)
+    torch.testing.assert_close(reference.adaln_layer(x, each, weights, heads=2, eps=EPS), layer(x))
+
+
+@pytest.mark.parametrize(("gate", "open_part"), [(2, "attention"), (5, "mlp")])
+def test_each_branch_of_a_layer_has_a_gate(gate, open_part):
+    layer = OneLayer(dtypes=(torch.float64,) * 3)
+    w, x = layer.weights, layer.tensors["x"]
+    parts = layer.tensors["modulation"].view(2, 6, 24)
+    parts[:, 7 - gate] = 0
+    shift, scale = parts[:, gate - 2], parts[:, gate - 1]
+    y = reference.adaln_norm(x, scale, shift, norm="layer")
+    if open_part == "attention":
+        qkv = y @ w.qkv_weight.T + w.qkv_bias
+        q, k = reference.qk_norm_rotary(qkv, 3, q_weight=w.q_weight, k_weight=w.k_weight)
+        h = reference.attention(q, k, qkv.unflatten(-1, (3, 3, 8))[:, :, 2]).flatten(2)
+        h = h @ w.out_weight.T + w.out_bias
+    else:
+        h = reference.gelu(y @ w.fc1_weight.T + w.fc1_bias) @ w.fc2_weight.T + w.fc2_bias
+    expected = reference.gated_residual(x, h, parts[:, gate])
+    torch.testing.assert_close(layer.run(layer.tensors, reference.adaln_layer), expected)
+
+
+def test_the_branches_of_a_layer_run_in_the_dtype_of_the_weights():
+    layer = OneLayer(mlp="swiglu", rotated=True, dtypes=(torch.float32, *[torch.bfloat16] * 2))
+    y = layer.run(layer.tensors, reference.adaln_layer)
+    assert y.dtype == torch.float32
+    exact = layer.exact()["out"]
+    assert 1e-4 < (y - exact).abs().max() < 0.2
+
+
+def test_a_layer_has_a_second_derivative():
+    layer = OneLayer(1, 2, 2, 1, hidden=2, mlp="swiglu", dtypes=(torch.float64,) * 3)
+    names, values = list(layer.tensors), list(layer.leaves().values())
+
+    def f(*values):
+        return layer.run(dict(zip(names, values, strict=True)), reference.adaln_layer)
+
+    # torch's fused attention has none of its own
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.autograd.gradgradcheck(f, values)
