@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Sets up what is missing and runs the tests; arguments go to pytest.
+# Sets up what is missing, compiles the kernels and runs the tests; arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+# ends here, with the reason, where a kernel spills registers or its accesses are narrow
+.venv/bin/python tools/kernel_report.py >/dev/null
 exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,182 @@
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[1] / "tools"
+KEYS = {"kernel", "arch", "D", "registers", "stack_bytes", "local_bytes", "shared_bytes"}
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """Import one of the report's files, which stand beside each other and are no package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(TOOLS))
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def row(tool):
+    return tool("kernel_report").Row(
+        kernel="gelu_fwd",
+        arch=90,
+        dtype="bfloat16",
+        D=768,
+        num_warps=4,
+        registers=40,
+        stack_bytes=0,
+        local_bytes=0,
+        shared_bytes=0,
+        widest_load_bytes=16,
+        widest_store_bytes=16,
+        row_access_bytes=16,
+        hbm_bytes=10**9,
+        floor_us={"H100": 298.5},
+    )
+
+
+def run(*arguments):
+    command = [sys.executable, str(TOOLS / "kernel_report.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=TOOLS.parent)
+
+
+def test_compiles_a_kernel_where_there_is_no_gpu():
+    done = run("--json", "--kernel", "adaln_norm_bwd", "--arch", "90", "--D", "768", "1024")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["kernel"], row["arch"], row["D"]) for row in rows] == [
+        ("adaln_norm_bwd", 90, 768),
+        ("adaln_norm_bwd", 90, 1024),
+    ]
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert 16 <= row["registers"] <= 255
+        assert row["stack_bytes"] == row["local_bytes"] == 0
+        assert row["widest_load_bytes"] == row["widest_store_bytes"] == 16
+        assert row["row_access_bytes"] == 16
+        assert row["floor_us"]["H100-SXM5-80GB"] == round(row["hbm_bytes"] / 3.35e6, 2)
+
+
+def test_a_tile_that_is_too_large_is_found_out():
+    code = """if True:
+        import kernel_report
+        from dbkernels.ops import _tile
+        tile = _tile.RowTile(BLOCK_T=1, BLOCK_D=8192, PIECES=1, num_warps=1)
+        _tile.row_tile = lambda D: tile
+        print(*kernel_report.row_of("gated_residual_fwd", 90, 8192).faults(), sep="\\n")
+    """
+    env = {"PYTHONPATH": str(TOOLS), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=TOOLS.parent)
+    assert "gated_residual_fwd at D = 8192 on sm_90 spills registers: " in done.stdout, done.stderr
+
+
+def test_a_sound_kernel_has_no_fault(row):
+    assert list(row.faults()) == []
+    # no row that 16 bytes divide
+    assert list(replace(row, row_access_bytes=None).faults()) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"stack_bytes": 8}, "spills registers: 8 bytes of stack and 0 of local memory"),
+        ({"local_bytes": 4}, "spills registers: 0 bytes of stack and 4 of local memory"),
+        ({"row_access_bytes": 8}, "rows in 8 bytes at a time, where 16 are possible"),
+        ({"row_access_bytes": 0}, "rows in 0 bytes at a time"),
+    ],
+)
+def test_a_fault_ends_the_report_with_1_and_a_sentence(
+    tool, row, fault, message, monkeypatch, capsys
+):
+    report = tool("kernel_report")
+    monkeypatch.setattr(report, "report", lambda options: [row, replace(row, **fault)])
+    monkeypatch.setattr(sys, "argv", ["kernel_report.py"])
+    with pytest.raises(SystemExit) as exit:
+        report.main()
+    out, err = capsys.readouterr()
+    assert exit.value.code == 1
+    assert "gelu_fwd" in out
+    assert err.startswith("gelu_fwd at D = 768 on sm_90 ") and message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel": ("gelu",)}, "kernel must be one of adaln_norm_fwd, .*, got gelu"),
+        ({"D": (0,)}, "D must be 1 to 16384, got 0"),
+        ({"D": (768, 100)}, "a multiple of 64 for qk_norm_rotary_fwd, got 100"),
+        ({"kernel": ()}, "give at least one kernel"),
+    ],
+)
+def test_refuses_options_in_a_sentence(tool, options, message):
+    with pytest.raises(ValueError, match=message):
+        tool("kernel_report").Options(**options)
+
+
+def test_a_refused_option_reaches_the_command_line_without_a_traceback():
+    done = run("--kernel", "gelu")
+    assert done.returncode == 2 and not done.stdout
+    assert "kernel must be one of" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_kernel_of_the_ops_is_reported(tool):
+    cases = tool("kernel_cases").ENTRIES
+    launchers = tool("kernel_cases").LAUNCHERS
+    kernels = set()
+    for path in (TOOLS.parent / "dbkernels" / "ops").glob("[!_]*.py"):
+        for kernel in launchers.values():
+            if f"def {kernel[1]}(" in path.read_text():
+                kernels.add((path.stem, kernel))
+    assert kernels == {(case.op, launchers[case.direction]) for case in cases}
+
+
+def test_bytes_of_adaln_norm_are_each_tensor_once(tool):
+    cases, compiler = tool("kernel_cases"), tool("kernel_compile")
+    D, tokens = 384, cases.B * cases.T
+
+    case = cases.CASES["adaln_norm_fwd"]
+    _, launch = compiler.record(case, D, 90)
+    statistics, modulation = tokens * 2 * 4, 2 * cases.B * D * 2
+    assert compiler.bytes_moved(case, launch) == 2 * tokens * D * 2 + statistics + modulation
+    assert list(compiler.row_arguments(launch)) == ["x_ptr", "y_ptr"]
+
+    case = cases.CASES["adaln_norm_bwd"]
+    _, launch = compiler.record(case, D, 90)
+    sums = 2 * launch.arguments["dscale_ptr"].numel() * 4
+    assert sums > 2 * cases.B * D * 4  # more than one program shares a sample
+    assert compiler.bytes_moved(case, launch) == 5 * tokens * D * 2 + statistics + modulation + sums
+
+
+def test_bytes_of_queries_and_keys_leave_out_the_values(tool):
+    cases, compiler = tool("kernel_cases"), tool("kernel_compile")
+    case = cases.CASES["qk_norm_rotary_fwd"]
+    _, launch = compiler.record(case, 384, 90)
+    read_and_written = 2 * cases.B * cases.T * 2 * 384 * 2
+    weights, table = 2 * 64 * 2, cases.T * 64 * 4
+    assert compiler.bytes_moved(case, launch) == read_and_written + weights + table
+
+
+def test_the_width_of_an_access_is_traced_to_its_argument(tool):
+    ptx = """
+        ld.param.b64 %rd1, [_kernel_param_0];
+        ld.param.b64 %rd2, [_kernel_param_1];
+        ld.param.b64 %rd3, [_kernel_param_2];
+        ld.param.b64 %rd4, [_kernel_param_3];
+        mad.wide.s32 %rd5, %r5, 2, %rd1;
+        add.s64 %rd6, %rd5, 2048;
+        add.s64 %rd7, %rd2, %rd4;
+        @%p2 ld.global.v4.b32 { %r15, %r16, %r17, %r18 }, [ %rd5 + 0 ];
+        ld.global.b16 %rs1, [ %rd6 + 0 ];
+        @%p2 ld.global.L1::evict_last.v2.b32 { %r15, %r16 }, [ %rd6 + 0 ];
+        @%p2 st.global.v2.b64 [ %rd7 + 0 ], { %rd38, %rd39 };
+        st.global.b32 [ %rd3 + 0 ], %r1;
+    """
+    loads, stores = tool("kernel_compile")._widths(ptx, ["x_ptr", "y_ptr", "z_ptr", None])
+    assert loads == {"x_ptr": (2, 8, 16)}
+    assert stores == {"y_ptr": (16,), "z_ptr": (4,)}

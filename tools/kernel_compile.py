@@ -1,0 +1,172 @@
+"""Compile a Triton kernel for a GPU that is not here, and read what the compiler made of it."""
+
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from kernel_cases import LAUNCHERS, B, Case, T
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+PROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, an H100 or H200, and a B200
+WARP = 32  # threads
+ALIGNED = 16  # bytes; also the factor of an integer that Triton compiles for
+POINTER = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+}
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_LOAD_PARAM = re.compile(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]")
+_ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?((?:\.v[248])?)\.[busf](\d+)\s[^;\[]*\[ ?(%rd\d+)")
+_REGISTER = re.compile(r"%rd\d+")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher gave to its kernel."""
+
+    arguments: dict[str, object]  # by name
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one GPU; widths are those of the memory instructions, by argument."""
+
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    load_bytes: dict[str, tuple[int, ...]]
+    store_bytes: dict[str, tuple[int, ...]]
+
+
+def record(case: Case, D: int, arch: int) -> tuple[object, Launch]:
+    """The kernel of a case, and its launch by its launcher on tensors without data."""
+    op = importlib.import_module(f"dbkernels.ops.{case.op}")
+    launcher, kernel_name = LAUNCHERS[case.direction]
+    kernel, launches = getattr(op, kernel_name), []
+    recorder = mock.MagicMock()
+    recorder.__getitem__.return_value = lambda *args, **options: launches.append((args, options))
+    with mock.patch.object(op, kernel_name, recorder), _processors(PROCESSORS[arch]):
+        getattr(op, launcher)(*case.arguments(D))
+    ((args, options),) = launches
+    num_warps = options.pop("num_warps")
+    bound = inspect.signature(kernel.fn).bind(*args, **options)
+    return kernel, Launch(dict(bound.arguments), num_warps)
+
+
+def compile_launch(kernel, launch: Launch, arch: int) -> Compiled:
+    """Compile as a launch on a GPU of this architecture would."""
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, value) in enumerate(launch.arguments.items()):
+        constexpr = kernel.params[index].is_constexpr
+        signature[name] = "constexpr" if constexpr else _type_of(value)
+        if signature[name] == "constexpr":
+            constants[name] = value
+        elif _is_aligned(value):
+            attributes[(index,)] = [["tt.divisibility", ALIGNED]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    # said because Triton's default is about to change, which its launches will follow
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+    out = triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=options)
+    passed = [name for name in signature if signature[name] != "constexpr"]
+    pointers = [name if signature[name].startswith("*") else None for name in passed]
+    loads, stores = _widths(out.asm["ptx"], pointers)
+    return Compiled(*_usage(out.asm["cubin"]), load_bytes=loads, store_bytes=stores)
+
+
+def bytes_moved(case: Case, launch: Launch) -> int:
+    """Every element of every tensor argument once, or as often as the case says."""
+    return round(
+        sum(
+            value.numel() * value.element_size() * case.passes.get(name, 1)
+            for name, value in launch.arguments.items()
+            if isinstance(value, torch.Tensor)
+        )
+    )
+
+
+def row_arguments(launch: Launch) -> Iterator[str]:
+    """The 16-bit tensors with at least one row to a token, of a width that 16 bytes divide."""
+    for name, value in launch.arguments.items():
+        if isinstance(value, torch.Tensor) and value.element_size() == 2:
+            width = value.shape[-1]
+            if value.numel() // width >= B * T and 2 * width % ALIGNED == 0:
+                yield name
+
+
+@contextmanager
+def _processors(count):
+    """Launchers share work among the processors of a device; tensors without data have none."""
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("dbkernels.ops.") and hasattr(module, "processors"):
+                patch = mock.patch.object(module, "processors", lambda device: count)
+                stack.enter_context(patch)
+        yield
+
+
+def _type_of(value) -> str:
+    # Triton compiles an absent tensor and the integer 1 in, as it does on a GPU
+    if value is None or (isinstance(value, int) and value == 1):
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        return POINTER[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _is_aligned(value) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.storage_offset() * value.element_size() % ALIGNED == 0
+    return isinstance(value, int) and value % ALIGNED == 0
+
+
+def _usage(cubin: bytes) -> list[int]:
+    """registers, stack, local and shared, from Triton's own copy of cuobjdump."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack, shared, local = map(int, _USAGE.search(text).groups())
+    return [registers, stack, local, shared]
+
+
+def _widths(ptx: str, pointers: list[str | None]) -> tuple[dict, dict]:
+    """Bytes of each load and store of global memory, by the argument its address comes from."""
+    origin, widths = {}, {"ld": {}, "st": {}}
+    for line in ptx.splitlines():
+        if found := _LOAD_PARAM.search(line):
+            register, index = found.groups()
+            # past the arguments are pointers to scratch that Triton itself passes
+            origin[register] = dict(enumerate(pointers)).get(int(index))
+        elif found := _ACCESS.search(line):
+            kind, vector, bits, address = found.groups()
+            width = int(vector[2:] or 1) * int(bits) // 8
+            widths[kind].setdefault(origin.get(address), set()).add(width)
+        else:
+            _follow(line, origin)
+    return tuple({n: tuple(sorted(w)) for n, w in widths[kind].items() if n} for kind in widths)
+
+
+def _follow(line: str, origin: dict[str, str | None]) -> None:
+    """A number that is computed from one argument's address is an address in that argument."""
+    target, *sources = _REGISTER.findall(line) or [None]
+    found = {origin.get(source) for source in sources} - {None}
+    if len(found) == 1:
+        origin[target] = found.pop()

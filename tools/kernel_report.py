@@ -1,0 +1,175 @@
+"""What the compiler makes of every kernel of dbkernels/ops, for GPUs that need not be here.
+
+Ends with 1 where a kernel spills registers to memory, or moves rows of bfloat16 in accesses of less
+than 16 bytes.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Literal
+from unittest import mock
+
+import tyro
+from kernel_cases import CASES, DTYPE, B, T
+from kernel_compile import (
+    ALIGNED,
+    bytes_moved,
+    compile_launch,
+    record,
+    row_arguments,
+)
+from rich.console import Console
+from rich.table import Table
+
+from dbkernels.ops._tile import MAX_D
+
+# peak memory bandwidth in bytes/s, from the makers' data sheets
+PEAK = {
+    "A100-SXM4-80GB": 2039e9,
+    "H100-SXM5-80GB": 3350e9,
+    "H200-SXM-141GB": 4800e9,
+    "B200-SXM": 8000e9,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compile the kernels and report registers, spills, memory accesses and bytes moved."""
+
+    kernel: tuple[str, ...] = tuple(CASES)  # such as adaln_norm_fwd
+    arch: tuple[Literal[80, 90, 100], ...] = (80, 90, 100)  # 10 times the compute capability
+    D: tuple[int, ...] = (128, 384, 768, 1024, 1152, 1536, 4096)  # model widths
+    json: bool = False  # one object to a line instead of a table
+
+    def __post_init__(self):
+        if not (self.kernel and self.arch and self.D):
+            raise ValueError(
+                "give at least one kernel, one arch and one D, or leave the option out"
+            )
+        for name in self.kernel:
+            if name not in CASES:
+                raise ValueError(f"kernel must be one of {', '.join(CASES)}, got {name}")
+        for D in self.D:
+            if not 1 <= D <= MAX_D:
+                raise ValueError(f"D must be 1 to {MAX_D}, got {D}")
+            for name in self.kernel:
+                if D % CASES[name].multiple:
+                    raise ValueError(
+                        f"D must be a multiple of {CASES[name].multiple} for {name}, got {D}"
+                    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel at one width for one architecture."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    D: int
+    num_warps: int
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    widest_load_bytes: int
+    widest_store_bytes: int
+    row_access_bytes: int | None  # the narrowest to a row of bfloat16 that 16 bytes divide
+    hbm_bytes: int  # at B and T of kernel_cases
+    floor_us: dict[str, float]  # hbm_bytes at peak bandwidth, by product
+
+    def faults(self) -> Iterator[str]:
+        where = f"{self.kernel} at D = {self.D} on sm_{self.arch}"
+        if self.stack_bytes or self.local_bytes:
+            yield (
+                f"{where} spills registers: {self.stack_bytes} bytes of stack and "
+                f"{self.local_bytes} of local memory to a thread"
+            )
+        if self.row_access_bytes is not None and self.row_access_bytes < ALIGNED:
+            yield (
+                f"{where} reads or writes rows in {self.row_access_bytes} bytes at a time, "
+                f"where {ALIGNED} are possible"
+            )
+
+
+def rows_of(task: tuple[str, int], widths: tuple[int, ...]) -> list[Row]:
+    """The rows of one kernel for one architecture; many widths compile to the same code."""
+    return [row_of(*task, D) for D in widths]
+
+
+def row_of(name: str, arch: int, D: int) -> Row:
+    case = CASES[name]
+    kernel, launch = record(case, D, arch)
+    compiled = compile_launch(kernel, launch, arch)
+    loads, stores = compiled.load_bytes, compiled.store_bytes
+    moved = bytes_moved(case, launch)
+    # an argument whose accesses were not found counts as the narrowest
+    narrow = [
+        min((*loads.get(n, ()), *stores.get(n, ())), default=0) for n in row_arguments(launch)
+    ]
+    return Row(
+        kernel=name,
+        arch=arch,
+        dtype=str(DTYPE).removeprefix("torch."),
+        D=D,
+        num_warps=launch.num_warps,
+        registers=compiled.registers,
+        stack_bytes=compiled.stack_bytes,
+        local_bytes=compiled.local_bytes,
+        shared_bytes=compiled.shared_bytes,
+        widest_load_bytes=max(max(widths) for widths in loads.values()),
+        widest_store_bytes=max(max(widths) for widths in stores.values()),
+        row_access_bytes=min(narrow, default=None),
+        hbm_bytes=moved,
+        floor_us={product: round(1e6 * moved / rate, 2) for product, rate in PEAK.items()},
+    )
+
+
+def report(options: Options) -> Iterator[Row]:
+    """Rows in the order of the options, compiled by as many processes as there are cores."""
+    tasks = [(name, arch) for name in options.kernel for arch in options.arch]
+    workers = min(len(os.sched_getaffinity(0)), len(tasks))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        # a worker imports the kernels anew, and what is for the interpreter cannot be compiled
+        with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
+            results = pool.map(partial(rows_of, widths=options.D), tasks)
+        for rows in results:
+            yield from rows
+
+
+def table(rows: list[Row]) -> Table:
+    columns = ("kernel", "arch", "D", "warps", "registers", "stack", "local", "shared")
+    accesses = ("load", "store", "row", "moved")
+    title = f"{rows[0].dtype}, B = {B}, T = {T}; widths in bytes, floors in µs"
+    table = Table(*columns, *accesses, *(name.split("-")[0] for name in PEAK), title=title)
+    for row in rows:
+        values = asdict(replace(row, floor_us={}))
+        values.pop("dtype"), values.pop("floor_us")
+        values.update(arch=f"sm_{row.arch}", hbm_bytes=f"{row.hbm_bytes:,}")
+        table.add_row(*map(str, values.values()), *(f"{us:.1f}" for us in row.floor_us.values()))
+    return table
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    rows = []
+    for row in report(options):
+        rows.append(row)
+        if options.json:
+            print(json.dumps(asdict(row)), flush=True)
+    if not options.json:
+        Console(width=160).print(table(rows))
+    faults = [fault for row in rows for fault in row.faults()]
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    raise SystemExit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
