@@ -28,23 +28,19 @@ class LayerCall(NamedTuple):
     weights: LayerWeights
     options: LayerOptions
 
-    @property
-    def mod(self) -> LayerModulation:
-        return LayerModulation(*self.modulation.chunk(6, dim=-1))
-
     def by_sample(self, t: Tensor) -> Tensor:
         return by_sample(t, len(self.modulation))
 
     def forward(self) -> tuple[Tensor, Activations]:
         """The layer's output (B, T, D), and its activations; without hidden if the rung says so."""
-        x, w, mod, options = self.x, self.weights, self.mod, self.options
-        y, stats1 = self.first_norm()
+        x, w, mod, options = self.x, self.weights, _parts(self.modulation), self.options
+        y, stats1 = self.first_norm(mod)
         qkv = project(y, w.qkv_weight, w.qkv_bias)
         attended, logsumexp = attend(qkv, options.heads, w, self.rotary)
         a = project(attended, w.out_weight, w.out_bias)
 
         x1, hidden = torch.empty_like(x), None
-        y, stats2 = self.second_norm(a, x1=self.by_sample(x1))
+        y, stats2 = self.second_norm(a, mod, x1=self.by_sample(x1))
         if "hidden" in RUNGS[options.keep].keeps:
             hidden = y.new_empty((len(as_rows(y)), len(w.fc1_weight)))
         m = mlp_branch(y, options.mlp, w, hidden=hidden)
@@ -53,67 +49,71 @@ class LayerCall(NamedTuple):
         gated_residual_forward(out, self.by_sample(m), mod.gate2, y=out)
         return x1, Activations(stats1, qkv, attended, logsumexp, a, stats2, hidden, m)
 
-    def first_norm(self) -> tuple[Tensor, Tensor]:
+    def first_norm(self, mod: LayerModulation) -> tuple[Tensor, Tensor]:
         """y1 (B, T, D) and its statistics."""
         y, stats = adaln_norm_forward(
-            self.by_sample(self.x), self.mod.scale1, self.mod.shift1, self.options.norm
+            self.by_sample(self.x), mod.scale1, mod.shift1, self.options.norm
         )
         return y.view(self.x.shape), stats
 
-    def second_norm(self, a: Tensor, *, x1: Tensor | None) -> tuple[Tensor, Tensor]:
+    def second_norm(
+        self, a: Tensor, mod: LayerModulation, *, x1: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """y2 (B, T, D) and its statistics; writes x1 where it is given."""
         y, stats = gated_adaln_norm_forward(
-            self.by_sample(self.x), self.by_sample(a), self.mod.between, self.options.norm, x1=x1
+            self.by_sample(self.x), self.by_sample(a), mod.between, self.options.norm, x1=x1
         )
         return y.view(self.x.shape), stats
 
     def backward(
-        self, dout: Tensor, kept: Activations, gradients: Gradients, *, owned: bool
+        self, dout: Tensor, kept: dict[str, Tensor | None], gradients: Gradients, *, owned: bool
     ) -> tuple[Tensor, Tensor]:
         """dx (B, T, D) and dmodulation (samples, 6 D).
 
-        What is owned is written over: no one reads the activations after this.
+        kept has the names of `Activations`, and is emptied as they are used up. What is owned is
+        written over: no one reads it after this.
         """
-        if kept.a is None:
+        if kept["a"] is None:
             call = self._replace(options=self.options._replace(keep="none"))
-            kept, owned = call.forward()[1], True
+            kept, owned = call.forward()[1]._asdict(), True
         dmodulation = torch.empty_like(self.modulation)
-        dmod = LayerModulation(*dmodulation.chunk(6, dim=-1))
-        dm = _buffer(kept.m, owned)
-        gated_residual_backward(
-            *map(self.by_sample, (dout, kept.m)),
-            self.mod.gate2,
-            dh=self.by_sample(dm),
-            dgate=dmod.gate2,
-        )
-        dx1, da = self._mlp_backward(dm, dout, kept, dmod, gradients, owned=owned)
-        dx = self._attention_backward(da, dx1, kept, dmod, gradients, owned=owned)
+        mods = _parts(self.modulation), _parts(dmodulation)
+        dx1, da = self._mlp_backward(dout, kept, *mods, gradients, owned=owned)
+        dx = self._attention_backward(da, dx1, kept, *mods, gradients, owned=owned)
         return dx.view(self.x.shape), dmodulation
 
     def _mlp_backward(
         self,
-        dm: Tensor,
         dout: Tensor,
-        kept: Activations,
+        kept: dict[str, Tensor | None],
+        mod: LayerModulation,
         dmod: LayerModulation,
         gradients: Gradients,
         *,
         owned: bool,
     ) -> tuple[Tensor, Tensor]:
         """dx1, by sample, and da (B, T, D)."""
-        hidden, y, dhidden = kept.hidden, None, None
+        a, m, hidden, y, dhidden = kept.pop("a"), kept.pop("m"), kept.pop("hidden"), None, None
+        dm = _buffer(m, owned)
+        gated_residual_backward(
+            *map(self.by_sample, (dout, m)),
+            mod.gate2,
+            dh=self.by_sample(dm),
+            dgate=dmod.gate2,
+        )
         if hidden is None:
-            y, _ = self.second_norm(kept.a, x1=None)
+            y, _ = self.second_norm(a, mod, x1=None)
         else:
             dhidden = _buffer(hidden, owned)
         dy = mlp_branch_backward(
             dm, y, hidden, self.options.mlp, self.weights, dhidden=dhidden, gradients=gradients
         )
-        da = _buffer(kept.a, owned)
+        del m, dm, y
+        da = _buffer(a, owned)
         dx1 = gated_adaln_norm_backward(
-            *map(self.by_sample, (dy, dout, self.x, kept.a)),
-            self.mod.between,
-            kept.stats2,
+            *map(self.by_sample, (dy, dout, self.x, a)),
+            mod.between,
+            kept.pop("stats2"),
             self.options.norm,
             dh=self.by_sample(da),
             y=None if hidden is None else self.by_sample(dy),
@@ -127,30 +127,33 @@ class LayerCall(NamedTuple):
         self,
         da: Tensor,
         dx1: Tensor,
-        kept: Activations,
+        kept: dict[str, Tensor | None],
+        mod: LayerModulation,
         dmod: LayerModulation,
         gradients: Gradients,
         *,
         owned: bool,
     ) -> Tensor:
         """dx, by sample."""
-        w, qkv = self.weights, kept.qkv
+        w, qkv = self.weights, kept.pop("qkv")
         if qkv is None:
-            qkv, owned = project(self.first_norm()[0], w.qkv_weight, w.qkv_bias), True
+            qkv, owned = project(self.first_norm(mod)[0], w.qkv_weight, w.qkv_bias), True
         # the norm of queries and keys reads qkv after dqkv has been written
         dqkv = _buffer(qkv, owned and w.q_weight is None)
+        attended, logsumexp = kept.pop("attended"), kept.pop("logsumexp")
         attention_branch_backward(
-            da, qkv, kept.attended, kept.logsumexp, self.options.heads, w, self.rotary,
+            da, qkv, attended, logsumexp, self.options.heads, w, self.rotary,
             dqkv=dqkv, gradients=gradients,
         )  # fmt: skip
+        del da, attended
         dy = project(dqkv, w.qkv_weight.T)
         dx = adaln_norm_backward(
             self.by_sample(dy),
             dx1,
             self.by_sample(self.x),
-            self.mod.scale1,
-            self.mod.shift1,
-            kept.stats1,
+            mod.scale1,
+            mod.shift1,
+            kept.pop("stats1"),
             self.options.norm,
             y=self.by_sample(dy),
             dscale=dmod.scale1,
@@ -158,6 +161,10 @@ class LayerCall(NamedTuple):
         )
         gradients.add_projection("qkv", dqkv, dy)  # y is written over dy by now
         return dx
+
+
+def _parts(modulation: Tensor) -> LayerModulation:
+    return LayerModulation(*modulation.chunk(6, dim=-1))
 
 
 def _buffer(tensor: Tensor, owned: bool) -> Tensor:

@@ -48,10 +48,10 @@ def mlp_branch_backward(
         u = project(rows[chunk], w.fc2_weight.T)  # du, until the activation is written over it
         dbias = h.new_empty(h.shape[1], dtype=statistics_dtype(h))
         activate_backward(h, u, w.fc1_bias, dh=dh, u=u, dbias=dbias)
-        gradients.add_weight("fc2", rows[chunk], u)
+        gradients.add_weight("fc2", rows[chunk], u, part=len(rows) > CHUNK)
         if "fc1_bias" in gradients.wanted:
             gradients.add("fc1_bias", dbias)
         if hidden is None:
-            gradients.add_weight("fc1", dh, as_rows(y)[chunk])
+            gradients.add_weight("fc1", dh, as_rows(y)[chunk], part=len(rows) > CHUNK)
         project(dh, w.fc1_weight.T, out=as_rows(dy)[chunk])
     return dy

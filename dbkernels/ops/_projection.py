@@ -41,17 +41,37 @@ class Gradients:
         self.add_weight(name, dy, x)
         self.add_bias(name, dy)
 
-    def add_weight(self, name: str, dy: Tensor, x: Tensor) -> None:
-        if f"{name}_weight" in self.wanted:
-            self.add(f"{name}_weight", as_rows(dy).T @ as_rows(x))
+    def add_weight(self, name: str, dy: Tensor, x: Tensor, *, part: bool = False) -> None:
+        """The weight's gradient, or the part of it that a chunk of tokens gives."""
+        name = f"{name}_weight"
+        if name not in self.wanted:
+            return
+        left, right = as_rows(dy).T, as_rows(x)
+        if not part:
+            self.add(name, left @ right)
+            return
+        if name not in self.sums:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            self.sums[name] = x.new_zeros((len(left), right.shape[1]), dtype=dtype)
+        add_product(self.sums[name], left, right)
 
     def add_bias(self, name: str, dy: Tensor) -> None:
         if f"{name}_bias" in self.wanted:
             self.add(f"{name}_bias", as_rows(dy).sum(0))
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add a chunk's part; from the second on in float32, as bfloat16 would lose small ones."""
+        """Add a part, in float32 where there is more than one."""
         total = self.sums.get(name)
         if total is not None:
             value = total.to(torch.promote_types(total.dtype, torch.float32)).add_(value)
         self.sums[name] = value
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, never rounded to less than the total's float32 on the way."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+    else:  # a CPU's matmul has no other result than its operands'
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))

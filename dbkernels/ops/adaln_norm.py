@@ -125,7 +125,7 @@ def _forward_triton(x, scale, shift, y, stats, eps, centred):
 def _forward_torch(x, scale, shift, y, stats, eps, centred):
     x_hat, statistics = normalise(x, eps, centred)
     stats.copy_(statistics)
-    y.copy_(torch.addcmul(shift[:, None], x_hat, 1 + scale[:, None].to(x_hat.dtype)))
+    torch.addcmul(shift[:, None], x_hat, 1 + scale[:, None].to(x_hat.dtype), out=y)
 
 
 def _backward_triton(dy, dres, x, scale, shift, stats, dx, y, dscale, dshift, centred):
@@ -146,9 +146,9 @@ def _backward_torch(dy, dres, x, scale, shift, stats, dx, y, dscale, dshift, cen
     dshift.copy_(dy.sum(1))
     weight = 1 + scale[:, None].to(x_hat.dtype)
     grad = normalise_backward(weight * dy, x_hat, rstd, centred)
-    dx.copy_(grad if dres is None else grad.add_(dres))
+    torch.add(grad, 0 if dres is None else dres, out=dx)
     if y is not None:
-        y.copy_(torch.addcmul(shift[:, None], x_hat, weight))
+        torch.addcmul(shift[:, None], x_hat, weight, out=y)
 
 
 _forward_op = register(

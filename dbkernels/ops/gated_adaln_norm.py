@@ -148,7 +148,7 @@ def _forward_torch(x, h, gate, scale, shift, x1, y, stats, eps, centred):
     if x1 is not None:
         x1.copy_(total)
     stats.copy_(statistics)
-    y.copy_(torch.addcmul(shift[:, None], x1_hat, 1 + scale[:, None].to(x1_hat.dtype)))
+    torch.addcmul(shift[:, None], x1_hat, 1 + scale[:, None].to(x1_hat.dtype), out=y)
 
 
 def _backward_triton(
@@ -175,12 +175,12 @@ def _backward_torch(
     weight = 1 + scale[:, None].to(x1_hat.dtype)
     grad = normalise_backward(weight * dy, x1_hat, rstd, centred)
     if y is not None:
-        y.copy_(torch.addcmul(shift[:, None], x1_hat, weight))
+        torch.addcmul(shift[:, None], x1_hat, weight, out=y)
     if dx1 is not None:
         grad += dx1
     dx.copy_(grad)
     dgate.copy_((grad * h).sum(1))
-    dh.copy_(grad.mul_(gate[:, None]))
+    torch.mul(grad, gate[:, None], out=dh)
 
 
 _forward_op = register(

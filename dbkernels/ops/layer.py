@@ -8,12 +8,11 @@ needs only x, q, k, v, the attention's result, a, the MLP's pre-activation and m
 elementwise functions of those within a row. `rung` tells what less can be kept.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 from dbkernels.ops import _door
+from dbkernels.ops._graph import compute_dtype, dtypes_as_they_are, is_last_to_read
 from dbkernels.ops._layer_call import LayerCall
 from dbkernels.ops._layer_door import check_layer, check_options
 from dbkernels.ops._layer_tensors import Activations, LayerModulation, LayerOptions, LayerWeights
@@ -48,17 +47,21 @@ class _AdaLNLayer(torch.autograd.Function):
         _door.refuse_double_backward("adaln_layer")
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
+        owned = is_last_to_read()
         modulation, rotary, *saved = ctx.saved_tensors
         weights, saved = LayerWeights(*saved[:WEIGHTS]), saved[WEIGHTS:]
-        kept, (start, *links) = Activations(*saved[:ACTIVATIONS]), saved[ACTIVATIONS:]
+        kept = dict(zip(Activations._fields, saved[:ACTIVATIONS], strict=True))
+        start, *links = saved[ACTIVATIONS:]
+        if owned:
+            # nothing but kept holds what the forward kept, so each tensor dies with its last use
+            ctx.maybe_clear_saved_tensors()
+        del saved
         x = Run(start, links[: len(links) // 2], links[len(links) // 2 :]).x()
         wanted = dict(zip(LayerWeights._fields, ctx.needs_input_grad[4:], strict=False))
         gradients = Gradients(frozenset(name for name in wanted if wanted[name]))
         call = LayerCall(x, modulation, rotary, _cast(weights, ctx.options), ctx.options)
-        with _dtypes_as_they_are(dout.device.type):
-            dx, dmodulation = call.backward(
-                dout.contiguous(), kept, gradients, owned=_is_last_to_read()
-            )
+        with dtypes_as_they_are(dout.device.type):
+            dx, dmodulation = call.backward(dout.contiguous(), kept, gradients, owned=owned)
         dweights = (
             gradients.sums[name].to(weight.dtype) if wanted[name] else None
             for name, weight in weights._asdict().items()
@@ -69,19 +72,6 @@ class _AdaLNLayer(torch.autograd.Function):
 def _cast(weights, options: LayerOptions) -> LayerWeights:
     """To the dtype of the branches. Cast again in the backward, copies need not be kept."""
     return LayerWeights(*(None if w is None else w.to(options.norm.dtype) for w in weights))
-
-
-def _dtypes_as_they_are(device: str) -> AbstractContextManager:
-    """A backward has the dtypes of its forward, also where it is called under autocast."""
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-
-
-def _is_last_to_read() -> bool:
-    """Whether what was saved may be written over: not with retain_graph=True."""
-    # a compiler reuses memory on its own, and its trace knows no graph task
-    if torch.compiler.is_compiling():
-        return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 # public
@@ -124,10 +114,7 @@ def adaln_layer(
         RuntimeError: the gradient is differentiated.
     """
     check_options(mlp, keep)
-    dtype = weights.qkv_weight.dtype
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # which meta tensors do not have
-        dtype = torch.get_autocast_dtype(device)
+    dtype = compute_dtype(x, weights.qkv_weight)
     options = LayerOptions(heads, mlp, NormOptions(eps, _door.check_norm(norm), dtype), keep)
     check_layer(x, modulation, rotary, weights, options)
     x, modulation = x.contiguous(), _door.as_rows(modulation)

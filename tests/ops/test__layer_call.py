@@ -32,7 +32,7 @@ def backward(call, kept, *, owned=False):
     """Every gradient, by name."""
     gradients = Gradients(WANTED)
     dout = call.x.cos()
-    dx, dmodulation = call.backward(dout, kept, gradients, owned=owned)
+    dx, dmodulation = call.backward(dout, kept._asdict(), gradients, owned=owned)
     return {"x": dx, "modulation": dmodulation, **gradients.sums}
 
 
