@@ -1,0 +1,155 @@
+"""One AdaLN layer, forward plus backward: what it keeps, its peak and its time.
+
+Every rung of the fused layer runs against plain torch, torch.compile, torch.compile under budgets
+of activation memory, and a checkpointed layer, on the same inputs. One line or row is one
+competitor in one case:
+
+    saved_units      what the backward keeps, in D elements per token of the case's dtype, without
+                     the layer's parameters
+    peak_bytes       highest total of what one call allocates, beyond resident_bytes; the gradients
+                     of inputs and parameters, which every call returns, are part of it
+    resident_bytes   inputs and parameters, and on a GPU workspaces that outlive a call
+    achieved_tflops  floating-point operations of three forwards, over median_ms
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Literal
+
+import measure
+import torch
+from command import parsed
+from layer_case import IMPLS, Competitor, LayerCase, LayerStep, competitors, make_inputs
+from machine import ceilings, machine
+from show import emit
+
+from dbkernels.cli.device import pick_device
+
+Impl = Literal["eager", "fused", "compiled", "compiled_budget", "checkpointed"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a device runs unless it is told otherwise."""
+
+    B: int
+    T: int
+    widths: tuple[tuple[int, int], ...]  # D and H; on a GPU those of DiT-S, L and XL
+    dtypes: tuple[str, ...]
+    rounds: int
+
+
+DEFAULTS = {
+    "cpu": Defaults(2, 256, ((384, 6),), ("float32", "bfloat16"), 11),
+    "cuda": Defaults(32, 256, ((384, 6), (1024, 16), (1152, 16)), ("bfloat16",), 50),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time and weigh one AdaLN layer, forward plus backward, against its competitors.
+
+    What is not given depends on the device.
+    """
+
+    B: int | None = None  # samples
+    T: int | None = None  # tokens of a sample
+    D: int | None = None  # width
+    H: int | None = None  # heads; 64 wide where only D is given
+    hidden: int | None = None  # width of the MLP's hidden layer; 4 D where it is not given
+    dtype: tuple[Dtype, ...] = ()  # of everything
+    impls: tuple[Impl, ...] = IMPLS  # competitors, in the order of the table
+    budgets: tuple[float, ...] = (0.9, 0.5, 0.4, 0.2)  # of compiled_budget, from 0 to 1
+    rounds: int | None = None  # in each of which every competitor is timed once
+    device: str = "auto"  # auto, cpu or cuda; auto is an NVIDIA GPU where there is one
+    threads: int | None = None  # of the CPU
+    json: bool = False  # one object to a line instead of a table
+
+    def __post_init__(self):
+        for name in ("B", "T", "D", "H", "hidden", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.rounds is not None and self.rounds < 2:
+            raise ValueError(f"rounds must be at least 2, got {self.rounds}")
+        if self.H is not None and self.D is None:
+            raise ValueError("H must be given together with D, got H alone")
+        if self.D is not None and self.D % self.heads(self.D):
+            raise ValueError(f"H must divide D = {self.D}, got {self.heads(self.D)}")
+        for budget in self.budgets:
+            if not 0 <= budget <= 1:
+                raise ValueError(f"budgets must be from 0 to 1, got {budget}")
+        pick_device(self.device)
+
+    def heads(self, D: int) -> int:
+        return self.H or max(D // 64, 1)
+
+    def cases(self) -> list[LayerCase]:
+        defaults = DEFAULTS[pick_device(self.device).type]
+        widths = defaults.widths if self.D is None else ((self.D, self.heads(self.D)),)
+        B, T = self.B or defaults.B, self.T or defaults.T
+        return [
+            LayerCase(B, T, D, H, self.hidden or 4 * D, dtype)
+            for dtype in self.dtype or defaults.dtypes
+            for D, H in widths
+        ]
+
+
+def rows_of(case: LayerCase, options: Options) -> list[dict[str, object]]:
+    """One row for each competitor, in the order of the options."""
+    device = pick_device(options.device)
+    # a function is recompiled for so many shapes only before it is left in plain torch
+    torch.compiler.reset()
+    players = competitors(options.impls, options.budgets)
+    rounds = options.rounds or DEFAULTS[device.type].rounds
+    if device.type == "cuda":
+        weighed = measure.in_fresh_processes(partial(weigh_alone, case, device), players)
+    with measure.own_stream(device):
+        inputs = make_inputs(case, device)
+        steps = {player: LayerStep(player.function(case.H), inputs) for player in players}
+        if device.type == "cpu":
+            weighed = [weigh(case, step, device) for step in steps.values()]
+        times = measure.interleaved(steps, device=device, rounds=rounds)
+        about = asdict(ceilings(device, case.torch_dtype)) | asdict(machine(device))
+    return [
+        asdict(player)
+        | asdict(case)
+        | weights
+        | asdict(times[player])
+        | {"achieved_tflops": case.flops / times[player].median_ms / 1e9}
+        | {"implementation": player.implementation(device)}
+        | about
+        for player, weights in zip(players, weighed, strict=True)
+    ]
+
+
+def weigh(case: LayerCase, step: LayerStep, device: torch.device) -> dict[str, float]:
+    """What a step keeps, its peak, and what was there before."""
+    inputs = step.inputs
+    taken = measure.memory(step, inputs=[*inputs.leaves, inputs.dout], device=device)
+    saved = measure.saved_bytes(step.forward, parameters=inputs.parameters)
+    return {"saved_units": saved / case.unit_bytes} | asdict(taken)
+
+
+def weigh_alone(case: LayerCase, device: torch.device, player: Competitor) -> dict[str, float]:
+    inputs = make_inputs(case, device)
+    return weigh(case, LayerStep(player.function(case.H), inputs), device)
+
+
+def report(options: Options) -> Iterator[list[dict[str, object]]]:
+    """The rows of one case after the other."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    for case in options.cases():
+        yield rows_of(case, options)
+
+
+def main(options: Options) -> None:
+    for rows in report(options):
+        emit(rows, as_json=options.json)
+
+
+if __name__ == "__main__":
+    main(parsed(Options))

@@ -1,0 +1,128 @@
+"""One AdaLN layer with its inputs, and who runs it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from compiled import compiled
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dbkernels.ops import RUNGS, LayerWeights, adaln_layer, implementation, reference
+
+IMPLS = ("eager", "fused", "compiled", "compiled_budget", "checkpointed")
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """A layer as DiT has it: layer norm, GELU, biases, no rotation."""
+
+    B: int
+    T: int
+    D: int
+    H: int
+    hidden: int
+    dtype: str  # of everything
+
+    @property
+    def unit_bytes(self) -> int:
+        """Of D elements per token."""
+        return self.B * self.T * self.D * self.torch_dtype.itemsize
+
+    @property
+    def flops(self) -> int:
+        """Of forward and backward, as three forwards; what is computed again does not count."""
+        projections = 2 * self.D * (4 * self.D + 2 * self.hidden)
+        return 3 * self.B * self.T * (projections + 4 * self.T * self.D)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """Who runs the layer."""
+
+    impl: str  # of IMPLS
+    rung: str | None = None  # of RUNGS, for fused
+    budget: float | None = None  # of activation memory, 1 is all; for compiled_budget
+
+    def implementation(self, device: torch.device) -> str:
+        """What computes."""
+        if self.impl == "fused":
+            return implementation(device)
+        return "inductor" if self.impl.startswith("compiled") else "torch"
+
+    def function(self, heads: int) -> Callable[[Tensor, Tensor, LayerWeights], Tensor]:
+        eager = partial(reference.adaln_layer, heads=heads)
+        if self.impl == "fused":
+            return partial(adaln_layer, heads=heads, keep=self.rung)
+        if self.impl == "compiled":
+            return compiled(eager, {})
+        if self.impl == "compiled_budget":
+            return compiled(eager, {"activation_memory_budget": self.budget})
+        if self.impl == "checkpointed":
+            # nothing in a layer is random, and the state of a GPU's generator cannot be captured
+            return partial(checkpoint, eager, use_reentrant=False, preserve_rng_state=False)
+        return eager
+
+
+def competitors(impls: tuple[str, ...], budgets: tuple[float, ...]) -> list[Competitor]:
+    """In the order of a table, which is that of `impls`."""
+    variants = {
+        "fused": [{"rung": rung} for rung in RUNGS],
+        "compiled_budget": [{"budget": budget} for budget in budgets],
+    }
+    return [Competitor(impl, **variant) for impl in impls for variant in variants.get(impl, [{}])]
+
+
+class LayerInputs(NamedTuple):
+    """All but dout want a gradient."""
+
+    x: Tensor
+    modulation: Tensor
+    weights: LayerWeights
+    dout: Tensor
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [weight for weight in self.weights if weight is not None]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.x, self.modulation, *self.parameters]
+
+
+def make_inputs(case: LayerCase, device: torch.device) -> LayerInputs:
+    """The same numbers on every device: x of unit variance, and gates and scales away from 0."""
+    B, T, D, F = case.B, case.T, case.D, case.hidden
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1) -> Tensor:
+        return (scale * torch.randn(shape, generator=random)).to(device, case.torch_dtype)
+
+    x, dout = normal(B, T, D), normal(B, T, D)
+    modulation = (0.25 + 0.75 * torch.rand(B, 6 * D, generator=random)).to(x)
+    shapes = [(3 * D, D), (3 * D,), (D, D), (D,), (F, D), (F,), (D, F), (D,)]
+    # a projection keeps the size of what goes in
+    weights = LayerWeights(*(normal(*shape, scale=shape[-1] ** -0.5) for shape in shapes))
+    inputs = LayerInputs(x, modulation, weights, dout)
+    for leaf in inputs.leaves:
+        leaf.requires_grad_()
+    return inputs
+
+
+class LayerStep(NamedTuple):
+    """Forward plus backward of one layer, to be called."""
+
+    layer: Callable[[Tensor, Tensor, LayerWeights], Tensor]
+    inputs: LayerInputs
+
+    def forward(self) -> Tensor:
+        return self.layer(self.inputs.x, self.inputs.modulation, self.inputs.weights)
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.forward(), self.inputs.leaves, self.inputs.dout)

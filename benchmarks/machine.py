@@ -1,0 +1,99 @@
+"""Where a benchmark ran, and how fast that machine copies and multiplies."""
+
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import measure
+import torch
+import triton
+
+ROOT = Path(__file__).parents[1]
+COPY_BYTES = 2**28
+MATMUL = {"cpu": 1024, "cuda": 8192}  # rows and columns of both factors
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a figure depends on beside the case."""
+
+    device: str
+    threads: int
+    driver: str | None  # of the GPU
+    torch: str
+    triton: str
+    commit: str | None  # ends with +dirty where tracked or new files differ from it
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reached in the same run."""
+
+    copy_gbps: float  # read and written, on memory larger than any cache
+    matmul_tflops: float  # of two square matrices of the case's dtype
+
+
+def machine(device: torch.device) -> Machine:
+    return Machine(
+        device=device_name(device),
+        threads=torch.get_num_threads(),
+        driver=driver(device),
+        torch=torch.__version__,
+        triton=triton.__version__,
+        commit=commit(),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    return found.group(1).strip() if found else platform.machine()
+
+
+def folder_name(device: torch.device) -> str:
+    """The device's name as a folder's: small letters and digits, with - between."""
+    return "-".join(re.findall(r"[a-z0-9]+", device_name(device).lower()))
+
+
+def driver(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    query = ["--query-gpu=driver_version", "--format=csv,noheader"]
+    return (_output("nvidia-smi", *query) or "").partition("\n")[0] or None
+
+
+def commit() -> str | None:
+    """None outside a checkout."""
+    name = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    # what a benchmark itself wrote says nothing about the code
+    status = ["status", "--porcelain", "--", ".", ":!benchmarks/results"]
+    changes = _output("git", "-C", str(ROOT), *status)
+    return name and name + ("+dirty" if changes else "")
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    size = MATMUL[device.type]
+    # numbers and not zeros, with which a GPU draws less power and runs faster
+    random = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, size, size, generator=random).to(device, dtype)
+    calls = {"copy": partial(target.copy_, source), "matmul": partial(torch.mm, a, b)}
+    times = measure.interleaved(calls, device=device, rounds=ROUNDS)
+    copy, matmul = (times[key].median_ms / 1e3 for key in calls)
+    return Ceilings(2 * COPY_BYTES / copy / 1e9, 2 * size**3 / matmul / 1e12)
+
+
+def _output(program: str, *arguments: str) -> str | None:
+    """None where the program is missing or fails."""
+    if shutil.which(program) is None:
+        return None
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,235 @@
+"""How every benchmark here measures, once: milliseconds, bytes at the peak, bytes kept.
+
+Time. Competitors are called in turn, and each round begins with the next of them, so that a clock
+that falls or a neighbour that wakes up meets them all. On a GPU a call is a CUDA graph where one
+can be captured, and else what the host launches; before each, the L2 cache is written over. On a
+CPU the competitors themselves push each other's data out of the caches.
+
+Memory. What an allocator handed out during one call, beyond what was there before it. On a GPU
+that is torch's statistics, in a process of its own for each case. On a CPU it is the running sum
+of what torch's profiler saw allocated and freed, also within ops and compiled code.
+"""
+
+import gc
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+Key = TypeVar("Key")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Call = Callable[[], object]
+
+WARM_UP_MS = {"cpu": 100, "cuda": 200}  # of each competitor; one call at least
+PROCESSES = 8  # at once; none of them is timed
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of one competitor, over the rounds."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+    timing: str  # "wall clock", "cuda graph", or "cuda events", which see the host's gaps
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one call."""
+
+    peak_bytes: int  # allocated peak during the call, minus resident_bytes
+    resident_bytes: int  # on a CPU the inputs; on a GPU also workspaces that outlive a call
+
+
+# time
+
+
+def interleaved(
+    calls: Mapping[Key, Call], *, device: torch.device, rounds: int
+) -> dict[Key, Times]:
+    """Time calls against each other.
+
+    Args:
+        calls:   by any key; on a GPU with the stream of `own_stream` current, and made there
+        device:  that they run on
+        rounds:  in each of which every call is timed once; 2 or more
+    Returns:
+        The times of each call, by the same keys.
+    """
+    clock = _CudaClock(device) if device.type == "cuda" else _WallClock()
+    ready = {key: clock.ready(call) for key, call in calls.items()}
+    samples = {key: [] for key in calls}
+    for number in range(rounds):
+        for key in turned(list(calls), number):
+            samples[key].append(clock.ms(ready[key][0]))
+    return {key: Times(*quantiles(samples[key]), rounds, ready[key][1]) for key in calls}
+
+
+def turned(keys: Sequence[Key], number: int) -> list[Key]:
+    """The order of one round."""
+    first = number % len(keys)
+    return [*keys[first:], *keys[:first]]
+
+
+def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median, and the quantiles at 20 and 80 %, between samples in proportion."""
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return statistics.median(samples), fifths[0], fifths[-1]
+
+
+def own_stream(device: torch.device):
+    """Context in which calls for `interleaved` are made and timed.
+
+    A forward and its backward run on one stream, and the default one cannot be captured.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))
+
+
+class _WallClock:
+    def ready(self, call: Call) -> tuple[Call, str]:
+        _warm_up(call, WARM_UP_MS["cpu"], synchronise=lambda: None)
+        return call, "wall clock"
+
+    def ms(self, call: Call) -> float:
+        begin = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - begin)
+
+
+class _CudaClock:
+    def __init__(self, device: torch.device):
+        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self.evicting = torch.empty(2 * cache_bytes, dtype=torch.uint8, device=device)
+
+    def ready(self, call: Call) -> tuple[Call, str]:
+        _warm_up(call, WARM_UP_MS["cuda"], synchronise=torch.cuda.synchronize)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                call()
+        # what waits for the device inside cannot be captured
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return call, "cuda events"
+        graph.replay()
+        return graph.replay, "cuda graph"
+
+    def ms(self, call: Call) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.evicting.zero_()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+def _warm_up(call: Call, ms: float, synchronise: Callable[[], None]) -> None:
+    call()  # may compile, which warms nothing up
+    synchronise()
+    begin = time.perf_counter()
+    while 1e3 * (time.perf_counter() - begin) < ms:
+        call()
+        synchronise()
+
+
+# memory
+
+
+def memory(call: Call, *, inputs: Iterable[Tensor], device: torch.device) -> Memory:
+    """Call once to settle what stays, and measure a second call.
+
+    Args:
+        call:    to measure
+        inputs:  what the caller holds through it
+        device:  that they are on
+    """
+    call()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        resident = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return Memory(torch.cuda.max_memory_allocated(device) - resident, resident)
+    with allocations() as changes:
+        call()
+    live, peak = 0, 0
+    for change in changes:
+        live += change
+        peak = max(peak, live)
+    return Memory(peak, sum(storage_bytes(inputs).values()))
+
+
+@contextmanager
+def allocations() -> Iterator[list[int]]:
+    """A list that on leaving has what a CPU's allocator gave and took back, in bytes, in order."""
+    changes = []
+    # the profiler announces itself on the terminal at the levels below
+    with mock.patch.dict(os.environ, KINETO_LOG_LEVEL="6"):
+        settings = {"profile_memory": True, "acc_events": True}
+        with profile(activities=[ProfilerActivity.CPU], **settings) as profiler:
+            yield changes
+    events = profiler.profiler.kineto_results.events()
+    seen = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if _is_memory(e))
+    changes += [size for _, _, size in seen]
+
+
+def _is_memory(event) -> bool:
+    return event.name() == "[memory]"
+
+
+def saved_bytes(forward: Callable[[], Tensor], *, parameters: Iterable[Tensor]) -> int:
+    """Bytes of the storages that the graph of a forward keeps for its backward.
+
+    Args:
+        forward:     returns what the backward begins with
+        parameters:  whose storages are left out; x and the modulation are not parameters
+    """
+    saved = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.update(storage_bytes([tensor]))
+        # an output of a node owns that node: held as it is, the two would never die
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward()
+    left_out = storage_bytes(parameters)
+    total = sum(size for storage, size in saved.items() if storage not in left_out)
+    del out  # until here, no saved storage gives its address to another
+    return total
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of each storage once, by its address."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage._cdata: storage.nbytes() for storage in storages}
+
+
+def in_fresh_processes(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Results in order; each item has a process of its own. `function` is of a module."""
+    workers = min(len(items), PROCESSES, max(1, (os.cpu_count() or 1) // 2))
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, _compile_alone, maxtasksperchild=1) as pool:
+        return pool.map(function, items, chunksize=1)
+
+
+def _compile_alone() -> None:
+    # the compiler reads it when it is first used; each would start a worker for every core
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"

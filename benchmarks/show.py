@@ -1,0 +1,117 @@
+"""Print rows of benchmarks as tables: `python benchmarks/show.py FILE.jsonl ...`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, object]
+
+SHOWN = ("B", "T", "D", "H", "hidden")  # of a case
+
+
+def emit(rows: list[Row], *, as_json: bool) -> None:
+    """Print the rows of one case, one JSON object a line or a table."""
+    if not as_json:
+        show(rows)
+        return
+    for row in rows:
+        short = {name: _six_digits(value) for name, value in row.items()}
+        print(json.dumps(short), flush=True)
+
+
+def show(rows: list[Row]) -> None:
+    """Print the rows of one case as one table; it names what it ran on below."""
+    table = _ops_table(rows) if "op" in rows[0] else _layer_table(rows)
+    table.title = f"{table.title}: {_case(rows[0])}"
+    table.caption = _about(rows[0])
+    # a table that is cut at the width of a terminal, or of a pipe, cannot be read
+    Console(width=max(Console().width, 110)).print(table)
+
+
+def _layer_table(rows: list[Row]) -> Table:
+    table = Table(title="one AdaLN layer, forward plus backward", caption_justify="left")
+    table.add_column("competitor", no_wrap=True)
+    for column in ("kept, D per token", "peak, MiB", "of eager", "ms", "p20 to p80", "of eager"):
+        table.add_column(column, justify="right", no_wrap="p20" in column)
+    table.add_column("TFLOP/s", justify="right")
+    eager = next((row for row in rows if row["impl"] == "eager"), None)
+    for row in rows:
+        table.add_row(
+            " ".join(str(part) for part in _names(row)) + _otherwise(row, rows[0]),
+            f"{row['saved_units']:.2f}",
+            f"{row['peak_bytes'] / 2**20:.1f}",
+            _ratio(row, eager, "peak_bytes"),
+            f"{row['median_ms']:.2f}",
+            f"{row['p20_ms']:.2f} to {row['p80_ms']:.2f}",
+            _ratio(row, eager, "median_ms"),
+            f"{row['achieved_tflops']:.3g}",
+        )
+    return table
+
+
+def _ops_table(rows: list[Row]) -> Table:
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    table = Table(title="ops", caption_justify="left")
+    table.add_column("op", no_wrap=True)
+    for column in ("MB to move", *(f"{impl}, µs" for impl in impls)):
+        table.add_column(column, justify="right")
+    for impl in impls:
+        table.add_column(f"{impl}, GB/s", justify="right")
+    for (op, direction), same in groupby(rows, lambda row: (row["op"], row["direction"])):
+        group = list(same)  # one row for each of impls, in their order
+        table.add_row(
+            f"{op} {direction}",
+            f"{group[0]['hbm_bytes'] / 1e6:.1f}",
+            *(f"{row['median_ms'] * 1e3:.1f}{_otherwise(row, rows[0])}" for row in group),
+            *(f"{row['achieved_gbps']:.4g}" for row in group),
+        )
+    return table
+
+
+def _names(row: Row) -> Iterator[object]:
+    return (row[name] for name in ("impl", "rung", "budget") if row[name] is not None)
+
+
+def _otherwise(row: Row, usual: Row) -> str:
+    """How a row was timed, where that is not as the caption says."""
+    return "" if row["timing"] == usual["timing"] else f" ({row['timing']})"
+
+
+def _six_digits(value: object) -> object:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _ratio(row: Row, eager: Row | None, name: str) -> str:
+    return f"{row[name] / eager[name]:.2f}" if eager else "–"
+
+
+def _case(row: Row) -> str:
+    sizes = ", ".join(f"{name} = {row[name]}" for name in SHOWN if name in row)
+    return f"{sizes}, {row['dtype']}"
+
+
+def _about(row: Row) -> str:
+    driver = f", driver {row['driver']}" if row["driver"] else ""
+    return (
+        f"{row['device']}{driver}, {row['threads']} CPU threads, torch {row['torch']}, "
+        f"triton {row['triton']}, commit {row['commit'] or 'unknown'}; "
+        f"copies at {row['copy_gbps']:.4g} GB/s, "
+        f"multiplies at {row['matmul_tflops']:.3g} TFLOP/s; "
+        f"medians of {row['rounds']} rounds by {row['timing']}"
+    )
+
+
+def main(paths: list[str]) -> None:
+    for path in paths:
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        for _, group in groupby(rows, _case):
+            show(list(group))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,38 @@
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def bench():
+    """Import one of the benchmarks' files, which stand beside each other and are no package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        # the folder of tests has this name too, and may have been imported by it
+        patch.delitem(sys.modules, "ops", raising=False)
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="session")
+def layer_rows():
+    """The lines that a small case of `benchmarks/layer.py` prints."""
+    sizes = "--B 2 --T 32 --D 64 --H 2 --hidden 256 --dtype float32 --device cpu --threads 1"
+    command = [sys.executable, str(ROOT / "benchmarks" / "layer.py"), "--json", "--rounds", "2"]
+    command += [*sizes.split(), "--impls", "eager", "fused", "checkpointed"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def small_case(bench):
+    """A layer and its inputs."""
+    case = bench("layer_case").LayerCase(B=2, T=8, D=16, H=2, hidden=64, dtype="float32")
+    return case, bench("layer_case").make_inputs(case, torch.device("cpu"))

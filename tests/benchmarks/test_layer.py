@@ -1,0 +1,107 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+MEASURED = {"median_ms", "p20_ms", "p80_ms", "peak_bytes", "resident_bytes", "rounds", "timing"}
+MACHINE = {"device", "threads", "driver", "torch", "triton", "commit", "implementation"}
+CEILINGS = {"copy_gbps", "matmul_tflops"}
+
+
+def test_competitors_compute_the_same_gradients(bench, small_case):
+    layer_case, (case, inputs) = bench("layer_case"), small_case
+    players = layer_case.competitors(("eager", "fused", "checkpointed"), ())
+    steps = [layer_case.LayerStep(player.function(case.H), inputs) for player in players]
+    eager, *others = (step() for step in steps)
+    assert len(others) == 6 and all(gradient.abs().max() > 0 for gradient in eager)
+    for gradients in others:
+        torch.testing.assert_close(gradients, eager, rtol=1e-3, atol=1e-4)
+
+
+def test_competitors_stand_in_the_order_asked_for(bench):
+    players = bench("layer_case").competitors(("compiled_budget", "eager", "fused"), (0.9, 0.2))
+    names = [player.rung or player.budget or player.impl for player in players]
+    assert names == [0.9, 0.2, "eager", "none", "attention", "mlp", "qkv", "layer"]
+
+
+def test_each_budget_compiles_for_itself(bench, monkeypatch):
+    import torch._inductor.compile_fx as inductor
+
+    def compile_fx(graph, inputs):
+        budgets.append(torch._functorch.config.activation_memory_budget)
+        return graph.forward
+
+    budgets = []
+    monkeypatch.setattr(inductor, "compile_fx", compile_fx)
+    settings = [{"activation_memory_budget": 0.9}, {}, {"activation_memory_budget": 0.2}]
+    for each in settings:
+        bench("compiled").compiled(torch.sin, each)(torch.ones(2))
+    assert budgets == [0.9, 1.0, 0.2]
+
+
+def test_flops_are_three_forwards(small_case):
+    case = replace(small_case[0], B=1, T=1)
+    projections = 3 * 16 * 16 + 16 * 16 + 2 * 16 * 64
+    assert case.flops == 3 * (2 * projections + 2 * 2 * 16)
+    assert case.unit_bytes == 64
+
+
+def test_prints_a_line_for_every_rung_and_competitor(layer_rows):
+    names = [row["rung"] or row["impl"] for row in layer_rows]
+    assert names == ["eager", "none", "attention", "mlp", "qkv", "layer", "checkpointed"]
+    for row in layer_rows:
+        assert row.keys() >= MEASURED | MACHINE | CEILINGS | {"saved_units", "achieved_tflops"}
+        assert (row["B"], row["T"], row["D"], row["H"], row["hidden"]) == (2, 32, 64, 2, 256)
+        assert (row["dtype"], row["threads"], row["budget"]) == ("float32", 1, None)
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["implementation"] == "torch"
+
+
+def test_saved_units_are_those_of_the_rungs(layer_rows):
+    units = {row["rung"] or row["impl"]: row["saved_units"] for row in layer_rows}
+    # the modulation is (B, 6 D), and logsumexp and statistics are H + 4 numbers for each token
+    modulation, statistics, logsumexp = 6 / 32, 4 / 64, 2 / 64
+    one_plus_scale = 2 / 32
+    expected = {
+        "eager": 20 + modulation + one_plus_scale + statistics + logsumexp,
+        "none": 11 + modulation + statistics + logsumexp,
+        "attention": 10 + modulation + statistics,
+        "mlp": 7 + modulation + statistics + logsumexp,
+        "qkv": 4 + modulation + statistics + logsumexp,
+        "layer": 1 + modulation,
+        "checkpointed": 1 + modulation,
+    }
+    assert units == pytest.approx(expected, rel=1e-5)  # of six printed digits
+
+
+def test_inputs_are_resident_and_returned_gradients_are_in_the_peak(layer_rows):
+    tokens, D, F = 2 * 32, 64, 256
+    parameters = 4 * D * D + 2 * D * F + 3 * D + D + F + D
+    gradients = 4 * (tokens * D + 2 * 6 * D + parameters)
+    for row in layer_rows:
+        assert row["resident_bytes"] == gradients + 4 * tokens * D  # and dout
+        assert row["peak_bytes"] > gradients
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"B": 0}, "B must be at least 1, got 0"),
+        ({"rounds": 1}, "rounds must be at least 2, got 1"),
+        ({"H": 2}, "H must be given together with D, got H alone"),
+        ({"D": 64, "H": 3}, "H must divide D = 64, got 3"),
+        ({"budgets": (0.5, 1.5)}, "budgets must be from 0 to 1, got 1.5"),
+        ({"device": "tpu"}, "device must be auto, cpu or cuda, got tpu"),
+    ],
+)
+def test_layer_refuses_options_in_a_sentence(bench, options, message):
+    with pytest.raises(ValueError, match=message):
+        bench("layer").Options(**options)
+
+
+def test_options_change_the_case_that_the_device_has(bench):
+    options = bench("layer").Options
+    (case,) = options(D=128, T=32, dtype=("float32",), device="cpu").cases()
+    assert (case.T, case.D, case.H, case.hidden) == (32, 128, 2, 512)
+    cases = options(hidden=8, dtype=("float16", "float32"), device="cpu").cases()
+    assert [(case.dtype, case.hidden) for case in cases] == [("float16", 8), ("float32", 8)]

@@ -1,0 +1,83 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT, CPU = Path(__file__).parents[2], torch.device("cpu")
+
+
+def test_json_alone_needs_no_parser_of_commands(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    monkeypatch.setattr(sys, "argv", ["layer.py", "--json"])
+    assert bench("command").parsed(bench("layer").Options) == bench("layer").Options(json=True)
+
+
+def test_a_device_names_its_folder(bench, monkeypatch):
+    machine = bench("machine")
+    monkeypatch.setattr(machine, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert machine.folder_name(CPU) == "nvidia-h100-80gb-hbm3"
+
+
+@pytest.mark.parametrize(
+    ("git", "expected"),
+    [
+        ({"rev-parse": "abc", "status": ""}, "abc"),
+        ({"rev-parse": "abc", "status": " M x"}, "abc+dirty"),
+        ({"rev-parse": None, "status": None}, None),
+    ],
+)
+def test_a_commit_says_that_files_differ_from_it(bench, monkeypatch, git, expected):
+    machine = bench("machine")
+    monkeypatch.setattr(machine, "_output", lambda *command: git[command[3]])
+    assert machine.commit() == expected
+
+
+def test_a_program_that_is_missing_or_fails_says_nothing(bench):
+    machine = bench("machine")
+    assert machine._output("no-such-program") is None
+    assert machine._output("false") is None
+    assert machine._output("echo", "a") == "a"
+
+
+def test_a_table_has_a_row_for_each_competitor_and_its_ratio_to_eager(bench, layer_rows, capsys):
+    rows = [dict(row) for row in layer_rows]
+    rows[0] |= {"median_ms": 2.0, "peak_bytes": 2**20}
+    rows[1] |= {"median_ms": 3.0, "peak_bytes": 2**19, "timing": "cuda events"}
+    bench("show").show(rows)
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if "fused none" in line)
+    assert "fused none (cuda events)" in line and " 1.50 " in line
+    assert " 0.5 │" in line and " 0.50 │" in line
+    assert sum(line.startswith("│ fused") for line in lines) == 5
+    assert any(rows[0]["device"] in line for line in lines)
+    bench("show").show(rows[1:2])
+    assert " – " in capsys.readouterr().out
+
+
+def test_a_file_of_results_is_shown_case_by_case(bench, layer_rows, tmp_path, capsys):
+    path = tmp_path / "layer.jsonl"
+    rows = [*layer_rows, *({**row, "D": 65} for row in layer_rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bench("show").main([str(path)])
+    out = capsys.readouterr().out
+    assert out.count("D = 64") == out.count("D = 65") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [("-S", "gpu.sh needs packages that .* lacks: .*torch"), ("", "gpu.sh needs an NVIDIA GPU")],
+)
+def test_the_gpu_script_says_what_is_missing(tmp_path, options, sentence):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {options} "$@"\n')
+    python.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", str(ROOT / "tools" / "gpu.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert re.match(sentence, done.stderr)
