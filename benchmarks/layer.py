@@ -42,7 +42,7 @@ class Defaults:
 
 
 DEFAULTS = {
-    "cpu": Defaults(2, 256, ((384, 6),), ("float32", "bfloat16"), 11),
+    "cpu": Defaults(4, 256, ((384, 6),), ("float32",), 15),
     "cuda": Defaults(32, 256, ((384, 6), (1024, 16), (1152, 16)), ("bfloat16",), 50),
 }
 

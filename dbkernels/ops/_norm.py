@@ -103,17 +103,28 @@ def normalise(x: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
     return x_hat, torch.cat([mean, rstd], dim=-1)
 
 
-def normalise_backward(g: Tensor, x_hat: Tensor, rstd: Tensor, centred: bool) -> Tensor:
+def standardise(x: Tensor, stats: Tensor) -> Tensor:
+    """x_hat, from x in the dtype of its statistics."""
+    mean, rstd = stats.split(1, dim=-1)
+    return (x - mean).mul_(rstd)
+
+
+def normalise_backward(g: Tensor, x: Tensor, x_hat: Tensor, stats: Tensor, centred: bool) -> Tensor:
+    """dx in the dtype of g, x and x_hat, which is that of stats."""
+    if not centred:
+        return rms_norm_backward(g, x_hat, stats[..., 1:])
+    mean, rstd = (t.contiguous() for t in stats.split(1, dim=-1))
+    # one pass, where sums and products would take six
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        g, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
+    )
+    return dx
+
+
+def rms_norm_backward(g: Tensor, x_hat: Tensor, rstd: Tensor) -> Tensor:
     """dx in the dtype of g; rstd is (..., 1)."""
-    if centred:
-        # of a row that is its own x_hat, which is fewer passes than the same in sums and products
-        mean, one = torch.zeros_like(rstd), torch.ones_like(rstd)
-        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            g, x_hat, g.shape[-1:], mean, one, None, None, [True, False, False]
-        )
-    else:
-        dx = torch.addcmul(g, x_hat, (g * x_hat).mean(-1, keepdim=True), value=-1)
-    return dx.mul_(rstd)
+    mean = (g * x_hat).mean(-1, keepdim=True)
+    return torch.addcmul(g, x_hat, mean, value=-1).mul_(rstd)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:

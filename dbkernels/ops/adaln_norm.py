@@ -26,6 +26,7 @@ from dbkernels.ops._norm import (
     normalise_backward,
     normalise_row,
     normalise_row_backward,
+    standardise,
     standardise_row,
     statistics_dtype,
     store_stats,
@@ -139,14 +140,13 @@ def _backward_triton(dy, dres, x, scale, shift, stats, dx, y, dscale, dshift, ce
 
 
 def _backward_torch(dy, dres, x, scale, shift, stats, dx, y, dscale, dshift, centred):
-    mean, rstd = stats.split(1, dim=-1)
-    x_hat = (x - mean) * rstd
-    dy = dy.to(x_hat.dtype)
+    x, dy = x.to(stats.dtype), dy.to(stats.dtype)
+    x_hat = standardise(x, stats)
     dscale.copy_((dy * x_hat).sum(1))
     dshift.copy_(dy.sum(1))
-    weight = 1 + scale[:, None].to(x_hat.dtype)
-    grad = normalise_backward(weight * dy, x_hat, rstd, centred)
-    torch.add(grad, 0 if dres is None else dres, out=dx)
+    weight = 1 + scale[:, None].to(stats.dtype)
+    grad = normalise_backward(weight * dy, x, x_hat, stats, centred)
+    dx.copy_(grad if dres is None else grad.add_(dres))
     if y is not None:
         torch.addcmul(shift[:, None], x_hat, weight, out=y)
 

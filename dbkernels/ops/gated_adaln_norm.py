@@ -30,6 +30,7 @@ from dbkernels.ops._norm import (
     normalise_backward,
     normalise_row,
     normalise_row_backward,
+    standardise,
     standardise_row,
     statistics_dtype,
     store_stats,
@@ -166,14 +167,13 @@ def _backward_triton(
 def _backward_torch(
     dy, dx1, x, h, gate, scale, shift, stats, dx, dh, y, dgate, dscale, dshift, centred
 ):
-    mean, rstd = stats.split(1, dim=-1)
+    h, dy = h.to(stats.dtype), dy.to(stats.dtype)
     x1 = torch.addcmul(x.to(stats.dtype), gate[:, None], h)
-    x1_hat = x1.sub_(mean).mul_(rstd)
-    dy = dy.to(x1_hat.dtype)
+    x1_hat = standardise(x1, stats)
     dscale.copy_((dy * x1_hat).sum(1))
     dshift.copy_(dy.sum(1))
-    weight = 1 + scale[:, None].to(x1_hat.dtype)
-    grad = normalise_backward(weight * dy, x1_hat, rstd, centred)
+    weight = 1 + scale[:, None].to(stats.dtype)
+    grad = normalise_backward(weight * dy, x1, x1_hat, stats, centred)
     if y is not None:
         torch.addcmul(shift[:, None], x1_hat, weight, out=y)
     if dx1 is not None:

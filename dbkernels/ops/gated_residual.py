@@ -96,7 +96,7 @@ def _forward_triton(x, h, gate, y):
 
 
 def _forward_torch(x, h, gate, y):
-    y.copy_(torch.addcmul(x, gate[:, None], h))
+    torch.addcmul(x, gate[:, None], h, out=y)
 
 
 def _backward_triton(dy, h, gate, dh, dgate):

@@ -33,7 +33,7 @@ from dbkernels.ops._heads import (
     rotate,
     store_halves,
 )
-from dbkernels.ops._norm import normalise, normalise_backward, statistics_dtype
+from dbkernels.ops._norm import normalise, rms_norm_backward, statistics_dtype
 from dbkernels.ops._register import register
 from dbkernels.ops._tile import partial_sums
 
@@ -174,7 +174,7 @@ def _backward_torch(dqkv, qkv, q_weight, k_weight, rotary, dq_weight, dk_weight,
         for dweight, sums in zip((dq_weight, dk_weight), (g * x_hat).sum((0, 1, 3)), strict=True):
             dweight.copy_(sums)
         g = g * torch.stack([q_weight, k_weight])[:, None]
-        g = normalise_backward(g, x_hat, stats[..., 1:], centred=False)
+        g = rms_norm_backward(g, x_hat, stats[..., 1:])
     dx.copy_(g)
 
 

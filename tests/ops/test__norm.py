@@ -60,7 +60,9 @@ def test_plain_torch_normalises_and_differentiates(norm, dtype):
     x, g = (3 + 2 * torch.randn(2, 5, 40)).to(dtype), torch.randn(2, 5, 40).to(dtype)
     x_hat, stats = _norm.normalise(x, 0.1, norm == "layer")
     assert x_hat.dtype == stats.dtype == _norm.statistics_dtype(x)
-    dx = _norm.normalise_backward(g.to(x_hat.dtype), x_hat, stats[..., 1:], norm == "layer")
+    wide = x.to(stats.dtype)
+    torch.testing.assert_close(_norm.standardise(wide, stats), x_hat)
+    dx = _norm.normalise_backward(g.to(stats.dtype), wide, x_hat, stats, norm == "layer")
     for actual, value in zip((x_hat, stats, dx), expected(x, g, norm, 0.1), strict=True):
         torch.testing.assert_close(actual.double(), value, rtol=1e-5, atol=1e-5)
 
@@ -69,7 +71,8 @@ def test_plain_torch_leaves_the_gradient_it_was_given():
     x, g = torch.randn(2, 5, 40), torch.randn(2, 5, 40)
     before = g.clone()
     x_hat, stats = _norm.normalise(x, 1e-6, True)
-    _norm.normalise_backward(g, x_hat, stats[..., 1:], True)
+    _norm.normalise_backward(g, x, x_hat, stats, True)
+    _norm.normalise_backward(g, x, x_hat, stats, False)
     assert torch.equal(g, before)
 
 
