@@ -10,11 +10,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dbkernels.ops.softmax_gradient import empty_logits
+
 B, T = 32, 256  # the shape at which bytes and time floors are stated
 HEAD_DIM = 64
+VOCABULARY = 50257  # of GPT-2; odd, and no width of a model
 DTYPE = torch.bfloat16
 MODULATIONS = 6  # of one layer, side by side in one projection
-LAUNCHERS = {"fwd": ("_forward_triton", "_fwd_kernel"), "bwd": ("_backward_triton", "_bwd_kernel")}
+DRAW = (7, 7, 7)  # seed, step, sample; not what a compiler would specialise for
+LAUNCHERS = {
+    "fwd": ("_forward_triton", "_fwd_kernel"),
+    "bwd": ("_backward_triton", "_bwd_kernel"),
+    "grad": ("_gradient_triton", "_gradient_kernel"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,7 @@ class Case:
     # how often the bytes of an argument cross the memory bus, where that is not once
     passes: dict[str, float] = field(default_factory=dict)
     multiple: int = 1  # of which D must be one
+    timed: bool = True  # by the benchmark of ops; not where only a part of an op with matmuls
 
     @property
     def name(self) -> str:
@@ -55,6 +64,14 @@ def condition_sums(D: int, count: int) -> tuple[Tensor, ...]:
 
 def stats() -> Tensor:
     return empty(B, T, 2, dtype=torch.float32)
+
+
+def scalars() -> Tensor:
+    return empty(B * T, dtype=torch.float32)
+
+
+def levels() -> Tensor:
+    return empty(B, dtype=torch.float32)
 
 
 def gated_mlp_width(D: int) -> int:
@@ -149,6 +166,32 @@ ENTRIES = [
         # the gradient is written over
         passes={"qkv_ptr": 2 / 3, "dqkv_ptr": 4 / 3, "table_ptr": 1 / 2},
         multiple=HEAD_DIM,
+    ),
+    Case(
+        "softmax_gradient",
+        "grad",
+        lambda D: (
+            *(empty_logits(B * T, VOCABULARY, DTYPE, "meta"), empty(B * T, dtype=torch.int64)),
+            *(scalars(), scalars(), VOCABULARY, -100),
+        ),
+        passes={"logits_ptr": 3},  # read twice, then written
+        timed=False,
+    ),
+    Case("philox", "fwd", lambda D: (empty(B, T * D, dtype=torch.float32), *DRAW), timed=False),
+    Case(
+        "add_noise",
+        "fwd",
+        lambda D: (*tokens(D), levels(), *tokens(D), *DRAW, True, 0.5),
+        timed=False,
+    ),
+    Case(
+        "score_loss",
+        "fwd",
+        lambda D: (
+            *(*tokens(D, 2), levels(), levels(), empty(B, T, D, dtype=torch.bool)),
+            *(*tokens(D, 2), levels(), *DRAW, 0.5, 1.0),
+        ),
+        timed=False,
     ),
 ]
 CASES = {case.name: case for case in ENTRIES}

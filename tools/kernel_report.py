@@ -123,7 +123,7 @@ def row_of(name: str, arch: int, D: int) -> Row:
         stack_bytes=compiled.stack_bytes,
         local_bytes=compiled.local_bytes,
         shared_bytes=compiled.shared_bytes,
-        widest_load_bytes=max(max(widths) for widths in loads.values()),
+        widest_load_bytes=max((max(widths) for widths in loads.values()), default=0),
         widest_store_bytes=max(max(widths) for widths in stores.values()),
         row_access_bytes=min(narrow, default=None),
         hbm_bytes=moved,

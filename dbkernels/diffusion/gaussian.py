@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from scipy.special import ndtr, ndtri
 from torch import Tensor
@@ -127,16 +128,47 @@ class LogNormal:
         Raises:
             ValueError: the interval leaves the range.
         """
-        if interval.low < self.sigma_min or interval.high > self.sigma_max:
-            raise ValueError(
-                f"the interval must lie in [{self.sigma_min}, {self.sigma_max}], "
-                f"got [{interval.low}, {interval.high}]"
-            )
-        q_low, q_high = self.cdf(interval.low), self.cdf(interval.high)
         u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
-        q = q_low + u * (q_high - q_low)
-        sigma = torch.exp(self.mean + self.std * torch.special.ndtri(q))
-        return sigma.clamp(interval.low, interval.high).float()
+        return sigma_at(self, interval, u)
+
+
+def sigma_at(prior: LogNormal, interval: Interval, u: Tensor) -> Tensor:
+    """The inverse cdf of the prior cut to one interval.
+
+    Args:
+        prior:     over sigma
+        interval:  inside the prior's range; units of z
+        u:         (B,) float64 in [0, 1]; uniform numbers give levels from the cut prior
+    Returns:
+        (B,) float32, each above `low` and up to `high`.
+    Raises:
+        ValueError: the interval leaves the range, or u is not float64.
+    """
+    if interval.low < prior.sigma_min or interval.high > prior.sigma_max:
+        raise ValueError(
+            f"the interval must lie in [{prior.sigma_min}, {prior.sigma_max}], "
+            f"got [{interval.low}, {interval.high}]"
+        )
+    # float32 has 2**24 numbers in [0, 1), of which 0 is one
+    if u.dtype != torch.float64:
+        raise ValueError(f"u must be torch.float64, got {u.dtype}")
+    q_low, q_high = prior.cdf(interval.low), prior.cdf(interval.high)
+    q = q_low + u * (q_high - q_low)
+    sigma = torch.exp(prior.mean + prior.std * torch.special.ndtri(q))
+    return sigma.float().clamp(_float32_above(interval.low), _float32_up_to(interval.high))
+
+
+def _float32_above(level: float) -> float:
+    """The least number of float32 that exceeds a level."""
+    nearest = np.float32(level)
+    # numpy would round a float to float32 before it compares the two
+    return float(nearest if float(nearest) > level else np.nextafter(nearest, np.float32(np.inf)))
+
+
+def _float32_up_to(level: float) -> float:
+    """The greatest number of float32 that does not exceed a level."""
+    nearest = np.float32(level)
+    return float(nearest if float(nearest) <= level else np.nextafter(nearest, np.float32(0)))
 
 
 def cdf_grid(prior: LogNormal, count: int) -> list[float]:

@@ -111,3 +111,73 @@ def adaln_layer(
     activation = {"gelu": gelu, "swiglu": swiglu}[mlp]
     h = F.linear(activation(F.linear(y, w.fc1_weight, w.fc1_bias)), w.fc2_weight, w.fc2_bias)
     return gated_residual(x, h, gate2).to(x.dtype)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    bias = None if bias is None else bias.to(weight.dtype)
+    logits = F.linear(x.to(weight.dtype).reshape(-1, x.shape[-1]), weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    options = {"ignore_index": ignore_index, "reduction": "none"}
+    losses = F.cross_entropy(logits, target.flatten(), **options).view(target.shape)
+    if token_weight is not None:
+        losses = losses * token_weight
+    if reduction == "mean":
+        return losses.sum() / (target != ignore_index).sum().clamp_min(1)
+    return losses.sum() if reduction == "sum" else losses
+
+
+def over_elements(level: Tensor, z0: Tensor) -> Tensor:
+    """(B,) against (B, ...)."""
+    return level.view(-1, *[1] * (z0.dim() - 1))
+
+
+def add_noise(
+    z0: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    *,
+    scale: str | None = None,
+    sigma_data: float = 0.5,
+) -> Tensor:
+    sigma = over_elements(sigma, z0)
+    z = z0 + sigma * noise
+    return z / (sigma**2 + sigma_data**2).sqrt() if scale == "c_in" else z
+
+
+def score_loss(
+    prediction: Tensor,
+    z0: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+    *,
+    sigma_data: float,
+    weight: str | Tensor = "edm",
+    reduction: str = "mean",
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    s2 = sigma**2 + sigma_data**2
+    c_skip, c_out = sigma_data**2 / s2, sigma * sigma_data / s2.sqrt()
+    z = add_noise(z0, sigma, noise)
+    denoised = over_elements(c_skip, z0) * z + over_elements(c_out, z0) * prediction
+    error = (denoised - z0).reshape(len(z0), -1) ** 2
+    if mask is None:
+        losses = error.mean(1)
+    else:
+        mask = mask.view(*mask.shape, *[1] * (z0.dim() - mask.dim())).expand_as(z0)
+        mask = mask.reshape(error.shape)
+        losses = (error * mask).sum(1) / mask.sum(1).clamp_min(1)
+    if isinstance(weight, Tensor):
+        losses = losses * weight
+    elif weight == "edm":
+        losses = losses / c_out**2
+    loss = {"mean": losses.mean, "sum": losses.sum, "none": losses.clone}[reduction]()
+    return loss, losses.detach()

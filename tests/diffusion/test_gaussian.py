@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dbkernels.diffusion.gaussian import LogNormal, add_noise, cdf_grid, karras_grid
+from dbkernels.diffusion.gaussian import LogNormal, add_noise, cdf_grid, karras_grid, sigma_at
 from dbkernels.diffusion.interval import Interval
 
 PRIOR = LogNormal()
@@ -117,6 +117,27 @@ def test_samples_are_a_function_of_the_generator():
     assert not torch.equal(first, PRIOR.sample(PRIOR.range, 8, random(4)))
 
 
+def test_levels_at_uniform_numbers_are_those_of_a_truncated_log_normal():
+    u = torch.linspace(0.001, 0.999, 101, dtype=torch.float64)
+    for prior in (PRIOR, LogNormal(mean=0.4, std=0.7, sigma_min=0.1, sigma_max=20)):
+        for interval in prior.intervals(3):
+            ends = [(math.log(s) - prior.mean) / prior.std for s in (interval.low, interval.high)]
+            expected = prior.mean + prior.std * stats.truncnorm.ppf(u.numpy(), *ends)
+            sigma = sigma_at(prior, interval, u)
+            assert sigma.dtype == torch.float32
+            assert sigma.log().tolist() == pytest.approx(expected.tolist(), abs=3e-7)
+
+
+def test_levels_at_the_ends_are_above_low_and_up_to_high():
+    u = torch.tensor([0.0, 2.0**-54, 1 - 2.0**-53, 1.0], dtype=torch.float64)
+    # of the lows and of the highs, float32 has one exactly, rounds one up and one down
+    for low in (0.25, 0.3, 0.7):
+        for high in (1.5, 1.1, 1.2):
+            sigma = sigma_at(PRIOR, Interval(low, high), u).double()
+            assert low < sigma[0] <= sigma[1] < low * (1 + 2.0**-22)
+            assert high * (1 - 2.0**-22) < sigma[2] <= sigma[3] <= high
+
+
 @pytest.mark.parametrize(
     ("count", "expected"),
     [
@@ -175,6 +196,8 @@ def test_add_noise_keeps_the_dtype():
         (lambda: PRIOR.widen(PRIOR.range, -0.1), "gamma must be finite and at least 0, got -0.1"),
         (lambda: PRIOR.widen(PRIOR.range, math.nan), "gamma must be finite"),
         (lambda: PRIOR.sample(Interval(0.001, 1), 2, random()), r"must lie in \[0.002, 80.0\]"),
+        (lambda: sigma_at(PRIOR, Interval(1, 81), torch.rand(2).double()), r"must lie in .*1, 81"),
+        (lambda: sigma_at(PRIOR, PRIOR.range, torch.rand(2)), "u must be torch.float64, got torch"),
         (lambda: cdf_grid(PRIOR, 1), "at least 2 levels, got 1"),
         (lambda: karras_grid(PRIOR, 1), "at least 2 levels, got 1"),
         (lambda: karras_grid(PRIOR, 5, rho=0), "rho must be positive, got 0"),

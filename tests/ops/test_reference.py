@@ -159,3 +159,52 @@ def test_a_layer_has_a_second_derivative():
     # torch's fused attention has none of its own
     with sdpa_kernel(SDPBackend.MATH):
         torch.autograd.gradgradcheck(f, values)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_mean_cross_entropy_is_over_the_tokens_that_count(weighted):
+    x, weight, bias, target = tokens(1, 3, 4), tokens(5, 4), tokens(5), torch.tensor([[4, -100, 0]])
+    token_weight = torch.tensor([[0.5, 7.0, 2.0]]).double() if weighted else None
+    losses = []
+    for n, label in ((0, 4), (2, 0)):
+        logits = [
+            sum((x[0, n] * row).tolist()) + b.item() for row, b in zip(weight, bias, strict=True)
+        ]
+        nll = math.log(sum(map(math.exp, logits))) - logits[label]
+        losses.append(nll * (token_weight[0, n].item() if weighted else 1))
+    options = {"bias": bias, "token_weight": token_weight}
+    by_token = reference.linear_cross_entropy(x, weight, target, **options, reduction="none")
+    assert by_token.tolist() == [pytest.approx([losses[0], 0, losses[1]])]
+    for reduction, expected in (("sum", sum(losses)), ("mean", sum(losses) / 2)):
+        loss = reference.linear_cross_entropy(x, weight, target, **options, reduction=reduction)
+        assert loss.item() == pytest.approx(expected)
+
+
+def test_noise_is_scaled_by_its_sample_s_level():
+    z0, noise, sigma = tokens(2, 3, 4), tokens(2, 3, 4), tokens(2).exp()
+    z = reference.add_noise(z0, sigma, noise)
+    assert z[1, 2, 3] == z0[1, 2, 3] + sigma[1] * noise[1, 2, 3]
+    scaled = reference.add_noise(z0, sigma, noise, scale="c_in", sigma_data=0.3)
+    expected = z[1, 2, 3] / math.sqrt(sigma[1].item() ** 2 + 0.09)
+    torch.testing.assert_close(scaled[1, 2, 3], expected)
+
+
+@pytest.mark.parametrize("weight", ["edm", "none", "tensor"])
+def test_the_score_loss_is_the_weighted_error_of_the_denoiser(weight):
+    prediction, z0, noise = tokens(3, 2, 3, 4)
+    sigma, mask, s_data = tokens(2).exp(), torch.tensor([[True, True, False], [False] * 3]), 0.3
+    mask[1, 0] = True
+    given = torch.tensor([0.5, 2.0], dtype=torch.float64) if weight == "tensor" else weight
+    loss, losses = reference.score_loss(
+        prediction, z0, sigma, noise, sigma_data=s_data, weight=given, mask=mask
+    )
+    expected = []
+    for b, s in enumerate(sigma.tolist()):
+        root = math.sqrt(s**2 + s_data**2)
+        z = z0[b] + s * noise[b]
+        denoised = s_data**2 / root**2 * z + s * s_data / root * prediction[b]
+        error = ((denoised - z0[b]) ** 2)[mask[b]].mean()
+        factor = {"edm": (root / (s * s_data)) ** 2, "none": 1, "tensor": (0.5, 2.0)[b]}[weight]
+        expected.append(factor * error)
+    torch.testing.assert_close(losses, torch.stack(expected))
+    torch.testing.assert_close(loss, losses.mean())
