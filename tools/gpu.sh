@@ -47,7 +47,7 @@ if "$python" -c 'import tyro' 2>/dev/null; then
 else
     echo "The report on kernels is left out: $python lacks tyro."
 fi
-if marked=$(grep -rl --include='test_*.py' '@pytest.mark.gpu' tests); then
+if marked=$(grep -rl --include='test_*.py' 'pytest.mark.gpu' tests); then
     # the tests ask for deterministic algorithms, which cuBLAS gives with this alone
     export CUBLAS_WORKSPACE_CONFIG=:4096:8
     # shellcheck disable=SC2086

@@ -55,6 +55,10 @@ class AdaLNLayer(nn.Module):
 
     Hooks of the layer run, and so do hooks of its parameters; the modules inside are never called.
 
+    The names of its state dict do not change: modulation, attention.qkv, attention.out, mlp.fc1 and
+    mlp.fc2, each with weight and bias, and what the configuration adds: norm1 and norm2 with weight
+    and bias, attention.q_norm and attention.k_norm with weight.
+
     Raises:
         ValueError: D is not a multiple of H, or norm, mlp or keep is unknown.
     """
