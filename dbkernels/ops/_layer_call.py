@@ -145,7 +145,7 @@ class LayerCall(NamedTuple):
             da, qkv, attended, logsumexp, self.options.heads, w, self.rotary,
             dqkv=dqkv, gradients=gradients,
         )  # fmt: skip
-        del da, attended
+        del attended
         dy = project(dqkv, w.qkv_weight.T)
         dx = adaln_norm_backward(
             self.by_sample(dy),

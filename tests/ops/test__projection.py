@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dbkernels.ops._projection import Gradients, as_rows, chunks, project
+from dbkernels.ops._projection import Gradients, add_product, as_rows, chunks, project
 
 WANTED = frozenset({"fc_weight", "fc_bias"})
 
@@ -84,3 +84,10 @@ def test_parts_are_left_alone_from_the_second_on():
     for part in parts:
         gradients.add("fc_bias", part)
     assert all(part.tolist() == [1.0] * 3 for part in parts)
+
+
+def test_a_product_is_not_rounded_to_its_operands_dtype():
+    ones, small = torch.ones(1, 2).bfloat16(), torch.tensor([[1.0], [2.0**-12]]).bfloat16()
+    total = torch.ones(1, 1)
+    add_product(total, ones, small)
+    assert total.item() == 2 + 2.0**-12

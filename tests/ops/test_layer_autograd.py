@@ -5,9 +5,10 @@ from collections import Counter
 import pytest
 import torch
 from ops.one_layer import KEEPS, OneLayer, assert_same_bits, saved_by
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from dbkernels.ops import adaln_layer, reference
+from dbkernels.ops import _layer_call, adaln_layer, reference
 
 BF16 = torch.bfloat16
 
@@ -208,3 +209,29 @@ def test_refuses_a_second_derivative():
     sentence = "^adaln_layer has no second derivative: call backward without create_graph=True$"
     with pytest.raises(RuntimeError, match=sentence):
         gradients(layer.run(leaves).sum(), leaves, create_graph=True)
+
+
+def test_each_tensor_dies_with_its_last_use(monkeypatch):
+    held, gone = {}, {}
+
+    def watch(name, *, args, ask):
+        original = getattr(_layer_call, name)
+
+        def watched(*given, **options):
+            gone[name] = [what for what in ask if held[what].expired()]
+            for what, place in args.items():
+                held[what] = StorageWeakRef(given[place].untyped_storage())
+            return original(*given, **options)
+
+        monkeypatch.setattr(_layer_call, name, watched)
+
+    watch("mlp_branch_backward", args={"dm": 0, "hidden": 2}, ask=[])
+    watch("gated_adaln_norm_backward", args={}, ask=["dm", "hidden"])
+    watch("attention_branch_backward", args={"attended": 2}, ask=["dm", "hidden"])
+    watch("adaln_norm_backward", args={}, ask=["attended"])
+    layer = OneLayer()
+    leaves = layer.leaves()
+    gradients(layer.run(leaves).sum(), leaves)
+    assert gone["gated_adaln_norm_backward"] == ["dm"]
+    assert gone["attention_branch_backward"] == ["dm", "hidden"]
+    assert gone["adaln_norm_backward"] == ["attended"]
