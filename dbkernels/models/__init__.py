@@ -2,7 +2,7 @@
 
 from dbkernels.models.dit import DiT, DiTConfig
 from dbkernels.models.family import Family
-from dbkernels.models.layer import AdaLNLayer, LayerConfig
+from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.models.vit import ViT, ViTConfig
 
 FAMILIES = {"vit": ViT, "dit": DiT}
@@ -16,4 +16,5 @@ __all__ = [
     "LayerConfig",
     "ViT",
     "ViTConfig",
+    "run_layers",
 ]

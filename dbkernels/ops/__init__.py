@@ -15,12 +15,14 @@ from dbkernels.ops.philox import Draw, normals, uniforms
 from dbkernels.ops.qk_norm_rotary import qk_norm_rotary
 from dbkernels.ops.rung import RUNGS
 from dbkernels.ops.score_loss import score_loss, score_loss_
+from dbkernels.ops.stream import ResidualStream
 from dbkernels.ops.swiglu import swiglu
 
 __all__ = [
     "RUNGS",
     "Draw",
     "LayerWeights",
+    "ResidualStream",
     "adaln_layer",
     "adaln_norm",
     "add_noise",
