@@ -3,6 +3,7 @@
 from dbkernels.diffusion.gaussian import LogNormal, cdf_grid
 from dbkernels.memory.measure import measure_peak
 from dbkernels.models import AdaLNLayer, DiT, LayerConfig, ViT
+from dbkernels.ops.philox import Draw
 from dbkernels.training.data import open_data
 from dbkernels.training.inference import classify, generate
 from dbkernels.training.objective import gaussian_step
@@ -15,6 +16,7 @@ __all__ = [
     "Block",
     "BlockModels",
     "DiT",
+    "Draw",
     "LayerConfig",
     "LogNormal",
     "Trainer",

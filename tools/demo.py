@@ -19,8 +19,9 @@ from torch import Tensor
 
 from dbkernels.cli.profile import profile_trainer
 from dbkernels.diffusion.gaussian import LogNormal, cdf_grid
-from dbkernels.memory.measure import CATEGORIES
+from dbkernels.memory.measure import MEASURED
 from dbkernels.models import dit, vit
+from dbkernels.ops import Draw
 from dbkernels.training.data import open_data
 from dbkernels.training.evaluation import (
     block_losses,
@@ -30,7 +31,6 @@ from dbkernels.training.evaluation import (
 )
 from dbkernels.training.inference import generate
 from dbkernels.training.log import read_log
-from dbkernels.training.randomness import generator
 from dbkernels.training.run import PartitionConfig, RunConfig, load_run, train
 from dbkernels.training.trainer import TrainerConfig
 
@@ -161,7 +161,7 @@ class Demo:
             config, models = load_run(Path(result["run"]), device="cpu")
             asked = torch.arange(10).repeat_interleave(self.per_class)
             levels = cdf_grid(config.prior, LEVELS["dit"])
-            made = generate(models, asked, levels, generator("cpu", 0), guidance=GUIDANCE)
+            made = generate(models, asked, levels, Draw(0, step=0), guidance=GUIDANCE)
             shown = torch.arange(len(asked)).view(10, -1)[:, :SHOWN_PER_CLASS].flatten()
             runs.append(
                 {
@@ -219,7 +219,7 @@ def _table(results: dict) -> Table:
     row("Fréchet distance *", lambda r: f"{r['frechet']:.3f}" if "frechet" in r else "")
     row("recognised as asked *", lambda r: f"{r['recognised']:.1%}" if "recognised" in r else "")
     row("peak, MiB", lambda r: f"{r['peak_bytes'] / 2**20:.1f}")
-    for category in CATEGORIES:
+    for category in MEASURED:
         name = f"  {category.replace('_', ' ')}, MiB"
         row(name, lambda r, category=category: f"{r['by_category'][category] / 2**20:.1f}")
     row("kept for backward, MiB", lambda r: f"{r['saved_bytes'] / 2**20:.1f}")

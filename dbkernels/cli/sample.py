@@ -14,8 +14,8 @@ from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
 from dbkernels.diffusion.gaussian import cdf_grid, karras_grid
+from dbkernels.ops.philox import Draw
 from dbkernels.training.inference import generate
-from dbkernels.training.randomness import generator
 from dbkernels.training.run import load_run
 
 GRIDS = {"cdf": cdf_grid, "karras": karras_grid}
@@ -65,7 +65,7 @@ class Sample:
             models,
             labels.repeat_interleave(self.per_class),
             GRIDS[self.grid](config.prior, self.levels),
-            generator(device, self.seed),
+            Draw(self.seed, step=0),
             guidance=self.guidance,
             sampler=self.sampler,
         )

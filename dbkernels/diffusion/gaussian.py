@@ -116,21 +116,6 @@ class LogNormal:
             max(interval.low / alpha, self.sigma_min), min(interval.high * alpha, self.sigma_max)
         )
 
-    def sample(self, interval: Interval, count: int, generator: torch.Generator) -> Tensor:
-        """Draw levels from the prior cut to one interval, by its inverse cdf.
-
-        Args:
-            interval:   inside the range; units of z
-            count:      number of samples, usually B
-            generator:  on the device the result should be on
-        Returns:
-            (count,) float32, each inside the interval.
-        Raises:
-            ValueError: the interval leaves the range.
-        """
-        u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
-        return sigma_at(self, interval, u)
-
 
 def sigma_at(prior: LogNormal, interval: Interval, u: Tensor) -> Tensor:
     """The inverse cdf of the prior cut to one interval.
@@ -202,17 +187,3 @@ def karras_grid(prior: LogNormal, count: int, *, rho: float = 7.0) -> list[float
 def _check_count(count: int) -> None:
     if count < 2:
         raise ValueError(f"a grid needs at least 2 levels, got {count}")
-
-
-def add_noise(z0: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
-    """z = z0 + sigma * noise, with unit normal noise.
-
-    Args:
-        z0:         (B, ...)  clean target, any float dtype; its gradient passes through
-        sigma:      (B,)      float32, units of z0
-        generator:  on the device of z0
-    Returns:
-        (B, ...), dtype of z0.
-    """
-    noise = torch.randn(z0.shape, generator=generator, device=z0.device, dtype=torch.float32)
-    return (z0 + sigma.view(-1, *[1] * (z0.dim() - 1)) * noise).to(z0.dtype)

@@ -10,21 +10,19 @@ more evaluation there gives the result, as in the published code of arXiv:2506.1
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, float], Tensor]
 
 
-def start(
-    shape: Sequence[int], sigma_max: float, sigma_data: float, generator: torch.Generator
-) -> Tensor:
-    """Draw the start of a sampler from the noisiest marginal, N(0, sigma_max**2 + sigma_data**2).
+def start(noise: Tensor, sigma_max: float, sigma_data: float) -> Tensor:
+    """The start of a sampler, of the noisiest marginal N(0, sigma_max**2 + sigma_data**2).
 
-    Returns:
-        (*shape,) float32, on the generator's device.
+    Args:
+        noise:       unit normal numbers
+        sigma_max:   the highest level
+        sigma_data:  standard deviation of the clean target
     """
-    noise = torch.randn(*shape, generator=generator, device=generator.device)
     return noise * (sigma_max**2 + sigma_data**2) ** 0.5
 
 

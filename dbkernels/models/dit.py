@@ -24,8 +24,12 @@ from dbkernels.models.embed import (
     unpatchify,
 )
 from dbkernels.models.family import Batch
-from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm, run_layers
+from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, run_layers
+from dbkernels.ops.adaln_norm import adaln_norm
+from dbkernels.ops.add_noise import add_noise
+from dbkernels.ops.philox import Draw
 from dbkernels.ops.rung import Keep
+from dbkernels.ops.score_loss import score_loss_
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class DiTConfig:
     sigma_data: float = 0.5
     """Standard deviation of the data that the preconditioning assumes."""
     keep: Keep = "none"
-    """What the backward computes again: a rung of `dbkernels.ops.RUNGS`; no number changes."""
+    """What the backward computes again: a rung of `dbkernels.ops.RUNGS`; changes rounding alone."""
 
     def __post_init__(self):
         check_patch(self.image_size, self.patch)
@@ -73,7 +77,6 @@ class DiT(nn.Module):
         self.condition = NoiseEmbedding(D)
         self.label_table = nn.Embedding(config.num_classes + 1, D)
         self.layers = nn.ModuleList(AdaLNLayer(layer) for _ in range(config.depth))
-        self.norm = make_norm(layer)
         self.modulation = FinalModulation(D, D)
         self.head = nn.Linear(D, pixels)
         self._initialise()
@@ -92,16 +95,29 @@ class DiT(nn.Module):
     def denoise(self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """The denoised image (B, C, H, W) from z at sigma (B,), given batch["label"]."""
         sigma, sigma_data = level[:, None, None, None], self.config.sigma_data
-        c = self.condition(c_noise(level)) + self.label_table(batch["label"])
-        x = self.patch(patchify(c_in(sigma, sigma_data) * z, self.config.patch)) + self.positions
-        x = run_layers([self.layers[index] for index in layers], x, c)
-        F = self.head(self.modulation(self.norm(x), c))
-        F = unpatchify(F, self.config.patch, self.config.channels)
+        F = self._network(c_in(sigma, sigma_data) * z, level, layers, batch)
         return c_skip(sigma, sigma_data) * z + c_out(sigma, sigma_data) * F
 
-    def loss(self, prediction: Tensor, batch: Batch, level: Tensor) -> Tensor:
-        """Squared error of each sample, (B,), mean over its elements."""
-        return (prediction.float() - batch["image"]).square().flatten(1).mean(1)
+    def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
+        """Squared error of the denoised image, mean over the elements of each sample, (B,)."""
+        z0, sigma_data = batch["image"], self.config.sigma_data
+        scaled = add_noise(z0, level, draw, scale="c_in", sigma_data=sigma_data)
+        F = self._network(scaled, level, layers, batch)
+        losses, _ = score_loss_(
+            F, z0, level, draw, sigma_data=sigma_data, weight="none", reduction="none"
+        )
+        return losses
+
+    def _network(
+        self, scaled: Tensor, level: Tensor, layers: Sequence[int], batch: Batch
+    ) -> Tensor:
+        """F of c_in * z, (B, C, H, W)."""
+        c = self.condition(c_noise(level)) + self.label_table(batch["label"])
+        x = self.patch(patchify(scaled, self.config.patch)) + self.positions
+        x = run_layers([self.layers[index] for index in layers], x, c)
+        shift, scale = self.modulation.parts(c)
+        F = self.head(adaln_norm(x, scale, shift, dtype=scale.dtype))
+        return unpatchify(F, self.config.patch, self.config.channels)
 
     def estimate(self, prediction: Tensor) -> Tensor:
         """The prediction is the estimate."""

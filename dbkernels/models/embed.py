@@ -81,11 +81,13 @@ class FinalModulation(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, D) or (B, T, D), c (B, cond_dim)."""
-        shift, scale = self.linear(F.silu(c)).chunk(2, dim=-1)
-        if x.dim() == 3:
-            shift, scale = shift[:, None], scale[:, None]
+        """x (B, D), c (B, cond_dim)."""
+        shift, scale = self.parts(c)
         return (1 + scale) * x + shift
+
+    def parts(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """shift and scale, (B, D) each, for a norm that modulates in the same pass."""
+        return self.linear(F.silu(c)).chunk(2, dim=-1)
 
 
 def check_patch(image_size: int, patch: int) -> None:

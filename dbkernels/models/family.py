@@ -5,6 +5,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from dbkernels.ops.philox import Draw
+
 Batch = dict[str, Tensor]
 
 
@@ -31,8 +33,11 @@ class Family(Protocol):
         """
         ...
 
-    def loss(self, prediction: Tensor, batch: Batch, level: Tensor) -> Tensor:
-        """Loss of each sample, (B,) float32, before any weight of the noise level."""
+    def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
+        """Loss of each sample, (B,) float32, before any weight of the noise level.
+
+        Some layers denoise the target with the noise that `draw` names, at level (B,).
+        """
         ...
 
     def estimate(self, prediction: Tensor) -> Tensor:

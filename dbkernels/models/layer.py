@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dbkernels.ops.affine import fold_affine
 from dbkernels.ops.layer import LayerWeights, adaln_layer
+from dbkernels.ops.linear import linear
 from dbkernels.ops.rung import RUNGS, Keep
 from dbkernels.ops.stream import ResidualStream
 
@@ -74,15 +75,15 @@ class AdaLNLayer(nn.Module):
         self.config = config
         self.norm1, self.norm2 = make_norm(config), make_norm(config)
         self.attention, self.mlp = Attention(config), MLP(config)
-        self.modulation = nn.Linear(config.cond_dim, 6 * config.D)
+        self.modulation = Projection(config.cond_dim, 6 * config.D)
         initialise_linear(self.modulation, nn.init.zeros_)
 
     def initialise(self, initialise_weight: Callable[[Tensor], object]) -> None:
         """Initialise the weights of the attention's and the MLP's projections; biases become 0."""
         for part in (self.attention, self.mlp):
-            for linear in part.modules():
-                if isinstance(linear, nn.Linear):
-                    initialise_linear(linear, initialise_weight)
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    initialise_linear(module, initialise_weight)
 
     def forward(
         self,
@@ -131,13 +132,21 @@ class AdaLNLayer(nn.Module):
     def _weights(self) -> LayerWeights:
         attention, mlp = self.attention, self.mlp
         _check_unseen(attention, Attention), _check_unseen(mlp, MLP)
-        linears = (attention.qkv, attention.out, mlp.fc1, mlp.fc2)
-        for linear in linears:
-            _check_unseen(linear, nn.Linear)
-        parameters = [p for linear in linears for p in (linear.weight, linear.bias)]
+        projections = (attention.qkv, attention.out, mlp.fc1, mlp.fc2)
+        for projection in projections:
+            _check_unseen(projection, nn.Linear)
+        parameters = [p for module in projections for p in (module.weight, module.bias)]
         if self.config.qk_norm:
             parameters += [attention.q_norm.weight, attention.k_norm.weight]
         return LayerWeights(*parameters)
+
+
+class Projection(nn.Linear):
+    """A linear map of a condition, which keeps no copy of its weight under autocast."""
+
+    def forward(self, c: Tensor) -> Tensor:
+        """(..., D_in) -> (..., D_out)."""
+        return linear(c, self.weight, self.bias)
 
 
 class Attention(nn.Module):

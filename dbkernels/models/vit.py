@@ -20,6 +20,8 @@ from dbkernels.diffusion.precondition import c_in, c_noise, c_out, c_skip
 from dbkernels.models.embed import FinalModulation, NoiseEmbedding, check_patch, patchify
 from dbkernels.models.family import Batch
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm, run_layers
+from dbkernels.ops.add_noise import add_noise
+from dbkernels.ops.philox import Draw
 from dbkernels.ops.rung import Keep
 
 
@@ -50,7 +52,7 @@ class ViTConfig:
     sigma_data: float = 0.5
     """Standard deviation of the clean target that the preconditioning assumes."""
     keep: Keep = "none"
-    """What the backward computes again: a rung of `dbkernels.ops.RUNGS`; no number changes."""
+    """What the backward computes again: a rung of `dbkernels.ops.RUNGS`; changes rounding alone."""
 
     def __post_init__(self):
         check_patch(self.image_size, self.patch)
@@ -110,9 +112,11 @@ class ViT(nn.Module):
         D = c_skip(sigma, sigma_data) * z + c_out(sigma, sigma_data) * self.norm(x[:, 0])
         return self.head(self.modulation(D, c))
 
-    def loss(self, prediction: Tensor, batch: Batch, level: Tensor) -> Tensor:
+    def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Cross-entropy of each sample, (B,), in nats."""
-        return F.cross_entropy(prediction.float(), batch["label"], reduction="none")
+        z = add_noise(self.target(batch), level, draw)
+        logits = self.denoise(z, level, layers, batch)
+        return F.cross_entropy(logits.float(), batch["label"], reduction="none")
 
     def estimate(self, prediction: Tensor) -> Tensor:
         """The expected embedding under the logits, (B, width); unit rows, as in training."""

@@ -10,6 +10,7 @@ from dbkernels.ops.gated_adaln_norm import gated_adaln_norm
 from dbkernels.ops.gated_residual import gated_residual
 from dbkernels.ops.gelu import gelu
 from dbkernels.ops.layer import adaln_layer
+from dbkernels.ops.linear import linear
 from dbkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dbkernels.ops.philox import Draw, normals, uniforms
 from dbkernels.ops.qk_norm_rotary import qk_norm_rotary
@@ -32,6 +33,7 @@ __all__ = [
     "gated_residual",
     "gelu",
     "implementation",
+    "linear",
     "linear_cross_entropy",
     "normals",
     "qk_norm_rotary",

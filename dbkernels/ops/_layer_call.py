@@ -8,12 +8,16 @@ from torch import Tensor
 from dbkernels.ops._attention_branch import attend, attention_branch_backward
 from dbkernels.ops._layer_tensors import Activations, LayerModulation, LayerOptions, LayerWeights
 from dbkernels.ops._mlp_branch import mlp_branch, mlp_branch_backward
-from dbkernels.ops._projection import Gradients, as_rows, project
+from dbkernels.ops._projection import Gradients, as_rows, chunks, project
 from dbkernels.ops.adaln_norm import adaln_norm_backward, adaln_norm_forward
 from dbkernels.ops.gated_adaln_norm import gated_adaln_norm_backward, gated_adaln_norm_forward
 from dbkernels.ops.gated_residual import gated_residual_backward, gated_residual_forward
 from dbkernels.ops.rung import RUNGS
 from dbkernels.ops.stream import by_sample
+
+PART = 4096  # tokens of the samples that run at a time: what they need is little beside the stream
+NOTHING = Activations(*(None for _ in Activations._fields))
+STATS = frozenset({"stats1", "stats2"})  # of Activations, a row for each of the modulation's
 
 
 class LayerCall(NamedTuple):
@@ -32,22 +36,33 @@ class LayerCall(NamedTuple):
         return by_sample(t, len(self.modulation))
 
     def forward(self) -> tuple[Tensor, Activations]:
-        """The layer's output (B, T, D), and its activations; without hidden if the rung says so."""
-        x, w, mod, options = self.x, self.weights, _parts(self.modulation), self.options
+        """The layer's output (B, T, D), and its activations; without hidden if the rung says so.
+
+        A rung that keeps nothing has no activations, and runs a few samples at a time.
+        """
+        out, activations = torch.empty_like(self.x), NOTHING
+        if RUNGS[self.options.keep].keeps:
+            activations = self._write(out)
+        else:
+            for part in self._parts():
+                part.call._write(out[part.samples])
+        return out, activations
+
+    def _write(self, out: Tensor) -> Activations:
+        w, mod, options = self.weights, _by_name(self.modulation), self.options
         y, stats1 = self.first_norm(mod)
         qkv = project(y, w.qkv_weight, w.qkv_bias)
         attended, logsumexp = attend(qkv, options.heads, w, self.rotary)
         a = project(attended, w.out_weight, w.out_bias)
 
-        x1, hidden = torch.empty_like(x), None
-        y, stats2 = self.second_norm(a, mod, x1=self.by_sample(x1))
+        # nothing else sees x1, so the layer's output takes its place
+        x1, hidden = self.by_sample(out), None
+        y, stats2 = self.second_norm(a, mod, x1=x1)
         if "hidden" in RUNGS[options.keep].keeps:
             hidden = y.new_empty((len(as_rows(y)), len(w.fc1_weight)))
         m = mlp_branch(y, options.mlp, w, hidden=hidden)
-        # nothing else sees x1, so the layer's output takes its place
-        out = self.by_sample(x1)
-        gated_residual_forward(out, self.by_sample(m), mod.gate2, y=out)
-        return x1, Activations(stats1, qkv, attended, logsumexp, a, stats2, hidden, m)
+        gated_residual_forward(x1, self.by_sample(m), mod.gate2, y=x1)
+        return Activations(stats1, qkv, attended, logsumexp, a, stats2, hidden, m)
 
     def first_norm(self, mod: LayerModulation) -> tuple[Tensor, Tensor]:
         """y1 (B, T, D) and its statistics."""
@@ -71,13 +86,41 @@ class LayerCall(NamedTuple):
         """dx (B, T, D) and dmodulation (samples, 6 D).
 
         kept has the names of `Activations`, and is emptied as they are used up. What is owned is
-        written over: no one reads it after this.
+        written over: no one reads it after this. Without q, k and v, which the widest tensors of
+        the attention's backward are made from, a few samples run at a time.
         """
-        if kept["a"] is None:
-            call = self._replace(options=self.options._replace(keep="none"))
-            kept, owned = call.forward()[1]._asdict(), True
+        if kept["qkv"] is not None:
+            return self._gradients(dout, kept, gradients, owned=owned)
+        dx, dmodulation = torch.empty_like(self.x), torch.empty_like(self.modulation)
+        parts = self._parts()
+        gradients.parts = len(parts) > 1
+        for samples, rows, call in parts:
+            own = {name: _part(t, rows if name in STATS else samples) for name, t in kept.items()}
+            if own["a"] is None:
+                call = call._replace(options=self.options._replace(keep="none"))
+                own, owned = call.forward()[1]._asdict(), True
+            dx[samples], dmodulation[rows] = call._gradients(
+                dout[samples], own, gradients, owned=owned
+            )
+        kept.clear()
+        return dx, dmodulation
+
+    def _parts(self) -> list["Part"]:
+        """Calls of a few samples each."""
+        B, T, _ = self.x.shape
+        each = len(self.modulation) // max(B, 1)  # rows of the modulation to one of B
+        parts = []
+        for samples in chunks(B, max(PART // max(T, 1), 1)):
+            rows = slice(samples.start * each, samples.stop * each)
+            call = self._replace(x=self.x[samples], modulation=self.modulation[rows])
+            parts.append(Part(samples, rows, call))
+        return parts
+
+    def _gradients(
+        self, dout: Tensor, kept: dict[str, Tensor | None], gradients: Gradients, *, owned: bool
+    ) -> tuple[Tensor, Tensor]:
         dmodulation = torch.empty_like(self.modulation)
-        mods = _parts(self.modulation), _parts(dmodulation)
+        mods = _by_name(self.modulation), _by_name(dmodulation)
         dx1, da = self._mlp_backward(dout, kept, *mods, gradients, owned=owned)
         dx = self._attention_backward(da, dx1, kept, *mods, gradients, owned=owned)
         return dx.view(self.x.shape), dmodulation
@@ -163,7 +206,21 @@ class LayerCall(NamedTuple):
         return dx
 
 
-def _parts(modulation: Tensor) -> LayerModulation:
+class Part(NamedTuple):
+    """Some samples of a call."""
+
+    samples: slice
+    """Of B."""
+    rows: slice
+    """Of the modulation."""
+    call: LayerCall
+
+
+def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+def _by_name(modulation: Tensor) -> LayerModulation:
     return LayerModulation(*modulation.chunk(6, dim=-1))
 
 

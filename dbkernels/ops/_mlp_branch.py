@@ -5,11 +5,10 @@ from torch import Tensor
 
 from dbkernels.ops._layer_tensors import LayerWeights
 from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops._projection import Gradients, as_rows, chunks, project
+from dbkernels.ops._projection import CHUNK, Gradients, as_rows, chunks, project
 from dbkernels.ops.gelu import gelu_backward, gelu_forward
 from dbkernels.ops.swiglu import swiglu_backward, swiglu_forward
 
-CHUNK = 8192  # tokens: enough of them to fill a GPU with one matmul
 ACTIVATIONS = {"gelu": (gelu_forward, gelu_backward), "swiglu": (swiglu_forward, swiglu_backward)}
 
 

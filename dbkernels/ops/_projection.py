@@ -5,6 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dbkernels.ops._path import takes_gpu_path
+
+CHUNK = 8192  # tokens: enough of them to fill a GPU with one matmul
+CPU_CHUNK = 1024  # tokens whose operands a CPU holds in float32 beside them
+
 
 def project(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
@@ -34,6 +39,7 @@ class Gradients:
 
     def __init__(self, wanted: frozenset[str]):
         self.wanted = wanted
+        self.parts = False  # whether all of it comes in parts, of some samples each
         self.sums: dict[str, Tensor] = {}
 
     def add_projection(self, name: str, dy: Tensor, x: Tensor) -> None:
@@ -47,7 +53,7 @@ class Gradients:
         if name not in self.wanted:
             return
         left, right = as_rows(dy).T, as_rows(x)
-        if not part:
+        if not (part or self.parts):
             self.add(name, left @ right)
             return
         if name not in self.sums:
@@ -71,7 +77,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, never rounded to less than the total's float32 on the way."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif left.is_cuda:
+    elif takes_gpu_path(left):
         total.add_(torch.mm(left, right, out_dtype=total.dtype))
     else:  # a CPU's matmul has no other result than its operands'
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+        for rows in chunks(len(right), CPU_CHUNK):
+            total.addmm_(left[:, rows].to(total.dtype), right[rows].to(total.dtype))

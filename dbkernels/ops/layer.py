@@ -27,7 +27,7 @@ WEIGHTS, ACTIVATIONS = len(LayerWeights._fields), len(Activations._fields)
 
 
 class _AdaLNLayer(torch.autograd.Function):
-    """(out, a, m); the run that led to x follows the weights: its start, gates, then branches."""
+    """(out, a, m), these None if nothing is kept; the run that led to x follows the weights: its start, gates, then branches."""
 
     @staticmethod
     def forward(ctx, options, x, modulation, rotary, *rest):
@@ -37,10 +37,11 @@ class _AdaLNLayer(torch.autograd.Function):
         keeps = RUNGS[options.keep].keeps
         kept = (t if name in keeps else None for name, t in activations._asdict().items())
         ctx.save_for_backward(modulation, rotary, *weights, *kept, *run)
-        ctx.mark_non_differentiable(activations.a, activations.m)
+        branches = activations.a, activations.m
+        ctx.mark_non_differentiable(*(branch for branch in branches if branch is not None))
         ctx.set_materialize_grads(False)
         ctx.options = options
-        return out, activations.a, activations.m
+        return out, *branches
 
     @staticmethod
     def backward(ctx, dout, da, dm):

@@ -1,47 +1,64 @@
-"""Random changes of a batch, made anew at every step from the step's own generator."""
+"""Random changes of a batch, each a function of the draw of its step, sample by sample.
+
+A sample's change does not depend on the samples beside it, so a batch may be cut anywhere.
+"""
+
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from dbkernels.models.family import Batch
+from dbkernels.ops.philox import Draw, uniforms
+from dbkernels.training.randomness import stream_seed
+
+DROP, MIRROR, ROWS, COLUMNS = range(4)  # what a number is for; each purpose has a stream of its own
 
 
-def drop_labels(batch: Batch, generator: torch.Generator, *, share: float, null: int) -> Batch:
+def drop_labels(batch: Batch, draw: Draw, *, share: float, null: int) -> Batch:
     """Replace a share of the labels by "no label", so that guidance has both to subtract.
 
     Ho & Salimans 2022 (arXiv:2207.12598), algorithm 1.
 
     Args:
-        batch:      "label" (B,) int64, among others
-        generator:  on the batch's device
-        share:      probability of each label to be dropped
-        null:       what stands for "no label"
+        batch:  "label" (B,) int64, among others
+        draw:   of the batch's samples
+        share:  probability of each label to be dropped
+        null:   what stands for "no label"
     """
-    draw = torch.rand(len(batch["label"]), generator=generator, device=generator.device)
-    return {**batch, "label": torch.where(draw < share, null, batch["label"])}
+    label = batch["label"]
+    # a number may be 1 and is never 0
+    dropped = _numbers(draw, DROP, label) <= share
+    return {**batch, "label": torch.where(dropped, null, label)}
 
 
-def mirror(batch: Batch, generator: torch.Generator) -> Batch:
+def mirror(batch: Batch, draw: Draw) -> Batch:
     """Mirror each image left to right, or not, with equal probability; "image" (B, C, H, W)."""
     image = batch["image"]
-    draw = torch.rand(len(image), 1, 1, 1, generator=generator, device=generator.device)
-    return {**batch, "image": torch.where(draw < 0.5, image.flip(-1), image)}
+    mirrored = (_numbers(draw, MIRROR, image) <= 0.5)[:, None, None, None]
+    return {**batch, "image": torch.where(mirrored, image.flip(-1), image)}
 
 
-def shift(batch: Batch, generator: torch.Generator, *, pixels: int) -> Batch:
+def shift(batch: Batch, draw: Draw, *, pixels: int) -> Batch:
     """Move each image by up to `pixels` along both axes; its border is repeated where it leaves.
 
     Args:
-        batch:      "image" (B, C, H, W), among others
-        generator:  on the batch's device
-        pixels:     largest move, in pixels or in cells of a latent
+        batch:   "image" (B, C, H, W), among others
+        draw:    of the batch's samples
+        pixels:  largest move, in pixels or in cells of a latent
     """
     image = batch["image"]
     B, _, H, W = image.shape
-    moves = torch.randint(
-        -pixels, pixels + 1, (2, B, 1), generator=generator, device=generator.device
-    )
-    rows = (torch.arange(H, device=image.device) + moves[0]).clamp(0, H - 1)  # (B, H)
-    columns = (torch.arange(W, device=image.device) + moves[1]).clamp(0, W - 1)  # (B, W)
+    moves = (_numbers(draw, axis, image)[:, None] for axis in (ROWS, COLUMNS))
+    down, right = (((2 * pixels + 1) * move).ceil().long() - pixels - 1 for move in moves)
+    rows = (torch.arange(H, device=image.device) + down).clamp(0, H - 1)  # (B, H)
+    columns = (torch.arange(W, device=image.device) + right).clamp(0, W - 1)  # (B, W)
     samples = torch.arange(B, device=image.device)[:, None, None]
     moved = image.movedim(1, -1)[samples, rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
     return {**batch, "image": moved.movedim(-1, 1).contiguous()}
+
+
+def _numbers(draw: Draw, purpose: int, like: Tensor) -> Tensor:
+    """(B,) uniform in (0, 1], independent of the noise and of the numbers of other purposes."""
+    own = replace(draw, seed=stream_seed(draw.seed, purpose))
+    return uniforms(own, len(like), like.device)

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dbkernels.diffusion.gaussian import LogNormal, add_noise
+from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.models.family import Batch
+from dbkernels.ops.philox import Draw
 from dbkernels.training.data import ImageData
-from dbkernels.training.inference import classify, predict
-from dbkernels.training.randomness import generator
+from dbkernels.training.inference import classify
+from dbkernels.training.partition import block_at
+from dbkernels.training.randomness import stream_seed
 from dbkernels.training.sharing import BlockModels
 
 LEVELS_PER_BLOCK = 8  # quantiles of each block's interval at which its loss is read
@@ -38,12 +40,11 @@ def loss_at(
     """
     total, count = 0.0, 0
     device = next(models.parameters()).device
-    random = generator(device, seed, EVALUATION_KEY)
+    block = block_at(models.blocks, level)
     for batch in batches(data, batch_size, device):
-        z0 = models.model.target(batch)
-        sigma = torch.full((len(z0),), level, device=device)
-        z = add_noise(z0, sigma, random)
-        losses = models.model.loss(predict(models, batch, z, level), batch, sigma)
+        sigma = torch.full((len(batch["label"]),), level, device=device)
+        draw = _draw(seed, count)
+        losses = models.of(block).losses(draw, sigma, block.layers, batch)
         total, count = total + float(losses.sum()), count + len(losses)
     return total / count
 
@@ -82,14 +83,18 @@ def evaluate_classifier(
     """Classify every sample, from pure noise, and read the answer after each Euler step."""
     correct, nats, count = np.zeros(len(levels)), np.zeros(len(levels)), 0
     device = next(models.parameters()).device
-    random = generator(device, seed, EVALUATION_KEY)
     for batch in batches(data, batch_size, device):
-        label = batch["label"]
-        logits = [each.float() for each in classify(models, batch, levels, random)]
+        label, draw = batch["label"], _draw(seed, count)
+        logits = [each.float() for each in classify(models, batch, levels, draw)]
         correct += [int((each.argmax(-1) == label).sum()) for each in logits]
         nats += [float(F.cross_entropy(each, label, reduction="sum")) for each in logits]
         count += len(label)
     return Classification(tuple(levels), tuple(correct / count), tuple(nats / count))
+
+
+def _draw(seed: int, sample: int) -> Draw:
+    """The noise from one sample of the data on: the same in batches of any size."""
+    return Draw(stream_seed(seed, EVALUATION_KEY), step=0, sample=sample)
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:

@@ -3,6 +3,7 @@
 arXiv:2506.14202, section 3.3 and the published code: N levels are N evaluations of one block each.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dbkernels.diffusion.samplers import Denoiser, euler, guided, heun, start
 from dbkernels.models.family import Batch
+from dbkernels.ops.philox import Draw, normals
 from dbkernels.training.partition import block_at
 from dbkernels.training.sharing import BlockModels
 
@@ -44,7 +46,7 @@ def block_denoiser(models: BlockModels, batch: Batch) -> Denoiser:
 
 @torch.no_grad()
 def classify(
-    models: BlockModels, batch: Batch, levels: Sequence[float], generator: torch.Generator
+    models: BlockModels, batch: Batch, levels: Sequence[float], draw: Draw
 ) -> list[Tensor]:
     """Logits after each Euler step, from pure noise down the levels.
 
@@ -52,7 +54,7 @@ def classify(
         models:     blocks of a classifier
         batch:      "image" (B, C, H, W); labels are not read
         levels:     descending; the last prediction is the answer
-        generator:  of the start, on the batch's device
+        draw:       names the start
     Returns:
         One (B, num_classes) per level.
     """
@@ -62,8 +64,9 @@ def classify(
         logits.append(predict(models, batch, z, level))
         return models.of(block_at(models.blocks, level)).estimate(logits[-1])
 
-    shape = (len(batch["image"]), config.width)
-    euler(denoiser, start(shape, levels[0], config.sigma_data, generator), levels)
+    image = batch["image"]
+    noise = normals(draw, len(image), config.width, image.device)
+    euler(denoiser, start(noise, levels[0], config.sigma_data), levels)
     return logits
 
 
@@ -72,7 +75,7 @@ def generate(
     models: BlockModels,
     labels: Tensor,
     levels: Sequence[float],
-    generator: torch.Generator,
+    draw: Draw,
     *,
     guidance: float = 1.0,
     sampler: Sampler = "euler",
@@ -83,7 +86,7 @@ def generate(
         models:     blocks of an image family
         labels:     (B,) int64
         levels:     descending
-        generator:  of the start, on the labels' device
+        draw:       names the start; an image depends on its own place in the draw alone
         guidance:   scale of classifier-free guidance; 1 for none
         sampler:    euler, or heun
     Returns:
@@ -102,6 +105,6 @@ def generate(
     batch = {"label": labels}
     without = models.model.unconditional(batch)
     denoiser = guided(block_denoiser(models, batch), block_denoiser(models, without), guidance)
-    shape = (len(labels), config.channels, config.image_size, config.image_size)
-    z = start(shape, levels[0], config.sigma_data, generator)
-    return SAMPLERS[sampler](denoiser, z, levels)
+    shape = (config.channels, config.image_size, config.image_size)
+    noise = normals(draw, len(labels), math.prod(shape), labels.device).unflatten(1, shape)
+    return SAMPLERS[sampler](denoiser, start(noise, levels[0], config.sigma_data), levels)

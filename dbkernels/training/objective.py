@@ -5,12 +5,12 @@ arXiv:2506.14202, equation 6: E over sigma in the block's interval of weight(sig
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from dbkernels.diffusion.gaussian import LogNormal, add_noise
+from dbkernels.diffusion.gaussian import LogNormal, sigma_at
 from dbkernels.diffusion.precondition import edm_weight, mean_edm_weight
 from dbkernels.models.family import Batch, Family
+from dbkernels.ops.philox import Draw, uniforms
 from dbkernels.training.partition import Block
 
 Weighting = Literal["none", "edm", "normalised", "published"]
@@ -21,7 +21,7 @@ def gaussian_step(
     model: Family,
     block: Block,
     batch: Batch,
-    generator: torch.Generator,
+    draw: Draw,
     *,
     prior: LogNormal,
     weighting: Weighting,
@@ -32,19 +32,17 @@ def gaussian_step(
     Args:
         model:       a family
         block:       drawn once per batch
-        batch:       tensors on the generator's device
-        generator:   of the noise levels and of the noise
+        batch:       of B samples
+        draw:        names the noise levels and the noise
         prior:       of the noise levels
         weighting:   see `weigh`
         sigma_data:  of the weight, units of z
     Returns:
         A float32 scalar.
     """
-    z0 = model.target(batch)
-    sigma = prior.sample(block.trained_noise, len(z0), generator)
-    z = add_noise(z0, sigma, generator)
-    prediction = model.denoise(z, sigma, block.layers, batch)
-    losses = model.loss(prediction, batch, sigma)
+    some = next(iter(batch.values()))
+    sigma = sigma_at(prior, block.trained_noise, uniforms(draw, len(some), some.device))
+    losses = model.losses(draw, sigma, block.layers, batch)
     mean_weight = mean_edm_weight(prior, block.trained_noise, sigma_data)
     return weigh(losses, edm_weight(sigma, sigma_data), weighting, mean_weight)
 

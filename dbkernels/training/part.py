@@ -25,17 +25,23 @@ class Part:
         )
         self.average = {n: p.detach().clone() for n, p in parameters.items()} if ema else {}
 
-    def update(self, lr: float) -> None:
-        """Step the optimizer at one rate, free the gradients, move the average."""
+    def update(self, lr: float, where: Tensor) -> None:
+        """Step the optimizer at one rate, free the gradients, move the average; count nothing.
+
+        Args:
+            lr:     learning rate
+            where:  () bool, on the parameters' device; where it is False nothing is updated
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # what a gradient scaler says to a fused optimizer, which reads it on the device
+        self.optimizer.found_inf = (~where).float()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema:
-            weight = 1 - average_decay(self.steps, self.ema)
-            current = [p.detach() for p in self.parameters.values()]
-            torch._foreach_lerp_(list(self.average.values()), current, weight)
-        self.steps += 1
+            weight = (1 - average_decay(self.steps, self.ema)) * where
+            for name, average in self.average.items():
+                average.lerp_(self.parameters[name].detach(), weight)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state, each tensor under `<parameter>.<name of the state>`."""

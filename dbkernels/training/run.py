@@ -17,6 +17,7 @@ import torch
 from dbkernels.diffusion.gaussian import LogNormal, Scheme
 from dbkernels.models import FAMILIES, DiTConfig, ViTConfig
 from dbkernels.models.family import Batch
+from dbkernels.ops.philox import Draw
 from dbkernels.training import checkpoint
 from dbkernels.training.augment import drop_labels, mirror, shift
 from dbkernels.training.data import ImageData, open_data
@@ -96,17 +97,24 @@ class RunConfig:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.trainer.seed)
             model = FAMILIES[self.family](self.model)
-        return BlockModels(model.to(device), blocks, self.trainer.sharing)
+        # fake tensors cannot be moved, not even to where they are
+        if next(model.parameters()).device != torch.device(device):
+            model = model.to(device)
+        return BlockModels(model, blocks, self.trainer.sharing)
 
     def trainer_on(self, device: torch.device | str, data: ImageData) -> Trainer:
         """A trainer at its first step."""
+        return self.trainer_of(self.build(device), data)
+
+    def trainer_of(self, models: BlockModels, data: ImageData) -> Trainer:
+        """A trainer at its first step, of models that `build` gave."""
         objective = partial(
             gaussian_step,
             prior=self.prior,
             weighting=self.weighting,
             sigma_data=self.model.sigma_data,
         )
-        return Trainer(self.build(device), data, objective, self.trainer, augment=self._augment())
+        return Trainer(models, data, objective, self.trainer, augment=self._augment())
 
     def _augment(self) -> Augment | None:
         changes: list[Augment] = []
@@ -118,9 +126,9 @@ class RunConfig:
             null = self.model.num_classes
             changes.append(partial(drop_labels, share=self.label_drop, null=null))
 
-        def augment(batch: Batch, generator: torch.Generator) -> Batch:
+        def augment(batch: Batch, draw: Draw) -> Batch:
             for change in changes:
-                batch = change(batch, generator)
+                batch = change(batch, draw)
             return batch
 
         return augment if changes else None

@@ -7,21 +7,22 @@ gives the same bits.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from dbkernels.models.family import Batch
+from dbkernels.ops.philox import Draw
 from dbkernels.training.data import ImageData, batch_indices
 from dbkernels.training.part import Part
 from dbkernels.training.partition import Block
-from dbkernels.training.randomness import generator
+from dbkernels.training.randomness import stream_seed
 from dbkernels.training.schedule import Decay, Order, block_index, learning_rate
 from dbkernels.training.sharing import SHARED, BlockModels, Sharing
 
-Objective = Callable[[nn.Module, Block, Batch, torch.Generator], Tensor]
-Augment = Callable[[Batch, torch.Generator], Batch]
+Objective = Callable[[nn.Module, Block, Batch, Draw], Tensor]
+Augment = Callable[[Batch, Draw], Batch]
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ class Trainer:
     Args:
         models:     a family's blocks, on the device that they are trained on
         data:       gives batches by sample index
-        objective:  (model, block, batch, generator) -> scalar loss
+        objective:  (model, block, batch, draw) -> scalar loss, a mean over the batch
         config:     see `TrainerConfig`
-        augment:    (batch, generator) -> batch, applied to every batch that is drawn
+        augment:    (batch, draw) -> batch, applied to every batch that is drawn
     """
 
     def __init__(
@@ -137,18 +138,36 @@ class Trainer:
         Raises:
             FloatingPointError: the loss or its gradient is not finite; nothing was updated.
         """
-        own = self.parts[f"block{block.index}"]
-        moved = [part for name, part in self.parts.items() if part is own or name == SHARED]
-        loss = self._accumulate(block, own.steps)
+        own, *_ = moved = self._moved(block)
+        lr, row = self._rate(own), {"step": self.step, "block": block.index}
+        loss, norm = (float(number) for number in self.advance(block))
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(_not_finite(loss, norm, block, own.steps))
+        row |= {"block_step": own.steps, "loss": loss, "grad_norm": norm, "lr": lr}
+        for part in moved:
+            part.steps += 1
+        self.step += 1
+        return row
+
+    def advance(self, block: Block) -> tuple[Tensor, Tensor]:
+        """The device's share of a step, of which nothing is read back; no count moves.
+
+        Returns:
+            Loss and norm of the gradient, (). Where one is not finite, nothing was updated.
+        """
+        moved = self._moved(block)
+        loss = self._accumulate(block, moved[0].steps)
         parameters = [p for part in moved for p in part.parameters.values()]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.clip or torch.inf)
-        row = {"step": self.step, "block": block.index, "block_step": own.steps}
-        self._require_finite(loss, norm, block, own.steps)
-        rates = [self._rate(part) for part in moved]
-        for part, lr in zip(moved, rates, strict=True):
-            part.update(lr)
-        self.step += 1
-        return {**row, "loss": float(loss), "grad_norm": float(norm), "lr": rates[0]}
+        finite = torch.isfinite(loss + norm)
+        for part in moved:
+            part.update(self._rate(part), where=finite)
+        return loss, norm
+
+    def _moved(self, block: Block) -> list[Part]:
+        """What a step on a block updates: its own part, and the shared one if there is one."""
+        names = f"block{block.index}", SHARED
+        return [self.parts[name] for name in names if name in self.parts]
 
     def _accumulate(self, block: Block, block_step: int) -> Tensor:
         """Backward of the mean loss over the block's next batch; the loss, detached."""
@@ -156,17 +175,18 @@ class Trainer:
         indices = batch_indices(
             len(self.data), config.batch_size, seed=config.seed, block=block.index, step=block_step
         )
-        random = generator(self.device, config.seed, block.index, block_step)
+        draw = Draw(stream_seed(config.seed, block.index), block_step)
         total = torch.zeros((), device=self.device)
         for piece in indices.chunk(config.accumulate):
             batch = self.data.batch(piece, self.device)
             if self.augment:
-                batch = self.augment(batch, random)
+                batch = self.augment(batch, draw)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
-                loss = self.objective(self.models.of(block), block, batch, random)
+                loss = self.objective(self.models.of(block), block, batch, draw)
             loss = loss / config.accumulate
             loss.backward()
             total += loss.detach()
+            draw = replace(draw, sample=draw.sample + len(piece))
         return total
 
     def _rate(self, part: Part) -> float:
@@ -175,17 +195,6 @@ class Trainer:
         warmup = config.warmup * part.total // config.steps
         return learning_rate(
             part.steps, part.total, lr=config.lr, warmup=warmup, decay=config.decay
-        )
-
-    def _require_finite(self, loss: Tensor, norm: Tensor, block: Block, block_step: int) -> None:
-        if torch.isfinite(loss + norm):
-            return
-        self.models.zero_grad()
-        noise = block.trained_noise
-        raise FloatingPointError(
-            f"the loss must be finite, got loss {float(loss)} and gradient norm {float(norm)} in "
-            f"block {block.index} at its step {block_step} with sigma in "
-            f"[{noise.low:.6g}, {noise.high:.6g}]; nothing was updated"
         )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -208,6 +217,15 @@ class Trainer:
             steps = counters["parts"][name]
             part.restore(steps, tensors.get("ema", {}), tensors.get("optimizer", {}))
         self.step = counters["step"]
+
+
+def _not_finite(loss: float, norm: float, block: Block, block_step: int) -> str:
+    noise = block.trained_noise
+    return (
+        f"the loss must be finite, got loss {loss} and gradient norm {norm} in "
+        f"block {block.index} at its step {block_step} with sigma in "
+        f"[{noise.low:.6g}, {noise.high:.6g}]; nothing was updated"
+    )
 
 
 @torch.no_grad()

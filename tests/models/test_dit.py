@@ -9,6 +9,7 @@ from models.tiny import randomise
 from dbkernels.models import DiT, DiTConfig
 from dbkernels.models.dit import PRESETS
 from dbkernels.models.embed import grid_positions
+from dbkernels.ops import Draw, normals
 
 # 9 patches of 12 numbers, a width of 8
 CONFIG = DiTConfig(
@@ -110,16 +111,27 @@ def test_the_target_is_the_image_and_the_estimate_the_prediction():
     assert model.estimate(prediction) is prediction
 
 
-def test_the_loss_is_the_mean_squared_error_of_each_sample():
+def test_the_loss_is_the_mean_squared_error_of_the_denoised_image():
+    model, batch, draw = make_model(), make_batch(), Draw(seed=2, step=5)
+    noise = normals(draw, 3, 3 * 6 * 6).view(3, 3, 6, 6)
+    z = batch["image"] + LEVEL.view(3, 1, 1, 1) * noise
+    error = model.denoise(z, LEVEL, (0, 1), batch) - batch["image"]
+    expected = error.square().flatten(1).mean(1)
+    expected_grads = torch.autograd.grad(expected.sum(), list(model.parameters()))
+    losses = model.losses(draw, LEVEL, (0, 1), batch)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
+    grads = torch.autograd.grad(losses.sum(), list(model.parameters()))
+    for grad, other in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
+
+
+def test_the_loss_is_computed_in_float32_under_autocast():
     model, batch = make_model(), make_batch()
-    errors = torch.tensor([0.5, -2.0, 3.0]).view(3, 1, 1, 1)
-    prediction = batch["image"] + errors
-    torch.testing.assert_close(model.loss(prediction, batch, LEVEL), torch.tensor([0.25, 4.0, 9.0]))
-    prediction = batch["image"].clone()
-    prediction[1, 2, 3, 4] += 2
-    expected = torch.tensor([0, 4 / (3 * 6 * 6), 0])
-    torch.testing.assert_close(model.loss(prediction, batch, LEVEL), expected)
-    assert model.loss(prediction.bfloat16(), batch, LEVEL).dtype == torch.float32
+    exact = model.losses(Draw(0, 0), LEVEL, (0, 1), batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.losses(Draw(0, 0), LEVEL, (0, 1), batch)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, exact, rtol=0.1, atol=0.01)
 
 
 def test_the_unconditional_batch_uses_the_last_row():

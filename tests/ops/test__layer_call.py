@@ -5,6 +5,7 @@ from torch import nn
 
 from dbkernels.memory.measure import measure_peak
 from dbkernels.ops import RUNGS
+from dbkernels.ops import _layer_call as layer_module
 from dbkernels.ops import _mlp_branch as mlp_module
 from dbkernels.ops._layer_call import LayerCall, _buffer
 from dbkernels.ops._layer_tensors import Activations, LayerOptions, LayerWeights
@@ -15,8 +16,8 @@ B, T, D, H = 2, 5, 24, 3
 WANTED = frozenset(LayerWeights._fields)
 
 
-def layer_call(keep="none", **options):
-    layer = OneLayer(B, T, D, H, **options)
+def layer_call(keep="none", samples=B, **options):
+    layer = OneLayer(samples, T, D, H, **options)
     norm = NormOptions(1e-6, True, layer.weights.qkv_weight.dtype)
     told = LayerOptions(H, layer.options["mlp"], norm, keep)
     x, modulation = layer.tensors["x"], layer.tensors["modulation"].flatten(0, -2)
@@ -57,7 +58,8 @@ def test_activations_have_the_shapes_and_dtypes_that_they_say():
 def test_hidden_is_made_only_for_a_rung_that_keeps_it(keep):
     _, activations = layer_call(keep).forward()
     assert (activations.hidden is not None) == ("hidden" in RUNGS[keep].keeps)
-    assert all(t is not None for n, t in activations._asdict().items() if n != "hidden")
+    others = [t is not None for n, t in activations._asdict().items() if n != "hidden"]
+    assert set(others) == {keep != "layer"}
 
 
 def test_tokens_are_grouped_by_the_sample_whose_condition_they_share():
@@ -118,6 +120,46 @@ def test_small_chunks_change_rounding_only(mlp, keep, monkeypatch):
     torch.testing.assert_close(out, whole)
     for name, grad in backward(call, kept_by(call, activations), owned=True).items():
         torch.testing.assert_close(grad, expected[name])
+
+
+@pytest.mark.parametrize("options", [{"per_token": True}, {"qk_norm": True, "rotated": True}])
+@pytest.mark.parametrize("keep", ["qkv", "layer"])
+@pytest.mark.parametrize("part", [2 * T, 1])
+def test_a_few_samples_at_a_time_change_rounding_only(part, keep, options, monkeypatch):
+    call = layer_call(keep, samples=5, dtypes=(torch.float64,) * 3, **options)
+    whole, activations = call.forward()
+    expected = backward(call, kept_by(call, activations))
+    monkeypatch.setattr(layer_module, "PART", part)
+    out, activations = call.forward()
+    torch.testing.assert_close(out, whole)
+    for owned in (False, True):
+        for name, grad in backward(call, kept_by(call, activations), owned=owned).items():
+            torch.testing.assert_close(grad, expected[name])
+
+
+@pytest.mark.parametrize("keep", ["qkv", "layer"])
+def test_weights_gradients_of_parts_add_up_in_float32(keep, monkeypatch):
+    call = layer_call(keep, samples=6, dtypes=(torch.bfloat16,) * 3)
+    monkeypatch.setattr(layer_module, "PART", 1)
+    grads = backward(call, kept_by(call, call.forward()[1]), owned=True)
+    for name in WANTED - {"q_weight", "k_weight"}:
+        assert grads[name].dtype == torch.float32, name
+    assert grads["x"].dtype == grads["modulation"].dtype == torch.bfloat16
+
+
+def test_a_few_samples_at_a_time_lower_the_peak(monkeypatch):
+    def peak(keep):
+        call = layer_call(keep, samples=8)
+
+        def step():
+            backward(call, kept_by(call, call.forward()[1]), owned=True)
+
+        return measure_peak(step, model=nn.Module(), inputs=[call.x]).total_bytes
+
+    whole = {keep: peak(keep) for keep in ("qkv", "layer")}
+    monkeypatch.setattr(layer_module, "PART", 2 * T)
+    monkeypatch.setattr(mlp_module, "CHUNK", 2 * T)
+    assert peak("layer") < 0.7 * whole["layer"] and peak("qkv") < 0.9 * whole["qkv"]
 
 
 @pytest.mark.parametrize("keep", KEEPS)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dbkernels.ops import _projection as module
 from dbkernels.ops._projection import Gradients, add_product, as_rows, chunks, project
 
 WANTED = frozenset({"fc_weight", "fc_bias"})
@@ -84,6 +85,14 @@ def test_parts_are_left_alone_from_the_second_on():
     for part in parts:
         gradients.add("fc_bias", part)
     assert all(part.tolist() == [1.0] * 3 for part in parts)
+
+
+def test_a_product_of_many_tokens_on_a_cpu_is_the_sum_of_its_chunks(monkeypatch):
+    monkeypatch.setattr(module, "CPU_CHUNK", 3)
+    left, right = torch.randn(4, 10).bfloat16(), torch.randn(10, 5).bfloat16()
+    total = torch.ones(4, 5)
+    add_product(total, left, right)
+    torch.testing.assert_close(total, 1 + left.float() @ right.float())
 
 
 def test_a_product_is_not_rounded_to_its_operands_dtype():

@@ -4,25 +4,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dbkernels.ops.philox import Draw, uniforms
+from dbkernels.training import augment
 from dbkernels.training.augment import drop_labels, mirror, shift
 
 
 def seeded(seed=1):
-    return torch.Generator().manual_seed(seed)
+    return Draw(seed, step=0)
 
 
 def make_batch(count, shape=(2, 3, 5)):
     return {
-        "image": torch.randn(count, *shape, generator=seeded(7)),
+        "image": torch.randn(count, *shape, generator=torch.Generator().manual_seed(7)),
         "label": torch.arange(count) % 9,
         "mask": torch.ones(count),
     }
 
 
 CHANGES = {
-    "shift": lambda batch, random: shift(batch, random, pixels=2),
+    "shift": lambda batch, draw: shift(batch, draw, pixels=2),
     "mirror": mirror,
-    "drop_labels": lambda batch, random: drop_labels(batch, random, share=0.5, null=9),
+    "drop_labels": lambda batch, draw: drop_labels(batch, draw, share=0.5, null=9),
 }
 every = pytest.mark.parametrize("name", CHANGES)
 
@@ -41,13 +43,28 @@ def test_only_what_is_named_changes_and_the_batch_given_does_not(name):
 
 
 @every
-def test_a_change_is_a_function_of_the_generator(name):
+def test_a_change_is_a_function_of_the_draw(name):
     own, batch = "label" if name == "drop_labels" else "image", make_batch(40)
     first, second, other = (CHANGES[name](batch, seeded(seed))[own] for seed in (1, 1, 2))
     assert torch.equal(first, second) and not torch.equal(first, other)
-    random = seeded()
-    CHANGES[name](batch, random)
-    assert not torch.equal(CHANGES[name](batch, random)[own], first)
+    assert not torch.equal(CHANGES[name](batch, Draw(1, step=1))[own], first)
+
+
+@every
+def test_a_sample_changes_alike_in_a_batch_that_is_cut(name):
+    own, batch = "label" if name == "drop_labels" else "image", make_batch(40)
+    rest = {key: value[13:] for key, value in batch.items()}
+    whole, part = CHANGES[name](batch, seeded()), CHANGES[name](rest, Draw(1, 0, sample=13))
+    assert torch.equal(whole[own][13:], part[own])
+
+
+def test_purposes_have_numbers_of_their_own():
+    batch = {"image": torch.zeros(300, 1, 8, 8)}
+    draw = seeded()
+    numbers = [augment._numbers(draw, purpose, batch["image"]) for purpose in range(4)]
+    for i, first in enumerate(numbers):
+        for second in [*numbers[i + 1 :], uniforms(draw, 300)]:
+            assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.2
 
 
 def test_the_share_of_labels_that_are_dropped():

@@ -34,15 +34,13 @@ class Known(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(3))
         self.logits, self.known_loss, self.calls = logits, loss, []
 
-    def target(self, batch):
-        return torch.zeros(len(batch["label"]), 4096)
-
     def denoise(self, z, level, layers, batch):
         self.calls.append((layers, level))
         return self.logits(batch["image"][:, 0, 0, 0].long(), level[0]) if self.logits else z
 
-    def loss(self, prediction, batch, level):
-        return self.known_loss(prediction, batch, level)
+    def losses(self, draw, level, layers, batch):
+        self.calls.append((layers, level))
+        return self.known_loss(draw, level, batch)
 
     def estimate(self, prediction):
         return torch.zeros(len(prediction), 2)
@@ -79,15 +77,15 @@ def test_a_limit_stops_early(limit, sizes):
 
 def test_a_mean_loss_counts_every_sample_once():
     data = labelled()  # labels 0, 1, 2, ..., 0: with batches of four, a mean of means is 1
-    models = known(loss=lambda prediction, batch, level: batch["label"].float())
+    models = known(loss=lambda draw, level, batch: batch["label"].float())
     assert loss_at(models, data, 1.0, seed=0, batch_size=4) == pytest.approx(0.9)
 
 
 def test_a_loss_is_read_at_its_level_through_the_serving_block():
-    models = known(loss=lambda prediction, batch, level: prediction.square().mean(1))
+    models = known(loss=lambda draw, level, batch: level)
     for level, index in ((80.0, 0), (0.3, 1), (0.002, 2)):
         value = loss_at(models, labelled(), level, seed=0, batch_size=4)
-        assert value == pytest.approx(level**2, rel=0.05)
+        assert value == pytest.approx(level)
         layers, levels = models.model.calls[-1]
         assert layers == (index,)
         torch.testing.assert_close(levels, torch.full((2,), level))
@@ -99,6 +97,12 @@ def test_a_loss_is_a_function_of_the_seed():
     assert first == second != other
 
 
+def test_the_noise_of_a_sample_does_not_depend_on_the_batches():
+    models, data = randomise(make_models("vit")), make_data()
+    values = [loss_at(models, data, 0.5, seed=1, batch_size=size) for size in (3, 4, 10)]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-5)
+
+
 def test_an_untrained_classifier_loses_the_log_of_the_classes_everywhere():
     models, data = make_models("vit"), make_data()
     assert loss_at(models, data, 80.0, seed=0, batch_size=4) == pytest.approx(math.log(3))
@@ -107,7 +111,7 @@ def test_an_untrained_classifier_loses_the_log_of_the_classes_everywhere():
 
 
 def test_a_blocks_loss_is_the_mean_over_eight_quantiles_of_what_it_serves():
-    models = known(loss=lambda prediction, batch, level: level)
+    models = known(loss=lambda draw, level, batch: level)
     losses = block_losses(models, labelled(), PRIOR, seed=0)
     normal = NormalDist(-1.2, 1.2)
     for block, loss in zip(models.blocks, losses, strict=True):

@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import torch
 from models.tiny import randomise
 from training.tiny import PRIOR, VIT, make_models
 
 from dbkernels.diffusion.gaussian import cdf_grid
+from dbkernels.ops.philox import Draw, normals
 from dbkernels.training.inference import block_denoiser, classify, generate, predict
 
 LEVELS = cdf_grid(PRIOR, 4)  # three blocks serve them as 0, 1, 2, 2
@@ -12,7 +15,11 @@ sharings = pytest.mark.parametrize("sharing", ["joint", "copies"])
 
 
 def seeded(seed=1):
-    return torch.Generator().manual_seed(seed)
+    return Draw(seed, step=0)
+
+
+def unit_noise(*shape):
+    return normals(seeded(), shape[0], math.prod(shape[1:])).view(shape)
 
 
 def ready(family, sharing="joint"):
@@ -66,7 +73,7 @@ def test_classifying_crosses_from_block_to_block_on_unit_rows():
     models, batch = ready("vit"), make_images()
     model = models.model
     rows = model.label_table.weight / model.label_table.weight.norm(dim=1, keepdim=True)
-    z = torch.randn(5, VIT.width, generator=seeded()) * (80**2 + VIT.sigma_data**2) ** 0.5
+    z = unit_noise(5, VIT.width) * (80**2 + VIT.sigma_data**2) ** 0.5
     expected = []
     for i, level in enumerate(LEVELS):
         block = next(b for b in reversed(models.blocks) if level <= b.noise.high)
@@ -98,7 +105,7 @@ def test_without_guidance_nothing_is_evaluated_unconditionally(guidance, monkeyp
 
 def test_guidance_extrapolates_from_no_label_to_the_label():
     models, level = ready("dit"), 2.0
-    z = torch.randn(5, 1, 4, 4, generator=seeded()) * (level**2 + 0.25) ** 0.5
+    z = unit_noise(5, 1, 4, 4) * (level**2 + 0.25) ** 0.5
     sigma = torch.full((5,), level)
     conditional, unconditional = (
         models.model.denoise(z, sigma, (0,), {"label": label})
@@ -133,7 +140,7 @@ def test_heun_is_heuns_rule():
     models, (high, low) = ready("dit"), (2.0, 1.0)
     denoiser = block_denoiser(models, {"label": LABELS})
     with torch.no_grad():
-        z = torch.randn(5, 1, 4, 4, generator=seeded()) * (high**2 + 0.25) ** 0.5
+        z = unit_noise(5, 1, 4, 4) * (high**2 + 0.25) ** 0.5
         first = (z - denoiser(z, high)) / high
         middle = z - first
         second = (middle - denoiser(middle, low)) / low
@@ -149,6 +156,8 @@ def test_the_same_seed_gives_the_same_images_and_another_seed_others():
     assert first.shape == (5, 1, 4, 4) and first.dtype == torch.float32
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert not first.requires_grad
+    last = generate(models, LABELS[3:], LEVELS, Draw(1, step=0, sample=3))
+    torch.testing.assert_close(last, first[3:])
 
 
 def test_a_perfect_denoiser_gives_its_image(monkeypatch):

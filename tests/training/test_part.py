@@ -15,46 +15,63 @@ def set_gradients(part, value):
         parameter.grad = torch.full_like(parameter, value)
 
 
+def update(part, lr, where=True):
+    part.update(lr, where=torch.tensor(where))
+    part.steps += where
+
+
 def test_update_is_adamw_at_the_given_rate_and_frees_the_gradients():
     part, plain = make_part(), make_part()
     reference = torch.optim.AdamW(plain.parameters.values(), lr=0.3, weight_decay=0.1)
     for value in (1.0, -2.0):
         set_gradients(part, value)
         set_gradients(plain, value)
-        part.update(0.3)
+        update(part, 0.3)
         reference.step()
     for name, parameter in part.parameters.items():
         torch.testing.assert_close(parameter, plain.parameters[name])
         assert parameter.grad is None
-    assert part.steps == 2
 
 
 def test_average_moves_by_its_own_steps():
     part = make_part(ema=0.5)
     before = part.average["a"].clone()
     set_gradients(part, 1.0)
-    part.update(0.1)
+    update(part, 0.1)
     current = part.parameters["a"].detach()
     # the first decay is a tenth, the second two elevenths
     expected = 0.1 * before + 0.9 * current
     torch.testing.assert_close(part.average["a"], expected)
     set_gradients(part, 1.0)
-    part.update(0.1)
+    update(part, 0.1)
     expected = 2 / 11 * expected + 9 / 11 * part.parameters["a"].detach()
     torch.testing.assert_close(part.average["a"], expected)
+
+
+def test_nothing_moves_where_it_is_not_to():
+    part = make_part()
+    set_gradients(part, 1.0)
+    update(part, 0.1)
+    state = part.optimizer_tensors() | part.average | part.parameters
+    before = {name: tensor.detach().clone() for name, tensor in state.items()}
+    set_gradients(part, float("nan"))
+    update(part, 0.1, where=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    assert all(parameter.grad is None for parameter in part.parameters.values())
 
 
 def test_no_average_without_ema():
     part = make_part(ema=0.0)
     set_gradients(part, 1.0)
-    part.update(0.1)
+    update(part, 0.1)
     assert part.average == {}
 
 
 def test_restored_part_goes_on_with_the_same_bits():
     part = make_part()
     set_gradients(part, 1.0)
-    part.update(0.1)
+    update(part, 0.1)
+    assert part.steps == 1
     saved = {name: p.detach().clone() for name, p in part.parameters.items()}
     average = {name: tensor.clone() for name, tensor in part.average.items()}
     state = {name: tensor.clone() for name, tensor in part.optimizer_tensors().items()}
@@ -65,7 +82,7 @@ def test_restored_part_goes_on_with_the_same_bits():
     other.restore(1, average, state)
     for each in (part, other):
         set_gradients(each, 3.0)
-        each.update(0.2)
+        update(each, 0.2)
     assert other.steps == part.steps == 2
     for name in saved:
         assert torch.equal(other.parameters[name], part.parameters[name])
