@@ -24,7 +24,19 @@ def test_competitors_stand_in_the_order_asked_for(bench):
     assert names == [0.9, 0.2, "eager", "none", "attention", "mlp", "qkv", "layer"]
 
 
-def test_each_budget_compiles_for_itself(bench, monkeypatch):
+def test_a_layer_names_every_implementation_of_its_ops(bench, monkeypatch):
+    def implementation(device, op):
+        return "cpp" if op == "gelu_bwd" else "torch"
+
+    layer_case = bench("layer_case")
+    monkeypatch.setattr(layer_case, "implementation", implementation)
+    device = torch.device("cpu")
+    assert layer_case.Competitor("fused").implementation(device) == "cpp + torch"
+    assert layer_case.Competitor("eager").implementation(device) == "torch"
+    assert layer_case.Competitor("compiled").implementation(device) == "inductor"
+
+
+def test_each_budget_compiles_for_itself(bench, small_case, monkeypatch):
     import torch._inductor.compile_fx as inductor
 
     def compile_fx(graph, inputs):
@@ -33,10 +45,10 @@ def test_each_budget_compiles_for_itself(bench, monkeypatch):
 
     budgets = []
     monkeypatch.setattr(inductor, "compile_fx", compile_fx)
-    settings = [{"activation_memory_budget": 0.9}, {}, {"activation_memory_budget": 0.2}]
-    for each in settings:
-        bench("compiled").compiled(torch.sin, each)(torch.ones(2))
-    assert budgets == [0.9, 1.0, 0.2]
+    layer_case, (case, inputs) = bench("layer_case"), small_case
+    for player in layer_case.competitors(("compiled_budget", "compiled"), (0.9, 0.2)):
+        layer_case.LayerStep(player.function(case.H), inputs).forward()
+    assert budgets == [0.9, 0.2, 1.0]
 
 
 def test_flops_are_three_forwards(small_case):
@@ -46,7 +58,8 @@ def test_flops_are_three_forwards(small_case):
     assert case.unit_bytes == 64
 
 
-def test_prints_a_line_for_every_rung_and_competitor(layer_rows):
+def test_prints_a_line_for_every_rung_and_competitor(bench, layer_rows):
+    fused = bench("layer_case").Competitor("fused").implementation(torch.device("cpu"))
     names = [row["rung"] or row["impl"] for row in layer_rows]
     assert names == ["eager", "none", "attention", "mlp", "qkv", "layer", "checkpointed"]
     for row in layer_rows:
@@ -54,7 +67,7 @@ def test_prints_a_line_for_every_rung_and_competitor(layer_rows):
         assert (row["B"], row["T"], row["D"], row["H"], row["hidden"]) == (2, 32, 64, 2, 256)
         assert (row["dtype"], row["threads"], row["budget"]) == ("float32", 1, None)
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-        assert row["implementation"] == "torch"
+        assert row["implementation"] == (fused if row["rung"] else "torch")
 
 
 def test_saved_units_are_those_of_the_rungs(layer_rows):

@@ -1,0 +1,132 @@
+"""What torch.compile makes of a function, for real or for a prediction of memory.
+
+Under FakeTensorMode there is nothing for kernels to compute, but what is kept for the backward is
+known before there are any: it is where the joint graph of forward and backward is cut in two. That
+is done as for a real run. The two graphs then run for their memory alone: what a matmul or an
+attention reads or gives, and what a graph returns, is allocated; all else stays in the registers of
+fused kernels. So what is kept is exact and temporaries are an estimate: the compiler may fuse less,
+and may also order ops better and let a kernel write over what it reads. The peak of one layer,
+forward plus backward, came out within 1.5 D float32 elements per token of torch 2.13's on a CPU,
+of 12 to 23.
+"""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+from torch.fx.graph import _BoxedCodeGen
+
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
+
+aten = torch.ops.aten
+MATMULS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+
+
+def compiled(
+    function: Callable[..., object], settings: Mapping[str, object]
+) -> Callable[..., object]:
+    """Compile a function by torch.compile's own backend.
+
+    Each call gives a function of its own: the settings of another do not reach it, nor does it use
+    up the number of shapes that torch compiles one for.
+
+    Args:
+        function:  without graph breaks; compiled anew for each shape and dtype. A matmul or an
+                   attention is a kernel of its own, all else is fused
+        settings:  of `torch._functorch.config`, by name
+    """
+    # takes seconds to import, which is for those to pay who compile
+    from torch._inductor.compile_fx import compile_fx
+
+    def backend(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., object]:
+        if not any(isinstance(tensor, FakeTensor) for tensor in inputs):
+            with torch._functorch.config.patch(dict(settings)):
+                return compile_fx(graph, inputs)
+        # from a cache would come the kernels of a real run
+        with torch._functorch.config.patch({**settings, "enable_autograd_cache": False}):
+            return compile_fx(graph, inputs, inner_compile=_memory_alone)
+
+    def own(*args: object) -> object:
+        return function(*args)
+
+    # what was compiled is found, and counted, by code object
+    own.__code__ = own.__code__.replace()
+    return torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
+
+
+def _memory_alone(
+    graph: GraphModule, inputs: Sequence[Tensor], **_: object
+) -> Callable[[list[Tensor]], object]:
+    """A graph that allocates as a fused one, and lets go of each tensor with its last use."""
+    for node in list(graph.graph.nodes):
+        if not _is_fused(node) or _is_view(node):
+            continue
+        made, layout = _result_of(node)
+        with graph.graph.inserting_before(node):
+            arguments = (layout, _is_written(node), *node.all_input_nodes)
+            result = graph.graph.call_function(made, arguments)
+        node.replace_all_uses_with(result)
+        graph.graph.erase_node(node)
+    graph.graph.set_codegen(_BoxedCodeGen())
+    graph.recompile()
+    return _boxed(graph)
+
+
+def _boxed(graph: GraphModule) -> Callable[[list[Tensor]], object]:
+    def run(inputs: list[Tensor]) -> object:
+        return graph.forward(inputs)
+
+    run._boxed_call = True
+    return run
+
+
+def _is_fused(node: Node) -> bool:
+    """Whether a fused kernel can make it: all but matmuls and attentions."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    packet = node.target.overloadpacket
+    return packet not in MATMULS and "attention" not in str(packet)
+
+
+def _is_view(node: Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "is_view", False)
+
+
+def _is_written(node: Node) -> bool:
+    """Whether memory has to hold it: for a matmul, an attention, or the graph's caller."""
+    return any(
+        _is_written(user)
+        if user.target is operator.getitem or _is_view(user)
+        else not _is_fused(user)
+        for user in node.users
+    )
+
+
+def _result_of(node: Node) -> tuple[Callable[..., object], object]:
+    """What gives a node's one tensor or its several, and their layout."""
+    value = node.meta["val"]
+    if isinstance(value, Tensor):
+        return _result, _layout(value)
+    return _results, tuple(_layout(tensor) for tensor in value)
+
+
+def _layout(tensor: Tensor) -> Layout:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def _results(layouts: tuple[Layout, ...], written: bool, *reads: object) -> tuple[Tensor, ...]:
+    return tuple(_result(layout, written, *reads) for layout in layouts)
+
+
+def _result(layout: Layout, written: bool, *reads: object) -> Tensor:
+    shape, stride, dtype, device = layout
+    if written:
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    result = torch.empty((), dtype=dtype, device=device).expand(shape)
+    # a kernel that writes what is made of it reads all of these, so they live until then; a view
+    # of it holds it as its base
+    result.reads = reads
+    return result

@@ -1,0 +1,229 @@
+import copy
+
+import pytest
+import torch
+from accuracy import assert_as_accurate_as_eager
+from models.tiny import randomise
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.graph import _BoxedCodeGen
+from training.tiny import DIT, equal, make_models, make_trainer, weights
+
+from dbkernels.memory.measure import record
+from dbkernels.models import AdaLNLayer, DiT, LayerConfig
+from dbkernels.models.baseline import (
+    BASELINES,
+    BaselineLayer,
+    by_method,
+    stock_layer,
+    use_baseline,
+)
+from dbkernels.models.layer import run_layers
+from dbkernels.models.rotary import rotary_table
+from dbkernels.training.trainer import load_weights
+
+B, T, D, H = 3, 5, 12, 3
+CONFIGS = [
+    LayerConfig(D, H, 20, 7),
+    LayerConfig(D, H, 20, 7, "rms", affine=True, mlp="swiglu", qk_norm=True, bias=False),
+    LayerConfig(D, H, 20, 7, affine=True, eps=0.01),
+]
+CPU = torch.device("cpu")
+each_method = pytest.mark.parametrize("method", BASELINES)
+
+
+@pytest.fixture(autouse=True)
+def without_kernels(monkeypatch):
+    """torch.compile up to its graphs, which run as they are: kernels would take minutes."""
+    import torch._inductor.compile_fx as inductor
+
+    def compile_fx(graph, inputs, inner_compile=graph_as_it_is):
+        return whole(graph, inputs, inner_compile=inner_compile)
+
+    whole = inductor.compile_fx
+    monkeypatch.setattr(inductor, "compile_fx", compile_fx)
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
+
+
+def graph_as_it_is(graph, inputs, **_):
+    graph.graph.set_codegen(_BoxedCodeGen())
+    graph.recompile()
+
+    def run(inputs):
+        return graph.forward(inputs)
+
+    run._boxed_call = True
+    return run
+
+
+def baseline(layer, method, budget=1.0):
+    return BaselineLayer(layer, by_method(stock_layer, method, budget=budget))
+
+
+def with_gradients(layer, x, c, rotary):
+    x, c = (t.detach().to(layer.modulation.weight).requires_grad_() for t in (x, c))
+    out = layer(x, c, rotary)
+    dout = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out)
+    names = ["x", "c", *(name for name, _ in layer.named_parameters())]
+    gradients = torch.autograd.grad(out, [x, c, *layer.parameters()], dout)
+    return {"out": out.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@each_method
+def test_numbers_and_gradients_are_those_of_the_specification(method, config):
+    fused = randomise(AdaLNLayer(config))
+    exact_layer = baseline(copy.deepcopy(fused).double(), "stock")
+    given = torch.randn(B, T, D) + 2, torch.randn(B, 7), rotary_table(torch.arange(T), D // H)
+    exact = with_gradients(exact_layer, *given)
+    eager = with_gradients(baseline(fused, "stock"), *given)
+    for layer in (baseline(fused, method), fused):
+        for name, value in with_gradients(layer, *given).items():
+            assert_as_accurate_as_eager(name, value, eager[name], exact[name])
+
+
+@each_method
+def test_autocast_and_a_condition_of_each_token(method):
+    fused = randomise(AdaLNLayer(CONFIGS[0]), std=0.1)
+    x, c = torch.randn(B, T, D), torch.randn(B, T, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = baseline(fused, method)(x.requires_grad_(), c)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, fused(x, c), rtol=0.02, atol=0.05)
+
+
+# units of B T D elements: small tensors of B D and of 4 statistics and H a token come on top
+W, TOKENS = 64, 64
+SAVED = [
+    ("stock", 1.0, 20),
+    ("checkpointed", 1.0, 1),
+    # x, then qkv, the attention, its projection, fc1 and fc2
+    ("selective", 1.0, 1 + 3 + 1 + 1 + 4 + 1),
+    ("compiled", 1.0, 17),
+    ("compiled", 0.75, 11),
+    ("compiled", 0.5, 9),
+    ("compiled", 0.25, 5),
+    ("compiled", 0.1, 2),
+    ("compiled", 0.0, 1),
+]
+
+
+def kept_units(method, budget, *, autocast=False):
+    """What is alive after a forward because of it, but for its result, in units of x."""
+    layer = baseline(AdaLNLayer(LayerConfig(W, 1, 4 * W, W)), method, budget)
+    x, c = torch.randn(2, TOKENS, W, requires_grad=True), torch.randn(2, W, requires_grad=True)
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return layer(x, c)
+
+    forward()  # compiles
+    out = []
+    trace = record(
+        lambda: out.append(forward()), model=layer, optimizers=(), inputs=[x, c], device=CPU
+    )
+    *_, last = trace.moments()
+    there = sum(t.nbytes for t in (*layer.parameters(), c))
+    assert trace.saved <= last.total_bytes
+    return (last.total_bytes - there) / out[0].nbytes - 1
+
+
+@pytest.mark.parametrize(("method", "budget", "units"), SAVED)
+def test_a_method_keeps_what_it_says(method, budget, units):
+    with FakeTensorMode():
+        kept = kept_units(method, budget)
+    assert units <= kept < units + 0.35
+
+
+@each_method
+def test_a_prediction_keeps_the_bytes_of_a_run(method):
+    run = kept_units(method, 1.0, autocast=True)
+    with FakeTensorMode():
+        assert kept_units(method, 1.0, autocast=True) == run
+
+
+@each_method
+def test_a_model_keeps_its_parameters_under_their_names(method):
+    model = randomise(DiT(DIT)).eval()
+    model.layers[1].train()
+    named, state = dict(model.named_parameters()), model.state_dict()
+    random = torch.get_rng_state()
+    use_baseline(model, method)
+    assert torch.equal(torch.get_rng_state(), random)
+    after = dict(model.named_parameters())
+    assert list(after) == list(named) and all(after[name] is named[name] for name in named)
+    assert list(model.state_dict()) == list(state)
+    assert [layer.training for layer in model.layers] == [False, True, False]
+    DiT(DIT).load_state_dict(model.state_dict())
+    model.load_state_dict(DiT(DIT).state_dict())
+
+
+def test_fused_layers_and_baselines_may_stand_in_one_stack():
+    fused = [randomise(AdaLNLayer(CONFIGS[0])) for _ in range(5)]
+    mixed = [layer if i in (0, 1, 4) else baseline(layer, "stock") for i, layer in enumerate(fused)]
+    x, c = torch.randn(B, T, D, requires_grad=True), torch.randn(B, 7)
+    (expected,) = torch.autograd.grad(run_layers(fused, x, c).square().sum(), x)
+    (actual,) = torch.autograd.grad(run_layers(mixed, x, c).square().sum(), x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@each_method
+def test_a_copy_is_independent(method):
+    model = randomise(DiT(DIT))
+    use_baseline(model, method)
+    other = copy.deepcopy(model)
+    batch = {"label": torch.tensor([2, 0])}
+    other.denoise(torch.randn(2, 1, 4, 4), torch.ones(2), (0, 2), batch).sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for index, layer in enumerate(other.layers):
+        assert all((p.grad is None) == (index == 1) for p in layer.parameters())
+
+
+@pytest.mark.parametrize("sharing", ["joint", "copies"])
+@each_method
+def test_blocks_train_as_with_fused_layers(method, sharing):
+    fused = make_trainer("dit", num_blocks=2, sharing=sharing, steps=1)
+    trainer = make_trainer("dit", num_blocks=2, sharing=sharing, steps=1)
+    randomise(fused.models.model.layers)
+    load_weights(trainer.models, weights(fused))
+    use_baseline(trainer.models.model, method)
+    before = weights(trainer)
+    for each in (fused, trainer):
+        each.run()
+    after, expected = weights(trainer), weights(fused)
+    for name in after:
+        assert torch.equal(after[name], before[name]) == torch.equal(expected[name], before[name])
+    torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-3)
+    assert not equal(after, before)
+
+
+def test_weights_of_a_baseline_load_into_fused_layers():
+    trainer = make_trainer(steps=1)
+    use_baseline(trainer.models.model, "stock")
+    trainer.run()
+    models = make_models()
+    load_weights(models, trainer.tensors()["model"])
+    assert equal(dict(models.named_parameters()), weights(trainer))
+
+
+def test_a_baseline_may_replace_another():
+    model = randomise(DiT(DIT))
+    for method in ("checkpointed", "stock"):
+        use_baseline(model, method)
+    assert all(layer.run is stock_layer for layer in model.layers)
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "message"),
+    [
+        ("eager", 1.0, "one of stock, checkpointed, selective, compiled, got eager"),
+        ("compiled", 1.5, "budget must be from 0 to 1, got 1.5"),
+        ("compiled", -0.5, "budget must be from 0 to 1, got -0.5"),
+        ("checkpointed", 0.5, "budget must be 1 for checkpointed, got 0.5"),
+    ],
+)
+def test_rejects(method, budget, message):
+    model = DiT(DIT)
+    with pytest.raises(ValueError, match=message):
+        use_baseline(model, method, budget=budget)
+    assert not any(isinstance(layer, BaselineLayer) for layer in model.layers)
