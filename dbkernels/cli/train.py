@@ -1,5 +1,6 @@
 """`python -m dbkernels train`."""
 
+import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.ops.rung import Keep
 from dbkernels.training.data import open_data
 from dbkernels.training.run import PartitionConfig, RunConfig, train
-from dbkernels.training.trainer import Trainer, TrainerConfig
+from dbkernels.training.trainer import Trainer
+from dbkernels.training.trainer_config import TrainerConfig
 
 # squared errors take the EDM weight; cross-entropy is better without (arXiv:2506.14202's code)
 DEFAULT_WEIGHTING = {"vit": "none", "dit": "edm"}
@@ -113,7 +115,8 @@ class Train:
             raise ValueError(f"out must be a directory, got the file {self.out}")
         config = self.config()
         shown = ProgressBar(config.trainer.steps * config.partition.num_blocks)
-        with shown:
+        with warnings.catch_warnings(), shown:
+            warnings.showwarning = shown.warn
             trainer = train(
                 config,
                 self.out,
@@ -140,7 +143,9 @@ class ProgressBar:
             TimeRemainingColumn(),
             "{task.fields[row]}",
         )
-        self._progress = Progress(*columns, console=Console(stderr=True))
+        # whole lines: a message that is cut at the terminal's width cannot be searched for
+        self._console = Console(stderr=True, soft_wrap=True)
+        self._progress = Progress(*columns, console=self._console)
         self._stack = ExitStack()
 
     def __enter__(self) -> "ProgressBar":
@@ -148,6 +153,10 @@ class ProgressBar:
 
     def __exit__(self, *_) -> None:
         self._stack.close()
+
+    def warn(self, message: Warning | str, *_: object) -> None:
+        """Show a warning above the bar, without the line of code that gave it."""
+        self._console.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
 
     def step(self, row: dict[str, float | int]) -> None:
         """Show one row of the log."""

@@ -1,5 +1,7 @@
 """Parameters that are updated together: their optimizer, their average, their count of steps."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,9 @@ from dbkernels.training.schedule import average_decay
 
 class Part:
     """One block's own parameters, or those that all blocks share.
+
+    The optimizer's state exists from the start, in tensors that are never replaced: what holds
+    their storage may be moved, and a checkpoint always has all of it.
 
     Args:
         parameters:    by name
@@ -23,6 +28,8 @@ class Part:
         self.optimizer = torch.optim.AdamW(
             parameters.values(), weight_decay=weight_decay, fused=True
         )
+        for parameter in parameters.values():
+            self.optimizer.state[parameter] = _fresh_state(parameter)
         self.average = {n: p.detach().clone() for n, p in parameters.items()} if ema else {}
 
     def update(self, lr: float, where: Tensor) -> None:
@@ -43,6 +50,14 @@ class Part:
             for name, average in self.average.items():
                 average.lerp_(self.parameters[name].detach(), weight)
 
+    def tensors(self) -> list[Tensor]:
+        """All that a step on these parameters reads and writes, but for gradients."""
+        return [
+            *self.parameters.values(),
+            *self.optimizer_tensors().values(),
+            *self.average.values(),
+        ]
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state, each tensor under `<parameter>.<name of the state>`."""
         return {
@@ -58,10 +73,25 @@ class Part:
         self.steps = steps
         for name, tensor in self.average.items():
             tensor.copy_(average[name])
-        self.optimizer.state.clear()
-        for full_name, tensor in optimizer_tensors.items():
-            name, _, key = full_name.rpartition(".")
-            if name in self.parameters:
-                parameter = self.parameters[name]
-                # a fused optimizer counts its steps on the parameters' device
-                self.optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+        for name, tensor in self.optimizer_tensors().items():
+            tensor.copy_(optimizer_tensors[name])
+
+
+def _fresh_state(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What a fused AdamW makes in its first step."""
+    return {
+        "step": torch.zeros((), device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter.detach()),
+        "exp_avg_sq": torch.zeros_like(parameter.detach()),
+    }
+
+
+def tensor_sizes(parameters: Iterable[nn.Parameter], ema: float) -> list[int]:
+    """Bytes of each of a part's tensors, in no order, before there is the part."""
+    step = torch.zeros(()).nbytes
+    moments_and_average = 3 if ema else 2
+    return [
+        size
+        for parameter in parameters
+        for size in (step, *[parameter.nbytes] * (1 + moments_and_average))
+    ]

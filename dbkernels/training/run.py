@@ -24,9 +24,12 @@ from dbkernels.training.data import ImageData, open_data
 from dbkernels.training.log import RunLog
 from dbkernels.training.objective import Weighting, gaussian_step
 from dbkernels.training.partition import Block, partition
-from dbkernels.training.sharing import BlockModels
-from dbkernels.training.trainer import Augment, Trainer, TrainerConfig, load_weights
+from dbkernels.training.sharing import BlockModels, load_weights
+from dbkernels.training.trainer import Augment, Trainer
+from dbkernels.training.trainer_config import TrainerConfig
 
+# settings of the trainer that a run may change on its way: its bits stay the same
+PLACEMENT = ("resident", "rest", "rest_dir", "prefetch")
 MODEL_CONFIGS = {"vit": ViTConfig, "dit": DiTConfig}
 
 
@@ -103,18 +106,26 @@ class RunConfig:
         return BlockModels(model, blocks, self.trainer.sharing)
 
     def trainer_on(self, device: torch.device | str, data: ImageData) -> Trainer:
-        """A trainer at its first step."""
-        return self.trainer_of(self.build(device), data)
+        """A trainer at its first step.
 
-    def trainer_of(self, models: BlockModels, data: ImageData) -> Trainer:
-        """A trainer at its first step, of models that `build` gave."""
+        Where blocks visit the device one by one, the models are built on the host and never are on
+        the device as a whole.
+        """
+        home = "cpu" if self.trainer.resident == "block" else device
+        return self.trainer_of(self.build(home), data, device=device)
+
+    def trainer_of(
+        self, models: BlockModels, data: ImageData, *, device: torch.device | str | None = None
+    ) -> Trainer:
+        """A trainer at its first step, of models that `build` gave; `Trainer` says the rest."""
         objective = partial(
             gaussian_step,
             prior=self.prior,
             weighting=self.weighting,
             sigma_data=self.model.sigma_data,
         )
-        return Trainer(models, data, objective, self.trainer, augment=self._augment())
+        augment = self._augment()
+        return Trainer(models, data, objective, self.trainer, augment=augment, device=device)
 
     def _augment(self) -> Augment | None:
         changes: list[Augment] = []
@@ -185,7 +196,7 @@ def train(
         tensorboard:  whether to log there too
         on_step:      called with each row of the log
     Returns:
-        The trainer, at its last step.
+        The trainer, at its last step. Where blocks visited the device, all is on the host again.
     Raises:
         ValueError: a setting is wrong, the directory holds another run, or a checkpoint cannot be
                     used. No file is touched then.
@@ -211,6 +222,7 @@ def train(
                 _save(trainer, config, directory)
     finally:
         log.close()
+        trainer.close()
     return trainer
 
 
@@ -223,8 +235,16 @@ def restore(trainer: Trainer, config: RunConfig, directory: Path, which: str) ->
     """Set a trainer to a checkpoint of its own run, "latest" or a path."""
     path = checkpoint_path(directory, which)
     tensors, state = checkpoint.load(path)
-    checkpoint.require_same_config(state["config"], asdict(config), path)
+    _require_same_config(state["config"], config, path)
     trainer.restore(tensors, state["counters"])
+
+
+def _require_same_config(saved: dict, config: RunConfig, path: Path) -> None:
+    """Refuse a checkpoint of other settings, but for those that move no number."""
+    current = asdict(config)
+    same = {key: current["trainer"][key] for key in PLACEMENT}
+    saved = {**saved, "trainer": {**saved["trainer"], **same}}
+    checkpoint.require_same_config(saved, current, path)
 
 
 def checkpoint_path(directory: Path, which: str) -> Path:
@@ -256,7 +276,7 @@ def load_run(
     """
     config = read_config(directory)
     tensors, state = checkpoint.load(path := checkpoint_path(directory, which))
-    checkpoint.require_same_config(state["config"], asdict(config), path)
+    _require_same_config(state["config"], config, path)
     models = config.build(device)
     load_weights(models, tensors["model"])
     if averaged:

@@ -9,6 +9,7 @@ from dbkernels.training.randomness import stream_seed
 
 Decay = Literal["constant", "cosine"]
 Order = Literal["shuffled", "sequential"]
+SWAP_SHARE = 0.05
 ORDER_KEY = 2**62  # keeps the stream of the blocks' order apart from the blocks' own
 
 
@@ -40,7 +41,9 @@ def average_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-def block_index(step: int, num_blocks: int, *, steps: int, order: Order, seed: int) -> int:
+def block_index(
+    step: int, num_blocks: int, *, steps: int, order: Order, seed: int, visit: int = 1
+) -> int:
     """Which block a step of the run trains; every block has had `steps` steps at the end.
 
     Args:
@@ -50,9 +53,30 @@ def block_index(step: int, num_blocks: int, *, steps: int, order: Order, seed: i
         order:       shuffled visits every block once in each sweep, in an order of its own;
                      sequential takes all steps of one block before the next, most noise first
         seed:        of the run
+        visit:       steps of a block in a row where shuffled; in the last sweep those still left
     """
     if order == "sequential":
         return step // steps
-    sweep, place = divmod(step, num_blocks)
+    sweep, place = divmod(step, num_blocks * visit)
     generator = torch.Generator().manual_seed(stream_seed(seed, ORDER_KEY, sweep))
-    return int(torch.randperm(num_blocks, generator=generator)[place])
+    order_of_sweep = torch.randperm(num_blocks, generator=generator)
+    return int(order_of_sweep[place // min(visit, steps - sweep * visit)])
+
+
+def steps_left(step: int, num_blocks: int, *, steps: int, order: Order, visit: int) -> int:
+    """Steps from this one, itself counted, to the end of its visit. Args as for `block_index`."""
+    if order == "sequential":
+        return steps - step % steps
+    sweep, place = divmod(step, num_blocks * visit)
+    length = min(visit, steps - sweep * visit)
+    return length - place % length
+
+
+def visit_length(step_seconds: float, swap_seconds: float) -> int:
+    """The fewest steps in a row of which swaps take at most SWAP_SHARE of the time.
+
+    Args:
+        step_seconds:  of one step
+        swap_seconds:  to bring one block to its rest and another from it
+    """
+    return max(1, math.ceil(swap_seconds * (1 - SWAP_SHARE) / SWAP_SHARE / step_seconds))

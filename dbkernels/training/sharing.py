@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dbkernels.training.partition import Block
 
@@ -84,3 +85,20 @@ def _check_layers(depth: int, blocks: Sequence[Block], sharing: Sharing) -> None
     if sharing == "copies" and max(owners.values()) > 1:
         index = owners.most_common(1)[0][0]
         raise ValueError(f"with copies a layer must be in one block, got layer {index} in several")
+
+
+@torch.no_grad()
+def load_weights(models: BlockModels, weights: dict[str, Tensor]) -> None:
+    """Copy weights into models made with the same configuration.
+
+    Names that `weights` lacks keep their values: a moving average has none of what is frozen.
+
+    Raises:
+        ValueError: a name is unknown or a shape differs.
+    """
+    parameters = dict(models.named_parameters())
+    for name, tensor in weights.items():
+        shape = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+        if shape != tuple(tensor.shape):
+            raise ValueError(f"weight {name} must be {shape}, got {tuple(tensor.shape)}")
+        parameters[name].copy_(tensor)

@@ -7,7 +7,9 @@ gives the same bits.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from time import perf_counter
 
 import torch
 from torch import Tensor, nn
@@ -15,78 +17,33 @@ from torch import Tensor, nn
 from dbkernels.models.family import Batch
 from dbkernels.ops.philox import Draw
 from dbkernels.training.data import ImageData, batch_indices
+from dbkernels.training.micro_batch import MicroBatch
 from dbkernels.training.part import Part
 from dbkernels.training.partition import Block
 from dbkernels.training.randomness import stream_seed
-from dbkernels.training.schedule import Decay, Order, block_index, learning_rate
-from dbkernels.training.sharing import SHARED, BlockModels, Sharing
+from dbkernels.training.residency import open_residency
+from dbkernels.training.schedule import learning_rate
+from dbkernels.training.sharing import SHARED, BlockModels, load_weights
+from dbkernels.training.trainer_config import TrainerConfig
+from dbkernels.training.visits import Visits
 
 Objective = Callable[[nn.Module, Block, Batch, Draw], Tensor]
 Augment = Callable[[Batch, Draw], Batch]
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """How blocks are trained."""
-
-    steps: int
-    """Updates of every block."""
-    batch_size: int = 128
-    """Samples per update."""
-    lr: float = 1e-3
-    """Highest learning rate of AdamW."""
-    warmup: int = 0
-    """Updates over which the rate rises, in the block's own steps."""
-    decay: Decay = "constant"
-    """Of the rate after the warm-up, in the block's own steps."""
-    weight_decay: float = 0.01
-    """Weight decay of AdamW, on every parameter."""
-    clip: float = 1.0
-    """Largest norm of one update's gradient; 0 for no limit."""
-    ema: float = 0.0
-    """Decay of the moving average of the weights, in a block's own steps; 0 for none."""
-    accumulate: int = 1
-    """Parts that a batch is cut into, their gradients added up."""
-    autocast: bool = False
-    """Compute in bfloat16; parameters stay float32."""
-    sharing: Sharing = "joint"
-    """What the stem and head are: joint, trained by all blocks, or copies, one for each block."""
-    order: Order = "shuffled"
-    """Shuffled visits every block once in each sweep; sequential finishes one after another."""
-    seed: int = 0
-    """Seed of everything random in the run."""
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "clip", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        for name in ("lr", "weight_decay", "clip"):
-            if getattr(self, name) == math.inf:
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be below 2**63, got {self.seed}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"accumulate must divide the batch size {self.batch_size}, got {self.accumulate}"
-            )
 
 
 class Trainer:
     """Trains the blocks of a model.
 
     Args:
-        models:     a family's blocks, on the device that they are trained on
+        models:     a family's blocks, on the device; on the host where blocks visit it one by one
         data:       gives batches by sample index
         objective:  (model, block, batch, draw) -> scalar loss, a mean over the batch
         config:     see `TrainerConfig`
         augment:    (batch, draw) -> batch, applied to every batch that is drawn
+        device:     to train on; None is where the models are
+    Raises:
+        ValueError: all blocks are to be resident on another device than the models are on, or the
+                    directory in which blocks are to rest has no room for them.
     """
 
     def __init__(
@@ -97,20 +54,23 @@ class Trainer:
         config: TrainerConfig,
         *,
         augment: Augment | None = None,
+        device: torch.device | str | None = None,
     ):
         self.models, self.blocks = models.train(), models.blocks
         self.data, self.objective, self.config, self.augment = data, objective, config, augment
-        self.device = next(models.parameters()).device
+        self.device = _device(models, config, device)
         self.step = 0
-        self.parts = {
-            name: Part(
-                parameters,
-                total=self.total_steps if name == SHARED else config.steps,
-                weight_decay=config.weight_decay,
-                ema=config.ema,
+        self.visits = Visits(config, len(self.blocks))
+        self.micro_batch = MicroBatch(config.batch_size // config.accumulate, config.batch_size)
+        self.residency = open_residency(models, self.device, config)
+        self.parts: dict[str, Part] = {}
+        for name, parameters in self.models.parts().items():
+            total = self.total_steps if name == SHARED else config.steps
+            self.parts[name] = part = Part(
+                parameters, total=total, weight_decay=config.weight_decay, ema=config.ema
             )
-            for name, parameters in self.models.parts().items()
-        }
+            if config.resident == "block":
+                self.residency.adopt(name, part)
 
     @property
     def total_steps(self) -> int:
@@ -119,34 +79,45 @@ class Trainer:
 
     def next_block(self) -> Block:
         """The block that the run's next step trains."""
-        config = self.config
-        index = block_index(
-            self.step, len(self.blocks), steps=config.steps, order=config.order, seed=config.seed
-        )
-        return self.blocks[index]
+        return self.blocks[self.visits.block(self.step)]
 
     def run(self) -> None:
         """Train to the end, without a log or a checkpoint."""
         while self.step < self.total_steps:
             self.step_block(self.next_block())
+        self.close()
+
+    def close(self) -> None:
+        """Free the device of what was brought there from the host; a step brings it back."""
+        self.residency.close()
 
     def step_block(self, block: Block) -> dict[str, float | int]:
         """One update of one block and of what it shares.
 
         Returns:
             The step of the run, block, the block's own step, loss, norm of the gradient, and rate.
+            Also the steps of a visit or the size of a micro-batch where this step has set it.
         Raises:
             FloatingPointError: the loss or its gradient is not finite; nothing was updated.
+            torch.OutOfMemoryError: half the micro-batch is too much too; nothing was updated.
         """
+        begin, micro_batch = perf_counter(), self.micro_batch.size
         own, *_ = moved = self._moved(block)
         lr, row = self._rate(own), {"step": self.step, "block": block.index}
-        loss, norm = (float(number) for number in self.advance(block))
+        numbers = self.advance(block)
+        if (following := self.visits.next_block(self.step)) is not None:
+            self.residency.prefetch(_own(self.blocks[following]))
+        loss, norm = (float(number) for number in numbers)
         if not math.isfinite(loss + norm):
             raise FloatingPointError(_not_finite(loss, norm, block, own.steps))
         row |= {"block_step": own.steps, "loss": loss, "grad_norm": norm, "lr": lr}
         for part in moved:
             part.steps += 1
         self.step += 1
+        if self.micro_batch.size != micro_batch:
+            row["micro_batch"] = self.micro_batch.size
+        if self.visits.timed(self.step, perf_counter() - begin, self.residency.swap_seconds):
+            row["visit"] = self.visits.length
         return row
 
     def advance(self, block: Block) -> tuple[Tensor, Tensor]:
@@ -155,8 +126,13 @@ class Trainer:
         Returns:
             Loss and norm of the gradient, (). Where one is not finite, nothing was updated.
         """
+        self.residency.enter(_own(block))
         moved = self._moved(block)
-        loss = self._accumulate(block, moved[0].steps)
+        loss = self.micro_batch.attempt(
+            partial(self._accumulate, block, moved[0].steps),
+            partial(_drop_gradients, moved),
+            f"block {block.index} at its step {moved[0].steps}",
+        )
         parameters = [p for part in moved for p in part.parameters.values()]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.clip or torch.inf)
         finite = torch.isfinite(loss + norm)
@@ -166,10 +142,10 @@ class Trainer:
 
     def _moved(self, block: Block) -> list[Part]:
         """What a step on a block updates: its own part, and the shared one if there is one."""
-        names = f"block{block.index}", SHARED
+        names = _own(block), SHARED
         return [self.parts[name] for name in names if name in self.parts]
 
-    def _accumulate(self, block: Block, block_step: int) -> Tensor:
+    def _accumulate(self, block: Block, block_step: int, micro_batch: int) -> Tensor:
         """Backward of the mean loss over the block's next batch; the loss, detached."""
         config = self.config
         indices = batch_indices(
@@ -177,13 +153,13 @@ class Trainer:
         )
         draw = Draw(stream_seed(config.seed, block.index), block_step)
         total = torch.zeros((), device=self.device)
-        for piece in indices.chunk(config.accumulate):
+        for piece in indices.split(micro_batch):
             batch = self.data.batch(piece, self.device)
             if self.augment:
                 batch = self.augment(batch, draw)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
                 loss = self.objective(self.models.of(block), block, batch, draw)
-            loss = loss / config.accumulate
+            loss = loss / (len(indices) / len(piece))
             loss.backward()
             total += loss.detach()
             draw = replace(draw, sample=draw.sample + len(piece))
@@ -200,6 +176,7 @@ class Trainer:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a checkpoint must hold: weights, their average, optimizer state."""
         parts = self.parts.values()
+        self.residency.wait()
         weights = {name: p.detach() for name, p in self.models.named_parameters()}
         average = {name: tensor for part in parts for name, tensor in part.average.items()}
         optimizer = {k: v for part in parts for k, v in part.optimizer_tensors().items()}
@@ -207,16 +184,41 @@ class Trainer:
         return {group: tensors for group, tensors in groups.items() if tensors}
 
     def counters(self) -> dict[str, int | dict[str, int]]:
-        """The counts of steps that a checkpoint must hold."""
-        return {"step": self.step, "parts": {name: part.steps for name, part in self.parts.items()}}
+        """The counts of steps, and what was found out on the way, that a checkpoint must hold."""
+        steps = {name: part.steps for name, part in self.parts.items()}
+        found = {"visit": self.visits.length, "micro_batch": self.micro_batch.size}
+        return {"step": self.step, "parts": steps, **found}
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], counters: dict) -> None:
         """Go on from what `tensors` and `counters` once gave, bit for bit."""
+        self.residency.settle()
         load_weights(self.models, tensors["model"])
         for name, part in self.parts.items():
             steps = counters["parts"][name]
             part.restore(steps, tensors.get("ema", {}), tensors.get("optimizer", {}))
-        self.step = counters["step"]
+        self.step, self.visits.length = counters["step"], counters["visit"]
+        self.micro_batch.size = counters["micro_batch"]
+
+
+def _device(
+    models: BlockModels, config: TrainerConfig, device: torch.device | str | None
+) -> torch.device:
+    home = next(models.parameters()).device
+    # tensors on "cuda" say "cuda:0"
+    device = home if device is None else torch.empty(0, device=device).device
+    if config.resident == "all" and device != home:
+        raise ValueError(f"models must be on {device}, where all blocks are resident, got {home}")
+    return device
+
+
+def _own(block: Block) -> str:
+    """Name of a block's own part."""
+    return f"block{block.index}"
+
+
+def _drop_gradients(parts: list[Part]) -> None:
+    for part in parts:
+        part.optimizer.zero_grad()
 
 
 def _not_finite(loss: float, norm: float, block: Block, block_step: int) -> str:
@@ -226,20 +228,3 @@ def _not_finite(loss: float, norm: float, block: Block, block_step: int) -> str:
         f"block {block.index} at its step {block_step} with sigma in "
         f"[{noise.low:.6g}, {noise.high:.6g}]; nothing was updated"
     )
-
-
-@torch.no_grad()
-def load_weights(models: BlockModels, weights: dict[str, Tensor]) -> None:
-    """Copy weights into models made with the same configuration.
-
-    Names that `weights` lacks keep their values: a moving average has none of what is frozen.
-
-    Raises:
-        ValueError: a name is unknown or a shape differs.
-    """
-    parameters = dict(models.named_parameters())
-    for name, tensor in weights.items():
-        shape = tuple(parameters[name].shape) if name in parameters else "no such parameter"
-        if shape != tuple(tensor.shape):
-            raise ValueError(f"weight {name} must be {shape}, got {tuple(tensor.shape)}")
-        parameters[name].copy_(tensor)

@@ -52,6 +52,10 @@ def weights_of(directory, step):
         ("--seed -1", "seed must be at least 0, got -1"),
         (f"--seed {2**63}", f"seed must be below 2**63, got {2**63}"),
         ("--accumulate 3", "accumulate must divide the batch size 8, got 3"),
+        ("--visit -1", "visit must be at least 0, got -1"),
+        ("--prefetch", "resident must be block for prefetch, got all"),
+        ("--rest disk --rest-dir rest", "resident must be block for rest disk, got all"),
+        ("--resident block --rest disk", "rest_dir must name a directory for rest disk alone"),
         ("--resume latest", "out must hold a checkpoint, got none"),
         ("--resume nope", "nope is not a checkpoint"),
         ("--device tpu", "device must be auto, cpu or cuda, got tpu"),
@@ -183,6 +187,50 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert "in block 1 at its step 1 with sigma in [" in message
     assert [p.name for p in (tmp_path / "out/checkpoints").iterdir()] == ["step-00000003"]
     assert cli("evaluate", "out", "--device", "cpu").code == 0
+
+
+def test_blocks_that_rest_elsewhere_give_the_same_run(trained, tmp_path):
+    trained("dit", "all", "--visit", "2", "--ema", "0.9")
+    resting = ["--resident", "block", "--prefetch", "--rest", "disk", "--rest-dir", "rest"]
+    outcome = trained("dit", "swapped", "--visit", "2", "--ema", "0.9", *resting)
+    assert outcome.out == "trained 6 steps in 3 blocks: swapped\n"
+    assert weights_of(tmp_path / "all", 6) == weights_of(tmp_path / "swapped", 6)
+    assert (tmp_path / "all/log.jsonl").read_text() == (tmp_path / "swapped/log.jsonl").read_text()
+    assert list((tmp_path / "rest").iterdir()) == []
+
+
+def test_a_disk_too_small_for_the_blocks_is_one_sentence(trained, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=9000))
+    flags = "--resident block --rest disk --rest-dir rest"
+    assert refused(trained("vit", "out", *flags.split()), "rest_dir must have 0.0")
+    assert not (tmp_path / "out").exists()
+
+
+def short_of_memory(objective, fits, model, block, batch, draw, **settings):
+    if len(batch["label"]) > fits:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return objective(model, block, batch, draw, **settings)
+
+
+def test_out_of_memory_is_one_line_beside_the_bar(trained, monkeypatch):
+    objective = partial(short_of_memory, run_module.gaussian_step, 4)
+    monkeypatch.setattr(run_module, "gaussian_step", objective)
+    outcome = trained("vit", "out")
+    assert outcome.code == 0
+    lines = [line for line in outcome.err.splitlines() if "out of memory" in line]
+    assert len(lines) == 1 and lines[0].startswith("warning: out of memory in block ")
+    assert lines[0].endswith("in micro-batches of 8: they have 4 from now on")
+
+
+def test_out_of_memory_twice_stops_with_the_sizes(trained, monkeypatch):
+    objective = partial(short_of_memory, run_module.gaussian_step, 3)
+    monkeypatch.setattr(run_module, "gaussian_step", objective)
+    outcome = trained("vit", "out")
+    assert outcome.code == 1
+    message = "with batch 8 in micro-batches of 4, halved in this step already"
+    assert outcome.err.splitlines()[-1].startswith("error: out of memory in block ")
+    assert outcome.err.splitlines()[-1].endswith(message)
 
 
 def test_a_rate_that_is_too_high_stops_the_run(trained):

@@ -1,7 +1,8 @@
+import pytest
 import torch
 from torch import nn
 
-from dbkernels.training.part import Part
+from dbkernels.training.part import Part, tensor_sizes
 
 
 def make_part(ema=0.5):
@@ -46,6 +47,35 @@ def test_average_moves_by_its_own_steps():
     update(part, 0.1)
     expected = 2 / 11 * expected + 9 / 11 * part.parameters["a"].detach()
     torch.testing.assert_close(part.average["a"], expected)
+
+
+def test_the_first_state_is_what_the_optimizer_makes_itself():
+    part, lazy = make_part(), make_part()
+    lazy.optimizer.state.clear()
+    for _ in range(2):
+        for each in (part, lazy):
+            set_gradients(each, 1.0)
+            update(each, 0.1)
+        ours, theirs = part.optimizer_tensors(), lazy.optimizer_tensors()
+        assert ours.keys() == theirs.keys() and part.optimizer.state.keys() != {}
+        for name, tensor in ours.items():
+            assert torch.equal(tensor, theirs[name]) and tensor.dtype == theirs[name].dtype
+        for name, parameter in part.parameters.items():
+            assert torch.equal(parameter, lazy.parameters[name])
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_all_tensors_are_there_from_the_start_and_stay_the_same_objects(ema):
+    part = make_part(ema)
+    before = [id(tensor) for tensor in part.tensors()]
+    assert len(set(before)) == 2 * (5 if ema else 4)
+    assert sorted(tensor_sizes(part.parameters.values(), ema)) == sorted(
+        tensor.nbytes for tensor in part.tensors()
+    )
+    set_gradients(part, 1.0)
+    update(part, 0.1)
+    part.restore(1, part.average, part.optimizer_tensors())
+    assert [id(tensor) for tensor in part.tensors()] == before
 
 
 def test_nothing_moves_where_it_is_not_to():

@@ -1,12 +1,15 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from training.tiny import DIT, PRIOR, VIT, equal, weights
 
+import dbkernels.training.run as run_module
 from dbkernels.training import checkpoint
+from dbkernels.training.data import open_data
 from dbkernels.training.log import read_log
 from dbkernels.training.run import (
     PartitionConfig,
@@ -15,7 +18,7 @@ from dbkernels.training.run import (
     read_config,
     train,
 )
-from dbkernels.training.trainer import TrainerConfig
+from dbkernels.training.trainer_config import TrainerConfig
 
 
 @pytest.fixture
@@ -80,6 +83,84 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, source, stop):
     ]
     for group in saved[0][0]:
         assert equal(saved[0][0][group], saved[1][0][group])
+
+
+def swapping(tmp_path, **changes):
+    settings = {"steps": 4, "batch_size": 4, "lr": 1e-2, "ema": 0.9, "visit": 3, **changes}
+    on_disk = {"rest": "disk", "rest_dir": str(tmp_path / "rest"), "prefetch": True}
+    return [
+        TrainerConfig(**settings),
+        TrainerConfig(**settings, resident="block"),
+        TrainerConfig(**settings, resident="block", **on_disk),
+    ]
+
+
+@pytest.mark.parametrize("stop", [4, 7])
+def test_a_run_resumes_in_a_visit_to_the_same_bits_wherever_its_blocks_rest(tmp_path, source, stop):
+    everywhere, *others = swapping(tmp_path)
+    whole = train(make_config(source, trainer=everywhere), tmp_path / "whole", device="cpu")
+    config = make_config(source, trainer=others[0])
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "cut", device="cpu", save_every=2, on_step=stop_at(stop))
+    config = make_config(source, trainer=others[1])
+    resumed = train(config, tmp_path / "cut", device="cpu", save_every=2, resume="latest")
+    for group, expected in whole.tensors().items():
+        assert equal(resumed.tensors()[group], expected), group
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+    for checkpoints in (tmp_path / "cut" / "checkpoints").iterdir():
+        load_run(tmp_path / "cut", which=str(checkpoints), device="cpu")
+
+
+def test_a_run_with_blocks_at_rest_ends_with_all_on_the_host_and_can_be_used(tmp_path, source):
+    config = make_config(source, trainer=swapping(tmp_path)[2])
+    trainer = train(config, tmp_path / "run", device="cpu")
+    assert trainer.residency._slots == []
+    _, loaded = load_run(tmp_path / "run", averaged=False, device="cpu")
+    assert equal(dict(loaded.named_parameters()), weights(trainer))
+
+
+def test_models_whose_blocks_visit_the_device_are_built_on_the_host(source, monkeypatch):
+    places = []
+    build = RunConfig.build
+    monkeypatch.setattr(
+        RunConfig, "build", lambda c, device: places.append(device) or build(c, "cpu")
+    )
+    trainers = [TrainerConfig(steps=1), TrainerConfig(steps=1, resident="block")]
+    configs = [make_config(source, trainer=trainer) for trainer in trainers]
+    data = open_data(source, "train", 3)
+    with pytest.raises(ValueError, match="models must be on meta"):
+        configs[0].trainer_on("meta", data)
+    assert configs[1].trainer_on("meta", data).device.type == "meta"
+    assert places == ["meta", "cpu"]
+
+
+def test_a_disk_too_small_for_the_blocks_stops_before_the_run(tmp_path, source, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=9000))
+    config = make_config(source, trainer=swapping(tmp_path)[2])
+    with pytest.raises(ValueError, match=r"rest_dir must have 0.*GiB free .* got 8.38e-06 GiB"):
+        train(config, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_is_said_in_the_log_and_kept_by_a_resumed_run(tmp_path, source, monkeypatch):
+    inner = run_module.gaussian_step
+
+    def objective(model, block, batch, draw, **settings):
+        if len(batch["label"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(model, block, batch, draw, **settings)
+
+    monkeypatch.setattr(run_module, "gaussian_step", objective)
+    config = make_config(source)
+    with pytest.warns(UserWarning, match="out of memory in block . at its step 0"):
+        whole = train(config, tmp_path / "run", device="cpu", save_every=6)
+    rows = read_log(tmp_path / "run" / "log.jsonl")
+    assert [row.get("micro_batch") for row in rows] == [2] + [None] * 11
+    earlier = sorted((tmp_path / "run" / "checkpoints").iterdir())[0]
+    again = train(config, tmp_path / "run", device="cpu", resume=str(earlier))
+    assert equal(weights(again), weights(whole))
 
 
 def test_an_earlier_checkpoint_can_be_named(tmp_path, source):

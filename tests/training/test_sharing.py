@@ -4,7 +4,7 @@ from training.tiny import PRIOR, VIT, make_models
 
 from dbkernels.models import ViT
 from dbkernels.training.partition import partition
-from dbkernels.training.sharing import SHARED, BlockModels
+from dbkernels.training.sharing import SHARED, BlockModels, load_weights
 
 
 def test_joint_blocks_use_the_very_same_model():
@@ -84,3 +84,11 @@ def test_a_layer_of_several_blocks_is_shared():
 def test_rejects(layers, sharing, message):
     with pytest.raises(ValueError, match=message):
         BlockModels(ViT(VIT), partition(layers, 2, PRIOR), sharing)
+
+
+def test_loading_rejects_weights_of_another_model():
+    models = make_models()
+    with pytest.raises(ValueError, match=r"weight model.head.bias must be \(3,\), got \(4,\)"):
+        load_weights(models, {"model.head.bias": torch.zeros(4)})
+    with pytest.raises(ValueError, match="weight neck must be no such parameter"):
+        load_weights(models, {"neck": torch.zeros(4)})

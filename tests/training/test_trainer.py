@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from training.tiny import equal, make_trainer, weights
 
 from dbkernels.models import AdaLNLayer
 from dbkernels.training.augment import mirror, shift
-from dbkernels.training.trainer import TrainerConfig, load_weights
+from dbkernels.training.trainer import Trainer
+from dbkernels.training.trainer_config import TrainerConfig
 
 
 def outside(trainer, block):
@@ -194,30 +197,96 @@ def test_the_devices_share_of_a_step_counts_nothing():
     assert trainer.step == 0 and not any(part.steps for part in trainer.parts.values())
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
-        ({"accumulate": 3}, "accumulate must divide the batch size 4, got 3"),
-        ({"lr": 0.0}, "lr must be positive, got 0.0"),
-        ({"lr": float("nan")}, "lr must be positive, got nan"),
-        ({"warmup": -1}, "warmup must be at least 0, got -1"),
-        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
-        ({"clip": -1.0}, "clip must be at least 0, got -1.0"),
-        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-    ],
-)
-def test_rejects(settings, message):
-    with pytest.raises(ValueError, match=message):
-        TrainerConfig(**{"steps": 1, "batch_size": 4, **settings})
+def short_of_memory(fits):
+    """An objective with room for so many samples, and the sizes and draws that it met."""
+    inner, met = make_trainer().objective, []
+
+    def objective(model, block, batch, draw):
+        met.append((len(batch["label"]), draw))
+        loss = inner(model, block, batch, draw)
+        if len(batch["label"]) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    return objective, met
 
 
-def test_loading_rejects_weights_of_another_model():
-    models = make_trainer().models
-    with pytest.raises(ValueError, match=r"weight model.head.bias must be \(3,\), got \(4,\)"):
-        load_weights(models, {"model.head.bias": torch.zeros(4)})
-    with pytest.raises(ValueError, match="weight neck must be no such parameter"):
-        load_weights(models, {"neck": torch.zeros(4)})
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch_and_its_noise():
+    objective, met = short_of_memory(fits=2)
+    whole, halved = make_trainer(ema=0.9), make_trainer(ema=0.9, objective=objective)
+    with pytest.warns(
+        UserWarning, match="block 0 at its step 0 with batch 4 in micro-batches of 4"
+    ):
+        rows = [halved.step_block(halved.blocks[0])]
+    rows += [halved.step_block(halved.blocks[index]) for index in (1, 0)]
+    expected = [whole.step_block(whole.blocks[index]) for index in (0, 1, 0)]
+    assert [row.pop("micro_batch", None) for row in rows] == [2, None, None]
+    for row, other in zip(rows, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(halved)[name], value, rtol=1e-3, atol=1e-5)
+    assert [size for size, _ in met] == [4, 2, 2, 2, 2, 2, 2]
+    assert met[0][1] == met[1][1] == replace(met[2][1], sample=0) and met[2][1].sample == 2
+
+
+def test_out_of_memory_in_a_later_piece_leaves_nothing_of_the_earlier_ones():
+    pieces = make_trainer(accumulate=4)
+    expected = pieces.step_block(pieces.blocks[0])
+    inner, calls = pieces.objective, []
+
+    def objective(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(*arguments)
+
+    halved = make_trainer(accumulate=2, objective=objective)
+    with pytest.warns(UserWarning, match="they have 1 from now on"):
+        row = halved.step_block(halved.blocks[0])
+    assert row == {**expected, "micro_batch": 1}
+    assert equal(weights(halved), weights(pieces))
+
+
+def test_odd_micro_batches_weigh_each_sample_alike():
+    objective, met = short_of_memory(fits=3)
+    whole = make_trainer(batch_size=5)
+    halved = make_trainer(batch_size=5, objective=objective)
+    expected = whole.step_block(whole.blocks[0])
+    with pytest.warns(UserWarning):
+        row = halved.step_block(halved.blocks[0])
+    assert [size for size, _ in met] == [5, 3, 2]
+    assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_memory_that_does_not_suffice_for_half_stops_before_the_update():
+    objective, _ = short_of_memory(fits=1)
+    trainer = make_trainer(objective=objective)
+    before = weights(trainer)
+    message = "block 2 at its step 0 with batch 4 in micro-batches of 2, halved in this step"
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError, match=message):
+        trainer.step_block(trainer.blocks[2])
+    assert equal(weights(trainer), before) and trainer.step == 0
+    assert all(parameter.grad is None for parameter in trainer.models.parameters())
+
+
+def test_a_restored_trainer_keeps_the_micro_batch_and_the_length_of_visits_it_found():
+    objective, _ = short_of_memory(fits=2)
+    settings = {"resident": "block", "visit": 0, "steps": 9}
+    first, second = (make_trainer(objective=objective, **settings) for _ in range(2))
+    with pytest.warns(UserWarning):
+        rows = [first.step_block(first.next_block()) for _ in range(7)]
+    lengths = [row.pop("visit", None) for row in rows]
+    assert lengths == [None] * 4 + [first.visits.length] + [None] * 2 and lengths[4] >= 5
+    tensors = {g: {k: v.clone() for k, v in t.items()} for g, t in first.tensors().items()}
+    second.restore(tensors, first.counters())
+    for trainer in (first, second):
+        trainer.run()
+    assert equal(weights(first), weights(second)) and first.counters() == second.counters()
+    assert second.counters()["micro_batch"] == 2
+
+
+def test_all_blocks_are_resident_only_where_the_models_are():
+    models, data = make_trainer().models, make_trainer().data
+    with pytest.raises(ValueError, match=r"models must be on meta, where all blocks are .*got cpu"):
+        Trainer(models, data, None, TrainerConfig(steps=1), device="meta")

@@ -1,0 +1,185 @@
+"""Which blocks are on the device.
+
+The device holds what the blocks share, and the parameters, optimizer state and moving average of
+the block that is being trained, in one flat buffer: the slot. The other blocks rest elsewhere, see
+`resting`. A parameter stays the same object wherever it lies, so a resting block can be read,
+saved and restored as ever.
+
+The slot is never replaced, and blocks of equal layers lie in it at the same addresses. A captured
+CUDA graph of a block is therefore valid whenever the block is on the device. With prefetching there
+are two slots and a block may lie in either, so each block needs a graph for each slot.
+"""
+
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from dbkernels.training.lane import Lane
+from dbkernels.training.part import Part, tensor_sizes
+from dbkernels.training.resting import DiskRest, HostRest, Rest, flat_bytes, views
+from dbkernels.training.sharing import SHARED, BlockModels
+from dbkernels.training.trainer_config import TrainerConfig
+
+
+def open_residency(models: BlockModels, device: torch.device, config: TrainerConfig) -> "Residency":
+    """The residency that a configuration asks for; it has adopted no part yet.
+
+    Raises:
+        ValueError: blocks are to rest on a disk that has no room for them.
+    """
+    rest: Rest = HostRest(device)
+    if config.rest == "disk":
+        parts = models.parts().items()
+        own = [p for name, part in parts if name != SHARED for p in part.values()]
+        size = flat_bytes(tensor_sizes(own, config.ema))
+        rest = DiskRest(Path(config.rest_dir), size, device)
+    return Residency(models, device, rest, prefetch=config.prefetch)
+
+
+class Residency:
+    """Swaps blocks between the device and where they rest. Blocks that it has not adopted stay.
+
+    With prefetching a block may still be on its way to its rest: who reads it there must `wait`,
+    and who writes it there must `settle`.
+
+    Args:
+        models:    of all blocks, on the host
+        device:    to train on
+        rest:      of the blocks that are not being trained
+        prefetch:  whether the device has a second slot, filled while steps run
+    """
+
+    def __init__(self, models: nn.Module, device: torch.device, rest: Rest, *, prefetch: bool):
+        self._models, self._device, self._rest, self._prefetch = models, device, rest, prefetch
+        self._lane = Lane(device, beside=prefetch)
+        self._blocks: dict[str, _Flat] = {}
+        self._shared: list[Tensor] = []
+        self._slots: list[Tensor] = []
+        self._slot = 0  # where the current block lies
+        self._current = self._ahead = ""  # names of the block on the device and of the next one
+        self._arrival: Future | None = None  # of the next one
+
+    def adopt(self, name: str, part: Part) -> None:
+        """Take charge of a part: a block's own goes to its rest, the shared one to the device."""
+        if name == SHARED:
+            self._shared = part.tensors()
+        else:
+            tensors = part.tensors()
+            home = self._rest.room(flat_bytes(tensor.nbytes for tensor in tensors))
+            self._blocks[name] = _Flat(tensors, home)
+
+    def enter(self, name: str) -> None:
+        """Have a block on the device for the steps that follow; the one that was there rests."""
+        if name == self._current or name not in self._blocks:
+            return
+        self._open()
+        self._leave()
+        if name != self._ahead:
+            self._fetch(name)
+        self._lane.join(self._arrival)
+        self._slot, self._current, self._ahead = self._other_slot(), name, ""
+        self._blocks[name].lie_in(self._slots[self._slot])
+
+    def prefetch(self, name: str) -> None:
+        """Start to bring the next block beside the steps, where there is a slot for it."""
+        if self._prefetch and name in self._blocks and name not in (self._current, self._ahead):
+            self._open()
+            self._fetch(name)
+
+    def wait(self) -> None:
+        """Return when what was copied can be read on the host."""
+        self._lane.wait()
+
+    def settle(self) -> None:
+        """Bring every block to its rest, where it can be read and written."""
+        self._leave()
+        self._ahead = ""
+        self.wait()
+
+    def close(self) -> None:
+        """Bring everything to the host and free the slot; `enter` opens it again."""
+        self.settle()
+        if self._slots:
+            self._slots = []
+            self._move_common("cpu")
+
+    def swap_seconds(self) -> float:
+        """Time the way of the current block to its rest and back; it stays where it is."""
+        self.wait()
+        begin = perf_counter()
+        self._store()
+        self._load(self._current, self._slots[self._slot])
+        self.wait()
+        return perf_counter() - begin
+
+    def _open(self) -> None:
+        if not self._slots:
+            size = max(len(flat.home) for flat in self._blocks.values())
+            self._move_common(self._device)
+            self._slots = [
+                torch.empty(size, dtype=torch.uint8, device=self._device)
+                for _ in range(1 + self._prefetch)
+            ]
+
+    def _move_common(self, device: torch.device | str) -> None:
+        """Move all that is no block's own: frozen parameters and buffers too."""
+        own = {id(tensor) for flat in self._blocks.values() for tensor in flat.tensors}
+        every = [*self._models.parameters(), *self._models.buffers(), *self._shared]
+        for tensor in every:
+            if id(tensor) not in own:
+                tensor.data = tensor.data.to(device)
+
+    def _fetch(self, name: str) -> None:
+        self._blocks[name].require_home(name)
+        self._arrival = self._load(name, self._slots[self._other_slot()])
+        self._ahead = name
+
+    def _leave(self) -> None:
+        if self._current:
+            self._store()
+            self._blocks[self._current].lie_at_home()
+            self._current = ""
+
+    def _other_slot(self) -> int:
+        return (self._slot + 1) % len(self._slots)
+
+    def _load(self, name: str, slot: Tensor) -> Future | None:
+        home = self._blocks[name].home
+        return self._lane.submit(partial(self._rest.load, home, slot[: len(home)]))
+
+    def _store(self) -> None:
+        home, slot = self._blocks[self._current].home, self._slots[self._slot]
+        copy = partial(self._rest.store, slot[: len(home)], home)
+        self._lane.submit(copy, after_steps=True)
+
+
+class _Flat:
+    """A block's own tensors, which all lie in one buffer: at home, or in a slot."""
+
+    def __init__(self, tensors: list[Tensor], home: Tensor):
+        self.tensors, self.home = tensors, home
+        for tensor, view in zip(tensors, views(home, tensors), strict=True):
+            view.copy_(tensor.detach())
+            tensor.data = view
+
+    def lie_in(self, buffer: Tensor) -> None:
+        """Give each tensor its place in a buffer; nothing is copied."""
+        for tensor, view in zip(self.tensors, views(buffer, self.tensors), strict=True):
+            tensor.data = view
+
+    def lie_at_home(self) -> None:
+        self.lie_in(self.home)
+
+    def require_home(self, name: str) -> None:
+        homes = views(self.home, self.tensors)
+        if any(
+            t.data_ptr() != home.data_ptr() for t, home in zip(self.tensors, homes, strict=True)
+        ):
+            raise ValueError(
+                f"the tensors of {name} must rest where training left them, got some that were "
+                "moved since"
+            )

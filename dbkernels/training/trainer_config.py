@@ -1,0 +1,87 @@
+"""How blocks are trained: everything that a user sets."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from dbkernels.training.schedule import Decay, Order
+from dbkernels.training.sharing import Sharing
+
+Resident = Literal["all", "block"]
+RestKind = Literal["host", "disk"]
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How blocks are trained."""
+
+    steps: int
+    """Updates of every block."""
+    batch_size: int = 128
+    """Samples per update."""
+    lr: float = 1e-3
+    """Highest learning rate of AdamW."""
+    warmup: int = 0
+    """Updates over which the rate rises, in the block's own steps."""
+    decay: Decay = "constant"
+    """Of the rate after the warm-up, in the block's own steps."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW, on every parameter."""
+    clip: float = 1.0
+    """Largest norm of one update's gradient; 0 for no limit."""
+    ema: float = 0.0
+    """Decay of the moving average of the weights, in a block's own steps; 0 for none."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, their gradients added up."""
+    autocast: bool = False
+    """Compute in bfloat16; parameters stay float32."""
+    sharing: Sharing = "joint"
+    """What the stem and head are: joint, trained by all blocks, or copies, one for each block."""
+    order: Order = "shuffled"
+    """Shuffled visits every block once in each sweep; sequential finishes one after another."""
+    visit: int = 1
+    """Steps of a block in a row; 0 measures how many keep swaps below 5 % of the time."""
+    resident: Resident = "all"
+    """What is on the device: all blocks, or the shared parts and the block that is trained."""
+    rest: RestKind = "host"
+    """Where the other blocks rest meanwhile: host memory, or disk."""
+    rest_dir: str = ""
+    """Directory of their files on disk, which are gone when the run ends."""
+    prefetch: bool = False
+    """Bring the next block beside the steps of this one, in room for a second block."""
+    seed: int = 0
+    """Seed of everything random in the run."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "clip", "visit", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        for name in ("lr", "weight_decay", "clip"):
+            if getattr(self, name) == math.inf:
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate must divide the batch size {self.batch_size}, got {self.accumulate}"
+            )
+        self._check_residency()
+
+    def _check_residency(self) -> None:
+        if self.resident not in ("all", "block"):
+            raise ValueError(f"resident must be all or block, got {self.resident}")
+        if self.rest not in ("host", "disk"):
+            raise ValueError(f"rest must be host or disk, got {self.rest}")
+        if self.resident == "all" and (self.rest == "disk" or self.prefetch):
+            asked = "rest disk" if self.rest == "disk" else "prefetch"
+            raise ValueError(f"resident must be block for {asked}, got all")
+        if (self.rest == "disk") != bool(self.rest_dir):
+            got = self.rest_dir or "none"
+            raise ValueError(f"rest_dir must name a directory for rest disk alone, got {got}")

@@ -1,0 +1,257 @@
+import gc
+import os
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from training.tiny import equal, make_trainer
+
+from dbkernels.training.part import Part
+from dbkernels.training.residency import Residency
+from dbkernels.training.resting import HostRest
+
+SETTINGS = {"ema": 0.9, "warmup": 1, "decay": "cosine"}
+
+
+def block_by_block(family="vit", tmp_path=None, **settings):
+    on_disk = {} if tmp_path is None else {"rest": "disk", "rest_dir": str(tmp_path / "rest")}
+    return make_trainer(family, resident="block", **{**SETTINGS, **settings}, **on_disk)
+
+
+def steps(trainer, count=None):
+    count = trainer.total_steps if count is None else count
+    return [trainer.step_block(trainer.next_block()) for _ in range(count)]
+
+
+def same(trainer, other):
+    ours, theirs = trainer.tensors(), other.tensors()
+    assert ours.keys() == theirs.keys()
+    for group, expected in theirs.items():
+        assert equal(ours[group], expected), group
+    return trainer.counters() == other.counters()
+
+
+def addresses(trainer, name):
+    return [tensor.data_ptr() for tensor in trainer.parts[name].tensors()]
+
+
+def slot_range(trainer, index=0):
+    slot = trainer.residency._slots[index]
+    return range(slot.data_ptr(), slot.data_ptr() + slot.nbytes)
+
+
+@pytest.mark.parametrize(
+    "family, sharing, visit, disk, prefetch",
+    [
+        ("vit", "joint", 1, False, False),
+        ("vit", "joint", 3, True, True),
+        ("vit", "copies", 1, False, True),
+        ("dit", "joint", 3, False, True),
+        ("dit", "joint", 1, True, False),
+        ("dit", "copies", 3, True, False),
+        ("dit", "copies", 1, True, True),
+    ],
+)
+def test_gives_the_bits_of_a_run_with_all_blocks_resident(
+    tmp_path, family, sharing, visit, disk, prefetch
+):
+    common = {"sharing": sharing, "visit": visit}
+    whole = make_trainer(family, **SETTINGS, **common)
+    swapped = block_by_block(family, tmp_path if disk else None, prefetch=prefetch, **common)
+    assert steps(swapped) == steps(whole)
+    assert same(swapped, whole)
+    swapped.close()
+    assert same(swapped, whole)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_gives_the_same_bits_when_the_blocks_come_in_another_order(prefetch):
+    whole, swapped = make_trainer(**SETTINGS), block_by_block(prefetch=prefetch)
+    for index in (2, 2, 0, 1, 0, 2, 1, 1, 0):
+        row = whole.step_block(whole.blocks[index])
+        assert swapped.step_block(swapped.blocks[index]) == row
+    assert same(swapped, whole)
+
+
+def test_blocks_of_equal_layers_have_the_same_addresses_at_every_visit():
+    trainer = block_by_block()
+    rows = {trainer.step_block(trainer.blocks[0])["block"]: addresses(trainer, "block0")}
+    objects = {name: [id(t) for t in part.tensors()] for name, part in trainer.parts.items()}
+    shared = addresses(trainer, "shared")
+    for index in (1, 2, 0, 1, 2):
+        trainer.step_block(trainer.blocks[index])
+        rows[index] = addresses(trainer, f"block{index}")
+        assert rows[index] == rows[0]
+        assert addresses(trainer, "shared") == shared
+    assert objects == {n: [id(t) for t in part.tensors()] for n, part in trainer.parts.items()}
+
+
+def test_only_the_trained_block_lies_in_the_slot():
+    trainer = block_by_block()
+    for index in (1, 0, 2):
+        trainer.step_block(trainer.blocks[index])
+        for name in ("block0", "block1", "block2", "shared"):
+            inside = {address in slot_range(trainer) for address in addresses(trainer, name)}
+            assert inside == {name == f"block{index}"}
+
+
+def test_the_slot_is_as_large_as_one_block_and_never_replaced():
+    trainer = block_by_block()
+    steps(trainer, 1)
+    (slot,) = trainer.residency._slots
+    own = sum(-(-t.nbytes // 512) * 512 for t in trainer.parts["block0"].tensors())
+    assert slot.nbytes == own
+    homes = [flat.home.nbytes for flat in trainer.residency._blocks.values()]
+    assert homes == [own] * 3
+    address = slot.data_ptr()
+    steps(trainer, 5)
+    assert [slot.data_ptr() for slot in trainer.residency._slots] == [address]
+
+
+def test_prefetching_takes_a_second_slot_and_fills_it_before_the_visit():
+    trainer = block_by_block(prefetch=True, order="sequential", steps=2)
+    steps(trainer, 1)
+    assert len(trainer.residency._slots) == 2
+    trainer.residency.wait()
+    # already there, although the block may be read and written at its rest until its visit
+    (flat,) = [flat for name, flat in trainer.residency._blocks.items() if name == "block1"]
+    slot = trainer.residency._slots[trainer.residency._other_slot()]
+    assert torch.equal(slot, flat.home)
+    assert not any(a in slot_range(trainer, 0) for a in addresses(trainer, "block1"))
+    assert not any(a in slot_range(trainer, 1) for a in addresses(trainer, "block1"))
+    before = threading.active_count()
+    steps(trainer, 2)
+    assert threading.active_count() == before
+
+
+def two_parts():
+    """Blocks of unequal size, and a shared part."""
+    models = nn.Module()
+    models.small, models.large = nn.Linear(2, 2), nn.Linear(50, 40)
+    models.shared = nn.Linear(3, 3)
+    models.register_buffer("table", torch.randn(3))
+    parts = {
+        name: Part(dict(part.named_parameters()), total=1, weight_decay=0.0, ema=0.5)
+        for name, part in models.named_children()
+    }
+    return models, parts
+
+
+@pytest.fixture
+def adopted():
+    models, parts = two_parts()
+    device = torch.device("cpu")
+    residency = Residency(models, device, HostRest(device), prefetch=False)
+    for name, part in parts.items():
+        residency.adopt(name, part)
+    return residency, parts
+
+
+def test_the_slot_holds_the_largest_block(adopted):
+    residency, parts = adopted
+    residency.enter("small")
+    with torch.no_grad():
+        parts["small"].parameters["weight"].fill_(3.0)
+    expected = [tensor.clone() for tensor in parts["large"].tensors()]
+    residency.enter("large")
+    assert all(map(torch.equal, parts["large"].tensors(), expected))
+    residency.enter("small")
+    assert (parts["small"].parameters["weight"] == 3.0).all()
+
+
+def test_a_resting_block_can_be_written(adopted):
+    residency, parts = adopted
+    residency.enter("small")
+    with torch.no_grad():
+        parts["large"].parameters["bias"].fill_(7.0)
+    residency.enter("large")
+    assert (parts["large"].parameters["bias"] == 7.0).all()
+
+
+def test_what_a_prefetched_slot_holds_is_dropped_when_all_is_settled():
+    trainer = block_by_block(prefetch=True, order="sequential", steps=2)
+    steps(trainer, 1)
+    trainer.residency.settle()
+    with torch.no_grad():
+        for parameter in trainer.parts["block1"].parameters.values():
+            parameter.fill_(2.0)
+    trainer.residency.enter("block1")
+    assert all((p == 2.0).all() for p in trainer.parts["block1"].parameters.values())
+
+
+def test_leaves_alone_what_it_was_not_given(adopted):
+    residency, _ = adopted
+    residency.enter("unknown")
+    assert residency._slots == []
+
+
+def test_entering_again_copies_nothing(adopted, monkeypatch):
+    residency, _ = adopted
+    residency.enter("small")
+    monkeypatch.setattr(residency, "_rest", None)
+    residency.enter("small")
+
+
+def test_tensors_that_were_moved_meanwhile_are_refused(adopted):
+    residency, parts = adopted
+    residency.enter("small")
+    weight = parts["large"].parameters["weight"]
+    weight.data = weight.data.clone()
+    with pytest.raises(ValueError, match="the tensors of large must rest where training left them"):
+        residency.enter("large")
+
+
+def test_closing_frees_the_slot_and_a_step_opens_it_again():
+    trainer, whole = block_by_block(), make_trainer(**SETTINGS)
+    steps(trainer, 2)
+    slot = weakref.ref(trainer.residency._slots[0])
+    trainer.close()
+    gc.collect()
+    assert slot() is None
+    steps(trainer, 4)
+    steps(whole, 6)
+    assert same(trainer, whole)
+
+
+def test_a_trainer_that_has_prefetched_restores_in_the_middle_of_a_visit():
+    whole, first = make_trainer(**SETTINGS, visit=3), block_by_block(visit=3, prefetch=True)
+    steps(whole)
+    steps(first, 5)
+    saved = {g: {k: v.clone() for k, v in t.items()} for g, t in first.tensors().items()}
+    # one that has already trained something else, and prefetched it
+    second = block_by_block(visit=3, prefetch=True, seed=4)
+    steps(second, 4)
+    second.config, second.visits = first.config, first.visits
+    second.restore(saved, first.counters())
+    steps(second, 7)
+    assert same(second, whole)
+
+
+def test_times_the_way_to_the_rest_and_back(adopted):
+    residency, parts = adopted
+    residency.enter("large")
+    before = [tensor.clone() for tensor in parts["large"].tensors()]
+    assert 0 < residency.swap_seconds() < 1
+    assert all(map(torch.equal, parts["large"].tensors(), before))
+    assert residency._current == "large"
+
+
+def test_files_have_no_name_and_need_no_tidying(tmp_path):
+    trainer = block_by_block(tmp_path=tmp_path)
+    steps(trainer, 4)
+    assert os.listdir(tmp_path / "rest") == []
+
+
+def test_an_error_while_copying_beside_the_steps_is_raised():
+    trainer = block_by_block(prefetch=True, order="sequential", steps=2)
+
+    def broken(home, slot):
+        raise OSError("no such disk")
+
+    steps(trainer, 1)
+    trainer.residency.wait()
+    trainer.residency._rest.load = broken
+    with pytest.raises(OSError, match="no such disk"):
+        steps(trainer, 4)
