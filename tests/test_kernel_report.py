@@ -95,6 +95,7 @@ def test_a_fault_ends_the_report_with_1_and_a_sentence(
 ):
     report = tool("kernel_report")
     monkeypatch.setattr(report, "report", lambda options: [row, replace(row, **fault)])
+    monkeypatch.setattr(report, "library_rows", lambda: [])
     monkeypatch.setattr(sys, "argv", ["kernel_report.py"])
     with pytest.raises(SystemExit) as exit:
         report.main()
@@ -103,6 +104,79 @@ def test_a_fault_ends_the_report_with_1_and_a_sentence(
     assert "gelu_fwd" in out
     assert err.startswith("gelu_fwd at D = 768 on sm_90 ") and message in err
     assert err.count("\n") == 1
+
+
+USAGE = """
+Fatbin elf code:
+================
+arch = sm_75
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+
+Fatbin elf code:
+================
+arch = sm_90
+
+Resource usage:
+ Common:
+  GLOBAL:28 CONSTANT[4]:224
+ Function _ZN9dbkernels12_GLOBAL__N_110mul_kernelINS_8BFloat16EfEEvPKT_PT0_l:
+  REG:12 STACK:8 SHARED:1040 LOCAL:4 CONSTANT[0]:376 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function add_kernel:
+  REG:10 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:376 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+def test_a_library_s_kernels_are_read_with_their_architecture(tool):
+    library = tool("kernel_library")
+    assert list(library.read_usage(USAGE)) == [
+        library.LibraryRow("mul_kernel<BFloat16, float>", 90, 12, 8, 4, 1040),
+        library.LibraryRow("add_kernel", 90, 10, 0, 0, 0),
+    ]
+
+
+def test_a_symbol_is_left_as_it_is_where_nothing_reads_it(tool, monkeypatch):
+    library = tool("kernel_library")
+    library.short_name.cache_clear()
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
+    assert library.short_name("_Z3addv") == "_Z3addv"
+    library.short_name.cache_clear()
+
+
+@pytest.mark.parametrize(("cuda", "reason"), [(0, None), (13, "stale")])
+def test_a_library_without_cuda_or_that_does_not_serve_has_no_rows(tool, monkeypatch, cuda, reason):
+    library = tool("kernel_library")
+    compiled = library._compiled
+    manifest = compiled.Manifest("0" * 64, cuda, (90,))
+    monkeypatch.setattr(compiled, "library", lambda: compiled.Library(reason, manifest=manifest))
+    assert library.library_rows() == []
+
+
+def test_a_library_that_spills_ends_the_report_with_1(tool, monkeypatch, capsys):
+    report, library = tool("kernel_report"), tool("kernel_library")
+    monkeypatch.setattr(report, "library_rows", lambda: list(library.read_usage(USAGE)))
+    monkeypatch.setattr(sys, "argv", ["kernel_report.py", "--kernel", "library"])
+    with pytest.raises(SystemExit) as exit:
+        report.main()
+    out, err = capsys.readouterr()
+    assert exit.value.code == 1
+    message = "on sm_90 spills registers: 8 bytes of stack and 4 of local memory to a thread\n"
+    assert err == f"mul_kernel<BFloat16, float> {message}"
+    assert "add_kernel" in out and "sm_90" in out
+
+
+def test_the_library_s_rows_are_json_lines_too(tool, monkeypatch, capsys):
+    report, library = tool("kernel_report"), tool("kernel_library")
+    monkeypatch.setattr(report, "library_rows", lambda: list(library.read_usage(USAGE))[1:])
+    monkeypatch.setattr(sys, "argv", ["kernel_report.py", "--kernel", "library", "--json"])
+    with pytest.raises(SystemExit) as exit:
+        report.main()
+    assert exit.value.code == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row.keys() == KEYS - {"D"} and row["kernel"] == "add_kernel"
 
 
 @pytest.mark.parametrize(

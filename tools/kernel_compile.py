@@ -28,7 +28,7 @@ POINTER = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _LOAD_PARAM = re.compile(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]")
 _ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?((?:\.v[248])?)\.[busf](\d+)\s[^;\[]*\[ ?(%rd\d+)")
 _REGISTER = re.compile(r"%rd\d+")
@@ -109,6 +109,22 @@ def row_arguments(launch: Launch) -> Iterator[str]:
                 yield name
 
 
+def cuobjdump(path: Path) -> str:
+    """What each kernel of a file uses, by Triton's own copy of the tool."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [tool, "-res-usage", path]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def spills(where: str, stack_bytes: int, local_bytes: int) -> Iterator[str]:
+    """A sentence where a kernel does not fit into its registers."""
+    if stack_bytes or local_bytes:
+        yield (
+            f"{where} spills registers: {stack_bytes} bytes of stack and {local_bytes} of local "
+            "memory to a thread"
+        )
+
+
 @contextmanager
 def _processors(count):
     """Launchers share work among the processors of a device; tensors without data have none."""
@@ -138,14 +154,12 @@ def _is_aligned(value) -> bool:
 
 
 def _usage(cubin: bytes) -> list[int]:
-    """registers, stack, local and shared, from Triton's own copy of cuobjdump."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """registers, stack, local and shared."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack, shared, local = map(int, _USAGE.search(text).groups())
+        found = USAGE.search(cuobjdump(Path(file.name)))
+    registers, stack, shared, local = map(int, found.groups())
     return [registers, stack, local, shared]
 
 

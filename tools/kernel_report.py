@@ -1,5 +1,6 @@
 """What the compiler makes of every kernel of dbkernels/ops, for GPUs that need not be here.
 
+Triton's are compiled anew; CUDA's are read from the compiled library, where nvcc has built it.
 Ends with 1 where a kernel spills registers to memory, or moves rows of bfloat16 in accesses of less
 than 16 bytes.
 """
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain, groupby
 from typing import Literal
 from unittest import mock
 
@@ -23,12 +25,15 @@ from kernel_compile import (
     compile_launch,
     record,
     row_arguments,
+    spills,
 )
+from kernel_library import LibraryRow, library_rows
 from rich.console import Console
 from rich.table import Table
 
 from dbkernels.ops._tile import MAX_D
 
+LIBRARY = "library"  # among the kernels, for all of CUDA
 # peak memory bandwidth in bytes/s, from the makers' data sheets
 PEAK = {
     "A100-SXM4-80GB": 2039e9,
@@ -42,7 +47,8 @@ PEAK = {
 class Options:
     """Compile the kernels and report registers, spills, memory accesses and bytes moved."""
 
-    kernel: tuple[str, ...] = tuple(CASES)  # such as adaln_norm_fwd
+    # such as adaln_norm_fwd; library is every CUDA kernel, for each arch that it was built for
+    kernel: tuple[str, ...] = (*CASES, LIBRARY)
     arch: tuple[Literal[80, 90, 100], ...] = (80, 90, 100)  # 10 times the compute capability
     D: tuple[int, ...] = (128, 384, 768, 1024, 1152, 1536, 4096)  # model widths
     json: bool = False  # one object to a line instead of a table
@@ -53,16 +59,19 @@ class Options:
                 "give at least one kernel, one arch and one D, or leave the option out"
             )
         for name in self.kernel:
-            if name not in CASES:
-                raise ValueError(f"kernel must be one of {', '.join(CASES)}, got {name}")
+            if name not in (*CASES, LIBRARY):
+                raise ValueError(f"kernel must be one of {', '.join(CASES)}, {LIBRARY}, got {name}")
         for D in self.D:
             if not 1 <= D <= MAX_D:
                 raise ValueError(f"D must be 1 to {MAX_D}, got {D}")
-            for name in self.kernel:
+            for name in self.of_triton():
                 if D % CASES[name].multiple:
                     raise ValueError(
                         f"D must be a multiple of {CASES[name].multiple} for {name}, got {D}"
                     )
+
+    def of_triton(self) -> list[str]:
+        return [name for name in self.kernel if name != LIBRARY]
 
 
 @dataclass(frozen=True)
@@ -86,11 +95,7 @@ class Row:
 
     def faults(self) -> Iterator[str]:
         where = f"{self.kernel} at D = {self.D} on sm_{self.arch}"
-        if self.stack_bytes or self.local_bytes:
-            yield (
-                f"{where} spills registers: {self.stack_bytes} bytes of stack and "
-                f"{self.local_bytes} of local memory to a thread"
-            )
+        yield from spills(where, self.stack_bytes, self.local_bytes)
         if self.row_access_bytes is not None and self.row_access_bytes < ALIGNED:
             yield (
                 f"{where} reads or writes rows in {self.row_access_bytes} bytes at a time, "
@@ -133,8 +138,8 @@ def row_of(name: str, arch: int, D: int) -> Row:
 
 def report(options: Options) -> Iterator[Row]:
     """Rows in the order of the options, compiled by as many processes as there are cores."""
-    tasks = [(name, arch) for name in options.kernel for arch in options.arch]
-    workers = min(len(os.sched_getaffinity(0)), len(tasks))
+    tasks = [(name, arch) for name in options.of_triton() for arch in options.arch]
+    workers = min(len(os.sched_getaffinity(0)), max(len(tasks), 1))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         # a worker imports the kernels anew, and what is for the interpreter cannot be compiled
         with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
@@ -156,15 +161,35 @@ def table(rows: list[Row]) -> Table:
     return table
 
 
+def library_table(rows: list[LibraryRow]) -> Table:
+    """A line to a kernel: its registers on each architecture, and the most of everything else."""
+    architectures = sorted({row.arch for row in rows})
+    table = Table(title="CUDA kernels of the compiled library; registers, then widths in bytes")
+    for name in ("kernel", *(f"sm_{arch}" for arch in architectures), "stack", "local", "shared"):
+        table.add_column(name)
+    for kernel, of in groupby(rows, lambda row: row.kernel):
+        of_kernel = list(of)
+        registers = {row.arch: str(row.registers) for row in of_kernel}
+        most = (
+            max(getattr(row, f"{name}_bytes") for row in of_kernel)
+            for name in ("stack", "local", "shared")
+        )
+        cells = (registers.get(arch, "") for arch in architectures)
+        table.add_row(kernel, *cells, *map(str, most))
+    return table
+
+
 def main() -> None:
     options = tyro.cli(Options)
-    rows = []
-    for row in report(options):
+    rows: list[Row | LibraryRow] = []
+    for row in chain(report(options), library_rows() if LIBRARY in options.kernel else ()):
         rows.append(row)
         if options.json:
             print(json.dumps(asdict(row)), flush=True)
-    if not options.json:
-        Console(width=160).print(table(rows))
+    for kind, make in {Row: table, LibraryRow: library_table}.items():
+        of_kind = [row for row in rows if isinstance(row, kind)]
+        if of_kind and not options.json:
+            Console(width=160).print(make(of_kind))
     faults = [fault for row in rows for fault in row.faults()]
     for fault in faults:
         print(fault, file=sys.stderr)

@@ -12,7 +12,7 @@ else
 fi
 
 stamp=.venv/.dbkernels-installed
-wanted="$torch $(cat pyproject.toml tools/setup.sh | cksum)"
+wanted="$torch $(cat pyproject.toml setup.py tools/setup.sh dbkernels/ops/_toolchain.py csrc/* | cksum)"
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
         echo "dbkernels needs Python 3.10 or newer, got $("$python" --version 2>&1)" >&2
@@ -27,7 +27,11 @@ if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
         }
     fi
     echo "Installing $torch and what else is missing into .venv (once; a few minutes) ..."
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$torch"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+    install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+    # csrc is built against the torch that is there, and so without a build environment of its own
+    "${install[@]}" "$torch" 'setuptools>=77' ninja
+    "${install[@]}" --no-build-isolation --editable '.[test]'
+    # pip keeps to itself what the build had to leave out
+    cat dbkernels/ops/libdbkernels.txt
     echo "$wanted" >"$stamp"
 fi

@@ -4,8 +4,8 @@ A tensor (B, ...) is B rows of `elements`; a tile lies in one row and starts at 
 that no counter is shared by two tiles.
 """
 
+import math
 from collections.abc import Iterator
-from math import prod
 
 import torch
 import triton
@@ -68,6 +68,20 @@ def noise_tile(
     return normal_tile(start, row, step_low, step_high, key_low, key_high, BLOCK)
 
 
+@triton.jit
+def load_level(sigma_ptr, batch):
+    """sigma of a sample; NaN where it is no level, which nobody looks at on a GPU."""
+    sigma = tl.load(sigma_ptr + batch)
+    return tl.where((sigma > 0) & (sigma < float("inf")), sigma, float("nan"))
+
+
+def check_levels(sigma: Tensor) -> None:
+    """Each a positive number."""
+    wrong = sigma[~((sigma > 0) & (sigma < math.inf))]
+    if len(wrong):
+        raise ValueError(f"sigma must be positive and finite, got {wrong[0].item()}")
+
+
 def noise_chunks(
     draw: tuple[int, int, int], B: int, elements: int, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -90,7 +104,7 @@ def noise_chunks(
 
 def sizes(z0: Tensor) -> tuple[int, int]:
     """B and the elements of a sample."""
-    return z0.shape[0], prod(z0.shape[1:])
+    return z0.shape[0], math.prod(z0.shape[1:])
 
 
 def check_noise(name: str, z0: Tensor, sigma: Tensor, sigma_data: float) -> None:

@@ -18,8 +18,10 @@ from dbkernels.ops import _door
 from dbkernels.ops._noise import (
     NOISE,
     WORDS,
+    check_levels,
     check_noise,
     kernel_words,
+    load_level,
     noise_chunks,
     noise_launch,
     noise_tile,
@@ -51,7 +53,7 @@ def _fwd_kernel(
 ):  # fmt: skip
     batch, start, lanes, mask = tile_of_sample(elements, BLOCK)
     at = batch * elements + start
-    sigma = tl.load(sigma_ptr + batch)
+    sigma = load_level(sigma_ptr, batch)
     z0 = tl.load(z0_ptr + at + lanes, mask=mask, other=0.0).to(tl.float32)
 
     noise = noise_tile(batch, start, sample, step_low, step_high, key_low, key_high, BLOCK)
@@ -94,6 +96,7 @@ _forward_op = register(
     " SymInt seed, SymInt step, SymInt sample, bool scaled, float sigma_data) -> ()",
     triton=_forward_triton,
     torch_=_forward_torch,
+    check=lambda z0, sigma, *_: check_levels(sigma),
 )
 
 
@@ -156,7 +159,9 @@ def add_noise(
         (B, ...). Everything is float32 inside, and rounded once.
     Raises:
         ValueError: a shape, dtype or device disagrees, scale is unknown, sigma requires a
-            gradient, sigma_data is not positive, or the draw has not that many samples.
+            gradient, sigma_data is not positive, or the draw has not that many samples. Also a
+            sigma that is not positive or not finite; on a GPU, where to look at it would wait for
+            the device, its sample is NaN.
         RuntimeError: the gradient is differentiated.
     """
     if scale not in (None, "c_in"):

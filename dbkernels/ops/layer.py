@@ -27,7 +27,10 @@ WEIGHTS, ACTIVATIONS = len(LayerWeights._fields), len(Activations._fields)
 
 
 class _AdaLNLayer(torch.autograd.Function):
-    """(out, a, m), these None if nothing is kept; the run that led to x follows the weights: its start, gates, then branches."""
+    """(out, a, m), the last two None if nothing is kept.
+
+    The run that led to x follows the weights: its start, gates, then branches.
+    """
 
     @staticmethod
     def forward(ctx, options, x, modulation, rotary, *rest):

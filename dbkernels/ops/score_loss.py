@@ -28,8 +28,10 @@ from dbkernels.ops._graph import is_last_to_read
 from dbkernels.ops._noise import (
     NOISE,
     WORDS,
+    check_levels,
     check_noise,
     kernel_words,
+    load_level,
     noise_chunks,
     noise_launch,
     noise_tile,
@@ -65,7 +67,7 @@ def _fwd_kernel(
 ):  # fmt: skip
     batch, start, lanes, inside = tile_of_sample(elements, BLOCK)
     at = batch * elements + start
-    sigma = tl.load(sigma_ptr + batch)
+    sigma = load_level(sigma_ptr, batch)
     k = 1.0 if k_ptr is None else tl.load(k_ptr + batch)
     prediction = tl.load(prediction_ptr + at + lanes, mask=inside, other=0.0).to(tl.float32)
     z0 = tl.load(z0_ptr + at + lanes, mask=inside, other=0.0).to(tl.float32)
@@ -140,6 +142,7 @@ _forward_op = register(
     " SymInt seed, SymInt step, SymInt sample, float sigma_data, float r) -> ()",
     triton=_forward_triton,
     torch_=_forward_torch,
+    check=lambda prediction, z0, sigma, *_: check_levels(sigma),
 )
 
 
@@ -246,7 +249,8 @@ def score_loss(
     Raises:
         ValueError: a shape, dtype or device disagrees, weight or reduction is unknown, sigma or
             weight requires a gradient, sigma_data is not positive, or the draw has not that many
-            samples.
+            samples. Also a sigma that is not positive or not finite; on a GPU, where to look at it
+            would wait for the device, its sample's loss and gradients are NaN.
         RuntimeError: the gradient is differentiated.
     """
     check_noise("z0", z0, sigma, sigma_data)

@@ -8,7 +8,6 @@ Rows are padded to S columns, so that each begins on a line of memory; columns p
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import triton
@@ -102,30 +101,21 @@ def _gradient_torch(logits, target, scale, nll, V, ignore_index):
             rows.copy_(x)
 
 
-def _on_known_targets(launcher: Callable) -> Callable:
-    """The launcher, after a look at the targets where that does not wait for a GPU.
-
-    Here and not at the public door, where a compiler and fake tensors have no targets to look at.
-    """
-
-    def launch(logits, target, scale, nll, V, ignore_index):
-        if target.device.type == "cpu":
-            unknown = target[(target != ignore_index) & ((target < 0) | (target >= V))]
-            if len(unknown):
-                raise ValueError(
-                    f"target must be 0 to {V - 1}, or ignore_index = {ignore_index}, "
-                    f"got {unknown[0].item()}"
-                )
-        launcher(logits, target, scale, nll, V, ignore_index)
-
-    return launch
+def _check_targets(logits, target, scale, nll, V, ignore_index):
+    unknown = target[(target != ignore_index) & ((target < 0) | (target >= V))]
+    if len(unknown):
+        raise ValueError(
+            f"target must be 0 to {V - 1}, or ignore_index = {ignore_index}, "
+            f"got {unknown[0].item()}"
+        )
 
 
 _gradient_op = register(
     "softmax_gradient(Tensor(a!) logits, Tensor target, Tensor? scale, Tensor(b!) nll,"
     " SymInt V, int ignore_index) -> ()",
-    triton=_on_known_targets(_gradient_triton),
-    torch_=_on_known_targets(_gradient_torch),
+    triton=_gradient_triton,
+    torch_=_gradient_torch,
+    check=_check_targets,
 )
 
 

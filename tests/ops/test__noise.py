@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import triton
@@ -7,6 +9,7 @@ from dbkernels.ops import _noise
 from dbkernels.ops._noise import (
     NOISE,
     SIGMA,
+    check_levels,
     check_noise,
     counter_words,
     kernel_words,
@@ -110,3 +113,10 @@ def test_rejects(change, message):
     given = {"z0": torch.zeros(2, 3), "sigma": torch.ones(2), "sigma_data": 0.5} | change
     with pytest.raises(ValueError, match=message):
         check_noise("z0", **given)
+
+
+@pytest.mark.parametrize("level", [0.0, -1.0, math.inf, math.nan])
+def test_levels_are_positive_numbers(level):
+    check_levels(torch.tensor([1.0, 80.0]))
+    with pytest.raises(ValueError, match=f"sigma must be positive and finite, got {level}$"):
+        check_levels(torch.tensor([1.0, level]))

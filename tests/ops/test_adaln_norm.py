@@ -3,6 +3,7 @@ import importlib
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
+from implementations import implementations
 
 from dbkernels.ops import reference
 from dbkernels.ops._register import use_implementation
@@ -24,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["y", "dx", "dscale", "dshift"]
 
 
-@pytest.fixture(params=["triton", "torch"], autouse=True)
+@pytest.fixture(params=implementations("adaln_norm_fwd"), autouse=True)
 def implementation(request):
     with use_implementation(request.param):
         yield request.param
@@ -191,7 +192,8 @@ def test_backward_adds_the_gradient_that_went_around(norm):
     dy, dres, saved, _, sums = backward_inputs(norm=norm)
     dx = adaln_norm_backward(dy, None, *saved, y=None, **sums)
     total = adaln_norm_backward(dy, dres, *saved, y=None, **sums)
-    assert torch.equal(total, dx + dres)
+    # compiled code rounds once where a product is added
+    torch.testing.assert_close(total, dx + dres, rtol=2**-23, atol=2**-23)
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])

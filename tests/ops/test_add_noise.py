@@ -1,10 +1,19 @@
+import math
+
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
+from implementations import implementations
 
 from dbkernels.ops import _noise, reference
 from dbkernels.ops._register import use_implementation
-from dbkernels.ops.add_noise import _forward_op, _Options, add_noise, add_noise_backward
+from dbkernels.ops.add_noise import (
+    _forward_op,
+    _forward_triton,
+    _Options,
+    add_noise,
+    add_noise_backward,
+)
 from dbkernels.ops.philox import Draw, normals
 
 DRAW = Draw(seed=2**64 - 9, step=2**40 + 3, sample=5)
@@ -14,7 +23,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIGMA = (0.05, 7.0, 80.0)  # noise that is far less and far more than sigma_data
 
 
-@pytest.fixture(params=["triton", "torch"], autouse=True)
+@pytest.fixture(params=implementations("add_noise_fwd"), autouse=True)
 def implementation(request):
     with use_implementation(request.param):
         yield request.param
@@ -58,7 +67,7 @@ def test_the_dtype_of_the_result_is_chosen(dtype, z0_dtype):
 
 
 def test_a_sample_has_the_noise_of_its_own_level():
-    sigma = torch.tensor([0.0, 1.0, 2.0])
+    sigma = torch.tensor([0.5, 1.0, 2.0])
     z = add_noise(torch.zeros(3, 50), sigma, DRAW)
     torch.testing.assert_close(z, sigma[:, None] * normals(DRAW, 3, 50), rtol=1e-6, atol=0)
 
@@ -174,3 +183,13 @@ def test_rejects(change, message):
     given = {"z0": torch.zeros(3, 5), "sigma": torch.ones(3), "draw": DRAW} | change
     with pytest.raises(ValueError, match=message):
         add_noise(given.pop("z0"), given.pop("sigma"), given.pop("draw"), **given)
+
+
+@pytest.mark.parametrize("level", [0.0, -1.0, math.inf, math.nan])
+def test_a_level_that_is_none_is_an_error_on_a_cpu_and_nan_in_a_kernel(level):
+    z0, sigma = torch.randn(3, 5), torch.tensor([1.0, level, 2.0])
+    with pytest.raises(ValueError, match=f"sigma must be positive and finite, got {level}$"):
+        add_noise(z0.cpu(), sigma.cpu(), DRAW)
+    z = torch.empty_like(z0)
+    _forward_triton(z0, sigma, z, *DRAW.arguments(3, 5), False, 0.5)
+    assert z.isnan().all(1).tolist() == [False, True, False]

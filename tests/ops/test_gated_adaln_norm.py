@@ -3,6 +3,7 @@ import importlib
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
+from implementations import implementations
 
 from dbkernels.ops import reference
 from dbkernels.ops._register import use_implementation
@@ -20,7 +21,7 @@ ARGS = ["x", "h", "gate", "scale", "shift"]
 NAMES = ["x1", "y", *(f"d{name}" for name in ARGS)]
 
 
-@pytest.fixture(params=["triton", "torch"], autouse=True)
+@pytest.fixture(params=implementations("gated_adaln_norm_fwd"), autouse=True)
 def implementation(request):
     with use_implementation(request.param):
         yield request.param

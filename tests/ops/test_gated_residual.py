@@ -3,6 +3,7 @@ import importlib
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
+from implementations import implementations
 
 from dbkernels.ops import reference
 from dbkernels.ops._register import use_implementation
@@ -24,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["y", "dx", "dh", "dgate"]
 
 
-@pytest.fixture(params=["triton", "torch"], autouse=True)
+@pytest.fixture(params=implementations("gated_residual_fwd"), autouse=True)
 def implementation(request):
     with use_implementation(request.param):
         yield request.param

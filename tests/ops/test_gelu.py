@@ -1,6 +1,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
+from implementations import implementations
 
 from dbkernels.ops import _strip, reference
 from dbkernels.ops._register import use_implementation
@@ -13,7 +14,7 @@ SHAPES = [(1, 1), (7, 64), (5, 512), (37, 300), (2, 9, 600)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["triton", "torch"], autouse=True)
+@pytest.fixture(params=implementations("gelu_fwd"), autouse=True)
 def implementation(request):
     with use_implementation(request.param):
         yield request.param

@@ -81,3 +81,46 @@ def test_a_captured_layer_replays_the_same_bits(keep):
     graph.replay()
     for actual, bits in zip(captured, expected, strict=True):
         assert torch.equal(actual, bits)
+
+
+def noise_case(dtype):
+    """A target, levels and a prediction of an odd size, on the GPU, and a draw near its limits."""
+    shape = (5, 3, 1001)
+    z0, prediction = ((0.5 * torch.randn(shape)).to(dtype) for _ in range(2))
+    sigma = torch.tensor([0.002, 0.3, 1.0, 9.0, 80.0])
+    return z0, sigma, prediction, ops.Draw(seed=2**64 - 3, step=2**40 + 5, sample=2**32 - 5)
+
+
+def noise_implementations():
+    compiled = ops.implementation("cuda", "add_noise_fwd")
+    return ["triton", *({compiled} - {"triton"})]
+
+
+def test_a_gpu_draws_the_numbers_of_a_cpu():
+    *_, draw = noise_case(BF16)
+    expected = ops.normals(draw, 5, 3003, "cpu")
+    for name in noise_implementations():
+        with ops.use_implementation(name):
+            actual = ops.normals(draw, 5, 3003, "cuda").cpu()
+            uniform = ops.uniforms(draw, 5, "cuda").cpu()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+        assert torch.equal(uniform, ops.uniforms(draw, 5, "cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_noise_and_loss_on_a_gpu_are_those_of_plain_torch(dtype):
+    z0, sigma, prediction, draw = noise_case(dtype)
+    double = z0.double().cpu(), sigma.cpu(), prediction.double().cpu().requires_grad_()
+    exact, _ = ops.score_loss(double[2], *double[:2], draw, sigma_data=0.5)
+    (exact_grad,) = torch.autograd.grad(exact, double[2])
+    noisy = ops.add_noise(double[0], double[1], draw, scale="c_in")
+    for name in noise_implementations():
+        with ops.use_implementation(name):
+            scaled = ops.add_noise(z0, sigma, draw, scale="c_in")
+            leaf = prediction.clone().requires_grad_()
+            loss, _ = ops.score_loss(leaf, z0, sigma, draw, sigma_data=0.5)
+            (grad,) = torch.autograd.grad(loss, leaf)
+        eps = torch.finfo(dtype).eps
+        for actual, expected in ((scaled, noisy), (loss, exact), (grad, exact_grad)):
+            error = (actual.cpu().double() - expected).abs().max()
+            assert error <= 2 * eps * expected.abs().max() + 1e-6, name

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
+from implementations import implementations
 
 from dbkernels.ops import reference
 from dbkernels.ops._register import use_implementation
@@ -20,7 +21,7 @@ SHAPES = [(2, 1, 4, 10), (2, 5, 3, 6), (3, 11, 3, 8), (2, 33, 5, 40)]
 pytestmark = pytest.mark.usefixtures("ran_by")
 
 
-@pytest.fixture(params=["triton", "torch"])
+@pytest.fixture(params=implementations("qk_norm_rotary_fwd"))
 def ran_by(request):
     with use_implementation(request.param):
         yield request.param
@@ -224,7 +225,7 @@ def test_empty_batch(shape):
 
 
 def test_gradients_are_those_of_differences(ran_by):
-    if ran_by == "triton":
+    if ran_by != "torch":
         return
     *args, table = inputs(1, 3, 2, 4)
     args = [a.double().requires_grad_() for a in args]

@@ -1,12 +1,15 @@
+import math
+
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
+from implementations import implementations
 from ops.score_case import DRAW, DTYPES, inputs, noise_like, results
 
 from dbkernels.ops import _noise, add_noise, reference
 from dbkernels.ops._register import use_implementation
 from dbkernels.ops.philox import Draw
-from dbkernels.ops.score_loss import _forward_op, score_loss, score_loss_
+from dbkernels.ops.score_loss import _forward_op, _forward_triton, score_loss, score_loss_
 
 # (3,) has one element to a sample; 7 and 231 are odd; 1040 has a second tile of 16 elements
 SHAPES = [(3,), (3, 7), (2, 3, 7, 11), (3, 1040)]
@@ -21,7 +24,7 @@ OPTIONS = [
 NAMES = ["loss", "losses", "dprediction", "dz0"]
 
 
-@pytest.fixture(params=["triton", "torch"], autouse=True)
+@pytest.fixture(params=implementations("score_loss_fwd"), autouse=True)
 def implementation(request):
     with use_implementation(request.param):
         yield request.param
@@ -121,6 +124,32 @@ def test_what_does_not_count_may_be_anything(dims):
     assert all(map(torch.equal, actual, expected))
     assert not actual[2][left_out].any() and not actual[3][left_out].any()
     assert actual[1][1] == 0
+
+
+def test_what_is_not_finite_shows_where_it_is():
+    prediction, z0, sigma = inputs((3, 1030))
+    prediction[0, 1027], prediction[1, 5] = torch.nan, torch.inf
+    loss, losses, dprediction, dz0 = results(
+        score_loss, prediction, z0, sigma, DRAW, sigma_data=0.5
+    )
+    assert loss.isnan() and losses[0].isnan() and losses[1] == torch.inf and losses[2].isfinite()
+    for grad in (dprediction, dz0):
+        assert grad.isfinite().sum() == grad.numel() - 2
+        assert grad[0, 1027].isnan() and grad[1, 5].isinf()
+
+
+# 5 and 210 are no multiples of 4, nor is 1050 of a tile; 42 masks begin amid a vector
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_mask_of_leading_dimensions_is_that_of_their_elements(dims):
+    prediction, z0, sigma = inputs((3, 5, 210))
+    prediction, z0 = (t.view(3, 5, 42, 5) for t in (prediction, z0))
+    mask = torch.rand((3, 5, 42)[:dims]) > 0.5
+    whole = mask.view(*mask.shape, *[1] * (4 - dims)).expand(3, 5, 42, 5).contiguous()
+    args = prediction, z0, sigma, DRAW
+    actual = results(score_loss, *args, sigma_data=0.5, mask=mask)
+    expected = results(score_loss, *args, sigma_data=0.5, mask=whole)
+    # the share of what counts may be rounded otherwise
+    torch.testing.assert_close(actual, expected, rtol=4e-7, atol=0)
 
 
 def test_same_bits_every_run():
@@ -230,3 +259,28 @@ def test_rejects(op, change, message):
     given = {"prediction": z0, "z0": z0, "sigma": torch.ones(3), "draw": DRAW, "sigma_data": 0.5}
     with pytest.raises(ValueError, match=message):
         op(**given | change)
+
+
+@pytest.mark.parametrize("level", [0.0, -1.0, math.inf, math.nan])
+def test_a_level_that_is_none_is_an_error_on_a_cpu_and_nan_in_a_kernel(level):
+    prediction, z0, _ = inputs((3, 5))
+    sigma = torch.tensor([1.0, level, 2.0])
+    with pytest.raises(ValueError, match=f"sigma must be positive and finite, got {level}$"):
+        score_loss(prediction.cpu(), z0.cpu(), sigma.cpu(), DRAW, sigma_data=0.5)
+    dprediction, losses = torch.empty_like(prediction), torch.empty(3)
+    _forward_triton(
+        prediction, z0, sigma, None, None, dprediction, None, losses,
+        *DRAW.arguments(3, 5), 0.5, 1.0,
+    )  # fmt: skip
+    expected = [False, True, False]
+    assert losses.isnan().tolist() == dprediction.isnan().all(1).tolist() == expected
+
+
+def test_nothing_is_written_over_where_a_level_is_none():
+    prediction, z0, sigma = inputs((3, 5))
+    leaf = prediction.cpu().requires_grad_()
+    computed = leaf * 2
+    before = computed.detach().clone()
+    with pytest.raises(ValueError, match="sigma must be positive"):
+        score_loss_(computed, z0.cpu(), 0 * sigma.cpu(), DRAW, sigma_data=0.5)
+    assert torch.equal(computed, before)

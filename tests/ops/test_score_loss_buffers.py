@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from implementations import implementations
 from ops.score_case import DRAW, DTYPES, inputs, results
 
 from dbkernels.ops._register import use_implementation
 from dbkernels.ops.score_loss import score_loss, score_loss_
 
 
-@pytest.fixture(params=["triton", "torch"], autouse=True)
+@pytest.fixture(params=implementations("score_loss_fwd"), autouse=True)
 def implementation(request):
     with use_implementation(request.param):
         yield request.param

@@ -1,0 +1,141 @@
+"""`python -m dbkernels doctor`."""
+
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+
+from dbkernels.ops import _compiled, _register, _toolchain
+
+Report = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what runs the ops here, what is missing for more, and the command that adds it."""
+
+    json: bool = False
+    """Print one JSON object instead of a screen."""
+
+    def run(self) -> None:
+        report = examine()
+        if self.json:
+            print(json.dumps(report))
+        else:
+            show(report, Console(highlight=False))
+        if report["library"]["broken"]:
+            sys.exit(1)
+
+
+def examine() -> Report:
+    """Everything that the screen says, as one JSON object."""
+    reason, broken, manifest = _compiled.library()
+    gpu, nvcc = _gpu(), _toolchain.nvcc()
+    could_serve = reason is not None or bool(gpu and gpu["reason"] and nvcc)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "gpu": gpu,
+        "compiler": _version(_toolchain.compiler()),
+        "nvcc": _version([nvcc] if nvcc else None),
+        "library": {
+            "loaded": reason is None,
+            "reason": reason,
+            "broken": broken,
+            "architectures": [] if manifest is None else list(manifest.architectures),
+            "fix": _fix() if could_serve else None,
+        },
+        "ops": {op: _implementations(op) for op in _register.registered()},
+    }
+
+
+def show(report: Report, console: Console) -> None:
+    gpu, library = report["gpu"], report["library"]
+    lines = {name: report[name] for name in ("python", "torch", "triton")}
+    lines["NVIDIA GPU"] = f"{gpu['name']}, sm_{gpu['sm']}" if gpu else "none"
+    lines |= {"C++ compiler": report["compiler"] or "none", "nvcc": report["nvcc"] or "none"}
+    lines["compiled library"] = _library_words(library)
+    if gpu and gpu["reason"] and library["loaded"]:
+        lines[""] = f"Nothing of it serves the GPU: {gpu['reason']}"
+    for name, value in lines.items():
+        console.print(f"{name:<18}{value}", markup=False, soft_wrap=True)
+    if not library["loaded"]:
+        console.print("\nWithout it every op runs in plain torch on a CPU and in Triton on a GPU.")
+    if library["fix"]:
+        need = "" if report["compiler"] else " install a C++ compiler, such as g++, and then"
+        command = f"To build it,{need} run:\n  {library['fix']}"
+        console.print(command, markup=False, soft_wrap=True)
+    console.print(_table(report))
+
+
+def _table(report: Report) -> Table:
+    table = Table("op", "on a CPU", show_edge=False)
+    table.add_column("on a GPU" if report["gpu"] else "on a GPU, if there were one")
+    rows: dict[str, list[dict[str, str]]] = {}
+    for op, where in report["ops"].items():
+        rows.setdefault(re.sub("_[fb]wd$", "", op), []).append(where)
+    for op, directions in rows.items():
+        cells = (dict.fromkeys(where[device] for where in directions) for device in ("cpu", "cuda"))
+        table.add_row(op, *(", backward ".join(cell) for cell in cells))
+    return table
+
+
+def _library_words(library: Report) -> str:
+    if not library["loaded"]:
+        return f"{'broken: ' if library['broken'] else ''}{library['reason']}"
+    names = ", ".join(f"sm_{arch}" for arch in library["architectures"])
+    return f"loaded, for CPUs and {f'for GPUs of {names}' if names else 'for no GPU'}"
+
+
+def _implementations(op: str) -> dict[str, str]:
+    cuda = _register.implementation("cuda", op)
+    if not torch.cuda.is_available() and _compiled.has_kernel(op, "cuda"):
+        cuda = "cuda"
+    return {"cpu": _register.implementation("cpu", op), "cuda": cuda}
+
+
+def _gpu() -> Report | None:
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "name": torch.cuda.get_device_name(),
+        "sm": f"{major}{minor}",
+        "reason": _compiled.cuda_reason(torch.device("cuda")),
+    }
+
+
+def _version(command: list[str] | None) -> str | None:
+    """A compiler's command and the version that it states."""
+    if command is None:
+        return None
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    found = re.search(r"\b\d+\.\d+(\.\d+)?", done.stdout)
+    return f"{shlex.join(command)} {found[0] if found else 'of an unknown version'}"
+
+
+def _fix() -> str | None:
+    """The command that builds the library; None where the processor could not run it."""
+    if not _compiled.processor_serves():
+        return None
+    python = shlex.quote(sys.executable)
+    steps = []
+    if find_spec("ninja") is None or find_spec("setuptools") is None:
+        steps.append(f"{python} -m pip install ninja 'setuptools>=77'")
+    if (_compiled.CSRC / "library.cpp").exists():
+        checkout = shlex.quote(str(_compiled.CSRC.parent))
+        steps.append(f"cd {checkout} && {python} setup.py build_ext --inplace")
+    else:
+        pip = "-m pip install --no-build-isolation --no-deps --force-reinstall"
+        steps.append(f"{python} {pip} path/to/the/checkout")
+    return " && ".join(steps)

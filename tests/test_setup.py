@@ -1,0 +1,184 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dbkernels.ops import _compiled, _toolchain
+
+ROOT = Path(__file__).parents[1]
+LIBRARY, NOTE = "libdbkernels.so", "libdbkernels.txt"
+OPS = Path("dbkernels", "ops")
+IN_PLACE = ("build_ext", "--inplace")
+HIDE_TORCH = """if True:
+    import runpy, sys
+    sys.modules["torch"] = None
+    sys.argv = ["setup.py", *sys.argv[1:]]
+    runpy.run_path("setup.py")
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout whose sources are two functions, which compile in no time."""
+    checkout = tmp_path / "with a space"
+    (checkout / OPS).mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    for name in ("dbkernels/__init__.py", "dbkernels/ops/__init__.py"):
+        (checkout / name).touch()
+    shutil.copy(ROOT / OPS / "_toolchain.py", checkout / OPS)
+    csrc = checkout / "csrc"
+    csrc.mkdir()
+    (csrc / "answer.h").write_text("constexpr int answer = 41;\n")
+    source = '#include "answer.h"\nextern "C" int ask() { return answer; }\n'
+    (csrc / "library.cpp").write_text(source)
+    (csrc / "maths.cpp").write_text(source)
+    return checkout
+
+
+@pytest.fixture
+def build(checkout):
+    """Runs setup.py in the checkout, without nvcc unless CUDA_HOME says where one is."""
+
+    def run(*arguments, script=("setup.py",), **environment):
+        usual = {"CUDA_HOME": str(checkout / "none"), "LC_ALL": "C"}
+        environment = os.environ | usual | environment
+        command = [sys.executable, *script, *arguments]
+        return subprocess.run(
+            command, cwd=checkout, env=environment, capture_output=True, text=True
+        )
+
+    return run
+
+
+@pytest.fixture
+def fake_nvcc(checkout):
+    """An nvcc that knows two architectures of ours and compiles nothing."""
+    path = checkout / "cuda" / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "#!/bin/sh\n"
+        "case $1 in\n"
+        "--version) echo 'Cuda compilation tools, release 12.4, V12.4.1';;\n"
+        "--list-gpu-code) echo sm_75 sm_80 sm_90 sm_90a;;\n"
+        "*) echo 'nvcc: error: unsupported host'; exit 1;;\n"
+        "esac\n"
+    )
+    path.chmod(0o755)
+    return str(checkout / "cuda")
+
+
+def note_of(folder):
+    return (folder / OPS / NOTE).read_text()
+
+
+def test_builds_a_library_that_knows_its_sources(checkout, build):
+    done = build(*IN_PLACE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifest = _compiled.read_manifest(checkout / OPS / LIBRARY)
+    assert manifest == _compiled.Manifest(_toolchain.digest(checkout / "csrc"), 0, ())
+    assert len(list((checkout / OPS).glob("_maths*.so"))) == 1
+    reason, cost = note_of(checkout).splitlines()
+    assert reason == "CUDA kernels were left out: no nvcc was found that works."
+    assert cost == "An NVIDIA GPU runs the Triton kernels."
+    assert f"{reason} {cost}\n" in done.stderr
+
+
+def test_builds_again_what_a_header_changes_and_nothing_otherwise(checkout, build):
+    build(*IN_PLACE)
+    assert "no work to do" in build(*IN_PLACE).stdout
+    (checkout / "csrc" / "answer.h").write_text("constexpr int answer = 42;\n")
+    assert "library.cpp" in build(*IN_PLACE).stdout
+
+
+def test_a_new_source_is_built_without_being_named_anywhere(checkout, build):
+    (checkout / "csrc" / "other.cpp").write_text("int other() { return 1; }\n")
+    assert "other.cpp" in build(*IN_PLACE).stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "script", "reason"),
+    [
+        ({"CXX": "/nonexistent"}, ("setup.py",), "no C++ compiler, got CXX='/nonexistent'."),
+        ({}, ("-c", HIDE_TORCH), "torch is not here, as in pip without --no-build-isolation."),
+    ],
+)
+def test_installs_in_plain_python_where_something_is_missing(
+    checkout, build, environment, script, reason
+):
+    done = build("build", "--build-lib", "out", script=script, **environment)
+    assert done.returncode == 0, done.stderr
+    assert (checkout / "out" / OPS / "_toolchain.py").exists()
+    assert not list((checkout / "out").rglob("*.so"))
+    cost = "Every op still runs, on a CPU in plain torch and on an NVIDIA GPU in Triton."
+    note = [f"The compiled library was left out: {reason}", cost]
+    assert note_of(checkout / "out").splitlines() == note
+    assert f"{note[0]} {note[1]}\n" in done.stderr
+
+
+def test_the_package_works_without_its_library_and_the_doctor_says_why(checkout, build):
+    built = shutil.ignore_patterns("*.so", NOTE, "__pycache__")
+    shutil.copytree(ROOT / "dbkernels", checkout / "dbkernels", ignore=built, dirs_exist_ok=True)
+    assert build("build", "--build-lib", "out", CXX="/nonexistent").returncode == 0
+    command = [sys.executable, "-m", "dbkernels", "doctor", "--json"]
+    done = subprocess.run(command, cwd=checkout / "out", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    library = json.loads(done.stdout)["library"]
+    assert library["reason"] == note_of(checkout / "out").splitlines()[0]
+    assert not library["loaded"] and not library["broken"]
+
+
+def test_a_build_that_was_asked_for_by_name_fails_where_it_cannot_be(checkout, build):
+    assert build(*IN_PLACE, CXX="/nonexistent").returncode == 1
+    assert "no C++ compiler" in note_of(checkout)
+
+
+def test_an_error_of_the_code_is_shown_and_the_package_still_installs(checkout, build):
+    (checkout / "csrc" / "library.cpp").write_text("int broken() { return nothing; }\n")
+    done = build("build", "--build-lib", "out")
+    assert done.returncode == 0
+    assert "int broken()" in done.stdout  # the compiler's own output
+    assert "csrc/library.cpp:1" in note_of(checkout / "out")
+    assert "'nothing' was not declared" in note_of(checkout / "out")
+
+
+def test_a_library_of_an_earlier_build_does_not_outlive_a_failure(checkout, build):
+    build(*IN_PLACE)
+    (checkout / "csrc" / "library.cpp").write_text("error\n")
+    assert build(*IN_PLACE).returncode == 1
+    assert not list((checkout / OPS).glob("*.so"))
+
+
+def test_code_for_gpus_that_does_not_compile_costs_no_code_for_cpus(checkout, build, fake_nvcc):
+    (checkout / "csrc" / "op.cu").write_text("\n")
+    done = build(*IN_PLACE, CUDA_HOME=fake_nvcc)
+    assert done.returncode == 0
+    assert _compiled.read_manifest(checkout / OPS / LIBRARY).cuda == 0
+    left_out = "CUDA kernels were left out: the compiler failed with: nvcc: error: unsupported host"
+    assert note_of(checkout).startswith(left_out)
+
+
+def test_an_nvcc_that_says_nothing_is_none(checkout, build, fake_nvcc):
+    Path(fake_nvcc, "bin", "nvcc").write_text("#!/bin/sh\n")
+    assert build(*IN_PLACE, CUDA_HOME=fake_nvcc).returncode == 0
+    assert "no nvcc was found that works" in note_of(checkout)
+
+
+def test_nvcc_is_asked_for_the_architectures_that_it_knows(checkout, build, fake_nvcc):
+    (checkout / "csrc" / "op.cu").write_text("\n")
+    commands = build(*IN_PLACE, CUDA_HOME=fake_nvcc).stdout
+    assert "code=sm_80" in commands and "code=sm_90 " in commands
+    assert "code=sm_75" not in commands and "code=sm_100" not in commands
+
+
+def test_the_sources_are_part_of_a_source_archive(checkout, build):
+    done = build("sdist", "--formats=tar", "--dist-dir", "out")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (checkout / "out").iterdir()
+    names = subprocess.run(["tar", "-tf", archive], capture_output=True, text=True).stdout
+    for name in ("setup.py", "csrc/library.cpp", "csrc/maths.cpp", "csrc/answer.h"):
+        assert f"/{name}\n" in names
