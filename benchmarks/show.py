@@ -55,21 +55,25 @@ def _layer_table(rows: list[Row]) -> Table:
 
 
 def _ops_table(rows: list[Row]) -> Table:
-    impls = list(dict.fromkeys(row["impl"] for row in rows))
     table = Table(title="ops", caption_justify="left")
-    table.add_column("op", no_wrap=True)
-    for column in ("MB to move", *(f"{impl}, µs" for impl in impls)):
+    for column in ("op", "competitor"):
+        table.add_column(column, no_wrap=True)
+    for column in ("ms", "of eager", "MB to move", "GB/s", "allocated, MiB"):
         table.add_column(column, justify="right")
-    for impl in impls:
-        table.add_column(f"{impl}, GB/s", justify="right")
     for (op, direction), same in groupby(rows, lambda row: (row["op"], row["direction"])):
-        group = list(same)  # one row for each of impls, in their order
-        table.add_row(
-            f"{op} {direction}",
-            f"{group[0]['hbm_bytes'] / 1e6:.1f}",
-            *(f"{row['median_ms'] * 1e3:.1f}{_otherwise(row, rows[0])}" for row in group),
-            *(f"{row['achieved_gbps']:.4g}" for row in group),
-        )
+        group = list(same)
+        eager = next((row for row in group if row["impl"] == "eager"), None)
+        for row in group:
+            table.add_row(
+                f"{op} {direction}" if row is group[0] else "",
+                f"{row['impl']} ({row['implementation']}){_otherwise(row, rows[0])}",
+                f"{row['median_ms']:.4g}",
+                _ratio(row, eager, "median_ms"),
+                f"{row['bytes_moved'] / 1e6:.1f}",
+                f"{row['achieved_gbps']:.3g}",
+                f"{row['allocated_bytes'] / 2**20:.1f}",
+                end_section=row is group[-1],
+            )
     return table
 
 
@@ -91,8 +95,9 @@ def _ratio(row: Row, eager: Row | None, name: str) -> str:
 
 
 def _case(row: Row) -> str:
-    sizes = ", ".join(f"{name} = {row[name]}" for name in SHOWN if name in row)
-    return f"{sizes}, {row['dtype']}"
+    sizes = [f"{name} = {row[name]}" for name in SHOWN if name in row]
+    sizes = sizes or [" x ".join(str(size) for size in row["shape"])]
+    return f"{', '.join(sizes)}, {row['dtype']}"
 
 
 def _about(row: Row) -> str:

@@ -4,64 +4,46 @@ import pytest
 import torch
 
 CPU = torch.device("cpu")
-MEASURED = {"median_ms", "p20_ms", "p80_ms", "peak_bytes", "resident_bytes", "rounds", "timing"}
+MEASURED = {"op", "impl", "implementation", "shape", "dtype", "direction", "median_ms", "p20_ms"}
+MEASURED |= {"p80_ms", "bytes_moved", "allocated_bytes", "resident_bytes", "rounds", "timing"}
 
 
 @pytest.fixture
 def ops(bench, monkeypatch):
     module = bench("ops")
-    for name, size in (("B", 2), ("T", 8)):
-        monkeypatch.setattr(sys.modules["kernel_cases"], name, size)
-        monkeypatch.setattr(module, name, size)
+    for name in ("kernel_cases", "op_case"):
+        for size, value in (("B", 2), ("T", 8)):
+            monkeypatch.setattr(sys.modules[name], size, value)
+    monkeypatch.setattr(module, "SHAPES", ((3, 1, 4, 4),))
     return module
 
 
-def test_every_op_with_a_kernel_is_timed(ops):
-    assert {(op, d) for op in ops.INPUTS for d in ops.DIRECTIONS} == {
-        (case.op, case.direction) for case in ops.CASES.values() if case.timed
-    }
-
-
-def test_every_op_computes_what_plain_torch_does(ops):
-    for op in ops.INPUTS:
-        case = ops.OpCase(op, 64, ("fused", "eager"), CPU)
-        calls = case.calls(case.inputs())
-        for direction in ops.DIRECTIONS:
-            fused, eager = (ops._as_tuple(calls[impl, direction]()) for impl in case.impls)
-            torch.testing.assert_close(fused, eager, rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize(
-    ("op", "elements"),  # of a token, that the kernel's backward reads or writes for a layer alone
-    [
-        ("adaln_norm", 2 * 64),  # a gradient that comes past the branch, and y again
-        ("gated_adaln_norm", 64),  # y again
-        ("gated_residual", 0),
-        ("gelu", 4 * 64),  # the activation again
-        ("swiglu", 192),  # the same; 8 / 3 of D, rounded up
-        ("qk_norm_rotary", 0),
-    ],
-)
-def test_bytes_leave_out_what_only_a_layer_asks_for(ops, op, elements):
-    kernel = ops.CASES[f"{op}_bwd"]
-    everything = ops.bytes_moved(kernel, ops.record(kernel, 64, ops.H100)[1])
-    assert ops.OpCase(op, 64, (), CPU).hbm_bytes("bwd") == everything - 2 * 8 * elements * 2
-
-
-def test_bytes_of_a_forward_are_those_of_its_kernel(ops):
-    tokens, row, modulation = 2 * 8, 2 * 64, 2 * 2 * 64  # bytes of a row, and of gate (B, D)
-    moved = ops.OpCase("gated_residual", 64, (), CPU).hbm_bytes("fwd")
-    assert moved == 3 * tokens * row + modulation
-
-
 def test_ops_row_has_its_op_times_and_rate(ops):
-    options = ops.Options(op=("gelu",), D=(64,), impls=("fused", "eager"), rounds=2, device="cpu")
-    rows = list(ops.rows_at(64, options, CPU))
+    cases = [ops.OpCase("gelu", 64, ("fused", "eager"), CPU)]
+    rows = list(ops.rows_at(cases, 2, CPU))
     names = [(row["direction"], row["impl"]) for row in rows]
     assert names == [("fwd", "fused"), ("fwd", "eager"), ("bwd", "fused"), ("bwd", "eager")]
     for row in rows:
-        assert row.keys() >= MEASURED | {"op", "D", "dtype", "hbm_bytes", "implementation"}
-        assert row["achieved_gbps"] == pytest.approx(row["hbm_bytes"] / row["median_ms"] / 1e6)
+        assert row.keys() >= MEASURED
+        assert row["achieved_gbps"] == pytest.approx(row["bytes_moved"] / row["median_ms"] / 1e6)
+        assert row["shape"] == (2, 8, 64) and row["dtype"] == "bfloat16"
+
+
+def test_a_tables_cases_share_a_width_or_a_shape(ops):
+    options = ops.Options(op=("gelu", "score_loss", "swiglu"), D=(64, 128), device="cpu")
+    tables = [[(case.op, case.shape) for case in cases] for cases in options.tables(CPU)]
+    assert tables == [
+        [("gelu", (2, 8, 64)), ("swiglu", (2, 8, 64))],
+        [("gelu", (2, 8, 128)), ("swiglu", (2, 8, 128))],
+        [("score_loss", (3, 1, 4, 4))],
+    ]
+
+
+def test_the_table_of_the_noise_can_be_read(ops, capsys):
+    options = ops.Options(op=("noise_and_loss",), impls=("fused", "eager"), rounds=2, device="cpu")
+    ops.main(options)
+    shown = capsys.readouterr().out
+    assert "3 x 1 x 4 x 4, float32" in shown and "noise_and_loss fwd+bwd" in shown
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""The two ends of a training step, and who runs them: the noise before the network, the loss after.
+
+Eager torch is what the published code of Karras et al. 2022 does: the noise, the noised target and
+its scaled copy before; the denoised output, its error, the square and their gradients after.
+"""
+
+from collections.abc import Callable
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dbkernels import ops
+from dbkernels.diffusion.gaussian import LogNormal, sigma_at
+from dbkernels.diffusion.precondition import c_in, c_out, c_skip, edm_weight
+from dbkernels.models.compiled import compiled
+
+SIGMA_DATA = 0.5
+DRAW = ops.Draw(seed=1, step=7)
+SHAPES = ((256, 4, 32, 32), (256, 256, 384))  # latents, and tokens
+PASSES = {  # over a tensor of z0's shape, of what each op must read and write
+    "add_noise": 2,
+    "score_loss": 3,  # the prediction and z0, and the gradient
+    "noise_and_loss": 5,
+}
+
+
+class NoiseCase(NamedTuple):
+    """One op on one shape, forward and backward together: the forward computes the gradient."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    impls: tuple[str, ...]
+    device: torch.device
+
+    directions = ("fwd+bwd",)
+
+    def inputs(self) -> list[Tensor]:
+        """z0, sigma and what a network answers, the last with a gradient."""
+        random = torch.Generator().manual_seed(0)
+        z0 = 0.5 * torch.randn(self.shape, generator=random)
+        u = torch.rand(len(z0), generator=random, dtype=torch.float64)
+        sigma = sigma_at(LogNormal(), LogNormal().range, u)
+        prediction = torch.randn(self.shape, generator=random)
+        tensors = [t.to(self.device) for t in (z0.to(self.dtype), sigma, prediction.to(self.dtype))]
+        tensors[-1].requires_grad_()
+        return tensors
+
+    def calls(self, inputs: list[Tensor]) -> dict[tuple[str, str], Callable[[], object]]:
+        """By implementation and direction."""
+        return {(impl, "fwd+bwd"): self._call(impl, inputs) for impl in self.impls}
+
+    def _call(self, impl: str, inputs: list[Tensor]) -> Callable[[], object]:
+        z0, sigma, prediction = inputs
+        noise, loss = {"fused": (_noise, _loss)}.get(impl, (_eager_noise, _eager_loss))
+        if impl == "compiled":
+            noise, loss = compiled(noise, {}), compiled(loss, {})
+
+        def call() -> object:
+            # the loss needs z, which eager torch has kept and the fused one draws again
+            scaled, z = (None, z0) if self.op == "score_loss" else noise(z0, sigma)
+            if self.op == "add_noise":
+                return scaled
+            return scaled, torch.autograd.grad(loss(prediction, z, z0, sigma), prediction)
+
+        return call
+
+    def bytes_moved(self, direction: str) -> int:
+        return PASSES[self.op] * prod(self.shape) * self.dtype.itemsize
+
+    def implementation(self, impl: str, direction: str) -> str:
+        """What computes."""
+        op = "add_noise_fwd" if self.op == "add_noise" else "score_loss_fwd"
+        fused = ops.implementation(self.device, op)
+        return {"fused": fused, "compiled": "inductor", "eager": "torch"}[impl]
+
+
+def _noise(z0: Tensor, sigma: Tensor) -> tuple[Tensor, None]:
+    return ops.add_noise(z0, sigma, DRAW, scale="c_in", sigma_data=SIGMA_DATA), None
+
+
+def _loss(prediction: Tensor, z: None, z0: Tensor, sigma: Tensor) -> Tensor:
+    return ops.score_loss(prediction, z0, sigma, DRAW, sigma_data=SIGMA_DATA)[0]
+
+
+def _eager_noise(z0: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    level = sigma.view(-1, *[1] * (z0.dim() - 1))
+    z = z0 + level * torch.randn_like(z0)
+    return (c_in(level, SIGMA_DATA) * z).to(z0.dtype), z
+
+
+def _eager_loss(prediction: Tensor, z: Tensor, z0: Tensor, sigma: Tensor) -> Tensor:
+    level = sigma.view(-1, *[1] * (z0.dim() - 1))
+    denoised = c_skip(level, SIGMA_DATA) * z + c_out(level, SIGMA_DATA) * prediction
+    return (edm_weight(level, SIGMA_DATA) * (denoised - z0).square()).mean()
