@@ -1,9 +1,9 @@
 // gated_adaln_norm on the CPU; the maths is in dbkernels/ops/gated_adaln_norm.py and, for one row,
 // in gate.h and norm.h.
 //
-// x, h, x1, y, dy, dx1, dx, dh are (B, T, D) and contiguous, each of its own dtype, stats (B, T, 2)
-// float32; gate, scale, shift and their gradients are (B, D) with any stride between samples. dh may
-// be h and y may be dy.
+// x, h, x1, y, dy, dx1, dx, dh are (B, T, D) and contiguous, each of its own dtype, stats
+// (B, T, 2) float32; gate, scale, shift and their gradients are (B, D) with any stride between
+// samples. dh may be h and y may be dy.
 #include <torch/csrc/stable/library.h>
 
 #include "gate.h"
