@@ -4,7 +4,7 @@ import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
 from implementations import implementations
-from ops.score_case import DRAW, DTYPES, inputs, noise_like, results
+from ops.score_case import DRAW, DTYPES, SIGMA, inputs, noise_like, results
 
 from dbkernels.ops import _noise, add_noise, reference
 from dbkernels.ops._register import use_implementation
@@ -101,6 +101,29 @@ def test_a_perfect_network_has_no_loss():
     perfect = (sigma[:, None] / 0.5 * z0 - 0.5 * noise) / s
     _, losses = score_loss(perfect, z0, sigma, DRAW, sigma_data=0.5)
     assert losses.max() < 1e-10
+
+
+@pytest.mark.parametrize("step", [0, 1, 2**33])
+def test_the_loss_and_its_gradient_are_unbiased_under_the_noise_drawn(step):
+    # known of a network alpha * c_in * z, where D - z0 = (beta - 1) z0 + beta sigma n
+    elements, alpha, sigma, draw = 20_000, 0.7, torch.tensor(SIGMA), Draw(11, step)
+    s2 = sigma.double() ** 2 + 0.25
+    c_skip, per_alpha, weight = 0.25 / s2, 0.5 * sigma / s2, s2 / (0.5 * sigma) ** 2
+    beta = c_skip + alpha * per_alpha
+    z0 = torch.full((3, elements), 1.5)
+    slope = torch.full((3, 1), alpha, requires_grad=True)
+    prediction = slope * add_noise(z0, sigma, draw, scale="c_in", sigma_data=0.5)
+    loss, losses = score_loss(prediction, z0, sigma, draw, sigma_data=0.5, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, slope)
+    shift, spread = (beta - 1) * 1.5, beta * sigma  # of a normal error
+    expected = weight * (shift**2 + spread**2)
+    deviation = weight * (4 * shift**2 * spread**2 + 2 * spread**4).sqrt() / elements**0.5
+    assert ((losses - expected).abs() <= 4 * deviation + 1e-5 * expected).all()
+    expected = 2 * weight * per_alpha * (shift * 1.5 + beta * sigma**2)
+    # of e * z with e = shift + spread n and z = 1.5 + sigma n
+    linear, square = shift * sigma + 1.5 * spread, spread * sigma
+    deviation = 2 * weight * per_alpha * (linear**2 + 2 * square**2).sqrt() / elements**0.5
+    assert ((gradient[:, 0] - expected).abs() <= 4 * deviation + 1e-5 * expected.abs()).all()
 
 
 def test_losses_are_those_that_the_reduction_reduces():
