@@ -245,7 +245,11 @@ def bytes_figure(runs: Sequence[dict], alt: str) -> str | None:
         for category, (label, colour) in CATEGORIES.items():
             width = np.array([sizes.get(category, 0.0) for _, sizes in rows]) / size
             bars = axes.barh(range(len(rows)), width, left=left, color=colour, label=label)
-            texts = [f"{part:.3g}" if part > 0.09 * widest / size else "" for part in width]
+            texts = [f"{part:.3g}" for part in width]
+            # a text that is wider than its bar is left out
+            room = 0.034 * widest / size
+            pairs = zip(texts, width, strict=True)
+            texts = [text if part > room * len(text) else "" for text, part in pairs]
             axes.bar_label(bars, texts, label_type="center", fontsize=8, color="black")
             left += width
         for place, (_, sizes) in enumerate(rows):

@@ -1,6 +1,5 @@
 """One self-contained HTML page from the demo's results: no network, no script, no other file."""
 
-import os
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import groupby
@@ -19,6 +18,7 @@ from demo_figures import (
 )
 from demo_prose import INTRODUCTION, SECTIONS
 from demo_summary import MISSING, percent_text, seconds_text, summary_table
+from page import document, write_whole
 
 TASKS = ("classification", "generation")
 REQUIRED = ("device", "torch", "commit", "command", *TASKS)
@@ -37,13 +37,7 @@ def write_report(results: dict, path: Path) -> None:
         ValueError: the results, a run or a block lacks a key that the page cannot do without.
     """
     _check(results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(_page(results), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, _page(results))
 
 
 def _check(results: dict) -> None:
@@ -67,29 +61,15 @@ def _require(record: dict, keys: Sequence[str], name: str) -> None:
 
 
 def _page(results: dict) -> str:
-    css = Path(__file__).with_name("demo_report.css").read_text(encoding="utf-8")
     sections = (_summary, _losses, _accuracy, _cross_entropy, _noise, _memory, _digits)
-    body = "\n".join(section(results) for section in sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Block by block or end to end</title>
-<style>
-{css}</style>
-</head>
-<body>
-<header><h1>Training a network block by block, against end to end</h1>
-<p>{INTRODUCTION}</p>
-{_key(results)}</header>
-<main>
-{body}
-</main>
-<footer><p class="measured">{_provenance(results)}</p></footer>
-</body>
-</html>
-"""
+    return document(
+        "Block by block or end to end",
+        ["demo_report.css"],
+        header=f"<h1>Training a network block by block, against end to end</h1>\n"
+        f"<p>{INTRODUCTION}</p>\n{_key(results)}",
+        main="\n".join(section(results) for section in sections),
+        footer=f'<p class="measured">{_provenance(results)}</p>',
+    )
 
 
 def _provenance(results: dict) -> str:

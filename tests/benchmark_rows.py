@@ -1,0 +1,180 @@
+"""Rows of benchmarks as they might be measured, for the tests of what reads them."""
+
+import json
+from pathlib import Path
+
+MIB = 2**20
+CPU = {
+    "device": "AMD EPYC",
+    "driver": None,
+    "threads": 2,
+    "torch": "2.13.0+cpu",
+    "triton": "3.9.0",
+    "commit": "abc1234",
+    "copy_gbps": 68.9,
+    "matmul_tflops": 0.178,
+}
+GPU = CPU | {
+    "device": "NVIDIA H100 80GB HBM3",
+    "driver": "570.86",
+    "threads": 16,
+    "torch": "2.13.0+cu130",
+    "copy_gbps": 2900.0,
+    "matmul_tflops": 690.0,
+}
+# saved activations and time of a step, of eager's
+RUNGS = {
+    "none": (0.52, 0.97),
+    "attention": (0.47, 0.99),
+    "mlp": (0.32, 1.06),
+    "qkv": (0.17, 1.12),
+    "layer": (0.055, 1.27),
+}
+WHOLE = {
+    "end_to_end": (None, 1.0, 1.0),
+    "checkpointed": (None, 0.07, 1.34),
+    "selective": (None, 0.45, 1.14),
+    "optimizer_in_backward": (None, 1.0, 1.02),
+}
+BUDGETS = {1.0: (0.85, 0.91), 0.5: (0.42, 0.99), 0.2: (0.2, 1.16)}
+
+
+def training_rows(
+    about=GPU,
+    *,
+    family="dit",
+    preset="S/2",
+    batch=64,
+    predicted=False,
+    weights=130 * MIB,
+    saved=5200 * MIB,
+    ms=70.0,
+    num_blocks=(1, 2, 3, 4, 6),
+):
+    """Every way to train one model; bytes and times follow a formula with a little noise."""
+    case = {"family": family, "preset": preset, "batch": batch, "dtype": "float32"}
+    rest = {"weights": weights, "saved": saved, "ms": ms, "predicted": predicted}
+    for method, (budget, kept, time) in WHOLE.items():
+        yield _row(case | about, method, 1, None, budget, "all", kept, time, **rest)
+    for budget, (kept, time) in BUDGETS.items():
+        yield _row(case | about, "compiled", 1, None, budget, "all", kept, time, **rest)
+    for count in num_blocks:
+        for resident in ("all", "block") if count > 1 else ("all",):
+            if count > 1:
+                yield _row(
+                    case | about, "block_stock", count, None, None, resident, 1, 1.06, **rest
+                )
+            for rung, (kept, time) in RUNGS.items():
+                yield _row(
+                    case | about, "block_fused", count, rung, None, resident, kept, time, **rest
+                )
+
+
+def _row(
+    about, method, count, rung, budget, resident, kept, time, *, weights, saved, ms, predicted
+):
+    noise = 1 + 0.01 * ((int(1000 * kept) + count) % 5)
+    time = time * noise * (1.05 if resident == "block" else 1) * (1 + 0.01 * (count - 1))
+    held = weights / (count if resident == "block" else 1)
+    gradients = 0 if method == "optimizer_in_backward" else weights / count
+    parts = {
+        "parameters": held,
+        "gradients": gradients,
+        "optimizer": 2 * held,
+        "inputs": 2 * MIB,
+        "saved_activations": saved * kept / count,
+        "temporaries": saved / 60,
+        "workspaces": 0 if about["driver"] is None else 32 * MIB,
+    }
+    parts = {name: int(size) for name, size in parts.items()}
+    step = ms * time / count
+    flops = 3e12
+    times = {
+        "step_ms": step,
+        "p20_ms": 0.98 * step,
+        "p80_ms": 1.03 * step,
+        "sweep_ms": step * count,
+        "samples_per_second": about["batch"] / step * 1e3,
+        "rounds": 15,
+        "timing": "wall clock" if about["driver"] is None else "cuda graph",
+        "achieved_tflops": flops / step / 1e9,
+        "share_of_matmul_rate": flops / step / 1e9 / about["matmul_tflops"] % 0.9 + 0.01,
+    }
+    peak = sum(parts.values())
+    ways = {"method": method, "num_blocks": count, "rung": rung, "budget": budget}
+    implementation = "inductor" if method == "compiled" else "torch"
+    return (
+        {"suite": "training", "resident": resident, "flops": flops}
+        | ways
+        | (dict.fromkeys(times) if predicted else times)
+        | {
+            "peak_allocated_bytes": peak,
+            "peak_reserved_bytes": None if about["driver"] is None else int(peak * 1.06),
+            "saved_bytes": parts["saved_activations"],
+            "by_category": parts,
+            "memory": "predicted" if predicted else "measured",
+            "implementation": "triton" if method == "block_fused" else implementation,
+            "command": "python -m dbkernels bench --full",
+        }
+        | about
+    )
+
+
+def ops_rows(about=CPU, *, ops=("adaln_norm", "gelu")):
+    for op in ops:
+        for direction in ("forward", "backward"):
+            for number, impl in enumerate(("fused", "eager", "compiled")):
+                ms = 0.4 + 0.3 * number + 0.1 * len(direction)
+                yield {
+                    "impl": impl,
+                    "op": op,
+                    "direction": direction,
+                    "implementation": {"fused": "cpp", "eager": "torch"}.get(impl, "inductor"),
+                    "shape": [4, 256, 384],
+                    "dtype": "float32",
+                    "median_ms": ms,
+                    "p20_ms": 0.9 * ms,
+                    "p80_ms": 1.1 * ms,
+                    "rounds": 11,
+                    "timing": "wall clock",
+                    "bytes_moved": 3145728,
+                    "achieved_gbps": 3145728 / ms / 1e6,
+                    "allocated_bytes": 1572864 * number,
+                    "resident_bytes": 3145728,
+                } | about
+
+
+def layer_rows(about=CPU, *, speed=1.0):
+    ways = [
+        ("eager", None, None, 20.06, 38.3, 1.0),
+        ("compiled_budget", None, 0.4, 7.0, 23.1, 1.07),
+    ]
+    ways += [("fused", rung, None, 20 * kept, 30.0, time) for rung, (kept, time) in RUNGS.items()]
+    for impl, rung, budget, units, mib, time in ways:
+        yield {
+            "impl": impl,
+            "rung": rung,
+            "budget": budget,
+            "B": 4,
+            "T": 256,
+            "D": 384,
+            "H": 6,
+            "hidden": 1536,
+            "dtype": "float32",
+            "saved_units": units,
+            "peak_bytes": int(mib * MIB),
+            "median_ms": 80 * time * speed,
+            "p20_ms": 79 * time * speed,
+            "p80_ms": 82 * time * speed,
+            "rounds": 15,
+            "timing": "wall clock",
+            "achieved_tflops": 0.15 / time / speed,
+            "implementation": "torch",
+        } | about
+
+
+def write(path: Path, rows) -> Path:
+    """Write rows as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
