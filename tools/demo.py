@@ -17,7 +17,6 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-from dbkernels.cli.profile import profile_trainer
 from dbkernels.diffusion.gaussian import LogNormal, cdf_grid
 from dbkernels.memory.measure import MEASURED
 from dbkernels.models import dit, vit
@@ -31,6 +30,7 @@ from dbkernels.training.evaluation import (
 )
 from dbkernels.training.inference import generate
 from dbkernels.training.log import read_log
+from dbkernels.training.performance import profile_trainer
 from dbkernels.training.run import PartitionConfig, RunConfig, load_run, train
 from dbkernels.training.trainer import TrainerConfig
 

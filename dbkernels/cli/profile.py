@@ -1,32 +1,47 @@
 """`python -m dbkernels profile`."""
 
 import json
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from dbkernels.cli.device import pick_device
+from dbkernels.cli.profile_rows import (
+    METHODS,
+    RESIDENT,
+    Case,
+    cases,
+    check_names,
+    check_rungs,
+    configured,
+    predicted,
+    rows,
+    run_by,
+)
+from dbkernels.cli.profile_tables import measured_table, predicted_tables
 from dbkernels.cli.shape import FamilyName, preset
 from dbkernels.cli.train import DEFAULT_WEIGHTING
 from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.memory.measure import CATEGORIES, measure_peak
-from dbkernels.ops.rung import Keep
+from dbkernels.memory.picture import draw
+from dbkernels.memory.timeline import write_timeline
+from dbkernels.memory.workspace import Target, target_named, target_of
+from dbkernels.ops.rung import RUNGS
 from dbkernels.training.data import ImageData
+from dbkernels.training.performance import profile_trainer
+from dbkernels.training.rehearsal import trainer_with
 from dbkernels.training.run import PartitionConfig, RunConfig
-from dbkernels.training.trainer import Trainer, TrainerConfig
-
-WARM_UP_STEPS = 2  # the first step makes the optimizer's state, the second is steady
+from dbkernels.training.trainer import TrainerConfig
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Measure one training step: peak bytes by category and seconds, for numbers of blocks."""
+    """Predict the peak memory and the operations of one training step; needs no GPU.
+
+    Every method, rung of the layer's ladder and number of blocks has a row, with all blocks on the
+    device and with one. With --measure the same steps are run for real beside it.
+    """
 
     family: FamilyName = "vit"
     """vit classifies images; dit generates them."""
@@ -35,96 +50,131 @@ class Profile:
     batch: int = 128
     """Samples of a step; made up, of the preset's shape."""
     num_blocks: str = "1,2,3,4,6"
-    """Numbers of blocks with commas between; 1 is end to end."""
-    keep: Keep = "none"
-    """What a layer's backward computes again instead of keeping it: more saves more memory."""
+    """Numbers of blocks with commas between."""
+    methods: str = ",".join(METHODS)
+    """What is trained, with commas between; all but block_fused run the layer in plain torch."""
+    rungs: str = ",".join(RUNGS)
+    """What the fused layer's backward computes again: from most memory to most arithmetic."""
+    resident: str = ",".join(RESIDENT)
+    """What is on the device: all blocks with their optimizers' state, or one block at a time."""
+    budget: float = 0.5
+    """Share of its activations that the compiled baseline may keep."""
     autocast: bool = False
     """Compute in bfloat16; parameters stay float32."""
+    target: str = "auto"
+    """The device that is predicted: cpu, a100, h100, h200, b200; auto is h100, or the measured."""
+    measure: bool = False
+    """Run the steps for real too; what the device does not hold at once is only predicted."""
     steps: int = 5
-    """Steps that are timed, of every block."""
+    """Steps that are timed, of every block, where they are run."""
     device: str = "auto"
-    """auto, cpu or cuda; auto is an NVIDIA GPU where there is one."""
+    """Where they are run: auto, cpu or cuda; auto is an NVIDIA GPU where there is one."""
+    timeline: Path | None = None
+    """Write the one step that is asked for as a snapshot for pytorch.org/memory_viz."""
+    picture: Path | None = None
+    """Draw the one step that is asked for: live bytes by category, op after op; .png, .svg."""
     json: bool = False
-    """Print one JSON object a line instead of a table."""
+    """Print one JSON object a line instead of tables."""
 
     def run(self) -> None:
         if self.batch < 1 or self.steps < 1:
             raise ValueError(
                 f"batch and steps must be at least 1, got batch {self.batch} and steps {self.steps}"
             )
-        device = pick_device(self.device)
-        rows = [self._row(count, device) for count in self._counts()]
-        if self.json:
-            for row in rows:
-                print(json.dumps(row))
-        else:
-            Console().print(_table(rows))
+        if not 0 <= self.budget <= 1:
+            raise ValueError(f"budget must be from 0 to 1, got {self.budget}")
+        resident = check_names("resident", self.resident, RESIDENT)
+        todo, config, target = self._cases(), self._config(), self._target()
+        for case in todo:
+            configured(case, config).partition.blocks(config.model.depth, config.prior)
+        if self.timeline or self.picture:
+            self._show(todo, resident, config, target)
+        common = {
+            "family": self.family,
+            "preset": self.preset,
+            "batch": self.batch,
+            "autocast": self.autocast,
+            "target": target.name,
+        }
+        found = []
+        for row in rows(todo, config, resident, budget=self.budget, target=target):
+            found.append({**common, **row})
+            if self.measure:
+                found[-1] |= self._measured(row, config)
+            if self.json:
+                print(json.dumps(found[-1]), flush=True)
+        if not self.json:
+            tables = measured_table(found) if self.measure else predicted_tables(found)
+            for table in tables:
+                Console().print(table)
 
-    def _counts(self) -> list[int]:
+    def _cases(self) -> list[Case]:
         try:
-            return [int(count) for count in self.num_blocks.split(",")]
+            counts = [int(count) for count in self.num_blocks.split(",")]
         except ValueError:
             raise ValueError(
                 f"num_blocks must be whole numbers with commas between, got {self.num_blocks}"
             ) from None
+        methods = check_names("methods", self.methods, METHODS)
+        return cases(methods, counts, check_rungs(self.rungs))
 
-    def _row(self, num_blocks: int, device: torch.device) -> dict[str, object]:
-        model = replace(preset(self.family, self.preset), keep=self.keep)
-        config = RunConfig(
+    def _config(self) -> RunConfig:
+        return RunConfig(
             family=self.family,
-            model=model,
+            model=preset(self.family, self.preset),
             data="made up",
             weighting=DEFAULT_WEIGHTING[self.family],
             label_drop=0.0,
             mirror=False,
             shift=0,
-            partition=PartitionConfig(num_blocks=num_blocks),
+            partition=PartitionConfig(),
             prior=LogNormal(),
             trainer=TrainerConfig(steps=10**6, batch_size=self.batch, autocast=self.autocast),
         )
+
+    def _target(self) -> Target:
+        if self.target != "auto":
+            return target_named(self.target)
+        return target_of(pick_device(self.device)) if self.measure else target_named("h100")
+
+    def _show(self, todo: list[Case], resident: list[str], config: RunConfig, target: Target):
+        if len(todo) * len(resident) != 1:
+            raise ValueError(
+                "timeline and picture show one step, which methods, num_blocks, rungs and resident "
+                f"must leave, got {len(todo) * len(resident)}"
+            )
+        case = todo[0]
+        prediction = predicted(case, config, budget=self.budget, target=target)[resident[0]]
+        if self.timeline:
+            write_timeline(self.timeline, prediction)
+        if self.picture:
+            rung = f", rung {case.rung}" if case.rung else ""
+            title = f"{self.family} {self.preset}, batch {self.batch}: {case.method}{rung}"
+            draw(self.picture, prediction, title=f"{title}, {_blocks(case.num_blocks)}")
+
+    def _measured(self, row: dict[str, object], config: RunConfig) -> dict[str, object]:
+        """What the row's steps take for real, under names of their own; nothing if they cannot."""
+        device = pick_device(self.device)
+        # a tracker of the dispatcher sees no compiled code
+        unseen = row["method"] == "compiled" and device.type == "cpu"
+        if row["resident"] != "all" or unseen:
+            return {}
+        case = Case(row["method"], row["num_blocks"], row["rung"])
+        config = configured(case, config)
+        model = config.model
         shape = (self.batch, model.channels, model.image_size, model.image_size)
-        trainer = config.trainer_on(device, ImageData(*_made_up(shape, model.num_classes)))
-        return {"num_blocks": num_blocks, **profile_trainer(trainer, self.steps)}
-
-
-def profile_trainer(trainer: Trainer, steps: int) -> dict[str, object]:
-    """Peak bytes of the costliest block's step, and median seconds of a step and of a sweep.
-
-    Args:
-        trainer:  with steps left; it moves on by a few of each block
-        steps:    that are timed, of every block
-    """
-    optimizers = [part.optimizer for part in trainer.parts.values()]
-    peaks, seconds = [], []
-    for block in trainer.blocks:
-        step = partial(trainer.step_block, block)
-        for _ in range(WARM_UP_STEPS):
-            step()
-        seconds.append(statistics.median(_timed(step, trainer.device) for _ in range(steps)))
-    for block in trainer.blocks:
-        step = partial(trainer.step_block, block)
-        peaks.append(measure_peak(step, model=trainer.models, optimizers=optimizers))
-    worst = max(peaks, key=lambda peak: peak.total_bytes)
-    return {
-        "device": trainer.device.type,
-        "peak_bytes": worst.total_bytes,
-        "by_category": worst.by_category,
-        "saved_bytes": max(peak.saved_bytes for peak in peaks),
-        "allocated_bytes": worst.allocated_bytes,
-        "reserved_bytes": worst.reserved_bytes,
-        "at": worst.at,
-        "seconds_per_step": statistics.fmean(seconds),
-        "seconds_per_sweep": sum(seconds),
-    }
-
-
-def _timed(step: Callable[[], object], device: torch.device) -> float:
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronise()
-    begin = time.perf_counter()
-    step()
-    synchronise()
-    return time.perf_counter() - begin
+        data = ImageData(*_made_up(shape, model.num_classes))
+        trainer = trainer_with(config, device, data, **run_by(case, self.budget))
+        taken = profile_trainer(trainer, self.steps)
+        return {
+            "device": taken["device"],
+            "measured_allocated_bytes": taken["allocated_bytes"] or taken["peak_bytes"],
+            "measured_reserved_bytes": taken["reserved_bytes"] or taken["peak_bytes"],
+            "measured_by_category": taken["by_category"],
+            "measured_saved_bytes": taken["saved_bytes"],
+            "seconds_per_step": taken["seconds_per_step"],
+            "seconds_per_sweep": taken["seconds_per_sweep"],
+        }
 
 
 def _made_up(shape: tuple[int, ...], num_classes: int):
@@ -134,19 +184,5 @@ def _made_up(shape: tuple[int, ...], num_classes: int):
     return images, labels, num_classes
 
 
-def _table(rows: list[dict[str, object]]) -> Table:
-    """A column for each number of blocks, so that the table stays narrow."""
-    table = Table(title="one training step", show_edge=False)
-    table.add_column("number of blocks")
-    for row in rows:
-        table.add_column(str(row["num_blocks"]), justify="right")
-    sizes = {"peak": [row["peak_bytes"] for row in rows]}
-    for name in CATEGORIES:
-        sizes[f"  {name.replace('_', ' ')}"] = [row["by_category"][name] for row in rows]
-    sizes["kept for backward"] = [row["saved_bytes"] for row in rows]
-    for name, values in sizes.items():
-        table.add_row(f"{name}, MiB", *(f"{value / 2**20:.1f}" for value in values))
-    for name in ("step", "sweep"):
-        times = [f"{row[f'seconds_per_{name}'] * 1e3:.1f}" for row in rows]
-        table.add_row(f"time of a {name}, ms", *times)
-    return table
+def _blocks(count: int) -> str:
+    return f"{count} block{'s' if count > 1 else ''}"

@@ -8,16 +8,29 @@ when an optimizer is about to use it.
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_iter
 
-from dbkernels.memory.tracker import CATEGORIES, Peak, Tracker
+from dbkernels.memory.trace import CATEGORIES, WORKSPACES, Trace
+from dbkernels.memory.tracker import Tracker, Workspace
 
-__all__ = ["CATEGORIES", "Peak", "measure_peak"]
+MEASURED = CATEGORIES[:WORKSPACES]  # what an op allocates inside itself is not seen
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What was alive on one device at the highest moment of a callable."""
+
+    total_bytes: int
+    by_category: dict[str, int]  # bytes of each of MEASURED at that moment; sums to total_bytes
+    saved_bytes: int  # held for the backward, at their own highest; no parameters, no inputs
+    at: str  # phase and op, such as "backward: aten::mm"; "start" before the first op
+    allocated_bytes: int | None = None  # the CUDA allocator's own peak; None off CUDA
+    reserved_bytes: int | None = None  # what that allocator took from the driver; None off CUDA
 
 
 def measure_peak(
@@ -46,27 +59,56 @@ def measure_peak(
     Raises:
         ValueError: optimizers or inputs is no sequence, or the device is not told.
     """
-    _check_sequence("optimizers", optimizers, Optimizer)
-    _check_sequence("inputs", inputs, Tensor)
+    check_owners(optimizers, inputs)
     device = _only_device(model, inputs) if device is None else _indexed(device)
-    tracker = Tracker(device)
-    tracker.tag(inputs, "inputs")
-    _tag_state(tracker, model, optimizers)
     if device.type == "cuda":
         gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+    trace = record(step, model=model, optimizers=optimizers, inputs=inputs, device=device)
+    allocated = reserved = None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        allocated = torch.cuda.max_memory_allocated(device)
+        reserved = torch.cuda.max_memory_reserved(device)
+    peak = trace.peak()
+    return Peak(
+        total_bytes=peak.total_bytes,
+        by_category=dict(zip(MEASURED, peak.by_category, strict=False)),
+        saved_bytes=trace.saved,
+        at=trace.name(peak.op),
+        allocated_bytes=allocated,
+        reserved_bytes=reserved,
+    )
+
+
+def record(
+    step: Callable[[], object],
+    *,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    inputs: Sequence[Tensor],
+    device: torch.device,
+    workspace: Workspace | None = None,
+) -> Trace:
+    """Run `step` once and log every storage of a device, each under what it is for.
+
+    Args as those of `measure_peak`; the device as its tensors name it, and the workspace as that of
+    `Tracker`.
+    """
+    tracker = Tracker(device, workspace)
+    tracker.tag(inputs, "inputs")
+    _tag_state(tracker, model, optimizers)
     with _naming_gradients(tracker, model, optimizers), tracker:
         step()
         _tag_state(tracker, model, optimizers)
-    if device.type != "cuda":
-        return tracker.peak()
-    torch.cuda.synchronize(device)
-    return replace(
-        tracker.peak(),
-        allocated_bytes=torch.cuda.max_memory_allocated(device),
-        reserved_bytes=torch.cuda.max_memory_reserved(device),
-    )
+    return tracker.trace()
+
+
+def check_owners(optimizers: Sequence[Optimizer], inputs: Sequence[Tensor]) -> None:
+    """Raise ValueError unless these are sequences of what they are named for."""
+    _check_sequence("optimizers", optimizers, Optimizer)
+    _check_sequence("inputs", inputs, Tensor)
 
 
 def _check_sequence(name: str, values: Sequence, kind: type) -> None:

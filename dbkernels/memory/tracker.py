@@ -1,7 +1,4 @@
-"""The birth and death of every storage of one device, and the peak that follows from them.
-
-    live(e) = sum of the bytes of the storages that are alive after event e
-    peak    = max over e of live(e)
+"""The birth and death of every storage of one device, in a trace.
 
 Storages are counted, not tensors: a view adds nothing and a shared storage counts once. What a
 storage was for is settled when the run is over, so a buffer that begins as a temporary of the
@@ -11,47 +8,31 @@ are read, so fake tensors do as well as real ones.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-# a storage with several uses is counted under the first of them; buffers are parameters
-CATEGORIES = (
-    "parameters",
-    "gradients",
-    "optimizer",
-    "inputs",
-    "saved_activations",
-    "temporaries",
+from dbkernels.memory.flops import flops
+from dbkernels.memory.trace import (
+    CATEGORIES,
+    INPUTS,
+    SAVED,
+    START,
+    TEMPORARIES,
+    WORKSPACES,
+    Event,
+    Trace,
 )
-INPUTS, SAVED, TEMPORARIES = 3, 4, 5  # indices into CATEGORIES
-START = -1  # stands for the op before the first
+
+Workspace = Callable[[OpOverload, tuple, dict], int]
 
 
-@dataclass(frozen=True)
-class Peak:
-    """What was alive on one device at the highest moment of a callable."""
-
-    total_bytes: int
-    by_category: dict[str, int]  # bytes of each of CATEGORIES at that moment; sums to total_bytes
-    saved_bytes: int  # held for the backward, at their own highest; no parameters, no inputs
-    at: str  # phase and op, such as "backward: aten::mm"; "start" before the first op
-    allocated_bytes: int | None = None  # the CUDA allocator's own peak; None off CUDA
-    reserved_bytes: int | None = None  # what that allocator took from the driver; None off CUDA
-
-
-@dataclass(frozen=True)
-class Event:
-    """A storage that was born, changed its size or died."""
-
-    op: int  # index into Tracker.ops, or START
-    storage: int  # index into Tracker.categories
-    delta_bytes: int
+_DEVICE_OF = torch.ops.prim.device.default
 
 
 class _Saved:
@@ -76,16 +57,18 @@ class Tracker(TorchDispatchMode):
     one does, is not a saved activation. Only strided tensors are counted.
 
     Args:
-        device: storages on other devices are left out
+        device:     storages on other devices are left out
+        workspace:  (op, args, kwargs) -> bytes that the op allocates inside itself and frees again
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, workspace: Workspace | None = None) -> None:
         super().__init__()
-        self.device = device
+        self.device, self.workspace = device, workspace
         self.optimizing = False  # names the phase of the ops that follow
         self.ops: list[str] = []  # phase and name of each op, in order
         self.events: list[Event] = []
         self.categories: list[int] = []  # of each storage, an index into CATEGORIES
+        self.flops = 0
         self._bytes: list[int] = []  # of each storage, when last met
         self._holds: list[tuple[int, int]] = []  # storage; +1 autograd takes it, -1 it lets go
         self._alive: dict[int, int] = {}  # address of a storage -> its index
@@ -104,8 +87,16 @@ class Tracker(TorchDispatchMode):
         self._watches.clear()
         self._alive.clear()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Under another mode nothing is compiled. What compiled code allocates by ops is seen."""
+        return True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is _DEVICE_OF:
+            # asked of fake tensors, and often
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         # what torch.tensor makes reaches an op for the first time as the argument of this one
         if func is not torch.ops.aten.lift_fresh.default:
             for tensor in _tensors((args, kwargs)):
@@ -117,6 +108,9 @@ class Tracker(TorchDispatchMode):
             self._reused = self._meet(args[0], TEMPORARIES, self._now()), len(self.events)
         for tensor in _tensors(out):
             self._meet(tensor, TEMPORARIES, self._now())
+        self.flops += flops(func, args, kwargs, out)
+        if self.workspace and (size := self.workspace(func, args, kwargs)):
+            self._use(size)
         return out
 
     def tag(self, tensors: Iterable[Tensor], category: str) -> None:
@@ -129,22 +123,11 @@ class Tracker(TorchDispatchMode):
         for tensor in tensors:
             self._mark(self._meet(tensor, TEMPORARIES, self._now()), CATEGORIES.index(category))
 
-    def peak(self) -> Peak:
-        """Replay the log, with each storage under the first of its categories."""
-        live, by_category = 0, [0] * len(CATEGORIES)
-        highest, snapshot, at = 0, by_category.copy(), START
+    def trace(self) -> Trace:
+        """The log, with each storage under the first of its categories."""
         # what was there before is logged when first met, and counts from the start
-        for event in sorted(self.events, key=lambda event: event.op):
-            live += event.delta_bytes
-            by_category[self.categories[event.storage]] += event.delta_bytes
-            if live > highest:
-                highest, snapshot, at = live, by_category.copy(), event.op
-        return Peak(
-            total_bytes=highest,
-            by_category=dict(zip(CATEGORIES, snapshot, strict=True)),
-            saved_bytes=self._saved_bytes(),
-            at="start" if at == START else self.ops[at],
-        )
+        events = sorted(self.events, key=lambda event: event.op)
+        return Trace(self.ops, events, self.categories, self._saved_bytes(), self.flops)
 
     def _saved_bytes(self) -> int:
         held, highest, holders = 0, 0, Counter()
@@ -159,11 +142,14 @@ class Tracker(TorchDispatchMode):
 
     def _meet(self, tensor: Tensor, category: int, born: int) -> int | None:
         """Index of the tensor's storage, and a log entry if it is new or has changed its size."""
-        if tensor.device != self.device or tensor.layout != torch.strided:
+        if tensor.layout != torch.strided:
             return None
         storage = tensor.untyped_storage()
         index = self._alive.get(storage._cdata)
         if index is None:
+            # asked last, since a fake tensor takes long to answer
+            if tensor.device != self.device:
+                return None
             index = self._alive[storage._cdata] = len(self.categories)
             self.categories.append(category)
             self._bytes.append(0)
@@ -186,6 +172,13 @@ class Tracker(TorchDispatchMode):
             self.events.insert(self._reused[1], death)
         else:
             self.events.append(death)
+
+    def _use(self, size: int) -> None:
+        """Log a workspace of the op of now."""
+        storage = len(self.categories)
+        self.categories.append(WORKSPACES)
+        self._bytes.append(size)
+        self.events += (Event(self._now(), storage, change) for change in (size, -size))
 
     def _pack(self, tensor: Tensor) -> _Saved:
         saved, index = _Saved(tensor), self._meet(tensor, INPUTS, START)
@@ -225,5 +218,12 @@ def _merges_gradients(func: torch._ops.OpOverload) -> bool:
     )
 
 
-def _tensors(tree: object) -> Iterable[Tensor]:
-    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
+def _tensors(tree: object) -> Iterator[Tensor]:
+    """The tensors among an op's arguments or results; torch's own walk takes several times this."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for branch in tree:
+            yield from _tensors(branch)
+    elif isinstance(tree, dict):
+        yield from _tensors(tuple(tree.values()))

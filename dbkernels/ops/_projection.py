@@ -25,7 +25,7 @@ def project(
 
 def as_rows(x: Tensor) -> Tensor:
     """(..., D) as (tokens, D)."""
-    return x.view(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.view(-1, x.shape[-1])
 
 
 def chunks(rows: int, size: int) -> Iterator[slice]:

@@ -183,3 +183,8 @@ def batch_indices(count: int, batch_size: int, *, seed: int, block: int, step: i
 def _permutation(count: int, seed: int, block: int, epoch: int) -> Tensor:
     order = generator("cpu", seed, block, epoch, _ORDER_STREAM)
     return torch.randperm(count, generator=order)
+
+
+def forget_orders() -> None:
+    """Drop the orders that are kept: those made under a fake mode serve no run, nor the reverse."""
+    _permutation.cache_clear()

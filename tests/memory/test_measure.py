@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
-from dbkernels.memory.measure import CATEGORIES, measure_peak
+from dbkernels.memory.measure import MEASURED, measure_peak
 
 B, D, FLOAT = 6, 8, 4  # FLOAT: bytes of a float32
 
@@ -87,7 +87,7 @@ def test_what_is_there_before_counts_from_the_start():
     buffers = 2 * 5 * FLOAT + 8  # running mean and variance, and an int64 count
     assert peak.at == "start"
     assert peak.by_category == dict(
-        zip(CATEGORIES, (2 * 5 * FLOAT + buffers, 5 * FLOAT, 0, 100 * FLOAT, 0, 0), strict=True)
+        zip(MEASURED, (2 * 5 * FLOAT + buffers, 5 * FLOAT, 0, 100 * FLOAT, 0, 0), strict=True)
     )
 
 

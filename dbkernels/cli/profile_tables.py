@@ -1,0 +1,123 @@
+"""The rows of `python -m dbkernels profile` as tables that fit a terminal."""
+
+from collections.abc import Callable, Iterator
+
+from rich.table import Table
+
+from dbkernels.memory.trace import CATEGORIES
+
+FEW = 12  # rows that are shown one below the other
+OP = 24  # letters of an op's name that have room
+SHORT = {
+    "parameters": "param",
+    "gradients": "grad",
+    "optimizer": "optim",
+    "inputs": "input",
+    "saved_activations": "saved",
+    "temporaries": "temp",
+    "workspaces": "work",
+}
+TITLE = 56  # columns: the longest title has its line
+Row = dict[str, object]
+
+
+def predicted_tables(rows: list[Row]) -> Iterator[Table]:
+    """Peaks and operations by number of blocks, and where rows are few, what the peaks are."""
+    first = rows[0]
+    compute = "bfloat16" if first["autocast"] else "float32"
+    title = f"{first['family']} {first['preset']}, batch {first['batch']}, {compute} compute"
+    size, unit = _unit(rows)
+
+    def bytes_of(name: str) -> Callable[[Row], str]:
+        return lambda row: _short(row[name] / size)
+
+    for name in ("allocated", "reserved"):
+        caption = f"{title}\npredicted peak {name}, {unit}, on {first['target']}"
+        yield _by_blocks(rows, caption, bytes_of(f"peak_{name}_bytes"))
+    yield _by_blocks(
+        [row for row in rows if row["resident"] == rows[0]["resident"]],
+        "operations of a step, 10^9",
+        lambda row: _short(row["flops"] / 1e9),
+    )
+    if len(rows) <= FEW:
+        yield _by_category(rows, size, unit)
+
+
+def _by_blocks(rows: list[Row], title: str, cell: Callable[[Row], str]) -> Table:
+    """A column for each number of blocks, so that the table stays narrow."""
+    counts = sorted({row["num_blocks"] for row in rows})
+    table = _table(title)
+    table.add_column("number of blocks")
+    table.add_column("resident")
+    for count in counts:
+        table.add_column(str(count), justify="right")
+    lines: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in rows:
+        # end to end there is no other block
+        resident = row["resident"] if row["method"].startswith("block") else ""
+        lines.setdefault((_name(row), resident), {})[row["num_blocks"]] = row
+    for (name, resident), line in lines.items():
+        cells = (cell(line[count]) if count in line else "" for count in counts)
+        table.add_row(name, resident, *cells)
+    return table
+
+
+def _by_category(rows: list[Row], size: int, unit: str) -> Table:
+    """A row for each of a few: what is alive at its peak, and below it the op."""
+    table = _table(f"what is alive at the peak, {unit}, and the op")
+    table.add_column("")
+    for name in CATEGORIES:
+        table.add_column(SHORT[name], justify="right")
+    for row in rows:
+        name = ", ".join([_name(row), str(row["num_blocks"]), row["resident"]])
+        sizes = (_short(row["by_category"][category] / size) for category in CATEGORIES)
+        table.add_row(f"{name}\n  {_op(row['at'])}", *sizes)
+    return table
+
+
+def _op(at: str) -> str:
+    """The op without its namespace, cut to its column."""
+    phase, _, op = at.partition(": ")
+    name = op.partition("::")[2].removeprefix("_scaled_dot_product_")
+    return f"{phase}: {name[:OP]}" if op else phase
+
+
+def measured_table(rows: list[Row]) -> Iterator[Table]:
+    """Predicted beside measured, of what was measured."""
+    rows = [row for row in rows if "measured_allocated_bytes" in row]
+    size, unit = _unit(rows)
+    table = _table(f"peak allocated of a step, {unit}, and its time, ms")
+    table.add_column("")
+    for name in ("blocks", "predicted", "measured", "off by", "step", "sweep"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        predicted, measured = row["peak_allocated_bytes"], row["measured_allocated_bytes"]
+        table.add_row(
+            _name(row),
+            str(row["num_blocks"]),
+            _short(predicted / size),
+            _short(measured / size),
+            f"{predicted / measured - 1:+.1%}",
+            *(f"{row[f'seconds_per_{name}'] * 1e3:.1f}" for name in ("step", "sweep")),
+        )
+    yield table
+
+
+def _unit(rows: list[Row]) -> tuple[int, str]:
+    """What sizes are told in: bytes of it, and its name."""
+    largest = max((row["peak_allocated_bytes"] for row in rows), default=0)
+    return (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+
+
+def _name(row: Row) -> str:
+    name = row["method"].replace("_", " ").replace("block ", "")
+    return f"{name} {row['rung']}" if row["rung"] else name
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, show_edge=False, title_justify="left", min_width=TITLE)
+
+
+def _short(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"

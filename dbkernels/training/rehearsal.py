@@ -1,0 +1,199 @@
+"""A step of a run on fake tensors: what it will need, before there is a machine to run it on.
+
+A trainer is built as for a real run, under FakeTensorMode, which allocates and computes nothing.
+Its second step is followed: the optimizer's state is there, as in every step but the first.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dbkernels.memory.measure import record
+from dbkernels.memory.predict import Prediction, predict
+from dbkernels.memory.trace import Trace
+from dbkernels.memory.workspace import Target
+from dbkernels.models.baseline import Baseline, use_baseline
+from dbkernels.ops._path import rehearse_gpu
+from dbkernels.ops.scratch import scratch_bytes
+from dbkernels.training.data import Batch, ImageData, forget_orders
+from dbkernels.training.partition import Block
+from dbkernels.training.run import RunConfig
+from dbkernels.training.trainer import Trainer
+
+Resident = Literal["all", "block"]
+
+
+@dataclass(frozen=True)
+class BlankData:
+    """Samples of the right shape, of which nothing is filled in.
+
+    Args:
+        image_shape:  (C, H, W)
+        num_classes:  labels are 0 to num_classes - 1
+        count:        samples
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> Batch:
+        """As `ImageData.batch`."""
+        shape = (len(indices), *self.image_shape)
+        label = torch.zeros(len(indices), dtype=torch.int64, device=device)
+        return {"image": torch.empty(shape, device=device), "label": label}
+
+
+def blank(config: RunConfig) -> BlankData:
+    """As many blank samples as one batch of a run has."""
+    model = config.model
+    shape = (model.channels, model.image_size, model.image_size)
+    return BlankData(shape, model.num_classes, config.trainer.batch_size)
+
+
+def rehearse(
+    config: RunConfig, *, baseline: Baseline | None = None, budget: float = 1.0, target: Target
+) -> dict[Resident, Prediction]:
+    """Predict a step of a run's costliest block.
+
+    Args:
+        config:    of the run; its data is not opened
+        baseline:  what runs the layers; None is the fused layer
+        budget:    of the compiled baseline, as `use_baseline` has it
+        target:    the device that is predicted
+    Returns:
+        By what is on the device: all blocks with their optimizers' state, or only what the step
+        updates or reads, the other blocks being on the host.
+    """
+    with _pretending(target):
+        trainer = trainer_with(config, "cpu", blank(config), baseline=baseline, budget=budget)
+        _settle(trainer)
+        blocks = _costliest(trainer)
+        traces = [_follow(trainer, block, target) for block in blocks]
+        others = [_elsewhere(trainer, block) for block in blocks]
+    everywhere = [trace.beside(more) for trace, more in zip(traces, others, strict=True)]
+    return {"all": _worst(everywhere, target), "block": _worst(traces, target)}
+
+
+def trainer_with(
+    config: RunConfig,
+    device: torch.device | str,
+    data: BlankData | ImageData,
+    *,
+    baseline: Baseline | None = None,
+    budget: float = 1.0,
+) -> Trainer:
+    """A trainer at its first step, whose layers a baseline may run.
+
+    Args:
+        config:    of the run
+        device:    to train on
+        data:      in place of the config's
+        baseline:  None is the fused layer
+        budget:    of the compiled baseline, as `use_baseline` has it
+    """
+    models = config.build(device)
+    if baseline is not None:
+        use_baseline(models.model, baseline, budget=budget)
+    return config.trainer_of(models, data)
+
+
+class _Mode(FakeTensorMode):
+    """Copies of a model are of the mode of the model itself."""
+
+    def __deepcopy__(self, memo: dict) -> "_Mode":
+        return self
+
+
+@contextmanager
+def _pretending(target: Target) -> Iterator[None]:
+    forget_orders()
+    try:
+        with _Mode(), rehearse_gpu(target.processors) if target.is_gpu else nullcontext():
+            yield
+    finally:
+        forget_orders()
+
+
+def _settle(trainer: Trainer) -> None:
+    """Let every optimizer make its state."""
+    for part in trainer.parts.values():
+        for parameter in part.parameters.values():
+            parameter.grad = torch.empty_like(parameter)
+        part.update(0.0, where=torch.ones((), dtype=torch.bool))
+
+
+def _costliest(trainer: Trainer) -> list[Block]:
+    """Blocks of which one needs the most: no block that runs some of another's ops, or the same."""
+    shapes = [_shapes(trainer, block) for block in trainer.blocks]
+    return [
+        block
+        for i, block in enumerate(trainer.blocks)
+        if not any(shapes[i] < other or shapes[i] == other for other in shapes[:i])
+        and not any(shapes[i] < other for other in shapes[i + 1 :])
+    ]
+
+
+def _shapes(trainer: Trainer, block: Block) -> Counter:
+    """How often a step on a block reads a parameter of each shape."""
+    return Counter(tuple(p.shape) for p in _on_device(trainer, block).parameters())
+
+
+def _on_device(trainer: Trainer, block: Block) -> nn.Module:
+    """What a step on a block reads: its layers, and what is no layer."""
+    model, read = trainer.models.of(block), nn.Module()
+    idle = (layer for i, layer in enumerate(model.layers) if i not in block.layers)
+    left_out = {id(parameter) for layer in idle for parameter in layer.parameters()}
+    read.own = nn.ParameterList(p for p in model.parameters() if id(p) not in left_out)
+    for index, buffer in enumerate(model.buffers()):
+        read.register_buffer(f"buffer{index}", buffer)
+    return read
+
+
+def _follow(trainer: Trainer, block: Block, target: Target) -> Trace:
+    moved = trainer._moved(block)
+    return record(
+        partial(trainer.advance, block),
+        model=_on_device(trainer, block),
+        optimizers=[part.optimizer for part in moved],
+        inputs=[tensor for part in moved for tensor in part.average.values()],
+        device=torch.device("cpu"),
+        workspace=partial(_workspace, target),
+    )
+
+
+def _workspace(target: Target, func: OpOverload, args: tuple, kwargs: dict) -> int:
+    own = scratch_bytes(func, args) if target.is_gpu else 0
+    return own or target.workspace(func, args, kwargs)
+
+
+def _elsewhere(trainer: Trainer, block: Block) -> list[tuple[str, int]]:
+    """Category and bytes of what a step on a block does not touch."""
+    read = {id(parameter) for parameter in _on_device(trainer, block).parameters()}
+    moved = trainer._moved(block)
+    idle = [part for part in trainer.parts.values() if part not in moved]
+    state = [t for part in idle for t in part.optimizer_tensors().values()]
+    tensors = {
+        "parameters": [p for p in trainer.models.parameters() if id(p) not in read],
+        "optimizer": state,
+        "inputs": [t for part in idle for t in part.average.values()],
+    }
+    return [(name, t.nbytes) for name, several in tensors.items() for t in several]
+
+
+def _worst(traces: list[Trace], target: Target) -> Prediction:
+    return max(
+        (predict(trace, target) for trace in traces),
+        key=lambda prediction: prediction.peak_allocated_bytes,
+    )
