@@ -8,7 +8,10 @@ import torch
 import tyro
 from rich.console import Console
 
+from dbkernels.cli.bench import Bench
+from dbkernels.cli.doctor import Doctor
 from dbkernels.cli.evaluate import Evaluate
+from dbkernels.cli.plan import Plan
 from dbkernels.cli.profile import Profile
 from dbkernels.cli.sample import Sample
 from dbkernels.cli.train import Train
@@ -18,6 +21,9 @@ Verb = (
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
 

@@ -1,12 +1,13 @@
 """`python -m dbkernels profile`."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from dbkernels.cli import budgets
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.profile_rows import (
     METHODS,
@@ -21,9 +22,8 @@ from dbkernels.cli.profile_rows import (
     run_by,
 )
 from dbkernels.cli.profile_tables import measured_table, predicted_tables
-from dbkernels.cli.shape import FamilyName, preset
-from dbkernels.cli.train import DEFAULT_WEIGHTING
-from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.cli.rehearsed import rehearsed_run
+from dbkernels.cli.shape import FamilyName
 from dbkernels.memory.picture import draw
 from dbkernels.memory.timeline import write_timeline
 from dbkernels.memory.workspace import Target, target_named, target_of
@@ -31,8 +31,7 @@ from dbkernels.ops.rung import RUNGS
 from dbkernels.training.data import ImageData
 from dbkernels.training.performance import profile_trainer
 from dbkernels.training.rehearsal import trainer_with
-from dbkernels.training.run import PartitionConfig, RunConfig
-from dbkernels.training.trainer import TrainerConfig
+from dbkernels.training.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Profile:
     target: str = "auto"
     """The device that is predicted: cpu, a100, h100, h200, b200; auto is h100, or the measured."""
     measure: bool = False
-    """Run the steps for real too; what the device does not hold at once is only predicted."""
+    """Run the steps for real too; on a CPU compiled code, and one block at a time, are not."""
     steps: int = 5
     """Steps that are timed, of every block, where they are run."""
     device: str = "auto"
@@ -73,10 +72,21 @@ class Profile:
     """Write the one step that is asked for as a snapshot for pytorch.org/memory_viz."""
     picture: Path | None = None
     """Draw the one step that is asked for: live bytes by category, op after op; .png, .svg."""
+    check: Path | None = None
+    """Predict the rows of this file of budgets instead; fail where a peak has grown by 1 %."""
+    update: bool = False
+    """With a file to check: write the peaks of now into the file instead of failing."""
+    write: Path | None = None
+    """Put the rows that are asked for into this file of budgets, beside those that it has."""
     json: bool = False
     """Print one JSON object a line instead of tables."""
 
     def run(self) -> None:
+        if self.update and not self.check:
+            raise ValueError("update must come with check and its file, got none")
+        if self.check:
+            budgets.check(self.check, update=self.update, as_json=self.json)
+            return
         if self.batch < 1 or self.steps < 1:
             raise ValueError(
                 f"batch and steps must be at least 1, got batch {self.batch} and steps {self.steps}"
@@ -103,6 +113,8 @@ class Profile:
                 found[-1] |= self._measured(row, config)
             if self.json:
                 print(json.dumps(found[-1]), flush=True)
+        if self.write:
+            budgets.write(self.write, found)
         if not self.json:
             tables = measured_table(found) if self.measure else predicted_tables(found)
             for table in tables:
@@ -110,30 +122,21 @@ class Profile:
 
     def _cases(self) -> list[Case]:
         try:
-            counts = [int(count) for count in self.num_blocks.split(",")]
+            counts = dict.fromkeys(int(count) for count in self.num_blocks.split(","))
         except ValueError:
             raise ValueError(
                 f"num_blocks must be whole numbers with commas between, got {self.num_blocks}"
             ) from None
         methods = check_names("methods", self.methods, METHODS)
-        return cases(methods, counts, check_rungs(self.rungs))
+        return cases(methods, list(counts), check_rungs(self.rungs))
 
     def _config(self) -> RunConfig:
-        return RunConfig(
-            family=self.family,
-            model=preset(self.family, self.preset),
-            data="made up",
-            weighting=DEFAULT_WEIGHTING[self.family],
-            label_drop=0.0,
-            mirror=False,
-            shift=0,
-            partition=PartitionConfig(),
-            prior=LogNormal(),
-            trainer=TrainerConfig(steps=10**6, batch_size=self.batch, autocast=self.autocast),
-        )
+        return rehearsed_run(self.family, self.preset, batch=self.batch, autocast=self.autocast)
 
     def _target(self) -> Target:
         if self.target != "auto":
+            if self.measure:
+                raise ValueError(f"target must be auto for measure, got {self.target}")
             return target_named(self.target)
         return target_of(pick_device(self.device)) if self.measure else target_named("h100")
 
@@ -155,12 +158,13 @@ class Profile:
     def _measured(self, row: dict[str, object], config: RunConfig) -> dict[str, object]:
         """What the row's steps take for real, under names of their own; nothing if they cannot."""
         device = pick_device(self.device)
-        # a tracker of the dispatcher sees no compiled code
-        unseen = row["method"] == "compiled" and device.type == "cpu"
-        if row["resident"] != "all" or unseen:
+        # a CPU's memory also holds the blocks at rest, and the tracker sees no compiled code
+        unseen = row["method"] == "compiled" or row["resident"] == "block"
+        if unseen and device.type == "cpu":
             return {}
         case = Case(row["method"], row["num_blocks"], row["rung"])
         config = configured(case, config)
+        config = replace(config, trainer=replace(config.trainer, resident=row["resident"]))
         model = config.model
         shape = (self.batch, model.channels, model.image_size, model.image_size)
         data = ImageData(*_made_up(shape, model.num_classes))

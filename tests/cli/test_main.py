@@ -5,13 +5,24 @@ import pytest
 import torch
 from cli.runs import refused
 
+from dbkernels.cli.bench import Bench
+from dbkernels.cli.doctor import Doctor
 from dbkernels.cli.evaluate import Evaluate
+from dbkernels.cli.plan import Plan
 from dbkernels.cli.profile import Profile
 from dbkernels.cli.sample import Sample
 from dbkernels.cli.train import PriorFlags, Train, TrainerFlags
 from dbkernels.training.run import PartitionConfig
 
-VERBS = {"train": Train, "sample": Sample, "evaluate": Evaluate, "profile": Profile}
+VERBS = {
+    "train": Train,
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "profile": Profile,
+    "plan": Plan,
+    "bench": Bench,
+    "doctor": Doctor,
+}
 NESTED = {"partition": PartitionConfig, "prior": PriorFlags, "trainer": TrainerFlags}
 POSITIONAL = {"family", "run_dir", "run_dirs"}
 
@@ -20,7 +31,7 @@ def flags_of(verb):
     for field in fields(VERBS[verb]):
         if verb == "train" and field.name in NESTED:
             yield from (inner.name for inner in fields(NESTED[field.name]))
-        elif verb == "profile" or field.name not in POSITIONAL:
+        elif verb in ("profile", "plan") or field.name not in POSITIONAL:
             yield field.name
 
 
@@ -33,9 +44,10 @@ def test_help_has_a_sentence_for_every_flag(cli, monkeypatch, verb, columns):
     assert outcome.code == 0
     for name in flags_of(verb):
         flag = "--" + name.replace("_", "-")
-        found = re.search(rf" {flag}(, --no-[a-z-]+| [A-Z]+| {{[^}}]+}}) (.+?\.) \(", text)
+        kind = r"(, --no-[a-z-]+| [A-Z]+| {[^}]+}(\|[A-Z]+)?)"
+        found = re.search(rf" {flag}{kind} (.+?\.) \(", text)
         assert found, f"{flag} has no sentence"
-        assert "--" not in found[2].replace("--num-blocks", ""), f"{flag} has no sentence"
+        assert "--" not in found[3].replace("--num-blocks", ""), f"{flag} has no sentence"
     assert "dummy" not in text and "(default: )" not in text
 
 
@@ -64,8 +76,9 @@ def test_help_names_every_verb(cli):
         ("sample run --sampler ddim", "invalid choice 'ddim'"),
         ("evaluate run --blocks 3", "--blocks"),
         ("profile --family gpt", "invalid choice 'gpt'"),
+        ("plan", "--memory"),
         ("fly", "fly"),
-        ("", "Expected one of {train, sample, evaluate, profile}"),
+        ("", "Expected one of {train, sample, evaluate, profile, plan, bench, doctor}"),
     ],
 )
 def test_a_bad_flag_exits_with_2_and_touches_no_file(cli, tmp_path, arguments, message):
@@ -80,7 +93,7 @@ def test_cuda_is_refused_where_there_is_none(cli, trained, tmp_path, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert refused(trained("vit", "out", "--device", "cuda"), "device cuda needs an NVIDIA GPU")
     assert not (tmp_path / "out").exists()
-    for verb in (["sample", "out"], ["evaluate", "out"], ["profile"]):
+    for verb in (["sample", "out"], ["evaluate", "out"], ["profile", "--measure"]):
         assert refused(cli(*verb, "--device", "cuda"), "device cuda needs an NVIDIA GPU")
 
 

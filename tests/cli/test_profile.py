@@ -1,11 +1,15 @@
 import json
 import pickle
+from types import SimpleNamespace
 
 import pytest
 from cli.runs import refused
 
+from dbkernels.cli import profile
 from dbkernels.memory.measure import MEASURED
 from dbkernels.memory.trace import CATEGORIES
+from dbkernels.memory.workspace import TARGETS
+from dbkernels.training.rehearsal import trainer_with
 
 FAST = ["--batch", "2", "--steps", "1", "--device", "cpu"]
 ONE = ["--methods", "block_fused", "--rungs", "qkv", "--num-blocks", "6", "--resident", "block"]
@@ -63,6 +67,33 @@ def test_measured_stands_beside_predicted(cli):
         assert 0 < row["seconds_per_step"] <= row["seconds_per_sweep"]
 
 
+def test_one_block_at_a_time_is_measured_on_a_gpu(cli, monkeypatch):
+    taken = []
+
+    def profiled(trainer, steps):
+        taken.append((trainer.config.resident, trainer.device.type))
+        numbers = ("allocated_bytes", "reserved_bytes", "saved_bytes")
+        times = ("seconds_per_step", "seconds_per_sweep")
+        return {**dict.fromkeys(numbers + times, 1), "device": "gpu", "by_category": {}}
+
+    # the only device here, under another name
+    monkeypatch.setattr(profile, "pick_device", lambda name: SimpleNamespace(type="gpu"))
+    monkeypatch.setattr(profile, "target_of", lambda device: TARGETS["h100"])
+    monkeypatch.setattr(profile, "profile_trainer", profiled)
+    monkeypatch.setattr(profile, "trainer_with", with_device_cpu)
+    found = rows(cli("profile", *FAST, *ONE, "--measure", "--json"))
+    assert taken == [("block", "cpu")] and found[0]["measured_allocated_bytes"] == 1
+
+
+def with_device_cpu(config, device, data, **ways):
+    return trainer_with(config, "cpu", data, **ways)
+
+
+def test_a_number_of_blocks_said_twice_counts_once(cli):
+    found = rows(cli("profile", *ONE, "--num-blocks", "6,3,6", "--batch", "2", "--json"))
+    assert [row["num_blocks"] for row in found] == [6, 3]
+
+
 def test_compiled_code_is_not_measured_on_a_cpu(cli):
     (row,) = rows(
         cli("profile", *FAST, "--methods", "compiled", "--resident", "all", "--measure", "--json")
@@ -104,6 +135,7 @@ def test_one_step_is_written_and_drawn(cli, tmp_path):
         ("--rungs all", "rungs must be of none, attention, mlp, qkv, layer, got all"),
         ("--resident none", "resident must be of all, block, got none"),
         ("--target v100", "target must be one of cpu, a100, h100, h200, b200, got v100"),
+        ("--target h100 --measure", "target must be auto for measure, got h100"),
         ("--timeline t.pickle", "timeline and picture show one step, which methods, num_blocks, "),
     ],
 )

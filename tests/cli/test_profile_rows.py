@@ -82,5 +82,6 @@ def test_several_processes_find_what_one_does(monkeypatch):
 
 def test_names_are_checked():
     assert profile_rows.check_rungs("none,layer") == ["none", "layer"]
+    assert profile_rows.check_rungs("qkv, none,qkv") == ["qkv", "none"]
     with pytest.raises(ValueError, match=r"rungs must be of none, attention, .*, got all"):
         profile_rows.check_rungs("none,all")

@@ -94,5 +94,23 @@ def test_predicted_stands_beside_measured():
         "seconds_per_sweep": 1.0,
     }
     lines = printed(measured_table([row(**taken), row(resident="block")]))
-    (line,) = [line for line in lines if "fused none" in line]
-    assert cells(line) == ["fused none", "2", "1.00", "2.00", "-50.0%", "500.0", "1000.0"]
+    measured, alone = [cells(line) for line in lines if "fused none" in line]
+    assert measured == ["fused none", "2, all", "1.00", "2.00", "-50.0%", "500", "1000"]
+    assert alone == ["fused none", "2, block", "1.00"] + [""] * 4
+
+
+def test_the_longest_of_measured_rows_fits_a_line():
+    taken = {"measured_allocated_bytes": GiB // 2}
+    times = {"seconds_per_step": 12.3, "seconds_per_sweep": 98.7}
+    lines = printed(
+        measured_table([row(num_blocks=12, rung="attention", resident="block", **taken, **times)])
+    )
+    assert cells(lines[-1])[:2] == ["fused attention", "12, block"]
+
+
+def test_end_to_end_has_one_line_whatever_is_on_the_device():
+    rows = [row("end_to_end", 1, None, resident=name) for name in ("all", "block")]
+    for tables in (predicted_tables(rows), measured_table(rows)):
+        for table in tables:
+            lines = [cells(line) for line in printed([table]) if line.strip().startswith("end")]
+            assert [line[0] for line in lines] in (["end to end"], ["end to end, 1"])

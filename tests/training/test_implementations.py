@@ -20,4 +20,3 @@ def test_the_loss_curve_is_that_of_plain_torch(family):
     assert len(set(expected)) == len(expected)
     for name in names - {"torch"}:
         assert loss_curve(family, name) == pytest.approx(expected, rel=1e-4), name
-

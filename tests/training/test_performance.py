@@ -39,3 +39,13 @@ def test_a_gpus_allocator_is_asked_without_the_tracker(monkeypatch):
     gpu = SimpleNamespace(type="cuda")
     assert performance._allocated(lambda: calls.append("step"), gpu) == (111, 222)
     assert calls[:4] == ["synchronize", "reset_peak_memory_stats", "step", "synchronize"]
+
+
+def test_blocks_that_visit_the_device_are_measured_there():
+    trainer = make_trainer("dit", steps=100, resident="block")
+    row = profile_trainer(trainer, steps=1)
+    # on a CPU the blocks at rest are there too, beside the room for the one that is trained
+    everything = make_trainer("dit", steps=100)
+    tensors = [t for part in everything.parts.values() for t in part.tensors()]
+    assert row["peak_bytes"] > sum(tensor.nbytes for tensor in tensors)
+    assert {part.steps for name, part in trainer.parts.items() if name != "shared"} == {4}

@@ -166,6 +166,23 @@ def test_averages_of_the_weights_are_there_too():
     assert weights <= with_them - without <= 1.01 * weights
 
 
+@pytest.mark.parametrize("model", [DIT, VIT], ids=["dit", "vit"])
+def test_copies_of_what_the_blocks_share_are_all_there(model):
+    config = configured(4, model=model, sharing="copies", ema=0.9)
+    predicted = rehearse(config, target=CPU)["all"].by_category
+    trainer = trainer_with(config, "cpu", blank(config))
+    tensors = [*trainer.models.parameters(), *trainer.models.buffers()]
+    assert predicted["parameters"] == sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_tells_the_same_of_a_run_whose_blocks_visit_the_device(prefetch):
+    config = configured(2)
+    visiting = replace(config.trainer, resident="block", prefetch=prefetch)
+    found = rehearse(replace(config, trainer=visiting), target=CPU)
+    assert found == rehearse(config, target=CPU)
+
+
 # the costliest block
 
 

@@ -1,7 +1,9 @@
 import gc
 import os
 import threading
+import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from training.tiny import equal, make_trainer
 
 from dbkernels.training.part import Part
-from dbkernels.training.residency import Residency
+from dbkernels.training.residency import Residency, _Flat
 from dbkernels.training.resting import HostRest
 
 SETTINGS = {"ema": 0.9, "warmup": 1, "decay": "cosine"}
@@ -229,6 +231,47 @@ def test_a_trainer_that_has_prefetched_restores_in_the_middle_of_a_visit():
     assert same(second, whole)
 
 
+@pytest.mark.parametrize("trained", range(1, 6))
+def test_what_was_prefetched_before_a_restore_is_not_trained_after_it(trained):
+    whole, first = make_trainer(**SETTINGS), block_by_block()
+    steps(whole)
+    steps(first, 3)
+    saved = {g: {k: v.clone() for k, v in t.items()} for g, t in first.tensors().items()}
+    second = block_by_block(prefetch=True)
+    steps(second, trained)
+    second.restore(saved, first.counters())
+    steps(second, 9)
+    assert same(second, whole)
+
+
+def test_a_block_on_its_way_to_its_rest_is_waited_for_before_it_is_read():
+    whole, swapped = make_trainer(**SETTINGS), block_by_block(prefetch=True)
+    rest = swapped.residency._rest
+    store = rest.store
+
+    def slow(slot, home):
+        time.sleep(0.05)
+        store(slot, home)
+
+    rest.store = slow
+    for index in (0, 1):
+        assert swapped.step_block(swapped.blocks[index]) == whole.step_block(whole.blocks[index])
+    assert same(swapped, whole)
+
+
+def test_what_a_step_writes_is_copied_after_the_step(adopted, monkeypatch):
+    residency, _ = adopted
+    submitted = []
+    monkeypatch.setattr(
+        residency._lane,
+        "submit",
+        lambda copy, after_steps=False: submitted.append((copy.func.__name__, after_steps)),
+    )
+    for name in ("small", "large"):
+        residency.enter(name)
+    assert submitted == [("load", False), ("store", True), ("load", False)]
+
+
 def test_times_the_way_to_the_rest_and_back(adopted):
     residency, parts = adopted
     residency.enter("large")
@@ -255,3 +298,48 @@ def test_an_error_while_copying_beside_the_steps_is_raised():
     trainer.residency._rest.load = broken
     with pytest.raises(OSError, match="no such disk"):
         steps(trainer, 4)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("following", [0, 1, 2])
+@pytest.mark.parametrize("call", [2, 3], ids=["while one leaves", "while one enters"])
+def test_a_swap_that_was_cut_short_loses_nothing(monkeypatch, call, following, prefetch):
+    inner, calls = _Flat.lie_in, []
+
+    def lie_in(flat, buffer):
+        calls.append(flat)
+        if len(calls) == call:
+            inner(SimpleNamespace(tensors=flat.tensors[:5]), buffer)
+            raise KeyboardInterrupt
+        inner(flat, buffer)
+
+    monkeypatch.setattr(_Flat, "lie_in", lie_in)
+    whole, swapped = make_trainer(**SETTINGS), block_by_block(prefetch=prefetch)
+    for trainer in (whole, swapped):
+        trainer.step_block(trainer.blocks[0])
+    with pytest.raises(KeyboardInterrupt):
+        swapped.step_block(swapped.blocks[1])
+    for index in (following, 1, 0):
+        row = whole.step_block(whole.blocks[index])
+        assert swapped.step_block(swapped.blocks[index]) == row
+    assert same(swapped, whole)
+
+
+def test_what_was_moved_to_the_device_leaves_it_where_no_room_was_left_for_a_slot(
+    adopted, monkeypatch
+):
+    residency, _ = adopted
+    moves = []
+    monkeypatch.setattr(residency, "_move_common", moves.append)
+    monkeypatch.setattr("torch.empty", raising(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        residency.enter("small")
+    residency.close()
+    assert moves == [torch.device("cpu"), "cpu"]
+
+
+def raising(error):
+    def call(*_, **__):
+        raise error
+
+    return call

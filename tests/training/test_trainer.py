@@ -290,3 +290,21 @@ def test_all_blocks_are_resident_only_where_the_models_are():
     models, data = make_trainer().models, make_trainer().data
     with pytest.raises(ValueError, match=r"models must be on meta, where all blocks are .*got cpu"):
         Trainer(models, data, None, TrainerConfig(steps=1), device="meta")
+
+
+@pytest.mark.parametrize("error", [ValueError("no such image"), KeyboardInterrupt()])
+def test_a_step_that_was_cut_short_adds_nothing_to_the_next(error):
+    inner, calls = make_trainer().objective, []
+
+    def objective(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise error
+        return inner(*arguments)
+
+    whole, broken = make_trainer(accumulate=4), make_trainer(accumulate=4, objective=objective)
+    with pytest.raises(type(error)):
+        broken.step_block(broken.blocks[0])
+    for index in (1, 0):
+        assert broken.step_block(broken.blocks[index]) == whole.step_block(whole.blocks[index])
+    assert equal(weights(broken), weights(whole))

@@ -1,0 +1,32 @@
+"""The configuration of a run that is only rehearsed, or run on samples that are made up."""
+
+from dbkernels.cli.shape import preset
+from dbkernels.cli.train import DEFAULT_WEIGHTING
+from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.training.run import PartitionConfig, RunConfig
+from dbkernels.training.trainer_config import TrainerConfig
+
+
+def rehearsed_run(family: str, name: str, *, batch: int, autocast: bool) -> RunConfig:
+    """A run of a preset with the settings that `train` has by default.
+
+    Args:
+        family:    of the model
+        name:      of the preset
+        batch:     samples of a step
+        autocast:  whether it computes in bfloat16
+    Raises:
+        ValueError: there is no such preset, or the batch is empty.
+    """
+    return RunConfig(
+        family=family,
+        model=preset(family, name),
+        data="made up",
+        weighting=DEFAULT_WEIGHTING[family],
+        label_drop=0.0,
+        mirror=False,
+        shift=0,
+        partition=PartitionConfig(),
+        prior=LogNormal(),
+        trainer=TrainerConfig(steps=10**6, batch_size=batch, autocast=autocast),
+    )

@@ -1,0 +1,24 @@
+import pytest
+
+from dbkernels.cli.rehearsed import rehearsed_run
+from dbkernels.models import dit
+from dbkernels.training.run import read_config
+
+
+def test_settings_are_those_of_train(trained, tmp_path):
+    trained("dit", "out")
+    config, made = (
+        rehearsed_run("dit", "S/2", batch=8, autocast=True),
+        read_config(tmp_path / "out"),
+    )
+    assert (config.model, config.trainer.batch_size) == (dit.PRESETS["S/2"], 8)
+    assert config.trainer.autocast
+    for name in ("weighting", "label_drop", "mirror", "shift", "partition", "prior"):
+        assert getattr(config, name) == getattr(made, name)
+
+
+def test_rejects():
+    with pytest.raises(ValueError, match="preset of vit must be one of cifar100, digits, got XL"):
+        rehearsed_run("vit", "XL", batch=8, autocast=False)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        rehearsed_run("vit", "digits", batch=0, autocast=False)
