@@ -182,3 +182,10 @@ def test_the_sources_are_part_of_a_source_archive(checkout, build):
     names = subprocess.run(["tar", "-tf", archive], capture_output=True, text=True).stdout
     for name in ("setup.py", "csrc/library.cpp", "csrc/maths.cpp", "csrc/answer.h"):
         assert f"/{name}\n" in names
+
+
+def test_code_that_fails_here_is_not_passed_over():
+    """Without a library the tests of csrc are not collected, so a failure must show by itself."""
+    library = _compiled.library()
+    assert not library.broken, library.reason
+    assert "the compiler failed" not in (library.reason or "")

@@ -25,13 +25,16 @@ def check_floats(**tensors: Tensor | None) -> None:
     devices = {str(tensor.device) for tensor in given.values()}
     if len(devices) > 1:
         raise ValueError(f"{_list(given)} must be on one device, got {', '.join(sorted(devices))}")
-    device = next(iter(given.values())).device
-    # plain torch also runs in float64, which is how a gradient is checked by differences
-    dtypes = (*DTYPES, torch.float64) if implementation(device) == "torch" else DTYPES
     for name, tensor in given.items():
-        if tensor.dtype not in dtypes:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise ValueError(f"{name} must be one of {names}, got {tensor.dtype}")
+        _check_dtype(name, tensor.dtype, tensor.device)
+
+
+def result_dtype(dtype: torch.dtype | None, like: Tensor) -> torch.dtype:
+    """What was asked for, which kernels must be able to write; None is the dtype of a tensor."""
+    if dtype is None:
+        return like.dtype
+    _check_dtype("dtype", dtype, like.device)
+    return dtype
 
 
 def check_tokens(**tensors: Tensor) -> None:
@@ -79,6 +82,16 @@ def refuse_double_backward(op: str) -> None:
         raise RuntimeError(
             f"{op} has no second derivative: call backward without create_graph=True"
         )
+
+
+def _check_dtype(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    if dtype in DTYPES:
+        return
+    # plain torch also runs in float64, which is how a gradient is checked by differences
+    dtypes = (*DTYPES, torch.float64) if implementation(device) == "torch" else DTYPES
+    if dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be one of {names}, got {dtype}")
 
 
 def _one_shape(tensors: dict[str, Tensor]) -> bool:

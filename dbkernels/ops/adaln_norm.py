@@ -245,14 +245,15 @@ def adaln_norm(
         shift:  shape, strides and dtype of scale
         norm:   "layer", or "rms", which does not subtract the mean
         eps:    added to the variance, so in units of x**2
-        dtype:  of the result; None is the dtype of x
+        dtype:  of the result, one that x may have; None is that of x
     Returns:
         (B, T, D). Statistics and sums are float32 inside.
     Raises:
-        ValueError: a shape, stride, dtype or device disagrees, D > MAX_D, or norm is unknown.
+        ValueError: a shape, stride, dtype or device disagrees, D > MAX_D, or norm or dtype is not
+            among those named.
         RuntimeError: the gradient is differentiated.
     """
-    options = NormOptions(eps, _door.check_norm(norm), dtype or x.dtype)
+    options = NormOptions(eps, _door.check_norm(norm), _door.result_dtype(dtype, x))
     _door.check_floats(x=x, scale=scale, shift=shift)
     _door.check_tokens(x=x)
     _door.check_modulation(x, scale=scale, shift=shift)

@@ -154,11 +154,11 @@ def add_noise(
         draw:        names the noise of sample 0; sample b has that of draw.sample + b
         scale:       "c_in" multiplies by 1 / sqrt(sigma**2 + sigma_data**2), as a network wants it
         sigma_data:  standard deviation of the clean target
-        dtype:       of the result; None is the dtype of z0
+        dtype:       of the result, one that z0 may have; None is that of z0
     Returns:
         (B, ...). Everything is float32 inside, and rounded once.
     Raises:
-        ValueError: a shape, dtype or device disagrees, scale is unknown, sigma requires a
+        ValueError: a shape, dtype or device disagrees, scale or dtype is unknown, sigma requires a
             gradient, sigma_data is not positive, or the draw has not that many samples. Also a
             sigma that is not positive or not finite; on a GPU, where to look at it would wait for
             the device, its sample is NaN.
@@ -167,5 +167,6 @@ def add_noise(
     if scale not in (None, "c_in"):
         raise ValueError(f"scale must be None or c_in, got {scale}")
     check_noise("z0", z0, sigma, sigma_data)
-    options = _Options(draw.arguments(*sizes(z0)), scale == "c_in", sigma_data, dtype or z0.dtype)
+    dtype = _door.result_dtype(dtype, z0)
+    options = _Options(draw.arguments(*sizes(z0)), scale == "c_in", sigma_data, dtype)
     return _AddNoise.apply(z0.contiguous(), sigma.contiguous(), options)

@@ -289,4 +289,6 @@ def _apply(prediction, z0, sigma, weight, mask, options):
     k = error_weight(z0, sigma, options.sigma_data, weight, mask)
     mask = None if mask is None else mask.contiguous()
     prediction, z0, sigma = (t.contiguous() for t in (prediction, z0, sigma))
+    if not torch.is_grad_enabled():  # which no function is told that asks who requires a gradient
+        prediction, z0 = prediction.detach(), z0.detach()
     return _ScoreLoss.apply(prediction, z0, sigma, k, mask, options)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from threads import with_threads
 
 from dbkernels.ops import _maths, add_noise, score_loss
 from dbkernels.ops._noise import NOISE
@@ -28,15 +29,6 @@ def normals_one_by_one(draw, b, elements):
         x = _maths.philox(group, c1 + b, c2, c3, *key)
         numbers += [*_maths.pair_of_normals(*x[:2]), *_maths.pair_of_normals(*x[2:])]
     return numbers[:elements]
-
-
-def with_threads(count, f):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        return f()
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("elements", SIZES)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
+from threads import with_threads
 
 from dbkernels import ops
 from dbkernels.ops import reference
@@ -16,15 +17,6 @@ raw = torch.ops.dbkernels
 def compiled():
     with use_implementation("cpp"):
         yield
-
-
-def with_threads(count, f):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        return f()
-    finally:
-        torch.set_num_threads(before)
 
 
 def inputs(B, T, D):

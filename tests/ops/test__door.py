@@ -34,6 +34,15 @@ def test_names_the_tensor_whose_dtype_is_refused():
         _door.check_floats(x=torch.empty(1), h=torch.empty(1, dtype=torch.int64))
 
 
+def test_a_result_has_the_dtype_that_was_asked_for_or_that_of_what_goes_in():
+    x = torch.empty(1, dtype=torch.float16)
+    assert _door.result_dtype(None, x) == torch.float16
+    assert _door.result_dtype(torch.bfloat16, x) == torch.bfloat16
+    message = "dtype must be one of float32, bfloat16, float16, got torch.float64"
+    with use_implementation("triton"), pytest.raises(ValueError, match=message):
+        _door.result_dtype(torch.float64, x)
+
+
 def test_refuses_two_devices():
     message = "x and h must be on one device, got c.*, meta"
     with pytest.raises(ValueError, match=message):

@@ -294,6 +294,7 @@ def test_rejects(change, message):
         adaln_norm(*change(*inputs(2, 5, 16)))
 
 
-def test_rejects_an_unknown_norm():
-    with pytest.raises(ValueError, match="norm must be layer or rms, got group"):
-        adaln_norm(*inputs(2, 5, 16), norm="group")
+@pytest.mark.parametrize("option", [{"norm": "group"}, {"dtype": torch.bool}], ids=str)
+def test_rejects_an_option(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be .*, got .*(group|bool)"):
+        adaln_norm(*inputs(2, 5, 16), **option)

@@ -172,6 +172,7 @@ def test_backward_gives_the_dtype_that_is_asked_for(scaled):
     ("change", "message"),
     [
         ({"scale": "c_out"}, "scale must be None or c_in, got c_out"),
+        ({"dtype": torch.int32}, "dtype must be one of float32, bfloat16, .*, got torch.int32"),
         ({"z0": torch.zeros(3, 5).long()}, "z0 must be one of float32"),
         ({"sigma": torch.ones(4)}, r"sigma must be \(3,\) torch.float32"),
         ({"sigma_data": -1.0}, "sigma_data must be positive, got -1.0"),

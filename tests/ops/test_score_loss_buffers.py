@@ -62,13 +62,13 @@ def test_the_gradient_lies_where_the_prediction_lay():
     assert grads[0].data_ptr() == computed.data_ptr()
 
 
-def test_without_a_gradient_nothing_is_written():
+@pytest.mark.parametrize("required", [False, True])
+def test_without_a_gradient_nothing_is_written(required):
     prediction, z0, sigma = inputs((3, 9))
-    before = prediction.clone()
-    score_loss_(prediction, z0, sigma, DRAW, sigma_data=0.5)
-    with torch.no_grad():
-        score_loss_(prediction.requires_grad_() + 0, z0, sigma, DRAW, sigma_data=0.5)
-    assert torch.equal(prediction, before)
+    computed = prediction.requires_grad_(required) + 0
+    with torch.set_grad_enabled(not required):
+        score_loss_(computed, z0, sigma, DRAW, sigma_data=0.5)
+    assert torch.equal(computed, prediction)
 
 
 # a graph that is kept is not scaled in place, which would tell as well
