@@ -19,4 +19,6 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device must be auto, cpu or cuda, got {name}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name} needs an NVIDIA GPU, got a machine without one")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device {name} must be below cuda:{count} on this machine")
     return device

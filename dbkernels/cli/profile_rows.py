@@ -130,12 +130,12 @@ def row(case: Case, resident: Resident, prediction: Prediction) -> dict[str, obj
 
 
 def check_names(flag: str, text: str, known: Sequence[str]) -> list[str]:
-    """Names with commas between, each of which must be known.
+    """Names with commas between, each of which must be known; what is said twice counts once.
 
     Raises:
         ValueError: one is not.
     """
-    names = text.split(",")
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in known:
             raise ValueError(f"{flag} must be of {', '.join(known)}, got {name}")

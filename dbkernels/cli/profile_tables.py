@@ -23,7 +23,7 @@ Row = dict[str, object]
 
 def predicted_tables(rows: list[Row]) -> Iterator[Table]:
     """Peaks and operations by number of blocks, and where rows are few, what the peaks are."""
-    first = rows[0]
+    first, rows = rows[0], _distinct(rows)
     compute = "bfloat16" if first["autocast"] else "float32"
     title = f"{first['family']} {first['preset']}, batch {first['batch']}, {compute} compute"
     size, unit = _unit(rows)
@@ -53,9 +53,7 @@ def _by_blocks(rows: list[Row], title: str, cell: Callable[[Row], str]) -> Table
         table.add_column(str(count), justify="right")
     lines: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
-        # end to end there is no other block
-        resident = row["resident"] if row["method"].startswith("block") else ""
-        lines.setdefault((_name(row), resident), {})[row["num_blocks"]] = row
+        lines.setdefault((_name(row), _resident(row)), {})[row["num_blocks"]] = row
     for (name, resident), line in lines.items():
         cells = (cell(line[count]) if count in line else "" for count in counts)
         table.add_row(name, resident, *cells)
@@ -69,9 +67,8 @@ def _by_category(rows: list[Row], size: int, unit: str) -> Table:
     for name in CATEGORIES:
         table.add_column(SHORT[name], justify="right")
     for row in rows:
-        name = ", ".join([_name(row), str(row["num_blocks"]), row["resident"]])
         sizes = (_short(row["by_category"][category] / size) for category in CATEGORIES)
-        table.add_row(f"{name}\n  {_op(row['at'])}", *sizes)
+        table.add_row(f"{_name(row)}, {_blocks(row)}\n  {_op(row['at'])}", *sizes)
     return table
 
 
@@ -83,30 +80,51 @@ def _op(at: str) -> str:
 
 
 def measured_table(rows: list[Row]) -> Iterator[Table]:
-    """Predicted beside measured, of what was measured."""
-    rows = [row for row in rows if "measured_allocated_bytes" in row]
+    """Predicted beside measured; empty where nothing was."""
+    rows = _distinct(rows)
     size, unit = _unit(rows)
-    table = _table(f"peak allocated of a step, {unit}, and its time, ms")
+    table = _table(f"peak allocated of a step, {unit}, and its time without swaps, ms")
     table.add_column("")
-    for name in ("blocks", "predicted", "measured", "off by", "step", "sweep"):
+    table.add_column("blocks")
+    for name in ("predicted", "measured", "off by", "step", "sweep"):
         table.add_column(name, justify="right")
     for row in rows:
-        predicted, measured = row["peak_allocated_bytes"], row["measured_allocated_bytes"]
-        table.add_row(
-            _name(row),
-            str(row["num_blocks"]),
-            _short(predicted / size),
-            _short(measured / size),
-            f"{predicted / measured - 1:+.1%}",
-            *(f"{row[f'seconds_per_{name}'] * 1e3:.1f}" for name in ("step", "sweep")),
-        )
+        predicted = _short(row["peak_allocated_bytes"] / size)
+        table.add_row(_name(row), _blocks(row), predicted, *_measured(row, size))
     yield table
+
+
+def _measured(row: Row, size: int) -> list[str]:
+    """Peak, what the prediction is off by, and the times; nothing of what was not measured."""
+    if "measured_allocated_bytes" not in row:
+        return []
+    measured = row["measured_allocated_bytes"]
+    seconds = (row[f"seconds_per_{name}"] for name in ("step", "sweep"))
+    off_by = f"{row['peak_allocated_bytes'] / measured - 1:+.1%}"
+    return [_short(measured / size), off_by, *(_short(each * 1e3) for each in seconds)]
 
 
 def _unit(rows: list[Row]) -> tuple[int, str]:
     """What sizes are told in: bytes of it, and its name."""
     largest = max((row["peak_allocated_bytes"] for row in rows), default=0)
     return (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+
+
+def _distinct(rows: list[Row]) -> list[Row]:
+    """The first of the rows that would be told by the same words."""
+    first: dict[tuple, Row] = {}
+    for row in rows:
+        first.setdefault((_name(row), _resident(row), row["num_blocks"]), row)
+    return list(first.values())
+
+
+def _resident(row: Row) -> str:
+    """What is on the device; end to end there is no other block."""
+    return row["resident"] if row["method"].startswith("block") else ""
+
+
+def _blocks(row: Row) -> str:
+    return ", ".join(filter(None, [str(row["num_blocks"]), _resident(row)]))
 
 
 def _name(row: Row) -> str:

@@ -38,8 +38,9 @@ class Sample:
     """Spacing of the levels; cdf uses every block about equally often."""
     sampler: Literal["euler", "heun"] = "euler"
     """euler evaluates once per level; heun corrects each step and wants the karras grid."""
-    guidance: float = 2.0
-    """Scale of classifier-free guidance; 1 for none."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance, 1 for none; where labels were dropped in training it is 2,
+    and else there is none."""
     weights: Literal["average", "last"] = "average"
     """The moving average of the weights where the run kept one, or the last weights."""
     checkpoint: str = "latest"
@@ -66,7 +67,7 @@ class Sample:
             labels.repeat_interleave(self.per_class),
             GRIDS[self.grid](config.prior, self.levels),
             Draw(self.seed, step=0),
-            guidance=self.guidance,
+            guidance=self._guidance(config.label_drop),
             sampler=self.sampler,
         )
         write_images(images.cpu(), self.out, self.per_class)
@@ -81,8 +82,18 @@ class Sample:
             raise ValueError(f"out must be a file, got the directory {self.out}")
         if self.per_class < 1:
             raise ValueError(f"per_class must be at least 1, got {self.per_class}")
-        if not math.isfinite(self.guidance):
+        if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be finite, got {self.guidance}")
+
+    def _guidance(self, label_drop: float) -> float:
+        if self.guidance is None:
+            return 2.0 if label_drop else 1.0
+        if self.guidance != 1 and not label_drop:
+            raise ValueError(
+                "guidance must be 1 for a run that never dropped labels (--label-drop), "
+                f"got {self.guidance}"
+            )
+        return self.guidance
 
 
 def write_images(images: Tensor, path: Path, per_row: int) -> None:

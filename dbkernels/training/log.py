@@ -1,7 +1,9 @@
 """The log of a run: one JSON object a line, and TensorBoard where it is asked for."""
 
+import fcntl
 import json
 import os
+import weakref
 from pathlib import Path
 
 
@@ -13,12 +15,14 @@ class RunLog:
         first_step:   rows of this step of the run and later ones are dropped
         tensorboard:  whether to write event files to directory/tensorboard too
     Raises:
-        ValueError: TensorBoard is asked for and not installed.
+        ValueError: TensorBoard is asked for and not installed, or another log of the directory is
+                    open, in whatever process.
     """
 
     def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = False):
         self._writer = _tensorboard_writer(directory / "tensorboard", first_step, tensorboard)
         directory.mkdir(parents=True, exist_ok=True)
+        self._release = weakref.finalize(self, os.close, _claim(directory))
         path = directory / "log.jsonl"
         kept = [row for row in read_log(path) if row["step"] < first_step]
         temporary = path.with_suffix(".tmp")
@@ -34,9 +38,24 @@ class RunLog:
                 self._writer.add_scalar(f"{name}/block{row['block']}", row[name], row["step"])
 
     def close(self) -> None:
+        self._release()
         self._file.close()
         if self._writer:
             self._writer.close()
+
+
+def _claim(directory: Path) -> int:
+    """A descriptor that holds a directory against others until it is closed, or its owner dies."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"{directory} must have one writer, got another that goes on") from None
+    except OSError:
+        # file systems without locks hold runs as well
+        pass
+    return descriptor
 
 
 def read_log(path: Path) -> list[dict[str, float | int]]:

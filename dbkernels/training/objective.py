@@ -55,7 +55,8 @@ def weigh(losses: Tensor, weight: Tensor, weighting: Weighting, mean_weight: flo
         weight:       (B,) float32, the EDM weight of each sample's noise level
         weighting:    none: the plain mean. edm: mean(weight * loss), equation 6, right for squared
                       errors. normalised: the same over `mean_weight`, so that no block outweighs
-                      another. published: mean(weight) * mean(loss), what the authors' code does
+                      another. published: mean(weight) * mean(loss), what the authors' code does;
+                      alone of the four it depends on how a batch is cut
         mean_weight:  expected weight of the block
     Raises:
         ValueError: the weighting is unknown.

@@ -17,6 +17,9 @@ WARM_UP_STEPS = 2  # the first step makes the optimizer's state, the second is s
 def profile_trainer(trainer: Trainer, steps: int) -> dict[str, object]:
     """Peak bytes of the costliest block's step, and median seconds of a step and of a sweep.
 
+    Where blocks visit the device, all of the room for one of them counts as parameters. The seconds
+    are of steps without a swap.
+
     Args:
         trainer:  with steps left; it moves on by a few of each block
         steps:    that are timed, of every block
@@ -32,7 +35,10 @@ def profile_trainer(trainer: Trainer, steps: int) -> dict[str, object]:
         step = partial(trainer.step_block, block)
         # apart from the tracker, under which autograd adds gradients up in new storages
         allocated.append(_allocated(step, trainer.device))
-        peaks.append(measure_peak(step, model=trainer.models, optimizers=optimizers))
+        peak = measure_peak(
+            step, model=trainer.models, optimizers=optimizers, device=trainer.device
+        )
+        peaks.append(peak)
     worst = max(peaks, key=lambda peak: peak.total_bytes)
     highest, reserved = max(allocated)
     return {

@@ -7,7 +7,7 @@ Its second step is followed: the optimizer's state is there, as in every step bu
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -68,7 +68,7 @@ def rehearse(
     """Predict a step of a run's costliest block.
 
     Args:
-        config:    of the run; its data is not opened
+        config:    of the run; its data is not opened, and residency is the answer's, not its own
         baseline:  what runs the layers; None is the fused layer
         budget:    of the compiled baseline, as `use_baseline` has it
         target:    the device that is predicted
@@ -76,6 +76,9 @@ def rehearse(
         By what is on the device: all blocks with their optimizers' state, or only what the step
         updates or reads, the other blocks being on the host.
     """
+    # host and device are one memory here, in which blocks at rest would count
+    at_home = replace(config.trainer, resident="all", rest="host", rest_dir="", prefetch=False)
+    config = replace(config, trainer=at_home)
     with _pretending(target):
         trainer = trainer_with(config, "cpu", blank(config), baseline=baseline, budget=budget)
         _settle(trainer)
@@ -103,10 +106,10 @@ def trainer_with(
         baseline:  None is the fused layer
         budget:    of the compiled baseline, as `use_baseline` has it
     """
-    models = config.build(device)
+    models = config.build(config.home(device))
     if baseline is not None:
         use_baseline(models.model, baseline, budget=budget)
-    return config.trainer_of(models, data)
+    return config.trainer_of(models, data, device=device)
 
 
 class _Mode(FakeTensorMode):
@@ -162,7 +165,7 @@ def _on_device(trainer: Trainer, block: Block) -> nn.Module:
 
 
 def _follow(trainer: Trainer, block: Block, target: Target) -> Trace:
-    moved = trainer._moved(block)
+    moved = trainer.moved(block)
     return record(
         partial(trainer.advance, block),
         model=_on_device(trainer, block),
@@ -180,12 +183,15 @@ def _workspace(target: Target, func: OpOverload, args: tuple, kwargs: dict) -> i
 
 def _elsewhere(trainer: Trainer, block: Block) -> list[tuple[str, int]]:
     """Category and bytes of what a step on a block does not touch."""
-    read = {id(parameter) for parameter in _on_device(trainer, block).parameters()}
-    moved = trainer._moved(block)
+    on_device = _on_device(trainer, block)
+    read = {id(tensor) for tensor in (*on_device.parameters(), *on_device.buffers())}
+    moved = trainer.moved(block)
     idle = [part for part in trainer.parts.values() if part not in moved]
     state = [t for part in idle for t in part.optimizer_tensors().values()]
+    # copies of what the blocks share have buffers of their own
+    every = [*trainer.models.parameters(), *trainer.models.buffers()]
     tensors = {
-        "parameters": [p for p in trainer.models.parameters() if id(p) not in read],
+        "parameters": [tensor for tensor in every if id(tensor) not in read],
         "optimizer": state,
         "inputs": [t for part in idle for t in part.average.values()],
     }

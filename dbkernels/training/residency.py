@@ -61,6 +61,7 @@ class Residency:
         self._slots: list[Tensor] = []
         self._slot = 0  # where the current block lies
         self._current = self._ahead = ""  # names of the block on the device and of the next one
+        self._entered = ""  # the current one when all of it lies there, which takes a while
         self._arrival: Future | None = None  # of the next one
 
     def adopt(self, name: str, part: Part) -> None:
@@ -74,15 +75,16 @@ class Residency:
 
     def enter(self, name: str) -> None:
         """Have a block on the device for the steps that follow; the one that was there rests."""
-        if name == self._current or name not in self._blocks:
+        if name == self._entered or name not in self._blocks:
             return
         self._open()
         self._leave()
         if name != self._ahead:
             self._fetch(name)
         self._lane.join(self._arrival)
-        self._slot, self._current, self._ahead = self._other_slot(), name, ""
+        self._ahead, self._slot, self._current = "", self._other_slot(), name
         self._blocks[name].lie_in(self._slots[self._slot])
+        self._entered = name
 
     def prefetch(self, name: str) -> None:
         """Start to bring the next block beside the steps, where there is a slot for it."""
@@ -103,8 +105,9 @@ class Residency:
     def close(self) -> None:
         """Bring everything to the host and free the slot; `enter` opens it again."""
         self.settle()
-        if self._slots:
-            self._slots = []
+        self._slots = []
+        # also where it was moved and no room was left for a slot
+        if self._blocks:
             self._move_common("cpu")
 
     def swap_seconds(self) -> float:
@@ -135,10 +138,12 @@ class Residency:
 
     def _fetch(self, name: str) -> None:
         self._blocks[name].require_home(name)
+        self._ahead = ""
         self._arrival = self._load(name, self._slots[self._other_slot()])
         self._ahead = name
 
     def _leave(self) -> None:
+        self._entered = ""
         if self._current:
             self._store()
             self._blocks[self._current].lie_at_home()

@@ -91,6 +91,11 @@ class RunConfig:
             raise ValueError(f"label_drop must be in [0, 1), got {self.label_drop}")
         if self.shift < 0:
             raise ValueError(f"shift must be at least 0 pixels, got {self.shift}")
+        if self.weighting == "published" and self.trainer.accumulate > 1:
+            raise ValueError(
+                "accumulate must be 1 with the published weighting, which is no mean over samples, "
+                f"got {self.trainer.accumulate}"
+            )
         if self.label_drop and self.family != "dit":
             raise ValueError(f"label_drop must be 0 for {self.family}, got {self.label_drop}")
 
@@ -105,14 +110,13 @@ class RunConfig:
             model = model.to(device)
         return BlockModels(model, blocks, self.trainer.sharing)
 
-    def trainer_on(self, device: torch.device | str, data: ImageData) -> Trainer:
-        """A trainer at its first step.
+    def home(self, device: torch.device | str) -> torch.device | str:
+        """Where models are built that train on a device: where all of their blocks have room."""
+        return "cpu" if self.trainer.resident == "block" else device
 
-        Where blocks visit the device one by one, the models are built on the host and never are on
-        the device as a whole.
-        """
-        home = "cpu" if self.trainer.resident == "block" else device
-        return self.trainer_of(self.build(home), data, device=device)
+    def trainer_on(self, device: torch.device | str, data: ImageData) -> Trainer:
+        """A trainer at its first step."""
+        return self.trainer_of(self.build(self.home(device)), data, device=device)
 
     def trainer_of(
         self, models: BlockModels, data: ImageData, *, device: torch.device | str | None = None
@@ -198,8 +202,8 @@ def train(
     Returns:
         The trainer, at its last step. Where blocks visited the device, all is on the host again.
     Raises:
-        ValueError: a setting is wrong, the directory holds another run, or a checkpoint cannot be
-                    used. No file is touched then.
+        ValueError: a setting is wrong, the directory holds another run or one that still goes on,
+                    or a checkpoint cannot be used. No file of a run is touched then.
         FloatingPointError: a loss is not finite; the last checkpoint stays.
     """
     if save_every < 0:
@@ -210,8 +214,8 @@ def train(
     elif checkpoint.latest(directory / "checkpoints"):
         raise ValueError(f"{directory} must hold no run yet, got one; resume it or choose another")
     log = RunLog(directory, first_step=trainer.step, tensorboard=tensorboard)
-    write_config(config, directory)
     try:
+        write_config(config, directory)
         while trainer.step < trainer.total_steps:
             row = trainer.step_block(trainer.next_block())
             log.write(row)

@@ -102,7 +102,7 @@ class Trainer:
             torch.OutOfMemoryError: half the micro-batch is too much too; nothing was updated.
         """
         begin, micro_batch = perf_counter(), self.micro_batch.size
-        own, *_ = moved = self._moved(block)
+        own, *_ = moved = self.moved(block)
         lr, row = self._rate(own), {"step": self.step, "block": block.index}
         numbers = self.advance(block)
         if (following := self.visits.next_block(self.step)) is not None:
@@ -127,7 +127,9 @@ class Trainer:
             Loss and norm of the gradient, (). Where one is not finite, nothing was updated.
         """
         self.residency.enter(_own(block))
-        moved = self._moved(block)
+        moved = self.moved(block)
+        # a step that something else cut short, such as a broken image, has left its own
+        _drop_gradients(moved)
         loss = self.micro_batch.attempt(
             partial(self._accumulate, block, moved[0].steps),
             partial(_drop_gradients, moved),
@@ -140,7 +142,7 @@ class Trainer:
             part.update(self._rate(part), where=finite)
         return loss, norm
 
-    def _moved(self, block: Block) -> list[Part]:
+    def moved(self, block: Block) -> list[Part]:
         """What a step on a block updates: its own part, and the shared one if there is one."""
         names = _own(block), SHARED
         return [self.parts[name] for name in names if name in self.parts]

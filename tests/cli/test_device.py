@@ -29,3 +29,11 @@ def test_cuda_is_never_replaced_by_the_cpu(monkeypatch):
 def test_other_names_are_refused(name, has_gpu):
     with pytest.raises(ValueError, match=f"device must be auto, cpu or cuda, got {name}"):
         pick_device(name)
+
+
+def test_a_gpu_that_the_machine_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="device cuda:2 must be below cuda:2 on this machine"):
+        pick_device("cuda:2")

@@ -43,10 +43,18 @@ def test_writes_numbers_that_the_seed_decides(cli, trained, tmp_path):
 
 @pytest.mark.parametrize("flags", ["--sampler heun", "--grid karras", "--guidance 7"])
 def test_every_setting_changes_the_images(cli, trained, tmp_path, flags):
-    trained("dit", "out", "--lr", "0.1")
+    trained("dit", "out", "--lr", "0.1", "--label-drop", "0.5")
     cli("sample", "out", "--out", "a.npy", "--levels", "5")
     cli("sample", "out", "--out", "b.npy", "--levels", "5", *flags.split())
     assert not np.array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+
+
+@pytest.mark.parametrize(("label_drop", "guidance"), [("0", "1"), ("0.5", "2")])
+def test_guidance_is_for_runs_that_dropped_labels(cli, trained, tmp_path, label_drop, guidance):
+    trained("dit", "out", "--lr", "0.1", "--label-drop", label_drop)
+    cli("sample", "out", "--out", "a.npy", "--levels", "5")
+    cli("sample", "out", "--out", "b.npy", "--levels", "5", "--guidance", guidance)
+    assert np.array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
 
 
 @pytest.mark.parametrize(
@@ -58,6 +66,7 @@ def test_every_setting_changes_the_images(cli, trained, tmp_path, flags):
         ("dit --out folder.png", "out must be a file, got the directory folder.png"),
         ("dit --per-class 0", "per_class must be at least 1, got 0"),
         ("dit --guidance nan", "guidance must be finite, got nan"),
+        ("dit --guidance 2", "guidance must be 1 for a run that never dropped labels"),
         ("dit --levels 1", "a grid needs at least 2 levels, got 1"),
         ("nope", "a run's directory must hold config.json, got none in nope"),
     ],

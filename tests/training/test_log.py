@@ -1,4 +1,5 @@
 import builtins
+import errno
 import json
 
 import pytest
@@ -67,3 +68,29 @@ def test_missing_tensorboard_is_said_before_anything_is_written(tmp_path, monkey
     with pytest.raises(ValueError, match=r"pip install dbkernels\[tensorboard\]"):
         RunLog(tmp_path / "run", tensorboard=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_has_one_open_log_and_another_after_it(tmp_path):
+    first = RunLog(tmp_path)
+    first.write({"step": 0, "block": 0})
+    with pytest.raises(ValueError, match="must have one writer, got another that goes on"):
+        RunLog(tmp_path, first_step=1)
+    first.close()
+    RunLog(tmp_path, first_step=1).close()
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 0, "block": 0}]
+
+
+def test_a_log_that_cannot_be_read_leaves_the_directory_free(tmp_path):
+    (tmp_path / "log.jsonl").write_text("no json\n")
+    with pytest.raises(ValueError):
+        RunLog(tmp_path)
+    (tmp_path / "log.jsonl").unlink()
+    RunLog(tmp_path).close()
+
+
+def test_a_file_system_without_locks_holds_a_log(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    RunLog(tmp_path).close()

@@ -230,6 +230,26 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, source):
     other = dataclasses.replace(config, shift=1)
     with pytest.raises(ValueError, match="shift"):
         train(other, tmp_path / "run", device="cpu", resume="latest")
+    for name, value in {"accumulate": 2, "visit": 2, "seed": 1, "clip": 0.0}.items():
+        trainer = dataclasses.replace(config.trainer, **{name: value})
+        other = dataclasses.replace(config, trainer=trainer)
+        with pytest.raises(ValueError, match=f"1 settings differ .*trainer.{name}: saved"):
+            train(other, tmp_path / "run", device="cpu", resume="latest")
+
+
+def test_a_directory_in_which_another_run_still_goes_on_is_refused(tmp_path, source):
+    config, run = make_config(source), tmp_path / "run"
+
+    def second(row):
+        before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+        with pytest.raises(ValueError, match="run must have one writer, got another that goes on"):
+            train(config, run, device="cpu")
+        assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(config, run, device="cpu", on_step=second)
+    train(config, run, device="cpu")
 
 
 def test_bad_settings_touch_no_file(tmp_path, source):
@@ -261,6 +281,10 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path, source):
     [
         ({"label_drop": 1.0}, r"label_drop must be in \[0, 1\), got 1.0"),
         ({"label_drop": 0.1}, "label_drop must be 0 for vit, got 0.1"),
+        (
+            {"weighting": "published", "trainer": TrainerConfig(steps=1, accumulate=2)},
+            "accumulate must be 1 with the published weighting, .*, got 2",
+        ),
         ({"shift": -1}, "shift must be at least 0 pixels, got -1"),
     ],
 )
