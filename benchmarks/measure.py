@@ -68,13 +68,31 @@ def interleaved(
     Returns:
         The times of each call, by the same keys.
     """
-    clock = _CudaClock(device) if device.type == "cuda" else _WallClock()
+    return {
+        key: Times(*quantiles(milliseconds), rounds, timing)
+        for key, (milliseconds, timing) in samples(calls, device=device, rounds=rounds).items()
+    }
+
+
+def samples(
+    calls: Mapping[Key, Call], *, device: torch.device, rounds: int, capture: bool = True
+) -> dict[Key, tuple[list[float], str]]:
+    """Time calls against each other, and keep every time.
+
+    Args:
+        calls, device, rounds:  as those of `interleaved`
+        capture:                whether a GPU's calls are tried as CUDA graphs
+    Returns:
+        By the same keys: milliseconds, one for each round, of the last calls that were made; and
+        how they were timed, as `Times` says.
+    """
+    clock = _CudaClock(device, capture) if device.type == "cuda" else _WallClock()
     ready = {key: clock.ready(call) for key, call in calls.items()}
-    samples = {key: [] for key in calls}
+    found = {key: ([], timing) for key, (_, timing) in ready.items()}
     for number in range(rounds):
         for key in turned(list(calls), number):
-            samples[key].append(clock.ms(ready[key][0]))
-    return {key: Times(*quantiles(samples[key]), rounds, ready[key][1]) for key in calls}
+            found[key][0].append(clock.ms(ready[key][0]))
+    return found
 
 
 def turned(keys: Sequence[Key], number: int) -> list[Key]:
@@ -111,12 +129,15 @@ class _WallClock:
 
 
 class _CudaClock:
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, capture: bool):
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self.capture = capture
         self.evicting = torch.empty(2 * cache_bytes, dtype=torch.uint8, device=device)
 
     def ready(self, call: Call) -> tuple[Call, str]:
         _warm_up(call, WARM_UP_MS["cuda"], synchronise=torch.cuda.synchronize)
+        if not self.capture:
+            return call, "cuda events"
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -181,10 +202,11 @@ def allocations() -> Iterator[list[int]]:
     """A list that on leaving has what a CPU's allocator gave and took back, in bytes, in order."""
     changes = []
     # the profiler announces itself on the terminal at the levels below
-    with mock.patch.dict(os.environ, KINETO_LOG_LEVEL="6"):
-        settings = {"profile_memory": True, "acc_events": True}
-        with profile(activities=[ProfilerActivity.CPU], **settings) as profiler:
-            yield changes
+    with (
+        mock.patch.dict(os.environ, KINETO_LOG_LEVEL="6"),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        yield changes
     events = profiler.profiler.kineto_results.events()
     seen = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if _is_memory(e))
     changes += [size for _, _, size in seen]
@@ -222,9 +244,17 @@ def storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {storage._cdata: storage.nbytes() for storage in storages}
 
 
-def in_fresh_processes(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Results in order; each item has a process of its own. `function` is of a module."""
-    workers = min(len(items), PROCESSES, max(1, (os.cpu_count() or 1) // 2))
+def in_fresh_processes(
+    function: Callable[[Item], Result], items: Sequence[Item], *, processes: int = PROCESSES
+) -> list[Result]:
+    """Results in order; each item has a process of its own.
+
+    Args:
+        function:   of a module
+        items:      its arguments
+        processes:  at once, where there are two cores for each
+    """
+    workers = min(len(items), processes, max(1, (os.cpu_count() or 1) // 2))
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, _compile_alone, maxtasksperchild=1) as pool:
         return pool.map(function, items, chunksize=1)

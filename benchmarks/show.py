@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from show_training import training_about, training_case, training_table
 
 Row = dict[str, object]
 
@@ -26,11 +27,13 @@ def emit(rows: list[Row], *, as_json: bool) -> None:
 
 def show(rows: list[Row]) -> None:
     """Print the rows of one case as one table; it names what it ran on below."""
-    table = _ops_table(rows) if "op" in rows[0] else _layer_table(rows)
+    trained = "method" in rows[0]
+    tables = {"op": _ops_table, "method": training_table}
+    table = next((tables[name] for name in tables if name in rows[0]), _layer_table)(rows)
     table.title = f"{table.title}: {_case(rows[0])}"
-    table.caption = _about(rows[0])
+    table.caption = training_about(rows[0]) if trained else _about(rows[0])
     # a table that is cut at the width of a terminal, or of a pipe, cannot be read
-    Console(width=max(Console().width, 110)).print(table)
+    Console(width=max(Console().width, 124 if trained else 110)).print(table)
 
 
 def _layer_table(rows: list[Row]) -> Table:
@@ -95,6 +98,8 @@ def _ratio(row: Row, eager: Row | None, name: str) -> str:
 
 
 def _case(row: Row) -> str:
+    if "method" in row:
+        return training_case(row)
     sizes = [f"{name} = {row[name]}" for name in SHOWN if name in row]
     sizes = sizes or [" x ".join(str(size) for size in row["shape"])]
     return f"{', '.join(sizes)}, {row['dtype']}"

@@ -63,9 +63,19 @@ if [ -n "$report" ] && ! wait "$report"; then
     failed="$failed kernels.jsonl"
 fi
 
-part 160 layer.jsonl "$python" benchmarks/layer.py --json
-part 90 ops.jsonl "$python" benchmarks/ops.py --json
-"$python" benchmarks/show.py "$out/ops.jsonl" "$out/layer.jsonl"
+part 140 layer.jsonl "$python" benchmarks/layer.py --json
+part 75 ops.jsonl "$python" benchmarks/ops.py --json
+# its options need a parser of commands
+if "$python" -c 'import tyro' 2>/dev/null; then
+    part 95 training.jsonl "$python" benchmarks/training.py --json --preset S/2 --family dit \
+        --num-blocks 1 3 --rungs none qkv --rounds 12 --processes 4 --methods end_to_end \
+        checkpointed selective optimizer_in_backward block_stock block_fused
+else
+    echo "The benchmark of training is left out: $python lacks tyro."
+fi
+for name in ops layer training; do
+    if [ -s "$out/$name.jsonl" ]; then "$python" benchmarks/show.py "$out/$name.jsonl"; fi
+done
 if [ -n "$failed" ]; then
     echo "Failed, or cut off at the limit of time:$failed (in $out)" >&2
     exit 1

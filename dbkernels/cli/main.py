@@ -38,8 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     try:
         verb.run()
-    except (ValueError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         _report(error)
+        sys.exit(1)
+    except RuntimeError as error:
+        # torch has no class for a host that is out of memory
+        if "DefaultCPUAllocator: " not in str(error):
+            raise
+        _report(MemoryError(str(error).partition("DefaultCPUAllocator: ")[2]))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

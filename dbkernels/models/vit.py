@@ -109,7 +109,9 @@ class ViT(nn.Module):
         tokens = torch.cat([(c_in(sigma, sigma_data) * z)[:, None].to(patches), patches], dim=1)
         x = tokens + self.positions
         x = run_layers([self.layers[index] for index in layers], x, c)
-        D = c_skip(sigma, sigma_data) * z + c_out(sigma, sigma_data) * self.norm(x[:, 0])
+        # a copy, because the norm keeps what it reads, and with a slice of x all of x
+        answer = self.norm(x[:, 0].contiguous())
+        D = c_skip(sigma, sigma_data) * z + c_out(sigma, sigma_data) * answer
         return self.head(self.modulation(D, c))
 
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:

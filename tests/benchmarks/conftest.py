@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dbkernels.ops import _compiled
+
+# without compiled kernels there is nothing there to compare
+SERVED = _compiled.serves("gated_adaln_norm_bwd", torch.device("cpu"))
+collect_ignore = [] if SERVED else ["test_ratios.py"]
 ROOT = Path(__file__).parents[2]
 
 

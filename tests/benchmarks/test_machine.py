@@ -81,3 +81,11 @@ def test_the_gpu_script_says_what_is_missing(tmp_path, options, sentence):
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert re.match(sentence, done.stderr)
+
+
+def test_the_folder_of_results_is_told_to_other_programs(bench):
+    command = [sys.executable, "benchmarks/machine.py", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    machine = bench("machine")
+    expected = {"device": machine.folder_name(CPU), "commit": machine.commit()}
+    assert json.loads(done.stdout) == expected

@@ -95,3 +95,18 @@ def test_each_item_has_a_process_of_its_own(bench):
     first, second = bench("measure").in_fresh_processes(eval, [code, f"{code}[::-1]"])
     assert len({first[0], second[1], os.getpid()}) == 3
     assert first[1] == second[0] == "1"
+
+
+def test_samples_are_of_the_last_calls_and_in_their_order(bench, monkeypatch):
+    clock, made = [0.0], []
+
+    def call():
+        made.append(len(made))
+        clock[0] += 0.001 * made[-1]
+
+    measure = bench("measure")
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure, "WARM_UP_MS", {"cpu": 5})
+    ((milliseconds, timing),) = measure.samples({"a": call}, device=CPU, rounds=3).values()
+    assert milliseconds == pytest.approx([float(number) for number in made[-3:]])
+    assert timing == "wall clock"

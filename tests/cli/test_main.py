@@ -105,6 +105,7 @@ def test_cuda_is_refused_where_there_is_none(cli, trained, tmp_path, monkeypatch
         (PermissionError(13, "Permission denied", "out"), "error: Permission denied: out"),
         (OSError("no name"), "error: no name"),
         (torch.OutOfMemoryError("too large"), "error: too large"),
+        (MemoryError("Unable to allocate 3 TiB"), "error: Unable to allocate 3 TiB"),
     ],
 )
 def test_an_error_is_one_line_as_it_stands(cli, monkeypatch, error, line):
@@ -124,10 +125,18 @@ def test_an_interrupt_ends_quietly(cli, monkeypatch):
     assert cli("profile") == (130, "", "")
 
 
-def test_a_fault_of_ours_keeps_its_traceback(cli, monkeypatch):
+def test_a_host_out_of_memory_is_one_line(cli, monkeypatch):
+    monkeypatch.setattr(Profile, "run", lambda self: torch.empty(2**62, dtype=torch.uint8))
+    outcome = cli("profile")
+    assert outcome.code == 1 and outcome.err.count("\n") == 1
+    assert outcome.err.startswith(f"error: can't allocate memory: you tried to allocate {2**62}")
+
+
+@pytest.mark.parametrize("error", [AssertionError("ours"), RuntimeError("ours")])
+def test_a_fault_of_ours_keeps_its_traceback(cli, monkeypatch, error):
     def fail(self):
-        raise AssertionError("ours")
+        raise error
 
     monkeypatch.setattr(Profile, "run", fail)
-    with pytest.raises(AssertionError, match="ours"):
+    with pytest.raises(type(error), match="ours"):
         cli("profile")

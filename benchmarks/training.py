@@ -1,0 +1,153 @@
+"""Whole training steps: the time of a step and of a sweep of all blocks, and the peak of a step.
+
+The fused layer, block by block and end to end, runs against the same model in plain torch end to
+end, compiled, checkpointed, with the optimizer in the backward, and block by block as the published
+code does. All have the same parameters, optimizer (fused AdamW), batch, precision and noise. A
+competitor is one trainer, its call one step of the next of its blocks: a round has a step of each.
+One line or row is one way of training:
+
+    step_ms               median of a step of each block, averaged over the blocks; with one block
+                          resident a step also brings its block from the host
+    sweep_ms              of a step of every block
+    peak_allocated_bytes  highest total on the device in a step of the costliest block
+    saved_bytes           what its forward leaves for the backward
+    flops                 of a step's matmuls and attentions, those computed again too
+
+A GPU that is not there is predicted: its rows have memory "predicted", and no times.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from command import called, parsed
+from machine import ceilings, machine
+from show import emit
+from training_case import METHODS, TrainingCase, Way, ways
+from training_rows import Row, measured_rows, predicted_rows
+
+from dbkernels.cli.device import pick_device
+from dbkernels.cli.shape import FamilyName
+from dbkernels.memory.workspace import Target, target_named, target_of
+from dbkernels.ops.rung import RUNGS
+
+DTYPES = ("float32", "autocast")
+RESIDENT = ("all", "block")
+LARGE = ("S/2", "B/2", "L/2", "XL/2")  # presets that a GPU trains
+DEFAULT_TARGET = "h100"
+SMALL = {"vit": ("cifar100",), "dit": ("digits",)}
+ROUNDS = {"cpu": 12, "cuda": 36}  # the more blocks, the fewer steps of each
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time and weigh whole training steps, each way of training against the others.
+
+    What is not given depends on the device.
+    """
+
+    family: FamilyName | None = None  # vit or dit; both on a CPU, dit on a GPU
+    preset: tuple[str, ...] = ()  # of the family
+    batch: int = 64  # samples of a step, made up
+    dtype: tuple[str, ...] = ()  # float32, or autocast: compute in bfloat16
+    num_blocks: tuple[int, ...] = (1, 2, 3, 4, 6)  # of block_stock and block_fused
+    methods: tuple[str, ...] = METHODS  # in the order of the table
+    rungs: tuple[str, ...] = tuple(RUNGS)  # of block_fused
+    budgets: tuple[float, ...] = (1.0, 0.5, 0.2)  # of activation memory, of compiled
+    resident: tuple[str, ...] = ()  # of block_fused: all blocks are on the device, or one block
+    rounds: int | None = None  # in each of which every way has one step
+    target: str = "auto"  # only predict: a100, h100, ..., this; auto does where a GPU is missing
+    processes: int = 1  # weighed at once on a GPU; with 1 the driver's count is taken too
+    device: str = "auto"  # auto, cpu or cuda; auto is an NVIDIA GPU where there is one
+    threads: int | None = None  # of the CPU
+    json: bool = False  # one object to a line instead of a table
+
+    def __post_init__(self):
+        for name in ("batch", "threads", "processes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        known = {"dtype": DTYPES, "methods": METHODS, "rungs": RUNGS, "resident": RESIDENT}
+        for name, values in known.items():
+            for value in getattr(self, name):
+                if value not in values:
+                    raise ValueError(f"{name} must be of {', '.join(values)}, got {value}")
+        for budget in self.budgets:
+            if not 0 <= budget <= 1:
+                raise ValueError(f"budgets must be from 0 to 1, got {budget}")
+        if self.preset and self.family is None:
+            raise ValueError(f"preset must be given together with family, got {self.preset[0]}")
+        for case in self.cases():
+            self._check(case)
+
+    def _check(self, case: TrainingCase) -> None:
+        for count in self.num_blocks:
+            if not 1 <= count <= case.depth:
+                raise ValueError(
+                    f"num_blocks must be from 1 to the {case.depth} layers of {case.preset}, "
+                    f"got {count}"
+                )
+        if self.target_of(case) is not None:
+            return
+        if "block" in self.resident and pick_device(self.device).type == "cpu":
+            raise ValueError("resident must be all on a CPU, which is its own host, got block")
+        needed = 2 * max(self.num_blocks, default=1)
+        if self.rounds is not None and self.rounds < needed:
+            raise ValueError(
+                f"rounds must be at least {needed}, two steps of each block, got {self.rounds}"
+            )
+
+    def cases(self) -> list[TrainingCase]:
+        on_gpu = pick_device(self.device).type == "cuda"
+        families = [self.family] if self.family else ["dit"] if on_gpu else list(SMALL)
+        return [
+            TrainingCase(family, name, self.batch, dtype)
+            for family in families
+            for name in self.preset or (LARGE if on_gpu and family == "dit" else SMALL[family])
+            for dtype in self.dtype or ("autocast" if on_gpu or name in LARGE else "float32",)
+        ]
+
+    def target_of(self, case: TrainingCase) -> Target | None:
+        """The device that a case is predicted for; None where it runs."""
+        device = pick_device(self.device)
+        if self.target == "this":
+            return target_of(device)
+        if self.target != "auto":
+            return target_named(self.target)
+        missing = case.preset in LARGE and device.type == "cpu"
+        return target_named(DEFAULT_TARGET) if missing else None
+
+    def ways(self, case: TrainingCase) -> list[Way]:
+        here = self.target_of(case) is None and pick_device(self.device).type == "cpu"
+        resident = self.resident or (("all",) if here else RESIDENT)
+        return ways(self.methods, self.num_blocks, self.rungs, self.budgets, resident)
+
+
+def rows_of(case: TrainingCase, options: Options) -> Iterator[Row]:
+    """One row for each way, as they are found."""
+    device, target = pick_device(options.device), options.target_of(case)
+    about = asdict(machine(device)) | {"command": called()}
+    if target is not None:
+        if options.target != "this":
+            about |= {"device": target.name.upper(), "driver": None}
+        yield from predicted_rows(case, options.ways(case), target, about)
+        return
+    rounds = options.rounds or ROUNDS[device.type]
+    about |= asdict(ceilings(device, case.compute_dtype))
+    yield from measured_rows(case, options.ways(case), device, rounds, options.processes, about)
+
+
+def main(options: Options) -> None:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    for case in options.cases():
+        found = rows_of(case, options)
+        if not options.json:
+            emit(list(found), as_json=False)
+            continue
+        for row in found:
+            emit([row], as_json=True)
+
+
+if __name__ == "__main__":
+    main(parsed(Options))

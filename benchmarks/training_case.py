@@ -1,0 +1,137 @@
+"""One model's training step, and every way in which it is trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from layer_case import Competitor
+
+from dbkernels.cli.profile_rows import BASELINES, BLOCKWISE
+from dbkernels.cli.shape import preset
+from dbkernels.cli.train import DEFAULT_WEIGHTING
+from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.models.baseline import Baseline
+from dbkernels.training.run import PartitionConfig, RunConfig
+from dbkernels.training.trainer_config import TrainerConfig
+
+METHODS = (
+    "end_to_end",
+    "compiled",
+    "checkpointed",
+    "selective",
+    "optimizer_in_backward",
+    "block_stock",
+    "block_fused",
+)
+STEPS = 10**6  # of a run that no benchmark ends
+LR = 1e-6  # every way trains the same parameters, whose size it should leave alone
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is trained."""
+
+    method: str  # of METHODS
+    num_blocks: int = 1
+    rung: str | None = None  # of the fused layer's ladder
+    budget: float | None = None  # of activation memory, 1 is all; for compiled
+    resident: str = "all"  # what is on the device: all blocks, or one block
+
+    @property
+    def baseline(self) -> Baseline | None:
+        """What runs the layers; None is the fused layer."""
+        return BASELINES.get(self.method, "stock")
+
+    @property
+    def name(self) -> str:
+        """In words, for messages."""
+        parts = [self.method.replace("_", " "), self.rung, f"in {self.num_blocks} blocks"]
+        parts += [self.budget and f"with budget {self.budget}"]
+        parts += ["with one resident" if self.resident == "block" else None]
+        return " ".join(part for part in parts if part)
+
+    def implementation(self, device: torch.device) -> str:
+        """What computes the layers."""
+        impls = {"block_fused": "fused", "compiled": "compiled"}
+        return Competitor(impls.get(self.method, "eager")).implementation(device)
+
+
+def ways(
+    methods: Sequence[str],
+    num_blocks: Sequence[int],
+    rungs: Sequence[str],
+    budgets: Sequence[float],
+    resident: Sequence[str],
+) -> list[Way]:
+    """Every way there is, in the order of `methods`.
+
+    Args:
+        methods:     of METHODS; end to end comes once, block by block for each number of blocks
+        num_blocks:  1 of the fused layer is end to end too
+        rungs:       of the fused layer
+        budgets:     of the compiled one
+        resident:    of the fused layer; the published code, which is stock, has all blocks there
+    """
+    found = []
+    for method in methods:
+        for count in num_blocks if method in BLOCKWISE else (1,):
+            found += _variants(Way(method, count), rungs, budgets, resident)
+    # one block of plain torch is end to end
+    twice = Way("block_stock", 1) if "end_to_end" in methods else None
+    return [way for way in found if way != twice]
+
+
+def _variants(
+    way: Way, rungs: Sequence[str], budgets: Sequence[float], resident: Sequence[str]
+) -> list[Way]:
+    if way.method == "compiled":
+        return [replace(way, budget=budget) for budget in budgets]
+    if way.method != "block_fused":
+        return [way]
+    # one block is all that there is
+    places = resident if way.num_blocks > 1 else ("all",)
+    return [replace(way, rung=rung, resident=place) for place in places for rung in rungs]
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """A model and its batch; the samples are made up."""
+
+    family: str  # vit or dit
+    preset: str
+    batch: int
+    dtype: str  # float32, or autocast: parameters of float32, compute in bfloat16
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the matmuls."""
+        return torch.bfloat16 if self.dtype == "autocast" else torch.float32
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return preset(self.family, self.preset).depth
+
+    def config(self, way: Way) -> RunConfig:
+        """A run that trains the model in one way, all other things being equal."""
+        model = preset(self.family, self.preset)
+        return RunConfig(
+            family=self.family,
+            model=replace(model, keep=way.rung or model.keep),
+            data="made up",
+            weighting=DEFAULT_WEIGHTING[self.family],
+            label_drop=0.0,
+            mirror=False,
+            shift=0,
+            partition=PartitionConfig(num_blocks=way.num_blocks),
+            prior=LogNormal(),
+            trainer=TrainerConfig(
+                steps=STEPS,
+                batch_size=self.batch,
+                lr=LR,
+                # the gradient's norm is known when no parameter has been updated yet
+                clip=0.0 if way.method == "optimizer_in_backward" else 1.0,
+                autocast=self.dtype == "autocast",
+                resident=way.resident,
+            ),
+        )

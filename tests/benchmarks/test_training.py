@@ -1,0 +1,174 @@
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dbkernels.models import vit
+
+ROWS = {"commit", "command", "copy_gbps", "matmul_tflops", "share_of_matmul_rate", "flops"}
+SMALL = {"family": "vit", "preset": ("tiny",), "device": "cpu", "threads": 1, "batch": 4}
+
+
+@pytest.fixture(scope="module")
+def training(bench):
+    """`benchmarks/training.py`, with a preset of 5 layers."""
+    tiny = replace(vit.PRESETS["digits"], width=16, depth=5, heads=2, mlp_hidden=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vit.PRESETS, "tiny", tiny)
+        patch.setattr(bench("machine"), "COPY_BYTES", 2**16)
+        patch.setattr(bench("machine"), "MATMUL", {"cpu": 64})
+        patch.setattr(bench("measure"), "WARM_UP_MS", {"cpu": 0})
+        yield bench("training")
+
+
+@pytest.fixture(scope="module")
+def rows(training):
+    """Of every method that compiles nothing."""
+    methods = tuple(method for method in training.METHODS if method != "compiled")
+    options = training.Options(
+        **SMALL, methods=methods, num_blocks=(1, 2), rungs=("none", "layer"), rounds=4
+    )
+    (case,) = options.cases()
+    return list(training.rows_of(case, options))
+
+
+def test_rows_have_what_a_report_reads(rows, tmp_path, monkeypatch, bench):
+    monkeypatch.syspath_prepend(str(bench("machine").ROOT / "tools"))
+    path = tmp_path / "training.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = bench("report_rows").read([path])
+    assert [{**row} for row in read] == json.loads(json.dumps(rows))
+    for row in rows:
+        assert row.keys() >= ROWS
+        assert (row["suite"], row["memory"], row["resident"]) == ("training", "measured", "all")
+        assert 0 < row["p20_ms"] <= row["step_ms"] <= row["p80_ms"]
+        assert row["sweep_ms"] == pytest.approx(row["num_blocks"] * row["step_ms"])
+        assert row["samples_per_second"] == pytest.approx(4e3 / row["step_ms"])
+        assert row["achieved_tflops"] == pytest.approx(row["flops"] / row["step_ms"] / 1e9)
+
+
+def test_a_row_tells_what_its_way_keeps(rows):
+    saved = {(r["method"], r["num_blocks"], r["rung"]): r["saved_bytes"] for r in rows}
+    whole = saved["end_to_end", 1, None]
+    assert saved["optimizer_in_backward", 1, None] == whole
+    assert saved["checkpointed", 1, None] < saved["selective", 1, None] < whole
+    # of 5 layers the larger block has 3
+    assert 0.55 * whole < saved["block_stock", 2, None] < 0.7 * whole
+    for count in (1, 2):
+        layer, none = (saved["block_fused", count, rung] for rung in ("layer", "none"))
+        assert layer < none < (saved["block_stock", 2, None] if count == 2 else whole)
+
+
+def test_a_peak_is_what_its_categories_add_up_to(rows):
+    for row in rows:
+        parts = row["by_category"]
+        assert row["peak_allocated_bytes"] == pytest.approx(sum(parts.values()), rel=0.02)
+        # AdamW has two moments of each parameter
+        assert parts["optimizer"] == pytest.approx(2 * parts["parameters"], rel=0.01)
+        assert row["saved_bytes"] < row["peak_allocated_bytes"]
+
+
+def test_operations_are_averaged_over_blocks_that_differ(rows):
+    flops = {(r["method"], r["num_blocks"], r["rung"]): r["flops"] for r in rows}
+    whole, half = flops["end_to_end", 1, None], flops["block_stock", 2, None]
+    # the stem and the head are in every step, and in 4 samples of 17 tokens weigh little
+    assert whole / 2 <= half < 0.55 * whole
+    assert flops["block_fused", 1, "none"] == whole < flops["checkpointed", 1, None]
+
+
+def test_a_gpu_that_is_not_there_is_predicted(training):
+    methods = ("optimizer_in_backward", "end_to_end")
+    options = training.Options(**SMALL, target="h100", num_blocks=(1,), methods=methods)
+    (case,) = options.cases()
+    for method in options.methods:
+        (row,) = training.rows_of(case, replace(options, methods=(method,)))
+        assert (row["device"], row["driver"], row["memory"]) == ("H100", None, "predicted")
+        assert row["step_ms"] is row["copy_gbps"] is row["share_of_matmul_rate"] is None
+        assert row["peak_reserved_bytes"] >= row["peak_allocated_bytes"] > 0
+        assert sum(row["by_category"].values()) == row["peak_allocated_bytes"]
+
+
+def test_one_rehearsal_tells_both_what_all_blocks_need_and_one(training, bench):
+    options = training.Options(
+        **SMALL, target="h100", methods=("block_fused",), num_blocks=(2,), rungs=("qkv",)
+    )
+    (case,) = options.cases()
+    rows = list(training.rows_of(case, options))
+    assert [row["resident"] for row in rows] == ["all", "block"]
+    assert rows[0]["peak_allocated_bytes"] > rows[1]["peak_allocated_bytes"]
+    assert rows[0]["saved_bytes"] == rows[1]["saved_bytes"]
+
+
+def test_what_does_not_fit_is_predicted_and_said(training, bench, monkeypatch, capsys):
+    module = bench("training_rows")
+    whole = bench("training_case").Way("end_to_end")
+    alone = {whole: None}
+    monkeypatch.setattr(module, "_weighed_alone", lambda *_: alone)
+    options = training.Options(**SMALL, methods=("end_to_end",), num_blocks=(1,), rounds=2)
+    (case,) = options.cases()
+    (row,) = training.rows_of(case, options)
+    assert row["memory"] == "predicted" and row["step_ms"] is None
+    assert "end to end in 1 blocks does not fit the device" in capsys.readouterr().err
+
+
+def test_a_table_has_a_row_for_each_way(training, rows, bench, capsys):
+    bench("show").show(rows)
+    shown = capsys.readouterr().out
+    assert "fused layer" in shown and "optimizer in backward" in shown
+    assert "vit tiny, batch 4, float32" in shown and "sweep" in shown
+    predicted = [row | dict.fromkeys(("step_ms", "p20_ms", "sweep_ms")) for row in rows]
+    bench("show").show([row | {"memory": "predicted"} for row in predicted])
+    shown = capsys.readouterr().out
+    assert "sweep" not in shown and "predicted without running" in shown
+
+
+def test_cases_are_those_of_the_device(training, monkeypatch):
+    options = training.Options(device="cpu")
+    names = [(case.family, case.preset, case.dtype) for case in options.cases()]
+    assert names == [("vit", "cifar100", "float32"), ("dit", "digits", "float32")]
+    large = training.Options(family="dit", preset=("XL/2",), device="cpu")
+    (case,) = large.cases()
+    assert (case.dtype, large.target_of(case).name) == ("autocast", "h100")
+    assert {way.resident for way in large.ways(case)} == {"all", "block"}
+    assert {way.resident for way in options.ways(options.cases()[0])} == {"all"}
+
+
+def test_the_command_of_a_row_prints_a_table_when_it_is_repeated(bench, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/a/b/training.py", "--json", "--family", "vit"])
+    assert bench("command").called() == "python benchmarks/training.py --family vit"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"methods": ("sgd",)}, "methods must be of end_to_end, .*, got sgd"),
+        ({"rungs": ("all",)}, "rungs must be of none, .*, got all"),
+        ({"dtype": ("float16",)}, "dtype must be of float32, autocast, got float16"),
+        ({"resident": ("host",)}, "resident must be of all, block, got host"),
+        ({"resident": ("block",)}, "resident must be all on a CPU, .* got block"),
+        ({"budgets": (1.5,)}, "budgets must be from 0 to 1, got 1.5"),
+        ({"num_blocks": (0,)}, "num_blocks must be from 1 to the 12 layers of cifar100, got 0"),
+        ({"num_blocks": (13,)}, "num_blocks must be from 1 to the 12 layers of cifar100, got 13"),
+        ({"rounds": 5, "num_blocks": (3,)}, "rounds must be at least 6, two .*, got 5"),
+        ({"preset": ("S/2",)}, "preset must be given together with family, got S/2"),
+        ({"family": "vit", "preset": ("huge",)}, "preset of vit must be one of .*, got huge"),
+        ({"target": "tpu"}, "target must be one of cpu, a100, .*, got tpu"),
+        ({"device": "tpu"}, "device must be auto, cpu or cuda, got tpu"),
+    ],
+)
+def test_training_refuses_options_in_a_sentence(bench, options, message):
+    with pytest.raises(ValueError, match=message):
+        bench("training").Options(**{"device": "cpu", **options})
+
+
+def test_a_batch_that_was_halved_does_not_count(training, bench):
+    options = training.Options(**SMALL, methods=("end_to_end",), num_blocks=(1,), rounds=2)
+    (case,) = options.cases()
+    way = bench("training_case").Way("end_to_end")
+    trainer = bench("training_step").make_trainer(case, way, torch.device("cpu"))
+    trainer.micro_batch.size = 2
+    with pytest.raises(torch.OutOfMemoryError, match="a batch of 4 does not fit"):
+        bench("training_memory").weigh(case, way, trainer)

@@ -1,0 +1,130 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dbkernels.models import dit
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def made(bench, monkeypatch):
+    """Makes trainers of one tiny case, by their ways; the first owns what the others train."""
+    tiny = replace(dit.PRESETS["digits"], width=16, depth=4, heads=2)
+    monkeypatch.setitem(dit.PRESETS, "tiny", tiny)
+    case = bench("training_case").TrainingCase("dit", "tiny", 4, "float32")
+
+    def make(*ways, shared=True):
+        trainers = []
+        for way in ways:
+            owner = trainers[0] if trainers and shared else None
+            step = bench("training_step")
+            trainers.append(step.make_trainer(case, way, CPU, owner=owner))
+        return trainers
+
+    return make
+
+
+def test_ways_stand_in_the_order_asked_for(bench):
+    case = bench("training_case")
+    found = case.ways(case.METHODS, (1, 3), ("none", "qkv"), (1.0, 0.5), ("all", "block"))
+    assert [way.name for way in found] == [
+        "end to end in 1 blocks",
+        "compiled in 1 blocks with budget 1.0",
+        "compiled in 1 blocks with budget 0.5",
+        "checkpointed in 1 blocks",
+        "selective in 1 blocks",
+        "optimizer in backward in 1 blocks",
+        "block stock in 3 blocks",
+        "block fused none in 1 blocks",
+        "block fused qkv in 1 blocks",
+        "block fused none in 3 blocks",
+        "block fused qkv in 3 blocks",
+        "block fused none in 3 blocks with one resident",
+        "block fused qkv in 3 blocks with one resident",
+    ]
+    assert case.ways(("block_stock",), (1,), (), (), ()) == [case.Way("block_stock", 1)]
+
+
+def test_ways_train_the_same_parameters_with_the_same_state(bench, made):
+    Way = bench("training_case").Way
+    trainers = made(Way("end_to_end"), Way("checkpointed"), Way("block_fused", 2, "qkv"))
+    first, *others = ({id(p) for p in t.models.parameters()} for t in trainers)
+    assert all(each == first for each in others)
+    moments = [
+        {id(t) for part in trainer.parts.values() for t in part.optimizer_tensors().values()}
+        for trainer in trainers
+    ]
+    assert moments[0] == moments[1] == moments[2]
+    assert {buffer.device.type for buffer in trainers[2].models.buffers()} == {"cpu"}
+    assert trainers[2].models.model.layers[0].config.keep == "qkv"
+
+
+def test_ways_have_the_same_noise_and_loss(bench, made):
+    Way = bench("training_case").Way
+    ways = [Way("end_to_end"), Way("selective"), Way("block_fused", 1, "none")]
+    ways += [Way("optimizer_in_backward"), Way("block_fused", 1, "layer")]
+    rows = [t.step_block(t.blocks[0]) for t in made(*ways, shared=False)]
+    for row in rows[1:]:
+        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
+    norms = [row["grad_norm"] for row in rows if row["grad_norm"]]
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-4)
+
+
+def test_an_update_in_the_backward_is_that_of_the_trainer_and_frees_the_gradient(bench, made):
+    Way = bench("training_case").Way
+    whole, inside = made(Way("end_to_end"), Way("optimizer_in_backward"), shared=False)
+    before = [p.detach().clone() for p in inside.models.parameters()]
+    whole.config = replace(whole.config, clip=0.0)
+    for trainer in (whole, inside):
+        for _ in range(2):
+            trainer.step_block(trainer.blocks[0])
+    pairs = zip(whole.models.parameters(), inside.models.parameters(), before, strict=True)
+    assert any(not mine.equal(old) for _, mine, old in pairs)
+    pairs = zip(whole.models.parameters(), inside.models.parameters(), strict=True)
+    for other, mine in pairs:
+        assert mine.grad is None
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-7)
+    states = [t.parts["block0"].optimizer_tensors() for t in (whole, inside)]
+    assert all(name in states[1] for name in states[0])
+    steps = {float(value) for name, value in states[1].items() if name.endswith("step")}
+    assert steps == {2.0}
+
+
+def test_steps_take_the_blocks_in_turn(bench, made):
+    (trainer,) = made(bench("training_case").Way("block_stock", 3))
+    steps = bench("training_step").Steps(trainer)
+    steps.sweep()
+    steps()
+    assert steps.visited == [0, 1, 2, 0]
+    assert [trainer.parts[f"block{i}"].steps for i in range(3)] == [2, 1, 1]
+
+
+def test_a_time_is_averaged_over_the_blocks_medians(bench):
+    times = bench("training_step").step_times([1, 10, 2, 20, 9, 30], [0, 1, 0, 1, 0, 1])
+    assert (times["step_ms"], times["sweep_ms"]) == (11, 22)
+    assert times["p20_ms"] == pytest.approx((1.4 + 14) / 2)
+    assert times["p80_ms"] == pytest.approx((6.2 + 26) / 2)
+
+
+def test_only_what_neither_moves_nor_hooks_parameters_shares_them(bench):
+    shares, Way = bench("training_step").shares, bench("training_case").Way
+    assert shares(Way("end_to_end")) and shares(Way("block_fused", 3, "none"))
+    assert not shares(Way("optimizer_in_backward"))
+    assert not shares(Way("block_fused", 3, "none", resident="block"))
+
+
+def test_ways_with_one_block_resident_are_timed_apart_by_their_number(bench):
+    Way = bench("training_case").Way
+    every = [Way("end_to_end"), Way("block_fused", 2, "none")]
+    apart = [Way("block_fused", n, "none", resident="block") for n in (2, 3, 2)]
+    groups = bench("training_rows")._groups([*every, *apart])
+    assert groups == [every, [apart[0], apart[2]], [apart[1]]]
+
+
+def test_what_runs_a_ways_layers_is_named(bench, monkeypatch):
+    layer_case, Way = bench("layer_case"), bench("training_case").Way
+    monkeypatch.setattr(layer_case, "implementation", lambda device, op: "cpp")
+    names = [Way(m).implementation(CPU) for m in ("block_fused", "compiled", "block_stock")]
+    assert names == ["cpp", "inductor", "torch"]
