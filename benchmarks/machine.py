@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -96,6 +96,12 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     times = measure.interleaved(calls, device=device, rounds=ROUNDS)
     copy, matmul = (times[key].median_ms / 1e3 for key in calls)
     return Ceilings(2 * COPY_BYTES / copy / 1e9, 2 * size**3 / matmul / 1e12)
+
+
+def faster(before: Ceilings, after: Ceilings) -> Ceilings:
+    """What the device reached at either of two times: at one, others may have kept it busy."""
+    pairs = zip(astuple(before), astuple(after), strict=True)
+    return Ceilings(*(max(pair) for pair in pairs))
 
 
 def _output(program: str, *arguments: str) -> str | None:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from command import called, parsed
-from machine import ceilings, machine
+from machine import machine
 from show import emit
 from training_case import METHODS, TrainingCase, Way, ways
 from training_rows import Row, measured_rows, predicted_rows
@@ -133,7 +133,6 @@ def rows_of(case: TrainingCase, options: Options) -> Iterator[Row]:
         yield from predicted_rows(case, options.ways(case), target, about)
         return
     rounds = options.rounds or ROUNDS[device.type]
-    about |= asdict(ceilings(device, case.compute_dtype))
     yield from measured_rows(case, options.ways(case), device, rounds, options.processes, about)
 
 

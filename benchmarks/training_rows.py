@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 
 import measure
 import torch
+from machine import Ceilings, ceilings, faster
 from training_case import TrainingCase, Way
 from training_memory import Figures, predicted, weigh, weigh_alone
 from training_step import Steps, make_trainer, shares, step_times
@@ -17,6 +18,7 @@ Row = dict[str, object]
 
 TIMES = ("step_ms", "p20_ms", "p80_ms", "sweep_ms", "samples_per_second", "rounds", "timing")
 RATES = ("achieved_tflops", "share_of_matmul_rate")
+CEILINGS = tuple(field.name for field in fields(Ceilings))
 
 
 def predicted_rows(
@@ -30,8 +32,7 @@ def predicted_rows(
         target:  the device that is predicted
         about:   the machine
     """
-    ceilings = ("copy_gbps", "matmul_tflops")
-    none = dict.fromkeys((*TIMES, *RATES, *ceilings))
+    none = dict.fromkeys((*TIMES, *RATES, *CEILINGS))
     # what a GPU runs; with CUDA's own kernels the memory is the same
     runs = {"block_fused": "triton", "compiled": "inductor"}
     for way, figures in predicted(case, every, target):
@@ -55,7 +56,7 @@ def measured_rows(
         device:     to train on
         rounds:     in each of which every way has one step
         processes:  of a GPU, that weigh a way each at once
-        about:      the machine, and its ceilings
+        about:      the machine
     """
     missing = []
     for together in _groups(every):
@@ -69,10 +70,13 @@ def measured_rows(
         steps = _steps(case, fits, device)
         if device.type == "cpu":
             weighed = {way: weigh(case, way, of.trainer) for way, of in steps.items()}
-        for way, times in _timed(case, steps, device, rounds).items():
+        before = ceilings(device, case.compute_dtype)
+        timed = _timed(case, steps, device, rounds)
+        ceiling = asdict(faster(before, ceilings(device, case.compute_dtype)))
+        for way, times in timed.items():
             implementation = {"implementation": way.implementation(device)}
-            rates = _rates(weighed[way], times, about)
-            yield _row(case, way, weighed[way]) | times | rates | implementation | about
+            rates = _rates(weighed[way], times, ceiling)
+            yield _row(case, way, weighed[way]) | times | rates | implementation | ceiling | about
     for way in missing:
         print(f"{way.name} does not fit the device, and is predicted", file=sys.stderr)
     if missing:
@@ -130,9 +134,9 @@ def _timed(
     return found
 
 
-def _rates(figures: Figures, times: Figures, about: Row) -> Row:
+def _rates(figures: Figures, times: Figures, ceiling: Row) -> Row:
     achieved = figures["flops"] / times["step_ms"] / 1e9
-    return dict(zip(RATES, (achieved, achieved / about["matmul_tflops"]), strict=True))
+    return dict(zip(RATES, (achieved, achieved / ceiling["matmul_tflops"]), strict=True))
 
 
 def _row(case: TrainingCase, way: Way, figures: Figures) -> Row:

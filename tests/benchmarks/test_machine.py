@@ -89,3 +89,8 @@ def test_the_folder_of_results_is_told_to_other_programs(bench):
     machine = bench("machine")
     expected = {"device": machine.folder_name(CPU), "commit": machine.commit()}
     assert json.loads(done.stdout) == expected
+
+
+def test_a_ceiling_is_the_higher_of_two_measurements(bench):
+    Ceilings = bench("machine").Ceilings
+    assert bench("machine").faster(Ceilings(1, 4), Ceilings(2, 3)) == Ceilings(2, 4)
