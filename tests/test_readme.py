@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import pytest
+
+from dbkernels.memory.budget import require_within
 from dbkernels.ops import RUNGS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -42,14 +45,25 @@ def test_every_command_line_parses(monkeypatch):
     from dbkernels.cli import main as cli
 
     ran = []
-    for verb in (cli.Train, cli.Sample, cli.Evaluate, cli.Profile):
+    verbs = (cli.Train, cli.Sample, cli.Evaluate, cli.Profile, cli.Plan, cli.Bench, cli.Doctor)
+    for verb in verbs:
         monkeypatch.setattr(verb, "run", lambda self: ran.append(type(self).__name__))
     lines = "\n".join(code_blocks("bash")).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines]
     calls = [words[3:] for words in commands if words[1:3] == ["-m", "dbkernels"]]
     for call in calls:
         cli.main(call)
-    assert {"Train", "Sample", "Evaluate", "Profile"} <= set(ran)
+    assert set(ran) == {verb.__name__ for verb in verbs}
+
+
+def test_the_budget_holds_for_the_example():
+    names = {}
+    exec(code_blocks("python")[2], names)
+    names["test_a_training_step_stays_within_its_memory"](require_within)
+    with pytest.raises(AssertionError, match="needs"):
+        names["test_a_training_step_stays_within_its_memory"](
+            lambda step, **settings: require_within(step, **settings | {"ceiling": "1.5 GiB"})
+        )
 
 
 def test_every_file_it_names_exists():

@@ -20,8 +20,9 @@ def bench():
     """Import one of the benchmarks' files, which stand beside each other and are no package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        # the folder of tests has this name too, and may have been imported by it
-        patch.delitem(sys.modules, "ops", raising=False)
+        # folders of tests have these names too, and may have been imported by them
+        for name in ("ops", "training"):
+            patch.delitem(sys.modules, name, raising=False)
         yield importlib.import_module
 
 
