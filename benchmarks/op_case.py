@@ -37,6 +37,7 @@ FOR_A_LAYER = {  # what a layer asks of a kernel's backward, and the op alone do
     "gelu": {"u_ptr"},
     "swiglu": {"u_ptr"},
 }
+DTYPES = {"cpu": torch.float32, "cuda": DTYPE}  # as a device is trained on
 H100 = 90  # 10 times the compute capability; how many programs share a sum depends on it
 
 
@@ -49,7 +50,10 @@ class OpCase(NamedTuple):
     device: torch.device
 
     directions = ("fwd", "bwd")
-    dtype = DTYPE
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.device.type]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,7 +65,7 @@ class OpCase(NamedTuple):
         random = torch.Generator().manual_seed(0)
         arguments = CASES[f"{self.op}_fwd"].arguments(self.D)[: INPUTS[self.op]]
         return [
-            _filled(like, random, self.device).requires_grad_()
+            _filled(_of_dtype(like, self.dtype), random, self.device).requires_grad_()
             if like.dtype == DTYPE
             # the table of angles alone has another dtype, and no gradient
             else rotary_table(torch.arange(T), HEAD_DIM).to(self.device)
@@ -98,7 +102,11 @@ class OpCase(NamedTuple):
         case = CASES[f"{self.op}_{direction}"]
         _, launch = record(case, self.D, _arch(self.device))
         left_out = FOR_A_LAYER.get(self.op, ()) if direction == "bwd" else ()
-        kept = {name: a for name, a in launch.arguments.items() if name not in left_out}
+        kept = {
+            name: _of_dtype(a, self.dtype) if isinstance(a, Tensor) else a
+            for name, a in launch.arguments.items()
+            if name not in left_out
+        }
         return bytes_moved(case, replace(launch, arguments=kept))
 
 
@@ -112,6 +120,13 @@ def _on_tensors(function: Callable, D: int) -> Callable:
         return function(qkv, D // HEAD_DIM, **weights, rotary=rotary)
 
     return heads_given
+
+
+def _of_dtype(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the report's in the dtype of a case, its strides as they are."""
+    if like.dtype != DTYPE:
+        return like
+    return torch.empty_strided(like.shape, like.stride(), dtype=dtype, device="meta")
 
 
 def _filled(like: Tensor, random: torch.Generator, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from command import parsed
 from machine import ceilings, machine
 from noise_case import PASSES, SHAPES, NoiseCase
-from op_case import DTYPE, HEAD_DIM, INPUTS, OpCase
+from op_case import DTYPE, DTYPES, HEAD_DIM, INPUTS, OpCase
 from show import emit
 from torch import Tensor
 
@@ -27,7 +27,6 @@ from dbkernels.cli.device import pick_device
 Case = OpCase | NoiseCase
 
 WIDTHS = {"cpu": (384,), "cuda": (384, 1024, 1152)}  # on a GPU those of DiT-S, L and XL
-NOISE_DTYPES = {"cpu": torch.float32, "cuda": DTYPE}
 ROUNDS = {"cpu": 11, "cuda": 50}
 
 
@@ -63,7 +62,7 @@ class Options:
         """The cases, by width and then by shape."""
         for D in self.D or WIDTHS[device.type]:
             yield [OpCase(op, D, self.impls, device) for op in self.op if op in INPUTS]
-        dtype = NOISE_DTYPES[device.type]
+        dtype = DTYPES[device.type]
         for shape in SHAPES:
             noise = (op for op in self.op if op in PASSES)
             yield [NoiseCase(op, shape, dtype, self.impls, device) for op in noise]

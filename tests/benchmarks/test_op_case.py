@@ -41,14 +41,15 @@ def test_every_op_computes_what_plain_torch_does(op_case):
         ("qk_norm_rotary", 0),
     ],
 )
-def test_bytes_leave_out_what_only_a_layer_asks_for(op_case, op, elements):
+def test_bytes_leave_out_what_only_a_layer_asks_for(op_case, op, elements, monkeypatch):
     kernel = op_case.CASES[f"{op}_bwd"]
     everything = op_case.bytes_moved(kernel, op_case.record(kernel, 64, op_case.H100)[1])
+    monkeypatch.setitem(op_case.DTYPES, "cpu", op_case.DTYPE)
     assert op_case.OpCase(op, 64, (), CPU).bytes_moved("bwd") == everything - 2 * 8 * elements * 2
 
 
 def test_bytes_of_a_forward_are_those_of_its_kernel(op_case):
-    tokens, row, modulation = 2 * 8, 2 * 64, 2 * 2 * 64  # bytes of a row, and of gate (B, D)
+    tokens, row, modulation = 2 * 8, 4 * 64, 4 * 2 * 64  # bytes of a row, and of gate (B, D)
     moved = op_case.OpCase("gated_residual", 64, (), CPU).bytes_moved("fwd")
     assert moved == 3 * tokens * row + modulation
 

@@ -26,7 +26,7 @@ def test_ops_row_has_its_op_times_and_rate(ops):
     for row in rows:
         assert row.keys() >= MEASURED
         assert row["achieved_gbps"] == pytest.approx(row["bytes_moved"] / row["median_ms"] / 1e6)
-        assert row["shape"] == (2, 8, 64) and row["dtype"] == "bfloat16"
+        assert row["shape"] == (2, 8, 64) and row["dtype"] == "float32"
 
 
 def test_a_tables_cases_share_a_width_or_a_shape(ops):
