@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from itertools import compress
 from typing import Literal
 
 from report_text import NOTHING
@@ -109,7 +110,7 @@ def inline_html(text: str) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """Write a table as Markdown.
+    """Write a table as Markdown, without columns that say nothing.
 
     Args:
         table:  to write
@@ -125,6 +126,8 @@ def markdown_table(table: Table) -> str:
     for title, group in table.groups:
         first = [_markdown(title)] if table.heading else []
         lines += [[*first, _named(line[0]), *map(_markdown_cell, line[1:])] for line in group]
+    told = [any(cell != NOTHING for cell in column) for column in zip(*lines[2:], strict=True)]
+    lines = [list(compress(line, told)) for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
