@@ -170,10 +170,13 @@ class Profile:
         data = ImageData(*_made_up(shape, model.num_classes))
         trainer = trainer_with(config, device, data, **run_by(case, self.budget))
         taken = profile_trainer(trainer, self.steps)
+        on_gpu = taken["steady_step"] or {}
         return {
             "device": taken["device"],
-            "measured_allocated_bytes": taken["allocated_bytes"] or taken["peak_bytes"],
-            "measured_reserved_bytes": taken["reserved_bytes"] or taken["peak_bytes"],
+            "measured_allocated_bytes": on_gpu.get("allocated_bytes", taken["peak_bytes"]),
+            "measured_reserved_bytes": on_gpu.get("reserved_bytes", taken["peak_bytes"]),
+            "first_step": taken["first_step"],
+            "steady_step": taken["steady_step"],
             "measured_by_category": taken["by_category"],
             "measured_saved_bytes": taken["saved_bytes"],
             "seconds_per_step": taken["seconds_per_step"],

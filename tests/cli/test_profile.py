@@ -72,9 +72,10 @@ def test_one_block_at_a_time_is_measured_on_a_gpu(cli, monkeypatch):
 
     def profiled(trainer, steps):
         taken.append((trainer.config.resident, trainer.device.type))
-        numbers = ("allocated_bytes", "reserved_bytes", "saved_bytes")
-        times = ("seconds_per_step", "seconds_per_sweep")
-        return {**dict.fromkeys(numbers + times, 1), "device": "gpu", "by_category": {}}
+        on_gpu = {"allocated_bytes": 1, "reserved_bytes": 2}
+        numbers = ("peak_bytes", "saved_bytes", "seconds_per_step", "seconds_per_sweep")
+        others = {"device": "gpu", "by_category": {}, "first_step": {}, "steady_step": on_gpu}
+        return {**dict.fromkeys(numbers, 9), **others}
 
     # the only device here, under another name
     monkeypatch.setattr(profile, "pick_device", lambda name: SimpleNamespace(type="gpu"))
@@ -83,6 +84,7 @@ def test_one_block_at_a_time_is_measured_on_a_gpu(cli, monkeypatch):
     monkeypatch.setattr(profile, "trainer_with", with_device_cpu)
     found = rows(cli("profile", *FAST, *ONE, "--measure", "--json"))
     assert taken == [("block", "cpu")] and found[0]["measured_allocated_bytes"] == 1
+    assert found[0]["measured_reserved_bytes"] == 2
 
 
 def with_device_cpu(config, device, data, **ways):

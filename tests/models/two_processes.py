@@ -1,5 +1,6 @@
 """One layer trained on a batch by one process, and on its halves by two."""
 
+import os
 from functools import partial
 
 import torch
@@ -60,4 +61,6 @@ def work(rank, rendezvous, results):
                 found[f"{way}/{keep}/{name}"] = full.contiguous()
     if rank == 0:
         save_file(found, results)
-    dist.destroy_process_group()
+    dist.barrier()
+    # an interpreter that ends may find threads of the process group at work, and abort
+    os._exit(0)

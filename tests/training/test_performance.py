@@ -4,6 +4,7 @@ import pytest
 import torch
 from training.tiny import make_trainer
 
+from dbkernels.memory.device import DevicePeak
 from dbkernels.memory.measure import MEASURED
 from dbkernels.training import performance
 from dbkernels.training.performance import profile_trainer
@@ -15,7 +16,7 @@ def test_the_costliest_blocks_peak_and_the_time_of_all():
     assert row["device"] == "cpu" and set(row["by_category"]) == set(MEASURED)
     assert sum(row["by_category"].values()) == row["peak_bytes"] > row["saved_bytes"] > 0
     assert row["seconds_per_sweep"] == pytest.approx(2 * row["seconds_per_step"])
-    assert row["allocated_bytes"] is None and row["reserved_bytes"] is None
+    assert row["first_step"] is None and row["steady_step"] is None
     # two of three layers
     weights = sum(p.nbytes for p in trainer.models.parameters())
     assert row["by_category"]["parameters"] >= weights
@@ -29,16 +30,24 @@ def test_every_block_is_warmed_up_timed_and_measured():
     assert own == {2 + 4 + 1}
 
 
-def test_a_gpus_allocator_is_asked_without_the_tracker(monkeypatch):
-    calls = []
-    answers = {"max_memory_allocated": 111, "max_memory_reserved": 222}
-    for name in ("synchronize", "reset_peak_memory_stats", *answers):
-        monkeypatch.setattr(
-            torch.cuda, name, lambda device, name=name: calls.append(name) or answers.get(name)
-        )
-    gpu = SimpleNamespace(type="cuda")
-    assert performance._allocated(lambda: calls.append("step"), gpu) == (111, 222)
-    assert calls[:4] == ["synchronize", "reset_peak_memory_stats", "step", "synchronize"]
+def test_a_gpu_tells_of_the_first_step_and_of_a_steady_one(monkeypatch):
+    answers = iter([5, 3, 8, 4, 9, 1])
+
+    def device_peak(step, device):
+        step()
+        return DevicePeak(next(answers), 0, 0, 0, None)
+
+    monkeypatch.setattr(performance, "device_peak", device_peak)
+    monkeypatch.setattr(performance, "measure_peak", lambda step, **_: SimpleNamespace(
+        total_bytes=1, saved_bytes=1, by_category={}, at=""
+    ))  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    trainer = make_trainer(num_blocks=3, steps=100)
+    # the only device here, under another name
+    monkeypatch.setattr(performance, "_on_gpu", lambda step, device: [device_peak(step, device)])
+    row = profile_trainer(trainer, steps=1)
+    assert row["first_step"]["allocated_bytes"] == 8
+    assert row["steady_step"]["allocated_bytes"] == 9
 
 
 def test_blocks_that_visit_the_device_are_measured_there():
