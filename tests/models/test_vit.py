@@ -127,6 +127,20 @@ def test_the_loss_moves_the_labels_row_through_z():
     assert moved.tolist() == [True, False, True, False, True]
 
 
+def test_the_last_layers_tokens_are_not_kept_for_the_one_that_answers():
+    model, outputs, saved = make_model(), [], []
+    model.layers[1].register_forward_hook(lambda _, args, out: outputs.append(out.detach()))
+
+    def pack(tensor):
+        saved.append(tensor.detach())
+        return saved[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.losses(DRAW, LEVEL, (0, 1), make_batch())
+    kept = {tensor.untyped_storage().data_ptr() for tensor in saved}
+    assert outputs[0].untyped_storage().data_ptr() not in kept
+
+
 def test_the_loss_is_the_surprise_at_the_label_of_each_sample():
     model, batch = make_model(), make_batch()
     z = model.target(batch) + LEVEL[:, None] * normals(DRAW, 3, 8)

@@ -147,6 +147,20 @@ def test_weights_gradients_of_parts_add_up_in_float32(keep, monkeypatch):
     assert grads["x"].dtype == grads["modulation"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("keep", ["qkv", "layer"])
+def test_weights_gradients_of_parts_are_not_rounded_before_they_add_up(keep, monkeypatch):
+    call = layer_call(keep, dtypes=(torch.bfloat16,) * 3)
+    monkeypatch.setattr(layer_module, "PART", 1)
+    grads = backward(call, kept_by(call, call.forward()[1]))
+    alone = [
+        backward(part.call, kept_by(part.call, part.call.forward()[1])) for part in call._parts()
+    ]
+    for name in ("qkv_weight", "out_weight", "fc1_weight", "fc2_weight"):
+        rounded = sum(part[name].float() for part in alone)
+        torch.testing.assert_close(grads[name], rounded, rtol=0.05, atol=0.05)
+        assert not torch.equal(grads[name], rounded), name
+
+
 def test_a_few_samples_at_a_time_lower_the_peak(monkeypatch):
     def peak(keep):
         call = layer_call(keep, samples=8)

@@ -67,6 +67,19 @@ def test_purposes_have_numbers_of_their_own():
             assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.2
 
 
+def test_no_two_changes_share_a_purpose(monkeypatch):
+    used, numbers = [], augment._numbers
+
+    def recorded(draw, purpose, like):
+        used.append(purpose)
+        return numbers(draw, purpose, like)
+
+    monkeypatch.setattr(augment, "_numbers", recorded)
+    for change in CHANGES.values():
+        change(make_batch(4), seeded())
+    assert sorted(used) == [augment.DROP, augment.MIRROR, augment.ROWS, augment.COLUMNS]
+
+
 def test_the_share_of_labels_that_are_dropped():
     batch = make_batch(20_000)
     label = drop_labels(batch, seeded(), share=0.1, null=9)["label"]
