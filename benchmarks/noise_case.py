@@ -5,6 +5,7 @@ its scaled copy before; the denoised output, its error, the square and their gra
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
@@ -17,7 +18,6 @@ from dbkernels.diffusion.precondition import c_in, c_out, c_skip, edm_weight
 from dbkernels.models.compiled import compiled
 
 SIGMA_DATA = 0.5
-DRAW = ops.Draw(seed=1, step=7)
 SHAPES = ((256, 4, 32, 32), (256, 256, 384))  # latents, and tokens
 PASSES = {  # over a tensor of z0's shape, of what each op must read and write
     "add_noise": 2,
@@ -54,7 +54,9 @@ class NoiseCase(NamedTuple):
 
     def _call(self, impl: str, inputs: list[Tensor]) -> Callable[[], object]:
         z0, sigma, prediction = inputs
-        noise, loss = {"fused": (_noise, _loss)}.get(impl, (_eager_noise, _eager_loss))
+        draw = draw_on(self.device)
+        fused = partial(_noise, draw), partial(_loss, draw)
+        noise, loss = {"fused": fused}.get(impl, (_eager_noise, _eager_loss))
         if impl == "compiled":
             noise, loss = compiled(noise, {}), compiled(loss, {})
 
@@ -77,12 +79,17 @@ class NoiseCase(NamedTuple):
         return {"fused": fused, "compiled": "inductor", "eager": "torch"}[impl]
 
 
-def _noise(z0: Tensor, sigma: Tensor) -> tuple[Tensor, None]:
-    return ops.add_noise(z0, sigma, DRAW, scale="c_in", sigma_data=SIGMA_DATA), None
+def draw_on(device: torch.device) -> ops.Draw:
+    """The step in the device's memory, as where a CUDA graph is replayed with the next."""
+    return ops.Draw(seed=1, step=torch.tensor(7, device=device))
 
 
-def _loss(prediction: Tensor, z: None, z0: Tensor, sigma: Tensor) -> Tensor:
-    return ops.score_loss(prediction, z0, sigma, DRAW, sigma_data=SIGMA_DATA)[0]
+def _noise(draw: ops.Draw, z0: Tensor, sigma: Tensor) -> tuple[Tensor, None]:
+    return ops.add_noise(z0, sigma, draw, scale="c_in", sigma_data=SIGMA_DATA), None
+
+
+def _loss(draw: ops.Draw, prediction: Tensor, z: None, z0: Tensor, sigma: Tensor) -> Tensor:
+    return ops.score_loss(prediction, z0, sigma, draw, sigma_data=SIGMA_DATA)[0]
 
 
 def _eager_noise(z0: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

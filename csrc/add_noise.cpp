@@ -20,9 +20,9 @@ void add_noise_tile(const Z0* __restrict__ z0, const float* __restrict__ noise, 
 }  // namespace
 
 void add_noise_cpu(const Tensor& z0, const Tensor& sigma, const Tensor& z, int64_t seed,
-                   int64_t step, int64_t sample, bool scaled, double sigma_data) {
+                   const Tensor& step, int64_t sample, bool scaled, double sigma_data) {
   const int64_t B = sigma.numel(), elements = z0.numel() / B;
-  const Draw draw(seed, step, sample, NOISE);
+  const Draw draw = draw_of(seed, step, sample, NOISE);
   const auto* levels = static_cast<const float*>(sigma.data_ptr());
   with_pointer(z0, [&](const auto* from) {
     with_pointer(z, [&](auto* to) {

@@ -12,12 +12,13 @@ template <typename Z0, typename Z>
 __global__ void __launch_bounds__(THREADS) add_noise_kernel(
     const Z0* __restrict__ z0, const float* __restrict__ sigma,  // (B, elements), (B,)
     Z* __restrict__ z,                                           // (B, elements)
-    Draw draw, int64_t B, int64_t elements, float sigma_data, bool scaled, bool aligned) {
+    DrawArguments given, int64_t B, int64_t elements, float sigma_data, bool scaled, bool aligned) {
   const int64_t start = first_element(), left = elements - start;
   if (left <= 0) return;
   for (int64_t b = blockIdx.y; b < B; b += gridDim.y) {
     const int64_t at = b * elements + start;
     float x[VECTOR], noise[VECTOR];
+    const Draw draw = given.read(NOISE);
     load_vector(z0 + at, left, aligned, x);
     const float level = level_or_nan(sigma[b]);
     const float scale = scaled ? c_in(level, sigma_data) : 1.0f;
@@ -33,9 +34,9 @@ __global__ void __launch_bounds__(THREADS) add_noise_kernel(
 }  // namespace
 
 void add_noise_cuda(const Tensor& z0, const Tensor& sigma, const Tensor& z, int64_t seed,
-                    int64_t step, int64_t sample, bool scaled, double sigma_data) {
+                    const Tensor& step, int64_t sample, bool scaled, double sigma_data) {
   const int64_t B = sigma.numel(), elements = z0.numel() / B;
-  const Draw draw(seed, step, sample, NOISE);
+  const DrawArguments draw(seed, step, sample);
   const NoiseGrid grid = noise_grid(B, elements);
   const bool aligned = vectors_are_aligned(elements, {z0.data_ptr(), z.data_ptr()});
   const auto* levels = static_cast<const float*>(sigma.data_ptr());

@@ -40,6 +40,22 @@ inline void check_launch(const char* op) {
   STD_TORCH_CHECK(error == cudaSuccess, op, " was not launched: ", cudaGetErrorString(error));
 }
 
+// A draw as a kernel is given it: the step is read when the kernel runs, so that a graph draws anew
+// at each replay.
+struct DrawArguments {
+  int64_t seed;
+  const int64_t* step;
+  int64_t sample;
+
+  DrawArguments(int64_t seed, const Tensor& step, int64_t sample)
+      : seed(seed), step(static_cast<const int64_t*>(step.data_ptr())), sample(sample) {}
+
+  // for each sample again, because words that are kept from one to the next take registers
+  __device__ __forceinline__ Draw read(int stream) const {
+    return Draw(seed, __ldg(step), sample, stream);
+  }
+};
+
 struct NoiseGrid {
   dim3 blocks, threads;
 };

@@ -22,6 +22,11 @@ constexpr int64_t GROUPS = 8;             // counters at a time
 constexpr int64_t FILL = NORMALS * GROUPS;  // a tile is filled to a multiple of this
 constexpr int64_t WORTH_A_THREAD = 1 << 14;  // elements
 
+// step () int64
+inline Draw draw_of(int64_t seed, const torch::stable::Tensor& step, int64_t sample, int stream) {
+  return Draw(seed, *static_cast<const int64_t*>(step.data_ptr()), sample, stream);
+}
+
 inline int64_t tiles_of(int64_t elements) { return (elements + TILE - 1) / TILE; }
 
 struct NoiseTile {

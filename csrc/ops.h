@@ -38,26 +38,26 @@ inline Mask mask_of(const std::optional<Tensor>& mask, int64_t B, int64_t elemen
   return {pointer<const uint8_t>(mask), elements / row, row};
 }
 
-void philox_normal_cpu(const Tensor& normals, int64_t seed, int64_t step, int64_t sample);
-void philox_normal_cuda(const Tensor& normals, int64_t seed, int64_t step, int64_t sample);
+void philox_normal_cpu(const Tensor& normals, int64_t seed, const Tensor& step, int64_t sample);
+void philox_normal_cuda(const Tensor& normals, int64_t seed, const Tensor& step, int64_t sample);
 
-void philox_uniform_cpu(const Tensor& uniforms, int64_t seed, int64_t step, int64_t sample);
-void philox_uniform_cuda(const Tensor& uniforms, int64_t seed, int64_t step, int64_t sample);
+void philox_uniform_cpu(const Tensor& uniforms, int64_t seed, const Tensor& step, int64_t sample);
+void philox_uniform_cuda(const Tensor& uniforms, int64_t seed, const Tensor& step, int64_t sample);
 
 void add_noise_cpu(const Tensor& z0, const Tensor& sigma, const Tensor& z, int64_t seed,
-                   int64_t step, int64_t sample, bool scaled, double sigma_data);
+                   const Tensor& step, int64_t sample, bool scaled, double sigma_data);
 void add_noise_cuda(const Tensor& z0, const Tensor& sigma, const Tensor& z, int64_t seed,
-                    int64_t step, int64_t sample, bool scaled, double sigma_data);
+                    const Tensor& step, int64_t sample, bool scaled, double sigma_data);
 
 void score_loss_cpu(const Tensor& prediction, const Tensor& z0, const Tensor& sigma,
                     const std::optional<Tensor>& k, const std::optional<Tensor>& mask,
                     const std::optional<Tensor>& dprediction, const std::optional<Tensor>& dz0,
-                    const Tensor& losses, int64_t seed, int64_t step, int64_t sample,
+                    const Tensor& losses, int64_t seed, const Tensor& step, int64_t sample,
                     double sigma_data, double r);
 void score_loss_cuda(const Tensor& prediction, const Tensor& z0, const Tensor& sigma,
                      const std::optional<Tensor>& k, const std::optional<Tensor>& mask,
                      const std::optional<Tensor>& dprediction, const std::optional<Tensor>& dz0,
-                     const Tensor& losses, int64_t seed, int64_t step, int64_t sample,
+                     const Tensor& losses, int64_t seed, const Tensor& step, int64_t sample,
                      double sigma_data, double r);
 
 }  // namespace dbkernels

@@ -4,9 +4,9 @@
 
 namespace dbkernels {
 
-void philox_normal_cpu(const Tensor& normals, int64_t seed, int64_t step, int64_t sample) {
+void philox_normal_cpu(const Tensor& normals, int64_t seed, const Tensor& step, int64_t sample) {
   const int64_t B = normals.size(0), elements = normals.size(1);
-  const Draw draw(seed, step, sample, NOISE);
+  const Draw draw = draw_of(seed, step, sample, NOISE);
   auto* y = static_cast<float*>(normals.data_ptr());
   for_each_tile(B, elements, [&](const NoiseTile& tile) {
     alignas(64) float noise[TILE];
@@ -15,8 +15,8 @@ void philox_normal_cpu(const Tensor& normals, int64_t seed, int64_t step, int64_
   });
 }
 
-void philox_uniform_cpu(const Tensor& uniforms, int64_t seed, int64_t step, int64_t sample) {
-  const Draw draw(seed, step, sample, SIGMA);
+void philox_uniform_cpu(const Tensor& uniforms, int64_t seed, const Tensor& step, int64_t sample) {
+  const Draw draw = draw_of(seed, step, sample, SIGMA);
   auto* y = static_cast<double*>(uniforms.data_ptr());
   const auto fill = [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {

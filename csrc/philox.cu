@@ -6,30 +6,30 @@ namespace {
 
 __global__ void __launch_bounds__(THREADS) normal_kernel(
     float* __restrict__ y,  // (B, elements)
-    Draw draw, int64_t B, int64_t elements, bool aligned) {
+    DrawArguments given, int64_t B, int64_t elements, bool aligned) {
   const int64_t start = first_element(), left = elements - start;
   if (left <= 0) return;
   for (int64_t b = blockIdx.y; b < B; b += gridDim.y) {
     float noise[VECTOR];
-    normal_vector(draw, b, start, noise);
+    normal_vector(given.read(NOISE), b, start, noise);
     store_vector(noise, left, aligned, y + b * elements + start);
   }
 }
 
 __global__ void __launch_bounds__(THREADS) uniform_kernel(
     double* __restrict__ y,  // (B,)
-    Draw draw, int64_t B) {
+    DrawArguments given, int64_t B) {
   const int64_t b = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (b >= B) return;
-  const Words words = words_of(draw, b, 0);
+  const Words words = words_of(given.read(SIGMA), b, 0);
   y[b] = uniform(words.x0, words.x1);
 }
 
 }  // namespace
 
-void philox_normal_cuda(const Tensor& normals, int64_t seed, int64_t step, int64_t sample) {
+void philox_normal_cuda(const Tensor& normals, int64_t seed, const Tensor& step, int64_t sample) {
   const int64_t B = normals.size(0), elements = normals.size(1);
-  const Draw draw(seed, step, sample, NOISE);
+  const DrawArguments draw(seed, step, sample);
   const NoiseGrid grid = noise_grid(B, elements);
   auto* y = static_cast<float*>(normals.data_ptr());
   normal_kernel<<<grid.blocks, grid.threads, 0, stream_of(normals)>>>(
@@ -37,9 +37,9 @@ void philox_normal_cuda(const Tensor& normals, int64_t seed, int64_t step, int64
   check_launch("philox_normal");
 }
 
-void philox_uniform_cuda(const Tensor& uniforms, int64_t seed, int64_t step, int64_t sample) {
+void philox_uniform_cuda(const Tensor& uniforms, int64_t seed, const Tensor& step, int64_t sample) {
   const int64_t B = uniforms.numel();
-  const Draw draw(seed, step, sample, SIGMA);
+  const DrawArguments draw(seed, step, sample);
   const auto blocks = static_cast<unsigned>((B + THREADS - 1) / THREADS);
   auto* y = static_cast<double*>(uniforms.data_ptr());
   uniform_kernel<<<blocks, THREADS, 0, stream_of(uniforms)>>>(y, draw, B);

@@ -29,7 +29,7 @@ struct Words {
 struct Draw {
   uint32_t sample, step_low, step_high, key_low, key_high;
 
-  Draw(int64_t seed, int64_t step, int64_t sample, int stream)
+  DBK_HD Draw(int64_t seed, int64_t step, int64_t sample, int stream)
       : sample(static_cast<uint32_t>(sample)),
         step_low(static_cast<uint32_t>(step)),
         step_high(static_cast<uint32_t>(step >> 32) << 8 | static_cast<uint32_t>(stream)),

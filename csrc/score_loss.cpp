@@ -103,7 +103,7 @@ void add_tiles(const float* sums, const float* k, int64_t B, int64_t elements, f
 void score_loss_cpu(const Tensor& prediction, const Tensor& z0, const Tensor& sigma,
                     const std::optional<Tensor>& k, const std::optional<Tensor>& mask,
                     const std::optional<Tensor>& dprediction, const std::optional<Tensor>& dz0,
-                    const Tensor& losses, int64_t seed, int64_t step, int64_t sample,
+                    const Tensor& losses, int64_t seed, const Tensor& step, int64_t sample,
                     double sigma_data, double r) {
   const int64_t B = sigma.numel(), elements = z0.numel() / B, tiles = tiles_of(elements);
   const auto* levels = static_cast<const float*>(sigma.data_ptr());
@@ -117,7 +117,7 @@ void score_loss_cpu(const Tensor& prediction, const Tensor& z0, const Tensor& si
       const ScoreLoss<F, Z0> score_tile{
           f, target, levels, weights, mask_of(mask, B, elements),
           pointer<F>(dprediction), pointer<Z0>(dz0), sums,
-          Draw(seed, step, sample, NOISE), elements,
+          draw_of(seed, step, sample, NOISE), elements,
           static_cast<float>(sigma_data), static_cast<float>(2 * r / elements)};
       for_each_tile(B, elements, score_tile);
     });

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(THREADS) score_loss_kernel(
     Mask mask,                                                      // (B, elements / run) or null
     F* dprediction, Z0* __restrict__ dz0,                           // (B, elements) or null
     float* __restrict__ sums,                                       // (B, tiles)
-    Draw draw, int64_t B, int64_t elements, float sigma_data, float r2, bool aligned) {
+    DrawArguments given, int64_t B, int64_t elements, float sigma_data, float r2, bool aligned) {
   const int64_t start = first_element(), left = elements - start;
   for (int64_t b = blockIdx.y; b < B; b += gridDim.y) {
     float sum = 0;
@@ -62,6 +62,7 @@ __global__ void __launch_bounds__(THREADS) score_loss_kernel(
       const ScoreRow row = score_row(level, k == nullptr ? 1.0f : k[b], sigma_data, r2);
       float e[VECTOR], target[VECTOR], noise[VECTOR];
       bool counted[VECTOR];
+      const Draw draw = given.read(NOISE);
       load_vector(prediction + at, left, aligned, e);
       load_vector(z0 + at, left, aligned, target);
       load_counted(mask, b, start, left, counted);
@@ -114,7 +115,7 @@ void add_tiles(const float* sums, const float* k, const Tensor& losses, int64_t 
 void score_loss_cuda(const Tensor& prediction, const Tensor& z0, const Tensor& sigma,
                      const std::optional<Tensor>& k, const std::optional<Tensor>& mask,
                      const std::optional<Tensor>& dprediction, const std::optional<Tensor>& dz0,
-                     const Tensor& losses, int64_t seed, int64_t step, int64_t sample,
+                     const Tensor& losses, int64_t seed, const Tensor& step, int64_t sample,
                      double sigma_data, double r) {
   const int64_t B = sigma.numel(), elements = z0.numel() / B;
   const NoiseGrid grid = noise_grid(B, elements);
@@ -133,7 +134,7 @@ void score_loss_cuda(const Tensor& prediction, const Tensor& z0, const Tensor& s
       auto* dtarget = pointer<std::remove_pointer_t<decltype(target)>>(dz0);
       score_loss_kernel<<<grid.blocks, grid.threads, 0, stream>>>(
           f, target, levels, weights, mask_of(mask, B, elements), df, dtarget, sums,
-          Draw(seed, step, sample, NOISE), B, elements, static_cast<float>(sigma_data),
+          DrawArguments(seed, step, sample), B, elements, static_cast<float>(sigma_data),
           static_cast<float>(2 * r / elements), aligned);
     });
   });

@@ -17,7 +17,6 @@ HEAD_DIM = 64
 VOCABULARY = 50257  # of GPT-2; odd, and no width of a model
 DTYPE = torch.bfloat16
 MODULATIONS = 6  # of one layer, side by side in one projection
-DRAW = (7, 7, 7)  # seed, step, sample; not what a compiler would specialise for
 LAUNCHERS = {
     "fwd": ("_forward_triton", "_fwd_kernel"),
     "bwd": ("_backward_triton", "_bwd_kernel"),
@@ -72,6 +71,11 @@ def scalars() -> Tensor:
 
 def levels() -> Tensor:
     return empty(B, dtype=torch.float32)
+
+
+def draw() -> tuple[int, Tensor, int]:
+    """Seed, step and sample; not what a compiler would specialise for."""
+    return 7, empty(dtype=torch.int64), 7
 
 
 def gated_mlp_width(D: int) -> int:
@@ -177,11 +181,11 @@ ENTRIES = [
         passes={"logits_ptr": 3},  # read twice, then written
         timed=False,
     ),
-    Case("philox", "fwd", lambda D: (empty(B, T * D, dtype=torch.float32), *DRAW), timed=False),
+    Case("philox", "fwd", lambda D: (empty(B, T * D, dtype=torch.float32), *draw()), timed=False),
     Case(
         "add_noise",
         "fwd",
-        lambda D: (*tokens(D), levels(), *tokens(D), *DRAW, True, 0.5),
+        lambda D: (*tokens(D), levels(), *tokens(D), *draw(), True, 0.5),
         timed=False,
     ),
     Case(
@@ -189,7 +193,7 @@ ENTRIES = [
         "fwd",
         lambda D: (
             *(*tokens(D, 2), levels(), levels(), empty(B, T, D, dtype=torch.bool)),
-            *(*tokens(D, 2), levels(), *DRAW, 0.5, 1.0),
+            *(*tokens(D, 2), levels(), *draw(), 0.5, 1.0),
         ),
         timed=False,
     ),

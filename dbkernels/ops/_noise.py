@@ -20,11 +20,14 @@ NOISE, SIGMA = 0, 1  # streams: independent numbers of one step and sample
 MAX_ELEMENTS = NORMALS * 2**32
 MAX_TILE = 4 * LANES  # 8 elements to a thread of four warps
 CHUNK = 2**16  # elements of plain torch's noise: the words of its counters stay in a core's cache
-WORDS = ("sample", "step_low", "step_high", "key_low", "key_high")  # of a kernel, int32
+DRAW = ("step_ptr", "sample", "key_low", "key_high")  # a draw as a kernel takes it
+DrawArguments = tuple[int, Tensor, int]  # as an op takes it: seed, step () int64, sample
+
+_NOISE = tl.constexpr(NOISE)  # a kernel reads no other kind of global
 
 
-def counter_words(step: int, stream: int) -> tuple[int, int]:
-    """The last two words of a counter."""
+def counter_words(step: int | Tensor, stream: int) -> tuple:
+    """The last two words of a counter: integers, or tensors where the step lies."""
     return step & WORD, (step >> 32) * 2**8 + stream
 
 
@@ -33,11 +36,11 @@ def key_words(seed: int) -> tuple[int, int]:
     return seed & WORD, (seed >> 32) & WORD
 
 
-def kernel_words(draw: tuple[int, int, int], stream: int) -> list[int]:
-    """The words that `draw` (seed, step, sample) is to a kernel; always of int32, so one binary."""
+def kernel_draw(draw: DrawArguments) -> tuple[Tensor, int, int, int]:
+    """What DRAW names; the words always of int32, so that one binary serves all."""
     seed, step, sample = draw
-    words = (sample, *counter_words(step, stream), *key_words(seed))
-    return [word - 2**32 if word >= 2**31 else word for word in words]
+    words = (word - 2**32 if word >= 2**31 else word for word in (sample, *key_words(seed)))
+    return step, *words
 
 
 def noise_launch(B: int, elements: int) -> tuple[tuple[int], dict[str, int]]:
@@ -58,11 +61,16 @@ def tile_of_sample(elements, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def noise_tile(
-    batch, start, sample, step_low, step_high, key_low, key_high,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+def load_step(step_ptr, stream: tl.constexpr):
+    """`counter_words`, of what the step is when the kernel runs."""
+    step = tl.load(step_ptr)
+    return step.to(tl.uint32), ((step >> 32) * 2**8 + stream).to(tl.uint32)
+
+
+@triton.jit
+def noise_tile(batch, start, step_ptr, sample, key_low, key_high, BLOCK: tl.constexpr):
     """Normals of a tile of `tile_of_sample`."""
+    step_low, step_high = load_step(step_ptr, _NOISE)
     # unsigned, where the sum of two words of int32 would overflow
     row = sample.to(tl.uint32) + batch.to(tl.uint32)
     return normal_tile(start, row, step_low, step_high, key_low, key_high, BLOCK)
@@ -83,12 +91,9 @@ def check_levels(sigma: Tensor) -> None:
 
 
 def noise_chunks(
-    draw: tuple[int, int, int], B: int, elements: int, device: torch.device
+    draw: DrawArguments, B: int, elements: int, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, columns and their normals, float32 and the caller's to write over, until all are done.
-
-    draw is (seed, step, sample).
-    """
+    """Rows, columns and float32 normals, the caller's to write over, until all are done."""
     seed, step, sample = draw
     words = counter_words(step, NOISE), key_words(seed)
     rows = max(CHUNK // max(elements, 1), 1)

@@ -73,7 +73,7 @@ def normals_at(sample: Tensor, group: Tensor, step_words, key_words) -> Tensor:
     Args:
         sample:      (B, 1) int64
         group:       (G,)   int64, index of an element over four
-        step_words:  the counter's last two words
+        step_words:  the counter's last two words, integers or () int64
         key_words:   the two words of the key
     Returns:
         (B, 4 * G) float32.

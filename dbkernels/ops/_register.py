@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 import triton
+from torch import Tensor
 
 from dbkernels.ops import _compiled
 
@@ -38,14 +39,13 @@ def register(
     _COMPILED.define(schema.replace("SymInt", "int"))
     compiled = getattr(torch.ops.dbkernels_compiled, name).default
     launchers = {"triton": triton, "torch": torch_, "cpp": compiled, "cuda": compiled}
-    # where no tensor is read, float64 is the output's by its meaning and not by the caller's choice
-    reads = "Tensor " in schema or "Tensor? " in schema
+    reads = [argument.alias_info is None for argument in compiled._schema.arguments]
 
     def launch(*args):
         device = args[0].device
         if check is not None and device.type == "cpu":
             check(*args)
-        chosen = _choose(name, device, float64=reads and _any_float64(args))
+        chosen = _choose(name, device, float64=_float64_is_chosen(args, reads))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             launchers[chosen](*args)
 
@@ -133,5 +133,15 @@ def _choose(op: str, device: torch.device, *, float64: bool) -> Implementation:
     return chosen
 
 
-def _any_float64(args: tuple) -> bool:
-    return any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float64 for arg in args)
+def _float64_is_chosen(args: tuple, reads: list[bool]) -> bool:
+    """Whether a tensor is float64 and one that is read has floats.
+
+    An op that reads none, at most integers, has float64 in its output by its meaning and not by its
+    caller's choice.
+    """
+    if not any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
+        return False
+    return any(
+        read and isinstance(arg, Tensor) and arg.is_floating_point()
+        for arg, read in zip(args, reads, strict=True)
+    )

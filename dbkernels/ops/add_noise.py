@@ -16,11 +16,11 @@ from torch import Tensor
 
 from dbkernels.ops import _door
 from dbkernels.ops._noise import (
-    NOISE,
-    WORDS,
+    DRAW,
+    DrawArguments,
     check_levels,
     check_noise,
-    kernel_words,
+    kernel_draw,
     load_level,
     noise_chunks,
     noise_launch,
@@ -34,7 +34,6 @@ from dbkernels.ops.philox import Draw
 
 
 class _Options(NamedTuple):
-    draw: tuple[int, int, int]  # seed, step, sample
     scaled: bool
     sigma_data: float
     dtype: torch.dtype
@@ -43,11 +42,11 @@ class _Options(NamedTuple):
 # kernels
 
 
-@triton.jit(do_not_specialize=WORDS)
+@triton.jit(do_not_specialize=DRAW)
 def _fwd_kernel(
     z0_ptr, sigma_ptr,  # (B, elements), (B,)
     z_ptr,              # (B, elements)
-    sample, step_low, step_high, key_low, key_high,
+    step_ptr, sample, key_low, key_high,  # (), the words of a draw
     elements, sigma_data,
     SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +55,7 @@ def _fwd_kernel(
     sigma = load_level(sigma_ptr, batch)
     z0 = tl.load(z0_ptr + at + lanes, mask=mask, other=0.0).to(tl.float32)
 
-    noise = noise_tile(batch, start, sample, step_low, step_high, key_low, key_high, BLOCK)
+    noise = noise_tile(batch, start, step_ptr, sample, key_low, key_high, BLOCK)
     z = z0 + sigma * noise
     if SCALED:
         z /= tl.sqrt(sigma * sigma + sigma_data * sigma_data)
@@ -71,8 +70,8 @@ def _forward_triton(z0, sigma, z, *rest):
     *draw, scaled, sigma_data = rest
     B, elements = sizes(z0)
     grid, options = noise_launch(B, elements)
-    words = kernel_words(draw, NOISE)
-    _fwd_kernel[grid](z0, sigma, z, *words, elements, sigma_data, scaled, **options)
+    draw = kernel_draw(draw)
+    _fwd_kernel[grid](z0, sigma, z, *draw, elements, sigma_data, scaled, **options)
 
 
 def _forward_torch(z0, sigma, z, *rest):
@@ -93,7 +92,7 @@ def c_in(sigma: Tensor, sigma_data: float) -> Tensor:
 
 _forward_op = register(
     "add_noise_fwd(Tensor z0, Tensor sigma, Tensor(a!) z,"
-    " SymInt seed, SymInt step, SymInt sample, bool scaled, float sigma_data) -> ()",
+    " SymInt seed, Tensor step, SymInt sample, bool scaled, float sigma_data) -> ()",
     triton=_forward_triton,
     torch_=_forward_torch,
     check=lambda z0, sigma, *_: check_levels(sigma),
@@ -103,11 +102,11 @@ _forward_op = register(
 # allocation and autograd
 
 
-def add_noise_forward(z0: Tensor, sigma: Tensor, options: _Options) -> Tensor:
+def add_noise_forward(z0: Tensor, sigma: Tensor, draw: DrawArguments, options: _Options) -> Tensor:
     """z in the shape of z0, which is contiguous."""
     z = torch.empty_like(z0, dtype=options.dtype)
     if z0.numel():
-        _forward_op(z0, sigma, z, *options.draw, options.scaled, options.sigma_data)
+        _forward_op(z0, sigma, z, *draw, options.scaled, options.sigma_data)
     return z
 
 
@@ -122,16 +121,16 @@ def add_noise_backward(dz: Tensor, sigma: Tensor, options: _Options, dtype: torc
 
 class _AddNoise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z0, sigma, options):
+    def forward(ctx, z0, sigma, draw, options):
         ctx.save_for_backward(sigma)
         ctx.options, ctx.dtype = options, z0.dtype
-        return add_noise_forward(z0, sigma, options)
+        return add_noise_forward(z0, sigma, draw, options)
 
     @staticmethod
     def backward(ctx, dz):
         _door.refuse_double_backward("add_noise")
         (sigma,) = ctx.saved_tensors
-        return add_noise_backward(dz, sigma, ctx.options, ctx.dtype), None, None
+        return add_noise_backward(dz, sigma, ctx.options, ctx.dtype), None, None, None
 
 
 # public
@@ -159,14 +158,15 @@ def add_noise(
         (B, ...). Everything is float32 inside, and rounded once.
     Raises:
         ValueError: a shape, dtype or device disagrees, scale or dtype is unknown, sigma requires a
-            gradient, sigma_data is not positive, or the draw has not that many samples. Also a
-            sigma that is not positive or not finite; on a GPU, where to look at it would wait for
-            the device, its sample is NaN.
+            gradient, sigma_data is not positive, or the draw has not that many samples or its step
+            is on another device. Also a sigma that is not positive or not finite; on a GPU, where
+            to look at it would wait for the device, its sample is NaN.
         RuntimeError: the gradient is differentiated.
     """
     if scale not in (None, "c_in"):
         raise ValueError(f"scale must be None or c_in, got {scale}")
     check_noise("z0", z0, sigma, sigma_data)
     dtype = _door.result_dtype(dtype, z0)
-    options = _Options(draw.arguments(*sizes(z0)), scale == "c_in", sigma_data, dtype)
-    return _AddNoise.apply(z0.contiguous(), sigma.contiguous(), options)
+    arguments = draw.arguments(*sizes(z0), z0.device)
+    options = _Options(scale == "c_in", sigma_data, dtype)
+    return _AddNoise.apply(z0.contiguous(), sigma.contiguous(), arguments, options)

@@ -16,13 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dbkernels.ops._noise import (
+    DRAW,
     MAX_ELEMENTS,
-    NOISE,
     SIGMA,
-    WORDS,
+    DrawArguments,
     counter_words,
-    kernel_words,
+    kernel_draw,
     key_words,
+    load_step,
     noise_chunks,
     noise_launch,
     noise_tile,
@@ -34,6 +35,8 @@ from dbkernels.ops._tile import LANES
 
 LIMITS = {"seed": 2**64, "step": 2**56, "sample": 2**32}
 
+_SIGMA = tl.constexpr(SIGMA)  # a kernel reads no other kind of global
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -41,24 +44,38 @@ class Draw:
 
     seed: int
     """Of the run, below 2**64."""
-    step: int
-    """Optimizer step, below 2**56."""
+    step: int | Tensor
+    """Optimizer step, below 2**56.
+
+    A () int64 tensor, on the device of the ops that use it, is read when an op runs: a CUDA graph
+    draws anew at each replay. Its value is not checked, which would wait for a GPU.
+    """
     sample: int = 0
     """Index of the first sample in the step's effective batch, over micro-batches and ranks."""
 
     def __post_init__(self):
         for name, limit in LIMITS.items():
             value = getattr(self, name)
+            if name == "step" and isinstance(value, Tensor):
+                _check_step(value)
+                continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{name} must be an integer, got {value!r}")
             if not 0 <= value < limit:
                 raise ValueError(f"{name} must be in [0, {limit}), got {value}")
 
-    def arguments(self, B: int, elements: int = 1) -> tuple[int, int, int]:
+    def arguments(
+        self, B: int, elements: int = 1, device: torch.device | str | None = None
+    ) -> DrawArguments:
         """Seed, step and sample as an op takes them, the seed as a signed integer.
 
+        Args:
+            B:         number of samples
+            elements:  of each sample
+            device:    of the op's tensors, on which the step is then a () int64 tensor
         Raises:
-            ValueError: the draw has not that many samples left, or no sample so many elements.
+            ValueError: the draw has not that many samples left, no sample so many elements, or the
+                step is a tensor on another device.
         """
         if self.sample + B > LIMITS["sample"]:
             raise ValueError(
@@ -67,35 +84,53 @@ class Draw:
         if elements > MAX_ELEMENTS:
             raise ValueError(f"a sample must have at most {MAX_ELEMENTS} elements, got {elements}")
         seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed
-        return seed, self.step, self.sample
+        return seed, self._step_on(device), self.sample
+
+    def _step_on(self, device: torch.device | str | None) -> Tensor:
+        if not isinstance(self.step, Tensor):
+            # filled where it lies: nothing is copied, and no one waits
+            return torch.full((), self.step, dtype=torch.int64, device=device)
+        # of a tensor, because its device has an index where the name of one need not
+        device = torch.empty((0,), device=device).device
+        if self.step.device != device:
+            raise ValueError(f"step must be on {device}, got {self.step.device}")
+        return self.step
+
+
+def _check_step(step: Tensor) -> None:
+    if step.shape != () or step.dtype != torch.int64:
+        raise ValueError(
+            f"step must be an integer or () torch.int64, got {tuple(step.shape)} {step.dtype}"
+        )
 
 
 # kernels
 
 
-@triton.jit(do_not_specialize=WORDS)
+@triton.jit(do_not_specialize=DRAW)
 def _fwd_kernel(
     normals_ptr,  # (B, elements)
-    sample, step_low, step_high, key_low, key_high,
+    step_ptr, sample, key_low, key_high,  # (), the words of a draw
     elements,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch, start, lanes, mask = tile_of_sample(elements, BLOCK)
-    noise = noise_tile(batch, start, sample, step_low, step_high, key_low, key_high, BLOCK)
+    noise = noise_tile(batch, start, step_ptr, sample, key_low, key_high, BLOCK)
     tl.store(normals_ptr + (batch * elements + start) + lanes, noise, mask=mask)
 
 
-@triton.jit(do_not_specialize=WORDS)
+@triton.jit(do_not_specialize=DRAW)
 def _uniform_kernel(
     uniforms_ptr,  # (B,)
-    sample, step_low, step_high, key_low, key_high,
+    step_ptr, sample, key_low, key_high,  # (), the words of a draw
     B,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    step_low, step_high = load_step(step_ptr, _SIGMA)
     c1 = sample.to(tl.uint32) + row.to(tl.uint32)
     x0, x1, _, _ = philox_words(
-        tl.zeros((BLOCK,), tl.uint32), c1, step_low.to(tl.uint32), step_high.to(tl.uint32),
+        tl.zeros((BLOCK,), tl.uint32), c1, step_low, step_high,
         key_low.to(tl.uint32), key_high.to(tl.uint32),
     )  # fmt: skip
     bits = (x0 >> 5).to(tl.int64) * 2**26 + (x1 >> 6).to(tl.int64)
@@ -108,7 +143,7 @@ def _uniform_kernel(
 def _forward_triton(normals, *draw):
     B, elements = normals.shape
     grid, options = noise_launch(B, elements)
-    _fwd_kernel[grid](normals, *kernel_words(draw, NOISE), elements, **options)
+    _fwd_kernel[grid](normals, *kernel_draw(draw), elements, **options)
 
 
 def _forward_torch(normals, *draw):
@@ -118,8 +153,8 @@ def _forward_torch(normals, *draw):
 
 def _uniform_triton(uniforms, *draw):
     grid = (triton.cdiv(len(uniforms), LANES),)
-    words = kernel_words(draw, SIGMA)
-    _uniform_kernel[grid](uniforms, *words, len(uniforms), BLOCK=LANES, num_warps=LANES // 32)
+    draw = kernel_draw(draw)
+    _uniform_kernel[grid](uniforms, *draw, len(uniforms), BLOCK=LANES, num_warps=LANES // 32)
 
 
 def _uniform_torch(uniforms, seed, step, sample):
@@ -129,8 +164,8 @@ def _uniform_torch(uniforms, seed, step, sample):
     uniforms.copy_((bits.double() + 0.5) * 2.0**-53)
 
 
-# a step is no constant of a compiled graph
-_DRAW = "SymInt seed, SymInt step, SymInt sample"
+# neither a compiled graph nor one of CUDA makes a constant of a step
+_DRAW = "SymInt seed, Tensor step, SymInt sample"
 _forward_op = register(
     f"philox_normal(Tensor(a!) normals, {_DRAW}) -> ()",
     triton=_forward_triton,
@@ -157,9 +192,9 @@ def normals(draw: Draw, B: int, elements: int, device: torch.device | str | None
     Returns:
         (B, elements) float32.
     Raises:
-        ValueError: the draw has not that many samples or elements.
+        ValueError: the draw has not that many samples or elements, or its step is elsewhere.
     """
-    arguments = draw.arguments(B, elements)
+    arguments = draw.arguments(B, elements, device)
     noise = torch.empty((B, elements), dtype=torch.float32, device=device)
     if noise.numel():
         _forward_op(noise, *arguments)
@@ -176,9 +211,9 @@ def uniforms(draw: Draw, B: int, device: torch.device | str | None = None) -> Te
     Returns:
         (B,) float64 in (0, 1], multiples of 2**-54.
     Raises:
-        ValueError: the draw has not that many samples.
+        ValueError: the draw has not that many samples, or its step is elsewhere.
     """
-    arguments = draw.arguments(B)
+    arguments = draw.arguments(B, device=device)
     numbers = torch.empty((B,), dtype=torch.float64, device=device)
     if B:
         _uniform_op(numbers, *arguments)

@@ -26,11 +26,11 @@ from torch import Tensor
 from dbkernels.ops import _door
 from dbkernels.ops._graph import is_last_to_read
 from dbkernels.ops._noise import (
-    NOISE,
-    WORDS,
+    DRAW,
+    DrawArguments,
     check_levels,
     check_noise,
-    kernel_words,
+    kernel_draw,
     load_level,
     noise_chunks,
     noise_launch,
@@ -46,7 +46,7 @@ from dbkernels.ops.philox import Draw
 
 
 class _Options(NamedTuple):
-    draw: tuple[int, int, int]  # seed, step, sample
+    draw: DrawArguments
     sigma_data: float
     reduction: Reduction
     owned: bool  # whether the gradient goes over the prediction
@@ -55,13 +55,13 @@ class _Options(NamedTuple):
 # kernels
 
 
-@triton.jit(do_not_specialize=WORDS)
+@triton.jit(do_not_specialize=DRAW)
 def _fwd_kernel(
     prediction_ptr, z0_ptr,         # (B, elements) twice
     sigma_ptr, k_ptr, mask_ptr,     # (B,), (B,), (B, elements / run)
     dprediction_ptr, dz0_ptr,       # (B, elements) twice
     losses_ptr,                     # (B, tiles)
-    sample, step_low, step_high, key_low, key_high,
+    step_ptr, sample, key_low, key_high,  # (), the words of a draw
     elements, run, sigma_data, r,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def _fwd_kernel(
 
     s = tl.sqrt(sigma * sigma + sigma_data * sigma_data)
     of_z0 = sigma / (sigma_data * s)
-    noise = noise_tile(batch, start, sample, step_low, step_high, key_low, key_high, BLOCK)
+    noise = noise_tile(batch, start, step_ptr, sample, key_low, key_high, BLOCK)
     e = prediction - (of_z0 * z0 - sigma_data / s * noise)
     counted = inside
     if mask_ptr is not None:
@@ -104,7 +104,7 @@ def _forward_triton(prediction, z0, sigma, k, mask, dprediction, dz0, losses, *r
     with partial_sums(grid[0] // B, losses[:, None]) as (sums,):
         _fwd_kernel[grid](
             prediction, z0, sigma, k, mask, dprediction, dz0, sums,
-            *kernel_words(draw, NOISE), elements, run, sigma_data, r, **options,
+            *kernel_draw(draw), elements, run, sigma_data, r, **options,
         )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def _per_element(mask: Tensor, B: int, elements: int) -> Tensor:
 _forward_op = register(
     "score_loss_fwd(Tensor prediction, Tensor z0, Tensor sigma, Tensor? k, Tensor? mask,"
     " Tensor(a!)? dprediction, Tensor(b!)? dz0, Tensor(c!) losses,"
-    " SymInt seed, SymInt step, SymInt sample, float sigma_data, float r) -> ()",
+    " SymInt seed, Tensor step, SymInt sample, float sigma_data, float r) -> ()",
     triton=_forward_triton,
     torch_=_forward_torch,
     check=lambda prediction, z0, sigma, *_: check_levels(sigma),
@@ -249,13 +249,14 @@ def score_loss(
     Raises:
         ValueError: a shape, dtype or device disagrees, weight or reduction is unknown, sigma or
             weight requires a gradient, sigma_data is not positive, or the draw has not that many
-            samples. Also a sigma that is not positive or not finite; on a GPU, where to look at it
-            would wait for the device, its sample's loss and gradients are NaN.
+            samples or its step is on another device. Also a sigma that is not positive or not
+            finite; on a GPU, where to look at it would wait for the device, its sample's loss and
+            gradients are NaN.
         RuntimeError: the gradient is differentiated.
     """
     check_noise("z0", z0, sigma, sigma_data)
     check_score(prediction, z0, weight, reduction, mask)
-    options = _Options(draw.arguments(*sizes(z0)), sigma_data, reduction, owned=False)
+    options = _Options(draw.arguments(*sizes(z0), z0.device), sigma_data, reduction, owned=False)
     return _apply(prediction, z0, sigma, weight, mask, options)
 
 
@@ -281,7 +282,7 @@ def score_loss_(
     check_score(prediction, z0, weight, reduction, mask)
     if prediction.is_leaf and prediction.requires_grad:
         raise ValueError("prediction must be computed, got a leaf that requires a gradient")
-    options = _Options(draw.arguments(*sizes(z0)), sigma_data, reduction, owned=True)
+    options = _Options(draw.arguments(*sizes(z0), z0.device), sigma_data, reduction, owned=True)
     return _apply(prediction, z0, sigma, weight, mask, options)
 
 

@@ -22,7 +22,8 @@ def compiled():
 
 
 def normals_one_by_one(draw, b, elements):
-    words = _maths.draw_words(*draw.arguments(1), NOISE)
+    seed, step, sample = draw.arguments(1)
+    words = _maths.draw_words(seed, step.item(), sample, NOISE)
     numbers = []
     for group in range(-(-elements // 4)):
         c1, c2, c3, *key = words

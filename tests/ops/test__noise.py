@@ -12,8 +12,9 @@ from dbkernels.ops._noise import (
     check_levels,
     check_noise,
     counter_words,
-    kernel_words,
+    kernel_draw,
     key_words,
+    load_step,
     noise_chunks,
     noise_launch,
     noise_tile,
@@ -25,20 +26,35 @@ LAST = 2**32 - 1
 
 
 @triton.jit
-def _tile_kernel(
-    y_ptr, batch, start, sample, step_low, step_high, key_low, key_high, BLOCK: tl.constexpr
-):
+def _tile_kernel(y_ptr, batch, start, step_ptr, sample, key_low, key_high, BLOCK: tl.constexpr):
     batch, start = tl.full((), batch, tl.int64), tl.full((), start, tl.int64)
-    y = noise_tile(batch, start, sample, step_low, step_high, key_low, key_high, BLOCK)
+    y = noise_tile(batch, start, step_ptr, sample, key_low, key_high, BLOCK)
     tl.store(y_ptr + tl.arange(0, BLOCK), y)
 
 
-def test_step_and_stream_can_be_read_off_their_words():
-    for step in (0, 1, LAST, 2**32, 2**55 + 3, 2**56 - 1):
-        for stream in (NOISE, SIGMA, 255):
-            low, high = counter_words(step, stream)
-            assert 0 <= low <= LAST and 0 <= high <= LAST
-            assert (low + (high >> 8 << 32), high & 255) == (step, stream)
+@triton.jit
+def _step_kernel(step_ptr, words_ptr, STREAM: tl.constexpr):
+    low, high = load_step(step_ptr, STREAM)
+    tl.store(words_ptr, low.to(tl.int64))
+    tl.store(words_ptr + 1, high.to(tl.int64))
+
+
+@pytest.mark.parametrize("step", [0, 1, LAST, 2**32, 2**55 + 3, 2**56 - 1])
+@pytest.mark.parametrize("stream", [NOISE, SIGMA, 255])
+def test_step_and_stream_can_be_read_off_their_words(step, stream):
+    low, high = counter_words(step, stream)
+    assert 0 <= low <= LAST and 0 <= high <= LAST
+    assert (low + (high >> 8 << 32), high & 255) == (step, stream)
+
+
+@pytest.mark.parametrize("step", [0, 1, LAST, 2**32, 2**55 + 3, 2**56 - 1])
+@pytest.mark.parametrize("stream", [NOISE, SIGMA, 255])
+def test_words_of_a_step_in_memory_are_those_of_the_integer(step, stream):
+    given, words = torch.tensor(step), torch.empty(2, dtype=torch.int64)
+    expected = list(counter_words(step, stream))
+    assert [word.item() for word in counter_words(given, stream)] == expected
+    _step_kernel[(1,)](given, words, stream)
+    assert words.tolist() == expected and given.item() == step
 
 
 def test_noise_and_sigma_are_different_streams():
@@ -51,9 +67,10 @@ def test_key_words_are_those_of_the_unsigned_seed():
 
 
 def test_words_of_a_kernel_fit_int32():
-    words = kernel_words((2**63 + 2**31, 2**56 - 1, LAST), SIGMA)
-    assert words == [-1, -1, (2**24 - 1) * 2**8 + 1 - 2**32, -(2**31), -(2**31)]
-    assert kernel_words((1, 2, 3), NOISE) == [3, 2, 0, 1, 0]
+    step = torch.empty((), dtype=torch.int64, device="meta")  # which has no value to look at
+    kept, *words = kernel_draw((2**63 + 2**31, step, LAST))
+    assert kept is step and words == [-1, -(2**31), -(2**31)]
+    assert kernel_draw((1, step, 3)) == (step, 3, 1, 0)
 
 
 @pytest.mark.parametrize("elements", [1, 3, 128, 129, 1024, 1025, 5000])
@@ -66,9 +83,9 @@ def test_tiles_cover_each_sample(elements):
 
 
 def test_a_tile_at_the_end_of_the_counter():
-    draw, batch, start = (2**64 - 1, 2**56 - 1, LAST - 2), 2, 2**34 - 16
+    draw, batch, start = (2**64 - 1, torch.tensor(2**56 - 1), LAST - 2), 2, 2**34 - 16
     y = torch.empty(16)
-    _tile_kernel[(1,)](y, batch, start, *kernel_words(draw, NOISE), BLOCK=16)
+    _tile_kernel[(1,)](y, batch, start, *kernel_draw(draw), BLOCK=16)
     words = counter_words(draw[1], NOISE), key_words(draw[0])
     expected = normals_at(torch.tensor([[LAST]]), torch.arange(2**32 - 4, 2**32), *words)
     assert (y - expected[0]).abs().max() < 1e-6
@@ -78,9 +95,11 @@ def test_a_tile_at_the_end_of_the_counter():
 @pytest.mark.parametrize("elements", [1, 7, 130])
 @pytest.mark.parametrize("chunk", [64, 1000])
 def test_chunks_do_not_depend_on_their_size(elements, chunk, monkeypatch):
+    step = torch.tensor(6)
+
     def whole():
         noise = torch.full((9, elements), torch.nan)
-        for rows, cols, part in noise_chunks((5, 6, 7), 9, elements, noise.device):
+        for rows, cols, part in noise_chunks((5, step, 7), 9, elements, noise.device):
             assert noise[rows, cols].isnan().all()
             noise[rows, cols] = part
         return noise
@@ -88,7 +107,7 @@ def test_chunks_do_not_depend_on_their_size(elements, chunk, monkeypatch):
     expected = whole()
     assert not expected.isnan().any()
     monkeypatch.setattr(_noise, "CHUNK", chunk)
-    assert torch.equal(whole(), expected)
+    assert torch.equal(whole(), expected) and step.item() == 6
 
 
 def test_sizes_of_any_shape():

@@ -107,6 +107,14 @@ def test_words_of_counters_that_broadcast():
             assert [int(w[i, j]) for w in words] == list(philox(j, LAST - 3 + i, 7, LAST, 5, 6))
 
 
+def test_words_of_counters_of_which_some_are_numbers_in_memory():
+    c0, c1 = torch.arange(5), torch.arange(3)[:, None]
+    steps = torch.tensor(7), torch.tensor(LAST)
+    in_memory, integers = philox(c0, c1, *steps, 5, 6), philox(c0, c1, 7, LAST, 5, 6)
+    assert all(map(torch.equal, in_memory, integers))
+    assert [step.item() for step in steps] == [7, LAST]
+
+
 def test_a_product_of_words_is_exact():
     for multiplier in (2**31, 0xD2511F53, 0xCD9E8D57, LAST):
         hi, lo = _multiply(torch.tensor(WORDS), multiplier)

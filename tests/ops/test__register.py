@@ -136,6 +136,20 @@ def test_an_output_that_is_always_float64_is_for_compiled_code_too(library):
     assert y.item() == 4
 
 
+def test_integers_that_are_read_are_no_choice_of_float64(library):
+    library()
+    schema = "test_fill_with(Tensor(a!) y, Tensor step, Tensor? scale) -> ()"
+    op = register(schema, triton=None, torch_=lambda y, step, scale: y.fill_(3))
+    y, step = torch.empty(1, dtype=torch.float64), torch.tensor(4)
+    with compiled_code("test_fill_with", lambda y, step, scale: y.copy_(step)):
+        op(y, step, None)
+        assert y.item() == 4
+        for scale in (torch.ones(1), torch.ones(1).double()):
+            op(y, step, scale)
+            assert y.item() == 3
+            y.zero_()
+
+
 def test_the_library_has_nothing_for_a_device_that_it_does_not_know(compiled_op, library):
     library()
     assert implementation("meta", "test_compiled") == "torch"

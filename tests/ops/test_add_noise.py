@@ -132,7 +132,7 @@ def test_an_empty_batch_stays_empty(shape):
 
 def test_is_a_well_formed_torch_op():
     z0, sigma = inputs((3, 9))
-    args = z0, sigma, torch.empty_like(z0), *DRAW.arguments(3, 9), True, 0.5
+    args = z0, sigma, torch.empty_like(z0), *DRAW.arguments(3, 9, z0.device), True, 0.5
     torch.library.opcheck(_forward_op, args)
 
 
@@ -164,7 +164,7 @@ def test_refuses_a_second_derivative():
 @pytest.mark.parametrize("scaled", [False, True])
 def test_backward_gives_the_dtype_that_is_asked_for(scaled):
     dz, sigma = inputs((3, 9))
-    options = _Options(DRAW.arguments(3, 9), scaled, 0.5, torch.float32)
+    options = _Options(scaled, 0.5, torch.float32)
     assert add_noise_backward(dz, sigma, options, torch.bfloat16).dtype == torch.bfloat16
 
 
@@ -192,5 +192,5 @@ def test_a_level_that_is_none_is_an_error_on_a_cpu_and_nan_in_a_kernel(level):
     with pytest.raises(ValueError, match=f"sigma must be positive and finite, got {level}$"):
         add_noise(z0.cpu(), sigma.cpu(), DRAW)
     z = torch.empty_like(z0)
-    _forward_triton(z0, sigma, z, *DRAW.arguments(3, 5), False, 0.5)
+    _forward_triton(z0, sigma, z, *DRAW.arguments(3, 5, z0.device), False, 0.5)
     assert z.isnan().all(1).tolist() == [False, True, False]

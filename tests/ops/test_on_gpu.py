@@ -107,6 +107,29 @@ def test_a_gpu_draws_the_numbers_of_a_cpu():
         assert torch.equal(uniform, ops.uniforms(draw, 5, "cpu"))
 
 
+def test_a_captured_step_draws_anew_at_each_replay():
+    z0, sigma, prediction, _ = noise_case(BF16)
+    step = torch.tensor(3)
+
+    def drawn(step):
+        draw = ops.Draw(seed=7, step=step, sample=8)
+        loss, losses = ops.score_loss(prediction, z0, sigma, draw, sigma_data=0.5)
+        noisy = ops.add_noise(z0, sigma, draw)
+        return noisy, loss, losses, ops.normals(draw, 5, 3003, "cuda"), ops.uniforms(draw, 5)
+
+    for name in noise_implementations():
+        with ops.use_implementation(name):
+            drawn(step)  # compiles the kernels, as a capture may not
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = drawn(step)
+            for value in (3, 4, 2**40 + 5):
+                step.fill_(value)
+                graph.replay()
+                for actual, expected in zip(captured, drawn(value), strict=True):
+                    assert torch.equal(actual, expected), (name, value)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_noise_and_loss_on_a_gpu_are_those_of_plain_torch(dtype):
     z0, sigma, prediction, draw = noise_case(dtype)

@@ -152,8 +152,9 @@ def test_nothing_is_drawn_for_an_empty_batch(implementation):
 
 
 def test_are_well_formed_torch_ops(implementation):
-    torch.library.opcheck(_forward_op, (torch.empty(2, 9), 5, 6, 7))
-    torch.library.opcheck(_uniform_op, (torch.empty(2, dtype=torch.float64), 5, 6, 7))
+    step = torch.tensor(6)
+    torch.library.opcheck(_forward_op, (torch.empty(2, 9), 5, step, 7))
+    torch.library.opcheck(_uniform_op, (torch.empty(2, dtype=torch.float64), 5, step, 7))
 
 
 def test_a_step_does_not_compile_anew(implementation):
@@ -181,6 +182,11 @@ def test_a_step_does_not_compile_anew(implementation):
         (lambda: Draw(0, 0, -1), "sample must be in .*, got -1"),
         (lambda: Draw(0, 0.5), "step must be an integer, got 0.5"),
         (lambda: Draw(True, 0), "seed must be an integer, got True"),
+        (lambda: Draw(0, torch.zeros(1).long()), r"or \(\) torch.int64, got \(1,\) torch.int64"),
+        (lambda: Draw(0, torch.zeros(())), r"or \(\) torch.int64, got \(\) torch.float32"),
+        (lambda: Draw(0, torch.zeros(()).int()), r"step must be an integer or .* torch.int32"),
+        (lambda: Draw(torch.tensor(0), 0), r"seed must be an integer, got tensor\(0"),
+        (lambda: Draw(0, 0, torch.tensor(0)), r"sample must be an integer, got tensor\(0"),
         (lambda: normals(Draw(0, 0, 2**32 - 2), 3, 1), r"at most 4294967296, got 4294967294 \+ 3"),
         (lambda: uniforms(Draw(0, 0, 2**32 - 2), 3), r"sample \+ B must be at most"),
         (lambda: normals(Draw(0, 0), 1, 2**34 + 1), "at most 17179869184 elements, got 1717986918"),
@@ -192,6 +198,8 @@ def test_rejects(call, message):
 
 
 def test_the_last_of_everything_is_accepted():
-    assert Draw(2**64 - 1, 2**56 - 1, 2**32 - 1).arguments(1, 2**34) == (-1, 2**56 - 1, 2**32 - 1)
+    seed, step, sample = Draw(2**64 - 1, 2**56 - 1, 2**32 - 1).arguments(1, 2**34)
+    assert (seed, step.item(), sample) == (-1, 2**56 - 1, 2**32 - 1)
+    assert step.shape == () and step.dtype == torch.int64
     assert Draw(2**63 - 1, 0).arguments(2**32)[0] == 2**63 - 1
     assert Draw(2**63, 0).arguments(1)[0] == -(2**63)

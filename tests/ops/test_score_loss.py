@@ -235,7 +235,8 @@ def test_is_a_well_formed_torch_op(extra):
     prediction, z0, sigma = inputs((3, 9))
     given = torch.ones(3), torch.ones(3, 9).bool(), torch.empty(3, 9), torch.empty(3, 9)
     optional = given if extra else [None] * 4
-    args = prediction, z0, sigma, *optional, torch.empty(3), *DRAW.arguments(3, 9), 0.5, 1.0
+    draw = DRAW.arguments(3, 9, z0.device)
+    args = prediction, z0, sigma, *optional, torch.empty(3), *draw, 0.5, 1.0
     torch.library.opcheck(_forward_op, args)
 
 
@@ -293,7 +294,7 @@ def test_a_level_that_is_none_is_an_error_on_a_cpu_and_nan_in_a_kernel(level):
     dprediction, losses = torch.empty_like(prediction), torch.empty(3)
     _forward_triton(
         prediction, z0, sigma, None, None, dprediction, None, losses,
-        *DRAW.arguments(3, 5), 0.5, 1.0,
+        *DRAW.arguments(3, 5, z0.device), 0.5, 1.0,
     )  # fmt: skip
     expected = [False, True, False]
     assert losses.isnan().tolist() == dprediction.isnan().all(1).tolist() == expected

@@ -51,6 +51,16 @@ def test_a_change_is_a_function_of_the_draw(name):
 
 
 @every
+def test_a_step_in_memory_is_that_of_the_integer(name):
+    own, batch = "label" if name == "drop_labels" else "image", make_batch(40)
+    step = torch.tensor(0)
+    for value in (0, 1, 2**40):
+        step.fill_(value)
+        expected = CHANGES[name](batch, Draw(1, value, sample=3))[own]
+        assert torch.equal(CHANGES[name](batch, Draw(1, step, sample=3))[own], expected)
+
+
+@every
 def test_a_sample_changes_alike_in_a_batch_that_is_cut(name):
     own, batch = "label" if name == "drop_labels" else "image", make_batch(40)
     rest = {key: value[13:] for key, value in batch.items()}
