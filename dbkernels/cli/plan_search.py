@@ -10,6 +10,7 @@ from functools import partial
 from dbkernels.cli.rehearsed import rehearsed_run
 from dbkernels.cli.shape import PRESETS
 from dbkernels.memory.workspace import Target, target_named
+from dbkernels.ops.rung import Keep, rungs_of
 from dbkernels.training.need import Need, need
 from dbkernels.training.plan import (
     CONTEXT,
@@ -56,6 +57,11 @@ class Question:
     def config(self, preset: str) -> RunConfig:
         """The run of one of the family's presets."""
         return rehearsed_run(self.family, preset, batch=self.batch, autocast=self.autocast)
+
+    @property
+    def rungs(self) -> tuple[Keep, ...]:
+        """What a layer may keep."""
+        return rungs_of(mixed=self.autocast)
 
 
 @dataclass(frozen=True)
@@ -134,13 +140,15 @@ def _found(question: Question, num_blocks: int) -> Found:
         batch=question.batch,
         limit=question.limit,
         seconds=partial(speed.seconds, autocast=question.autocast),
+        rungs=question.rungs,
     )
 
 
 def _least(question: Question, preset: str) -> dict[str, Need]:
     """The least that a preset needs."""
     config = question.config(preset)
-    return need(smallest_setting(config.model.depth), config, _target(question))
+    setting = smallest_setting(config.model.depth, question.rungs)
+    return need(setting, config, _target(question))
 
 
 def _target(question: Question) -> Target:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from dbkernels.models.compiled import compiled
 from dbkernels.models.layer import AdaLNLayer
 from dbkernels.ops import reference
+from dbkernels.ops.first_tokens import first_tokens
 from dbkernels.ops.stream import ResidualStream
 
 Baseline = Literal["stock", "checkpointed", "selective", "compiled"]
@@ -61,9 +62,13 @@ class BaselineLayer(AdaLNLayer):
         c: Tensor,
         rotary: Tensor | None = None,
         stream: ResidualStream | None = None,
+        tokens: int | None = None,
     ) -> Tensor:
-        """One layer, as `AdaLNLayer.forward` but for the stream, which it leaves alone."""
-        return self.run(self, x, c, rotary)
+        """One layer, as `AdaLNLayer.forward` but for the stream, which it leaves alone.
+
+        Every token is computed and the first are taken of all, as in the published code.
+        """
+        return first_tokens(self.run(self, x, c, rotary), tokens)
 
 
 def stock_layer(layer: AdaLNLayer, x: Tensor, c: Tensor, rotary: Tensor | None) -> Tensor:

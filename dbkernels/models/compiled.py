@@ -47,12 +47,17 @@ def compiled(
         with torch._functorch.config.patch({**settings, "enable_autograd_cache": False}):
             return compile_fx(graph, inputs, inner_compile=_memory_alone)
 
+    return torch.compile(own_code(function), backend=backend, fullgraph=True, dynamic=False)
+
+
+def own_code(function: Callable[..., object]) -> Callable[..., object]:
+    """The same function with a code object of its own, by which torch finds what it compiled."""
+
     def own(*args: object) -> object:
         return function(*args)
 
-    # what was compiled is found, and counted, by code object
     own.__code__ = own.__code__.replace()
-    return torch.compile(own, backend=backend, fullgraph=True, dynamic=False)
+    return own
 
 
 def _memory_alone(

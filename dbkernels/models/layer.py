@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.ops.affine import fold_affine
+from dbkernels.ops.first_tokens import first_tokens
 from dbkernels.ops.layer import LayerWeights, adaln_layer
 from dbkernels.ops.linear import linear
 from dbkernels.ops.rung import RUNGS, Keep
@@ -91,6 +92,7 @@ class AdaLNLayer(nn.Module):
         c: Tensor,
         rotary: Tensor | None = None,
         stream: ResidualStream | None = None,
+        tokens: int | None = None,
     ) -> Tensor:
         """One layer.
 
@@ -99,10 +101,11 @@ class AdaLNLayer(nn.Module):
             c:       (B, cond_dim)     condition of each sample, or (B, T, cond_dim) of each token
             rotary:  (2, T, D/H)       of `rotary_table`, or None for no rotary positions
             stream:  of the stack that the layer stands in; see `run_layers`
+            tokens:  1 to T: the first so many tokens' results alone, at what those cost; None is T
         Returns:
-            (B, T, D), dtype of x.
+            (B, T or tokens, D), dtype of x.
         Raises:
-            ValueError: a shape, dtype or device disagrees.
+            ValueError: a shape, dtype or device disagrees, or tokens is not from 1 to T.
             RuntimeError: a module inside was replaced or hooked, or the gradient is differentiated.
         """
         config = self.config
@@ -117,6 +120,7 @@ class AdaLNLayer(nn.Module):
             eps=config.eps,
             keep=config.keep,
             stream=stream,
+            tokens=tokens,
         )
 
     def _modulation(self, c: Tensor) -> Tensor:
@@ -175,16 +179,23 @@ class MLP(nn.Module):
 
 
 def run_layers(
-    layers: Sequence[nn.Module], x: Tensor, c: Tensor, rotary: Tensor | None = None
+    layers: Sequence[nn.Module],
+    x: Tensor,
+    c: Tensor,
+    rotary: Tensor | None = None,
+    tokens: int | None = None,
 ) -> Tensor:
     """Run layers in order, keeping the residual stream once for several of them.
 
-    Args and result as those of `AdaLNLayer.forward`; a layer may come again.
+    Args and result as those of `AdaLNLayer.forward`; a layer may come again. tokens are those of
+    the last layer's result: all others compute every token, which the next attends to.
     """
+    if not layers:
+        return first_tokens(x, tokens)
     stream = ResidualStream()
-    for layer in layers:
+    for layer in layers[:-1]:
         x = layer(x, c, rotary, stream)
-    return x
+    return layers[-1](x, c, rotary, stream, tokens)
 
 
 def initialise_linear(linear: nn.Linear, initialise_weight: Callable[[Tensor], object]) -> None:

@@ -1,5 +1,6 @@
 """One call of an AdaLN layer: its forward, and its backward from whatever the rung kept."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,9 @@ from dbkernels.ops._attention_branch import attend, attention_branch_backward
 from dbkernels.ops._layer_tensors import Activations, LayerModulation, LayerOptions, LayerWeights
 from dbkernels.ops._mlp_branch import mlp_branch, mlp_branch_backward
 from dbkernels.ops._projection import Gradients, as_rows, chunks, project
+from dbkernels.ops._qkv import QKV, add_qkv, project_qkv, project_qkv_backward
 from dbkernels.ops.adaln_norm import adaln_norm_backward, adaln_norm_forward
+from dbkernels.ops.first_tokens import first_tokens
 from dbkernels.ops.gated_adaln_norm import gated_adaln_norm_backward, gated_adaln_norm_forward
 from dbkernels.ops.gated_residual import gated_residual_backward, gated_residual_forward
 from dbkernels.ops.rung import RUNGS
@@ -17,14 +20,13 @@ from dbkernels.ops.stream import by_sample
 
 PART = 4096  # tokens of the samples that run at a time: what they need is little beside the stream
 NOTHING = Activations(*(None for _ in Activations._fields))
-STATS = frozenset({"stats1", "stats2"})  # of Activations, a row for each of the modulation's
 
 
 class LayerCall(NamedTuple):
     """A layer and what goes in; weights have the dtype of the branches, x that of the stream."""
 
     x: Tensor
-    """(B, T, D)"""
+    """(B, T, D); in a backward it may be narrower than the stream."""
     modulation: Tensor
     """(samples, 6 D); a token is a sample where each has a condition of its own."""
     rotary: Tensor | None
@@ -35,34 +37,59 @@ class LayerCall(NamedTuple):
     def by_sample(self, t: Tensor) -> Tensor:
         return by_sample(t, len(self.modulation))
 
+    def first(self) -> "LayerCall":
+        """The tokens whose result is wanted, (B, N, D), for all that follows the attention."""
+        B, T, _ = self.x.shape
+        N, modulation = self.options.tokens, self.modulation
+        if N is None:
+            return self
+        if len(modulation) != B:
+            modulation = as_rows(first_tokens(modulation.view(B, T, -1), N))
+        return self._replace(x=first_tokens(self.x, N), modulation=modulation)
+
     def forward(self) -> tuple[Tensor, Activations]:
-        """The layer's output (B, T, D), and its activations; without hidden if the rung says so.
+        """The layer's output (B, N, D), and its activations; without hidden if the rung says so.
 
         A rung that keeps nothing has no activations, and runs a few samples at a time.
         """
-        out, activations = torch.empty_like(self.x), NOTHING
+        B, T, D = self.x.shape
+        out, activations = self.x.new_empty((B, self.options.tokens or T, D)), NOTHING
         if RUNGS[self.options.keep].keeps:
             activations = self._write(out)
         else:
-            for part in self._parts():
+            for part in self._parts(self.x.dtype):
                 part.call._write(out[part.samples])
         return out, activations
 
+    def rounded(self) -> Tensor:
+        """x in the dtype of the branches, less what a norm subtracts; x itself if that is no less.
+
+        Around a mean that is large beside the rest, x would lose what the norm makes of it.
+        """
+        x, norm = self.x, self.options.norm
+        if norm.dtype.itemsize >= x.dtype.itemsize:
+            return x
+        kept = torch.empty_like(x, dtype=norm.dtype)
+        for part in self._parts(x.dtype):
+            each = part.call.x
+            kept[part.samples] = each - each.mean(-1, keepdim=True) if norm.centred else each
+        return kept
+
     def _write(self, out: Tensor) -> Activations:
-        w, mod, options = self.weights, _by_name(self.modulation), self.options
-        y, stats1 = self.first_norm(mod)
-        qkv = project(y, w.qkv_weight, w.qkv_bias)
+        w, options, first = self.weights, self.options, self.first()
+        y, stats1 = self.first_norm(_by_name(self.modulation))
+        qkv = project_qkv(y, w, options.tokens)
         attended, logsumexp = attend(qkv, options.heads, w, self.rotary)
         a = project(attended, w.out_weight, w.out_bias)
 
         # nothing else sees x1, so the layer's output takes its place
-        x1, hidden = self.by_sample(out), None
-        y, stats2 = self.second_norm(a, mod, x1=x1)
+        x1, hidden, mod = first.by_sample(out), None, _by_name(first.modulation)
+        y, stats2 = first.second_norm(a, mod, x1=x1)
         if "hidden" in RUNGS[options.keep].keeps:
             hidden = y.new_empty((len(as_rows(y)), len(w.fc1_weight)))
         m = mlp_branch(y, options.mlp, w, hidden=hidden)
-        gated_residual_forward(x1, self.by_sample(m), mod.gate2, y=x1)
-        return Activations(stats1, qkv, attended, logsumexp, a, stats2, hidden, m)
+        gated_residual_forward(x1, first.by_sample(m), mod.gate2, y=x1)
+        return Activations(stats1, *qkv, attended, logsumexp, a, stats2, hidden, m)
 
     def first_norm(self, mod: LayerModulation) -> tuple[Tensor, Tensor]:
         """y1 (B, T, D) and its statistics."""
@@ -91,11 +118,11 @@ class LayerCall(NamedTuple):
         """
         if kept["qkv"] is not None:
             return self._gradients(dout, kept, gradients, owned=owned)
-        dx, dmodulation = torch.empty_like(self.x), torch.empty_like(self.modulation)
-        parts = self._parts()
-        gradients.parts = len(parts) > 1
-        for samples, rows, call in parts:
-            own = {name: _part(t, rows if name in STATS else samples) for name, t in kept.items()}
+        dx = torch.empty_like(self.x, dtype=dout.dtype)
+        dmodulation = torch.empty_like(self.modulation)
+        gradients.parts = len(self._cuts()) > 1
+        for samples, rows, call in self._parts(dout.dtype):
+            own = {name: _part(t, samples, len(self.x)) for name, t in kept.items()}
             if own["a"] is None:
                 call = call._replace(options=self.options._replace(keep="none"))
                 own, owned = call.forward()[1]._asdict(), True
@@ -105,25 +132,32 @@ class LayerCall(NamedTuple):
         kept.clear()
         return dx, dmodulation
 
-    def _parts(self) -> list["Part"]:
-        """Calls of a few samples each."""
+    def _cuts(self) -> list[slice]:
+        """A few samples each."""
         B, T, _ = self.x.shape
-        each = len(self.modulation) // max(B, 1)  # rows of the modulation to one of B
-        parts = []
-        for samples in chunks(B, max(PART // max(T, 1), 1)):
+        return list(chunks(B, max(PART // max(T, 1), 1)))
+
+    def _parts(self, dtype: torch.dtype) -> Iterator["Part"]:
+        """Calls of a few samples each, one after another, with x in the dtype of the stream."""
+        each = len(self.modulation) // max(len(self.x), 1)  # rows of the modulation to one of B
+        for samples in self._cuts():
             rows = slice(samples.start * each, samples.stop * each)
-            call = self._replace(x=self.x[samples], modulation=self.modulation[rows])
-            parts.append(Part(samples, rows, call))
-        return parts
+            x = self.x[samples].to(dtype)
+            yield Part(samples, rows, self._replace(x=x, modulation=self.modulation[rows]))
 
     def _gradients(
         self, dout: Tensor, kept: dict[str, Tensor | None], gradients: Gradients, *, owned: bool
     ) -> tuple[Tensor, Tensor]:
-        dmodulation = torch.empty_like(self.modulation)
+        first, dmodulation = self.first(), torch.empty_like(self.modulation)
+        shared = first.modulation is self.modulation
+        dfirst = dmodulation if shared else torch.empty_like(first.modulation)
+        mods = _by_name(first.modulation), _by_name(dfirst)
+        dx1, da = first._mlp_backward(dout, kept, *mods, gradients, owned=owned)
         mods = _by_name(self.modulation), _by_name(dmodulation)
-        dx1, da = self._mlp_backward(dout, kept, *mods, gradients, owned=owned)
         dx = self._attention_backward(da, dx1, kept, *mods, gradients, owned=owned)
-        return dx.view(self.x.shape), dmodulation
+        if not shared:
+            _write_first(dmodulation, dfirst, self.x.shape)
+        return dx, dmodulation
 
     def _mlp_backward(
         self,
@@ -177,22 +211,22 @@ class LayerCall(NamedTuple):
         *,
         owned: bool,
     ) -> Tensor:
-        """dx, by sample."""
-        w, qkv = self.weights, kept.pop("qkv")
-        if qkv is None:
-            qkv, owned = project(self.first_norm(mod)[0], w.qkv_weight, w.qkv_bias), True
+        """dx (B, T, D)."""
+        w, tokens, qkv = self.weights, self.options.tokens, QKV(kept.pop("q"), kept.pop("qkv"))
+        if qkv.qkv is None:
+            qkv, owned = project_qkv(self.first_norm(mod)[0], w, tokens), True
         # the norm of queries and keys reads qkv after dqkv has been written
-        dqkv = _buffer(qkv, owned and w.q_weight is None)
+        dqkv = QKV(*(_buffer(t, owned and w.q_weight is None) for t in qkv))
         attended, logsumexp = kept.pop("attended"), kept.pop("logsumexp")
         attention_branch_backward(
             da, qkv, attended, logsumexp, self.options.heads, w, self.rotary,
             dqkv=dqkv, gradients=gradients,
         )  # fmt: skip
         del attended
-        dy = project(dqkv, w.qkv_weight.T)
+        dy = project_qkv_backward(dqkv, w)
         dx = adaln_norm_backward(
             self.by_sample(dy),
-            dx1,
+            dx1 if tokens is None else None,
             self.by_sample(self.x),
             mod.scale1,
             mod.shift1,
@@ -202,7 +236,10 @@ class LayerCall(NamedTuple):
             dscale=dmod.scale1,
             dshift=dmod.shift1,
         )
-        gradients.add_projection("qkv", dqkv, dy)  # y is written over dy by now
+        add_qkv(gradients, dqkv, dy)  # y is written over dy by now
+        dx = dx.view(self.x.shape)
+        if tokens is not None:
+            dx[:, :tokens] += dx1.view(len(dx), tokens, dx.shape[-1])
         return dx
 
 
@@ -216,16 +253,31 @@ class Part(NamedTuple):
     call: LayerCall
 
 
-def _part(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
+def _part(tensor: Tensor | None, samples: slice, B: int) -> Tensor | None:
+    """Some samples of a tensor that has a row, or several, for each of B."""
+    if tensor is None:
+        return None
+    each = len(tensor) // max(B, 1)
+    return tensor[samples.start * each : samples.stop * each]
+
+
+def _write_first(dmodulation: Tensor, dfirst: Tensor, shape: torch.Size) -> None:
+    """What follows the attention, of the first tokens; the others feel nothing of it."""
+    B, T, D = shape
+    after = dmodulation.view(B, T, 6 * D)[..., 2 * D :]
+    after.zero_()
+    dfirst = dfirst.view(B, len(dfirst) // B, 6 * D)
+    after[:, : dfirst.shape[1]] = dfirst[..., 2 * D :]
 
 
 def _by_name(modulation: Tensor) -> LayerModulation:
     return LayerModulation(*modulation.chunk(6, dim=-1))
 
 
-def _buffer(tensor: Tensor, owned: bool) -> Tensor:
+def _buffer(tensor: Tensor | None, owned: bool) -> Tensor | None:
     """Where a gradient of this shape goes: over the tensor itself, if it may."""
+    if tensor is None:
+        return None
     if not owned:
         return torch.empty_like(tensor)
     # whoever else had saved it is told, instead of reading a gradient for an activation

@@ -7,6 +7,7 @@ from dbkernels.ops._heads import check_rotary
 from dbkernels.ops._layer_tensors import LayerOptions, LayerWeights
 from dbkernels.ops._mlp_branch import ACTIVATIONS
 from dbkernels.ops.attention import check_head_width
+from dbkernels.ops.first_tokens import check_first
 from dbkernels.ops.rung import RUNGS
 
 
@@ -37,6 +38,7 @@ def check_layer(
     if options.heads < 1 or D % options.heads:
         raise ValueError(f"heads must divide D = {D}, got {options.heads}")
     check_head_width(x.device, D // options.heads)
+    check_first(options.tokens, T)
     if rotary is not None:
         check_rotary(rotary, T, D // options.heads)
     _check_weights(D, weights, options)

@@ -59,24 +59,31 @@ class LayerOptions(NamedTuple):
     mlp: str
     norm: NormOptions
     keep: str
+    tokens: int | None = None
+    """How many of the first tokens' results are wanted, fewer than there are; None wants all."""
 
 
 class Activations(NamedTuple):
-    """What one pass of a layer left behind; `rung` says which of it is kept for the backward."""
+    """What one pass of a layer left behind; `rung` says which of it is kept for the backward.
+
+    N is the number of tokens whose result is wanted: T where all are.
+    """
 
     stats1: Tensor | None
     """(samples, tokens, 2), mean and rstd of the first norm."""
+    q: Tensor | None
+    """(B, N, D) where N is less than T, before the norm and the rotation; else None."""
     qkv: Tensor | None
-    """(B, T, 3 D), before the norm and the rotation of queries and keys."""
+    """(B, T, 3 D), before the norm and the rotation; (B, T, 2 D) beside q."""
     attended: Tensor | None
-    """(B, T, D), of the attention, before its projection out."""
+    """(B, N, D), of the attention, before its projection out."""
     logsumexp: Tensor | None
-    """(B, H, T)"""
+    """(B, H, N)"""
     a: Tensor | None
-    """(B, T, D), output of the attention branch."""
+    """(B, N, D), output of the attention branch."""
     stats2: Tensor | None
-    """(samples, tokens, 2), of the second norm."""
+    """(samples, tokens, 2), of the second norm, of N tokens."""
     hidden: Tensor | None
-    """(B * T, F), or 2 F for swiglu: the MLP's pre-activation without its bias."""
+    """(B * N, F), or 2 F for swiglu: the MLP's pre-activation without its bias."""
     m: Tensor | None
-    """(B, T, D), output of the MLP."""
+    """(B, N, D), output of the MLP."""

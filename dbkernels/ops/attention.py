@@ -24,14 +24,14 @@ ALIGNMENT = 8  # of its heads, in elements: 16 bytes of bfloat16
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out (B, T, H * d) and logsumexp, from q, k, v (B, H, T, d), views of (B, T, H, d).
+    """out (B, N, H * d) and logsumexp, from q (B, H, N, d) and k, v (B, H, T, d).
 
-    The logsumexp is (B, H, T), of which the memory-efficient kernel rounds T up, in float32 or, for
-    float64, float64.
+    Each of them is a view of (B, N or T, H, d). The logsumexp is (B, H, N), of which the
+    memory-efficient kernel rounds N up, in float32 or, for float64, float64.
     """
-    B, H, T, d = q.shape
+    B, H, N, d = q.shape
     if not q.numel():
-        return q.new_empty((B, T, H * d)), q.new_empty((B, H, T), dtype=statistics_dtype(q))
+        return q.new_empty((B, N, H * d)), q.new_empty((B, H, N), dtype=statistics_dtype(q))
     if q.device.type == "cpu":
         out, logsumexp = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     elif q.dtype == torch.float32:
@@ -40,16 +40,16 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         )
     else:
         out, logsumexp, *_ = _aten._scaled_dot_product_flash_attention(q, k, v)
-    return out.transpose(1, 2).reshape(B, T, H * d), logsumexp
+    return out.transpose(1, 2).reshape(B, N, H * d), logsumexp
 
 
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv (B, H, T, d), from contiguous dout (B, T, H * d) and what the forward had."""
+    """dq, dk and dv in the shapes of q, k and v, from contiguous dout (B, N, H * d)."""
     if not q.numel():
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    _, H, T, _ = q.shape
+    _, H, N, _ = q.shape
     dout, out = _by_head(dout, H), _by_head(out, H)
     if q.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -62,7 +62,7 @@ def attention_backward(
             dout, q, k, v, None, out, logsumexp, seed, offset, 0.0, [True, True, True, False]
         )[:3]
     return _aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, logsumexp, None, None, T, T, 0.0, False, seed, offset
+        dout, q, k, v, out, logsumexp, None, None, N, k.shape[2], 0.0, False, seed, offset
     )
 
 

@@ -6,6 +6,9 @@
 Peebles & Xie 2023 (arXiv:2212.09748), section 3.2, adaLN-Zero. Of all that this makes, the backward
 needs only x, q, k, v, the attention's result, a, the MLP's pre-activation and m: the rest are
 elementwise functions of those within a row. `rung` tells what less can be kept.
+
+Where a sequence's first tokens alone are read, the others are only keys and values: of them x, k
+and v are all that is computed and kept.
 """
 
 import torch
@@ -39,6 +42,8 @@ class _AdaLNLayer(torch.autograd.Function):
         out, activations = call.forward()
         keeps = RUNGS[options.keep].keeps
         kept = (t if name in keeps else None for name, t in activations._asdict().items())
+        if RUNGS[options.keep].rounds:
+            run = (call.rounded(),)
         ctx.save_for_backward(modulation, rotary, *weights, *kept, *run)
         branches = activations.a, activations.m
         ctx.mark_non_differentiable(*(branch for branch in branches if branch is not None))
@@ -70,7 +75,8 @@ class _AdaLNLayer(torch.autograd.Function):
             gradients.sums[name].to(weight.dtype) if wanted[name] else None
             for name, weight in weights._asdict().items()
         )
-        return None, dx, dmodulation, None, *dweights, None, *(None for _ in links)
+        run = len(ctx.needs_input_grad) - 4 - WEIGHTS
+        return None, dx, dmodulation, None, *dweights, *(None,) * run
 
 
 def _cast(weights, options: LayerOptions) -> LayerWeights:
@@ -93,6 +99,7 @@ def adaln_layer(
     eps: float = 1e-6,
     keep: Keep = "none",
     stream: ResidualStream | None = None,
+    tokens: int | None = None,
 ) -> Tensor:
     """Run one AdaLN layer, keeping for its backward what the rung says.
 
@@ -111,16 +118,23 @@ def adaln_layer(
         eps:         of the norms, in units of x**2
         keep:        a name of `RUNGS`
         stream:      of the stack that this layer stands in: spares most layers keeping x
+        tokens:      1 to T: the first so many tokens' results alone, for which all T are keys and
+                     values; None is T. What only others need is neither computed nor kept
     Returns:
-        (B, T, D), dtype of x.
+        (B, T or tokens, D), dtype of x.
     Raises:
-        ValueError: a shape, dtype or device disagrees, or a name is unknown.
+        ValueError: a shape, dtype or device disagrees, a name is unknown, or tokens is not from 1
+            to T.
         RuntimeError: the gradient is differentiated.
     """
     check_options(mlp, keep)
     dtype = compute_dtype(x, weights.qkv_weight)
-    options = LayerOptions(heads, mlp, NormOptions(eps, _door.check_norm(norm), dtype), keep)
+    options = LayerOptions(
+        heads, mlp, NormOptions(eps, _door.check_norm(norm), dtype), keep, tokens
+    )
     check_layer(x, modulation, rotary, weights, options)
+    if tokens == x.shape[1]:
+        options = options._replace(tokens=None)
     x, modulation = x.contiguous(), _door.as_rows(modulation)
     if modulation.stride(-1) != 1:  # kernels read columns that follow each other
         modulation = modulation.contiguous()
@@ -128,7 +142,8 @@ def adaln_layer(
     out, a, m = _AdaLNLayer.apply(
         options, x, modulation, rotary, *weights, run.start, *run.gates, *run.branches
     )
-    if stream is not None and out.requires_grad and {"a", "m"} <= RUNGS[keep].keeps:
+    followed = stream is not None and options.tokens is None
+    if followed and out.requires_grad and {"a", "m"} <= RUNGS[keep].keeps:
         mod = LayerModulation(*modulation.chunk(6, dim=-1))
         stream.extend(run, out, [mod.gate1, mod.gate2], [a, m])
     return out

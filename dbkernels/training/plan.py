@@ -24,7 +24,6 @@ Predictor = Callable[[Setting], dict[Resident, Need]]
 
 SHARE = 0.5  # of a peak that a step reaches
 OP_SECONDS = 5e-6  # to launch an op, and for a GPU to fill and drain
-LEAST: Keep = list(RUNGS)[-1]  # the rung that needs the least memory
 CONTEXT = 2**29  # bytes that CUDA's context takes beside a run's tensors; differs by driver
 FREE = "free_in_allocator"  # beside CATEGORIES
 GROWING = ("inputs", "saved_activations", "temporaries", "workspaces")  # with the micro-batch
@@ -94,6 +93,7 @@ def plans_of(
     batch: int,
     limit: int,
     seconds: Callable[[Need, int], float],
+    rungs: Sequence[Keep],
 ) -> Found:
     """The fastest plans of one number of blocks.
 
@@ -107,6 +107,7 @@ def plans_of(
         batch:       samples of a step
         limit:       bytes that a plan may take
         seconds:     (need, num_blocks) -> of a sweep
+        rungs:       to choose from, as `rungs_of` gives them
     """
     known: dict[Setting, dict[Resident, Plan]] = {}
 
@@ -122,23 +123,27 @@ def plans_of(
     whole = planned("none", batch, "all")
     # with one block all is on the device in any case
     residents = ("all",) if num_blocks == 1 else ("all", "block")
-    best = [_fastest(partial(planned, resident=resident), batch, limit) for resident in residents]
+    best = [
+        _fastest(partial(planned, resident=resident), batch, limit, rungs) for resident in residents
+    ]
     every = [plan for plans in known.values() for plan in plans.values()]
     smallest = min(every, key=lambda plan: plan.need.peak_bytes)
     return Found(whole, [plan for plan in best if plan], smallest)
 
 
-def _fastest(planned: Callable[[Keep, int], Plan], batch: int, limit: int) -> Plan | None:
+def _fastest(
+    planned: Callable[[Keep, int], Plan], batch: int, limit: int, rungs: Sequence[Keep]
+) -> Plan | None:
     """The fastest plan that fits of all rungs and micro-batches; None where there is none."""
     whole = planned("none", batch)
     if whole.need.peak_bytes <= limit:
         return whole
-    if planned(LEAST, 1).need.peak_bytes > limit:
+    if planned(rungs[-1], 1).need.peak_bytes > limit:
         return None
     sizes = [size for size in range(1, batch + 1) if batch % size == 0]
     best: Plan | None = None
     slow: list[Keep] = []  # rungs that take longer than the best with a whole batch too
-    for keep in RUNGS:
+    for keep in rungs:
         if any(_redoes(keep, other) for other in slow):
             continue
         if best and planned(keep, batch).seconds >= best.seconds:
@@ -184,9 +189,9 @@ def _guess(plan: Plan, sizes: Sequence[int], limit: int) -> int:
     return bisect_right(sizes, plan.setting.micro_batch * room / max(1, growing)) - 1
 
 
-def smallest_setting(depth: int) -> Setting:
+def smallest_setting(depth: int, rungs: Sequence[Keep]) -> Setting:
     """Of a model with `depth` layers, what needs the least."""
-    return Setting(depth, LEAST, 1)
+    return Setting(depth, rungs[-1], 1)
 
 
 def outside_layers(several: dict[Resident, Need], num_blocks: int) -> dict[str, int]:

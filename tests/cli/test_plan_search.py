@@ -13,9 +13,10 @@ def ask(monkeypatch):
     monkeypatch.setattr(module, "need", reckoned)
     monkeypatch.setattr(module, "_run", in_turn)
 
-    def asked(memory, preset="digits", target="cpu", family="dit"):
+    def asked(memory, preset="digits", target="cpu", family="dit", autocast=False):
         calls = []
-        found = answer(Question(family, preset, 64, False, target, memory * MiB), calls.append)
+        question = Question(family, preset, 64, autocast, target, memory * MiB)
+        found = answer(question, calls.append)
         return found, calls
 
     return asked
@@ -47,6 +48,8 @@ def test_where_nothing_fits_the_smallest_plan_and_a_smaller_preset_are_told(ask)
     found, _ = ask(40)
     assert found.plans == [] and found.largest is None
     assert (found.smallest.setting, found.smallest.resident) == (Setting(12, "layer", 1), "block")
+    narrow, _ = ask(40, autocast=True)
+    assert narrow.smallest.setting == Setting(12, "rounded", 1)
 
 
 def test_the_largest_preset_has_the_widest_and_most_layers(ask, monkeypatch):

@@ -5,6 +5,7 @@ from ops.one_layer import OneLayer
 from dbkernels.ops import reference
 from dbkernels.ops._attention_branch import attend, attention_branch_backward
 from dbkernels.ops._projection import Gradients
+from dbkernels.ops._qkv import QKV
 
 B, T, D, H = 2, 5, 24, 3
 ATTENTION_WEIGHTS = ("out_weight", "out_bias", "q_weight", "k_weight")
@@ -14,13 +15,17 @@ STEPS = [
 
 
 class Branch:
-    """Weights and the tensors around the attention of one layer."""
+    """Weights and the tensors around the attention of one layer, with queries of some tokens."""
 
-    def __init__(self, *, std=1.0, **options):
+    def __init__(self, *, std=1.0, tokens=None, **options):
         layer = OneLayer(B, T, D, H, dtypes=(torch.float64,) * 3, **options)
         self.w, self.rotary = layer.weights, layer.options["rotary"]
-        self.qkv = std * torch.randn(B, T, 3 * D, dtype=torch.float64)
-        self.da = torch.randn(B, T, D, dtype=torch.float64)
+        self.whole = std * torch.randn(B, T, 3 * D, dtype=torch.float64)
+        self.tokens, self.qkv = tokens, QKV(None, self.whole)
+        if tokens is not None:
+            q, kv = self.whole[:, :tokens, :D], self.whole[..., D:]
+            self.qkv = QKV(q.contiguous(), kv.contiguous())
+        self.da = torch.randn(B, tokens or T, D, dtype=torch.float64)
         self.wanted = [name for name in ATTENTION_WEIGHTS if getattr(self.w, name) is not None]
 
     def attend(self):
@@ -28,32 +33,34 @@ class Branch:
 
     def backward(self, attended, logsumexp, *, dqkv=None, wanted=None):
         gradients = Gradients(frozenset(self.wanted if wanted is None else wanted))
-        dqkv = torch.empty_like(self.qkv) if dqkv is None else dqkv
+        if dqkv is None:
+            dqkv = QKV(*(None if t is None else torch.empty_like(t) for t in self.qkv))
         attention_branch_backward(
             self.da, self.qkv, attended, logsumexp, H, self.w, self.rotary,
             dqkv=dqkv, gradients=gradients,
         )  # fmt: skip
-        return dqkv, gradients.sums
+        return dqkv.whole(), gradients.sums
 
     def exact(self):
         """attended, dqkv and the weights' gradients, by autograd."""
-        leaves = {"qkv": self.qkv, **{name: getattr(self.w, name) for name in self.wanted}}
+        leaves = {"qkv": self.whole, **{name: getattr(self.w, name) for name in self.wanted}}
         leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
         q, k = reference.qk_norm_rotary(
             leaves["qkv"], H, q_weight=leaves.get("q_weight"), k_weight=leaves.get("k_weight"),
             rotary=self.rotary,
         )  # fmt: skip
         v = leaves["qkv"].unflatten(-1, (3, H, -1))[:, :, 2]
-        attended = reference.attention(q, k, v).flatten(2)
+        attended = reference.attention(q, k, v).flatten(2)[:, : self.tokens]
         a = attended @ leaves["out_weight"].T + leaves.get("out_bias", 0)
         grads = torch.autograd.grad(a, list(leaves.values()), self.da)
         return attended.detach(), dict(zip(leaves, grads, strict=True))
 
 
+@pytest.mark.parametrize("tokens", [None, 1, 3])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("steps", STEPS, ids=str)
-def test_agrees_with_autograd(steps, bias):
-    branch = Branch(bias=bias, **steps)
+def test_agrees_with_autograd(steps, bias, tokens):
+    branch = Branch(bias=bias, tokens=tokens, **steps)
     attended, logsumexp = branch.attend()
     expected, grads = branch.exact()
     torch.testing.assert_close(attended, expected)
@@ -64,9 +71,10 @@ def test_agrees_with_autograd(steps, bias):
         torch.testing.assert_close(sums[name], grad)
 
 
+@pytest.mark.parametrize("tokens", [None, 2])
 @pytest.mark.parametrize("steps", STEPS, ids=str)
-def test_the_attention_is_computed_again_where_it_was_not_kept(steps):
-    branch = Branch(**steps)
+def test_the_attention_is_computed_again_where_it_was_not_kept(steps, tokens):
+    branch = Branch(tokens=tokens, **steps)
     dqkv, sums = branch.backward(*branch.attend())
     again, sums_again = branch.backward(None, None)
     assert torch.equal(again, dqkv)
@@ -74,13 +82,14 @@ def test_the_attention_is_computed_again_where_it_was_not_kept(steps):
         assert torch.equal(sums_again[name], grad)
 
 
+@pytest.mark.parametrize("tokens", [None, 2])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_without_a_norm_the_gradient_may_be_written_over_qkv(rotated):
-    branch = Branch(qk_norm=False, rotated=rotated)
+def test_without_a_norm_the_gradient_may_be_written_over_qkv(rotated, tokens):
+    branch = Branch(qk_norm=False, rotated=rotated, tokens=tokens)
     attended = branch.attend()
     dqkv, _ = branch.backward(*attended)
     over, _ = branch.backward(*attended, dqkv=branch.qkv)
-    assert over is branch.qkv and torch.equal(over, dqkv)
+    assert torch.equal(over, dqkv) and torch.equal(branch.qkv.whole(), dqkv)
 
 
 @pytest.mark.parametrize("wanted", [(), *[(name,) for name in ATTENTION_WEIGHTS]], ids=str)
@@ -104,5 +113,5 @@ def test_the_norms_of_small_queries_and_keys_feel_eps():
 
 def test_values_are_neither_normalised_nor_turned():
     branch = Branch(rotated=True)
-    branch.qkv[..., 2 * D :] = 7.0
+    branch.whole[..., 2 * D :] = 7.0
     torch.testing.assert_close(branch.attend()[0], torch.full((B, T, D), 7.0).double())

@@ -16,10 +16,10 @@ B, T, D, H = 2, 5, 24, 3
 WANTED = frozenset(LayerWeights._fields)
 
 
-def layer_call(keep="none", samples=B, **options):
+def layer_call(keep="none", samples=B, tokens=None, **options):
     layer = OneLayer(samples, T, D, H, **options)
     norm = NormOptions(1e-6, True, layer.weights.qkv_weight.dtype)
-    told = LayerOptions(H, layer.options["mlp"], norm, keep)
+    told = LayerOptions(H, layer.options["mlp"], norm, keep, tokens)
     x, modulation = layer.tensors["x"], layer.tensors["modulation"].flatten(0, -2)
     return LayerCall(x, modulation, layer.options["rotary"], layer.weights, told)
 
@@ -32,7 +32,7 @@ def kept_by(call, activations):
 def backward(call, kept, *, owned=False):
     """Every gradient, by name."""
     gradients = Gradients(WANTED)
-    dout = call.x.cos()
+    dout = call.x[:, : call.options.tokens].cos()
     dx, dmodulation = call.backward(dout, kept._asdict(), gradients, owned=owned)
     return {"x": dx, "modulation": dmodulation, **gradients.sums}
 
@@ -41,8 +41,8 @@ def test_activations_have_the_shapes_and_dtypes_that_they_say():
     call = layer_call(mlp="swiglu", per_token=True, dtypes=(torch.float32, *[torch.bfloat16] * 2))
     out, activations = call.forward()
     f32, bf16 = torch.float32, torch.bfloat16
-    assert (out.shape, out.dtype) == ((B, T, D), f32)
-    assert {n: (tuple(t.shape), t.dtype) for n, t in activations._asdict().items()} == {
+    assert (out.shape, out.dtype) == ((B, T, D), f32) and activations.q is None
+    assert shapes_and_dtypes(activations) == {
         "stats1": ((B * T, 1, 2), f32),
         "qkv": ((B, T, 3 * D), bf16),
         "attended": ((B, T, D), bf16),
@@ -54,12 +54,47 @@ def test_activations_have_the_shapes_and_dtypes_that_they_say():
     }
 
 
+def test_activations_of_the_first_tokens_alone_are_those_and_keys_and_values():
+    dtypes, N = (torch.float32, *[torch.bfloat16] * 2), 3
+    call = layer_call(mlp="swiglu", per_token=True, tokens=N, dtypes=dtypes)
+    out, activations = call.forward()
+    f32, bf16 = torch.float32, torch.bfloat16
+    assert (out.shape, out.dtype) == ((B, N, D), f32)
+    assert shapes_and_dtypes(activations) == {
+        "stats1": ((B * T, 1, 2), f32),
+        "q": ((B, N, D), bf16),
+        "qkv": ((B, T, 2 * D), bf16),
+        "attended": ((B, N, D), bf16),
+        "logsumexp": ((B, H, N), f32),
+        "a": ((B, N, D), bf16),
+        "stats2": ((B * N, 1, 2), f32),
+        "hidden": ((B * N, 80), bf16),
+        "m": ((B, N, D), bf16),
+    }
+
+
+def shapes_and_dtypes(activations):
+    there = {name: t for name, t in activations._asdict().items() if t is not None}
+    return {name: (tuple(t.shape), t.dtype) for name, t in there.items()}
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_the_first_tokens_are_a_call_of_their_own_with_their_conditions(tokens):
+    for per_token in (False, True):
+        call = layer_call(tokens=tokens, per_token=per_token)
+        first = call.first()
+        assert torch.equal(first.x, call.x[:, :tokens]) and first.x.is_contiguous()
+        each = call.modulation.view(B, -1, 6 * D)[:, :tokens].flatten(0, 1)
+        assert torch.equal(first.modulation, each)
+        assert layer_call(per_token=per_token).first().x.shape == (B, T, D)
+
+
 @pytest.mark.parametrize("keep", KEEPS)
 def test_hidden_is_made_only_for_a_rung_that_keeps_it(keep):
     _, activations = layer_call(keep).forward()
     assert (activations.hidden is not None) == ("hidden" in RUNGS[keep].keeps)
-    others = [t is not None for n, t in activations._asdict().items() if n != "hidden"]
-    assert set(others) == {keep != "layer"}
+    others = [t is not None for n, t in activations._asdict().items() if n not in ("q", "hidden")]
+    assert set(others) == {bool(RUNGS[keep].keeps)}
 
 
 def test_tokens_are_grouped_by_the_sample_whose_condition_they_share():
@@ -122,7 +157,16 @@ def test_small_chunks_change_rounding_only(mlp, keep, monkeypatch):
         torch.testing.assert_close(grad, expected[name])
 
 
-@pytest.mark.parametrize("options", [{"per_token": True}, {"qk_norm": True, "rotated": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_token": True},
+        {"qk_norm": True, "rotated": True},
+        {"per_token": True, "tokens": 3},
+        {"qk_norm": True, "rotated": True, "tokens": 1},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("keep", ["qkv", "layer"])
 @pytest.mark.parametrize("part", [2 * T, 1])
 def test_a_few_samples_at_a_time_change_rounding_only(part, keep, options, monkeypatch):
@@ -137,9 +181,10 @@ def test_a_few_samples_at_a_time_change_rounding_only(part, keep, options, monke
             torch.testing.assert_close(grad, expected[name])
 
 
+@pytest.mark.parametrize("tokens", [None, 2])
 @pytest.mark.parametrize("keep", ["qkv", "layer"])
-def test_weights_gradients_of_parts_add_up_in_float32(keep, monkeypatch):
-    call = layer_call(keep, samples=6, dtypes=(torch.bfloat16,) * 3)
+def test_weights_gradients_of_parts_add_up_in_float32(keep, tokens, monkeypatch):
+    call = layer_call(keep, samples=6, tokens=tokens, dtypes=(torch.bfloat16,) * 3)
     monkeypatch.setattr(layer_module, "PART", 1)
     grads = backward(call, kept_by(call, call.forward()[1]), owned=True)
     for name in WANTED - {"q_weight", "k_weight"}:
@@ -153,7 +198,8 @@ def test_weights_gradients_of_parts_are_not_rounded_before_they_add_up(keep, mon
     monkeypatch.setattr(layer_module, "PART", 1)
     grads = backward(call, kept_by(call, call.forward()[1]))
     alone = [
-        backward(part.call, kept_by(part.call, part.call.forward()[1])) for part in call._parts()
+        backward(part.call, kept_by(part.call, part.call.forward()[1]))
+        for part in call._parts(call.x.dtype)
     ]
     for name in ("qkv_weight", "out_weight", "fc1_weight", "fc2_weight"):
         rounded = sum(part[name].float() for part in alone)
@@ -176,9 +222,10 @@ def test_a_few_samples_at_a_time_lower_the_peak(monkeypatch):
     assert peak("layer") < 0.7 * whole["layer"] and peak("qkv") < 0.9 * whole["qkv"]
 
 
+@pytest.mark.parametrize("tokens", [None, 2])
 @pytest.mark.parametrize("keep", KEEPS)
-def test_inputs_are_left_alone(keep):
-    call = layer_call(keep, qk_norm=False)
+def test_inputs_are_left_alone(keep, tokens):
+    call = layer_call(keep, qk_norm=False, tokens=tokens)
     inputs = [call.x, call.modulation, *(w for w in call.weights if w is not None)]
     before = [t.clone() for t in inputs]
     _, activations = call.forward()
@@ -188,22 +235,24 @@ def test_inputs_are_left_alone(keep):
 
 # a GPU's kernels cannot run here, but what they are given and return has shapes: meta tensors go
 # the way of a GPU's, and unlike fake ones can be written by `out=` without one
+@pytest.mark.parametrize("tokens", [None, 1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("keep", KEEPS)
-def test_shapes_without_data(keep, dtype):
+def test_shapes_without_data(keep, dtype, tokens):
     B, T, D, H = 2, 5, 32, 4
     with torch.device("meta"):
         shapes = [(3 * D, D), 3 * D, (D, D), D, (80, D), 80, (D, 80), D, D // H, D // H]
         weights = LayerWeights(*(torch.empty(shape, dtype=dtype) for shape in shapes))
-        options = LayerOptions(H, "gelu", NormOptions(1e-6, True, dtype), keep)
+        options = LayerOptions(H, "gelu", NormOptions(1e-6, True, dtype), keep, tokens)
         x, modulation = torch.empty(B, T, D), torch.empty(B, 6 * D)
         call = LayerCall(x, modulation, torch.empty(2, T, D // H), weights, options)
         out, activations = call.forward()
         kept = kept_by(call, activations)
         assert kept.qkv is None or kept.qkv.dtype == dtype
         grads = backward(call, kept, owned=True)
-        expected = {"x": x, "modulation": modulation, **weights._asdict()}
-        for name, tensor in {"x": out, **grads}.items():
+        assert out.shape == (B, tokens or T, D)
+        expected = {"out": out, "x": x, "modulation": modulation, **weights._asdict()}
+        for name, tensor in {"out": out, **grads}.items():
             assert tensor.shape == expected[name].shape, name
             assert tensor.device.type == "meta", name
         assert out.dtype == grads["x"].dtype == grads["modulation"].dtype == torch.float32

@@ -2,7 +2,12 @@ import torch
 from ops.one_layer import OneLayer
 from torch import nn
 
-from dbkernels.ops._layer_tensors import Activations, LayerModulation, LayerWeights
+from dbkernels.ops._layer_tensors import (
+    Activations,
+    LayerModulation,
+    LayerOptions,
+    LayerWeights,
+)
 
 
 def test_the_modulation_between_the_branches_closes_one_and_opens_the_next():
@@ -29,5 +34,9 @@ def test_the_norms_of_queries_and_keys_come_in_this_order():
 
 
 def test_activations_come_in_the_order_of_the_forward():
-    names = ("stats1", "qkv", "attended", "logsumexp", "a", "stats2", "hidden", "m")
+    names = ("stats1", "q", "qkv", "attended", "logsumexp", "a", "stats2", "hidden", "m")
     assert Activations._fields == names
+
+
+def test_a_layer_gives_all_tokens_unless_it_is_told_otherwise():
+    assert LayerOptions(1, "gelu", None, "none").tokens is None

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from ops.one_layer import ALL_OPTIONS, KEEPS, OneLayer, assert_same_bits
+from ops.one_layer import ALL_OPTIONS, KEEPS, SAME_BITS, OneLayer, assert_same_bits
 
 from dbkernels.ops import adaln_layer, reference, use_implementation
 
@@ -71,11 +71,24 @@ def test_gradients_are_those_of_differences(keep):
 
 @pytest.mark.parametrize("dtypes", [(F32,) * 3, (F32, BF16, BF16)], ids=describe)
 @pytest.mark.parametrize("options", SOME_OPTIONS, ids=describe)
-def test_every_rung_gives_the_same_bits(options, dtypes):
+def test_every_rung_that_keeps_x_as_it_is_gives_the_same_bits(options, dtypes):
     layer = OneLayer(3, 33, 48, 3, **options, dtypes=dtypes)
     expected = layer.with_grads()
-    for keep in KEEPS[1:]:
+    for keep in SAME_BITS[1:]:
         assert_same_bits(layer.with_grads(keep=keep), expected)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_rung_that_rounds_x_gives_the_same_bits_where_the_branches_are_no_narrower(dtype):
+    layer = OneLayer(3, 33, 48, 3, dtypes=(dtype, F32, F32) if dtype is BF16 else (F32,) * 3)
+    assert_same_bits(layer.with_grads(keep="rounded"), layer.with_grads(keep="layer"))
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_mean_of_x_that_is_large_beside_the_rest_is_not_rounded_with_it(norm):
+    layer = OneLayer(3, 37, 128, 1, hidden=160, norm=norm, dtypes=(F32, BF16, BF16))
+    layer.tensors["x"] = layer.tensors["x"].add(300.0 if norm == "layer" else 0.0)
+    layer.assert_as_accurate_as_eager(layer.with_grads(keep="rounded"))
 
 
 def test_same_bits_every_run():

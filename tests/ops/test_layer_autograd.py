@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from ops.one_layer import KEEPS, OneLayer, assert_same_bits, saved_by
+from ops.one_layer import KEEPS, SAME_BITS, OneLayer, assert_same_bits, saved_by
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
@@ -177,9 +177,10 @@ def in_autocast(op):
 def test_autocast_runs_the_branches_in_bfloat16_and_nothing_else(options):
     layer = OneLayer(3, 37, 128, 1, hidden=160, **options)
     results = [layer.with_grads(in_autocast(adaln_layer), keep=keep) for keep in KEEPS]
-    for result in results:
+    for keep, result in zip(KEEPS, results, strict=True):
         assert {t.dtype for t in result.values()} == {torch.float32}
-        assert_same_bits(result, results[0])
+        if keep in SAME_BITS:
+            assert_same_bits(result, results[0])
     assert not torch.equal(results[0]["out"], layer.run(layer.tensors))
     layer.compare(results, layer.with_grads(in_autocast(reference.adaln_layer)))
 
