@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,7 @@ from dbkernels.memory.predict import Prediction
 from dbkernels.memory.trace import CATEGORIES
 from dbkernels.memory.workspace import target_named
 from dbkernels.ops.rung import RUNGS
+from dbkernels.training.gradients import Gradients
 from dbkernels.training.rehearsal import Resident
 from dbkernels.training.run import RunConfig
 
@@ -32,6 +34,7 @@ KINDS = {
     "preset": str,
     "batch": int,
     "autocast": bool,
+    "gradients": str,
     "target": str,
     "method": str,
     "num_blocks": int,
@@ -150,6 +153,7 @@ def _check_settings(settings: Settings, where: str) -> None:
             raise ValueError(f"{name} in {where} must be {names}, got {json.dumps(settings[name])}")
     where = f"{where}, which is stale,"
     _require("family", settings["family"], PRESETS, where)
+    _require("gradients", settings["gradients"], get_args(Gradients), where)
     _require("method", settings["method"], HELD, where)
     _require("resident", settings["resident"], RESIDENT, where)
     fused = settings["method"] == "block_fused"
@@ -179,6 +183,7 @@ def _config(settings: Settings) -> RunConfig:
         settings["preset"],
         batch=settings["batch"],
         autocast=settings["autocast"],
+        gradients=settings["gradients"],
     )
     return configured(_case(settings), run)
 
@@ -236,7 +241,8 @@ def _name(each: Held) -> str:
     settings = each.budget.settings
     how = settings["rung"] or settings["method"].replace("_", " ")
     compute = " bf16" if settings["autocast"] else ""
+    freed = " freed" if settings["gradients"] == "freed" else ""
     return (
-        f"{settings['family']} {settings['preset']} {settings['batch']}{compute} "
+        f"{settings['family']} {settings['preset']} {settings['batch']}{compute}{freed} "
         f"{settings['target']}, {settings['num_blocks']} x {how} {settings['resident']}"
     )

@@ -26,6 +26,7 @@ def predicted_tables(rows: list[Row]) -> Iterator[Table]:
     first, rows = rows[0], _distinct(rows)
     compute = "bfloat16" if first["autocast"] else "float32"
     title = f"{first['family']} {first['preset']}, batch {first['batch']}, {compute} compute"
+    title += ",\ngradients freed one by one" if first["gradients"] == "freed" else ""
     size, unit = _unit(rows)
 
     def bytes_of(name: str) -> Callable[[Row], str]:
@@ -102,6 +103,13 @@ def _measured(row: Row, size: int) -> list[str]:
     seconds = (row[f"seconds_per_{name}"] for name in ("step", "sweep"))
     off_by = f"{row['peak_allocated_bytes'] / measured - 1:+.1%}"
     return [_short(measured / size), off_by, *(_short(each * 1e3) for each in seconds)]
+
+
+def not_measured(rows: list[Row]) -> Iterator[str]:
+    """A sentence for each that was to be measured and could not be."""
+    for row in _distinct(rows):
+        if "not_measured" in row:
+            yield f"{_name(row)}, {_blocks(row)} was not measured: {row['not_measured']}"
 
 
 def _unit(rows: list[Row]) -> tuple[int, str]:

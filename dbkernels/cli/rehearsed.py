@@ -3,18 +3,22 @@
 from dbkernels.cli.shape import preset
 from dbkernels.cli.train import DEFAULT_WEIGHTING
 from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.training.gradients import Gradients
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer_config import TrainerConfig
 
 
-def rehearsed_run(family: str, name: str, *, batch: int, autocast: bool) -> RunConfig:
+def rehearsed_run(
+    family: str, name: str, *, batch: int, autocast: bool, gradients: Gradients = "kept"
+) -> RunConfig:
     """A run of a preset with the settings that `train` has by default.
 
     Args:
-        family:    of the model
-        name:      of the preset
-        batch:     samples of a step
-        autocast:  whether it computes in bfloat16
+        family:     of the model
+        name:       of the preset
+        batch:      samples of a step
+        autocast:   whether it computes in bfloat16
+        gradients:  kept until all are there; or freed, and then they are not clipped
     Raises:
         ValueError: there is no such preset, or the batch is empty.
     """
@@ -28,5 +32,11 @@ def rehearsed_run(family: str, name: str, *, batch: int, autocast: bool) -> RunC
         shift=0,
         partition=PartitionConfig(),
         prior=LogNormal(),
-        trainer=TrainerConfig(steps=10**6, batch_size=batch, autocast=autocast),
+        trainer=TrainerConfig(
+            steps=10**6,
+            batch_size=batch,
+            autocast=autocast,
+            gradients=gradients,
+            clip=1.0 if gradients == "kept" else 0.0,
+        ),
     )

@@ -65,6 +65,7 @@ class DiT(nn.Module):
     """The image family: z is (B, C, H, W), a prediction is the denoised image itself."""
 
     target_parts = ()
+    ends = ("stem", "tail")
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -112,9 +113,17 @@ class DiT(nn.Module):
         self, scaled: Tensor, level: Tensor, layers: Sequence[int], batch: Batch
     ) -> Tensor:
         """F of c_in * z, (B, C, H, W)."""
-        c = self.condition(c_noise(level)) + self.label_table(batch["label"])
-        x = self.patch(patchify(scaled, self.config.patch)) + self.positions
+        x, c = self.stem(scaled, level, self.label_table(batch["label"]))
         x = run_layers([self.layers[index] for index in layers], x, c)
+        return self.tail(x, c)
+
+    def stem(self, scaled: Tensor, level: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first layer reads, (B, T, D), and the condition, from a label's row, (B, D)."""
+        c = self.condition(c_noise(level)) + label
+        return self.patch(patchify(scaled, self.config.patch)) + self.positions, c
+
+    def tail(self, x: Tensor, c: Tensor) -> Tensor:
+        """F (B, C, H, W) of what the last layer left, (B, T, D)."""
         shift, scale = self.modulation.parts(c)
         F = self.head(adaln_norm(x, scale, shift, dtype=scale.dtype))
         return unpatchify(F, self.config.patch, self.config.channels)

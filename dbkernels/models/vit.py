@@ -62,6 +62,7 @@ class ViT(nn.Module):
     """The classification family: z is (B, width), a prediction is logits (B, num_classes)."""
 
     target_parts = ("label_table",)
+    ends = ("stem", "surprise")
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -103,22 +104,41 @@ class ViT(nn.Module):
 
     def denoise(self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Logits (B, num_classes) from z (B, width) at sigma (B,), given batch["image"]."""
-        sigma, sigma_data = level[:, None], self.config.sigma_data
-        c = self.condition(c_noise(level))
-        patches = self.patch(patchify(batch["image"], self.config.patch))
-        tokens = torch.cat([(c_in(sigma, sigma_data) * z)[:, None].to(patches), patches], dim=1)
-        x = tokens + self.positions
-        x = run_layers([self.layers[index] for index in layers], x, c)
-        # a copy, because the norm keeps what it reads, and with a slice of x all of x
-        answer = self.norm(x[:, 0].contiguous())
-        D = c_skip(sigma, sigma_data) * z + c_out(sigma, sigma_data) * answer
-        return self.head(self.modulation(D, c))
+        return self.tail(*self._answer(z, level, layers, batch), z, level)
 
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Cross-entropy of each sample, (B,), in nats."""
         z = add_noise(self.target(batch), level, draw)
-        logits = self.denoise(z, level, layers, batch)
-        return F.cross_entropy(logits.float(), batch["label"], reduction="none")
+        answer, c = self._answer(z, level, layers, batch)
+        return self.surprise(answer, c, z, level, batch["label"])
+
+    def _answer(
+        self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """The token that answers, as the last layer left it (B, D), and the condition."""
+        x, c = self.stem(z, level, batch["image"])
+        x = run_layers([self.layers[index] for index in layers], x, c, tokens=1)
+        return x[:, 0], c
+
+    def stem(self, z: Tensor, level: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first layer reads, (B, T + 1, D), and the condition (B, cond_dim)."""
+        c = self.condition(c_noise(level))
+        patches = self.patch(patchify(image, self.config.patch))
+        noisy = c_in(level[:, None], self.config.sigma_data) * z
+        return torch.cat([noisy[:, None].to(patches), patches], dim=1) + self.positions, c
+
+    def tail(self, answer: Tensor, c: Tensor, z: Tensor, level: Tensor) -> Tensor:
+        """Logits (B, num_classes) of what the last layer left in the place of z, (B, D)."""
+        sigma, sigma_data = level[:, None], self.config.sigma_data
+        D = c_skip(sigma, sigma_data) * z + c_out(sigma, sigma_data) * self.norm(answer)
+        return self.head(self.modulation(D, c))
+
+    def surprise(
+        self, answer: Tensor, c: Tensor, z: Tensor, level: Tensor, label: Tensor
+    ) -> Tensor:
+        """Cross-entropy (B,) of what `tail` makes of its arguments."""
+        logits = self.tail(answer, c, z, level)
+        return F.cross_entropy(logits.float(), label, reduction="none")
 
     def estimate(self, prediction: Tensor) -> Tensor:
         """The expected embedding under the logits, (B, width); unit rows, as in training."""

@@ -13,10 +13,11 @@ class MicroBatch:
     Args:
         size:   samples
         batch:  samples of a step
+        least:  samples; it is not halved any more
     """
 
-    def __init__(self, size: int, batch: int):
-        self.size, self.batch = size, batch
+    def __init__(self, size: int, batch: int, *, least: int = 1):
+        self.size, self.batch, self._least = size, batch, least
 
     def attempt(
         self, gradient: Callable[[int], Tensor], undo: Callable[[], None], where: str
@@ -30,13 +31,13 @@ class MicroBatch:
         Returns:
             What `gradient` gave.
         Raises:
-            torch.OutOfMemoryError: half the size is too much too, or one sample is.
+            torch.OutOfMemoryError: half the size is too much too, or the least is.
         """
         try:
             return gradient(self.size)
         except torch.OutOfMemoryError:
             undo()
-            if self.size == 1:
+            if self.size <= self._least:
                 raise self._error(where, "which cannot be halved") from None
         # here the error is gone, and what the attempt had kept for its backward with it
         told = self._told(where)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,36 +20,65 @@ class Part:
         total:         updates that they will have had at the end of the run
         weight_decay:  of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)
         ema:           decay of the moving average, counted in this part's own steps; 0 for none
+        device:        of the updates; None is where the parameters are
+        captured:      whether updates are recorded in a graph, which reads the rate on the device
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], *, total: int, weight_decay: float, ema: float
+        self,
+        parameters: dict[str, nn.Parameter],
+        *,
+        total: int,
+        weight_decay: float,
+        ema: float,
+        device: torch.device | None = None,
+        captured: bool = False,
     ):
         self.parameters, self.total, self.ema, self.steps = parameters, total, ema, 0
+        device = next(iter(parameters.values())).device if device is None else device
+        # of the newest parameters in the average
+        self._newest = torch.zeros((), device=device)
         self.optimizer = torch.optim.AdamW(
             parameters.values(), weight_decay=weight_decay, fused=True
         )
+        # a number where it can be one: fake tensors know no optimizer whose rate is a tensor
+        self._rate = torch.zeros((), device=device) if captured else None
         for parameter in parameters.values():
             self.optimizer.state[parameter] = _fresh_state(parameter)
         self.average = {n: p.detach().clone() for n, p in parameters.items()} if ema else {}
 
-    def update(self, lr: float, where: Tensor) -> None:
-        """Step the optimizer at one rate, free the gradients, move the average; count nothing.
+    def prepare(self, lr: float) -> None:
+        """Set the learning rate of the next update, and how far the average will move."""
+        # rounded in either case as a tensor rounds it: the bits are the same
+        rate = float(np.float32(lr)) if self._rate is None else self._rate.fill_(lr)
+        self.optimizer.param_groups[0]["lr"] = rate
+        if self.ema:
+            self._newest.fill_(1 - average_decay(self.steps, self.ema))
+
+    def update(self, where: Tensor, only: nn.Parameter | None = None) -> None:
+        """Step the optimizer on the parameters that have gradients, and free these.
 
         Args:
-            lr:     learning rate
             where:  () bool, on the parameters' device; where it is False nothing is updated
+            only:   the one parameter to look at; None looks at all
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         # what a gradient scaler says to a fused optimizer, which reads it on the device
         self.optimizer.found_inf = (~where).float()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        group = self.optimizer.param_groups[0]
+        every = group["params"]
+        group["params"] = every if only is None else [only]
+        try:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        finally:
+            group["params"] = every
+
+    def move_average(self, where: Tensor) -> None:
+        """Move the average toward the updated parameters, where `where`, as for `update`."""
         if self.ema:
-            weight = (1 - average_decay(self.steps, self.ema)) * where
+            newest = self._newest * where
             for name, average in self.average.items():
-                average.lerp_(self.parameters[name].detach(), weight)
+                average.lerp_(self.parameters[name].detach(), newest)
 
     def tensors(self) -> list[Tensor]:
         """All that a step on these parameters reads and writes, but for gradients."""

@@ -1,7 +1,7 @@
 """A step of a run on fake tensors: what it will need, before there is a machine to run it on.
 
-A trainer is built as for a real run, under FakeTensorMode, which allocates and computes nothing.
-Its second step is followed: the optimizer's state is there, as in every step but the first.
+A trainer is built as for a real run, under FakeTensorMode, which allocates and computes nothing,
+and one step of it is followed.
 """
 
 from collections import Counter
@@ -25,7 +25,9 @@ from dbkernels.ops._path import rehearse_gpu
 from dbkernels.ops.scratch import scratch_bytes
 from dbkernels.training.data import Batch, ImageData, forget_orders
 from dbkernels.training.partition import Block
+from dbkernels.training.resting import flat_bytes
 from dbkernels.training.run import RunConfig
+from dbkernels.training.sharing import SHARED, own_part
 from dbkernels.training.trainer import Trainer
 
 Resident = Literal["all", "block"]
@@ -68,25 +70,35 @@ def rehearse(
     """Predict a step of a run's costliest block.
 
     Args:
-        config:    of the run; its data is not opened, and residency is the answer's, not its own
+        config:    of the run; its data is not opened, and residency is the answer's, not its own;
+                   ends are rehearsed as if they were not compiled
         baseline:  what runs the layers; None is the fused layer
         budget:    of the compiled baseline, as `use_baseline` has it
         target:    the device that is predicted
     Returns:
         By what is on the device: all blocks with their optimizers' state, or only what the step
-        updates or reads, the other blocks being on the host.
+        updates or reads and the rest of the slots, the other blocks being on the host.
     """
+    slots = 1 + config.trainer.prefetch
     # host and device are one memory here, in which blocks at rest would count
     at_home = replace(config.trainer, resident="all", rest="host", rest_dir="", prefetch=False)
+    # a graph's steps need what they need op by op, but for a cut batch, which it holds as a whole
+    at_home = replace(at_home, graphs=False)
+    # compiled ends keep no more than the same ends op by op, and have no kernels here
+    at_home = replace(at_home, compile_ends=False)
     config = replace(config, trainer=at_home)
     with _pretending(target):
         trainer = trainer_with(config, "cpu", blank(config), baseline=baseline, budget=budget)
-        _settle(trainer)
         blocks = _costliest(trainer)
         traces = [_follow(trainer, block, target) for block in blocks]
-        others = [_elsewhere(trainer, block) for block in blocks]
-    everywhere = [trace.beside(more) for trace, more in zip(traces, others, strict=True)]
-    return {"all": _worst(everywhere, target), "block": _worst(traces, target)}
+        beside = {
+            "all": [_elsewhere(trainer, block) for block in blocks],
+            "block": [_empty(trainer, block, slots) for block in blocks],
+        }
+    return {
+        place: _worst([t.beside(more) for t, more in zip(traces, others, strict=True)], target)
+        for place, others in beside.items()
+    }
 
 
 def trainer_with(
@@ -127,14 +139,6 @@ def _pretending(target: Target) -> Iterator[None]:
             yield
     finally:
         forget_orders()
-
-
-def _settle(trainer: Trainer) -> None:
-    """Let every optimizer make its state."""
-    for part in trainer.parts.values():
-        for parameter in part.parameters.values():
-            parameter.grad = torch.empty_like(parameter)
-        part.update(0.0, where=torch.ones((), dtype=torch.bool))
 
 
 def _costliest(trainer: Trainer) -> list[Block]:
@@ -196,6 +200,15 @@ def _elsewhere(trainer: Trainer, block: Block) -> list[tuple[str, int]]:
         "inputs": [t for part in idle for t in part.average.values()],
     }
     return [(name, t.nbytes) for name, several in tensors.items() for t in several]
+
+
+def _empty(trainer: Trainer, block: Block, slots: int) -> list[tuple[str, int]]:
+    """Category and bytes of the slots that a block does not fill."""
+    parts = trainer.parts.items()
+    sizes = {n: flat_bytes(t.nbytes for t in p.tensors()) for n, p in parts if n != SHARED}
+    own = sizes.get(own_part(block), 0)
+    room = slots * max(sizes.values(), default=0)
+    return [("parameters", room - own)] if room > own else []
 
 
 def _worst(traces: list[Trace], target: Target) -> Prediction:

@@ -64,6 +64,11 @@ class Residency:
         self._entered = ""  # the current one when all of it lies there, which takes a while
         self._arrival: Future | None = None  # of the next one
 
+    @property
+    def slot(self) -> int:
+        """Which slot the current block lies in."""
+        return self._slot
+
     def adopt(self, name: str, part: Part) -> None:
         """Take charge of a part: a block's own goes to its rest, the shared one to the device."""
         if name == SHARED:

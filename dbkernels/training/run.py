@@ -16,6 +16,7 @@ import torch
 
 from dbkernels.diffusion.gaussian import LogNormal, Scheme
 from dbkernels.models import FAMILIES, DiTConfig, ViTConfig
+from dbkernels.models.ends import compile_ends
 from dbkernels.models.family import Batch
 from dbkernels.ops.philox import Draw
 from dbkernels.training import checkpoint
@@ -28,8 +29,9 @@ from dbkernels.training.sharing import BlockModels, load_weights
 from dbkernels.training.trainer import Augment, Trainer
 from dbkernels.training.trainer_config import TrainerConfig
 
-# settings of the trainer that a run may change on its way: its bits stay the same
-PLACEMENT = ("resident", "rest", "rest_dir", "prefetch")
+# settings of the trainer that a run may change on its way: its bits stay the same, and gradients
+# that are freed need a run that does not clip from its start
+PLACEMENT = ("resident", "rest", "rest_dir", "prefetch", "gradients", "graphs")
 MODEL_CONFIGS = {"vit": ViTConfig, "dit": DiTConfig}
 
 
@@ -129,6 +131,9 @@ class RunConfig:
             sigma_data=self.model.sigma_data,
         )
         augment = self._augment()
+        if self.trainer.compile_ends:
+            for model in (models.model, *models.copies):
+                compile_ends(model, device or next(model.parameters()).device)
         return Trainer(models, data, objective, self.trainer, augment=augment, device=device)
 
     def _augment(self) -> Augment | None:

@@ -19,6 +19,11 @@ Parameters = dict[str, nn.Parameter]
 SHARED = "shared"  # name of the part that the steps of several blocks update
 
 
+def own_part(block: Block) -> str:
+    """Name of the part that the steps of one block alone update."""
+    return f"block{block.index}"
+
+
 class BlockModels(nn.Module):
     """One model per block: the very same one, or one with the block's own copy of what is shared.
 
@@ -60,7 +65,7 @@ class BlockModels(nn.Module):
         Every parameter is in one part, under its name in `named_parameters`. A layer that several
         blocks run is shared.
         """
-        reached = {f"block{block.index}": self._reached(block) for block in self.blocks}
+        reached = {own_part(block): self._reached(block) for block in self.blocks}
         times = Counter(name for parameters in reached.values() for name in parameters)
         parts: dict[str, Parameters] = {part: {} for part in reached}
         shared: Parameters = {}

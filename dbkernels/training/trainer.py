@@ -6,7 +6,7 @@ gives the same bits.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from dbkernels.models.family import Batch
 from dbkernels.ops.philox import Draw
 from dbkernels.training.data import ImageData, batch_indices
+from dbkernels.training.gradients import updater
+from dbkernels.training.graphs import open_graphs
 from dbkernels.training.micro_batch import MicroBatch
 from dbkernels.training.part import Part
 from dbkernels.training.partition import Block
 from dbkernels.training.randomness import stream_seed
 from dbkernels.training.residency import open_residency
+from dbkernels.training.samples import HeldSamples, ReadSamples, Samples
 from dbkernels.training.schedule import learning_rate
-from dbkernels.training.sharing import SHARED, BlockModels, load_weights
+from dbkernels.training.sharing import SHARED, BlockModels, load_weights, own_part
 from dbkernels.training.trainer_config import TrainerConfig
 from dbkernels.training.visits import Visits
 
@@ -39,7 +42,8 @@ class Trainer:
         data:       gives batches by sample index
         objective:  (model, block, batch, draw) -> scalar loss, a mean over the batch
         config:     see `TrainerConfig`
-        augment:    (batch, draw) -> batch, applied to every batch that is drawn
+        augment:    (batch, draw) -> batch, applied to every batch that is drawn; with graphs, all
+                    in which one step differs from the next reaches it and the objective in tensors
         device:     to train on; None is where the models are
     Raises:
         ValueError: all blocks are to be resident on another device than the models are on, or the
@@ -61,16 +65,35 @@ class Trainer:
         self.device = _device(models, config, device)
         self.step = 0
         self.visits = Visits(config, len(self.blocks))
-        self.micro_batch = MicroBatch(config.batch_size // config.accumulate, config.batch_size)
+        self.micro_batch = MicroBatch(
+            config.batch_size // config.accumulate,
+            config.batch_size,
+            # gradients that are freed cannot add up
+            least=1 if config.gradients == "kept" else config.batch_size,
+        )
         self.residency = open_residency(models, self.device, config)
         self.parts: dict[str, Part] = {}
         for name, parameters in self.models.parts().items():
-            total = self.total_steps if name == SHARED else config.steps
-            self.parts[name] = part = Part(
-                parameters, total=total, weight_decay=config.weight_decay, ema=config.ema
-            )
+            self.parts[name] = part = self._part(name, parameters)
             if config.resident == "block":
                 self.residency.adopt(name, part)
+        parts = list(self.parts.values())
+        self.updater = updater(config.gradients, config.clip, parts)
+        self.graphs = open_graphs(self.device, parts) if config.graphs else None
+        # what a graph reads of a step
+        self._held = HeldSamples()
+        self._block_step = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def _part(self, name: str, parameters: dict[str, nn.Parameter]) -> Part:
+        config = self.config
+        return Part(
+            parameters,
+            total=self.total_steps if name == SHARED else config.steps,
+            weight_decay=config.weight_decay,
+            ema=config.ema,
+            device=self.device,
+            captured=config.graphs,
+        )
 
     @property
     def total_steps(self) -> int:
@@ -90,6 +113,8 @@ class Trainer:
     def close(self) -> None:
         """Free the device of what was brought there from the host; a step brings it back."""
         self.residency.close()
+        if self.graphs is not None:
+            self.graphs.drop()
 
     def step_block(self, block: Block) -> dict[str, float | int]:
         """One update of one block and of what it shares.
@@ -100,16 +125,21 @@ class Trainer:
         Raises:
             FloatingPointError: the loss or its gradient is not finite; nothing was updated.
             torch.OutOfMemoryError: half the micro-batch is too much too; nothing was updated.
+            With gradients that are freed, parameters that had theirs by then were updated.
         """
         begin, micro_batch = perf_counter(), self.micro_batch.size
         own, *_ = moved = self.moved(block)
         lr, row = self._rate(own), {"step": self.step, "block": block.index}
         numbers = self.advance(block)
         if (following := self.visits.next_block(self.step)) is not None:
-            self.residency.prefetch(_own(self.blocks[following]))
+            self.residency.prefetch(own_part(self.blocks[following]))
         loss, norm = (float(number) for number in numbers)
         if not math.isfinite(loss + norm):
-            raise FloatingPointError(_not_finite(loss, norm, block, own.steps))
+            # where the loss is finite, a gradient is not, and those before it have been used
+            some = self.config.gradients == "freed" and math.isfinite(loss)
+            updated = "parameters with earlier gradients were" if some else "nothing was"
+            where = f"block {block.index} at its step {own.steps}"
+            raise FloatingPointError(_not_finite(loss, norm, where, block, updated))
         row |= {"block_step": own.steps, "loss": loss, "grad_norm": norm, "lr": lr}
         for part in moved:
             part.steps += 1
@@ -124,47 +154,64 @@ class Trainer:
         """The device's share of a step, of which nothing is read back; no count moves.
 
         Returns:
-            Loss and norm of the gradient, (). Where one is not finite, nothing was updated.
+            Loss and norm of the gradient, (). Where one is not finite, nothing was updated, but
+            for what gradients that are freed had moved by then.
         """
-        self.residency.enter(_own(block))
+        self.residency.enter(own_part(block))
         moved = self.moved(block)
         # a step that something else cut short, such as a broken image, has left its own
         _drop_gradients(moved)
-        loss = self.micro_batch.attempt(
-            partial(self._accumulate, block, moved[0].steps),
-            partial(_drop_gradients, moved),
-            f"block {block.index} at its step {moved[0].steps}",
-        )
-        parameters = [p for part in moved for p in part.parameters.values()]
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip or torch.inf)
-        finite = torch.isfinite(loss + norm)
         for part in moved:
-            part.update(self._rate(part), where=finite)
-        return loss, norm
+            part.prepare(self._rate(part))
+        block_step = moved[0].steps
+        indices = batch_indices(
+            len(self.data),
+            self.config.batch_size,
+            seed=self.config.seed,
+            block=block.index,
+            step=block_step,
+        )
+        draw = Draw(stream_seed(self.config.seed, block.index), block_step)
+        if self.graphs is None:
+            return self._update(block, draw, ReadSamples(self.data, indices, self.device))
+        self._held.fill(self.data.batch(indices, self.device))
+        self._block_step.fill_(block_step)
+        update = partial(self._update, block, replace(draw, step=self._block_step), self._held)
+        return self.graphs.run(partial(self._kind, block), update)
+
+    def _kind(self, block: Block) -> Hashable:
+        """Steps that one graph serves: the same tensors at the same addresses."""
+        return block.index, self.residency.slot, self.micro_batch.size
 
     def moved(self, block: Block) -> list[Part]:
         """What a step on a block updates: its own part, and the shared one if there is one."""
-        names = _own(block), SHARED
+        names = own_part(block), SHARED
         return [self.parts[name] for name in names if name in self.parts]
 
-    def _accumulate(self, block: Block, block_step: int, micro_batch: int) -> Tensor:
+    def _update(self, block: Block, draw: Draw, samples: Samples) -> tuple[Tensor, Tensor]:
+        """What a step runs on the device, once its inputs are there; loss and norm."""
+        moved = self.moved(block)
+        loss = self.micro_batch.attempt(
+            partial(self._accumulate, block, draw, samples),
+            partial(_drop_gradients, moved),
+            f"block {block.index} at its step {moved[0].steps}",
+        )
+        return loss, self.updater.finish(loss, moved)
+
+    def _accumulate(self, block: Block, draw: Draw, samples: Samples, micro_batch: int) -> Tensor:
         """Backward of the mean loss over the block's next batch; the loss, detached."""
         config = self.config
-        indices = batch_indices(
-            len(self.data), config.batch_size, seed=config.seed, block=block.index, step=block_step
-        )
-        draw = Draw(stream_seed(config.seed, block.index), block_step)
         total = torch.zeros((), device=self.device)
-        for piece in indices.split(micro_batch):
-            batch = self.data.batch(piece, self.device)
+        for batch in samples.pieces(micro_batch):
+            count = len(next(iter(batch.values())))
             if self.augment:
                 batch = self.augment(batch, draw)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
                 loss = self.objective(self.models.of(block), block, batch, draw)
-            loss = loss / (len(indices) / len(piece))
-            loss.backward()
+            loss = loss / (config.batch_size / count)
+            self.updater.backward(loss)
             total += loss.detach()
-            draw = replace(draw, sample=draw.sample + len(piece))
+            draw = replace(draw, sample=draw.sample + count)
         return total
 
     def _rate(self, part: Part) -> float:
@@ -192,14 +239,24 @@ class Trainer:
         return {"step": self.step, "parts": steps, **found}
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], counters: dict) -> None:
-        """Go on from what `tensors` and `counters` once gave, bit for bit."""
+        """Go on from what `tensors` and `counters` once gave, bit for bit.
+
+        Raises:
+            ValueError: gradients are freed, and those of a step have to be added up.
+        """
+        size = counters["micro_batch"]
+        if self.config.gradients == "freed" and size < self.config.batch_size:
+            raise ValueError(
+                "gradients must be kept to go on from a checkpoint whose batches of "
+                f"{self.config.batch_size} are cut into micro-batches of {size}, got freed"
+            )
         self.residency.settle()
         load_weights(self.models, tensors["model"])
         for name, part in self.parts.items():
             steps = counters["parts"][name]
             part.restore(steps, tensors.get("ema", {}), tensors.get("optimizer", {}))
         self.step, self.visits.length = counters["step"], counters["visit"]
-        self.micro_batch.size = counters["micro_batch"]
+        self.micro_batch.size = size
 
 
 def _device(
@@ -213,20 +270,14 @@ def _device(
     return device
 
 
-def _own(block: Block) -> str:
-    """Name of a block's own part."""
-    return f"block{block.index}"
-
-
 def _drop_gradients(parts: list[Part]) -> None:
     for part in parts:
         part.optimizer.zero_grad()
 
 
-def _not_finite(loss: float, norm: float, block: Block, block_step: int) -> str:
+def _not_finite(loss: float, norm: float, where: str, block: Block, updated: str) -> str:
     noise = block.trained_noise
     return (
-        f"the loss must be finite, got loss {loss} and gradient norm {norm} in "
-        f"block {block.index} at its step {block_step} with sigma in "
-        f"[{noise.low:.6g}, {noise.high:.6g}]; nothing was updated"
+        f"the loss must be finite, got loss {loss} and gradient norm {norm} in {where} "
+        f"with sigma in [{noise.low:.6g}, {noise.high:.6g}]; {updated} updated"
     )

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from dbkernels.training.gradients import Gradients
 from dbkernels.training.schedule import Decay, Order
 from dbkernels.training.sharing import Sharing
 
@@ -33,6 +34,12 @@ class TrainerConfig:
     """Decay of the moving average of the weights, in a block's own steps; 0 for none."""
     accumulate: int = 1
     """Parts that a batch is cut into, their gradients added up."""
+    gradients: Gradients = "kept"
+    """Kept until all are there; or freed one by one as the backward updates their parameters."""
+    graphs: bool = False
+    """Replay the steps of each block as one CUDA graph, which takes a GPU."""
+    compile_ends: bool = False
+    """Compile what runs before and after a block's layers with torch.compile; moves rounding."""
     autocast: bool = False
     """Compute in bfloat16; parameters stay float32."""
     sharing: Sharing = "joint"
@@ -72,7 +79,22 @@ class TrainerConfig:
             raise ValueError(
                 f"accumulate must divide the batch size {self.batch_size}, got {self.accumulate}"
             )
+        self._check_gradients()
         self._check_residency()
+
+    def _check_gradients(self) -> None:
+        if self.gradients not in ("kept", "freed"):
+            raise ValueError(f"gradients must be kept or freed, got {self.gradients}")
+        if self.gradients == "freed":
+            if self.clip:
+                raise ValueError(
+                    "clip must be 0 with gradients freed, whose norm is known when parameters "
+                    f"have moved, got {self.clip}"
+                )
+            if self.accumulate > 1:
+                raise ValueError(
+                    f"accumulate must be 1 with gradients freed, got {self.accumulate}"
+                )
 
     def _check_residency(self) -> None:
         if self.resident not in ("all", "block"):

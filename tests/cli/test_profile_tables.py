@@ -2,7 +2,14 @@ import io
 
 from rich.console import Console
 
-from dbkernels.cli.profile_tables import FEW, OP, SHORT, measured_table, predicted_tables
+from dbkernels.cli.profile_tables import (
+    FEW,
+    OP,
+    SHORT,
+    measured_table,
+    not_measured,
+    predicted_tables,
+)
 from dbkernels.memory.trace import CATEGORIES
 
 GiB = 2**30
@@ -14,6 +21,7 @@ def row(method="block_fused", num_blocks=2, rung="none", resident="all", size=Gi
         "preset": "XL/2",
         "batch": 128,
         "autocast": True,
+        "gradients": "kept",
         "target": "h100",
         "method": method,
         "num_blocks": num_blocks,
@@ -43,6 +51,12 @@ def line_of(lines, start):
 
 def cells(line):
     return [cell.strip() for cell in line.split("│")]
+
+
+def test_a_title_says_that_gradients_are_freed():
+    for gradients, told in (("kept", False), ("freed", True)):
+        lines = printed(predicted_tables([row(gradients=gradients)]))
+        assert any("gradients freed one by one" in line for line in lines) == told
 
 
 def test_each_number_of_blocks_has_a_column():
@@ -114,3 +128,13 @@ def test_end_to_end_has_one_line_whatever_is_on_the_device():
         for table in tables:
             lines = [cells(line) for line in printed([table]) if line.strip().startswith("end")]
             assert [line[0] for line in lines] in (["end to end"], ["end to end, 1"])
+
+
+def test_what_could_not_be_measured_is_said_once_with_its_reason():
+    lost = {"not_measured": "too large"}
+    rows = [row("end_to_end", 1, None, place, **lost) for place in ("all", "block")]
+    rows += [row(), row(resident="block", **lost)]
+    assert list(not_measured(rows)) == [
+        "end to end, 1 was not measured: too large",
+        "fused none, 2, block was not measured: too large",
+    ]

@@ -17,6 +17,15 @@ def test_settings_are_those_of_train(trained, tmp_path):
         assert getattr(config, name) == getattr(made, name)
 
 
+def test_gradients_that_are_freed_are_not_clipped():
+    kept, freed = (
+        rehearsed_run("dit", "S/2", batch=8, autocast=True, gradients=each).trainer
+        for each in ("kept", "freed")
+    )
+    assert (kept.gradients, kept.clip) == ("kept", 1.0)
+    assert (freed.gradients, freed.clip) == ("freed", 0.0)
+
+
 def test_rejects():
     with pytest.raises(ValueError, match="preset of vit must be one of cifar100, digits, got XL"):
         rehearsed_run("vit", "XL", batch=8, autocast=False)

@@ -8,8 +8,9 @@ from models.tiny import randomise
 
 from dbkernels.models import DiT, DiTConfig
 from dbkernels.models.dit import PRESETS
-from dbkernels.models.embed import grid_positions
-from dbkernels.ops import Draw, normals
+from dbkernels.models.embed import grid_positions, patchify, unpatchify
+from dbkernels.models.layer import run_layers
+from dbkernels.ops import Draw, adaln_norm, add_noise, normals, score_loss
 
 # 9 patches of 12 numbers, a width of 8
 CONFIG = DiTConfig(
@@ -71,6 +72,32 @@ def test_the_denoised_image_is_the_preconditioned_network():
     out = sigma * data / (sigma**2 + data**2).sqrt()
     actual = model.denoise(z, LEVEL, (0, 1), batch)
     torch.testing.assert_close(actual, skip * z + out * network)
+
+
+def written_out(model, scaled, level, layers, label):
+    """F of the module's equations, op by op in one function."""
+    c = model.condition(torch.log(level) / 4) + model.label_table(label)
+    x = model.patch(patchify(scaled, CONFIG.patch)) + model.positions
+    x = run_layers([model.layers[index] for index in layers], x, c)
+    shift, scale = model.modulation.linear(F.silu(c)).chunk(2, dim=-1)
+    tokens = model.head(adaln_norm(x, scale, shift, dtype=scale.dtype))
+    return unpatchify(tokens, CONFIG.patch, CONFIG.channels)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_loss_and_gradients_have_the_bits_of_the_equations_written_out(autocast):
+    model, batch, draw = make_model(), make_batch(), Draw(seed=2, step=5)
+    image, data = batch["image"], CONFIG.sigma_data
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses = model.losses(draw, LEVEL, (0, 1), batch)
+        scaled = add_noise(image, LEVEL, draw, scale="c_in", sigma_data=data)
+        network = written_out(model, scaled, LEVEL, (0, 1), batch["label"])
+        settings = {"sigma_data": data, "weight": "none", "reduction": "none"}
+        expected, _ = score_loss(network, image, LEVEL, draw, **settings)
+    assert torch.equal(losses, expected)
+    parameters = list(model.parameters())
+    grads = (torch.autograd.grad(each.mean(), parameters) for each in (losses, expected))
+    assert all(map(torch.equal, *grads))
 
 
 def test_tokens_are_scaled_patches_at_their_positions():

@@ -119,6 +119,28 @@ def test_the_target_is_made_by_the_target_parts_alone(family):
 
 
 @both
+def test_a_step_runs_one_end_before_its_layers_and_one_after(family, monkeypatch):
+    model, batch, running = make_model(family), make_batch(), []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda *_: running.append("layer"))
+
+    def announced(name, end):
+        def run(*args):
+            running.append(name)
+            result = end(*args)
+            running.append(name)
+            return result
+
+        return run
+
+    for name in model.ends:
+        monkeypatch.setattr(type(model), name, announced(name, getattr(type(model), name)))
+    model.losses(DRAW, LEVEL, (0, 1), batch)
+    before, after = model.ends
+    assert running == [before, before, "layer", "layer", after, after]
+
+
+@both
 def test_same_bits_every_run(family):
     model, batch = make_model(family), make_batch()
     z = noisy(model, batch)
@@ -130,6 +152,7 @@ class Recurrent(nn.Module):
     """Prelude, core and coda over tokens; the core is run as often as a block's layers say."""
 
     target_parts = ("table",)
+    ends = ()
 
     def __init__(self, words=5, D=16):
         super().__init__()

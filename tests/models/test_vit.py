@@ -1,12 +1,17 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models.tiny import randomise
 
 from dbkernels.models import ViT, ViTConfig
+from dbkernels.models.baseline import use_baseline
+from dbkernels.models.embed import patchify
+from dbkernels.models.layer import run_layers
 from dbkernels.models.vit import PRESETS
-from dbkernels.ops import Draw, normals
+from dbkernels.ops import Draw, add_noise, normals
 
 # no two sizes agree: 4 patches of 12 numbers, 5 classes, a width of 8
 CONFIG = ViTConfig(
@@ -70,6 +75,35 @@ def test_logits_are_the_head_of_the_preconditioned_denoiser():
     torch.testing.assert_close(actual, expected)
 
 
+def written_out(model, z, level, layers, image):
+    """The module's equations, op by op in one function."""
+    sigma, data = level[:, None], CONFIG.sigma_data
+    c = model.condition(torch.log(level) / 4)
+    patches = model.patch(patchify(image, CONFIG.patch))
+    token = ((sigma**2 + data**2).rsqrt() * z)[:, None].to(patches)
+    x = torch.cat([token, patches], dim=1) + model.positions
+    x = run_layers([model.layers[index] for index in layers], x, c, tokens=1)
+    skip = data**2 / (sigma**2 + data**2)
+    out = sigma * data / (sigma**2 + data**2).sqrt()
+    D = skip * z + out * model.norm(x[:, 0])
+    return model.head(model.modulation(D, c))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_loss_and_gradients_have_the_bits_of_the_equations_written_out(autocast):
+    model, batch = make_model(), make_batch()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses = model.losses(DRAW, LEVEL, (0, 1), batch)
+        z = add_noise(model.target(batch), LEVEL, DRAW)
+        logits = written_out(model, z, LEVEL, (0, 1), batch["image"])
+        expected = F.cross_entropy(logits.float(), batch["label"], reduction="none")
+        assert torch.equal(model.denoise(z, LEVEL, (0, 1), batch), logits)
+    assert torch.equal(losses, expected)
+    parameters = list(model.parameters())
+    grads = (torch.autograd.grad(each.mean(), parameters) for each in (losses, expected))
+    assert all(map(torch.equal, *grads))
+
+
 def test_the_condition_embeds_a_quarter_of_the_log_of_sigma():
     model, batch, z = make_model(), make_batch(), torch.randn(3, 8)
     _, c = first_tokens(model, z, LEVEL, batch)
@@ -127,18 +161,52 @@ def test_the_loss_moves_the_labels_row_through_z():
     assert moved.tolist() == [True, False, True, False, True]
 
 
-def test_the_last_layers_tokens_are_not_kept_for_the_one_that_answers():
-    model, outputs, saved = make_model(), [], []
-    model.layers[1].register_forward_hook(lambda _, args, out: outputs.append(out.detach()))
+def kept_widths(model, layers):
+    """Numbers for each sample in what autograd keeps, apart from parameters."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
 
     def pack(tensor):
-        saved.append(tensor.detach())
-        return saved[-1]
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes() // tensor.element_size() // len(LEVEL)
+        return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.losses(DRAW, LEVEL, (0, 1), make_batch())
-    kept = {tensor.untyped_storage().data_ptr() for tensor in saved}
-    assert outputs[0].untyped_storage().data_ptr() not in kept
+        model.losses(DRAW, LEVEL, layers, make_batch())
+    return [width for address, width in saved.items() if address not in weights]
+
+
+def test_the_last_layer_keeps_of_one_token_all_but_keys_and_values():
+    tokens, hidden = 5, 17  # a width like no other
+    model = randomise(ViT(replace(CONFIG, mlp_hidden=hidden)))
+    for layers in ((0,), (0, 1), (0, 1, 0)):
+        widths = kept_widths(model, layers)
+        assert widths.count(tokens * hidden) == len(layers) - 1
+        assert widths.count(hidden) == 1
+
+
+def test_the_last_layers_tokens_are_not_kept_for_the_one_that_answers():
+    model, x = make_model(), 5 * CONFIG.width
+    fused = kept_widths(model, (0,)).count(x)
+    use_baseline(model, "checkpointed")
+    assert fused == kept_widths(model, (0,)).count(x) == 1
+
+
+@pytest.mark.parametrize("layers", [(0,), (0, 1)])
+def test_logits_and_gradients_are_those_of_all_tokens(layers):
+    model, batch, z = make_model(), make_batch(), torch.randn(3, 8)
+
+    def results():
+        model.zero_grad()
+        logits = model.denoise(z, LEVEL, layers, batch)
+        logits.square().sum().backward()
+        return logits, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    logits, gradients = results()
+    use_baseline(model, "stock")
+    expected, expected_gradients = results()
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
 
 
 def test_the_loss_is_the_surprise_at_the_label_of_each_sample():

@@ -71,9 +71,8 @@ def test_swiglu_has_two_hidden_layers_in_one():
 
 def test_rejects_an_unknown_rung():
     layer = OneLayer()
-    with pytest.raises(
-        ValueError, match="keep must be one of none, attention, mlp, qkv, layer, got all"
-    ):
+    message = "keep must be one of none, attention, mlp, qkv, layer, rounded, got all"
+    with pytest.raises(ValueError, match=message):
         layer.run(layer.tensors, keep="all")
 
 

@@ -64,6 +64,13 @@ def test_one_sample_cannot_be_halved():
     assert (memory.sizes, memory.undone) == ([1], 1)
 
 
+def test_the_least_cannot_be_halved():
+    micro_batch, memory = MicroBatch(8, 8, least=8), Memory(fits=4)
+    with pytest.raises(torch.OutOfMemoryError, match="in micro-batches of 8, which cannot be"):
+        attempt(micro_batch, memory)
+    assert (micro_batch.size, memory.sizes, memory.undone) == (8, [8], 1)
+
+
 def test_other_errors_pass():
     def broken(size):
         raise RuntimeError("something else")

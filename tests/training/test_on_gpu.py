@@ -84,3 +84,42 @@ def test_a_captured_graph_survives_a_swap():
     graph.replay()
     expected = next(iter(part.parameters.values())).detach() * 2
     assert torch.equal(doubled, expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradients": "freed", "clip": 0.0},
+        {"accumulate": 2, "autocast": True},
+        {"resident": "block", "visit": 3},
+        {"resident": "block", "visit": 3, "prefetch": True},
+    ],
+)
+def test_captured_steps_give_the_bits_of_steps_op_by_op(settings):
+    plain, captured = make_trainer(**settings), make_trainer(graphs=True, **settings)
+    for _ in range(plain.total_steps):
+        row = plain.step_block(plain.next_block())
+        assert captured.step_block(captured.next_block()) == row
+    for group, expected in plain.tensors().items():
+        assert equal(captured.tensors()[group], expected), group
+
+
+def test_captured_steps_share_one_pool():
+    trainer = make_trainer(graphs=True)
+    reserved = []
+    for block in trainer.blocks:
+        trainer.step_block(block)
+    for block in trainer.blocks:
+        trainer.step_block(block)
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[2] == reserved[1]
+
+
+def test_graphs_are_captured_again_after_the_trainer_was_closed():
+    plain, captured = make_trainer(resident="block"), make_trainer(resident="block", graphs=True)
+    for _ in range(2):
+        for index in (0, 0, 0, 1):
+            row = plain.step_block(plain.blocks[index])
+            assert captured.step_block(captured.blocks[index]) == row
+        captured.close()

@@ -5,10 +5,10 @@ from torch import nn
 from dbkernels.training.part import Part, tensor_sizes
 
 
-def make_part(ema=0.5):
+def make_part(ema=0.5, **settings):
     torch.manual_seed(2)
     parameters = {"a": nn.Parameter(torch.randn(3)), "b.c": nn.Parameter(torch.randn(2, 2))}
-    return Part(parameters, total=8, weight_decay=0.1, ema=ema)
+    return Part(parameters, total=8, weight_decay=0.1, ema=ema, **settings)
 
 
 def set_gradients(part, value):
@@ -17,7 +17,9 @@ def set_gradients(part, value):
 
 
 def update(part, lr, where=True):
-    part.update(lr, where=torch.tensor(where))
+    part.prepare(lr)
+    part.update(where=torch.tensor(where))
+    part.move_average(where=torch.tensor(where))
     part.steps += where
 
 
@@ -32,6 +34,19 @@ def test_update_is_adamw_at_the_given_rate_and_frees_the_gradients():
     for name, parameter in part.parameters.items():
         torch.testing.assert_close(parameter, plain.parameters[name])
         assert parameter.grad is None
+
+
+def test_one_parameter_is_updated_where_it_is_the_only_one_to_look_at():
+    part = make_part()
+    before = {name: p.detach().clone() for name, p in part.parameters.items()}
+    set_gradients(part, 1.0)
+    part.prepare(0.1)
+    part.update(where=torch.tensor(True), only=part.parameters["a"])
+    assert not torch.equal(part.parameters["a"], before["a"]) and part.parameters["a"].grad is None
+    assert torch.equal(part.parameters["b.c"], before["b.c"])
+    assert part.parameters["b.c"].grad is not None
+    part.update(where=torch.tensor(True))
+    assert not torch.equal(part.parameters["b.c"], before["b.c"])
 
 
 def test_average_moves_by_its_own_steps():
@@ -116,3 +131,16 @@ def test_restored_part_goes_on_with_the_same_bits():
     for name in saved:
         assert torch.equal(other.parameters[name], part.parameters[name])
         assert torch.equal(other.average[name], part.average[name])
+
+
+def test_a_rate_that_a_graph_reads_gives_the_same_bits():
+    number, tensor = make_part(), make_part(captured=True)
+    for each in (number, tensor):
+        for lr in (0.1, 1e-4 / 3):
+            set_gradients(each, 0.7)
+            update(each, lr)
+    for name, parameter in number.parameters.items():
+        assert torch.equal(parameter, tensor.parameters[name])
+    rate = tensor.optimizer.param_groups[0]["lr"]
+    tensor.prepare(0.3)
+    assert rate is tensor.optimizer.param_groups[0]["lr"] and rate == torch.tensor(0.3)

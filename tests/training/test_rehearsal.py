@@ -175,12 +175,25 @@ def test_copies_of_what_the_blocks_share_are_all_there(model):
     assert predicted["parameters"] == sum(tensor.nbytes for tensor in tensors)
 
 
-@pytest.mark.parametrize("prefetch", [False, True])
-def test_tells_the_same_of_a_run_whose_blocks_visit_the_device(prefetch):
+def test_tells_the_same_of_a_run_whose_blocks_visit_the_device():
     config = configured(2)
-    visiting = replace(config.trainer, resident="block", prefetch=prefetch)
+    visiting = replace(config.trainer, resident="block")
     found = rehearse(replace(config, trainer=visiting), target=CPU)
     assert found == rehearse(config, target=CPU)
+
+
+@pytest.mark.parametrize(("split", "more"), [("2,2", 2), ("1,3", 3)])
+def test_a_second_slot_has_room_for_the_largest_block(split, more):
+    config = configured(2, split=split, ema=0.9)
+    without = rehearse(config, target=CPU)
+    ahead = replace(config.trainer, resident="block", prefetch=True)
+    found = rehearse(replace(config, trainer=ahead), target=CPU)
+    trainer = trainer_with(config, "cpu", blank(config))
+    layer = sum(p.nbytes for p in trainer.models.model.layers[0].parameters())
+    grown = found["block"].peak_allocated_bytes - without["block"].peak_allocated_bytes
+    # weights, average and both moments; the tensors of a slot are aligned
+    assert 4 * more * layer <= grown <= 1.02 * 4 * more * layer
+    assert found["all"] == without["all"]
 
 
 # the costliest block

@@ -202,6 +202,18 @@ def test_copies_load_their_frozen_table_beside_the_average(tmp_path, source):
     assert all(model.label_table.weight is table for model in loaded.copies)
 
 
+def test_a_resumed_run_may_free_its_gradients(tmp_path, source):
+    kept = TrainerConfig(steps=4, batch_size=4, lr=1e-2, ema=0.9, clip=0.0)
+    whole = train(make_config(source, trainer=kept), tmp_path / "whole", device="cpu")
+    with pytest.raises(Interrupted):
+        config = make_config(source, trainer=kept)
+        train(config, tmp_path / "cut", device="cpu", save_every=2, on_step=stop_at(5))
+    config = make_config(source, trainer=dataclasses.replace(kept, gradients="freed"))
+    resumed = train(config, tmp_path / "cut", device="cpu", resume="latest")
+    for group, expected in whole.tensors().items():
+        assert equal(resumed.tensors()[group], expected), group
+
+
 def test_split_reaches_the_blocks(source):
     config = make_config(source, partition=PartitionConfig(num_blocks=2, split="1,2"))
     assert [block.layers for block in config.build("cpu").blocks] == [(0,), (1, 2)]

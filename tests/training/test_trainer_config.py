@@ -28,6 +28,12 @@ BLOCK = {"resident": "block"}
         ({"rest": "tape"}, "rest must be host or disk, got tape"),
         ({"prefetch": True}, "resident must be block for prefetch, got all"),
         ({"rest": "disk", "rest_dir": "x"}, "resident must be block for rest disk, got all"),
+        ({"gradients": "some"}, "gradients must be kept or freed, got some"),
+        ({"gradients": "freed"}, "clip must be 0 with gradients freed, .*, got 1.0"),
+        (
+            {"gradients": "freed", "clip": 0.0, "accumulate": 2},
+            "accumulate must be 1 with gradients freed, got 2",
+        ),
         ({**BLOCK, "rest": "disk"}, "rest_dir must name a directory .* disk alone, got none"),
         ({**BLOCK, "rest_dir": "x"}, "rest_dir must name a directory .* disk alone, got x"),
     ],

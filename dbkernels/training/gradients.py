@@ -1,0 +1,110 @@
+"""From a loss to updated parameters: the gradients are kept until all are there, or freed at once.
+
+Kept, they may be added up over micro-batches, and their norm may be clipped before any parameter
+moves. Freed, each parameter is updated within the backward as soon as its gradient is whole, so a
+block's gradients take the memory of one layer's; Lv et al. 2023 (arXiv:2306.09782) do so end to
+end. Without clipping both give the same bits.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dbkernels.training.part import Part
+
+Gradients = Literal["kept", "freed"]
+
+
+class Updater(Protocol):
+    """What makes of a loss the updates of some parts. Nothing is read back from the device."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Differentiate a loss, or a micro-batch's share of one."""
+        ...
+
+    def finish(self, loss: Tensor, parts: Sequence[Part]) -> Tensor:
+        """End an update, whose losses sum to `loss`; no gradient is left.
+
+        Returns:
+            The gradient's norm before it was clipped, ().
+        """
+        ...
+
+
+class KeptGradients:
+    """Updates when all gradients are there; not at all where the loss or one is not finite.
+
+    Args:
+        clip:  largest norm of an update's gradient; 0 for no limit
+    """
+
+    def __init__(self, clip: float):
+        self._clip = clip or torch.inf
+
+    def backward(self, loss: Tensor) -> None:
+        """As `Updater.backward`; gradients add up."""
+        loss.backward()
+
+    def finish(self, loss: Tensor, parts: Sequence[Part]) -> Tensor:
+        """As `Updater.finish`."""
+        parameters = [p for part in parts for p in part.parameters.values()]
+        norm = nn.utils.clip_grad_norm_(parameters, self._clip)
+        finite = torch.isfinite(loss + norm)
+        for part in parts:
+            part.update(where=finite)
+            part.move_average(where=finite)
+        return norm
+
+
+class FreedGradients:
+    """Updates in the backward, by hooks; nothing from the first gradient on that is not finite.
+
+    Where the loss is not finite nothing is updated at all. Whoever else differentiates something
+    that these parameters are in finds their gradients as ever.
+
+    Args:
+        parts:  all that it will ever update
+    """
+
+    def __init__(self, parts: Sequence[Part]):
+        self._squares, self._updates = torch.zeros(()), False
+        for part in parts:
+            for parameter in part.parameters.values():
+                parameter.register_post_accumulate_grad_hook(partial(self._update, part))
+
+    def backward(self, loss: Tensor) -> None:
+        """As `Updater.backward`, once in an update."""
+        # of what is not finite this is NaN, and so is the sum
+        self._squares = loss.detach() * 0
+        self._updates = True
+        try:
+            loss.backward()
+        finally:
+            self._updates = False
+
+    def _update(self, part: Part, parameter: Tensor) -> None:
+        if not self._updates:
+            return
+        self._squares += torch.linalg.vector_norm(parameter.grad).square()
+        part.update(where=torch.isfinite(self._squares), only=parameter)
+
+    def finish(self, loss: Tensor, parts: Sequence[Part]) -> Tensor:
+        """As `Updater.finish`."""
+        finite = torch.isfinite(self._squares)
+        for part in parts:
+            part.move_average(where=finite)
+        return self._squares.sqrt()
+
+
+def updater(gradients: Gradients, clip: float, parts: Sequence[Part]) -> Updater:
+    """The updater of a setting.
+
+    Args:
+        gradients:  kept, or freed
+        clip:       of kept ones, as `KeptGradients` has it
+        parts:      all that it will ever update
+    """
+    return KeptGradients(clip) if gradients == "kept" else FreedGradients(parts)

@@ -1,0 +1,75 @@
+"""What a CUDA graph is, on a CPU: the ops of a step, run again on the same tensors.
+
+Every op is recorded below autograd with its arguments: a tensor by its identity, a number by its
+value of then. A replay runs the ops in order and puts what they return where it was. What the host
+computed in between is as it was, as it is in a graph.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+READS = (torch.ops.aten._local_scalar_dense.default,)
+
+
+class Ops(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in READS:
+            raise RuntimeError("a value was read back in a step that is captured")
+        outputs = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, outputs))
+        return outputs
+
+    def replay(self):
+        with torch.no_grad():
+            for func, args, kwargs, outputs in self.calls:
+                again = func(*args, **kwargs)
+                for was, now in zip(tree_leaves(outputs), tree_leaves(again), strict=True):
+                    if isinstance(was, Tensor) and was.data_ptr() != now.data_ptr():
+                        was.copy_(now)
+
+
+class OpRecorder:
+    """Stands for the recorder of CUDA graphs."""
+
+    def __init__(self):
+        self.warm, self.recorded, self.replayed = 0, 0, 0
+
+    def warm_up(self, step):
+        self.warm += 1
+        return step()
+
+    def record(self, step):
+        ops = Ops()
+        # a capture runs nothing: what the step moved is put back
+        before = [(tensor, tensor.detach().clone()) for tensor in self.moved()]
+        with ops:
+            outputs = step()
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        self.recorded += 1
+
+        def replay():
+            self.replayed += 1
+            ops.replay()
+
+        return replay, outputs
+
+    def moved(self):
+        return []
+
+
+class TrainerRecorder(OpRecorder):
+    """Knows what the steps of its trainer move."""
+
+    trainer = None
+
+    def moved(self):
+        return [tensor for part in self.trainer.parts.values() for tensor in part.tensors()]

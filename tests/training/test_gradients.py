@@ -1,0 +1,173 @@
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from training.tiny import PRIOR, equal, make_trainer, weights
+
+from dbkernels.memory.measure import measure_peak
+from dbkernels.models import ViT, ViTConfig
+from dbkernels.training.gradients import FreedGradients, KeptGradients, updater
+from dbkernels.training.part import Part
+from dbkernels.training.partition import partition
+from dbkernels.training.sharing import BlockModels
+from dbkernels.training.trainer import Trainer
+
+FREED = {"gradients": "freed", "clip": 0.0}
+
+
+def make_parts(count=2):
+    torch.manual_seed(2)
+    return [
+        Part({f"w{i}": nn.Parameter(torch.randn(3))}, total=8, weight_decay=0.1, ema=0.5)
+        for i in range(count)
+    ]
+
+
+def tensors(parts):
+    return [tensor.detach().clone() for part in parts for tensor in part.tensors()]
+
+
+@pytest.mark.parametrize("family", ["vit", "dit"])
+@pytest.mark.parametrize("sharing", ["joint", "copies"])
+def test_freed_gradients_give_the_bits_of_kept_ones(family, sharing):
+    settings = {"ema": 0.9, "warmup": 1, "sharing": sharing}
+    kept = make_trainer(family, clip=0.0, **settings)
+    freed = make_trainer(family, **FREED, **settings)
+    for index in (0, 1, 0, 2, 1):
+        row = freed.step_block(freed.blocks[index])
+        assert row == pytest.approx(kept.step_block(kept.blocks[index]), rel=1e-5)
+    for group, expected in kept.tensors().items():
+        assert equal(freed.tensors()[group], expected), group
+
+
+def test_freed_gradients_are_gone_before_the_next_layers_are_there():
+    trainer, alive = make_trainer(num_blocks=1, **FREED), []
+
+    def count(*_):
+        alive.append(sum(p.grad is not None for p in trainer.models.parameters()))
+
+    for layer in trainer.models.model.layers:
+        layer.register_full_backward_pre_hook(count)
+    trainer.step_block(trainer.blocks[0])
+    assert alive == [0, 0, 0]
+
+
+def deep_trainer(**settings):
+    """Of eight layers in one block, whose gradients outweigh all else."""
+    config = ViTConfig(
+        image_size=4, patch=2, channels=1, num_classes=3, width=64, depth=8, heads=2,
+        mlp_hidden=256, cond_dim=64,
+    )  # fmt: skip
+    tiny = make_trainer(num_blocks=1, **settings)
+    models = BlockModels(ViT(config), partition(8, 1, PRIOR), "joint")
+    return Trainer(models, tiny.data, tiny.objective, tiny.config)
+
+
+def test_a_step_with_freed_gradients_peaks_lower_by_all_but_one_layers_gradients():
+    peaks = {}
+    for name, settings in (("kept", {"clip": 0.0}), ("freed", FREED)):
+        trainer = deep_trainer(**settings)
+        step = partial(trainer.step_block, trainer.blocks[0])
+        step()
+        optimizers = [part.optimizer for part in trainer.parts.values()]
+        peaks[name] = measure_peak(step, model=trainer.models, optimizers=optimizers)
+    layer = sum(p.nbytes for p in trainer.models.model.layers[0].parameters())
+    assert 6 * layer < peaks["kept"].total_bytes - peaks["freed"].total_bytes < 8 * layer
+    assert peaks["freed"].by_category["gradients"] <= 1.1 * layer
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_freed_gradients_of_a_loss_that_is_not_finite_move_nothing(value):
+    def objective(model, block, batch, draw):
+        return model.head.weight.sum() + value
+
+    trainer = make_trainer(objective=objective, ema=0.9, **FREED)
+    before = weights(trainer), dict(trainer.tensors()["ema"])
+    with pytest.raises(FloatingPointError, match="the loss must be finite"):
+        trainer.step_block(trainer.blocks[1])
+    assert equal(weights(trainer), before[0]) and equal(trainer.tensors()["ema"], before[1])
+
+
+def test_from_a_gradient_on_that_is_not_finite_nothing_moves():
+    parts = make_parts(3)
+    first, broken, last = (next(iter(part.parameters.values())) for part in parts)
+    before = tensors(parts)
+    freed = FreedGradients(parts)
+    for part in parts:
+        part.prepare(0.1)
+    zero = torch.zeros(3, requires_grad=True)
+    # the backward meets the parameters of the last summand first
+    loss = last.sum() + (broken * 0 + zero).sqrt().sum() * 0 + first.sum()
+    assert torch.isfinite(loss)
+    freed.backward(loss)
+    norm = freed.finish(loss.detach(), parts)
+    assert not torch.isfinite(norm)
+    after = tensors(parts)
+    moved = [not torch.equal(was, now) for was, now in zip(before, after, strict=True)]
+    count = len(parts[0].tensors())
+    assert [any(moved[i * count : (i + 1) * count]) for i in range(3)] == [True, False, False]
+    # no average moves
+    assert not any(moved[count - 1 :: count])
+
+
+def test_who_freed_gradients_that_are_not_finite_is_told_that_parameters_moved():
+    trainer = make_trainer(**FREED)
+
+    def objective(model, block, batch, draw):
+        zero = torch.zeros(3, requires_grad=True)
+        return model.head.bias.sum() + (model.head.weight.sum() * 0 + zero).sqrt().sum() * 0
+
+    trainer.objective = objective
+    with pytest.raises(FloatingPointError, match="; parameters with earlier gradients were upd"):
+        trainer.step_block(trainer.blocks[0])
+
+
+def test_a_batch_that_was_cut_is_not_gone_on_with():
+    kept, freed = make_trainer(clip=0.0), make_trainer(**FREED)
+    kept.micro_batch.size = 2
+    before = weights(freed)
+    with pytest.raises(ValueError, match="of 4 are cut into micro-batches of 2, got freed"):
+        freed.restore(kept.tensors(), kept.counters())
+    assert equal(weights(freed), before) and freed.micro_batch.size == 4
+
+
+def test_both_return_the_norm_of_the_whole_gradient():
+    for make in (lambda parts: KeptGradients(0.0), FreedGradients):
+        parts = make_parts()
+        each = make(parts)
+        for part in parts:
+            part.prepare(0.1)
+        a, b = (next(iter(part.parameters.values())) for part in parts)
+        loss = (3 * a).sum() + (4 * b).sum()
+        each.backward(loss)
+        norm = each.finish(loss.detach(), parts)
+        torch.testing.assert_close(norm, torch.tensor(75.0).sqrt())
+        assert a.grad is None and b.grad is None
+
+
+def test_a_backward_of_someone_else_updates_nothing():
+    trainer = make_trainer(**FREED)
+    trainer.step_block(trainer.blocks[0])
+    before = weights(trainer)
+    weight = trainer.models.model.head.weight
+    weight.sum().backward()
+    assert equal(weights(trainer), before) and torch.equal(weight.grad, torch.ones_like(weight))
+
+
+def test_the_setting_names_the_updater():
+    assert isinstance(updater("kept", 1.0, make_parts()), KeptGradients)
+    assert isinstance(updater("freed", 0.0, make_parts()), FreedGradients)
+
+
+def test_out_of_memory_with_freed_gradients_is_not_tried_again():
+    calls = []
+
+    def objective(model, block, batch, draw):
+        calls.append(len(batch["label"]))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer = make_trainer(objective=objective, **FREED)
+    with pytest.raises(torch.OutOfMemoryError, match=r"block 0 at its step 0 .* cannot be halved"):
+        trainer.step_block(trainer.blocks[0])
+    assert calls == [4]
