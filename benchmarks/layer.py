@@ -19,7 +19,7 @@ from typing import Literal
 
 import measure
 import torch
-from command import parsed
+from command import called, parsed
 from layer_case import IMPLS, Competitor, LayerCase, LayerStep, competitors, make_inputs
 from machine import ceilings, machine
 from show import emit
@@ -113,6 +113,7 @@ def rows_of(case: LayerCase, options: Options) -> list[dict[str, object]]:
             weighed = [weigh(case, step, device) for step in steps.values()]
         times = measure.interleaved(steps, device=device, rounds=rounds)
         about = asdict(ceilings(device, case.torch_dtype)) | asdict(machine(device))
+        about |= {"command": called()}
     return [
         asdict(player)
         | asdict(case)

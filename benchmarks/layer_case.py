@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dbkernels.models.baseline import by_method
-from dbkernels.ops import RUNGS, LayerWeights, adaln_layer, implementation, reference
+from dbkernels.ops import LayerWeights, adaln_layer, implementation, reference
+from dbkernels.ops.rung import rungs_of
 
 FUSED_OPS = ("adaln_norm", "gated_adaln_norm", "gated_residual", "gelu")  # of the case's layer
 IMPLS = ("eager", "fused", "compiled", "compiled_budget", "checkpointed")
@@ -75,7 +76,7 @@ class Competitor:
 def competitors(impls: tuple[str, ...], budgets: tuple[float, ...]) -> list[Competitor]:
     """In the order of a table, which is that of `impls`."""
     variants = {
-        "fused": [{"rung": rung} for rung in RUNGS],
+        "fused": [{"rung": rung} for rung in rungs_of(mixed=False)],
         "compiled_budget": [{"budget": budget} for budget in budgets],
     }
     return [Competitor(impl, **variant) for impl in impls for variant in variants.get(impl, [{}])]

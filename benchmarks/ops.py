@@ -15,7 +15,7 @@ from typing import Literal
 
 import measure
 import torch
-from command import parsed
+from command import called, parsed
 from machine import ceilings, machine
 from noise_case import PASSES, SHAPES, NoiseCase
 from op_case import DTYPE, DTYPES, HEAD_DIM, INPUTS, OpCase
@@ -115,7 +115,7 @@ def main(options: Options) -> None:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     with measure.own_stream(device):
-        about = asdict(ceilings(device, DTYPE)) | asdict(machine(device))
+        about = asdict(ceilings(device, DTYPE)) | asdict(machine(device)) | {"command": called()}
         for cases in options.tables(device):
             if cases:
                 rows = [row | about for row in rows_at(cases, options.rounds, device)]

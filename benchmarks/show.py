@@ -7,8 +7,9 @@ from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from show_training import training_about, training_case, training_table
+from show_training import timeline_table, training_about, training_case, training_table
 
 Row = dict[str, object]
 
@@ -26,12 +27,14 @@ def emit(rows: list[Row], *, as_json: bool) -> None:
 
 
 def show(rows: list[Row]) -> None:
-    """Print the rows of one case as one table; it names what it ran on below."""
+    """Print the rows of one case as one table; below it, what it ran on and by which command."""
     trained = "method" in rows[0]
-    tables = {"op": _ops_table, "method": training_table}
+    tables = {"op": _ops_table, "levels": timeline_table, "method": training_table}
     table = next((tables[name] for name in tables if name in rows[0]), _layer_table)(rows)
     table.title = f"{table.title}: {_case(rows[0])}"
-    table.caption = training_about(rows[0]) if trained else _about(rows[0])
+    commands = dict.fromkeys(row["command"] for row in rows if "command" in row)
+    about = training_about(rows[0]) if trained else _about(rows[0])
+    table.caption = escape("; printed by ".join(filter(None, [about, " and ".join(commands)])))
     # a table that is cut at the width of a terminal, or of a pipe, cannot be read
     Console(width=max(Console().width, 124 if trained else 110)).print(table)
 

@@ -41,11 +41,26 @@ def training_table(rows: list[Row]) -> Table:
     return table
 
 
+def timeline_table(rows: list[Row]) -> Table:
+    """A row for each step: its peak, and the op that has it."""
+    eager = next((row for row in rows if row["method"] == "end_to_end"), None)
+    table = Table(title="a training step, op after op", caption_justify="left")
+    table.add_column("way", no_wrap=True)
+    for column in ("blocks", "peak, MiB", "of eager"):
+        table.add_column(column, justify="right")
+    table.add_column("at the peak")
+    for row in rows:
+        peak = _number(row["peak_allocated_bytes"], MIB)
+        ratio = _ratio(row, eager, "peak_allocated_bytes")
+        table.add_row(_way(row), str(row["num_blocks"]), peak, ratio, row["at"])
+    return table
+
+
 def training_about(row: Row) -> str:
     """What a table's figures come from."""
     about = f"torch {row['torch']}, triton {row['triton']}, commit {row['commit'] or 'unknown'}"
     driver = f", driver {row['driver']}" if row["driver"] else ""
-    if row["step_ms"] is None:
+    if row.get("step_ms") is None:
         return f"predicted without running for {row['device']}{driver}; {about}"
     return (
         f"{row['device']}{driver}, {row['threads']} CPU threads, {about}; "
@@ -59,7 +74,9 @@ def _way(row: Row) -> str:
     resident = "1 resident" if row["resident"] == "block" else None
     # the number of blocks has a column of its own
     method = row["method"].removeprefix("block_").replace("_", " ")
-    parts = (method, row["rung"], budget, resident)
+    gradients = "freed" if row.get("gradients") == "freed" else None
+    graph = "graph" if row.get("launch") == "graph" else None
+    parts = (method, row["rung"], budget, resident, gradients, graph)
     return " ".join(part for part in parts if part)
 
 

@@ -1,9 +1,10 @@
 """Whole training steps: the time of a step and of a sweep of all blocks, and the peak of a step.
 
 The fused layer, block by block and end to end, runs against the same model in plain torch end to
-end, compiled, checkpointed, with the optimizer in the backward, and block by block as the published
-code does. All have the same parameters, optimizer (fused AdamW), batch, precision and noise. A
-competitor is one trainer, its call one step of the next of its blocks: a round has a step of each.
+end, compiled, checkpointed, and block by block as the published code does; where gradients are
+freed the optimizer runs in the backward. All have the same parameters, optimizer (fused AdamW),
+batch, precision and noise. A competitor is one trainer, its call one step of the next of its
+blocks: a round has a step of each.
 One line or row is one way of training:
 
     step_ms               median of a step of each block, averaged over the blocks; with one block
@@ -29,10 +30,12 @@ from training_rows import Row, measured_rows, predicted_rows
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.shape import FamilyName
 from dbkernels.memory.workspace import Target, target_named, target_of
-from dbkernels.ops.rung import RUNGS
+from dbkernels.ops.rung import RUNGS, rungs_of
 
 DTYPES = ("float32", "autocast")
 RESIDENT = ("all", "block")
+GRADIENTS = ("kept", "freed")
+LAUNCH = ("ops", "graph")
 LARGE = ("S/2", "B/2", "L/2", "XL/2")  # presets that a GPU trains
 DEFAULT_TARGET = "h100"
 SMALL = {"vit": ("cifar100",), "dit": ("digits",)}
@@ -52,9 +55,11 @@ class Options:
     dtype: tuple[str, ...] = ()  # float32, or autocast: compute in bfloat16
     num_blocks: tuple[int, ...] = (1, 2, 3, 4, 6)  # of block_stock and block_fused
     methods: tuple[str, ...] = METHODS  # in the order of the table
-    rungs: tuple[str, ...] = tuple(RUNGS)  # of block_fused
+    rungs: tuple[str, ...] = ()  # of block_fused; all that differ
     budgets: tuple[float, ...] = (1.0, 0.5, 0.2)  # of activation memory, of compiled
     resident: tuple[str, ...] = ()  # of block_fused: all blocks are on the device, or one block
+    gradients: tuple[str, ...] = GRADIENTS  # freed: the optimizer runs in the backward
+    launch: tuple[str, ...] = ("ops",)  # of block_fused: op by op, or a step as one CUDA graph
     rounds: int | None = None  # in each of which every way has one step
     target: str = "auto"  # only predict: a100, h100, ..., this; auto does where a GPU is missing
     processes: int = 1  # weighed at once on a GPU; with 1 the driver's count is taken too
@@ -67,7 +72,14 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        known = {"dtype": DTYPES, "methods": METHODS, "rungs": RUNGS, "resident": RESIDENT}
+        known = {
+            "dtype": DTYPES,
+            "methods": METHODS,
+            "rungs": RUNGS,
+            "resident": RESIDENT,
+            "gradients": GRADIENTS,
+            "launch": LAUNCH,
+        }
         for name, values in known.items():
             for value in getattr(self, name):
                 if value not in values:
@@ -91,6 +103,8 @@ class Options:
             return
         if "block" in self.resident and pick_device(self.device).type == "cpu":
             raise ValueError("resident must be all on a CPU, which is its own host, got block")
+        if "graph" in self.launch and pick_device(self.device).type == "cpu":
+            raise ValueError("launch must be ops on a CPU, got graph")
         needed = 2 * max(self.num_blocks, default=1)
         if self.rounds is not None and self.rounds < needed:
             raise ValueError(
@@ -120,7 +134,15 @@ class Options:
     def ways(self, case: TrainingCase) -> list[Way]:
         here = self.target_of(case) is None and pick_device(self.device).type == "cpu"
         resident = self.resident or (("all",) if here else RESIDENT)
-        return ways(self.methods, self.num_blocks, self.rungs, self.budgets, resident)
+        return ways(
+            self.methods,
+            self.num_blocks,
+            self.rungs or rungs_of(mixed=case.dtype == "autocast"),
+            self.budgets,
+            resident,
+            self.gradients,
+            self.launch,
+        )
 
 
 def rows_of(case: TrainingCase, options: Options) -> Iterator[Row]:

@@ -19,7 +19,6 @@ METHODS = (
     "compiled",
     "checkpointed",
     "selective",
-    "optimizer_in_backward",
     "block_stock",
     "block_fused",
 )
@@ -36,6 +35,8 @@ class Way:
     rung: str | None = None  # of the fused layer's ladder
     budget: float | None = None  # of activation memory, 1 is all; for compiled
     resident: str = "all"  # what is on the device: all blocks, or one block
+    gradients: str = "kept"  # until all are there, or freed as the backward updates parameters
+    launch: str = "ops"  # one by one, or the step as one CUDA graph
 
     @property
     def baseline(self) -> Baseline | None:
@@ -45,10 +46,15 @@ class Way:
     @property
     def name(self) -> str:
         """In words, for messages."""
-        parts = [self.method.replace("_", " "), self.rung, f"in {self.num_blocks} blocks"]
-        parts += [self.budget and f"with budget {self.budget}"]
-        parts += ["with one resident" if self.resident == "block" else None]
-        return " ".join(part for part in parts if part)
+        blocks = f"in {self.num_blocks} block{'s' if self.num_blocks > 1 else ''}"
+        parts = [
+            " ".join(filter(None, [self.method.replace("_", " "), self.rung, blocks])),
+            self.budget is not None and f"budget {self.budget}",
+            self.resident == "block" and "one resident",
+            self.gradients == "freed" and "gradients freed",
+            self.launch == "graph" and "as a graph",
+        ]
+        return ", ".join(part for part in parts if part)
 
     def implementation(self, device: torch.device) -> str:
         """What computes the layers."""
@@ -62,6 +68,8 @@ def ways(
     rungs: Sequence[str],
     budgets: Sequence[float],
     resident: Sequence[str],
+    gradients: Sequence[str],
+    launch: Sequence[str],
 ) -> list[Way]:
     """Every way there is, in the order of `methods`.
 
@@ -71,11 +79,15 @@ def ways(
         rungs:       of the fused layer
         budgets:     of the compiled one
         resident:    of the fused layer; the published code, which is stock, has all blocks there
+        gradients:   freed where memory is the aim: end to end, checkpointed, and the fused layer
+                     with no other block on the device
+        launch:      of the fused layer
     """
     found = []
     for method in methods:
         for count in num_blocks if method in BLOCKWISE else (1,):
-            found += _variants(Way(method, count), rungs, budgets, resident)
+            for way in _variants(Way(method, count), rungs, budgets, resident):
+                found += _steps(way, gradients, launch)
     # one block of plain torch is end to end
     twice = Way("block_stock", 1) if "end_to_end" in methods else None
     return [way for way in found if way != twice]
@@ -91,6 +103,17 @@ def _variants(
     # one block is all that there is
     places = resident if way.num_blocks > 1 else ("all",)
     return [replace(way, rung=rung, resident=place) for place in places for rung in rungs]
+
+
+def _steps(way: Way, gradients: Sequence[str], launch: Sequence[str]) -> list[Way]:
+    fused = way.method == "block_fused"
+    alone = way.resident == "block" or way.num_blocks == 1
+    frees = way.method in ("end_to_end", "checkpointed") or (fused and alone)
+    return [
+        replace(way, gradients=end, launch=each)
+        for end in (gradients if frees else ("kept",))
+        for each in (launch if fused else ("ops",))
+    ]
 
 
 @dataclass(frozen=True)
@@ -129,8 +152,9 @@ class TrainingCase:
                 steps=STEPS,
                 batch_size=self.batch,
                 lr=LR,
-                # the gradient's norm is known when no parameter has been updated yet
-                clip=0.0 if way.method == "optimizer_in_backward" else 1.0,
+                clip=0.0 if way.gradients == "freed" else 1.0,
+                gradients=way.gradients,
+                graphs=way.launch == "graph",
                 autocast=self.dtype == "autocast",
                 resident=way.resident,
             ),

@@ -6,23 +6,21 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import measure
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from training_case import TrainingCase, Way
-from training_step import Steps, make_trainer, update_in_backward
+from training_step import Steps, make_trainer
 
 from dbkernels.memory.measure import record
-from dbkernels.memory.predict import Prediction, predict_peak
+from dbkernels.memory.predict import Prediction
 from dbkernels.memory.trace import CATEGORIES, Trace
 from dbkernels.memory.workspace import Target, target_of
-from dbkernels.ops._path import rehearse_gpu
-from dbkernels.training.data import forget_orders
 from dbkernels.training.partition import Block
-from dbkernels.training.rehearsal import blank, rehearse, trainer_with
+from dbkernels.training.rehearsal import rehearse
 from dbkernels.training.trainer import Trainer
 
 Figures = dict[str, object]
@@ -45,17 +43,32 @@ def weigh(case: TrainingCase, way: Way, trainer: Trainer) -> Figures:
     device, block = trainer.device, _costliest(trainer)
     step = partial(trainer.step_block, block)
     Steps(trainer).sweep()
+    of_graphs = _reserved_by_graphs(trainer)
     taken = measure.memory(step, inputs=_resident(trainer), device=device)
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     figures = {
         "peak_allocated_bytes": taken.peak_bytes + taken.resident_bytes,
-        "peak_reserved_bytes": reserved,
+        "peak_reserved_bytes": reserved if of_graphs is None else of_graphs,
         "saved_bytes": _saved_bytes(trainer, step),
         "memory": "measured",
     }
     if trainer.micro_batch.size < case.batch:
         raise torch.OutOfMemoryError(f"a batch of {case.batch} does not fit")
     return figures | _told_apart(case, way, trainer, figures["peak_allocated_bytes"])
+
+
+def _reserved_by_graphs(trainer: Trainer) -> int | None:
+    """What the allocator has taken when each block's step is a graph; from here on none is.
+
+    A replay allocates nothing, so all else is told by the same steps op by op.
+    """
+    if trainer.graphs is None:
+        return None
+    Steps(trainer).sweep()
+    reserved = torch.cuda.memory_reserved(trainer.device)
+    trainer.graphs.drop()
+    trainer.graphs = None
+    return reserved
 
 
 def _costliest(trainer: Trainer) -> Block:
@@ -174,30 +187,14 @@ def _mapping(count: int) -> Iterator[Callable[..., Iterator[dict[str, Figures]]]
 
 def _with_all(way: Way) -> Way:
     """A rehearsal tells both what all blocks need on the device and what one needs."""
-    return Way(way.method, way.num_blocks, way.rung, way.budget)
+    return replace(way, resident="all", launch="ops")
 
 
 def predict(case: TrainingCase, way: Way, target: Target) -> dict[str, Prediction]:
     """By what is on the device: all blocks, or one."""
     config = case.config(_with_all(way))
-    if way.method == "optimizer_in_backward":
-        return {"all": _in_backward(case, way, target)}
     budget = 1.0 if way.budget is None else way.budget
     return rehearse(config, baseline=way.baseline, budget=budget, target=target)
-
-
-def _in_backward(case: TrainingCase, way: Way, target: Target) -> Prediction:
-    """As `rehearse`, of a trainer whose parameters have hooks."""
-    config = case.config(way)
-    forget_orders()
-    with FakeTensorMode(), rehearse_gpu(target.processors):
-        trainer = trainer_with(config, "cpu", blank(config), baseline=way.baseline)
-        update_in_backward(trainer)
-        optimizers = [part.optimizer for part in trainer.parts.values()]
-        step = partial(trainer.advance, trainer.blocks[0])
-        prediction = predict_peak(step, model=trainer.models, optimizers=optimizers, target=target)
-    forget_orders()
-    return prediction
 
 
 def _figures_of(case: TrainingCase, target: Target, way: Way) -> dict[str, Figures]:

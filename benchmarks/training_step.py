@@ -6,11 +6,10 @@ fit a device at once, and each begins where the others are.
 
 import statistics
 from collections.abc import Sequence
-from functools import partial
 
 import measure
 import torch
-from torch import Tensor, nn
+from torch import nn
 from training_case import TrainingCase, Way
 
 from dbkernels.models.baseline import use_baseline
@@ -43,14 +42,12 @@ def make_trainer(
     trainer = config.trainer_of(models, made_up(config), device=device)
     if owner is not None:
         _lend_state(owner, trainer)
-    if way.method == "optimizer_in_backward":
-        update_in_backward(trainer)
     return trainer
 
 
 def shares(way: Way) -> bool:
-    """Whether a way can train another's parameters: it neither moves them nor hooks on to them."""
-    return way.resident == "all" and way.method != "optimizer_in_backward"
+    """Whether a way can train another's parameters: it does not move them."""
+    return way.resident == "all"
 
 
 def _without_parameters(config: RunConfig) -> BlockModels:
@@ -74,27 +71,6 @@ def _lend_state(owner: Trainer, trainer: Trainer) -> None:
     for part in trainer.parts.values():
         for parameter in part.parameters.values():
             part.optimizer.state[parameter] = state[parameter]
-
-
-def update_in_backward(trainer: Trainer) -> None:
-    """Have each parameter updated as soon as its gradient is whole, and the gradient freed.
-
-    The trainer's own update then finds no gradient. Not for a run: what is not finite is not seen
-    before it is in the parameters.
-    """
-    config = trainer.config
-    for part in trainer.parts.values():
-        for parameter in part.parameters.values():
-            optimizer = torch.optim.AdamW(
-                [parameter], config.lr, weight_decay=config.weight_decay, fused=True
-            )
-            optimizer.state[parameter] = part.optimizer.state[parameter]
-            parameter.register_post_accumulate_grad_hook(partial(_update, optimizer))
-
-
-def _update(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def made_up(config: RunConfig) -> ImageData:

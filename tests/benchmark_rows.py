@@ -102,6 +102,7 @@ def _row(
     }
     peak = sum(parts.values())
     ways = {"method": method, "num_blocks": count, "rung": rung, "budget": budget}
+    ways |= {"gradients": "kept", "launch": "ops"}
     implementation = "inductor" if method == "compiled" else "torch"
     return (
         {"suite": "training", "resident": resident, "flops": flops}
@@ -118,6 +119,37 @@ def _row(
         }
         | about
     )
+
+
+def timeline_rows(about=GPU, *, num_blocks=4):
+    """Three steps of one model: saved activations rise to a peak and fall as gradients come."""
+    case = {"family": "dit", "preset": "XL/2", "batch": 128, "dtype": "autocast"}
+    ways = (("end_to_end", 1, None, "all", 40), ("checkpointed", 1, None, "all", 8))
+    for method, count, rung, resident, saved in (
+        *ways,
+        ("block_fused", num_blocks, "layer", "block", 2),
+    ):
+        held = 2 * MIB // count
+        levels = {
+            "parameters": [held] * 5,
+            "optimizer": [2 * held] * 5,
+            "inputs": [512] * 5,
+            "saved_activations": [saved * MIB * part // 2 for part in (0, 1, 2, 1, 0)],
+            "gradients": [held * part // 2 for part in (0, 0, 0, 1, 2)],
+            "temporaries": [MIB] * 5,
+            "workspaces": [MIB] * 5,
+        }
+        parts = {name: sizes[2] for name, sizes in levels.items()}
+        yield (
+            {"suite": "timeline", "method": method, "num_blocks": count, "rung": rung}
+            | {"budget": None, "resident": resident, "gradients": "kept", "launch": "ops"}
+            | {"peak_allocated_bytes": sum(parts.values()), "by_category": parts}
+            | {"starts": [0, 10, 20, 30, 40], "levels": levels, "at": "backward: aten::mm"}
+            | {"phases": [["forward", 1], ["backward", 21], ["update", 39]]}
+            | {"memory": "predicted", "command": "python benchmarks/timeline.py"}
+            | case
+            | about
+        )
 
 
 def ops_rows(about=CPU, *, ops=("adaln_norm", "gelu")):

@@ -30,6 +30,29 @@ def a_row(**changes):
     return next(made.training_rows(made.CPU, **CIFAR)) | changes
 
 
+def a_step(**changes):
+    return next(made.timeline_rows()) | changes
+
+
+def test_a_row_of_an_older_program_keeps_its_gradients_and_launches_ops(tool, tmp_path):
+    older = {name: value for name, value in a_row().items() if name not in ("gradients", "launch")}
+    freed = a_row(gradients="freed", sweep_ms=1.0)
+    [row, *_] = found = tool("report_rows").read([made.write(tmp_path / "a.jsonl", [older, freed])])
+    assert (row["gradients"], row["launch"]) == ("kept", "ops")
+    # another way, which replaces nothing
+    [table] = tool("report_rows").tables(found, "training")
+    assert [row["gradients"] for row in table] == ["kept", "freed"]
+
+
+def test_a_row_without_a_command_has_its_programs_name(tool, tmp_path):
+    rows = [*made.ops_rows(), *made.layer_rows(made.CPU | {"command": "python benchmarks/x.py"})]
+    found = tool("report_rows").read([made.write(tmp_path / "a.jsonl", rows)])
+    assert {row["command"] for row in found} == {
+        "python benchmarks/ops.py",
+        "python benchmarks/x.py",
+    }
+
+
 def test_a_row_measured_again_replaces_the_earlier_one(tool, tmp_path):
     rows = [a_row(sweep_ms=1.0), a_row(sweep_ms=2.0), a_row(sweep_ms=None, memory="predicted")]
     found = tool("report_rows").read([made.write(tmp_path / "a.jsonl", rows)])
@@ -56,10 +79,10 @@ def test_rungs_and_methods_are_those_of_the_package(tool):
     [
         ("{", "a line must be one JSON object, got '{'"),
         ("[1]", r"a line must be one JSON object, got '\[1\]'"),
-        (a_row(suite="speed"), "suite must be one of training, layer, ops, got 'speed'"),
-        ({"a": 1}, "suite must be one of training, layer, ops, got None"),
-        ({"suite": []}, "suite must be one of training, layer, ops, got None"),
-        ({"suite": ["a"]}, r"suite must be one of training, layer, ops, got \['a'\]"),
+        (a_row(suite="speed"), "suite must be one of training, timeline, layer, ops, got 'speed'"),
+        ({"a": 1}, "suite must be one of training, timeline, layer, ops, got None"),
+        ({"suite": []}, "suite must be one of training, timeline, layer, ops, got None"),
+        ({"suite": ["a"]}, r"suite must be one of training, timeline, layer, ops, got \['a'\]"),
         ({"op": "gelu"}, "a row of ops must have shape, dtype, direction"),
         (a_row(method="magic"), "method must be one of end_to_end, .*, got 'magic'"),
         (a_row(resident="none"), "resident must be one of all, block, got 'none'"),
@@ -71,6 +94,25 @@ def test_rungs_and_methods_are_those_of_the_package(tool):
         (a_row(num_blocks=1.5), "num_blocks must be an integer, got 1.5"),
         (a_row(by_category=[3]), r"by_category must be bytes by name, got \[3\]"),
         (next(made.ops_rows()) | {"shape": 4}, "shape must be a list of sizes, got 4"),
+        (a_row(gradients="lost"), "gradients must be one of kept, freed, got 'lost'"),
+        (a_row(launch="late"), "launch must be one of ops, graph, got 'late'"),
+        (a_step(starts=[0]), r"starts must be ops in rising order, two or more, got \[0\]"),
+        (a_step(starts=[0, 3, 3, 4, 5]), "starts must be ops in rising order"),
+        (a_step(starts=[-1, 0]), "starts must be ops in rising order"),
+        (a_step(starts=[0, True]), "starts must be ops in rising order"),
+        (a_step(levels=[]), r"levels must be bytes by category, got \[\]"),
+        (a_step(levels={}), "levels must be bytes by category, got {}"),
+        (a_step(levels={"inputs": 3}), "levels must be lists of bytes, got 3 for inputs"),
+        (a_step(levels={"inputs": [-1] * 5}), "levels must be lists of bytes, got .* for inputs"),
+        (
+            a_step(levels={"inputs": [1] * 4}),
+            "levels must have a number for each of 5 starts, got 4 for inputs",
+        ),
+        (a_step(phases=["forward"]), "phases must be pairs of a name and its first op, got"),
+        (a_step(phases=[[1, 1]]), "phases must be pairs of a name and its first op, got"),
+        (a_step(phases=[["a", 9], ["b", 1]]), "phases must begin at ops in rising order, got"),
+        (a_step(at=None), "at must be a number, got null"),
+        (a_step(levels=None), "levels must be a number, got null"),
     ],
 )
 def test_a_bad_line_is_named_and_nothing_is_written(tool, tmp_path, capsys, line, message):

@@ -41,10 +41,11 @@ part() {
 
 # without it Triton serves, which is no failure of what follows
 part 60 build.txt "$python" setup.py build_ext --inplace
-# the report needs processors and no GPU, so it runs beside the tests
+# the report needs processors and no GPU, so it runs beside the tests; its rows are no benchmark's,
+# which the report of benchmarks would look for in *.jsonl
 report=""
 if "$python" -c 'import tyro' 2>/dev/null; then
-    timeout 100 "$python" tools/kernel_report.py --json --arch "${device% *}" >"$out/kernels.jsonl" &
+    timeout 100 "$python" tools/kernel_report.py --json --arch "${device% *}" >"$out/kernels.ndjson" &
     report=$!
 else
     echo "The report on kernels is left out: $python lacks tyro."
@@ -60,20 +61,23 @@ else
     echo "No test is marked gpu."
 fi
 if [ -n "$report" ] && ! wait "$report"; then
-    failed="$failed kernels.jsonl"
+    failed="$failed kernels.ndjson"
 fi
 
-part 140 layer.jsonl "$python" benchmarks/layer.py --json
-part 75 ops.jsonl "$python" benchmarks/ops.py --json
+part 130 layer.jsonl "$python" benchmarks/layer.py --json
+part 70 ops.jsonl "$python" benchmarks/ops.py --json
 # its options need a parser of commands
 if "$python" -c 'import tyro' 2>/dev/null; then
     part 95 training.jsonl "$python" benchmarks/training.py --json --preset S/2 --family dit \
-        --num-blocks 1 3 --rungs none qkv --rounds 12 --processes 4 --methods end_to_end \
-        checkpointed selective optimizer_in_backward block_stock block_fused
+        --num-blocks 1 3 --rungs none qkv --gradients kept --rounds 12 --processes 4 \
+        --methods end_to_end checkpointed selective block_stock block_fused
+    part 45 graphs.jsonl "$python" benchmarks/training.py --json --preset S/2 --family dit \
+        --num-blocks 3 --rungs none --resident all --gradients kept --launch ops graph \
+        --rounds 12 --processes 4 --methods end_to_end block_fused
 else
     echo "The benchmark of training is left out: $python lacks tyro."
 fi
-for name in ops layer training; do
+for name in ops layer training graphs; do
     if [ -s "$out/$name.jsonl" ]; then "$python" benchmarks/show.py "$out/$name.jsonl"; fi
 done
 if [ -n "$failed" ]; then

@@ -6,9 +6,16 @@ from html import escape
 from page import document
 from report_benchmarks import comparison, layer_table, ops_table, settings
 from report_peaks import composition_figure, peaks_figure
-from report_rows import SETTING, Row, is_predicted, key, newest, tables
+from report_rows import SETTING, SUITES, Row, is_predicted, key, newest, tables
 from report_tables import Table, html_table, inline_html
 from report_text import NOT_RUN, about, case_text
+from report_timeline import (
+    alone_figure,
+    leanest,
+    step_text,
+    timeline_table,
+    together_figure,
+)
 from report_tradeoff import tradeoff_figure
 from report_training import OVERHEAD, PAPER_OVERHEAD, overhead_table, training_table
 
@@ -27,6 +34,8 @@ block's parameters and optimizer state on the device, the others' in host memory
 predicted."""
 COMPOSITION = """Of a step, by category: end to end, and at the largest number of blocks. With 1/6,
 one block of six is resident."""
+TOGETHER = """From the first op of a step to its last, at the highest moment of each part of it; all
+steps on one axis of bytes, and as wide as each other. Dotted: the backward begins."""
 PAPER = f"The paper puts it at {100 * PAPER_OVERHEAD:.1f} %; below zero, a sweep is faster."
 
 
@@ -38,12 +47,13 @@ def page(rows: Sequence[Row]) -> str:
     Returns:
         HTML that refers to no other file.
     """
-    groups = {suite: tables(rows, suite) for suite in ("training", "layer", "ops")}
+    groups = {suite: tables(rows, suite) for suite in SUITES}
     sections = [
         _section("training", "Training", groups["training"], _training),
+        _section("timeline", "Memory of one step", groups["timeline"], _timeline),
         _section("layer", "One layer", groups["layer"], _of(layer_table)),
         _section("ops", "Ops", groups["ops"], _of(ops_table)),
-        _comparisons(groups),
+        _comparisons({suite: groups[suite] for suite, of in SUITES.items() if of.ms}),
     ]
     devices = ", ".join(dict.fromkeys(str(row["device"]) for row in rows))
     return document(
@@ -61,7 +71,8 @@ def _anchor(group: Sequence[Row]) -> str:
 
 
 def _heading(group: Sequence[Row]) -> str:
-    return f"{case_text(group[0])}, on {group[0]['device']}"
+    followed = ", op after op" if group[0]["suite"] == "timeline" else ""
+    return f"{case_text(group[0])}, on {group[0]['device']}{followed}"
 
 
 def _contents(groups: dict[str, list[list[Row]]]) -> str:
@@ -111,12 +122,27 @@ def _training(rows: list[Row]) -> str:
     return _warning(rows) + columns + _shown(training_table(rows), rows)
 
 
+def _timeline(rows: list[Row]) -> str:
+    # the same case has a figure in each setting
+    name = f"{_heading(rows)}, {about(rows)}"
+    least = leanest(rows)
+    alone = f"{step_text(least).capitalize()}, on an axis of bytes of its own."
+    cells = [
+        _figure(
+            "Live bytes of a step, predicted", together_figure(rows, f"Steps: {name}"), TOGETHER
+        ),
+        _figure("The leanest step, predicted", alone_figure(least, f"One: {name}"), alone),
+    ]
+    columns = f'<div class="columns">{"".join(cells)}</div>\n'
+    return _warning(rows) + columns + _shown(timeline_table(rows), rows)
+
+
 def _warning(rows: Sequence[Row]) -> str:
     peaks = sum(map(is_predicted, rows))
     if not peaks:
         return ""
     which = "Every peak here is" if peaks == len(rows) else f"{peaks} of {len(rows)} peaks are"
-    times = "" if any(row["sweep_ms"] for row in rows) else " There are no times."
+    times = "" if any(row.get("sweep_ms") for row in rows) else " There are no times."
     return f'<p class="predicted"><b>{which} {NOT_RUN}.</b>{times}</p>'
 
 

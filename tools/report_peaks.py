@@ -57,17 +57,23 @@ def _series(
     """Join the same way over numbers of blocks; where each line ends, and its name."""
     series: dict[tuple, list[Row]] = {}
     for row in (row for row in rows if row["method"] in BLOCKWISE):
-        name = (row["method"], row["rung"], row["resident"], row.get("implementation"))
+        name = (row["method"], row["rung"], row["resident"], _saves(row), row.get("implementation"))
         series.setdefault(name, []).append(row)
     ends = []
-    for (method, rung, resident, _), same in series.items():
+    for (method, rung, resident, saves, _), same in series.items():
         same = sorted(same, key=column)
         xs, ys = [column(row) for row in same], [row["peak_allocated_bytes"] for row in same]
         style = "--" if resident == "block" else "-"
         axes.plot(xs, ys, style, color=STYLES[method][0], lw=1, zorder=1)
-        name = rung or "eager layers"
-        ends.append((xs[-1], ys[-1], f"{name}, 1 resident" if resident == "block" else name))
+        one = ", 1 resident" if resident == "block" else ""
+        ends.append((xs[-1], ys[-1], f"{rung or 'eager layers'}{one}{saves}"))
     return ends
+
+
+def _saves(row: Row) -> str:
+    """Beside its rung, in a word, as a figure has little room."""
+    freed = ", freed" if row["gradients"] == "freed" else ""
+    return f"{freed}, graph" if row["launch"] == "graph" else freed
 
 
 def _name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
@@ -109,9 +115,9 @@ def composition_figure(rows: Sequence[Row], alt: str) -> str | None:
 
 def _name(row: Row) -> str:
     if row["method"] not in BLOCKWISE:
-        return SHORT[row["method"]]
+        return f"{SHORT[row['method']]}{_saves(row)}"
     kind = f"fused, {row['rung']}" if row["rung"] else "eager"
-    return f"{count_text(row)} {kind}"
+    return f"{count_text(row)} {kind}{_saves(row)}"
 
 
 def _categories(row: Row) -> dict[str, float]:

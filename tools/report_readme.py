@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 
 from report_benchmarks import layer_table, ops_table
-from report_rows import SUITES, Row, is_predicted, newest, tables
+from report_rows import Row, is_predicted, newest, tables
 from report_tables import Table, markdown_table
 from report_text import NOT_RUN, about, case_text
 from report_training import OVERHEAD, PAPER_OVERHEAD, overhead_table, shortened, training_table
@@ -31,14 +31,15 @@ def rewritten(text: str, rows: Sequence[Row]) -> str:
 
     Args:
         text:  of the README
-        rows:  of `report_rows.read`; a table whose suite is not among them is left as it is
+        rows:  of `report_rows.read`; a table whose suite is not among them is left as it is, and a
+            suite that is only drawn is passed over
     Returns:
         the text, of which nothing else has changed.
     Raises:
         ValueError: a suite of the rows has no marker, a table has no end, or a marker asks for what
             the rows do not hold.
     """
-    suites = {row["suite"] for row in rows}
+    suites = {row["suite"] for row in rows} & set(TABLES)
     for suite in sorted(suites - {words[0] for words in marked(text)}):
         raise ValueError(f"the README must have the marker <!-- table: {suite} -->, got none")
     parts, at = [], 0
@@ -66,8 +67,8 @@ def marked(text: str) -> list[list[str]]:
     """
     found = [match[1].split() or [""] for match in BEGIN.finditer(text)]
     for suite, *_ in found:
-        if suite not in SUITES:
-            raise ValueError(f"a marker must name one of {', '.join(SUITES)}, got {suite!r}")
+        if suite not in TABLES:
+            raise ValueError(f"a marker must name one of {', '.join(TABLES)}, got {suite!r}")
     return found
 
 

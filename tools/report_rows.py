@@ -6,13 +6,15 @@ setting, and its lines are ways.
 """
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from report_check import DRAWN, check_levels, is_positive
+
 Row = dict[str, object]
 
+TRAINED = ("training", "timeline")  # suites whose cases and ways are those of training
 METHODS = (
     "end_to_end",
     "compiled",
@@ -22,7 +24,10 @@ METHODS = (
     "block_stock",
     "block_fused",
 )
-RUNGS = ("none", "attention", "mlp", "qkv", "layer")
+RUNGS = ("none", "attention", "mlp", "qkv", "layer", "rounded")
+# what a row of an older program, which knew nothing else, does not say
+OLDER = {"gradients": "kept", "launch": "ops"}
+TRAINED_WAY = ("method", "num_blocks", "rung", "budget", "resident", *OLDER)
 SETTING = ("device", "driver", "threads", "torch", "triton", "commit")
 
 
@@ -33,7 +38,7 @@ class Suite:
     case: tuple[str, ...]
     way: tuple[str, ...]
     needs: tuple[str, ...]  # beside case, way and setting
-    ms: str  # what a way is compared by
+    ms: str | None  # what a way is compared by across settings; None where it never is
     peak: str | None  # bytes, likewise
     program: str  # that printed a row which does not say so itself
 
@@ -41,11 +46,19 @@ class Suite:
 SUITES = {
     "training": Suite(
         ("family", "preset", "batch", "dtype"),
-        ("method", "num_blocks", "rung", "budget", "resident"),
+        TRAINED_WAY,
         ("step_ms", "sweep_ms", "peak_allocated_bytes", "memory", "command"),
         "sweep_ms",
         "peak_allocated_bytes",
         "python benchmarks/training.py",
+    ),
+    "timeline": Suite(
+        ("family", "preset", "batch", "dtype"),
+        TRAINED_WAY,
+        ("peak_allocated_bytes", "memory", "by_category", "at", *DRAWN, "command"),
+        None,
+        "peak_allocated_bytes",
+        "python benchmarks/timeline.py",
     ),
     "layer": Suite(
         ("B", "T", "D", "H", "hidden", "dtype"),
@@ -68,6 +81,8 @@ CHOICES = {
     "method": METHODS,
     "rung": (*RUNGS, None),
     "resident": ("all", "block"),
+    "gradients": ("kept", "freed"),  # freed: the optimizer runs in the backward
+    "launch": ("ops", "graph"),  # one by one, or a step as one CUDA graph
     "memory": ("measured", "predicted"),
 }
 POSITIVE = (
@@ -124,14 +139,16 @@ def _row(line: str) -> Row:
     if not isinstance(suite_name, str) or suite_name not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {suite_name!r}")
     suite = SUITES[suite_name]
+    row = (OLDER if suite_name in TRAINED else {}) | row
     missing = [key for key in (*suite.case, *suite.way, *suite.needs, *SETTING) if key not in row]
     if missing:
         raise ValueError(f"a row of {suite_name} must have {', '.join(missing)}, which it lacks")
     for name in suite.needs:
         if row[name] is None and name not in NULL:
             raise ValueError(f"{name} must be a number, got null")
+    row |= {"suite": suite_name}
     _check(row)
-    return {"command": suite.program} | row | {"suite": suite_name}
+    return {"command": suite.program} | row
 
 
 def _suite_of(row: Row) -> str | None:
@@ -144,20 +161,17 @@ def _check(row: Row) -> None:
         if name in CHOICES and value not in CHOICES[name]:
             known = ", ".join(str(choice) for choice in CHOICES[name])
             raise ValueError(f"{name} must be one of {known}, got {value!r}")
-        if name in POSITIVE and value is not None and not _is_positive(value, name in ZERO):
+        if name in POSITIVE and value is not None and not is_positive(value, name in ZERO):
             raise ValueError(f"{name} must be a positive number, got {value!r:.40}")
     if "num_blocks" in row and not isinstance(row["num_blocks"], int):
         raise ValueError(f"num_blocks must be an integer, got {row['num_blocks']!r}")
     if not isinstance(row.get("shape", []), list):
         raise ValueError(f"shape must be a list of sizes, got {row['shape']!r}")
     parts = row.get("by_category") or {}
-    if not isinstance(parts, dict) or not all(_is_positive(size, True) for size in parts.values()):
+    if not isinstance(parts, dict) or not all(is_positive(size, True) for size in parts.values()):
         raise ValueError(f"by_category must be bytes by name, got {parts!r}")
-
-
-def _is_positive(value: object, or_zero: bool) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and (0 < value <= sys.float_info.max or (or_zero and value == 0))
+    if row["suite"] == "timeline":
+        check_levels(row)
 
 
 def key(row: Row, names: Sequence[str]) -> tuple[str, ...]:
@@ -206,6 +220,17 @@ def is_predicted(row: Row) -> bool:
     return row.get("memory") == "predicted"
 
 
+def is_plain(row: Row) -> bool:
+    """Whether a step keeps its gradients and launches its ops one by one, as eager torch does.
+
+    Args:
+        row:  of training or timeline
+    Returns:
+        False where it saves either.
+    """
+    return all(row[name] == usual for name, usual in OLDER.items())
+
+
 def newest(groups: Sequence[list[Row]], suite: str) -> list[tuple[list[Row], list[list[Row]]]]:
     """Pair the newest table of each case and device with the older ones.
 
@@ -227,4 +252,5 @@ def _order(row: Row) -> tuple:
         return ()
     rung = RUNGS.index(row["rung"]) if row["rung"] else -1
     budget = -1.0 if row["budget"] is None else row["budget"]
-    return row["num_blocks"], METHODS.index(row["method"]), rung, row["resident"], -budget
+    method, plain = METHODS.index(row["method"]), is_plain(row)
+    return row["num_blocks"], method, rung, row["resident"], -budget, not plain

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from report_rows import Row
+from report_rows import TRAINED, Row
 
 FAMILIES = {"dit": "DiT", "vit": "ViT"}
 SHORT = {
@@ -36,7 +36,7 @@ def case_text(row: Row) -> str:
     Returns:
         such as "DiT-S/2, batch 64, float32".
     """
-    if row["suite"] == "training":
+    if row["suite"] in TRAINED:
         family = FAMILIES.get(row["family"], row["family"])
         join = "-" if "/" in str(row["preset"]) else " "
         return f"{family}{join}{row['preset']}, batch {row['batch']}, {row['dtype']}"
@@ -56,11 +56,23 @@ def way_text(row: Row) -> str:
     """
     if row["suite"] == "ops":
         return row["impl"]
-    trained = row["suite"] == "training"
+    trained = row["suite"] in TRAINED
     method = LONG[row["method"]] if trained else row["impl"].removesuffix("_budget")
     rung = f", {row['rung']}" if row["rung"] else ""
     budget = "" if row["budget"] is None else f", budget {row['budget']:g}"
-    return f"{method}{rung}{budget}"
+    return f"{method}{rung}{budget}{more_text(row) if trained else ''}"
+
+
+def more_text(row: Row) -> str:
+    """Name what a step saves beside its rung.
+
+    Args:
+        row:  of training or timeline
+    Returns:
+        such as ", gradients freed", or nothing.
+    """
+    freed = ", gradients freed" if row["gradients"] == "freed" else ""
+    return f"{freed}, as a graph" if row["launch"] == "graph" else freed
 
 
 def blocks_text(count: int) -> str:

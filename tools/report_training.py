@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 from demo_drawing import bytes_text
-from report_rows import RUNGS, Row, is_predicted
+from report_rows import RUNGS, Row, is_plain, is_predicted
 from report_tables import Cell, Column, Table
 from report_text import (
     LONG,
     NOTHING,
     RESIDENT,
     blocks_text,
+    more_text,
     number_text,
     percent_text,
     ratio_text,
@@ -40,7 +41,7 @@ def eager(rows: Sequence[Row]) -> Row | None:
     Returns:
         the row of end to end in eager torch, or None.
     """
-    return next((row for row in rows if row["method"] == "end_to_end"), None)
+    return next((row for row in rows if row["method"] == "end_to_end" and is_plain(row)), None)
 
 
 def training_table(rows: Sequence[Row]) -> Table:
@@ -68,7 +69,7 @@ def _line(row: Row, base: Row | None) -> tuple[Cell, ...]:
     share, budget = row.get("share_of_matmul_rate"), row["budget"]
     samples = row.get("samples_per_second")
     return (
-        Cell(LONG[row["method"]], str(row.get("implementation") or "")),
+        Cell(f"{LONG[row['method']]}{more_text(row)}", str(row.get("implementation") or "")),
         Cell(row["rung"] or (NOTHING if budget is None else f"budget {budget:g}")),
         Cell(RESIDENT[row["resident"]]),
         Cell(bytes_text(peak), _reserved(row), peak, is_predicted(row)),
@@ -111,7 +112,8 @@ def shortened(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         same = [each for each in rows if _fused(each) and each["num_blocks"] == row["num_blocks"]]
         lowest = min(same, key=lambda each: each["peak_allocated_bytes"], default=None)
-        if not _fused(row) or row is lowest or (row["rung"], row["resident"]) == (RUNGS[0], "all"):
+        highest = (row["rung"], row["resident"]) == (RUNGS[0], "all") and is_plain(row)
+        if not _fused(row) or row is lowest or highest:
             kept.append(row)
     return kept
 
@@ -134,7 +136,7 @@ def overhead_table(rows: Sequence[Row]) -> Table | None:
         return None
     found: dict[str, dict[int, Cell]] = {method: {} for method in reversed(BLOCKWISE)}
     for row in rows:
-        highest = row["rung"] in (RUNGS[0], None) and row["resident"] == "all"
+        highest = row["rung"] in (RUNGS[0], None) and row["resident"] == "all" and is_plain(row)
         if row["method"] in found and highest and row["sweep_ms"] is not None:
             change = row["sweep_ms"] / base["sweep_ms"] - 1
             found[row["method"]][row["num_blocks"]] = Cell(percent_text(change), "", change)

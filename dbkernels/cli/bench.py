@@ -5,14 +5,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from dbkernels.cli.bench_bar import Bar
+from dbkernels.cli.bench_child import ended, sigterm_as_interrupt
 from dbkernels.cli.bench_jobs import Job, jobs
 from dbkernels.cli.device import pick_device
 
@@ -50,25 +50,29 @@ class Bench:
                 "bench needs a checkout of the repository, which has the benchmarks, "
                 f"got an installed package in {CHECKOUT}"
             )
-        place = self._place(device.type)
-        every = jobs(full=self.full, on_gpu=device.type == "cuda")
-        todo = [job for job in every if self.again or not _finished(place, job).is_file()]
         console = Console(highlight=False, soft_wrap=True)
+        try:
+            with sigterm_as_interrupt():
+                failed = self._run_and_report(device.type, console)
+        except KeyboardInterrupt:
+            console.print("Stopped. The same command goes on with what was not finished.")
+            raise
+        if failed:
+            console.print(f"error: failed: {', '.join(failed)}", style="red")
+            sys.exit(1)
+
+    def _run_and_report(self, device: str, console: Console) -> list[str]:
+        """The names of those that failed."""
+        place = self._place(device)
+        every = jobs(full=self.full, on_gpu=device == "cuda")
+        todo = [job for job in every if self.again or not _finished(place, job).is_file()]
         if len(todo) < len(every):
             console.print(
                 f"{len(every) - len(todo)} of {len(every)} cases are in {place} already; "
                 "--again runs them again."
             )
         place.mkdir(parents=True, exist_ok=True)
-        try:
-            failed = self._run_all(todo, len(every), place, device.type, console)
-        except KeyboardInterrupt:
-            console.print("Stopped. The same command goes on with the case that was running.")
-            raise
-        failed += self._report(console)
-        if failed:
-            console.print(f"error: failed: {', '.join(failed)}", style="red")
-            sys.exit(1)
+        return self._run_all(todo, len(every), place, device, console) + self._report(console)
 
     def _place(self, device: str) -> Path:
         """The directory of this device and commit."""
@@ -129,7 +133,8 @@ def _run(arguments: Sequence[str], finished: Path) -> tuple[int, str | None]:
     rows, coming = 0, finished.with_suffix(".part")
     command = [sys.executable, f"benchmarks/{arguments[0]}", *arguments[1:]]
     with tempfile.TemporaryFile("w+") as said, coming.open("w") as file:
-        with _ended(command, said) as process:
+        running = ended(command, said=said, cwd=CHECKOUT, environment=_environment())
+        with running as process:
             for line in process.stdout:
                 file.write(line)
                 file.flush()
@@ -139,26 +144,6 @@ def _run(arguments: Sequence[str], finished: Path) -> tuple[int, str | None]:
             return rows, _last_line(said.read())
     os.replace(coming, finished)
     return rows, None
-
-
-@contextmanager
-def _ended(command: Sequence[str], said) -> Iterator[subprocess.Popen]:
-    """A program that does not outlive what reads it."""
-    process = subprocess.Popen(
-        command,
-        cwd=CHECKOUT,
-        env=_environment(),
-        stdout=subprocess.PIPE,
-        stderr=said,
-        text=True,
-    )
-    try:
-        with process:
-            yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
 def _environment() -> dict[str, str]:

@@ -1,14 +1,19 @@
 """What `python -m dbkernels bench` runs: the benchmarks of a checkout, each as a command."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LARGE = ("S/2", "B/2", "L/2", "XL/2")
-FEW = ("--num-blocks", "1", "3", "--rungs", "none", "qkv", "--budgets", "1.0")
-PREDICTED = ("--num-blocks", "1", "3", "6", "--rungs", "none", "qkv", "--budgets", "1.0", "0.5")
+KEPT = ("--gradients", "kept")
+FEW = ("--num-blocks", "1", "3", "--rungs", "none", "qkv", "--budgets", "1.0", *KEPT)
+PREDICTED = ("--num-blocks", "1", "3", "6", "--rungs", "none", "qkv", "rounded")
+PREDICTED += ("--budgets", "1.0", "0.5", *KEPT)
 # of the published code's ViT: what its own way of training keeps, and what this project's does
-PUBLISHED = ("--num-blocks", "3", "--rungs", "none", "qkv", "--rounds", "6", "--methods")
+PUBLISHED = ("--num-blocks", "3", "--rungs", "none", "qkv", "--rounds", "6", *KEPT, "--methods")
 PUBLISHED += ("end_to_end", "block_stock", "block_fused")
+# a step as one CUDA graph beside the same step op by op
+GRAPHS = ("--num-blocks", "3", "--rungs", "none", "--resident", "all", "--launch", "ops", "graph")
+GRAPHS += ("--rounds", "12", "--processes", "4", *KEPT, "--methods", "end_to_end", "block_fused")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ def jobs(*, full: bool, on_gpu: bool) -> list[Job]:
 
 
 def _full(on_gpu: bool) -> Iterator[Job]:
+    yield Job("timeline", "timeline.py", (), 30)
     yield Job("ops", "ops.py", (), 120)
     yield Job("layer", "layer.py", (), 240 if on_gpu else 60)
     yield _training("vit", "cifar100", (), 300 if on_gpu else 1800)
@@ -42,6 +48,8 @@ def _full(on_gpu: bool) -> Iterator[Job]:
         yield _training("dit", "digits", (), 200)
     for number, name in enumerate(LARGE, 1):
         yield _training("dit", name, (), 600 * number if on_gpu else 120 * number)
+        if on_gpu:
+            yield _graphs(name)
 
 
 def _quick_cpu() -> Iterator[Job]:
@@ -50,16 +58,25 @@ def _quick_cpu() -> Iterator[Job]:
     yield _training("dit", "digits", (*FEW, "--rounds", "9"), 30)
     for name, seconds in zip(LARGE, (15, 15, 20, 20), strict=True):
         yield _training("dit", name, PREDICTED, seconds)
+    yield Job("timeline", "timeline.py", (), 20)
     yield Job("layer", "layer.py", (), 35)
     yield Job("ops", "ops.py", ("--rounds", "5"), 60)
 
 
 def _quick_gpu() -> Iterator[Job]:
     yield _training("dit", "S/2", (*FEW, "--rounds", "12", "--processes", "4"), 150)
+    # apart from the others, which it does not take along should it fail
+    yield _graphs("S/2")
     for name in LARGE[1:]:
         yield _training("dit", name, (*PREDICTED, "--target", "this"), 20)
+    yield Job("timeline", "timeline.py", (), 20)
     yield Job("layer", "layer.py", (), 140)
-    yield Job("ops", "ops.py", (), 80)
+    yield Job("ops", "ops.py", ("--rounds", "5"), 50)
+
+
+def _graphs(preset: str) -> Job:
+    job = _training("dit", preset, GRAPHS, 60)
+    return replace(job, name=f"{job.name}-graphs")
 
 
 def _training(family: str, preset: str, arguments: tuple[str, ...], seconds: int) -> Job:

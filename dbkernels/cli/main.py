@@ -11,6 +11,7 @@ from rich.console import Console
 from dbkernels.cli.bench import Bench
 from dbkernels.cli.doctor import Doctor
 from dbkernels.cli.evaluate import Evaluate
+from dbkernels.cli.out_of_memory import out_of_memory
 from dbkernels.cli.plan import Plan
 from dbkernels.cli.profile import Profile
 from dbkernels.cli.sample import Sample
@@ -42,10 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _report(error)
         sys.exit(1)
     except RuntimeError as error:
-        # torch has no class for a host that is out of memory
-        if "DefaultCPUAllocator: " not in str(error):
+        reason = out_of_memory(error)
+        if reason is None:
             raise
-        _report(MemoryError(str(error).partition("DefaultCPUAllocator: ")[2]))
+        _report(MemoryError(reason))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,14 +1,14 @@
 """`python -m dbkernels profile`."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from dbkernels.cli import budgets
 from dbkernels.cli.device import pick_device
+from dbkernels.cli.profile_measured import measured
 from dbkernels.cli.profile_rows import (
     METHODS,
     RESIDENT,
@@ -19,18 +19,15 @@ from dbkernels.cli.profile_rows import (
     configured,
     predicted,
     rows,
-    run_by,
 )
-from dbkernels.cli.profile_tables import measured_table, predicted_tables
+from dbkernels.cli.profile_tables import measured_table, not_measured, predicted_tables
 from dbkernels.cli.rehearsed import rehearsed_run
 from dbkernels.cli.shape import FamilyName
 from dbkernels.memory.picture import draw
 from dbkernels.memory.timeline import write_timeline
 from dbkernels.memory.workspace import Target, target_named, target_of
 from dbkernels.ops.rung import RUNGS
-from dbkernels.training.data import ImageData
-from dbkernels.training.performance import profile_trainer
-from dbkernels.training.rehearsal import trainer_with
+from dbkernels.training.gradients import Gradients
 from dbkernels.training.run import RunConfig
 
 
@@ -60,6 +57,8 @@ class Profile:
     """Share of its activations that the compiled baseline may keep."""
     autocast: bool = False
     """Compute in bfloat16; parameters stay float32."""
+    gradients: Gradients = "kept"
+    """Kept until all are there; or freed one by one as the backward updates their parameters."""
     target: str = "auto"
     """The device that is predicted: cpu, a100, h100, h200, b200; auto is h100, or the measured."""
     measure: bool = False
@@ -104,10 +103,12 @@ class Profile:
             "preset": self.preset,
             "batch": self.batch,
             "autocast": self.autocast,
+            "gradients": self.gradients,
             "target": target.name,
         }
-        found = []
-        for row in rows(todo, config, resident, budget=self.budget, target=target):
+        found, predictions = [], rows(todo, config, resident, budget=self.budget, target=target)
+        # no step is timed while another process predicts
+        for row in list(predictions) if self.measure else predictions:
             found.append({**common, **row})
             if self.measure:
                 found[-1] |= self._measured(row, config)
@@ -119,6 +120,8 @@ class Profile:
             tables = measured_table(found) if self.measure else predicted_tables(found)
             for table in tables:
                 Console().print(table)
+            for sentence in not_measured(found):
+                Console(highlight=False).print(sentence, markup=False)
 
     def _cases(self) -> list[Case]:
         try:
@@ -131,7 +134,13 @@ class Profile:
         return cases(methods, list(counts), check_rungs(self.rungs))
 
     def _config(self) -> RunConfig:
-        return rehearsed_run(self.family, self.preset, batch=self.batch, autocast=self.autocast)
+        return rehearsed_run(
+            self.family,
+            self.preset,
+            batch=self.batch,
+            autocast=self.autocast,
+            gradients=self.gradients,
+        )
 
     def _target(self) -> Target:
         if self.target != "auto":
@@ -163,32 +172,8 @@ class Profile:
         if unseen and device.type == "cpu":
             return {}
         case = Case(row["method"], row["num_blocks"], row["rung"])
-        config = configured(case, config)
-        config = replace(config, trainer=replace(config.trainer, resident=row["resident"]))
-        model = config.model
-        shape = (self.batch, model.channels, model.image_size, model.image_size)
-        data = ImageData(*_made_up(shape, model.num_classes))
-        trainer = trainer_with(config, device, data, **run_by(case, self.budget))
-        taken = profile_trainer(trainer, self.steps)
-        on_gpu = taken["steady_step"] or {}
-        return {
-            "device": taken["device"],
-            "measured_allocated_bytes": on_gpu.get("allocated_bytes", taken["peak_bytes"]),
-            "measured_reserved_bytes": on_gpu.get("reserved_bytes", taken["peak_bytes"]),
-            "first_step": taken["first_step"],
-            "steady_step": taken["steady_step"],
-            "measured_by_category": taken["by_category"],
-            "measured_saved_bytes": taken["saved_bytes"],
-            "seconds_per_step": taken["seconds_per_step"],
-            "seconds_per_sweep": taken["seconds_per_sweep"],
-        }
-
-
-def _made_up(shape: tuple[int, ...], num_classes: int):
-    random = torch.Generator().manual_seed(0)
-    images = torch.randn(shape, generator=random).numpy()
-    labels = torch.randint(num_classes, shape[:1], generator=random)
-    return images, labels, num_classes
+        settings = {"budget": self.budget, "steps": self.steps, "device": device}
+        return measured(case, row["resident"], config, **settings)
 
 
 def _blocks(count: int) -> str:

@@ -68,6 +68,7 @@ def test_prints_a_line_for_every_rung_and_competitor(bench, layer_rows):
         assert (row["dtype"], row["threads"], row["budget"]) == ("float32", 1, None)
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["implementation"] == (fused if row["rung"] else "torch")
+        assert row["command"].startswith("python benchmarks/layer.py --rounds 2 --B 2 --T 32 ")
 
 
 def test_saved_units_are_those_of_the_rungs(layer_rows):

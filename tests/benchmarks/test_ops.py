@@ -1,3 +1,4 @@
+import json
 import sys
 
 import pytest
@@ -39,11 +40,21 @@ def test_a_tables_cases_share_a_width_or_a_shape(ops):
     ]
 
 
-def test_the_table_of_the_noise_can_be_read(ops, capsys):
+def test_the_table_of_the_noise_can_be_read(ops, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/ops.py", "--op", "noise_and_loss"])
     options = ops.Options(op=("noise_and_loss",), impls=("fused", "eager"), rounds=2, device="cpu")
     ops.main(options)
     shown = capsys.readouterr().out
     assert "3 x 1 x 4 x 4, float32" in shown and "noise_and_loss fwd+bwd" in shown
+    assert "printed by python benchmarks/ops.py --op noise_and_loss" in " ".join(shown.split())
+
+
+def test_a_row_says_where_it_ran_and_by_which_command(ops, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/ops.py", "--json", "--impls", "eager"])
+    ops.main(ops.Options(op=("gelu",), impls=("eager",), rounds=2, device="cpu", json=True))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["command"] for row in rows} == {"python benchmarks/ops.py --impls eager"}
+    assert all(row["torch"] == torch.__version__ and row["device"] for row in rows)
 
 
 @pytest.mark.parametrize(

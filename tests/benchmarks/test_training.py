@@ -52,7 +52,6 @@ def test_rows_have_what_a_report_reads(rows, tmp_path, monkeypatch, bench):
 def test_a_row_tells_what_its_way_keeps(rows):
     saved = {(r["method"], r["num_blocks"], r["rung"]): r["saved_bytes"] for r in rows}
     whole = saved["end_to_end", 1, None]
-    assert saved["optimizer_in_backward", 1, None] == whole
     assert saved["checkpointed", 1, None] < saved["selective", 1, None] < whole
     # of 5 layers the larger block has 3
     assert 0.55 * whole < saved["block_stock", 2, None] < 0.7 * whole
@@ -75,15 +74,21 @@ def test_operations_are_averaged_over_blocks_that_differ(rows):
     whole, half = flops["end_to_end", 1, None], flops["block_stock", 2, None]
     # the stem and the head are in every step, and in 4 samples of 17 tokens weigh little
     assert whole / 2 <= half < 0.55 * whole
-    assert flops["block_fused", 1, "none"] == whole < flops["checkpointed", 1, None]
+    # a fused ViT computes of its last layer what it reads
+    assert flops["block_fused", 1, "none"] < whole < flops["checkpointed", 1, None]
 
 
 def test_a_gpu_that_is_not_there_is_predicted(training):
-    methods = ("optimizer_in_backward", "end_to_end")
+    methods = ("checkpointed", "end_to_end")
     options = training.Options(**SMALL, target="h100", num_blocks=(1,), methods=methods)
     (case,) = options.cases()
     for method in options.methods:
-        (row,) = training.rows_of(case, replace(options, methods=(method,)))
+        row, freed = (
+            next(training.rows_of(case, replace(options, methods=(method,), gradients=(each,))))
+            for each in ("kept", "freed")
+        )
+        assert (row["gradients"], freed["gradients"]) == ("kept", "freed")
+        assert freed["peak_allocated_bytes"] < row["peak_allocated_bytes"]
         assert (row["device"], row["driver"], row["memory"]) == ("H100", None, "predicted")
         assert row["step_ms"] is row["copy_gbps"] is row["share_of_matmul_rate"] is None
         assert row["peak_reserved_bytes"] >= row["peak_allocated_bytes"] > 0
@@ -92,7 +97,12 @@ def test_a_gpu_that_is_not_there_is_predicted(training):
 
 def test_one_rehearsal_tells_both_what_all_blocks_need_and_one(training, bench):
     options = training.Options(
-        **SMALL, target="h100", methods=("block_fused",), num_blocks=(2,), rungs=("qkv",)
+        **SMALL,
+        target="h100",
+        methods=("block_fused",),
+        num_blocks=(2,),
+        rungs=("qkv",),
+        gradients=("kept",),
     )
     (case,) = options.cases()
     rows = list(training.rows_of(case, options))
@@ -106,17 +116,19 @@ def test_what_does_not_fit_is_predicted_and_said(training, bench, monkeypatch, c
     whole = bench("training_case").Way("end_to_end")
     alone = {whole: None}
     monkeypatch.setattr(module, "_weighed_alone", lambda *_: alone)
-    options = training.Options(**SMALL, methods=("end_to_end",), num_blocks=(1,), rounds=2)
+    options = training.Options(
+        **SMALL, methods=("end_to_end",), num_blocks=(1,), gradients=("kept",), rounds=2
+    )
     (case,) = options.cases()
     (row,) = training.rows_of(case, options)
     assert row["memory"] == "predicted" and row["step_ms"] is None
-    assert "end to end in 1 blocks does not fit the device" in capsys.readouterr().err
+    assert "end to end in 1 block does not fit the device" in capsys.readouterr().err
 
 
 def test_a_table_has_a_row_for_each_way(training, rows, bench, capsys):
     bench("show").show(rows)
     shown = capsys.readouterr().out
-    assert "fused layer" in shown and "optimizer in backward" in shown
+    assert "fused layer" in shown and "end to end freed" in shown
     assert "vit tiny, batch 4, float32" in shown and "sweep" in shown
     predicted = [row | dict.fromkeys(("step_ms", "p20_ms", "sweep_ms")) for row in rows]
     bench("show").show([row | {"memory": "predicted"} for row in predicted])
@@ -165,7 +177,9 @@ def test_training_refuses_options_in_a_sentence(bench, options, message):
 
 
 def test_a_batch_that_was_halved_does_not_count(training, bench):
-    options = training.Options(**SMALL, methods=("end_to_end",), num_blocks=(1,), rounds=2)
+    options = training.Options(
+        **SMALL, methods=("end_to_end",), num_blocks=(1,), gradients=("kept",), rounds=2
+    )
     (case,) = options.cases()
     way = bench("training_case").Way("end_to_end")
     trainer = bench("training_step").make_trainer(case, way, torch.device("cpu"))

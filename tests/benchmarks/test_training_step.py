@@ -28,23 +28,54 @@ def made(bench, monkeypatch):
 
 def test_ways_stand_in_the_order_asked_for(bench):
     case = bench("training_case")
-    found = case.ways(case.METHODS, (1, 3), ("none", "qkv"), (1.0, 0.5), ("all", "block"))
+    found = case.ways(
+        case.METHODS, (1, 3), ("none", "qkv"), (1.0, 0.5), ("all", "block"), ("kept",), ("ops",)
+    )
     assert [way.name for way in found] == [
-        "end to end in 1 blocks",
-        "compiled in 1 blocks with budget 1.0",
-        "compiled in 1 blocks with budget 0.5",
-        "checkpointed in 1 blocks",
-        "selective in 1 blocks",
-        "optimizer in backward in 1 blocks",
+        "end to end in 1 block",
+        "compiled in 1 block, budget 1.0",
+        "compiled in 1 block, budget 0.5",
+        "checkpointed in 1 block",
+        "selective in 1 block",
         "block stock in 3 blocks",
-        "block fused none in 1 blocks",
-        "block fused qkv in 1 blocks",
+        "block fused none in 1 block",
+        "block fused qkv in 1 block",
         "block fused none in 3 blocks",
         "block fused qkv in 3 blocks",
-        "block fused none in 3 blocks with one resident",
-        "block fused qkv in 3 blocks with one resident",
+        "block fused none in 3 blocks, one resident",
+        "block fused qkv in 3 blocks, one resident",
     ]
-    assert case.ways(("block_stock",), (1,), (), (), ()) == [case.Way("block_stock", 1)]
+    stock = case.ways(("block_stock",), (1,), (), (), (), ("kept",), ("ops",))
+    assert stock == [case.Way("block_stock", 1)]
+
+
+def test_ways_free_gradients_where_memory_is_the_aim(bench):
+    case = bench("training_case")
+    methods = ("end_to_end", "checkpointed", "selective", "compiled", "block_stock", "block_fused")
+    every = case.ways(
+        methods, (1, 2), ("qkv",), (1.0,), ("all", "block"), ("kept", "freed"), ("ops",)
+    )
+    assert [way.name for way in every if way.gradients == "freed"] == [
+        "end to end in 1 block, gradients freed",
+        "checkpointed in 1 block, gradients freed",
+        "block fused qkv in 1 block, gradients freed",
+        "block fused qkv in 2 blocks, one resident, gradients freed",
+    ]
+    assert sum(way.gradients == "kept" for way in every) == 8
+
+
+def test_only_fused_layers_are_launched_as_graphs(bench):
+    case = bench("training_case")
+    every = case.ways(
+        ("end_to_end", "block_fused"), (2,), ("qkv",), (), ("all",), ("kept",), ("ops", "graph")
+    )
+    assert [(way.method, way.launch) for way in every] == [
+        ("end_to_end", "ops"),
+        ("block_fused", "ops"),
+        ("block_fused", "graph"),
+    ]
+    config = case.TrainingCase("vit", "digits", 4, "float32").config
+    assert [config(way).trainer.graphs for way in every] == [False, False, True]
 
 
 def test_ways_train_the_same_parameters_with_the_same_state(bench, made):
@@ -64,32 +95,24 @@ def test_ways_train_the_same_parameters_with_the_same_state(bench, made):
 def test_ways_have_the_same_noise_and_loss(bench, made):
     Way = bench("training_case").Way
     ways = [Way("end_to_end"), Way("selective"), Way("block_fused", 1, "none")]
-    ways += [Way("optimizer_in_backward"), Way("block_fused", 1, "layer")]
+    ways += [Way("end_to_end", gradients="freed"), Way("block_fused", 1, "layer")]
     rows = [t.step_block(t.blocks[0]) for t in made(*ways, shared=False)]
     for row in rows[1:]:
         assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
-    norms = [row["grad_norm"] for row in rows if row["grad_norm"]]
-    assert norms == pytest.approx([norms[0]] * 4, rel=1e-4)
+    norms = [row["grad_norm"] for row in rows]
+    assert norms == pytest.approx([norms[0]] * 5, rel=1e-4)
 
 
-def test_an_update_in_the_backward_is_that_of_the_trainer_and_frees_the_gradient(bench, made):
+def test_ways_that_free_their_gradients_leave_those_of_the_others_alone(bench, made):
     Way = bench("training_case").Way
-    whole, inside = made(Way("end_to_end"), Way("optimizer_in_backward"), shared=False)
-    before = [p.detach().clone() for p in inside.models.parameters()]
-    whole.config = replace(whole.config, clip=0.0)
-    for trainer in (whole, inside):
-        for _ in range(2):
-            trainer.step_block(trainer.blocks[0])
-    pairs = zip(whole.models.parameters(), inside.models.parameters(), before, strict=True)
-    assert any(not mine.equal(old) for _, mine, old in pairs)
-    pairs = zip(whole.models.parameters(), inside.models.parameters(), strict=True)
-    for other, mine in pairs:
-        assert mine.grad is None
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-7)
-    states = [t.parts["block0"].optimizer_tensors() for t in (whole, inside)]
-    assert all(name in states[1] for name in states[0])
-    steps = {float(value) for name, value in states[1].items() if name.endswith("step")}
-    assert steps == {2.0}
+    kept, freed = made(Way("end_to_end"), Way("end_to_end", gradients="freed"))
+    assert kept.models.model.head.weight is freed.models.model.head.weight
+    counts = []
+    for trainer in (kept, freed):
+        trainer.updater.backward(trainer.models.model.head.weight.sum())
+        counts.append(sum(p.grad is not None for p in trainer.models.parameters()))
+        kept.models.zero_grad()
+    assert counts == [1, 0]
 
 
 def test_steps_take_the_blocks_in_turn(bench, made):
@@ -108,10 +131,9 @@ def test_a_time_is_averaged_over_the_blocks_medians(bench):
     assert times["p80_ms"] == pytest.approx((6.2 + 26) / 2)
 
 
-def test_only_what_neither_moves_nor_hooks_parameters_shares_them(bench):
+def test_only_what_does_not_move_parameters_shares_them(bench):
     shares, Way = bench("training_step").shares, bench("training_case").Way
-    assert shares(Way("end_to_end")) and shares(Way("block_fused", 3, "none"))
-    assert not shares(Way("optimizer_in_backward"))
+    assert shares(Way("end_to_end")) and shares(Way("block_fused", 3, "none", gradients="freed"))
     assert not shares(Way("block_fused", 3, "none", resident="block"))
 
 

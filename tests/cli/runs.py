@@ -1,5 +1,9 @@
 """Runs of the command line for its tests: tiny data, tiny models, and what was printed."""
 
+import fcntl
+import os
+import signal
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -40,3 +44,36 @@ def refused(outcome, message):
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
     assert message in outcome.err
     return True
+
+
+class Lock:
+    """A file that a process locks for as long as it, or one that inherits it, lives."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def is_free(self):
+        with self.path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+
+def until(condition, seconds=30):
+    """Wait for something that another process does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def process_id(case, *rest, **settings):
+    """In the place of what measures a case."""
+    return {"case": case, "process": os.getpid()}
+
+
+def killed(*case, **settings):
+    """Likewise, where the host kills the process."""
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,9 +1,12 @@
 import json
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from cli.runs import refused
+from cli.runs import Lock, refused, until
 
 from dbkernels.cli import bench
 from dbkernels.cli.bench_jobs import Job
@@ -18,6 +21,21 @@ PROGRAM = """if True:
     if (here / name).exists():
         raise SystemExit((here / name).read_text())
     print('{"row": 2}')
+"""
+SLOW = """if True:
+    import fcntl, pathlib, time
+    lock = open(pathlib.Path(__file__).with_name("lock"), "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    print('{"row": 1}', flush=True)
+    time.sleep(300)
+"""
+BENCH = """if True:
+    import pathlib, sys
+    from dbkernels.cli import bench, main
+    from dbkernels.cli.bench_jobs import Job
+    bench.CHECKOUT = pathlib.Path({root!r})
+    bench.jobs = lambda full, on_gpu: [Job("one", "case.py", ("one",), 1)]
+    main.main(["bench", "--device", "cpu", *sys.argv[1:]])
 """
 REPORT = """if True:
     import pathlib, sys
@@ -107,23 +125,35 @@ def test_a_run_that_is_stopped_says_so_and_goes_on_with_its_case(cli, checkout, 
     monkeypatch.setattr(bench, "_run", interrupted)
     outcome = cli("bench", "--out", "out", "--device", "cpu")
     assert outcome.code == 130
-    assert outcome.out.endswith("The same command goes on with the case that was running.\n")
+    assert outcome.out.endswith("The same command goes on with what was not finished.\n")
     monkeypatch.setattr(bench, "_run", run)
     assert cli("bench", "--out", "out", "--device", "cpu").code == 0
     assert [call.split()[1] for call in calls(checkout)] == ["one", "two", "three"]
 
 
-def test_a_program_does_not_outlive_its_reader(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
-    code = "import time; print(1, flush=True); time.sleep(60)"
-    with (
-        pytest.raises(KeyboardInterrupt),
-        (tmp_path / "said").open("w") as said,
-        bench._ended([bench.sys.executable, "-c", code], said) as process,
-    ):
-        process.stdout.readline()
-        raise KeyboardInterrupt
-    assert process.poll() is not None
+def test_sigterm_ends_a_run_as_ctrl_c_does(cli, checkout, tmp_path):
+    (checkout / "case.py").write_text(SLOW)
+    process = subprocess.Popen(
+        [sys.executable, "-c", BENCH.format(root=str(checkout.parent)), "--out", "out"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    lock = Lock(checkout / "lock")
+    part = tmp_path / "out" / "epyc" / "abc" / "one.part"
+    until(lambda: part.exists() and part.read_text())
+    assert not lock.is_free()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert out == "Stopped. The same command goes on with what was not finished.\n"
+    until(lock.is_free)
+    assert [file.name for file in part.parent.iterdir()] == ["one.part"]
+    assert part.read_text() == '{"row": 1}\n'
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["epyc"]
+    (checkout / "case.py").write_text(PROGRAM)
+    assert cli("bench", "--out", "out", "--device", "cpu").code == 0
+    assert (part.parent / "one.jsonl").exists() and not part.exists()
 
 
 def test_a_report_that_fails_is_named(cli, checkout):

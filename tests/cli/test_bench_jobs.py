@@ -24,6 +24,20 @@ def test_every_job_is_a_benchmark_that_takes_its_arguments(monkeypatch, full, on
 
 
 @pytest.mark.parametrize(("full", "on_gpu"), EVERY)
+def test_a_step_is_drawn_op_after_op(full, on_gpu):
+    programs = [job.program for job in jobs(full=full, on_gpu=on_gpu)]
+    assert programs.count("timeline.py") == 1
+
+
+@pytest.mark.parametrize(("full", "on_gpu"), EVERY)
+def test_graphs_are_measured_where_there_is_a_gpu_and_by_jobs_of_their_own(full, on_gpu):
+    made = jobs(full=full, on_gpu=on_gpu)
+    graphs = [job for job in made if "graph" in job.arguments]
+    assert len(graphs) == (0 if not on_gpu else len(LARGE) if full else 1)
+    assert all(job.name.endswith("-graphs") for job in graphs)
+
+
+@pytest.mark.parametrize(("full", "on_gpu"), EVERY)
 def test_results_of_two_jobs_do_not_meet(full, on_gpu):
     names = [job.name for job in jobs(full=full, on_gpu=on_gpu)]
     assert len(names) == len(set(names))

@@ -6,10 +6,10 @@ import pytest
 from cli.runs import refused
 
 from dbkernels.cli import profile
+from dbkernels.cli.profile_measured import taken
 from dbkernels.memory.measure import MEASURED
 from dbkernels.memory.trace import CATEGORIES
 from dbkernels.memory.workspace import TARGETS
-from dbkernels.training.rehearsal import trainer_with
 
 FAST = ["--batch", "2", "--steps", "1", "--device", "cpu"]
 ONE = ["--methods", "block_fused", "--rungs", "qkv", "--num-blocks", "6", "--resident", "block"]
@@ -24,7 +24,7 @@ def rows(outcome):
 def test_json_has_a_row_for_every_way_of_training(cli):
     found = rows(cli("profile", "--batch", "2", "--num-blocks", "12", "--json"))
     keys = {(r["method"], r["num_blocks"], r["rung"], r["resident"]) for r in found}
-    assert len(keys) == len(found) == 2 * (4 + 1 + 5)
+    assert len(keys) == len(found) == 2 * (4 + 1 + 6)
     for row in found:
         assert set(row["by_category"]) == set(CATEGORIES)
         assert sum(row["by_category"].values()) == row["peak_allocated_bytes"]
@@ -55,7 +55,8 @@ def test_autocast_halves_what_is_kept(cli):
 
 
 def test_measured_stands_beside_predicted(cli):
-    found = rows(cli("profile", *FAST, *FEW, "--measure", "--json"))
+    found = rows(cli("profile", *FAST, *FEW, "--num-blocks", "6", "--measure", "--json"))
+    assert len(found) == 4
     for row in found:
         assert row["target"] == "cpu"
         if row["resident"] == "block":
@@ -68,27 +69,46 @@ def test_measured_stands_beside_predicted(cli):
 
 
 def test_one_block_at_a_time_is_measured_on_a_gpu(cli, monkeypatch):
-    taken = []
+    asked, gpu = [], SimpleNamespace(type="gpu")
 
-    def profiled(trainer, steps):
-        taken.append((trainer.config.resident, trainer.device.type))
-        on_gpu = {"allocated_bytes": 1, "reserved_bytes": 2}
-        numbers = ("peak_bytes", "saved_bytes", "seconds_per_step", "seconds_per_sweep")
-        others = {"device": "gpu", "by_category": {}, "first_step": {}, "steady_step": on_gpu}
-        return {**dict.fromkeys(numbers, 9), **others}
+    def measured(case, resident, config, **settings):
+        asked.append((case.method, case.num_blocks, case.rung, resident, settings))
+        return {"measured_allocated_bytes": 1}
 
-    # the only device here, under another name
-    monkeypatch.setattr(profile, "pick_device", lambda name: SimpleNamespace(type="gpu"))
+    monkeypatch.setattr(profile, "pick_device", lambda name: gpu)
     monkeypatch.setattr(profile, "target_of", lambda device: TARGETS["h100"])
-    monkeypatch.setattr(profile, "profile_trainer", profiled)
-    monkeypatch.setattr(profile, "trainer_with", with_device_cpu)
-    found = rows(cli("profile", *FAST, *ONE, "--measure", "--json"))
-    assert taken == [("block", "cpu")] and found[0]["measured_allocated_bytes"] == 1
-    assert found[0]["measured_reserved_bytes"] == 2
+    monkeypatch.setattr(profile, "measured", measured)
+    (row,) = rows(cli("profile", *FAST, *ONE, "--measure", "--json"))
+    settings = {"budget": 0.5, "steps": 1, "device": gpu}
+    assert asked == [("block_fused", 6, "qkv", "block", settings)]
+    assert row["measured_allocated_bytes"] == 1
 
 
-def with_device_cpu(config, device, data, **ways):
-    return trainer_with(config, "cpu", data, **ways)
+def test_a_case_that_does_not_fit_keeps_its_row_and_says_why(cli, monkeypatch):
+    monkeypatch.setattr(profile, "measured", lambda *case, **settings: {"not_measured": "no [x]"})
+    flags = ["profile", *FAST, *FEW, "--resident", "all", "--measure"]
+    found = rows(cli(*flags, "--json"))
+    assert [row["not_measured"] for row in found] == ["no [x]"] * 3
+    outcome = cli(*flags)
+    assert outcome.code == 0
+    assert outcome.out.endswith("fused none, 6, all was not measured: no [x]\n")
+
+
+def test_no_step_is_timed_while_another_is_predicted(cli, monkeypatch):
+    def predicted(todo, *rest, **settings):
+        for row in predict(todo, *rest, **settings):
+            order.append("predicted")
+            yield row
+
+    def measured(*case, **settings):
+        order.append("measured")
+        return {}
+
+    order, predict = [], profile.rows
+    monkeypatch.setattr(profile, "rows", predicted)
+    monkeypatch.setattr(profile, "measured", measured)
+    cli("profile", *FAST, *FEW, "--resident", "all", "--measure", "--json")
+    assert order == ["predicted"] * 3 + ["measured"] * 3
 
 
 def test_a_number_of_blocks_said_twice_counts_once(cli):
@@ -103,7 +123,9 @@ def test_compiled_code_is_not_measured_on_a_cpu(cli):
     assert row["peak_allocated_bytes"] and "measured_allocated_bytes" not in row
 
 
-def test_tables_fit_a_terminal(cli):
+def test_tables_fit_a_terminal(cli, monkeypatch):
+    # a process for each takes seconds to begin
+    monkeypatch.setattr(profile, "measured", taken)
     for flags in ([], [*FAST, "--measure"]):
         outcome = cli("profile", *FEW, *flags)
         lines = outcome.out.splitlines()
@@ -134,7 +156,7 @@ def test_one_step_is_written_and_drawn(cli, tmp_path):
         ("--device tpu --measure", "device must be auto, cpu or cuda, got tpu"),
         ("--budget 1.5", "budget must be from 0 to 1, got 1.5"),
         ("--methods fused", "methods must be of end_to_end, checkpointed, selective, compiled, "),
-        ("--rungs all", "rungs must be of none, attention, mlp, qkv, layer, got all"),
+        ("--rungs all", "rungs must be of none, attention, mlp, qkv, layer, rounded, got all"),
         ("--resident none", "resident must be of all, block, got none"),
         ("--target v100", "target must be one of cpu, a100, h100, h200, b200, got v100"),
         ("--target h100 --measure", "target must be auto for measure, got h100"),
