@@ -1,8 +1,8 @@
 """Steps of blocks as CUDA graphs: launched whole, where the host else launches op by op.
 
 Graphs share one pool of memory, for no two run at once: all that a step allocates is free again at
-its end but for what it returns, which is copied out at once, and a few numbers. A graph finds parameters, samples and
-counts at the addresses that it was captured with; who moves them must `drop` it.
+its end but for a few numbers, and what it returns is copied out at once. A graph finds parameters,
+samples and counts at the addresses that it was captured with; who moves them must `drop` it.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
