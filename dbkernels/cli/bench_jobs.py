@@ -53,14 +53,14 @@ def _full(on_gpu: bool) -> Iterator[Job]:
 
 
 def _quick_cpu() -> Iterator[Job]:
-    yield _training("vit", "cifar100", PUBLISHED, 120)
-    yield _training("vit", "digits", (*FEW, "--rounds", "9"), 35)
-    yield _training("dit", "digits", (*FEW, "--rounds", "9"), 30)
+    yield _training("vit", "cifar100", PUBLISHED, 105)
+    yield _training("vit", "digits", (*FEW, "--rounds", "15"), 45)
+    yield _training("dit", "digits", (*FEW, "--rounds", "15"), 40)
     for name, seconds in zip(LARGE, (15, 15, 20, 20), strict=True):
         yield _training("dit", name, PREDICTED, seconds)
     yield Job("timeline", "timeline.py", (), 20)
     yield Job("layer", "layer.py", (), 35)
-    yield Job("ops", "ops.py", ("--rounds", "5"), 60)
+    yield Job("ops", "ops.py", ("--rounds", "5"), 90)
 
 
 def _quick_gpu() -> Iterator[Job]:
