@@ -13,6 +13,7 @@ from training_memory import Figures, predicted, weigh, weigh_alone
 from training_step import Steps, make_trainer, shares, step_times
 
 from dbkernels.memory.workspace import Target, target_of
+from dbkernels.training.trainer import Trainer
 
 Row = dict[str, object]
 
@@ -108,11 +109,14 @@ def _groups(every: Sequence[Way]) -> list[list[Way]]:
 
 
 def _steps(case: TrainingCase, together: Sequence[Way], device: torch.device) -> dict[Way, Steps]:
-    owner, found = None, {}
+    # the hooks by which a way frees its gradients are called in the steps of all who share with it
+    owners: dict[str, Trainer] = {}
+    found = {}
     for way in together:
-        found[way] = Steps(make_trainer(case, way, device, owner=owner if shares(way) else None))
-        if owner is None and shares(way):
-            owner = found[way].trainer
+        owner = owners.get(way.gradients) if shares(way) else None
+        found[way] = Steps(make_trainer(case, way, device, owner=owner))
+        if shares(way):
+            owners.setdefault(way.gradients, found[way].trainer)
     return found
 
 

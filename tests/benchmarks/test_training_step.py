@@ -6,6 +6,7 @@ import torch
 from dbkernels.models import dit
 
 CPU = torch.device("cpu")
+ENDS = ("kept", "freed")
 
 
 @pytest.fixture
@@ -135,6 +136,20 @@ def test_only_what_does_not_move_parameters_shares_them(bench):
     shares, Way = bench("training_step").shares, bench("training_case").Way
     assert shares(Way("end_to_end")) and shares(Way("block_fused", 3, "none", gradients="freed"))
     assert not shares(Way("block_fused", 3, "none", resident="block"))
+
+
+def test_no_step_that_keeps_its_gradients_calls_a_hook(bench, made):
+    Way = bench("training_case").Way
+    case = bench("training_case").TrainingCase("dit", "tiny", 4, "float32")
+    made(Way("end_to_end"))  # the tiny preset is there now
+    ways = [Way(name, gradients=end) for name in ("end_to_end", "checkpointed") for end in ENDS]
+    weights = [
+        steps.trainer.models.model.head.weight
+        for steps in bench("training_rows")._steps(case, ways, CPU).values()
+    ]
+    assert weights[0] is weights[2] and weights[1] is weights[3]
+    hooks = [weight._post_accumulate_grad_hooks for weight in weights]
+    assert not hooks[0] and len(hooks[1]) == 2
 
 
 def test_ways_with_one_block_resident_are_timed_apart_by_their_number(bench):
