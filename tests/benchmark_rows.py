@@ -76,10 +76,9 @@ def _row(
     noise = 1 + 0.01 * ((int(1000 * kept) + count) % 5)
     time = time * noise * (1.05 if resident == "block" else 1) * (1 + 0.01 * (count - 1))
     held = weights / (count if resident == "block" else 1)
-    gradients = 0 if method == "optimizer_in_backward" else weights / count
     parts = {
         "parameters": held,
-        "gradients": gradients,
+        "gradients": weights / count,
         "optimizer": 2 * held,
         "inputs": 2 * MIB,
         "saved_activations": saved * kept / count,
