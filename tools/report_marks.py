@@ -15,7 +15,6 @@ STYLES = {
     "compiled": ("#0072B2", "s"),
     "checkpointed": ("#CC79A7", "^"),
     "selective": ("#E69F00", "v"),
-    "optimizer_in_backward": ("#56B4E9", "P"),
     "block_stock": ("#D55E00", "D"),
     "block_fused": ("#009E73", "o"),
 }

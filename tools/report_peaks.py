@@ -105,9 +105,7 @@ def composition_figure(rows: Sequence[Row], alt: str) -> str | None:
     """
     most = max(row["num_blocks"] for row in rows)
     shown = [
-        row
-        for row in shortened(rows)
-        if row["method"] in ("end_to_end", "optimizer_in_backward") or row["num_blocks"] == most
+        row for row in shortened(rows) if row["method"] == "end_to_end" or row["num_blocks"] == most
     ]
     runs = [{"name": _name(row), "by_category": _categories(row)} for row in shown]
     return bytes_figure(runs, alt)

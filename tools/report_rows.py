@@ -20,7 +20,6 @@ METHODS = (
     "compiled",
     "checkpointed",
     "selective",
-    "optimizer_in_backward",
     "block_stock",
     "block_fused",
 )

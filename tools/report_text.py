@@ -10,7 +10,6 @@ SHORT = {
     "compiled": "compiled",
     "checkpointed": "checkpointed",
     "selective": "selective",
-    "optimizer_in_backward": "optimizer in backward",
     "block_stock": "eager blocks",
     "block_fused": "fused blocks",
 }
@@ -19,7 +18,6 @@ LONG = {
     "compiled": "torch.compile",
     "checkpointed": "checkpointed, every layer",
     "selective": "checkpointed, selective",
-    "optimizer_in_backward": "optimizer in the backward",
     "block_stock": "eager layers",
     "block_fused": "fused layers",
 }
