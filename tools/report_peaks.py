@@ -7,7 +7,7 @@ from demo_figures import bytes_figure
 from matplotlib.axes import Axes
 from report_labels import FONT_SIZE, spread, with_tips
 from report_marks import STYLES, bytes_axis, mark, tip
-from report_rows import METHODS, Row
+from report_rows import METHODS, Row, is_plain
 from report_text import SHORT, blocks_text, count_text
 from report_training import BLOCKWISE, eager, shortened
 
@@ -19,12 +19,16 @@ LEADER = {
 def peaks_figure(rows: Sequence[Row], alt: str) -> str:
     """Draw the peak of every way to train: end to end by method, then by the number of blocks.
 
+    Ways that free their gradients or replay graphs are in the table alone: here they would lie on
+    those that do not.
+
     Args:
         rows:  of one table
         alt:   what the figure is, for those who cannot see it; unique on the page
     Returns:
         SVG; what is predicted is hollow.
     """
+    rows = _plain(rows)
     whole = [m for m in METHODS if any(r["method"] == m for r in rows) and m not in BLOCKWISE]
     counts = sorted({row["num_blocks"] for row in rows if row["method"] in BLOCKWISE})
     ticks = [SHORT[method] for method in whole] + [blocks_text(count) for count in counts]
@@ -57,23 +61,21 @@ def _series(
     """Join the same way over numbers of blocks; where each line ends, and its name."""
     series: dict[tuple, list[Row]] = {}
     for row in (row for row in rows if row["method"] in BLOCKWISE):
-        name = (row["method"], row["rung"], row["resident"], _saves(row), row.get("implementation"))
+        name = (row["method"], row["rung"], row["resident"], row.get("implementation"))
         series.setdefault(name, []).append(row)
     ends = []
-    for (method, rung, resident, saves, _), same in series.items():
+    for (method, rung, resident, _), same in series.items():
         same = sorted(same, key=column)
         xs, ys = [column(row) for row in same], [row["peak_allocated_bytes"] for row in same]
         style = "--" if resident == "block" else "-"
         axes.plot(xs, ys, style, color=STYLES[method][0], lw=1, zorder=1)
         one = ", 1 resident" if resident == "block" else ""
-        ends.append((xs[-1], ys[-1], f"{rung or 'eager layers'}{one}{saves}"))
+        ends.append((xs[-1], ys[-1], f"{rung or 'eager layers'}{one}"))
     return ends
 
 
-def _saves(row: Row) -> str:
-    """Beside its rung, in a word, as a figure has little room."""
-    freed = ", freed" if row["gradients"] == "freed" else ""
-    return f"{freed}, graph" if row["launch"] == "graph" else freed
+def _plain(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if is_plain(row)] or list(rows)
 
 
 def _name_ends(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
@@ -103,6 +105,7 @@ def composition_figure(rows: Sequence[Row], alt: str) -> str | None:
     Returns:
         SVG, or None without categories. Workspaces are temporaries here.
     """
+    rows = _plain(rows)
     most = max(row["num_blocks"] for row in rows)
     shown = [
         row for row in shortened(rows) if row["method"] == "end_to_end" or row["num_blocks"] == most
@@ -113,9 +116,9 @@ def composition_figure(rows: Sequence[Row], alt: str) -> str | None:
 
 def _name(row: Row) -> str:
     if row["method"] not in BLOCKWISE:
-        return f"{SHORT[row['method']]}{_saves(row)}"
+        return SHORT[row["method"]]
     kind = f"fused, {row['rung']}" if row["rung"] else "eager"
-    return f"{count_text(row)} {kind}{_saves(row)}"
+    return f"{count_text(row)} {kind}"
 
 
 def _categories(row: Row) -> dict[str, float]:

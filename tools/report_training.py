@@ -69,7 +69,8 @@ def _line(row: Row, base: Row | None) -> tuple[Cell, ...]:
     share, budget = row.get("share_of_matmul_rate"), row["budget"]
     samples = row.get("samples_per_second")
     return (
-        Cell(f"{LONG[row['method']]}{more_text(row)}", str(row.get("implementation") or "")),
+        # below its name, where a page has room
+        Cell(LONG[row["method"]], f"{row.get('implementation') or ''}{more_text(row)}"),
         Cell(row["rung"] or (NOTHING if budget is None else f"budget {budget:g}")),
         Cell(RESIDENT[row["resident"]]),
         Cell(bytes_text(peak), _reserved(row), peak, is_predicted(row)),
