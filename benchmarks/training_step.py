@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from training_case import TrainingCase, Way
 
+from dbkernels.cli.rehearsed import made_up
 from dbkernels.models.baseline import use_baseline
-from dbkernels.training.data import ImageData
 from dbkernels.training.run import RunConfig
 from dbkernels.training.sharing import BlockModels
 from dbkernels.training.trainer import Trainer
@@ -71,16 +71,6 @@ def _lend_state(owner: Trainer, trainer: Trainer) -> None:
     for part in trainer.parts.values():
         for parameter in part.parameters.values():
             part.optimizer.state[parameter] = state[parameter]
-
-
-def made_up(config: RunConfig) -> ImageData:
-    """As many samples as one batch of a run has, of unit variance."""
-    model, count = config.model, config.trainer.batch_size
-    random = torch.Generator().manual_seed(0)
-    shape = (count, model.channels, model.image_size, model.image_size)
-    images = torch.randn(shape, generator=random).numpy()
-    labels = torch.randint(model.num_classes, (count,), generator=random)
-    return ImageData(images, labels, model.num_classes)
 
 
 class Steps:

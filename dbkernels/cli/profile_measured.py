@@ -15,7 +15,7 @@ import torch
 
 from dbkernels.cli.out_of_memory import out_of_memory
 from dbkernels.cli.profile_rows import Case, configured, run_by
-from dbkernels.training.data import ImageData
+from dbkernels.cli.rehearsed import made_up
 from dbkernels.training.performance import profile_trainer
 from dbkernels.training.rehearsal import Resident, trainer_with
 from dbkernels.training.run import RunConfig
@@ -87,7 +87,7 @@ def taken(
     """
     config = configured(case, config)
     config = replace(config, trainer=replace(config.trainer, resident=resident))
-    trainer = trainer_with(config, device, _made_up(config), **run_by(case, budget))
+    trainer = trainer_with(config, device, made_up(config), **run_by(case, budget))
     found = profile_trainer(trainer, steps)
     batch, fits = config.trainer.batch_size, trainer.micro_batch.size
     if fits < batch:
@@ -104,11 +104,3 @@ def taken(
         "seconds_per_step": found["seconds_per_step"],
         "seconds_per_sweep": found["seconds_per_sweep"],
     }
-
-
-def _made_up(config: RunConfig) -> ImageData:
-    model, random = config.model, torch.Generator().manual_seed(0)
-    shape = (config.trainer.batch_size, model.channels, model.image_size, model.image_size)
-    images = torch.randn(shape, generator=random).numpy()
-    labels = torch.randint(model.num_classes, shape[:1], generator=random)
-    return ImageData(images, labels, model.num_classes)

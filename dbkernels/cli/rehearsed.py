@@ -1,8 +1,11 @@
 """The configuration of a run that is only rehearsed, or run on samples that are made up."""
 
+import torch
+
 from dbkernels.cli.shape import preset
 from dbkernels.cli.train import DEFAULT_WEIGHTING
 from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.training.data import ImageData
 from dbkernels.training.gradients import Gradients
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer_config import TrainerConfig
@@ -40,3 +43,13 @@ def rehearsed_run(
             clip=1.0 if gradients == "kept" else 0.0,
         ),
     )
+
+
+def made_up(config: RunConfig) -> ImageData:
+    """As many samples as one batch of a run has, of unit variance; the same ones every time."""
+    model, count = config.model, config.trainer.batch_size
+    random = torch.Generator().manual_seed(0)
+    shape = (count, model.channels, model.image_size, model.image_size)
+    images = torch.randn(shape, generator=random).numpy()
+    labels = torch.randint(model.num_classes, (count,), generator=random)
+    return ImageData(images, labels, model.num_classes)

@@ -1,6 +1,6 @@
 import pytest
 
-from dbkernels.cli.rehearsed import rehearsed_run
+from dbkernels.cli.rehearsed import made_up, rehearsed_run
 from dbkernels.models import dit
 from dbkernels.training.run import read_config
 
@@ -24,6 +24,14 @@ def test_gradients_that_are_freed_are_not_clipped():
     )
     assert (kept.gradients, kept.clip) == ("kept", 1.0)
     assert (freed.gradients, freed.clip) == ("freed", 0.0)
+
+
+def test_made_up_samples_fill_one_batch_and_are_the_same_every_time():
+    config = rehearsed_run("dit", "S/2", batch=3, autocast=False)
+    first, again = made_up(config), made_up(config)
+    assert first.images.shape == (3, 4, 32, 32) and first.num_classes == 1000
+    assert (first.images == again.images).all() and (first.labels == again.labels).all()
+    assert abs(first.images.std() - 1) < 0.05
 
 
 def test_rejects():

@@ -2,6 +2,7 @@ import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels.ops import reference
 from dbkernels.ops.attention import attention, attention_backward, attention_forward
@@ -50,6 +51,27 @@ def test_the_logsumexp_is_of_the_scaled_products():
     expected = (q.double() @ k.double().mT / 4).logsumexp(-1)
     torch.testing.assert_close(logsumexp[..., :5].double(), expected, rtol=1e-5, atol=1e-5)
     assert out.shape == (2, 5, 48) and out.is_contiguous()
+
+
+class Lengths(TorchDispatchMode):
+    """The lengths of queries and keys that torch's flash kernels tell, and are told."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._scaled_dot_product_flash_attention.default:
+            self.told = outputs[4:6]
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_backward.default:
+            self.given = args[8:10]
+        return outputs
+
+
+def test_a_gpus_backward_is_given_the_lengths_of_its_forward():
+    q, k, v = (torch.empty(2, n, 3, 8, dtype=torch.bfloat16, device="meta") for n in (4, 9, 9))
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    with Lengths() as lengths:
+        out, logsumexp = attention_forward(*heads)
+        attention_backward(torch.empty_like(out), *heads, out, logsumexp)
+    assert tuple(lengths.given) == tuple(lengths.told) == (4, 9)
 
 
 def test_the_order_of_the_keys_does_not_matter():

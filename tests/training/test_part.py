@@ -141,6 +141,9 @@ def test_a_rate_that_a_graph_reads_gives_the_same_bits():
             update(each, lr)
     for name, parameter in number.parameters.items():
         assert torch.equal(parameter, tensor.parameters[name])
+    # a GPU would compute with all digits of a number
+    rates = [each.optimizer.param_groups[0]["lr"] for each in (number, tensor)]
+    assert rates[0] == rates[1].item() != 1e-4 / 3
     rate = tensor.optimizer.param_groups[0]["lr"]
     tensor.prepare(0.3)
     assert rate is tensor.optimizer.param_groups[0]["lr"] and rate == torch.tensor(0.3)
