@@ -2,7 +2,8 @@
 
 One run of ninja makes `dbkernels/ops/libdbkernels.so`, which any Python and any torch of the stable
 ABI can load, and `dbkernels/ops/_maths`, by which the tests see the arithmetic of one element.
-CXX, CUDA_HOME and MAX_JOBS are honoured.
+CXX, CUDA_HOME and MAX_JOBS are honoured; TORCH_CUDA_ARCH_LIST, such as "9.0", leaves out the code of
+all other GPUs.
 """
 
 import fcntl
@@ -104,11 +105,10 @@ def build(target: Path) -> list[str]:
     include = Path(torch.origin).parent
     with locked(BUILD):
         cuda = find_cuda()
-        note = (
-            []
-            if cuda
-            else ["CUDA kernels were left out: no nvcc was found that works.", WITHOUT_CUDA]
-        )
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+        works = f"works for TORCH_CUDA_ARCH_LIST={asked!r}" if asked else "works"
+        none = f"CUDA kernels were left out: no nvcc was found that {works}."
+        note = [] if cuda else [none, WITHOUT_CUDA]
         try:
             run_ninja(compiler, include, cuda)
         except NotBuiltError as error:
@@ -142,9 +142,18 @@ def find_cuda() -> Cuda | None:
         for flag in ("--list-gpu-code", "--version")
     )
     known = {int(code) for code in re.findall(r"sm_(\d+)\b", codes)}
-    architectures = [arch for arch in ARCHITECTURES if arch in known]
+    architectures = [arch for arch in wanted() if arch in known]
     version = re.search(r"release (\d+\.\d+)", about)
     return Cuda(nvcc, version[1], architectures) if version and architectures else None
+
+
+def wanted() -> list[int]:
+    """Those of our architectures that TORCH_CUDA_ARCH_LIST names; all where it names nothing."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if not asked:
+        return list(ARCHITECTURES)
+    named = {10 * int(major) + int(minor) for major, minor in re.findall(r"(\d+)\.(\d)", asked)}
+    return [arch for arch in ARCHITECTURES if arch in named]
 
 
 def run_ninja(compiler: list[str], torch: Path, cuda: Cuda | None) -> None:

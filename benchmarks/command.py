@@ -5,18 +5,13 @@ import sys
 from pathlib import Path
 from typing import TypeVar
 
+import tyro
+
 Options = TypeVar("Options")
 
 
 def parsed(kind: type[Options]) -> Options:
-    """What was asked for; ends with 2 and a sentence where it is wrong.
-
-    A bare GPU machine may lack tyro, so --json alone does without it.
-    """
-    if sys.argv[1:] == ["--json"]:
-        return kind(json=True)
-    import tyro
-
+    """What was asked for; ends with 2 and a sentence where it is wrong."""
     return tyro.cli(kind)
 
 

@@ -1,9 +1,11 @@
 """Where a benchmark ran, and how fast that machine copies and multiplies.
 
+Where the code travels without git, DBKERNELS_COMMIT says what it is, as `commit` would.
 `python benchmarks/machine.py auto` names the folder of a device's results and the commit.
 """
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -77,7 +79,15 @@ def driver(device: torch.device) -> str | None:
 
 
 def commit() -> str | None:
-    """None outside a checkout."""
+    """Of the checkout; what DBKERNELS_COMMIT says where there is no git; None where it is unset.
+
+    Raises:
+        ValueError: DBKERNELS_COMMIT is no commit.
+    """
+    # a checkout that lies within another's would be given the other's
+    top = _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != ROOT.resolve():
+        return _told_commit(os.environ.get("DBKERNELS_COMMIT", ""))
     name = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
     # what a benchmark itself wrote says nothing about the code
     status = ["status", "--porcelain", "--", ".", ":!benchmarks/results"]
@@ -85,13 +95,19 @@ def commit() -> str | None:
     return name and name + ("+dirty" if changes else "")
 
 
+def _told_commit(told: str) -> str | None:
+    if told and not re.fullmatch(r"[0-9a-f]{7,40}(\+dirty)?", told):
+        raise ValueError(f"DBKERNELS_COMMIT must be a commit such as 1a2b3c4, got {told!r}")
+    return told or None
+
+
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     size = MATMUL[device.type]
     # numbers and not zeros, with which a GPU draws less power and runs faster
-    random = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, size, size, generator=random).to(device, dtype)
+    random = torch.Generator(device).manual_seed(0)
+    a, b = torch.randn(2, size, size, generator=random, dtype=dtype, device=device)
     calls = {"copy": partial(target.copy_, source), "matmul": partial(torch.mm, a, b)}
     times = measure.interleaved(calls, device=device, rounds=ROUNDS)
     copy, matmul = (times[key].median_ms / 1e3 for key in calls)

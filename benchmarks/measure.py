@@ -2,8 +2,11 @@
 
 Time. Competitors are called in turn, and each round begins with the next of them, so that a clock
 that falls or a neighbour that wakes up meets them all. On a GPU a call is a CUDA graph where one
-can be captured, and else what the host launches; before each, the L2 cache is written over. On a
-CPU the competitors themselves push each other's data out of the caches.
+can be captured, and else what the host launches. Before each, the L2 cache is filled by reading:
+what is written lies there until something takes its place, and is then written back while the call
+is timed. Work that is smaller than the cache is called on several copies of its inputs in one
+graph, see `rotations`. On a CPU the competitors themselves push each other's data out of the
+caches.
 
 Memory. What an allocator handed out during one call, beyond what was there before it. On a GPU
 that is torch's statistics, in a process of its own for each case. On a CPU it is the running sum
@@ -18,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 from unittest import mock
 
@@ -29,6 +33,7 @@ Key = TypeVar("Key")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Call = Callable[[], object]
+Calls = Mapping[Key, Call | Sequence[Call]]
 
 WARM_UP_MS = {"cpu": 100, "cuda": 200}  # of each competitor; one call at least
 PROCESSES = 8  # at once; none of them is timed
@@ -56,13 +61,13 @@ class Memory:
 # time
 
 
-def interleaved(
-    calls: Mapping[Key, Call], *, device: torch.device, rounds: int
-) -> dict[Key, Times]:
+def interleaved(calls: Calls, *, device: torch.device, rounds: int) -> dict[Key, Times]:
     """Time calls against each other.
 
     Args:
-        calls:   by any key; on a GPU with the stream of `own_stream` current, and made there
+        calls:   by any key; on a GPU with the stream of `own_stream` current, and made there. A
+                 sequence is the same work on copies of its inputs: a time is that of all of them,
+                 over their number
         device:  that they run on
         rounds:  in each of which every call is timed once; 2 or more
     Returns:
@@ -75,7 +80,7 @@ def interleaved(
 
 
 def samples(
-    calls: Mapping[Key, Call], *, device: torch.device, rounds: int, capture: bool = True
+    calls: Calls, *, device: torch.device, rounds: int, capture: bool = True
 ) -> dict[Key, tuple[list[float], str]]:
     """Time calls against each other, and keep every time.
 
@@ -86,13 +91,50 @@ def samples(
         By the same keys: milliseconds, one for each round, of the last calls that were made; and
         how they were timed, as `Times` says.
     """
-    clock = _CudaClock(device, capture) if device.type == "cuda" else _WallClock()
-    ready = {key: clock.ready(call) for key, call in calls.items()}
+    clock = _clock(device, capture)
+    several = {key: [call] if callable(call) else list(call) for key, call in calls.items()}
+    ready = {key: clock.ready(partial(_all_of, each)) for key, each in several.items()}
     found = {key: ([], timing) for key, (_, timing) in ready.items()}
     for number in range(rounds):
         for key in turned(list(calls), number):
-            found[key][0].append(clock.ms(ready[key][0]))
+            found[key][0].append(clock.ms(ready[key][0]) / len(several[key]))
     return found
+
+
+def _all_of(calls: Sequence[Call]) -> list[object]:
+    # all results are alive at once: one in another's place would be written to the cache alone
+    return [call() for call in calls]
+
+
+def rotations(device: torch.device, moved_bytes: int) -> int:
+    """Copies of a call's inputs of which each has left the cache before its turn comes again.
+
+    Args:
+        device:       that the call runs on
+        moved_bytes:  that one call reads and writes
+    Returns:
+        1 on a CPU; on a GPU so many that together they move twice the L2 cache or more.
+    """
+    if device.type != "cuda":
+        return 1
+    return -(-2 * _cache_bytes(device) // moved_bytes)
+
+
+def copies(device: torch.device, moved_bytes: int, count: int) -> list[Call]:
+    """Plain copies that each move as many bytes as one call, the ceiling of its size.
+
+    Args:
+        device:       of the memory
+        moved_bytes:  read and written by one copy, of which each does half
+        count:        of the copies, each between memory of its own
+    """
+    half = moved_bytes // 2
+    targets = [torch.empty(half, dtype=torch.uint8, device=device) for _ in range(count)]
+    return [partial(target.copy_, torch.ones_like(target)) for target in targets]
+
+
+def _cache_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def turned(keys: Sequence[Key], number: int) -> list[Key]:
@@ -117,6 +159,10 @@ def own_stream(device: torch.device):
     return torch.cuda.stream(torch.cuda.Stream(device))
 
 
+def _clock(device: torch.device, capture: bool) -> "_CudaClock | _WallClock":
+    return _CudaClock(device, capture) if device.type == "cuda" else _WallClock()
+
+
 class _WallClock:
     def ready(self, call: Call) -> tuple[Call, str]:
         _warm_up(call, WARM_UP_MS["cpu"], synchronise=lambda: None)
@@ -130,9 +176,10 @@ class _WallClock:
 
 class _CudaClock:
     def __init__(self, device: torch.device, capture: bool):
-        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self.capture = capture
-        self.evicting = torch.empty(2 * cache_bytes, dtype=torch.uint8, device=device)
+        size = 2 * _cache_bytes(device) // torch.float32.itemsize
+        self.evicting = torch.ones(size, device=device)
+        self.sum = torch.empty((), device=device)
 
     def ready(self, call: Call) -> tuple[Call, str]:
         _warm_up(call, WARM_UP_MS["cuda"], synchronise=torch.cuda.synchronize)
@@ -141,7 +188,8 @@ class _CudaClock:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                call()
+                results = call()
+            del results  # the graph keeps its memory
         # what waits for the device inside cannot be captured
         except RuntimeError:
             torch.cuda.synchronize()
@@ -151,7 +199,7 @@ class _CudaClock:
 
     def ms(self, call: Call) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.evicting.zero_()
+        torch.sum(self.evicting, dim=0, out=self.sum)
         begin.record()
         call()
         end.record()

@@ -4,7 +4,7 @@ Eager torch is what the published code of Karras et al. 2022 does: the noise, th
 its scaled copy before; the denoised output, its error, the square and their gradients after.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from typing import NamedTuple
@@ -37,37 +37,43 @@ class NoiseCase(NamedTuple):
 
     directions = ("fwd+bwd",)
 
+    @property
+    def dtype_name(self) -> str:
+        """As a row has it."""
+        return str(self.dtype).removeprefix("torch.")
+
     def inputs(self) -> list[Tensor]:
         """z0, sigma and what a network answers, the last with a gradient."""
-        random = torch.Generator().manual_seed(0)
-        z0 = 0.5 * torch.randn(self.shape, generator=random)
-        u = torch.rand(len(z0), generator=random, dtype=torch.float64)
+        # drawn where they are needed: on a host it takes longer than all that is timed
+        random = torch.Generator(self.device).manual_seed(0)
+        place = {"generator": random, "device": self.device}
+        z0 = 0.5 * torch.randn(self.shape, dtype=self.dtype, **place)
+        u = torch.rand(len(z0), dtype=torch.float64, **place)
         sigma = sigma_at(LogNormal(), LogNormal().range, u)
-        prediction = torch.randn(self.shape, generator=random)
-        tensors = [t.to(self.device) for t in (z0.to(self.dtype), sigma, prediction.to(self.dtype))]
-        tensors[-1].requires_grad_()
-        return tensors
+        prediction = torch.randn(self.shape, dtype=self.dtype, **place)
+        return [z0, sigma, prediction.requires_grad_()]
 
-    def calls(self, inputs: list[Tensor]) -> dict[tuple[str, str], Callable[[], object]]:
-        """By implementation and direction."""
-        return {(impl, "fwd+bwd"): self._call(impl, inputs) for impl in self.impls}
+    def calls(
+        self, inputs: Sequence[list[Tensor]]
+    ) -> dict[tuple[str, str], list[Callable[[], object]]]:
+        """By implementation and direction, a call for each copy of the inputs."""
+        return {(impl, "fwd+bwd"): self._calls(impl, inputs) for impl in self.impls}
 
-    def _call(self, impl: str, inputs: list[Tensor]) -> Callable[[], object]:
-        z0, sigma, prediction = inputs
+    def _calls(self, impl: str, inputs: Sequence[list[Tensor]]) -> list[Callable[[], object]]:
         draw = draw_on(self.device)
         fused = partial(_noise, draw), partial(_loss, draw)
         noise, loss = {"fused": fused}.get(impl, (_eager_noise, _eager_loss))
         if impl == "compiled":
             noise, loss = compiled(noise, {}), compiled(loss, {})
 
-        def call() -> object:
+        def call(z0: Tensor, sigma: Tensor, prediction: Tensor) -> object:
             # the loss needs z, which eager torch has kept and the fused one draws again
             scaled, z = (None, z0) if self.op == "score_loss" else noise(z0, sigma)
             if self.op == "add_noise":
                 return scaled
             return scaled, torch.autograd.grad(loss(prediction, z, z0, sigma), prediction)
 
-        return call
+        return [partial(call, *each) for each in inputs]
 
     def bytes_moved(self, direction: str) -> int:
         return PASSES[self.op] * prod(self.shape) * self.dtype.itemsize

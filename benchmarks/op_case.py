@@ -4,7 +4,7 @@ Shapes, and the bytes that an op must move, are those of the kernel report.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,11 @@ FOR_A_LAYER = {  # what a layer asks of a kernel's backward, and the op alone do
     "gelu": {"u_ptr"},
     "swiglu": {"u_ptr"},
 }
+STREAM = {  # arguments of the kernels that are the residual stream or its gradient
+    "adaln_norm": {"x_ptr", "dres_ptr", "dx_ptr"},
+    "gated_adaln_norm": {"x_ptr", "x1_ptr", "dx1_ptr", "dx_ptr"},
+    "gated_residual": {"x_ptr", "y_ptr", "dy_ptr"},
+}
 DTYPES = {"cpu": torch.float32, "cuda": DTYPE}  # as a device is trained on
 H100 = 90  # 10 times the compute capability; how many programs share a sum depends on it
 
@@ -48,12 +53,20 @@ class OpCase(NamedTuple):
     D: int
     impls: tuple[str, ...]
     device: torch.device
+    mixed: bool = False  # the residual stream is float32 and all else bfloat16, as in autocast
 
     directions = ("fwd", "bwd")
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.device.type]
+        """Of all but the residual stream of a mixed case."""
+        return DTYPE if self.mixed else DTYPES[self.device.type]
+
+    @property
+    def dtype_name(self) -> str:
+        """As a row has it."""
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{name} on a float32 stream" if self.mixed else name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,37 +74,57 @@ class OpCase(NamedTuple):
         return B, T, self.D
 
     def inputs(self) -> list[Tensor]:
-        """Of unit variance, with the shapes and strides of the report's."""
-        random = torch.Generator().manual_seed(0)
+        """Of unit variance, drawn on the device, with the shapes and strides of the report's."""
+        random = torch.Generator(self.device).manual_seed(0)
         arguments = CASES[f"{self.op}_fwd"].arguments(self.D)[: INPUTS[self.op]]
         return [
-            _filled(_of_dtype(like, self.dtype), random, self.device).requires_grad_()
+            _filled(self._of_dtype(like, stream=number == 0), random).requires_grad_()
             if like.dtype == DTYPE
             # the table of angles alone has another dtype, and no gradient
             else rotary_table(torch.arange(T), HEAD_DIM).to(self.device)
-            for like in arguments
+            for number, like in enumerate(arguments)
         ]
+
+    def _of_dtype(self, like: Tensor, *, stream: bool) -> Tensor:
+        """A tensor of the report's in the dtype of this case, its strides as they are."""
+        if like.dtype != DTYPE:
+            return like
+        dtype = torch.float32 if stream and self.mixed else self.dtype
+        return torch.empty_strided(like.shape, like.stride(), dtype=dtype, device="meta")
 
     def function(self, impl: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
         if impl == "fused":
-            return _on_tensors(getattr(ops, self.op), self.D)
-        eager = _on_tensors(getattr(reference, self.op), self.D)
+            op = getattr(ops, self.op)
+            # a norm's result is for a branch
+            of_branch = self.mixed and self.op == "adaln_norm"
+            op = partial(op, dtype=self.dtype) if of_branch else op
+            return _on_tensors(op, self.op, self.D)
+        eager = _on_tensors(getattr(reference, self.op), self.op, self.D)
+        if self.mixed and self.op != "gated_residual":
+            eager = partial(_for_a_branch, eager, self.dtype)
         # a backward that is timed alone runs often on one forward
         return compiled(eager, {"donated_buffer": False}) if impl == "compiled" else eager
 
-    def calls(self, inputs: list[Tensor]) -> dict[tuple[str, str], Callable[[], object]]:
-        """By implementation and direction; a backward's begins after a forward that is done here.
+    def calls(
+        self, inputs: Sequence[list[Tensor]]
+    ) -> dict[tuple[str, str], list[Callable[[], object]]]:
+        """By implementation and direction, a call for each copy of the inputs.
 
-        All have the same incoming gradients.
+        A backward begins after a forward that is done here. All have the same incoming gradients.
         """
-        calls, leaves = {}, [tensor for tensor in inputs if tensor.requires_grad]
+        calls = {}
         for impl in self.impls:
-            forward, random = partial(self.function(impl), *inputs), torch.Generator()
-            outs = _as_tuple(forward())
-            douts = [_filled(out, random.manual_seed(1), self.device) for out in outs]
-            backward = partial(torch.autograd.grad, outs, leaves, douts, retain_graph=True)
-            calls |= {(impl, "fwd"): forward, (impl, "bwd"): backward}
+            function = self.function(impl)
+            calls[impl, "fwd"] = [partial(function, *each) for each in inputs]
+            calls[impl, "bwd"] = [self._backward(function, each) for each in inputs]
         return calls
+
+    def _backward(self, function: Callable, inputs: list[Tensor]) -> Callable[[], object]:
+        random = torch.Generator(self.device)
+        outs = _as_tuple(function(*inputs))
+        douts = [_filled(out, random.manual_seed(1)) for out in outs]
+        leaves = [tensor for tensor in inputs if tensor.requires_grad]
+        return partial(torch.autograd.grad, outs, leaves, douts, retain_graph=True)
 
     def implementation(self, impl: str, direction: str) -> str:
         """What computes."""
@@ -102,17 +135,18 @@ class OpCase(NamedTuple):
         case = CASES[f"{self.op}_{direction}"]
         _, launch = record(case, self.D, _arch(self.device))
         left_out = FOR_A_LAYER.get(self.op, ()) if direction == "bwd" else ()
+        stream = STREAM.get(self.op, ())
         kept = {
-            name: _of_dtype(a, self.dtype) if isinstance(a, Tensor) else a
+            name: self._of_dtype(a, stream=name in stream) if isinstance(a, Tensor) else a
             for name, a in launch.arguments.items()
             if name not in left_out
         }
         return bytes_moved(case, replace(launch, arguments=kept))
 
 
-def _on_tensors(function: Callable, D: int) -> Callable:
+def _on_tensors(function: Callable, op: str, D: int) -> Callable:
     """An op as a function of its tensors alone."""
-    if function.__name__ != "qk_norm_rotary":
+    if op != "qk_norm_rotary":
         return function
 
     def heads_given(qkv, q_weight, k_weight, rotary):
@@ -122,16 +156,19 @@ def _on_tensors(function: Callable, D: int) -> Callable:
     return heads_given
 
 
-def _of_dtype(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of the report's in the dtype of a case, its strides as they are."""
-    if like.dtype != DTYPE:
-        return like
-    return torch.empty_strided(like.shape, like.stride(), dtype=dtype, device="meta")
+def _for_a_branch(
+    eager: Callable[..., Tensor | tuple[Tensor, ...]], dtype: torch.dtype, *inputs: Tensor
+) -> tuple[Tensor, ...]:
+    """Plain torch's results, of which the last is rounded for a branch as autocast does."""
+    *stream, y = _as_tuple(eager(*inputs))
+    return *stream, y.to(dtype)
 
 
-def _filled(like: Tensor, random: torch.Generator, device: torch.device) -> Tensor:
-    tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
-    return tensor.copy_(torch.randn(like.shape, generator=random))
+def _filled(like: Tensor, random: torch.Generator) -> Tensor:
+    """Numbers of unit variance, the same for any strides, drawn on the generator's device."""
+    place = {"dtype": like.dtype, "device": random.device}
+    tensor = torch.empty_strided(like.shape, like.stride(), **place)
+    return tensor.copy_(torch.randn(like.shape, generator=random, **place))
 
 
 def _as_tuple(outs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -4,12 +4,15 @@ The op as a caller has it runs against the same in plain torch, and against what
 of that. The ops of a step's noise and loss compute their gradient in the forward, so both
 directions are one call. One line or row is one implementation of one op in one direction:
 
-    bytes_moved      each tensor that the op must read or write once
-    achieved_gbps    bytes_moved over median_ms, to be read beside copy_gbps
-    allocated_bytes  highest total of what one call allocates, beyond resident_bytes
+    bytes_moved           each tensor that the op must read or write once
+    achieved_gbps         bytes_moved over median_ms
+    same_size_copy_gbps   of plain copies that move as many bytes, timed in the same rounds
+    share_of_copy         the one over the other
+    launches              that one graph has, each on inputs of its own; a time is their mean
+    allocated_bytes       highest total of what one call allocates, beyond resident_bytes
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -18,7 +21,7 @@ import torch
 from command import called, parsed
 from machine import ceilings, machine
 from noise_case import PASSES, SHAPES, NoiseCase
-from op_case import DTYPE, DTYPES, HEAD_DIM, INPUTS, OpCase
+from op_case import DTYPE, DTYPES, HEAD_DIM, INPUTS, STREAM, OpCase
 from show import emit
 from torch import Tensor
 
@@ -27,6 +30,7 @@ from dbkernels.cli.device import pick_device
 Case = OpCase | NoiseCase
 
 WIDTHS = {"cpu": (384,), "cuda": (384, 1024, 1152)}  # on a GPU those of DiT-S, L and XL
+COPY = "copy"  # beside the implementations
 ROUNDS = {"cpu": 11, "cuda": 50}
 
 
@@ -40,6 +44,8 @@ class Options:
     op: tuple[str, ...] = (*INPUTS, *PASSES)  # such as adaln_norm
     D: tuple[int, ...] = ()  # model widths, of the ops within a layer
     impls: tuple[Literal["fused", "eager", "compiled"], ...] = ("fused", "eager", "compiled")
+    # of the residual stream: that of all else; or float32 beside bfloat16, of the ops that have one
+    stream: tuple[Literal["same", "float32"], ...] = ("same",)
     rounds: int | None = None  # in each of which every implementation is timed once
     device: str = "auto"  # auto, cpu or cuda; auto is an NVIDIA GPU where there is one
     threads: int | None = None  # of the CPU
@@ -61,65 +67,55 @@ class Options:
     def tables(self, device: torch.device) -> Iterator[list[Case]]:
         """The cases, by width and then by shape."""
         for D in self.D or WIDTHS[device.type]:
-            yield [OpCase(op, D, self.impls, device) for op in self.op if op in INPUTS]
+            for mixed in (stream == "float32" for stream in self.stream):
+                asked = [op for op in self.op if op in (STREAM if mixed else INPUTS)]
+                yield [OpCase(op, D, self.impls, device, mixed) for op in asked]
         dtype = DTYPES[device.type]
         for shape in SHAPES:
             noise = (op for op in self.op if op in PASSES)
             yield [NoiseCase(op, shape, dtype, self.impls, device) for op in noise]
 
 
-def rows_of(case: Case, calls: dict, weighed: dict, rounds: int) -> Iterator[dict[str, object]]:
-    """Rows by direction, and in it by implementation."""
+def rows_of(case: Case, rounds: int) -> Iterator[dict[str, object]]:
+    """Rows by direction, and in it by implementation; what was compiled for one serves all."""
+    # a function is recompiled for so many shapes only before it is left in plain torch
+    torch.compiler.reset()
+    moved = {direction: case.bytes_moved(direction) for direction in case.directions}
+    count = measure.rotations(case.device, min(moved.values()))
+    inputs = [case.inputs() for _ in range(count)]
+    calls = case.calls(inputs)
     for direction in case.directions:
-        moved = case.bytes_moved(direction)
         competing = {impl: calls[impl, direction] for impl in case.impls}
+        memory = {impl: weigh(case, each[0], inputs) for impl, each in competing.items()}
+        competing[COPY] = measure.copies(case.device, moved[direction], count)
         times = measure.interleaved(competing, device=case.device, rounds=rounds)
+        copy_gbps = moved[direction] / times.pop(COPY).median_ms / 1e6
         for impl, of in times.items():
+            gbps = moved[direction] / of.median_ms / 1e6
             row = {"impl": impl, "op": case.op, "direction": direction}
             row |= {"implementation": case.implementation(impl, direction)}
-            row |= {"shape": case.shape, "dtype": str(case.dtype).removeprefix("torch.")}
-            row |= asdict(of) | {"bytes_moved": moved, "achieved_gbps": moved / of.median_ms / 1e6}
-            memory = weighed[impl, direction]
-            row |= {"allocated_bytes": memory.peak_bytes, "resident_bytes": memory.resident_bytes}
-            yield row
+            row |= {"shape": case.shape, "dtype": case.dtype_name}
+            row |= asdict(of) | {"bytes_moved": moved[direction], "achieved_gbps": gbps}
+            row |= {"same_size_copy_gbps": copy_gbps, "share_of_copy": gbps / copy_gbps}
+            row |= {"launches": count, "allocated_bytes": memory[impl].peak_bytes}
+            yield row | {"resident_bytes": memory[impl].resident_bytes}
 
 
-def weigh(case: Case, calls: dict, inputs: list[Tensor]) -> dict[tuple[str, str], measure.Memory]:
-    return {
-        key: measure.memory(call, inputs=inputs, device=case.device) for key, call in calls.items()
-    }
-
-
-def weigh_alone(case: Case) -> dict[tuple[str, str], measure.Memory]:
-    inputs = case.inputs()
-    return weigh(case, case.calls(inputs), inputs)
-
-
-def rows_at(
-    cases: Sequence[Case], rounds: int | None, device: torch.device
-) -> Iterator[dict[str, object]]:
-    """The rows of some cases, one after another."""
-    if device.type == "cuda":
-        weighed = measure.in_fresh_processes(weigh_alone, cases)
-    for number, case in enumerate(cases):
-        # a function is recompiled for so many shapes only before it is left in plain torch
-        torch.compiler.reset()
-        inputs = case.inputs()
-        calls: dict[tuple[str, str], Callable[[], object]] = case.calls(inputs)
-        memory = weighed[number] if device.type == "cuda" else weigh(case, calls, inputs)
-        yield from rows_of(case, calls, memory, rounds or ROUNDS[device.type])
+def weigh(case: Case, call: measure.Call, inputs: Sequence[list[Tensor]]) -> measure.Memory:
+    held = [tensor for each in inputs for tensor in each]
+    return measure.memory(call, inputs=held, device=case.device)
 
 
 def main(options: Options) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)
+    rounds = options.rounds or ROUNDS[device.type]
     with measure.own_stream(device):
         about = asdict(ceilings(device, DTYPE)) | asdict(machine(device)) | {"command": called()}
         for cases in options.tables(device):
-            if cases:
-                rows = [row | about for row in rows_at(cases, options.rounds, device)]
-                emit(rows, as_json=options.json)
+            rows = (row | about for case in cases for row in rows_of(case, rounds))
+            emit(rows, as_json=options.json)
 
 
 if __name__ == "__main__":

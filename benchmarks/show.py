@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -16,10 +16,12 @@ Row = dict[str, object]
 SHOWN = ("B", "T", "D", "H", "hidden")  # of a case
 
 
-def emit(rows: list[Row], *, as_json: bool) -> None:
-    """Print the rows of one case, one JSON object a line or a table."""
+def emit(rows: Iterable[Row], *, as_json: bool) -> None:
+    """Print the rows of one case: as they come, one JSON object a line; or at their end a table."""
     if not as_json:
-        show(rows)
+        found = list(rows)
+        if found:
+            show(found)
         return
     for row in rows:
         short = {name: _six_digits(value) for name, value in row.items()}
@@ -64,7 +66,7 @@ def _ops_table(rows: list[Row]) -> Table:
     table = Table(title="ops", caption_justify="left")
     for column in ("op", "competitor"):
         table.add_column(column, no_wrap=True)
-    for column in ("ms", "of eager", "MB to move", "GB/s", "allocated, MiB"):
+    for column in ("ms", "of eager", "MB to move", "GB/s", "of copies", "allocated, MiB"):
         table.add_column(column, justify="right")
     for (op, direction), same in groupby(rows, lambda row: (row["op"], row["direction"])):
         group = list(same)
@@ -77,6 +79,7 @@ def _ops_table(rows: list[Row]) -> Table:
                 _ratio(row, eager, "median_ms"),
                 f"{row['bytes_moved'] / 1e6:.1f}",
                 f"{row['achieved_gbps']:.3g}",
+                f"{row.get('share_of_copy') or row['achieved_gbps'] / row['copy_gbps']:.2f}",
                 f"{row['allocated_bytes'] / 2**20:.1f}",
                 end_section=row is group[-1],
             )

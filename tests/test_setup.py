@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def build(checkout):
     """Runs setup.py in the checkout, without nvcc unless CUDA_HOME says where one is."""
 
     def run(*arguments, script=("setup.py",), **environment):
-        usual = {"CUDA_HOME": str(checkout / "none"), "LC_ALL": "C"}
+        usual = {"CUDA_HOME": str(checkout / "none"), "LC_ALL": "C", "TORCH_CUDA_ARCH_LIST": ""}
         environment = os.environ | usual | environment
         command = [sys.executable, *script, *arguments]
         return subprocess.run(
@@ -173,6 +174,20 @@ def test_nvcc_is_asked_for_the_architectures_that_it_knows(checkout, build, fake
     commands = build(*IN_PLACE, CUDA_HOME=fake_nvcc).stdout
     assert "code=sm_80" in commands and "code=sm_90 " in commands
     assert "code=sm_75" not in commands and "code=sm_100" not in commands
+
+
+@pytest.mark.parametrize("asked", ["9.0", "7.5;9.0+PTX", "9.0a 12.0"])
+def test_nvcc_is_asked_for_no_other_architecture_than_those_named(
+    checkout, build, fake_nvcc, asked
+):
+    (checkout / "csrc" / "op.cu").write_text("\n")
+    commands = build(*IN_PLACE, CUDA_HOME=fake_nvcc, TORCH_CUDA_ARCH_LIST=asked).stdout
+    assert set(re.findall(r"code=sm_(\d+)", commands)) == {"90"}
+
+
+def test_an_architecture_that_is_none_of_ours_gets_no_code(checkout, build, fake_nvcc):
+    build(*IN_PLACE, CUDA_HOME=fake_nvcc, TORCH_CUDA_ARCH_LIST="7.5")
+    assert "no nvcc was found that works for" in note_of(checkout)
 
 
 def test_the_sources_are_part_of_a_source_archive(checkout, build):

@@ -11,12 +11,6 @@ import torch
 ROOT, CPU = Path(__file__).parents[2], torch.device("cpu")
 
 
-def test_json_alone_needs_no_parser_of_commands(bench, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tyro", None)
-    monkeypatch.setattr(sys, "argv", ["layer.py", "--json"])
-    assert bench("command").parsed(bench("layer").Options) == bench("layer").Options(json=True)
-
-
 def test_a_device_names_its_folder(bench, monkeypatch):
     machine = bench("machine")
     monkeypatch.setattr(machine, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
@@ -24,17 +18,31 @@ def test_a_device_names_its_folder(bench, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("git", "expected"),
-    [
-        ({"rev-parse": "abc", "status": ""}, "abc"),
-        ({"rev-parse": "abc", "status": " M x"}, "abc+dirty"),
-        ({"rev-parse": None, "status": None}, None),
-    ],
+    ("status", "expected"), [("", "abc"), (" M x", "abc+dirty"), (None, "abc")]
 )
-def test_a_commit_says_that_files_differ_from_it(bench, monkeypatch, git, expected):
+def test_a_commit_says_that_files_differ_from_it(bench, monkeypatch, status, expected):
     machine = bench("machine")
-    monkeypatch.setattr(machine, "_output", lambda *command: git[command[3]])
+    git = {"--show-toplevel": str(ROOT), "--short": "abc", "--porcelain": status}
+    monkeypatch.setattr(machine, "_output", lambda *command: git[command[4]])
+    monkeypatch.setenv("DBKERNELS_COMMIT", "0000000")
     assert machine.commit() == expected
+
+
+@pytest.mark.parametrize("top", [None, "/"])
+@pytest.mark.parametrize("told", ["1a2b3c4", "1a2b3c4+dirty", None])
+def test_where_no_git_is_a_commit_is_told(bench, monkeypatch, top, told):
+    machine = bench("machine")
+    monkeypatch.setattr(machine, "_output", lambda *command: top)
+    monkeypatch.setenv("DBKERNELS_COMMIT", told or "")
+    assert machine.commit() == told
+
+
+def test_what_is_told_must_be_a_commit(bench, monkeypatch):
+    machine = bench("machine")
+    monkeypatch.setattr(machine, "_output", lambda *command: None)
+    monkeypatch.setenv("DBKERNELS_COMMIT", "main")
+    with pytest.raises(ValueError, match="must be a commit such as 1a2b3c4, got 'main'"):
+        machine.commit()
 
 
 def test_a_program_that_is_missing_or_fails_says_nothing(bench):

@@ -35,6 +35,118 @@ def test_warms_up_by_time_and_calls_once_at_least(bench):
     assert len(called) == 1
 
 
+class FakeGpu:
+    """What the clock asks of a GPU, whose cache has 1 KiB and on which a graph takes 6 ms."""
+
+    def __init__(self, patch, log):
+        self.log, self.now = log, 0.0
+        properties = type("Properties", (), {"L2_cache_size": 1024})
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        patch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        patch.setattr(torch.cuda, "current_stream", lambda *_: "stream")
+        patch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
+        patch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+        summed = torch.sum
+        patch.setattr(torch, "sum", lambda *a, **k: (log.append("read"), summed(*a, **k))[1])
+
+
+class FakeEvent:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.at = self.gpu.now
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+class FakeGraph:
+    def __init__(self, gpu):
+        self.gpu, self.inside = gpu, []
+
+    def __enter__(self):
+        self.before = len(self.gpu.log)
+
+    def __exit__(self, *_):
+        self.inside = self.gpu.log[self.before :]
+
+    def replay(self):
+        self.gpu.log.append("replay")
+        self.gpu.now += 6.0
+
+
+@pytest.fixture
+def gpu(bench, monkeypatch):
+    monkeypatch.setattr(bench("measure"), "WARM_UP_MS", {"cuda": 0, "cpu": 0})
+    return FakeGpu(monkeypatch, [])
+
+
+def test_before_each_time_the_cache_is_filled_by_reading_twice_its_size(bench, gpu):
+    clock = bench("measure")._CudaClock(CPU, capture=True)
+    before = clock.evicting.clone()
+    run, timing = clock.ready(lambda: gpu.log.append("op"))
+    gpu.log.clear()
+    assert (clock.ms(run), timing) == (6.0, "cuda graph")
+    assert gpu.log == ["read", "replay"]
+    assert clock.evicting.nbytes == 2 * 1024
+    assert torch.equal(clock.evicting, before) and float(clock.sum) == before.numel()
+
+
+def test_copies_of_the_inputs_are_launched_in_one_graph_and_share_its_time(bench, gpu, monkeypatch):
+    measure, graphs = bench("measure"), []
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: graphs.append(FakeGraph(gpu)) or graphs[-1]
+    )
+    clock = measure._CudaClock(CPU, capture=True)
+    monkeypatch.setattr(measure, "_clock", lambda device, capture: clock)
+    calls = {"three": [lambda n=n: gpu.log.append(n) for n in range(3)], "one": lambda: None}
+    times = measure.interleaved(calls, device=CPU, rounds=2)
+    assert graphs[0].inside == [0, 1, 2]
+    assert (times["three"].median_ms, times["one"].median_ms) == (2.0, 6.0)
+
+
+def test_all_results_of_a_graph_are_alive_at_once(bench, gpu):
+    alive, most = [0], [0]
+
+    class Result:
+        def __init__(self):
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+
+        def __del__(self):
+            alive[0] -= 1
+
+    measure = bench("measure")
+    measure._CudaClock(CPU, capture=True).ready(lambda: measure._all_of([Result] * 4))
+    assert (most[0], alive[0]) == (4, 0)
+
+
+def test_what_cannot_be_captured_is_timed_by_events(bench, gpu, monkeypatch):
+    def refused(*_):
+        raise RuntimeError("a value was read back")
+
+    monkeypatch.setattr(FakeGraph, "__enter__", refused)
+    run, timing = bench("measure")._CudaClock(CPU, capture=True).ready(lambda: "result")
+    assert (run(), timing) == ("result", "cuda events")
+
+
+@pytest.mark.parametrize(("moved", "count"), [(100, 21), (2048, 1), (2047, 2), (10**6, 1)])
+def test_so_many_copies_move_twice_what_the_cache_holds(bench, gpu, moved, count):
+    assert bench("measure").rotations(torch.device("cuda"), moved) == count
+    assert bench("measure").rotations(CPU, moved) == 1
+
+
+def test_the_ceiling_moves_the_bytes_of_a_call(bench):
+    calls = bench("measure").copies(CPU, 1000, 2)
+    results = [call() for call in calls]
+    assert [each.nbytes for each in results] == [500, 500] and all(r.all() for r in results)
+
+
 def test_quantiles_lie_between_samples_in_proportion(bench):
     assert bench("measure").quantiles([6, 1, 5, 2, 4, 3]) == pytest.approx((3.5, 2, 5))
     assert bench("measure").quantiles([1, 2]) == pytest.approx((1.5, 1.2, 1.8))

@@ -18,7 +18,7 @@ def test_every_implementation_has_the_noise_that_it_should(noise_case):
     case = make_case(noise_case, "add_noise", (4, 20_000))
     z0, sigma, _ = inputs = case.inputs()
     scale = (sigma**2 + 0.25).sqrt()[:, None]
-    for call in case.calls(inputs).values():
+    for (call,) in case.calls([inputs]).values():
         noise = (call() * scale - z0) / sigma[:, None]
         assert noise.std(1) == pytest.approx(torch.ones(4), abs=0.03)
 
@@ -37,7 +37,7 @@ def test_the_losses_of_one_noise_agree(noise_case):
 def test_both_ends_give_the_networks_input_and_the_predictions_gradient(noise_case):
     case = make_case(noise_case, "noise_and_loss")
     inputs = case.inputs()
-    for call in case.calls(inputs).values():
+    for (call,) in case.calls([inputs]).values():
         scaled, (gradient,) = call()
         assert scaled.shape == gradient.shape == inputs[0].shape and gradient.any()
 

@@ -24,10 +24,35 @@ def test_every_op_with_a_kernel_is_timed(op_case):
 def test_every_op_computes_what_plain_torch_does(op_case):
     for op in op_case.INPUTS:
         case = op_case.OpCase(op, 64, ("fused", "eager"), CPU)
-        calls = case.calls(case.inputs())
+        calls = case.calls([case.inputs()])
         for direction in ("fwd", "bwd"):
-            fused, eager = (op_case._as_tuple(calls[impl, direction]()) for impl in case.impls)
+            fused, eager = (op_case._as_tuple(calls[impl, direction][0]()) for impl in case.impls)
             torch.testing.assert_close(fused, eager, rtol=0.05, atol=0.05)
+
+
+def test_beside_a_float32_stream_branches_are_bfloat16(op_case):
+    bf16, f32 = torch.bfloat16, torch.float32
+    dtypes = {
+        "adaln_norm": ([f32, bf16, bf16], [bf16]),
+        "gated_adaln_norm": ([f32, *[bf16] * 4], [f32, bf16]),
+        "gated_residual": ([f32, bf16, bf16], [f32]),
+    }
+    assert dtypes.keys() == op_case.STREAM.keys()
+    for op, (inputs, outputs) in dtypes.items():
+        case = op_case.OpCase(op, 64, ("fused", "eager"), CPU, mixed=True)
+        calls = case.calls([case.inputs()])
+        fused, eager = (op_case._as_tuple(calls[impl, "fwd"][0]()) for impl in case.impls)
+        assert [t.dtype for t in case.inputs()] == inputs
+        assert [t.dtype for t in fused] == [t.dtype for t in eager] == outputs
+        torch.testing.assert_close(fused, eager, rtol=0.05, atol=0.05)
+        grads = calls["fused", "bwd"][0]()
+        assert [t.dtype for t in grads] == inputs
+
+
+def test_a_float32_stream_moves_twice_its_bytes(op_case):
+    tokens, modulation = 2 * 8 * 64, 2 * 64
+    case = op_case.OpCase("gated_residual", 64, (), CPU, mixed=True)
+    assert case.bytes_moved("fwd") == (4 + 2 + 4) * tokens + 2 * modulation
 
 
 @pytest.mark.parametrize(

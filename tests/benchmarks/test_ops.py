@@ -20,14 +20,46 @@ def ops(bench, monkeypatch):
 
 
 def test_ops_row_has_its_op_times_and_rate(ops):
-    cases = [ops.OpCase("gelu", 64, ("fused", "eager"), CPU)]
-    rows = list(ops.rows_at(cases, 2, CPU))
+    rows = list(ops.rows_of(ops.OpCase("gelu", 64, ("fused", "eager"), CPU), 2))
     names = [(row["direction"], row["impl"]) for row in rows]
     assert names == [("fwd", "fused"), ("fwd", "eager"), ("bwd", "fused"), ("bwd", "eager")]
     for row in rows:
         assert row.keys() >= MEASURED
         assert row["achieved_gbps"] == pytest.approx(row["bytes_moved"] / row["median_ms"] / 1e6)
         assert row["shape"] == (2, 8, 64) and row["dtype"] == "float32"
+        assert row["share_of_copy"] == row["achieved_gbps"] / row["same_size_copy_gbps"]
+
+
+def test_every_copy_of_the_inputs_has_a_call_and_the_ceiling_too(ops, bench, monkeypatch):
+    measure, timed = bench("measure"), []
+    monkeypatch.setattr(measure, "rotations", lambda device, moved_bytes: 3)
+    interleaved = measure.interleaved
+
+    def seen(calls, **more):
+        timed.append(calls)
+        return interleaved(calls, **more)
+
+    monkeypatch.setattr(measure, "interleaved", seen)
+    (row, _) = ops.rows_of(ops.OpCase("gelu", 64, ("eager",), CPU), 2)
+    assert row["launches"] == 3
+    for calls in timed:
+        assert {key: len(each) for key, each in calls.items()} == {"eager": 3, "copy": 3}
+        assert len({call().data_ptr() for call in calls["copy"]}) == 3
+    forward = timed[0]["eager"]
+    assert len({call.args[0].data_ptr() for call in forward}) == 3
+
+
+def test_a_float32_stream_is_a_table_of_the_ops_that_have_one(ops):
+    options = ops.Options(op=("gelu", "adaln_norm"), D=(64,), stream=("float32",), device="cpu")
+    ((case,), *_) = options.tables(CPU)
+    assert (case.op, case.dtype_name) == ("adaln_norm", "bfloat16 on a float32 stream")
+
+
+def test_one_function_is_compiled_for_a_case(ops, bench, monkeypatch):
+    made = []
+    monkeypatch.setattr(bench("op_case"), "compiled", lambda f, settings: made.append(f) or f)
+    list(ops.rows_of(ops.OpCase("gelu", 64, ("compiled",), CPU), 2))
+    assert len(made) == 1
 
 
 def test_a_tables_cases_share_a_width_or_a_shape(ops):
