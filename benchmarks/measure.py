@@ -67,7 +67,7 @@ def interleaved(calls: Calls, *, device: torch.device, rounds: int) -> dict[Key,
     Args:
         calls:   by any key; on a GPU with the stream of `own_stream` current, and made there. A
                  sequence is the same work on copies of its inputs: a time is that of all of them,
-                 over their number
+                 over their number. What a call has as `prepare` is called before it, untimed
         device:  that they run on
         rounds:  in each of which every call is timed once; 2 or more
     Returns:
@@ -97,8 +97,14 @@ def samples(
     found = {key: ([], timing) for key, (_, timing) in ready.items()}
     for number in range(rounds):
         for key in turned(list(calls), number):
+            for call in several[key]:
+                getattr(call, "prepare", _nothing)()
             found[key][0].append(clock.ms(ready[key][0]) / len(several[key]))
     return found
+
+
+def _nothing() -> None:
+    pass
 
 
 def _all_of(calls: Sequence[Call]) -> list[object]:

@@ -14,17 +14,22 @@ One line or row is one way of training:
     saved_bytes           what its forward leaves for the backward
     flops                 of a step's matmuls and attentions, those computed again too
 
+The peaks are those of the process that also times the steps; `beside_bytes` is what others' own
+parameters took there, which is not part of them. A way that fails is left out and named at the end.
 A GPU that is not there is predicted: its rows have memory "predicted", and no times.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 from command import called, parsed
 from machine import machine
+from rehearsal import rehearsing, small_preset
 from show import emit
 from training_case import METHODS, TrainingCase, Way, ways
+from training_prepare import Preparation, preparing
 from training_rows import Row, measured_rows, predicted_rows
 
 from dbkernels.cli.device import pick_device
@@ -57,18 +62,22 @@ class Options:
     methods: tuple[str, ...] = METHODS  # in the order of the table
     rungs: tuple[str, ...] = ()  # of block_fused; all that differ
     budgets: tuple[float, ...] = (1.0, 0.5, 0.2)  # of activation memory, of compiled
+    nearest: str | None = None  # one more: with the peak nearest to the fused layers' at this rung
     resident: tuple[str, ...] = ()  # of block_fused: all blocks are on the device, or one block
+    resident_at: tuple[int, ...] = ()  # one block, of these numbers of blocks; all where none is
     gradients: tuple[str, ...] = GRADIENTS  # freed: the optimizer runs in the backward
     launch: tuple[str, ...] = ("ops",)  # of block_fused: op by op, or a step as one CUDA graph
     rounds: int | None = None  # in each of which every way has one step
     target: str = "auto"  # only predict: a100, h100, ..., this; auto does where a GPU is missing
-    processes: int = 1  # weighed at once on a GPU; with 1 the driver's count is taken too
+    beside: bool = False  # predict each measured peak too, and compile, in other processes
+    early: bool = False  # a line also before a way is timed, of its memory; with json
+    rehearse: bool = False  # run on a CPU what a GPU alone measures; the figures mean nothing
     device: str = "auto"  # auto, cpu or cuda; auto is an NVIDIA GPU where there is one
     threads: int | None = None  # of the CPU
     json: bool = False  # one object to a line instead of a table
 
     def __post_init__(self):
-        for name in ("batch", "threads", "processes"):
+        for name in ("batch", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -84,13 +93,18 @@ class Options:
             for value in getattr(self, name):
                 if value not in values:
                     raise ValueError(f"{name} must be of {', '.join(values)}, got {value}")
+        if self.nearest is not None and not (self.beside and self.nearest in RUNGS):
+            raise ValueError(
+                f"nearest must be of {', '.join(RUNGS)} and come with beside, got {self.nearest}"
+            )
         for budget in self.budgets:
             if not 0 <= budget <= 1:
                 raise ValueError(f"budgets must be from 0 to 1, got {budget}")
         if self.preset and self.family is None:
             raise ValueError(f"preset must be given together with family, got {self.preset[0]}")
-        for case in self.cases():
-            self._check(case)
+        with small_preset(self.rehearse):
+            for case in self.cases():
+                self._check(case)
 
     def _check(self, case: TrainingCase) -> None:
         for count in self.num_blocks:
@@ -101,9 +115,10 @@ class Options:
                 )
         if self.target_of(case) is not None:
             return
-        if "block" in self.resident and pick_device(self.device).type == "cpu":
+        on_cpu = pick_device(self.device).type == "cpu" and not self.rehearse
+        if "block" in self.resident and on_cpu:
             raise ValueError("resident must be all on a CPU, which is its own host, got block")
-        if "graph" in self.launch and pick_device(self.device).type == "cpu":
+        if "graph" in self.launch and on_cpu:
             raise ValueError("launch must be ops on a CPU, got graph")
         needed = 2 * max(self.num_blocks, default=1)
         if self.rounds is not None and self.rounds < needed:
@@ -134,7 +149,7 @@ class Options:
     def ways(self, case: TrainingCase) -> list[Way]:
         here = self.target_of(case) is None and pick_device(self.device).type == "cpu"
         resident = self.resident or (("all",) if here else RESIDENT)
-        return ways(
+        found = ways(
             self.methods,
             self.num_blocks,
             self.rungs or rungs_of(mixed=case.dtype == "autocast"),
@@ -143,31 +158,54 @@ class Options:
             self.gradients,
             self.launch,
         )
+        at = self.resident_at or self.num_blocks
+        return [way for way in found if way.resident == "all" or way.num_blocks in at]
 
 
-def rows_of(case: TrainingCase, options: Options) -> Iterator[Row]:
-    """One row for each way, as they are found."""
+def rows_of(
+    case: TrainingCase, options: Options, ready: Preparation | None, failed: list[str]
+) -> Iterator[Row]:
+    """One row for each way, as they are found; the ways that failed are added to a list."""
     device, target = pick_device(options.device), options.target_of(case)
     about = asdict(machine(device)) | {"command": called()}
+    every = options.ways(case)
     if target is not None:
         if options.target != "this":
             about |= {"device": target.name.upper(), "driver": None}
-        yield from predicted_rows(case, options.ways(case), target, about)
+        yield from predicted_rows(case, every, target, about)
         return
+    if options.nearest is not None:
+        every += [way for way in [ready.nearest(case, options.nearest)] if way not in every]
+        ready.compile(case, every)
     rounds = options.rounds or ROUNDS[device.type]
-    yield from measured_rows(case, options.ways(case), device, rounds, options.processes, about)
+    early = options.early and options.json
+    yield from measured_rows(case, every, device, rounds, ready, about, early=early, failed=failed)
+
+
+def run(options: Options, ready: Preparation | None) -> None:
+    """Print all rows.
+
+    Raises:
+        SystemExit: some ways failed, which it names.
+    """
+    failed: list[str] = []
+    measured = [case for case in options.cases() if options.target_of(case) is None]
+    for case in measured if ready else ():
+        ready.compile(case, options.ways(case))
+        ready.predict(case, options.ways(case))
+    for case in options.cases():
+        emit(rows_of(case, options, ready, failed), as_json=options.json)
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(failed)}")
 
 
 def main(options: Options) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    for case in options.cases():
-        found = rows_of(case, options)
-        if not options.json:
-            emit(list(found), as_json=False)
-            continue
-        for row in found:
-            emit([row], as_json=True)
+    device, really = pick_device(options.device), options.rehearse
+    beside = preparing(device, really) if options.beside else nullcontext()
+    with rehearsing(really), beside as ready:
+        run(options, ready)
 
 
 if __name__ == "__main__":

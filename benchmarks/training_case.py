@@ -135,9 +135,15 @@ class TrainingCase:
         """Number of layers."""
         return preset(self.family, self.preset).depth
 
-    def config(self, way: Way) -> RunConfig:
-        """A run that trains the model in one way, all other things being equal."""
+    def config(self, way: Way, depth: int | None = None) -> RunConfig:
+        """A run that trains the model in one way, all other things being equal.
+
+        Args:
+            way:    how
+            depth:  layers of a model that is shallower, but else the same
+        """
         model = preset(self.family, self.preset)
+        model = replace(model, depth=depth or model.depth)
         return RunConfig(
             family=self.family,
             model=replace(model, keep=way.rung or model.keep),

@@ -13,7 +13,7 @@ import measure
 import torch
 from torch import Tensor
 from training_case import TrainingCase, Way
-from training_step import Steps, make_trainer
+from training_step import Steps
 
 from dbkernels.memory.measure import record
 from dbkernels.memory.predict import Prediction
@@ -24,51 +24,91 @@ from dbkernels.training.rehearsal import rehearse
 from dbkernels.training.trainer import Trainer
 
 Figures = dict[str, object]
+BLOCK = 512  # bytes; the caching allocator gives multiples of it
 NOT_SEEN = "compiled"  # by the tracker: the method whose ops it does not meet
 
 
 # measured
 
 
-def weigh(case: TrainingCase, way: Way, trainer: Trainer) -> Figures:
+def weigh(
+    case: TrainingCase,
+    way: Way,
+    steps: Steps,
+    others: Sequence[Trainer] = (),
+    prediction: Figures | None = None,
+) -> Figures:
     """Bytes and operations of a step of the costliest block, which has the most layers.
 
+    It runs in the process that also times it. On a GPU the allocator begins empty but for what
+    stays, and what other trainers have there of their own is left out of the peaks.
+
     Args:
-        case:     what is trained
-        way:      how; on a GPU in a process of its own
-        trainer:  that trains it; it moves on by a few steps
+        case:        what is trained
+        way:         how
+        steps:       that train it; their trainer moves on by a few
+        others:      trainers that are there too
+        prediction:  of the same step, where it is known already
     Raises:
         torch.OutOfMemoryError: the device does not hold the batch at once.
     """
+    trainer = steps.trainer
     device, block = trainer.device, _costliest(trainer)
-    step = partial(trainer.step_block, block)
-    Steps(trainer).sweep()
-    of_graphs = _reserved_by_graphs(trainer)
-    taken = measure.memory(step, inputs=_resident(trainer), device=device)
-    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
-    figures = {
-        "peak_allocated_bytes": taken.peak_bytes + taken.resident_bytes,
-        "peak_reserved_bytes": reserved if of_graphs is None else of_graphs,
-        "saved_bytes": _saved_bytes(trainer, step),
-        "memory": "measured",
-    }
-    if trainer.micro_batch.size < case.batch:
-        raise torch.OutOfMemoryError(f"a batch of {case.batch} does not fit")
-    return figures | _told_apart(case, way, trainer, figures["peak_allocated_bytes"])
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    step = partial(steps.step, block)
+    steps.sweep()
+    of_graphs = _reserved_by_graphs(steps)
+    with _op_by_op(trainer):
+        taken = measure.memory(step, inputs=_resident(trainer), device=device)
+        beside = _beside(trainer, others)
+        reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+        reserved = reserved if of_graphs is None else of_graphs
+        figures = {
+            "peak_allocated_bytes": taken.peak_bytes + taken.resident_bytes - beside,
+            "peak_reserved_bytes": None if reserved is None else reserved - beside,
+            "saved_bytes": _saved_bytes(trainer, step),
+            "memory": "measured",
+            "weighed": "in the process that times it",
+            "beside_bytes": beside,
+        }
+        if trainer.micro_batch.size < case.batch:
+            raise torch.OutOfMemoryError(f"a batch of {case.batch} does not fit")
+        if way.method == NOT_SEEN:
+            known = prediction or figures_of(case, target_of(device), way)["all"]
+            return figures | {"by_category": None, "flops": known["flops"]}
+        return figures | _told_apart(steps, figures["peak_allocated_bytes"])
 
 
-def _reserved_by_graphs(trainer: Trainer) -> int | None:
-    """What the allocator has taken when each block's step is a graph; from here on none is.
+def _beside(trainer: Trainer, others: Sequence[Trainer]) -> int:
+    """Bytes on a GPU that other trainers have there of their own, and a step does not need."""
+    if trainer.device.type == "cpu":
+        return 0
+    own = measure.storage_bytes(_resident(trainer))
+    theirs = [t for each in others for t in _resident(each) if t.device == trainer.device]
+    found = measure.storage_bytes(theirs)
+    return sum(-(-size // BLOCK) * BLOCK for key, size in found.items() if key not in own)
 
-    A replay allocates nothing, so all else is told by the same steps op by op.
-    """
-    if trainer.graphs is None:
+
+@contextmanager
+def _op_by_op(trainer: Trainer) -> Iterator[None]:
+    """A replay allocates nothing: all but the reserved bytes are told by the same steps without."""
+    graphs, trainer.graphs = trainer.graphs, None
+    if graphs is not None:
+        graphs.drop()
+    try:
+        yield
+    finally:
+        trainer.graphs = graphs
+
+
+def _reserved_by_graphs(steps: Steps) -> int | None:
+    """What the allocator has taken when each block's step is a graph."""
+    if steps.trainer.graphs is None:
         return None
-    Steps(trainer).sweep()
-    reserved = torch.cuda.memory_reserved(trainer.device)
-    trainer.graphs.drop()
-    trainer.graphs = None
-    return reserved
+    steps.sweep()
+    return torch.cuda.memory_reserved(steps.trainer.device)
 
 
 def _costliest(trainer: Trainer) -> Block:
@@ -107,12 +147,12 @@ def _growth(device: torch.device, found: list[int]) -> Iterator[None]:
     found.append(sum(changes))
 
 
-def _told_apart(case: TrainingCase, way: Way, trainer: Trainer, peak_bytes: int) -> Figures:
+def _told_apart(steps: Steps, peak_bytes: int) -> Figures:
     """The peak by category, and the operations of a step, averaged over the blocks."""
-    if way.method == NOT_SEEN:
-        flops = predict(case, way, target_of(trainer.device))["all"].flops
-        return {"by_category": None, "flops": flops}
-    traces = {len(block.layers): _trace(trainer, block) for block in trainer.blocks}
+    trainer, traces = steps.trainer, {}
+    for block in trainer.blocks:
+        if len(block.layers) not in traces:
+            traces[len(block.layers)] = _trace(steps, block)
     flops = sum(traces[len(block.layers)].flops for block in trainer.blocks)
     peak = traces[max(traces)].peak()
     # what is left was allocated within ops, where the tracker does not look
@@ -122,38 +162,15 @@ def _told_apart(case: TrainingCase, way: Way, trainer: Trainer, peak_bytes: int)
     return {"by_category": parts, "flops": flops // len(trainer.blocks)}
 
 
-def _trace(trainer: Trainer, block: Block) -> Trace:
-    optimizers = [part.optimizer for part in trainer.parts.values()]
+def _trace(steps: Steps, block: Block) -> Trace:
+    trainer = steps.trainer
     return record(
-        partial(trainer.step_block, block),
+        partial(steps.step, block),
         model=trainer.models,
-        optimizers=optimizers,
+        optimizers=[part.optimizer for part in trainer.parts.values()],
         inputs=(),
         device=trainer.device,
     )
-
-
-def weigh_alone(
-    case: TrainingCase, device: torch.device, free_bytes: int | None, way: Way
-) -> Figures | None:
-    """As `weigh`, of a process that does nothing else; None where it does not fit the GPU.
-
-    Args:
-        case, way:   as those of `weigh`
-        device:      to train on
-        free_bytes:  of the GPU before the process began; None where others run beside it
-    Returns:
-        Also device_bytes: what the driver has given the process, context and modules included.
-    """
-    try:
-        trainer = make_trainer(case, way, device)
-        gc.collect()
-        torch.cuda.empty_cache()
-        figures = weigh(case, way, trainer)
-    except torch.OutOfMemoryError:
-        return None
-    taken = None if free_bytes is None else free_bytes - torch.cuda.mem_get_info(device)[0]
-    return figures | {"device_bytes": taken}
 
 
 # predicted
@@ -165,9 +182,9 @@ def predicted(
     """Each way and its figures, in order, as they are found."""
     alike: dict[Way, list[Way]] = {}
     for way in every:
-        alike.setdefault(_with_all(way), []).append(way)
+        alike.setdefault(with_all(way), []).append(way)
     with _mapping(len(alike)) as mapped:
-        found = mapped(partial(_figures_of, case, target), alike)
+        found = mapped(partial(figures_of, case, target), alike)
         for same, figures in zip(alike.values(), found, strict=True):
             for way in same:
                 yield way, figures[way.resident]
@@ -185,20 +202,20 @@ def _mapping(count: int) -> Iterator[Callable[..., Iterator[dict[str, Figures]]]
         yield pool.map
 
 
-def _with_all(way: Way) -> Way:
-    """A rehearsal tells both what all blocks need on the device and what one needs."""
+def with_all(way: Way) -> Way:
+    """The way of which a rehearsal tells both what all blocks need and what one needs."""
     return replace(way, resident="all", launch="ops")
 
 
 def predict(case: TrainingCase, way: Way, target: Target) -> dict[str, Prediction]:
     """By what is on the device: all blocks, or one."""
-    config = case.config(_with_all(way))
+    config = case.config(with_all(way))
     budget = 1.0 if way.budget is None else way.budget
     return rehearse(config, baseline=way.baseline, budget=budget, target=target)
 
 
-def _figures_of(case: TrainingCase, target: Target, way: Way) -> dict[str, Figures]:
-    # a trace is large, and stays in the process that made it
+def figures_of(case: TrainingCase, target: Target, way: Way) -> dict[str, Figures]:
+    """As `predict`, without the trace: that is large, and stays in the process that made it."""
     return {place: _figures(way, of) for place, of in predict(case, way, target).items()}
 
 
@@ -210,6 +227,8 @@ def _figures(way: Way, prediction: Prediction) -> Figures:
         "peak_reserved_bytes": prediction.peak_reserved_bytes,
         "saved_bytes": saved,
         "memory": "predicted",
+        "weighed": None,
+        "beside_bytes": None,
         "by_category": prediction.by_category,
         "flops": prediction.flops,
     }

@@ -1,19 +1,19 @@
 """The rows of `benchmarks/training.py`."""
 
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
-from functools import partial
 
 import measure
 import torch
 from machine import Ceilings, ceilings, faster
 from training_case import TrainingCase, Way
-from training_memory import Figures, predicted, weigh, weigh_alone
-from training_step import Steps, make_trainer, shares, step_times
+from training_memory import Figures, predicted, weigh
+from training_prepare import Preparation, predicted_peak
+from training_step import Steps, make_steps, step_times
 
 from dbkernels.memory.workspace import Target, target_of
-from dbkernels.training.trainer import Trainer
 
 Row = dict[str, object]
 
@@ -46,54 +46,73 @@ def measured_rows(
     every: Sequence[Way],
     device: torch.device,
     rounds: int,
-    processes: int,
+    ready: Preparation | None,
     about: Row,
+    *,
+    early: bool,
+    failed: list[str],
 ) -> Iterator[Row]:
     """One row for each way; those that do not fit the device are predicted for it.
 
     Args:
-        case:       what is trained
-        every:      way
-        device:     to train on
-        rounds:     in each of which every way has one step
-        processes:  of a GPU, that weigh a way each at once
-        about:      the machine
+        case:    what is trained
+        every:   way
+        device:  to train on
+        rounds:  in each of which every way has one step
+        ready:   whose predictions stand beside what is measured; it rests before a step is timed
+        about:   the machine
+        early:   whether a row without times comes as soon as a way is weighed
+        failed:  ways that raise something else than that memory is out are added, and left out
     """
     missing = []
     for together in _groups(every):
         # a function is recompiled for so many shapes only before it is left in plain torch
         torch.compiler.reset()
-        weighed = _weighed_alone(case, together, device, processes)
-        fits = [way for way in together if weighed.get(way, {}) is not None]
-        missing += [way for way in together if way not in fits]
-        if not fits:
+        steps, rows = {}, {}
+        for way in together:
+            prediction = ready.figures(case, way) if ready else None
+            try:
+                figures = _weighed(case, way, device, steps, prediction)
+            except torch.OutOfMemoryError:
+                missing.append(way)
+            except Exception:  # whatever it is, the other ways are worth their minutes
+                print(f"{case.preset}, {way.name} failed:", file=sys.stderr)
+                traceback.print_exc()
+                failed.append(f"{case.preset}, {way.name}")
+            else:
+                implementation = {"implementation": way.implementation(device)}
+                rows[way] = _row(case, way, figures) | predicted_peak(prediction) | implementation
+                if early:
+                    yield rows[way] | dict.fromkeys((*TIMES, *RATES, *CEILINGS)) | about
+        if not steps:
             continue
-        steps = _steps(case, fits, device)
-        if device.type == "cpu":
-            weighed = {way: weigh(case, way, of.trainer) for way, of in steps.items()}
+        if ready:
+            ready.wait()
         before = ceilings(device, case.compute_dtype)
         timed = _timed(case, steps, device, rounds)
         ceiling = asdict(faster(before, ceilings(device, case.compute_dtype)))
         for way, times in timed.items():
-            implementation = {"implementation": way.implementation(device)}
-            rates = _rates(weighed[way], times, ceiling)
-            yield _row(case, way, weighed[way]) | times | rates | implementation | ceiling | about
+            yield rows[way] | times | _rates(rows[way], times, ceiling) | ceiling | about
+        for way in steps:
+            steps[way].trainer.close()
     for way in missing:
         print(f"{way.name} does not fit the device, and is predicted", file=sys.stderr)
     if missing:
         yield from predicted_rows(case, missing, target_of(device), about)
 
 
-def _weighed_alone(
-    case: TrainingCase, together: Sequence[Way], device: torch.device, processes: int
-) -> dict[Way, Figures | None]:
-    """On a GPU, None where it does not fit; on a CPU, nothing."""
-    if device.type == "cpu":
-        return {}
-    free_bytes = torch.cuda.mem_get_info(device)[0] if processes == 1 else None
-    alone = partial(weigh_alone, case, device, free_bytes)
-    found = measure.in_fresh_processes(alone, together, processes=processes)
-    return dict(zip(together, found, strict=True))
+def _weighed(
+    case: TrainingCase,
+    way: Way,
+    device: torch.device,
+    steps: dict[Way, Steps],
+    prediction: Figures | None,
+) -> Figures:
+    """The figures of a way, whose steps join those that are there where nothing is wrong."""
+    made = make_steps(case, way, device, steps)
+    figures = weigh(case, way, made, [each.trainer for each in steps.values()], prediction)
+    steps[way] = made
+    return figures
 
 
 def _groups(every: Sequence[Way]) -> list[list[Way]]:
@@ -108,23 +127,12 @@ def _groups(every: Sequence[Way]) -> list[list[Way]]:
     return list(groups.values())
 
 
-def _steps(case: TrainingCase, together: Sequence[Way], device: torch.device) -> dict[Way, Steps]:
-    # the hooks by which a way frees its gradients are called in the steps of all who share with it
-    owners: dict[str, Trainer] = {}
-    found = {}
-    for way in together:
-        owner = owners.get(way.gradients) if shares(way) else None
-        found[way] = Steps(make_trainer(case, way, device, owner=owner))
-        if shares(way):
-            owners.setdefault(way.gradients, found[way].trainer)
-    return found
-
-
 def _timed(
     case: TrainingCase, steps: dict[Way, Steps], device: torch.device, rounds: int
 ) -> dict[Way, Figures]:
     for way, of in steps.items():
-        for _ in range(2 if way.launch == "graph" else 1):
+        # each block has had its first steps when it was weighed, but for those of its graph
+        for _ in range(2 if way.launch == "graph" else 0):
             of.sweep()
     # a step reads its loss, for which a captured graph cannot wait
     samples = measure.samples(steps, device=device, rounds=rounds, capture=False)

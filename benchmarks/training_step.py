@@ -5,7 +5,8 @@ fit a device at once, and each begins where the others are.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import measure
 import torch
@@ -14,8 +15,9 @@ from training_case import TrainingCase, Way
 
 from dbkernels.cli.rehearsed import made_up
 from dbkernels.models.baseline import use_baseline
+from dbkernels.training.partition import Block
 from dbkernels.training.run import RunConfig
-from dbkernels.training.sharing import BlockModels
+from dbkernels.training.sharing import BlockModels, own_part
 from dbkernels.training.trainer import Trainer
 
 
@@ -32,7 +34,8 @@ def make_trainer(
     """
     config = case.config(way)
     if owner is None:
-        models = config.build("cpu" if way.resident == "block" else device)
+        with device:  # where the weights are drawn, which takes a host many seconds
+            models = config.build(config.home(device))
     else:
         models = _without_parameters(config)
         _lend(owner.models.model, models.model)
@@ -43,6 +46,26 @@ def make_trainer(
     if owner is not None:
         _lend_state(owner, trainer)
     return trainer
+
+
+def make_steps(
+    case: TrainingCase, way: Way, device: torch.device, others: "Mapping[Way, Steps]"
+) -> "Steps":
+    """The steps of one way, beside those of others that are there already.
+
+    Ways that move no parameters train the same ones. Where one block is resident, ways that differ
+    by their rung alone are one trainer's: there is room for one, and a slot on the device too.
+
+    Args:
+        case, way, device:  as those of `make_trainer`
+        others:             by their ways
+    """
+    for other, steps in others.items():
+        if shares(way) and shares(other) and way.gradients == other.gradients:
+            return Steps(make_trainer(case, way, device, owner=steps.trainer))
+        if not shares(way) and replace(way, rung=other.rung) == other and way.launch == "ops":
+            return Steps(steps.trainer, way.rung, beside=steps)
+    return Steps(make_trainer(case, way, device), way.rung if not shares(way) else None)
 
 
 def shares(way: Way) -> bool:
@@ -74,17 +97,43 @@ def _lend_state(owner: Trainer, trainer: Trainer) -> None:
 
 
 class Steps:
-    """A trainer's steps to be called, the blocks in turn."""
+    """A trainer's steps to be called, the blocks in turn.
 
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
+    Args:
+        trainer:  which may run other steps too
+        rung:     of the fused layer, in these steps; None leaves the layers as they are
+        beside:   other steps of the same trainer
+    """
+
+    def __init__(self, trainer: Trainer, rung: str | None = None, beside: "Steps | None" = None):
+        self.trainer, self.rung = trainer, rung
         self.visited: list[int] = []  # the block of each call
+        self._last: list[int] = [] if beside is None else beside._last  # the trainer's own
+        layers = trainer.models.model.layers
+        self._configs = [(each, replace(each.config, keep=rung)) for each in layers if rung]
 
     def __call__(self) -> None:
-        blocks = self.trainer.blocks
-        block = blocks[len(self.visited) % len(blocks)]
+        block = self._next()
         self.visited.append(block.index)
+        self.step(block)
+
+    def prepare(self) -> None:
+        """Have another block on the device than the next call's, as a run in turn would."""
+        block, blocks = self._next(), self.trainer.blocks
+        if self._last == [block.index] and len(blocks) > 1:
+            other = blocks[(block.index + 1) % len(blocks)]
+            self.trainer.residency.enter(own_part(other))
+            self._last[:] = [other.index]
+
+    def _next(self) -> Block:
+        return self.trainer.blocks[len(self.visited) % len(self.trainer.blocks)]
+
+    def step(self, block: Block) -> None:
+        """A step of a block that is not counted among the calls."""
+        for layer, config in self._configs:
+            layer.config = config
         self.trainer.step_block(block)
+        self._last[:] = [block.index]
 
     def sweep(self) -> None:
         """A step of every block."""
