@@ -2,8 +2,8 @@
 
 One run of ninja makes `dbkernels/ops/libdbkernels.so`, which any Python and any torch of the stable
 ABI can load, and `dbkernels/ops/_maths`, by which the tests see the arithmetic of one element.
-CXX, CUDA_HOME and MAX_JOBS are honoured; TORCH_CUDA_ARCH_LIST, such as "9.0", leaves out the code of
-all other GPUs.
+CXX, CUDA_HOME and MAX_JOBS are honoured; TORCH_CUDA_ARCH_LIST, such as "9.0", leaves out the code
+of all other GPUs.
 """
 
 import fcntl
@@ -44,7 +44,10 @@ LIBS = ("-ltorch", "-ltorch_cpu", "-lc10")
 X86_FLAGS = "-march=x86-64-v3"  # AVX2 and FMA, which _compiled asks the processor for
 TOOLS = runpy.run_path(str(ROOT / PACKAGE / "_toolchain.py"))
 
-WITHOUT_LIBRARY = "Every op still runs, on a CPU in plain torch and on an NVIDIA GPU in Triton."
+WITHOUT_LIBRARY = (
+    "Every op still runs, on a CPU in plain torch and on an NVIDIA GPU in Triton, which needs a C "
+    "compiler there."
+)
 WITHOUT_CUDA = "An NVIDIA GPU runs the Triton kernels."
 
 

@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 Call = Callable[[], object]
 Calls = Mapping[Key, Call | Sequence[Call]]
 
-WARM_UP_MS = {"cpu": 100, "cuda": 200}  # of each competitor; one call at least
+WARM_UP_MS = {"cpu": 100, "cuda": 100}  # of each competitor; one call at least
 PROCESSES = 8  # at once; none of them is timed
 
 

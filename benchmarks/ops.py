@@ -12,7 +12,12 @@ directions are one call. One line or row is one implementation of one op in one 
     allocated_bytes       highest total of what one call allocates, beyond resident_bytes
 """
 
+import multiprocessing
+import os
+import sys
+import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -30,6 +35,7 @@ from dbkernels.cli.device import pick_device
 Case = OpCase | NoiseCase
 
 WIDTHS = {"cpu": (384,), "cuda": (384, 1024, 1152)}  # on a GPU those of DiT-S, L and XL
+PROCESSES = 14
 COPY = "copy"  # beside the implementations
 ROUNDS = {"cpu": 11, "cuda": 50}
 
@@ -46,7 +52,9 @@ class Options:
     impls: tuple[Literal["fused", "eager", "compiled"], ...] = ("fused", "eager", "compiled")
     # of the residual stream: that of all else; or float32 beside bfloat16, of the ops that have one
     stream: tuple[Literal["same", "float32"], ...] = ("same",)
+    samples: int | None = None  # of the noise's shapes, in place of 256
     rounds: int | None = None  # in each of which every implementation is timed once
+    beside: bool = False  # first compile all kernels in other processes, for the cache on disk
     device: str = "auto"  # auto, cpu or cuda; auto is an NVIDIA GPU where there is one
     threads: int | None = None  # of the CPU
     json: bool = False  # one object to a line instead of a table
@@ -60,8 +68,10 @@ class Options:
                 raise ValueError(f"D must be a multiple of {HEAD_DIM}, got {D}")
         if self.rounds is not None and self.rounds < 2:
             raise ValueError(f"rounds must be at least 2, got {self.rounds}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        for name in ("threads", "samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         pick_device(self.device)
 
     def tables(self, device: torch.device) -> Iterator[list[Case]]:
@@ -71,7 +81,8 @@ class Options:
                 asked = [op for op in self.op if op in (STREAM if mixed else INPUTS)]
                 yield [OpCase(op, D, self.impls, device, mixed) for op in asked]
         dtype = DTYPES[device.type]
-        for shape in SHAPES:
+        for samples, *rest in SHAPES:
+            shape = (self.samples or samples, *rest)
             noise = (op for op in self.op if op in PASSES)
             yield [NoiseCase(op, shape, dtype, self.impls, device) for op in noise]
 
@@ -101,6 +112,34 @@ def rows_of(case: Case, rounds: int) -> Iterator[dict[str, object]]:
             yield row | {"resident_bytes": memory[impl].resident_bytes}
 
 
+def rows_that_can_be(
+    cases: Sequence[Case], rounds: int, failed: list[str]
+) -> Iterator[dict[str, object]]:
+    """The rows of all cases but those that raise something, whose names are added to a list."""
+    for case in cases:
+        try:
+            yield from rows_of(case, rounds)
+        except Exception:  # whatever it is, the other ops are worth their minutes
+            failed.append(f"{case.op} {case.shape}")
+            traceback.print_exc()
+
+
+def compile_alone(case: Case) -> None:
+    """Run a case's calls once, for the kernels that the cache on disk then holds."""
+    for (call,) in case.calls([case.inputs()]).values():
+        call()
+
+
+def compile_beside(every: Sequence[Case]) -> None:
+    """Compile what some cases need, in as many processes as there are cores beside this one."""
+    processes = max(1, min(PROCESSES, (os.cpu_count() or 1) - 1, len(every)))
+    # a forked process could not use a GPU
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for case, done in [(case, pool.submit(compile_alone, case)) for case in every]:
+            if error := done.exception():
+                print(f"{case.op} was not compiled beside: {error!r}", file=sys.stderr)
+
+
 def weigh(case: Case, call: measure.Call, inputs: Sequence[list[Tensor]]) -> measure.Memory:
     held = [tensor for each in inputs for tensor in each]
     return measure.memory(call, inputs=held, device=case.device)
@@ -111,11 +150,17 @@ def main(options: Options) -> None:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     rounds = options.rounds or ROUNDS[device.type]
+    tables = list(options.tables(device))
+    if options.beside:
+        compile_beside([case for cases in tables for case in cases])
     with measure.own_stream(device):
         about = asdict(ceilings(device, DTYPE)) | asdict(machine(device)) | {"command": called()}
-        for cases in options.tables(device):
-            rows = (row | about for case in cases for row in rows_of(case, rounds))
+        failed: list[str] = []
+        for cases in tables:
+            rows = (row | about for row in rows_that_can_be(cases, rounds, failed))
             emit(rows, as_json=options.json)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

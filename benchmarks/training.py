@@ -12,6 +12,7 @@ One line or row is one way of training:
     sweep_ms              of a step of every block
     peak_allocated_bytes  highest total on the device in a step of the costliest block
     saved_bytes           what its forward leaves for the backward
+    swap_ms, swap_bytes   of one resident block: to the host, and another from there
     flops                 of a step's matmuls and attentions, those computed again too
 
 The peaks are those of the process that also times the steps; `beside_bytes` is what others' own

@@ -1,5 +1,6 @@
 """The rows of `benchmarks/training.py`."""
 
+import statistics
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,13 @@ from training_prepare import Preparation, predicted_peak
 from training_step import Steps, make_steps, step_times
 
 from dbkernels.memory.workspace import Target, target_of
+from dbkernels.training.sharing import SHARED
+from dbkernels.training.trainer import Trainer
 
 Row = dict[str, object]
 
 TIMES = ("step_ms", "p20_ms", "p80_ms", "sweep_ms", "samples_per_second", "rounds", "timing")
+SWAPS = 3
 RATES = ("achieved_tflops", "share_of_matmul_rate")
 CEILINGS = tuple(field.name for field in fields(Ceilings))
 
@@ -144,7 +148,20 @@ def _timed(
             "rounds": rounds,
             "timing": timing,
         }
+        if way.resident == "block":
+            found[way] |= _swap(steps[way].trainer)
     return found
+
+
+def _swap(trainer: Trainer) -> Figures:
+    """What it takes to bring a block to the host and another from there, by wall clock."""
+    seconds = [trainer.residency.swap_seconds() for _ in range(SWAPS)]
+    sizes = [
+        sum(tensor.nbytes for tensor in part.tensors())
+        for name, part in trainer.parts.items()
+        if name != SHARED
+    ]
+    return {"swap_ms": 1e3 * statistics.median(seconds), "swap_bytes": 2 * max(sizes)}
 
 
 def _rates(figures: Figures, times: Figures, ceiling: Row) -> Row:

@@ -1,86 +1,94 @@
 #!/usr/bin/env bash
-# With an NVIDIA GPU and the python3 that is there, without a network: builds csrc, runs the tests
-# that need the GPU, reports on its kernels and runs the benchmarks, in less than eight minutes.
-# Results go to $OUT, or else to benchmarks/results/<device>. A part that fails does not keep the
-# others from running; the script then ends with 1 and names it.
+# The minutes of an NVIDIA GPU, in the order of their worth, without a network:
+#
+#   bash tools/gpu.sh [--rehearse] [smoke|headline|kernels|rest ...]
+#
+# smoke builds csrc and runs the tests that need the GPU; headline measures whole training steps,
+# kernels the ops; rest is graphs and a profile. No name means all, in less than eight minutes. Each
+# job has a limit of time and writes its rows as they come, so a cut loses no more than its own; the
+# end is a table, and 1 where a part failed. Rows go to $OUT, or else benchmarks/results/<device>.
+#
+# python3 needs what tools/gpu_wheels.sh does not fetch; the rest is installed from .whl. Where no
+# git is, DBKERNELS_COMMIT names the commit. A rehearsal needs no GPU: the same programs run on a
+# CPU at small sizes, and their rows are thrown away.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-failed=""
+rehearse=""
+parts=()
+for word in "$@"; do
+    if [ "$word" = --rehearse ]; then rehearse=--rehearse; else parts+=("$word"); fi
+done
 
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+if compgen -G '.whl/*.whl' >/dev/null && [ -z "$rehearse" ]; then
+    "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
+        --target "$scratch/site" .whl/*.whl
+fi
+export PYTHONPATH=$PWD:$scratch/site PYTHONUNBUFFERED=1
 missing=$("$python" -c '
 from importlib.util import find_spec
-needed = ["torch", "triton", "numpy", "scipy", "safetensors", "PIL", "rich", "pytest"]
+needed = ["torch", "triton", "numpy", "scipy", "safetensors", "PIL", "rich", "ninja", "pytest",
+          "xdist", "tyro"]
 print(*(name for name in needed if find_spec(name) is None))')
 if [ -n "$missing" ]; then
-    echo "gpu.sh needs packages that $python lacks: $missing" >&2
+    echo "gpu.sh needs packages that $python lacks, such as tools/gpu_wheels.sh fetches: $missing" >&2
     exit 1
 fi
-# such as "90 nvidia-h100-80gb-hbm3"
-device=$(PYTHONPATH=$PWD/benchmarks:$PYTHONPATH "$python" -c '
+if [ -z "$rehearse" ]; then
+    # such as "9.0 nvidia-h100-80gb-hbm3"
+    device=$(PYTHONPATH=$PWD/benchmarks:$PYTHONPATH "$python" -c '
 import torch, machine
 if torch.cuda.is_available():
-    major, minor = torch.cuda.get_device_capability()
-    print(10 * major + minor, machine.folder_name(torch.device("cuda")))')
-if [ -z "$device" ]; then
-    echo "gpu.sh needs an NVIDIA GPU that torch can use, and found none" >&2
-    exit 1
-fi
-out=${OUT:-benchmarks/results/${device#* }}
-mkdir -p "$out"
-
-# seconds, name of the result, command
-part() {
-    echo "${*:3}"
-    if ! timeout "$1" "${@:3}" >"$out/$2"; then
-        failed="$failed $2"
+    print("%d.%d" % torch.cuda.get_device_capability(), machine.folder_name(torch.device("cuda")))')
+    if [ -z "$device" ]; then
+        echo "gpu.sh needs an NVIDIA GPU that torch can use, and found none" >&2
+        exit 1
     fi
-}
-
-# without it Triton serves, which is no failure of what follows
-part 60 build.txt "$python" setup.py build_ext --inplace
-# the report needs processors and no GPU, so it runs beside the tests; its rows are no benchmark's,
-# which the report of benchmarks would look for in *.jsonl
-report=""
-if "$python" -c 'import tyro' 2>/dev/null; then
-    timeout 100 "$python" tools/kernel_report.py --json --arch "${device% *}" >"$out/kernels.ndjson" &
-    report=$!
+    export TORCH_CUDA_ARCH_LIST=${device% *} # of nvcc: no code for any other GPU
+    out=${OUT:-benchmarks/results/${device#* }}
 else
-    echo "The report on kernels is left out: $python lacks tyro."
+    out=$scratch/results
 fi
-if marked=$(grep -rl --include='test_*.py' 'pytest.mark.gpu' tests); then
-    # the tests ask for deterministic algorithms, which cuBLAS gives with this alone
-    export CUBLAS_WORKSPACE_CONFIG=:4096:8
-    # shellcheck disable=SC2086
-    part 80 tests.txt "$python" -m pytest -q -m gpu $marked
-    unset CUBLAS_WORKSPACE_CONFIG
-    tail -n 3 "$out/tests.txt"
-else
-    echo "No test is marked gpu."
-fi
-if [ -n "$report" ] && ! wait "$report"; then
-    failed="$failed kernels.ndjson"
+mkdir -p "$out"
+"$python" benchmarks/gpu_jobs.py $rehearse "${parts[@]}" >"$scratch/jobs"
+if [ -n "$rehearse" ]; then
+    "$python" benchmarks/gpu_time.py "${parts[@]}"
 fi
 
-part 130 layer.jsonl "$python" benchmarks/layer.py --json
-part 70 ops.jsonl "$python" benchmarks/ops.py --json
-# its options need a parser of commands
-if "$python" -c 'import tyro' 2>/dev/null; then
-    part 95 training.jsonl "$python" benchmarks/training.py --json --preset S/2 --family dit \
-        --num-blocks 1 3 --rungs none qkv --gradients kept --rounds 12 --processes 4 \
-        --methods end_to_end checkpointed selective block_stock block_fused
-    part 45 graphs.jsonl "$python" benchmarks/training.py --json --preset S/2 --family dit \
-        --num-blocks 3 --rungs none --resident all --gradients kept --launch ops graph \
-        --rounds 12 --processes 4 --methods end_to_end block_fused
-else
-    echo "The benchmark of training is left out: $python lacks tyro."
+# the tests ask for deterministic algorithms, which cuBLAS gives with this alone
+export CUBLAS_WORKSPACE_CONFIG=:4096:8
+failed=""
+while IFS=$'\t' read -r -u 3 part file seconds command; do
+    # a benchmark's matmuls are as fast as they come
+    [ "$file" = tests.txt ] || unset CUBLAS_WORKSPACE_CONFIG
+    begin=$SECONDS status=0
+    # the shell words of gpu_jobs.py; an interrupt lets a program say what it has so far
+    eval "timeout --signal=INT --kill-after=5 $seconds \"\$python\" $command" \
+        >"$out/$file" 2>"$scratch/said" || status=$?
+    case $status in
+    0) how=done ;;
+    124 | 137) how="cut off at its limit of $seconds s" ;;
+    *) how="failed with $status" ;;
+    esac
+    if [ $status != 0 ]; then
+        failed="$failed $part/$file"
+        cp "$scratch/said" "$out/${file%.*}.stderr.txt"
+    fi
+    printf '%s/%s\t%s in %s s\n' "$part" "$file" "$how" $((SECONDS - begin)) | tee -a "$scratch/ran"
+    if [ $status != 0 ]; then tail -n 5 "$scratch/said" >&2; fi
+done 3<"$scratch/jobs"
+
+"$python" benchmarks/gpu_table.py "$out" <"$scratch/ran" || failed="$failed table"
+if [ -n "$rehearse" ]; then
+    # what a run leaves is read as it is; a part that was not asked for has left nothing
+    if compgen -G "$out/*.jsonl" >/dev/null; then
+        "$python" tools/report.py "$out" --out "$scratch/report.html" >/dev/null || failed="$failed report"
+    fi
 fi
-for name in ops layer training graphs; do
-    if [ -s "$out/$name.jsonl" ]; then "$python" benchmarks/show.py "$out/$name.jsonl"; fi
-done
 if [ -n "$failed" ]; then
-    echo "Failed, or cut off at the limit of time:$failed (in $out)" >&2
+    echo "Failed:$failed" >&2
     exit 1
 fi

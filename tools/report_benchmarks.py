@@ -83,7 +83,7 @@ def _op_line(row: Row, base: Row | None) -> tuple[Cell, ...]:
         Cell(ratio_text(ms, base and base["median_ms"])),
         Cell(bytes_text(row["bytes_moved"])),
         Cell(f"{rate:.3g}", "", rate),
-        Cell(ratio_text(rate, row.get("copy_gbps"))),
+        Cell(ratio_text(rate, row.get("same_size_copy_gbps", row.get("copy_gbps")))),
         Cell(bytes_text(allocated), "", allocated),
     )
 

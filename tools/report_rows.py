@@ -88,7 +88,8 @@ POSITIVE = (
     "step_ms", "sweep_ms", "p20_ms", "p80_ms", "median_ms", "samples_per_second", "num_blocks",
     "peak_allocated_bytes", "peak_reserved_bytes", "peak_bytes", "bytes_moved", "achieved_gbps",
     "achieved_tflops", "share_of_matmul_rate", "copy_gbps", "matmul_tflops", "budget",
-    "saved_units", "allocated_bytes",
+    "saved_units", "allocated_bytes", "same_size_copy_gbps", "share_of_copy", "swap_ms",
+    "predicted_peak_allocated_bytes", "predicted_peak_reserved_bytes",
 )  # fmt: skip
 ZERO = ("budget", "allocated_bytes")  # of activation memory, and of an op that allocates nothing
 NULL = ("step_ms", "sweep_ms")  # of a row that is predicted

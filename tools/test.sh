@@ -7,4 +7,6 @@ source tools/setup.sh
 .venv/bin/ruff format --check .
 # ends here, with the reason, where a kernel spills registers or its accesses are narrow
 .venv/bin/python tools/kernel_report.py >/dev/null
+# what a GPU's few minutes are for, on this CPU
+PYTHON=.venv/bin/python bash tools/gpu.sh --rehearse
 exec .venv/bin/python -m pytest "$@"

@@ -13,7 +13,7 @@ PUBLISHED = ("--num-blocks", "3", "--rungs", "none", "qkv", "--rounds", "6", *KE
 PUBLISHED += ("end_to_end", "block_stock", "block_fused")
 # a step as one CUDA graph beside the same step op by op
 GRAPHS = ("--num-blocks", "3", "--rungs", "none", "--resident", "all", "--launch", "ops", "graph")
-GRAPHS += ("--rounds", "12", "--processes", "4", *KEPT, "--methods", "end_to_end", "block_fused")
+GRAPHS += ("--rounds", "12", *KEPT, "--methods", "end_to_end", "block_fused")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _quick_cpu() -> Iterator[Job]:
 
 
 def _quick_gpu() -> Iterator[Job]:
-    yield _training("dit", "S/2", (*FEW, "--rounds", "12", "--processes", "4"), 150)
+    yield _training("dit", "S/2", (*FEW, "--rounds", "12"), 150)
     # apart from the others, which it does not take along should it fail
     yield _graphs("S/2")
     for name in LARGE[1:]:

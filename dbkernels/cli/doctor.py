@@ -18,6 +18,10 @@ from dbkernels.ops import _compiled, _register, _toolchain
 
 Report = dict[str, object]
 
+WITHOUT_C = """
+Triton needs a C compiler when a kernel first runs, and there is none: no op
+runs in Triton on a GPU. Install one, such as gcc, or name it by CC."""
+
 
 @dataclass(frozen=True)
 class Doctor:
@@ -47,6 +51,7 @@ def examine() -> Report:
         "triton": triton.__version__,
         "gpu": gpu,
         "compiler": _version(_toolchain.compiler()),
+        "triton_compiler": _version(_toolchain.c_compiler()),
         "nvcc": _version([nvcc] if nvcc else None),
         "library": {
             "loaded": reason is None,
@@ -63,12 +68,15 @@ def show(report: Report, console: Console) -> None:
     gpu, library = report["gpu"], report["library"]
     lines = {name: report[name] for name in ("python", "torch", "triton")}
     lines["NVIDIA GPU"] = f"{gpu['name']}, sm_{gpu['sm']}" if gpu else "none"
-    lines |= {"C++ compiler": report["compiler"] or "none", "nvcc": report["nvcc"] or "none"}
+    tools = {"C compiler": "triton_compiler", "C++ compiler": "compiler", "nvcc": "nvcc"}
+    lines |= {name: report[key] or "none" for name, key in tools.items()}
     lines["compiled library"] = _library_words(library)
     if gpu and gpu["reason"] and library["loaded"]:
         lines[""] = f"Nothing of it serves the GPU: {gpu['reason']}"
     for name, value in lines.items():
         console.print(f"{name:<18}{value}", markup=False, soft_wrap=True)
+    if report["triton_compiler"] is None:
+        console.print(WITHOUT_C, soft_wrap=True)
     if not library["loaded"]:
         console.print("\nWithout it every op runs in plain torch on a CPU and in Triton on a GPU.")
     if library["fix"]:

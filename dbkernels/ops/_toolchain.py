@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 SUFFIXES = (".cpp", ".cu", ".cuh", ".h")
+CC = ("gcc", "clang")  # Triton's order
 CXX = ("c++", "g++", "clang++")
 
 
@@ -29,6 +30,12 @@ def compiler() -> list[str] | None:
         if shutil.which(command[0]):
             return command
     return None
+
+
+def c_compiler() -> list[str] | None:
+    """The C compiler that Triton calls at run time: that of CC, else the first of its own list."""
+    given = os.environ.get("CC")
+    return next(([name] for name in ([given] if given else CC) if shutil.which(name)), None)
 
 
 def nvcc() -> str | None:

@@ -14,7 +14,9 @@ MANIFEST = _compiled.Manifest("0" * 64, 13, (80, 90))
 def machine(monkeypatch):
     """Pretends to a library, its CUDA kernels, a GPU and the compilers of a machine."""
 
-    def pretend(library, *, gpu_reason="none", kernels=(), compiler=("c++",), nvcc=None):
+    def pretend(
+        library, *, gpu_reason="none", kernels=(), compiler=("c++",), nvcc=None, c_compiler="gcc"
+    ):
         monkeypatch.setattr(_compiled, "library", lambda: library)
         monkeypatch.setattr(_compiled, "serves", lambda op, device: (op, device.type) in kernels)
         monkeypatch.setattr(_compiled, "has_kernel", lambda op, kind: (op, kind) in kernels)
@@ -23,6 +25,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
         monkeypatch.setattr(_toolchain, "compiler", lambda: compiler and list(compiler))
+        monkeypatch.setattr(_toolchain, "c_compiler", lambda: c_compiler and [c_compiler])
         monkeypatch.setattr(_toolchain, "nvcc", lambda: nvcc)
         monkeypatch.setattr(doctor, "_version", lambda command: command and f"{command[0]} 12.2")
 
@@ -63,6 +66,15 @@ def test_says_what_a_missing_library_costs_and_the_command_that_builds_it(cli, m
     assert "every op runs in plain torch on a CPU and in Triton on a GPU." in outcome.out
     assert "install a C++ compiler, such as g++, and then run:" in outcome.out
     assert outcome.out.count("setup.py build_ext --inplace\n") == 1
+
+
+@pytest.mark.parametrize("c_compiler", ["gcc", None])
+def test_says_that_triton_needs_a_c_compiler_where_there_is_none(cli, machine, c_compiler):
+    machine(_compiled.Library(None, manifest=MANIFEST), c_compiler=c_compiler)
+    outcome = cli("doctor")
+    assert line(outcome, "C compiler") == ("gcc 12.2" if c_compiler else "none")
+    assert ("no op\nruns in Triton on a GPU" in outcome.out) == (c_compiler is None)
+    assert outcome.code == 0 and max(map(len, outcome.out.splitlines())) <= 80
 
 
 def test_an_installation_without_sources_is_built_by_pip(cli, machine, monkeypatch, tmp_path):

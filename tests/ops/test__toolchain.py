@@ -78,3 +78,21 @@ def test_nvcc_of_cuda_home_counts_and_no_other(command, monkeypatch, tmp_path):
     of_home = tmp_path / "cuda" / "bin" / "nvcc"
     os.rename(on_path, of_home)
     assert _toolchain.nvcc() == str(of_home)
+
+
+@pytest.mark.parametrize(
+    ("given", "there", "found"),
+    [
+        (None, {"gcc", "clang"}, ["gcc"]),
+        (None, {"clang"}, ["clang"]),
+        (None, set(), None),
+        ("my-cc", {"gcc", "my-cc"}, ["my-cc"]),
+        ("my-cc", {"gcc"}, None),
+    ],
+)
+def test_the_c_compiler_is_the_one_that_triton_takes(monkeypatch, given, there, found):
+    monkeypatch.delenv("CC", raising=False)
+    if given:
+        monkeypatch.setenv("CC", given)
+    monkeypatch.setattr(_toolchain.shutil, "which", lambda name: name if name in there else None)
+    assert _toolchain.c_compiler() == found
