@@ -16,6 +16,7 @@ from rehearsal import PRESET
 ROOT = Path(__file__).parents[1]
 LIMITS = {"smoke": 90, "headline": 240, "kernels": 90, "rest": 60}  # seconds, in the order of worth
 RUNGS = ("none", "qkv", "layer")
+MARK = "pytestmark = pytest.mark.gpu"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def jobs(sizes: Sizes) -> list[Job]:
 def marked() -> list[str]:
     """Files of tests that need a GPU: to collect all others takes longer than to run these."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(f.relative_to(ROOT)) for f in files if "pytest.mark.gpu" in f.read_text()]
+    return [str(f.relative_to(ROOT)) for f in files if MARK in f.read_text()]
 
 
 def main(words: Sequence[str]) -> None:

@@ -24,10 +24,11 @@ done
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 if compgen -G '.whl/*.whl' >/dev/null && [ -z "$rehearse" ]; then
+    # what is then still missing is named below
     "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
-        --target "$scratch/site" .whl/*.whl
+        --target "$scratch/site" .whl/*.whl 2>"$scratch/said" || true
 fi
-export PYTHONPATH=$PWD:$scratch/site PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD:$scratch/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 missing=$("$python" -c '
 from importlib.util import find_spec
 needed = ["torch", "triton", "numpy", "scipy", "safetensors", "PIL", "rich", "ninja", "pytest",
@@ -53,17 +54,17 @@ else
     out=$scratch/results
 fi
 mkdir -p "$out"
+rm -f "$out/stderr.txt"
 "$python" benchmarks/gpu_jobs.py $rehearse "${parts[@]}" >"$scratch/jobs"
 if [ -n "$rehearse" ]; then
     "$python" benchmarks/gpu_time.py "${parts[@]}"
 fi
 
-# the tests ask for deterministic algorithms, which cuBLAS gives with this alone
-export CUBLAS_WORKSPACE_CONFIG=:4096:8
 failed=""
 while IFS=$'\t' read -r -u 3 part file seconds command; do
-    # a benchmark's matmuls are as fast as they come
-    [ "$file" = tests.txt ] || unset CUBLAS_WORKSPACE_CONFIG
+    unset CUBLAS_WORKSPACE_CONFIG
+    # the tests ask for deterministic algorithms, which cuBLAS gives with this alone
+    if [ "$file" = tests.txt ]; then export CUBLAS_WORKSPACE_CONFIG=:4096:8; fi
     begin=$SECONDS status=0
     # the shell words of gpu_jobs.py; an interrupt lets a program say what it has so far
     eval "timeout --signal=INT --kill-after=5 $seconds \"\$python\" $command" \
@@ -75,7 +76,7 @@ while IFS=$'\t' read -r -u 3 part file seconds command; do
     esac
     if [ $status != 0 ]; then
         failed="$failed $part/$file"
-        cp "$scratch/said" "$out/${file%.*}.stderr.txt"
+        cat "$scratch/said" >>"$out/stderr.txt"
     fi
     printf '%s/%s\t%s in %s s\n' "$part" "$file" "$how" $((SECONDS - begin)) | tee -a "$scratch/ran"
     if [ $status != 0 ]; then tail -n 5 "$scratch/said" >&2; fi

@@ -1,6 +1,4 @@
 import json
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,21 +72,6 @@ def test_a_file_of_results_is_shown_case_by_case(bench, layer_rows, tmp_path, ca
     bench("show").main([str(path)])
     out = capsys.readouterr().out
     assert out.count("D = 64") == out.count("D = 65") == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [("-S", "gpu.sh needs packages that .* lacks: .*torch"), ("", "gpu.sh needs an NVIDIA GPU")],
-)
-def test_the_gpu_script_says_what_is_missing(tmp_path, options, sentence):
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {options} "$@"\n')
-    python.chmod(0o755)
-    env = {**os.environ, "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", str(ROOT / "tools" / "gpu.sh")]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert re.match(sentence, done.stderr)
 
 
 def test_the_folder_of_results_is_told_to_other_programs(bench):

@@ -30,8 +30,13 @@ def rows(training):
     options = training.Options(
         **SMALL, methods=methods, num_blocks=(1, 2), rungs=("none", "layer"), rounds=4
     )
+    return rows_by(training, options)
+
+
+def rows_by(training, options, ready=None, failed=()):
+    """All rows of the options' one case."""
     (case,) = options.cases()
-    return list(training.rows_of(case, options))
+    return list(training.rows_of(case, options, ready, list(failed)))
 
 
 def test_rows_have_what_a_report_reads(rows, tmp_path, monkeypatch, bench):
@@ -81,10 +86,9 @@ def test_operations_are_averaged_over_blocks_that_differ(rows):
 def test_a_gpu_that_is_not_there_is_predicted(training):
     methods = ("checkpointed", "end_to_end")
     options = training.Options(**SMALL, target="h100", num_blocks=(1,), methods=methods)
-    (case,) = options.cases()
     for method in options.methods:
         row, freed = (
-            next(training.rows_of(case, replace(options, methods=(method,), gradients=(each,))))
+            rows_by(training, replace(options, methods=(method,), gradients=(each,)))[0]
             for each in ("kept", "freed")
         )
         assert (row["gradients"], freed["gradients"]) == ("kept", "freed")
@@ -104,25 +108,117 @@ def test_one_rehearsal_tells_both_what_all_blocks_need_and_one(training, bench):
         rungs=("qkv",),
         gradients=("kept",),
     )
-    (case,) = options.cases()
-    rows = list(training.rows_of(case, options))
+    rows = rows_by(training, options)
     assert [row["resident"] for row in rows] == ["all", "block"]
     assert rows[0]["peak_allocated_bytes"] > rows[1]["peak_allocated_bytes"]
     assert rows[0]["saved_bytes"] == rows[1]["saved_bytes"]
 
 
 def test_what_does_not_fit_is_predicted_and_said(training, bench, monkeypatch, capsys):
-    module = bench("training_rows")
-    whole = bench("training_case").Way("end_to_end")
-    alone = {whole: None}
-    monkeypatch.setattr(module, "_weighed_alone", lambda *_: alone)
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(bench("training_rows"), "weigh", out_of_memory)
     options = training.Options(
         **SMALL, methods=("end_to_end",), num_blocks=(1,), gradients=("kept",), rounds=2
     )
-    (case,) = options.cases()
-    (row,) = training.rows_of(case, options)
+    (row,) = rows_by(training, options)
     assert row["memory"] == "predicted" and row["step_ms"] is None
     assert "end to end in 1 block does not fit the device" in capsys.readouterr().err
+
+
+def test_a_way_that_fails_is_named_and_the_others_are_there(training, bench, monkeypatch, capsys):
+    rows_module = bench("training_rows")
+    weigh = rows_module.weigh
+
+    def broken(case, way, *more):
+        if way.method == "checkpointed":
+            raise RuntimeError("an illegal address")
+        return weigh(case, way, *more)
+
+    monkeypatch.setattr(rows_module, "weigh", broken)
+    methods = ("end_to_end", "checkpointed", "selective")
+    options = training.Options(
+        **SMALL, methods=methods, num_blocks=(1,), gradients=("kept",), rounds=2
+    )
+    with pytest.raises(SystemExit, match="failed: tiny, checkpointed in 1 block"):
+        training.main(replace(options, json=True))
+    printed = capsys.readouterr()
+    assert [json.loads(r)["method"] for r in printed.out.splitlines()] == [methods[0], methods[2]]
+    assert "an illegal address" in printed.err
+
+
+def test_a_row_without_times_comes_as_soon_as_its_way_is_weighed(training):
+    options = training.Options(
+        **SMALL, methods=("end_to_end",), num_blocks=(1,), gradients=("kept",), rounds=2
+    )
+    first, second = rows_by(training, replace(options, early=True, json=True))
+    assert first["step_ms"] is None and second["step_ms"] > 0
+    assert first["peak_allocated_bytes"] == second["peak_allocated_bytes"]
+    assert len(rows_by(training, replace(options, early=True))) == 1
+
+
+PEAKS = {0.9: 30, 0.6: 25, 0.5: 11, 0.4: 9, 0.3: 5, 0.2: 2}  # by budget
+
+
+class Known:
+    """Predictions that are there: of each budget its own, and of the rest 10.5."""
+
+    def figures(self, case, way):
+        peak = PEAKS.get(way.budget, 10.5)
+        return {"peak_allocated_bytes": peak, "peak_reserved_bytes": 2 * peak, "flops": 1}
+
+
+def test_the_budget_is_the_one_whose_peak_is_nearest(training, bench, monkeypatch):
+    prepare = bench("training_prepare")
+    assert PEAKS.keys() == set(prepare.BUDGETS)
+    monkeypatch.setattr(prepare.Preparation, "figures", Known.figures)
+    monkeypatch.setattr(prepare.Preparation, "predict", lambda *_: None)
+    way = prepare.Preparation(None, torch.device("cpu")).nearest(None, "none")
+    assert (way.method, way.budget) == ("compiled", 0.5)
+
+
+def test_what_was_predicted_stands_beside_and_nothing_runs_while_steps_are_timed(
+    training, bench, monkeypatch
+):
+    told = []
+
+    class Ready(Known):
+        def wait(self):
+            told.append("rests")
+
+    samples = bench("measure").samples
+    monkeypatch.setattr(
+        bench("measure"), "samples", lambda *a, **k: told.append("times") or samples(*a, **k)
+    )
+    options = training.Options(
+        **SMALL, methods=("end_to_end",), num_blocks=(1,), gradients=("kept",), rounds=2
+    )
+    (row,) = rows_by(training, options, Ready())
+    assert row["predicted_peak_allocated_bytes"] == 10.5
+    assert row["predicted_peak_reserved_bytes"] == 21
+    assert "rests" in told and told.index("rests") < told.index("times")
+
+
+def test_a_rehearsal_runs_what_a_gpu_alone_measures(training, bench):
+    options = training.Options(
+        **SMALL | {"family": "dit", "preset": ("rehearsal",), "batch": 2},
+        methods=("block_fused", "compiled"),
+        num_blocks=(1, 3),
+        rungs=("none", "layer"),
+        budgets=(1.0,),
+        resident=("all", "block"),
+        resident_at=(3,),
+        gradients=("kept",),
+        rounds=6,
+        rehearse=True,
+    )
+    with bench("rehearsal").rehearsing(True):
+        rows = rows_by(training, options)
+    ways = [(row["method"], row["num_blocks"], row["rung"], row["resident"]) for row in rows]
+    assert ways.count(("block_fused", 3, "layer", "block")) == 1 and len(ways) == 7
+    assert all(row["step_ms"] > 0 and row["memory"] == "measured" for row in rows)
+    assert [row["swap_ms"] > 0 for row in rows if row["resident"] == "block"] == [True, True]
 
 
 def test_a_table_has_a_row_for_each_way(training, rows, bench, capsys):
@@ -161,6 +257,8 @@ def test_the_command_of_a_row_prints_a_table_when_it_is_repeated(bench, monkeypa
         ({"dtype": ("float16",)}, "dtype must be of float32, autocast, got float16"),
         ({"resident": ("host",)}, "resident must be of all, block, got host"),
         ({"resident": ("block",)}, "resident must be all on a CPU, .* got block"),
+        ({"nearest": "all", "beside": True}, "nearest must be of none, .* got all"),
+        ({"nearest": "none"}, "nearest must be of none, .* come with beside, got none"),
         ({"budgets": (1.5,)}, "budgets must be from 0 to 1, got 1.5"),
         ({"num_blocks": (0,)}, "num_blocks must be from 1 to the 12 layers of cifar100, got 0"),
         ({"num_blocks": (13,)}, "num_blocks must be from 1 to the 12 layers of cifar100, got 13"),
@@ -182,7 +280,7 @@ def test_a_batch_that_was_halved_does_not_count(training, bench):
     )
     (case,) = options.cases()
     way = bench("training_case").Way("end_to_end")
-    trainer = bench("training_step").make_trainer(case, way, torch.device("cpu"))
-    trainer.micro_batch.size = 2
+    steps = bench("training_step").make_steps(case, way, torch.device("cpu"), {})
+    steps.trainer.micro_batch.size = 2
     with pytest.raises(torch.OutOfMemoryError, match="a batch of 4 does not fit"):
-        bench("training_memory").weigh(case, way, trainer)
+        bench("training_memory").weigh(case, way, steps)

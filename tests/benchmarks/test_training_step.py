@@ -125,6 +125,55 @@ def test_steps_take_the_blocks_in_turn(bench, made):
     assert [trainer.parts[f"block{i}"].steps for i in range(3)] == [2, 1, 1]
 
 
+def test_rungs_of_one_resident_block_are_one_trainers(bench, made):
+    Way, step = bench("training_case").Way, bench("training_step")
+    case = bench("training_case").TrainingCase("dit", "tiny", 4, "float32")
+    made(Way("end_to_end"))  # the tiny preset is there now
+    ways = [Way("block_fused", 2, rung, resident="block") for rung in ("none", "layer")]
+    steps = {}
+    for way in ways:
+        steps[way] = step.make_steps(case, way, CPU, steps)
+    none, layer = steps.values()
+    assert none.trainer is layer.trainer
+    rungs = []
+    for each in (none, layer, none):
+        each()
+        rungs.append({of.config.keep for of in each.trainer.models.model.layers})
+    assert rungs == [{"none"}, {"layer"}, {"none"}]
+
+
+def test_a_step_finds_another_block_on_the_device_than_its_own(bench, made):
+    step, Way = bench("training_step"), bench("training_case").Way
+    (trainer,) = made(Way("block_fused", 2, "none", resident="block"))
+    entered = []
+    enter = trainer.residency.enter
+    trainer.residency.enter = lambda name: entered.append(name) or enter(name)
+    first = step.Steps(trainer, "none")
+    second = step.Steps(trainer, "layer", beside=first)
+    first()
+    second.prepare()
+    second()
+    assert entered == ["block0", "block1", "block0"]
+    second.prepare()  # block 1 is next, and block 0 is there
+    assert len(entered) == 3
+
+
+def test_what_is_prepared_before_a_call_takes_no_time(bench, monkeypatch):
+    measure, clock = bench("measure"), [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure, "WARM_UP_MS", {"cpu": 0})
+
+    class Prepared:
+        def prepare(self):
+            clock[0] += 5
+
+        def __call__(self):
+            clock[0] += 0.001
+
+    times = measure.interleaved({"a": Prepared()}, device=CPU, rounds=2)
+    assert times["a"].median_ms == pytest.approx(1.0)
+
+
 def test_a_time_is_averaged_over_the_blocks_medians(bench):
     times = bench("training_step").step_times([1, 10, 2, 20, 9, 30], [0, 1, 0, 1, 0, 1])
     assert (times["step_ms"], times["sweep_ms"]) == (11, 22)
@@ -143,10 +192,10 @@ def test_no_step_that_keeps_its_gradients_calls_a_hook(bench, made):
     case = bench("training_case").TrainingCase("dit", "tiny", 4, "float32")
     made(Way("end_to_end"))  # the tiny preset is there now
     ways = [Way(name, gradients=end) for name in ("end_to_end", "checkpointed") for end in ENDS]
-    weights = [
-        steps.trainer.models.model.head.weight
-        for steps in bench("training_rows")._steps(case, ways, CPU).values()
-    ]
+    steps = {}
+    for way in ways:
+        steps[way] = bench("training_step").make_steps(case, way, CPU, steps)
+    weights = [each.trainer.models.model.head.weight for each in steps.values()]
     assert weights[0] is weights[2] and weights[1] is weights[3]
     hooks = [weight._post_accumulate_grad_hooks for weight in weights]
     assert not hooks[0] and len(hooks[1]) == 2
