@@ -40,15 +40,23 @@ def test_programs_with_whole_samples_write_the_result_itself(monkeypatch):
         assert sums[0] is outs[0] and sums[1] is outs[1]
 
 
-def test_parts_are_added_in_float32_and_rounded_once():
-    whole = torch.zeros(1, 6, dtype=torch.bfloat16)
+def test_parts_are_added_in_float32_and_rounded_once_into_slices():
+    whole = torch.zeros(2, 6, dtype=torch.bfloat16)
     outs = whole[:, 1:3], whole[:, 4:6]
-    with partial_sums(Segments(T=12, rows=4, count=3), *outs) as sums:
-        assert [(part.shape, part.dtype) for part in sums] == 2 * [((3, 2), torch.float32)]
-        sums[0].copy_(torch.tensor([[1.0, 4.0], [2**-9, 5.0], [2**-9, 6.0]]))
+    # the second of three programs holds rows of both samples
+    with partial_sums(Segments(T=6, rows=4, count=4), *outs) as sums:
+        assert [(part.shape, part.dtype) for part in sums] == 2 * [((4, 2), torch.float32)]
+        sums[0].copy_(torch.tensor([[1.0, 4.0], [2**-7, 5.0], [1.0, 2**-9], [2**-9, 1.0]]))
         sums[1].fill_(2.0)
-    # in bfloat16, 1 + 2**-9 + 2**-9 would stay 1; 1 + 2**-8 is a tie that goes to 1 as well
-    assert whole.tolist() == [[0, 1, 15, 0, 6, 6]]
+    assert whole.tolist() == [[0, 1 + 2**-7, 9, 0, 4, 4], [0, 1, 1, 0, 4, 4]]
+
+
+def test_small_parts_are_not_lost_in_a_large_one():
+    out = torch.empty(1, 1, dtype=torch.bfloat16)
+    with partial_sums(Segments(T=5, rows=1, count=5), out) as (sums,):
+        sums.copy_(torch.tensor([[1.0], [2**-9], [2**-9], [2**-9], [2**-9]]))
+    # added in bfloat16 one by one, the sum would stay 1
+    assert out.item() == 1 + 2**-7
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 50])
