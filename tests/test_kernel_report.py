@@ -1,5 +1,6 @@
 import importlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -295,3 +296,11 @@ def test_the_width_of_an_access_is_traced_to_its_argument(tool):
     loads, stores = tool("kernel_compile")._widths(ptx, ["x_ptr", "y_ptr", "z_ptr", None])
     assert loads == {"x_ptr": (2, 8, 16)}
     assert stores == {"y_ptr": (16,), "z_ptr": (4,)}
+
+
+def test_a_triton_that_cannot_be_had_is_named_and_fails_nothing():
+    command = ["bash", str(TOOLS / "other_triton.sh"), "0.0.1"]
+    env = {**os.environ, "PIP_NO_INDEX": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Triton 0.0.1 cannot be had here, so no kernel was compiled")
