@@ -1,11 +1,13 @@
 import importlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 TOOLS = Path(__file__).parents[1] / "tools"
 KEYS = {"kernel", "arch", "D", "registers", "stack_bytes", "local_bytes", "shared_bytes"}
@@ -25,15 +27,19 @@ def row(tool):
         kernel="gelu_fwd",
         arch=90,
         dtype="bfloat16",
+        stream="bfloat16",
         D=768,
         num_warps=4,
         registers=40,
         stack_bytes=0,
         local_bytes=0,
         shared_bytes=0,
+        programs_per_processor=12,
+        wave_efficiency={8: 0.97},
         widest_load_bytes=16,
         widest_store_bytes=16,
         row_access_bytes=16,
+        least_access_bytes=16,
         hbm_bytes=10**9,
         floor_us={"H100": 298.5},
     )
@@ -48,37 +54,48 @@ def test_compiles_a_kernel_where_there_is_no_gpu():
     done = run("--json", "--kernel", "adaln_norm_bwd", "--arch", "90", "--D", "768", "1024")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(row["kernel"], row["arch"], row["D"]) for row in rows] == [
-        ("adaln_norm_bwd", 90, 768),
-        ("adaln_norm_bwd", 90, 1024),
+    assert [(row["kernel"], row["arch"], row["D"], row["stream"]) for row in rows] == [
+        ("adaln_norm_bwd", 90, D, stream) for D in (768, 1024) for stream in ("bfloat16", "float32")
     ]
     for row in rows:
         assert row.keys() >= KEYS
         assert 16 <= row["registers"] <= 255
         assert row["stack_bytes"] == row["local_bytes"] == 0
-        assert row["widest_load_bytes"] == row["widest_store_bytes"] == 16
-        assert row["row_access_bytes"] == 16
+        # rows of bfloat16, and those of a float32 stream
+        assert row["widest_load_bytes"] == {"bfloat16": 8, "float32": 16}[row["stream"]]
+        assert row["row_access_bytes"] == row["least_access_bytes"] == 8
         assert row["floor_us"]["H100-SXM5-80GB"] == round(row["hbm_bytes"] / 3.35e6, 2)
 
 
-def test_a_tile_that_is_too_large_is_found_out():
-    code = """if True:
-        import kernel_report
-        from dbkernels.ops import _tile
-        tile = _tile.RowTile(BLOCK_T=1, BLOCK_D=8192, PIECES=1, num_warps=1)
-        _tile.row_tile = lambda D: tile
-        print(*kernel_report.row_of("gated_residual_fwd", 90, 8192).faults(), sep="\\n")
-    """
-    env = {"PYTHONPATH": str(TOOLS), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=TOOLS.parent)
-    assert "gated_residual_fwd at D = 8192 on sm_90 spills registers: " in done.stdout, done.stderr
+@pytest.mark.parametrize(
+    ("kernel", "registers", "programs"),
+    [("gated_adaln_norm_bwd", 128, 4), ("adaln_norm_bwd", 96, 5)],
+)
+def test_the_backwards_of_dit_xl_fill_an_h100_in_one_wave(kernel, registers, programs):
+    done = run("--json", "--kernel", kernel, "--arch", "90", "--D", "1152")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["stream"] for row in rows] == ["bfloat16", "float32"]
+    for row in rows:
+        assert row["registers"] <= registers
+        assert row["programs_per_processor"] >= programs
+        assert row["wave_efficiency"].keys() == {"8", "32", "64", "128", "256"}
+        assert min(row["wave_efficiency"].values()) >= 0.9
+
+
+def test_a_row_that_is_too_wide_for_the_registers_is_found_out():
+    done = run("--json", "--kernel", "gated_adaln_norm_bwd", "--arch", "90", "--D", "16384")
+    assert done.returncode == 1
+    where = "gated_adaln_norm_bwd of a bfloat16 stream at D = 16384 on sm_90"
+    assert f"{where} spills registers: " in done.stderr
 
 
 def test_a_sound_kernel_has_no_fault(row):
     assert list(row.faults()) == []
     # no row that 16 bytes divide
     assert list(replace(row, row_access_bytes=None).faults()) == []
+    # a kernel of rows, which holds them in pieces of half the width
+    assert list(replace(row, row_access_bytes=8, least_access_bytes=8).faults()) == []
 
 
 @pytest.mark.parametrize(
@@ -102,7 +119,7 @@ def test_a_fault_ends_the_report_with_1_and_a_sentence(
     out, err = capsys.readouterr()
     assert exit.value.code == 1
     assert "gelu_fwd" in out
-    assert err.startswith("gelu_fwd at D = 768 on sm_90 ") and message in err
+    assert err.startswith("gelu_fwd of a bfloat16 stream at D = 768 on sm_90 ") and message in err
     assert err.count("\n") == 1
 
 
@@ -207,30 +224,55 @@ def test_every_kernel_of_the_ops_is_reported(tool):
         for kernel in launchers.values():
             if f"def {kernel[1]}(" in path.read_text():
                 kernels.add((path.stem, kernel))
+    # which several ops launch after their own
+    kernels.add(("gated_adaln_norm", launchers["sum"]))
     assert kernels == {(case.op, launchers[case.direction]) for case in cases}
 
 
-def test_bytes_of_adaln_norm_are_each_tensor_once(tool):
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32], ids=str)
+def test_bytes_of_adaln_norm_are_each_tensor_once(tool, stream):
     cases, compiler = tool("kernel_cases"), tool("kernel_compile")
-    D, tokens = 384, cases.B * cases.T
+    D, tokens, of_stream = 384, cases.B * cases.T, stream.itemsize
+    shapes = cases.Shapes(D, stream=stream)
 
     case = cases.CASES["adaln_norm_fwd"]
-    _, launch = compiler.record(case, D, 90)
+    _, launch = compiler.record(case, shapes, 90)
     statistics, modulation = tokens * 2 * 4, 2 * cases.B * D * 2
-    assert compiler.bytes_moved(case, launch) == 2 * tokens * D * 2 + statistics + modulation
-    assert list(compiler.row_arguments(launch)) == ["x_ptr", "y_ptr"]
+    moved = tokens * D * (2 + of_stream) + statistics + modulation
+    assert compiler.bytes_moved(case, launch) == moved
+    rows = ["x_ptr", "y_ptr"] if of_stream == 2 else ["y_ptr"]
+    assert list(compiler.row_arguments(launch)) == rows
 
     case = cases.CASES["adaln_norm_bwd"]
-    _, launch = compiler.record(case, D, 90)
+    _, launch = compiler.record(case, shapes, 90)
     sums = 2 * launch.arguments["dscale_ptr"].numel() * 4
     assert sums > 2 * cases.B * D * 4  # more than one program shares a sample
-    assert compiler.bytes_moved(case, launch) == 5 * tokens * D * 2 + statistics + modulation + sums
+    moved = tokens * D * (2 * 2 + 3 * of_stream) + statistics + modulation + sums
+    assert compiler.bytes_moved(case, launch) == moved
+
+
+def test_partial_sums_are_read_once_and_their_totals_written(tool):
+    cases, compiler = tool("kernel_cases"), tool("kernel_compile")
+    case, shapes = cases.CASES["gated_adaln_norm_sum"], cases.Shapes(384)
+    _, launch = compiler.record(case, shapes, 90)
+    parts, totals = launch.arguments["parts_ptr"].numel() * 4, 3 * cases.B * 384 * 2
+    assert parts == 3 * launch.arguments["segments"] * 384 * 4
+    assert compiler.bytes_moved(case, launch) == parts + totals
+
+
+def test_a_wave_that_is_not_full_leaves_processors_idle(tool):
+    waves = tool("kernel_waves")
+    assert waves._load(132, 90, 4) == 1
+    assert waves._load(133, 90, 4) == 2
+    assert waves._load(4 * 132, 90, 4) == 4
+    # a second wave takes as long as the first
+    assert waves._load(4 * 132 + 1, 90, 4) == 8
 
 
 def test_bytes_of_queries_and_keys_leave_out_the_values(tool):
     cases, compiler = tool("kernel_cases"), tool("kernel_compile")
     case = cases.CASES["qk_norm_rotary_fwd"]
-    _, launch = compiler.record(case, 384, 90)
+    _, launch = compiler.record(case, cases.Shapes(384), 90)
     read_and_written = 2 * cases.B * cases.T * 2 * 384 * 2
     weights, table = 2 * 64 * 2, cases.T * 64 * 4
     assert compiler.bytes_moved(case, launch) == read_and_written + weights + table
@@ -254,3 +296,11 @@ def test_the_width_of_an_access_is_traced_to_its_argument(tool):
     loads, stores = tool("kernel_compile")._widths(ptx, ["x_ptr", "y_ptr", "z_ptr", None])
     assert loads == {"x_ptr": (2, 8, 16)}
     assert stores == {"y_ptr": (16,), "z_ptr": (4,)}
+
+
+def test_a_triton_that_cannot_be_had_is_named_and_fails_nothing():
+    command = ["bash", str(TOOLS / "other_triton.sh"), "0.0.1"]
+    env = {**os.environ, "PIP_NO_INDEX": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Triton 0.0.1 cannot be had here, so no kernel was compiled")

@@ -2,11 +2,12 @@
 
 import importlib
 import inspect
+import math
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,15 @@ from unittest import mock
 
 import torch
 import triton
-from kernel_cases import LAUNCHERS, B, Case, T
+from kernel_cases import LAUNCHERS, B, Case, Shapes, T
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dbkernels.ops import _sums
+
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, an H100 or H200, and a B200
 WARP = 32  # threads
+DEFAULT_WARPS = 4  # of a program whose launcher names none
 ALIGNED = 16  # bytes; also the factor of an integer that Triton compiles for
 POINTER = {
     torch.bfloat16: "*bf16",
@@ -39,7 +43,9 @@ class Launch:
     """What a launcher gave to its kernel."""
 
     arguments: dict[str, object]  # by name
+    programs: int
     num_warps: int
+    registers: int | None  # of a thread, where the launcher limits them
 
 
 @dataclass(frozen=True)
@@ -54,34 +60,52 @@ class Compiled:
     store_bytes: dict[str, tuple[int, ...]]
 
 
-def record(case: Case, D: int, arch: int) -> tuple[object, Launch]:
+def record(case: Case, shapes: Shapes, arch: int) -> tuple[object, Launch]:
     """The kernel of a case, and its launch by its launcher on tensors without data."""
     op = importlib.import_module(f"dbkernels.ops.{case.op}")
     launcher, kernel_name = LAUNCHERS[case.direction]
-    kernel, launches = getattr(op, kernel_name), []
-    recorder = mock.MagicMock()
-    recorder.__getitem__.return_value = lambda *args, **options: launches.append((args, options))
-    with mock.patch.object(op, kernel_name, recorder), _processors(PROCESSORS[arch]):
-        getattr(op, launcher)(*case.arguments(D))
-    ((args, options),) = launches
-    num_warps = options.pop("num_warps")
+    module = _sums if kernel_name == "_sum_kernel" else op
+    kernel, launches = getattr(module, kernel_name), {}
+    with ExitStack() as stack:
+        for each, name in ((op, kernel_name), (_sums, "_sum_kernel"), (op, "_bwd_kernel")):
+            if hasattr(each, name):
+                stack.enter_context(mock.patch.object(each, name, _Recorder(name, launches)))
+        stack.enter_context(_processors(PROCESSORS[arch]))
+        getattr(op, launcher)(*case.arguments(shapes))
+    grid, args, options = launches[kernel_name]
+    warps, registers = options.pop("num_warps", DEFAULT_WARPS), options.pop("maxnreg", None)
     bound = inspect.signature(kernel.fn).bind(*args, **options)
-    return kernel, Launch(dict(bound.arguments), num_warps)
+    return kernel, Launch(dict(bound.arguments), math.prod(grid), warps, registers)
+
+
+class _Recorder:
+    """Stands for a kernel and notes how it is launched."""
+
+    def __init__(self, name: str, launches: dict[str, tuple]):
+        self._name, self._launches = name, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        def note(*args, **options):
+            self._launches[self._name] = grid, args, options
+
+        return note
 
 
 def compile_launch(kernel, launch: Launch, arch: int) -> Compiled:
     """Compile as a launch on a GPU of this architecture would."""
     signature, constants, attributes = {}, {}, {}
     for index, (name, value) in enumerate(launch.arguments.items()):
-        constexpr = kernel.params[index].is_constexpr
-        signature[name] = "constexpr" if constexpr else _type_of(value)
+        parameter = kernel.params[index]
+        special = not parameter.do_not_specialize
+        signature[name] = "constexpr" if parameter.is_constexpr else _type_of(value, special)
         if signature[name] == "constexpr":
             constants[name] = value
-        elif _is_aligned(value):
+        elif special and _is_aligned(value):
             attributes[(index,)] = [["tt.divisibility", ALIGNED]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     # said because Triton's default is about to change, which its launches will follow
     options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+    options |= {"maxnreg": launch.registers} if launch.registers else {}
     out = triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=options)
     passed = [name for name in signature if signature[name] != "constexpr"]
     pointers = [name if signature[name].startswith("*") else None for name in passed]
@@ -136,9 +160,9 @@ def _processors(count):
         yield
 
 
-def _type_of(value) -> str:
+def _type_of(value, special: bool) -> str:
     # Triton compiles an absent tensor and the integer 1 in, as it does on a GPU
-    if value is None or (isinstance(value, int) and value == 1):
+    if value is None or (special and isinstance(value, int) and value == 1):
         return "constexpr"
     if isinstance(value, torch.Tensor):
         return POINTER[value.dtype]

@@ -17,10 +17,10 @@ from itertools import chain, groupby
 from typing import Literal
 from unittest import mock
 
+import torch
 import tyro
-from kernel_cases import CASES, DTYPE, B, T
+from kernel_cases import CASES, DTYPE, B, Shapes, T
 from kernel_compile import (
-    ALIGNED,
     bytes_moved,
     compile_launch,
     record,
@@ -28,10 +28,11 @@ from kernel_compile import (
     spills,
 )
 from kernel_library import LibraryRow, library_rows
+from kernel_waves import BATCHES, wave_efficiency
 from rich.console import Console
 from rich.table import Table
 
-from dbkernels.ops._tile import MAX_D
+from dbkernels.ops._tile import MAX_D, programs_per_processor
 
 LIBRARY = "library"  # among the kernels, for all of CUDA
 # peak memory bandwidth in bytes/s, from the makers' data sheets
@@ -80,37 +81,42 @@ class Row:
 
     kernel: str
     arch: int
-    dtype: str
+    dtype: str  # of the branches
+    stream: str  # dtype of the residual stream
     D: int
     num_warps: int
     registers: int
     stack_bytes: int
     local_bytes: int
     shared_bytes: int
+    programs_per_processor: int  # that fit at once
+    wave_efficiency: dict[int, float]  # of a full device, by B; see kernel_waves
     widest_load_bytes: int
     widest_store_bytes: int
     row_access_bytes: int | None  # the narrowest to a row of bfloat16 that 16 bytes divide
+    least_access_bytes: int  # that row_access_bytes has to reach
     hbm_bytes: int  # at B and T of kernel_cases
     floor_us: dict[str, float]  # hbm_bytes at peak bandwidth, by product
 
     def faults(self) -> Iterator[str]:
-        where = f"{self.kernel} at D = {self.D} on sm_{self.arch}"
+        where = f"{self.kernel} of a {self.stream} stream at D = {self.D} on sm_{self.arch}"
         yield from spills(where, self.stack_bytes, self.local_bytes)
-        if self.row_access_bytes is not None and self.row_access_bytes < ALIGNED:
+        if self.row_access_bytes is not None and self.row_access_bytes < self.least_access_bytes:
             yield (
                 f"{where} reads or writes rows in {self.row_access_bytes} bytes at a time, "
-                f"where {ALIGNED} are possible"
+                f"where {self.least_access_bytes} are possible"
             )
 
 
 def rows_of(task: tuple[str, int], widths: tuple[int, ...]) -> list[Row]:
     """The rows of one kernel for one architecture; many widths compile to the same code."""
-    return [row_of(*task, D) for D in widths]
+    name, arch = task
+    return [row_of(name, arch, D, stream) for D in widths for stream in CASES[name].streams]
 
 
-def row_of(name: str, arch: int, D: int) -> Row:
-    case = CASES[name]
-    kernel, launch = record(case, D, arch)
+def row_of(name: str, arch: int, D: int, stream: torch.dtype) -> Row:
+    case, shapes = CASES[name], Shapes(D, stream=stream)
+    kernel, launch = record(case, shapes, arch)
     compiled = compile_launch(kernel, launch, arch)
     loads, stores = compiled.load_bytes, compiled.store_bytes
     moved = bytes_moved(case, launch)
@@ -118,22 +124,33 @@ def row_of(name: str, arch: int, D: int) -> Row:
     narrow = [
         min((*loads.get(n, ()), *stores.get(n, ())), default=0) for n in row_arguments(launch)
     ]
+    fit = programs_per_processor(compiled.registers, launch.num_warps)
     return Row(
         kernel=name,
         arch=arch,
-        dtype=str(DTYPE).removeprefix("torch."),
+        dtype=_short(DTYPE),
+        stream=_short(stream),
         D=D,
         num_warps=launch.num_warps,
         registers=compiled.registers,
         stack_bytes=compiled.stack_bytes,
         local_bytes=compiled.local_bytes,
         shared_bytes=compiled.shared_bytes,
+        programs_per_processor=fit,
+        wave_efficiency={
+            B: round(wave_efficiency(case, replace(shapes, B=B), arch, fit), 3) for B in BATCHES
+        },
         widest_load_bytes=max((max(widths) for widths in loads.values()), default=0),
         widest_store_bytes=max(max(widths) for widths in stores.values()),
         row_access_bytes=min(narrow, default=None),
+        least_access_bytes=case.access_bytes,
         hbm_bytes=moved,
         floor_us={product: round(1e6 * moved / rate, 2) for product, rate in PEAK.items()},
     )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def report(options: Options) -> Iterator[Row]:
@@ -149,15 +166,21 @@ def report(options: Options) -> Iterator[Row]:
 
 
 def table(rows: list[Row]) -> Table:
-    columns = ("kernel", "arch", "D", "warps", "registers", "stack", "local", "shared")
+    columns = ("kernel", "arch", "stream", "D", "warps", "registers", "stack", "local", "shared")
+    launched = ("fit", *(f"B {B}" for B in BATCHES))
     accesses = ("load", "store", "row", "moved")
-    title = f"{rows[0].dtype}, B = {B}, T = {T}; widths in bytes, floors in µs"
-    table = Table(*columns, *accesses, *(name.split("-")[0] for name in PEAK), title=title)
+    title = (
+        f"{rows[0].dtype}, B = {B}, T = {T}; widths in bytes, shares of full waves, floors in µs"
+    )
+    table = Table(*columns, *launched, *accesses, *(n.split("-")[0] for n in PEAK), title=title)
     for row in rows:
-        values = asdict(replace(row, floor_us={}))
-        values.pop("dtype"), values.pop("floor_us")
-        values.update(arch=f"sm_{row.arch}", hbm_bytes=f"{row.hbm_bytes:,}")
-        table.add_row(*map(str, values.values()), *(f"{us:.1f}" for us in row.floor_us.values()))
+        values = asdict(row) | {"arch": f"sm_{row.arch}", "hbm_bytes": f"{row.hbm_bytes:,}"}
+        floors, waves = values.pop("floor_us"), values.pop("wave_efficiency")
+        values.pop("dtype"), values.pop("least_access_bytes")
+        cells = [str(value) for value in values.values()]
+        at = len(columns) + 1
+        cells[at:at] = (f"{share:.2f}" for share in waves.values())
+        table.add_row(*cells, *(f"{us:.1f}" for us in floors.values()))
     return table
 
 
@@ -189,7 +212,7 @@ def main() -> None:
     for kind, make in {Row: table, LibraryRow: library_table}.items():
         of_kind = [row for row in rows if isinstance(row, kind)]
         if of_kind and not options.json:
-            Console(width=160).print(make(of_kind))
+            Console(width=200).print(make(of_kind))
     faults = [fault for row in rows for fault in row.faults()]
     for fault in faults:
         print(fault, file=sys.stderr)

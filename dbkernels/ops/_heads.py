@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dbkernels.ops import _door
-from dbkernels.ops._tile import LANES, WARPS, processors
+from dbkernels.ops._tile import LANES, WARPS, tiles_per_program
 
 MAX_HEAD_DIM = 1024  # both halves of a head live in the registers of one program
 
@@ -37,15 +37,22 @@ class Launch(NamedTuple):
 
     programs: int
     tokens_per_program: int
-    constants: dict[str, int]
+    options: dict[str, int]
 
 
-def launch(qkv: Tensor, heads: int, programs: int) -> Launch:
-    """So that `programs` to a processor share the tokens of qkv (B, T, 3 D)."""
+def launch(qkv: Tensor, heads: int, registers: int) -> Launch:
+    """One wave of programs that share the tokens of qkv (B, T, 3 D).
+
+    Args:
+        qkv:        (B, T, 3 D), or its gradient
+        heads:      of D
+        registers:  of a thread of the kernel
+    """
     tokens, d = qkv.shape[0] * qkv.shape[1], qkv.shape[2] // (3 * heads)
     # queries and keys have programs of their own
-    each = triton.cdiv(tokens, triton.cdiv(programs * processors(qkv.device), 2))
-    return Launch(triton.cdiv(tokens, each), each, {"HEAD_DIM": d, **asdict(head_tile(d))})
+    each = tiles_per_program(tokens, registers, WARPS, qkv.device, beside=2)
+    options = {"HEAD_DIM": d, **asdict(head_tile(d)), "maxnreg": registers}
+    return Launch(triton.cdiv(tokens, each), each, options)
 
 
 @triton.jit

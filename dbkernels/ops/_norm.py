@@ -16,9 +16,6 @@ from torch import Tensor
 
 from dbkernels.ops._tile import load_vector, mean_row, mul_rows
 
-FORWARD_PROGRAMS = 16  # of one processor: enough loads in flight to hide their latency
-BACKWARD_PROGRAMS = 4  # each holds sums of D columns, and writes them once
-
 
 class NormOptions(NamedTuple):
     """What a conditioned norm is told beside its tensors."""
@@ -83,9 +80,11 @@ def store_stats(ptr, row, mask, mean, rstd):
 
 
 @triton.jit
-def load_weight(scale_ptr, start, D, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
+def load_weight(
+    scale_ptr, start, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr
+):  # fmt: skip
     """1 + scale, for all rows of a tile."""
-    scale = load_vector(scale_ptr, start, D, BLOCK_D, PIECES)
+    scale = load_vector(scale_ptr, start, D, BLOCK_T, BLOCK_D, PIECES)
     weight = ()
     for piece in tl.static_range(PIECES):
         weight += (1 + scale[piece],)

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops._tile import LANES, partial_sums, processors
+from dbkernels.ops._sums import Segments, partial_sums
+from dbkernels.ops._tile import LANES, tiles_per_program
 
 CHUNK = 2**17  # elements of plain torch's temporaries, times threads: a core's cache holds four
 
@@ -29,18 +30,12 @@ class StripTile:
 
 @dataclass(frozen=True)
 class Share:
-    """How the rows are shared out."""
+    """How a kernel takes its rows."""
 
     rows: int
     """Loaded together by a thread, so that it waits for memory less often."""
-    warps: int
-    """Of one processor."""
-
-
-FORWARD = Share(rows=4, warps=64)
-# at most 128 registers to a thread, so a processor holds all its warps at once: no last wave, and
-# few partial sums
-BACKWARD = Share(rows=2, warps=16)
+    registers: int
+    """Of a thread; the compiler is held to them, and what it makes does not spill."""
 
 
 def strip_tile(F: int, share: Share) -> StripTile:
@@ -51,21 +46,22 @@ def strip_tile(F: int, share: Share) -> StripTile:
 
 def rows_per_strip(N: int, F: int, tile: StripTile, share: Share, device: torch.device) -> int:
     """Rows of one program."""
-    strips = triton.cdiv(F, tile.BLOCK_F)
-    splits = triton.cdiv(share.warps * processors(device), strips * tile.num_warps)
-    return triton.cdiv(triton.cdiv(N, splits), tile.BLOCK_N) * tile.BLOCK_N
+    tiles, strips = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(F, tile.BLOCK_F)
+    each = tiles_per_program(tiles, share.registers, tile.num_warps, device, beside=strips)
+    return each * tile.BLOCK_N
 
 
-def launch_forward(kernel, h: Tensor, bias: Tensor | None, u: Tensor) -> None:
+def launch_forward(kernel, share: Share, h: Tensor, bias: Tensor | None, u: Tensor) -> None:
     N, F = u.shape
-    tile = strip_tile(F, FORWARD)
-    rows = rows_per_strip(N, F, tile, FORWARD, h.device)
+    tile = strip_tile(F, share)
+    rows = rows_per_strip(N, F, tile, share, h.device)
     grid = (triton.cdiv(F, tile.BLOCK_F), triton.cdiv(N, rows))
-    kernel[grid](h, bias, u, N, F, rows, **asdict(tile))
+    kernel[grid](h, bias, u, N, F, rows, **asdict(tile), maxnreg=share.registers)
 
 
 def launch_backward(
     kernel,
+    share: Share,
     h: Tensor,
     du: Tensor,
     bias: Tensor | None,
@@ -74,22 +70,23 @@ def launch_backward(
     dbias: Tensor | None,
 ) -> None:
     N, F = du.shape
-    tile = strip_tile(F, BACKWARD)
-    rows = rows_per_strip(N, F, tile, BACKWARD, h.device)
+    tile = strip_tile(F, share)
+    rows = rows_per_strip(N, F, tile, share, h.device)
     grid = (triton.cdiv(F, tile.BLOCK_F), triton.cdiv(N, rows))
-    if dbias is None:
-        kernel[grid](h, du, bias, dh, u, None, N, F, rows, **asdict(tile))
+    options = {**asdict(tile), "maxnreg": share.registers}
+    if dbias is None or grid[1] == 1:
+        kernel[grid](h, du, bias, dh, u, dbias, N, F, rows, **options)
         return
-    with partial_sums(grid[1], dbias[None]) as (sums,):
-        kernel[grid](h, du, bias, dh, u, sums, N, F, rows, **asdict(tile))
+    with partial_sums(Segments(N, rows, grid[1]), dbias[None]) as (sums,):
+        kernel[grid](h, du, bias, dh, u, sums, N, F, rows, **options)
 
 
 @triton.jit
-def strip(N, F, rows_per_split, BLOCK_F: tl.constexpr):
+def strip(N, F, rows_per_program, BLOCK_F: tl.constexpr):
     """The columns of a program (1, BLOCK_F), its first row, and the row after its last."""
     cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
-    first = tl.program_id(1).to(tl.int64) * rows_per_split
-    return cols, first, tl.minimum(first + rows_per_split, N)
+    first = tl.program_id(1).to(tl.int64) * rows_per_program
+    return cols, first, tl.minimum(first + rows_per_program, N)
 
 
 @triton.jit

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from dbkernels.ops import _door
 from dbkernels.ops._norm import (
-    BACKWARD_PROGRAMS,
-    FORWARD_PROGRAMS,
     NormOptions,
     load_stats,
     load_weight,
@@ -32,95 +30,108 @@ from dbkernels.ops._norm import (
     store_stats,
 )
 from dbkernels.ops._register import register
+from dbkernels.ops._sums import segment, sums_of_samples
 from dbkernels.ops._tile import (
+    SHARED_OUT,
     add_rows,
     load_row,
     load_vector,
     mul_add_rows,
     mul_rows,
-    partial_sums,
     row_launch,
+    rows_of_program,
+    rows_of_sample,
     store_row,
     store_vector,
     sum_over_rows,
     zero_row,
 )
 
+# of a thread, by RowTile.shape: the compiler is held to them, and what it makes does not spill
+FORWARD_REGISTERS = {(4, 1): 40, (4, 2): 48, (4, 3): 64, (8, 1): 64, (8, 2): 64}
+BACKWARD_REGISTERS = {(4, 1): 72, (4, 2): 80, (4, 3): 96, (8, 1): 128, (8, 2): 64}
+
 # kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARED_OUT)
 def _fwd_kernel(
     x_ptr, scale_ptr, shift_ptr,  # (B*T, D), (B, D), (B, D)
     y_ptr, stats_ptr,             # (B*T, D), (B*T, 2)
-    T, D, stride_mod, rows_per_split, eps,
+    rows, T, D, stride_mod, rows_per_program, eps,
     CENTRED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    batch, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    weight = load_weight(scale_ptr, batch * stride_mod, D, BLOCK_D, PIECES)
-    shift = load_vector(shift_ptr, batch * stride_mod, D, BLOCK_D, PIECES)
+    first, last = rows_of_program(rows, rows_per_program)
+    for batch in range(first // T, tl.cdiv(last, T)):
+        weight = load_weight(scale_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+        shift = load_vector(shift_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
 
-    last = tl.minimum((split + 1) * rows_per_split, T)
-    for start in range(split * rows_per_split, last, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)[:, None]
-        row, mask = batch * T + t, t < last
-        x = load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
+        begin, end = rows_of_sample(batch, first, last, T)
+        for start in range(begin, end, BLOCK_T):
+            t = start + tl.arange(0, BLOCK_T)[:, None]
+            row, mask = batch * T + t, t < end
+            x = load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
 
-        x_hat, mean, rstd = normalise_row(x, D, eps, CENTRED, BLOCK_D, PIECES)
-        y = mul_add_rows(weight, x_hat, shift, PIECES)
+            x_hat, mean, rstd = normalise_row(x, D, eps, CENTRED, BLOCK_D, PIECES)
+            y = mul_add_rows(weight, x_hat, shift, PIECES)
 
-        store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
-        store_stats(stats_ptr, row, mask, mean, rstd)
+            store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
+            store_stats(stats_ptr, row, mask, mean, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARED_OUT)
 def _bwd_kernel(
     dy_ptr, dres_ptr, x_ptr, scale_ptr, shift_ptr, stats_ptr,
-    dx_ptr, y_ptr, dscale_ptr, dshift_ptr,  # (B*T, D) twice, (B*splits, D) twice
-    T, D, stride_mod, stride_sums, rows_per_split,
+    dx_ptr, y_ptr, dscale_ptr, dshift_ptr,  # (B*T, D) twice, (B or segments, D) twice
+    rows, T, D, stride_mod, stride_sums, samples_are_shared, rows_per_program,
     CENTRED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    batch, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    weight = load_weight(scale_ptr, batch * stride_mod, D, BLOCK_D, PIECES)
-    dscale = zero_row(BLOCK_T, BLOCK_D, PIECES)
-    dshift = zero_row(BLOCK_T, BLOCK_D, PIECES)
+    first, last = rows_of_program(rows, rows_per_program)
+    for batch in range(first // T, tl.cdiv(last, T)):
+        weight = load_weight(scale_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+        dscale = zero_row(BLOCK_T, BLOCK_D, PIECES)
+        dshift = zero_row(BLOCK_T, BLOCK_D, PIECES)
 
-    last = tl.minimum((split + 1) * rows_per_split, T)
-    for start in range(split * rows_per_split, last, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)[:, None]
-        row, mask = batch * T + t, t < last
-        x = load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
-        dy = load_row(dy_ptr, row * D, mask, D, BLOCK_D, PIECES)
-        mean, rstd = load_stats(stats_ptr, row, mask)
+        begin, end = rows_of_sample(batch, first, last, T)
+        for start in range(begin, end, BLOCK_T):
+            t = start + tl.arange(0, BLOCK_T)[:, None]
+            row, mask = batch * T + t, t < end
+            x = load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            dy = load_row(dy_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            if dres_ptr is not None:
+                dres = load_row(dres_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            mean, rstd = load_stats(stats_ptr, row, mask)
 
-        x_hat = standardise_row(x, mean, rstd, PIECES)
-        # dy is 0 past D, so every mean and sum sees real lanes only
-        g = mul_rows(weight, dy, PIECES)
-        dx = normalise_row_backward(g, x_hat, rstd, D, CENTRED, PIECES)
-        dscale = mul_add_rows(dy, x_hat, dscale, PIECES)
-        dshift = add_rows(dy, dshift, PIECES)
+            x_hat = standardise_row(x, mean, rstd, PIECES)
+            dscale = mul_add_rows(dy, x_hat, dscale, PIECES)
+            dshift = add_rows(dy, dshift, PIECES)
+            if y_ptr is not None:
+                shift = load_vector(shift_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+                y = mul_add_rows(weight, x_hat, shift, PIECES)
+                store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
 
-        if dres_ptr is not None:
-            dx = add_rows(dx, load_row(dres_ptr, row * D, mask, D, BLOCK_D, PIECES), PIECES)
-        store_row(dx_ptr, row * D, mask, dx, D, BLOCK_D, PIECES)
-        if y_ptr is not None:
-            shift = load_vector(shift_ptr, batch * stride_mod, D, BLOCK_D, PIECES)
-            y = mul_add_rows(weight, x_hat, shift, PIECES)
-            store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
+            # dy is 0 past D, so every mean and sum sees real lanes only
+            g = mul_rows(weight, dy, PIECES)
+            dx = normalise_row_backward(g, x_hat, rstd, D, CENTRED, PIECES)
+            if dres_ptr is not None:
+                dx = add_rows(dx, dres, PIECES)
+            store_row(dx_ptr, row * D, mask, dx, D, BLOCK_D, PIECES)
 
-    # each program owns one row of partial sums: no atomics, so every run gives the same bits
-    out = (batch * tl.num_programs(1) + split) * stride_sums
-    store_vector(dscale_ptr, out, sum_over_rows(dscale, PIECES), D, BLOCK_D, PIECES)
-    store_vector(dshift_ptr, out, sum_over_rows(dshift, PIECES), D, BLOCK_D, PIECES)
+        out = segment(batch, samples_are_shared) * stride_sums
+        store_vector(dscale_ptr, out, sum_over_rows(dscale, PIECES), D, BLOCK_D, PIECES)
+        store_vector(dshift_ptr, out, sum_over_rows(dshift, PIECES), D, BLOCK_D, PIECES)
 
 
 # launchers: they write into tensors of their caller
 
 
 def _forward_triton(x, scale, shift, y, stats, eps, centred):
-    _, T, D = x.shape
-    grid, rows, tile = row_launch(x, FORWARD_PROGRAMS)
-    _fwd_kernel[grid](x, scale, shift, y, stats, T, D, scale.stride(0), rows, eps, centred, **tile)
+    B, T, D = x.shape
+    launch = row_launch(x, FORWARD_REGISTERS)
+    _fwd_kernel[(launch.programs,)](
+        x, scale, shift, y, stats,
+        B * T, T, D, scale.stride(0), launch.rows, eps, centred, **launch.options,
+    )  # fmt: skip
 
 
 def _forward_torch(x, scale, shift, y, stats, eps, centred):
@@ -130,12 +141,13 @@ def _forward_torch(x, scale, shift, y, stats, eps, centred):
 
 
 def _backward_triton(dy, dres, x, scale, shift, stats, dx, y, dscale, dshift, centred):
-    _, T, D = x.shape
-    grid, rows, tile = row_launch(x, BACKWARD_PROGRAMS)
-    with partial_sums(grid[1], dscale, dshift) as sums:
-        _bwd_kernel[grid](
+    B, T, D = x.shape
+    launch = row_launch(x, BACKWARD_REGISTERS)
+    with sums_of_samples(launch, T, dscale, dshift) as sums:
+        _bwd_kernel[(launch.programs,)](
             dy, dres, x, scale, shift, stats, dx, y, *sums,
-            T, D, scale.stride(0), sums[0].stride(-2), rows, centred, **tile,
+            B * T, T, D, scale.stride(0), sums[0].stride(0), launch.samples_are_shared, launch.rows,
+            centred, **launch.options,
         )  # fmt: skip
 
 

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from dbkernels.ops import _door
 from dbkernels.ops._norm import (
-    BACKWARD_PROGRAMS,
-    FORWARD_PROGRAMS,
     Modulation,
     NormOptions,
     load_stats,
@@ -36,110 +34,120 @@ from dbkernels.ops._norm import (
     store_stats,
 )
 from dbkernels.ops._register import register
+from dbkernels.ops._sums import segment, sums_of_samples
 from dbkernels.ops._tile import (
+    SHARED_OUT,
     add_rows,
     load_row,
     load_vector,
     mul_add_rows,
     mul_rows,
-    partial_sums,
     row_launch,
+    rows_of_program,
+    rows_of_sample,
     store_row,
     store_vector,
     sum_over_rows,
     zero_row,
 )
 
+# of a thread, by RowTile.shape: the compiler is held to them, and what it makes does not spill
+FORWARD_REGISTERS = {(4, 1): 48, (4, 2): 72, (4, 3): 96, (8, 1): 128, (8, 2): 64}
+BACKWARD_REGISTERS = {(4, 1): 96, (4, 2): 96, (4, 3): 128, (8, 1): 128, (8, 2): 64}
+
 # kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARED_OUT)
 def _fwd_kernel(
     x_ptr, h_ptr, gate_ptr, scale_ptr, shift_ptr,  # (B*T, D) twice, (B, D) three times
     x1_ptr, y_ptr, stats_ptr,                      # (B*T, D) twice, (B*T, 2)
-    T, D, stride_mod, rows_per_split, eps,
+    rows, T, D, stride_mod, rows_per_program, eps,
     CENTRED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    batch, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    gate = load_vector(gate_ptr, batch * stride_mod, D, BLOCK_D, PIECES)
-    weight = load_weight(scale_ptr, batch * stride_mod, D, BLOCK_D, PIECES)
-    shift = load_vector(shift_ptr, batch * stride_mod, D, BLOCK_D, PIECES)
+    first, last = rows_of_program(rows, rows_per_program)
+    for batch in range(first // T, tl.cdiv(last, T)):
+        gate = load_vector(gate_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+        weight = load_weight(scale_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+        shift = load_vector(shift_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
 
-    last = tl.minimum((split + 1) * rows_per_split, T)
-    for start in range(split * rows_per_split, last, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)[:, None]
-        row, mask = batch * T + t, t < last
-        x = load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
-        h = load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
+        begin, end = rows_of_sample(batch, first, last, T)
+        for start in range(begin, end, BLOCK_T):
+            t = start + tl.arange(0, BLOCK_T)[:, None]
+            row, mask = batch * T + t, t < end
+            x = load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            h = load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
 
-        x1 = mul_add_rows(gate, h, x, PIECES)
-        x1_hat, mean, rstd = normalise_row(x1, D, eps, CENTRED, BLOCK_D, PIECES)
-        y = mul_add_rows(weight, x1_hat, shift, PIECES)
+            x1 = mul_add_rows(gate, h, x, PIECES)
+            x1_hat, mean, rstd = normalise_row(x1, D, eps, CENTRED, BLOCK_D, PIECES)
+            y = mul_add_rows(weight, x1_hat, shift, PIECES)
 
-        if x1_ptr is not None:
-            store_row(x1_ptr, row * D, mask, x1, D, BLOCK_D, PIECES)
-        store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
-        store_stats(stats_ptr, row, mask, mean, rstd)
+            if x1_ptr is not None:
+                store_row(x1_ptr, row * D, mask, x1, D, BLOCK_D, PIECES)
+            store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
+            store_stats(stats_ptr, row, mask, mean, rstd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARED_OUT)
 def _bwd_kernel(
     dy_ptr, dx1_ptr, x_ptr, h_ptr, gate_ptr, scale_ptr, shift_ptr, stats_ptr,
-    dx_ptr, dh_ptr, y_ptr, dgate_ptr, dscale_ptr, dshift_ptr,  # sums are (B*splits, D)
-    T, D, stride_mod, stride_sums, rows_per_split,
+    dx_ptr, dh_ptr, y_ptr, dgate_ptr, dscale_ptr, dshift_ptr,  # sums are (B or segments, D)
+    rows, T, D, stride_mod, stride_sums, samples_are_shared, rows_per_program,
     CENTRED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    batch, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    gate = load_vector(gate_ptr, batch * stride_mod, D, BLOCK_D, PIECES)
-    weight = load_weight(scale_ptr, batch * stride_mod, D, BLOCK_D, PIECES)
-    dgate = zero_row(BLOCK_T, BLOCK_D, PIECES)
-    dscale = zero_row(BLOCK_T, BLOCK_D, PIECES)
-    dshift = zero_row(BLOCK_T, BLOCK_D, PIECES)
+    first, last = rows_of_program(rows, rows_per_program)
+    for batch in range(first // T, tl.cdiv(last, T)):
+        gate = load_vector(gate_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+        weight = load_weight(scale_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+        dgate = zero_row(BLOCK_T, BLOCK_D, PIECES)
+        dscale = zero_row(BLOCK_T, BLOCK_D, PIECES)
+        dshift = zero_row(BLOCK_T, BLOCK_D, PIECES)
 
-    last = tl.minimum((split + 1) * rows_per_split, T)
-    for start in range(split * rows_per_split, last, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)[:, None]
-        row, mask = batch * T + t, t < last
-        x = load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
-        h = load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
-        dy = load_row(dy_ptr, row * D, mask, D, BLOCK_D, PIECES)
-        mean, rstd = load_stats(stats_ptr, row, mask)
+        begin, end = rows_of_sample(batch, first, last, T)
+        for start in range(begin, end, BLOCK_T):
+            t = start + tl.arange(0, BLOCK_T)[:, None]
+            row, mask = batch * T + t, t < end
+            x = load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            h = load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            dy = load_row(dy_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            if dx1_ptr is not None:
+                dx1 = load_row(dx1_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            mean, rstd = load_stats(stats_ptr, row, mask)
 
-        x1_hat = standardise_row(mul_add_rows(gate, h, x, PIECES), mean, rstd, PIECES)
-        dscale = mul_add_rows(dy, x1_hat, dscale, PIECES)
-        dshift = add_rows(dy, dshift, PIECES)
-        if y_ptr is not None:
-            shift = load_vector(shift_ptr, batch * stride_mod, D, BLOCK_D, PIECES)
-            y = mul_add_rows(weight, x1_hat, shift, PIECES)
-            store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
+            x1_hat = standardise_row(mul_add_rows(gate, h, x, PIECES), mean, rstd, PIECES)
+            dscale = mul_add_rows(dy, x1_hat, dscale, PIECES)
+            dshift = add_rows(dy, dshift, PIECES)
+            if y_ptr is not None:
+                shift = load_vector(shift_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+                y = mul_add_rows(weight, x1_hat, shift, PIECES)
+                store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
 
-        # dy is 0 past D, so every mean and sum sees real lanes only
-        g = mul_rows(weight, dy, PIECES)
-        dx = normalise_row_backward(g, x1_hat, rstd, D, CENTRED, PIECES)
-        if dx1_ptr is not None:
-            dx = add_rows(dx, load_row(dx1_ptr, row * D, mask, D, BLOCK_D, PIECES), PIECES)
-        # from L1 this time: held until here, h would spill registers at D = 1152
-        h = load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
-        dgate = mul_add_rows(dx, h, dgate, PIECES)
-        store_row(dx_ptr, row * D, mask, dx, D, BLOCK_D, PIECES)
-        store_row(dh_ptr, row * D, mask, mul_rows(gate, dx, PIECES), D, BLOCK_D, PIECES)
+            # dy is 0 past D, so every mean and sum sees real lanes only
+            g = mul_rows(weight, dy, PIECES)
+            dx = normalise_row_backward(g, x1_hat, rstd, D, CENTRED, PIECES)
+            if dx1_ptr is not None:
+                dx = add_rows(dx, dx1, PIECES)
+            # from L1 this time: held until here, h would cost a program to a processor
+            h = load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            dgate = mul_add_rows(dx, h, dgate, PIECES)
+            store_row(dx_ptr, row * D, mask, dx, D, BLOCK_D, PIECES)
+            store_row(dh_ptr, row * D, mask, mul_rows(gate, dx, PIECES), D, BLOCK_D, PIECES)
 
-    # each program owns one row of partial sums: no atomics, so every run gives the same bits
-    out = (batch * tl.num_programs(1) + split) * stride_sums
-    store_vector(dgate_ptr, out, sum_over_rows(dgate, PIECES), D, BLOCK_D, PIECES)
-    store_vector(dscale_ptr, out, sum_over_rows(dscale, PIECES), D, BLOCK_D, PIECES)
-    store_vector(dshift_ptr, out, sum_over_rows(dshift, PIECES), D, BLOCK_D, PIECES)
+        out = segment(batch, samples_are_shared) * stride_sums
+        store_vector(dgate_ptr, out, sum_over_rows(dgate, PIECES), D, BLOCK_D, PIECES)
+        store_vector(dscale_ptr, out, sum_over_rows(dscale, PIECES), D, BLOCK_D, PIECES)
+        store_vector(dshift_ptr, out, sum_over_rows(dshift, PIECES), D, BLOCK_D, PIECES)
 
 
 # launchers: they write into tensors of their caller
 
 
 def _forward_triton(x, h, gate, scale, shift, x1, y, stats, eps, centred):
-    _, T, D = x.shape
-    grid, rows, tile = row_launch(x, FORWARD_PROGRAMS)
-    _fwd_kernel[grid](
+    B, T, D = x.shape
+    launch = row_launch(x, FORWARD_REGISTERS)
+    _fwd_kernel[(launch.programs,)](
         x, h, gate, scale, shift, x1, y, stats,
-        T, D, scale.stride(0), rows, eps, centred, **tile,
+        B * T, T, D, scale.stride(0), launch.rows, eps, centred, **launch.options,
     )  # fmt: skip
 
 
@@ -155,12 +163,13 @@ def _forward_torch(x, h, gate, scale, shift, x1, y, stats, eps, centred):
 def _backward_triton(
     dy, dx1, x, h, gate, scale, shift, stats, dx, dh, y, dgate, dscale, dshift, centred
 ):
-    _, T, D = x.shape
-    grid, rows, tile = row_launch(x, BACKWARD_PROGRAMS)
-    with partial_sums(grid[1], dgate, dscale, dshift) as sums:
-        _bwd_kernel[grid](
+    B, T, D = x.shape
+    launch = row_launch(x, BACKWARD_REGISTERS)
+    with sums_of_samples(launch, T, dgate, dscale, dshift) as sums:
+        _bwd_kernel[(launch.programs,)](
             dy, dx1, x, h, gate, scale, shift, stats, dx, dh, y, *sums,
-            T, D, scale.stride(0), sums[0].stride(-2), rows, centred, **tile,
+            B * T, T, D, scale.stride(0), sums[0].stride(0), launch.samples_are_shared, launch.rows,
+            centred, **launch.options,
         )  # fmt: skip
 
 

@@ -17,82 +17,89 @@ from torch import Tensor
 from dbkernels.ops import _door
 from dbkernels.ops._norm import statistics_dtype
 from dbkernels.ops._register import register
+from dbkernels.ops._sums import segment, sums_of_samples
 from dbkernels.ops._tile import (
+    SHARED_OUT,
     load_row,
     load_vector,
     mul_add_rows,
     mul_rows,
-    partial_sums,
     row_launch,
+    rows_of_program,
+    rows_of_sample,
     store_row,
     store_vector,
     sum_over_rows,
     zero_row,
 )
 
-FORWARD_PROGRAMS = 16  # of one processor: enough loads in flight to hide their latency
-BACKWARD_PROGRAMS = 8  # each holds sums of D columns, and writes them once
+# of a thread, by RowTile.shape: the compiler is held to them, and what it makes does not spill
+FORWARD_REGISTERS = {(4, 1): 40, (4, 2): 40, (4, 3): 48, (8, 1): 64, (8, 2): 64}
+BACKWARD_REGISTERS = {(4, 1): 48, (4, 2): 56, (4, 3): 72, (8, 1): 64, (8, 2): 64}
 
 # kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARED_OUT)
 def _fwd_kernel(
     x_ptr, h_ptr, gate_ptr,  # (B*T, D) twice, (B, D)
     y_ptr,                   # (B*T, D)
-    T, D, stride_mod, rows_per_split,
+    rows, T, D, stride_mod, rows_per_program,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    batch, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    gate = load_vector(gate_ptr, batch * stride_mod, D, BLOCK_D, PIECES)
+    first, last = rows_of_program(rows, rows_per_program)
+    for batch in range(first // T, tl.cdiv(last, T)):
+        gate = load_vector(gate_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
 
-    last = tl.minimum((split + 1) * rows_per_split, T)
-    for start in range(split * rows_per_split, last, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)[:, None]
-        row, mask = batch * T + t, t < last
-        x = load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
-        h = load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
+        begin, end = rows_of_sample(batch, first, last, T)
+        for start in range(begin, end, BLOCK_T):
+            t = start + tl.arange(0, BLOCK_T)[:, None]
+            row, mask = batch * T + t, t < end
+            x = load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            h = load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
 
-        y = mul_add_rows(gate, h, x, PIECES)
+            y = mul_add_rows(gate, h, x, PIECES)
 
-        store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
+            store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARED_OUT)
 def _bwd_kernel(
     dy_ptr, h_ptr, gate_ptr,  # (B*T, D) twice, (B, D)
-    dh_ptr, dgate_ptr,        # (B*T, D), (B*splits, D)
-    T, D, stride_mod, stride_sums, rows_per_split,
+    dh_ptr, dgate_ptr,        # (B*T, D), (B or segments, D)
+    rows, T, D, stride_mod, stride_sums, samples_are_shared, rows_per_program,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    batch, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    gate = load_vector(gate_ptr, batch * stride_mod, D, BLOCK_D, PIECES)
-    dgate = zero_row(BLOCK_T, BLOCK_D, PIECES)
+    first, last = rows_of_program(rows, rows_per_program)
+    for batch in range(first // T, tl.cdiv(last, T)):
+        gate = load_vector(gate_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+        dgate = zero_row(BLOCK_T, BLOCK_D, PIECES)
 
-    last = tl.minimum((split + 1) * rows_per_split, T)
-    for start in range(split * rows_per_split, last, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)[:, None]
-        row, mask = batch * T + t, t < last
-        dy = load_row(dy_ptr, row * D, mask, D, BLOCK_D, PIECES)
-        h = load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
+        begin, end = rows_of_sample(batch, first, last, T)
+        for start in range(begin, end, BLOCK_T):
+            t = start + tl.arange(0, BLOCK_T)[:, None]
+            row, mask = batch * T + t, t < end
+            dy = load_row(dy_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            h = load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
 
-        dgate = mul_add_rows(dy, h, dgate, PIECES)
-        dh = mul_rows(gate, dy, PIECES)
+            dgate = mul_add_rows(dy, h, dgate, PIECES)
+            dh = mul_rows(gate, dy, PIECES)
 
-        store_row(dh_ptr, row * D, mask, dh, D, BLOCK_D, PIECES)
+            store_row(dh_ptr, row * D, mask, dh, D, BLOCK_D, PIECES)
 
-    # each program owns one row of partial sums: no atomics, so every run gives the same bits
-    out = (batch * tl.num_programs(1) + split) * stride_sums
-    store_vector(dgate_ptr, out, sum_over_rows(dgate, PIECES), D, BLOCK_D, PIECES)
+        out = segment(batch, samples_are_shared) * stride_sums
+        store_vector(dgate_ptr, out, sum_over_rows(dgate, PIECES), D, BLOCK_D, PIECES)
 
 
 # launchers: they write into tensors of their caller
 
 
 def _forward_triton(x, h, gate, y):
-    _, T, D = x.shape
-    grid, rows, tile = row_launch(x, FORWARD_PROGRAMS)
-    _fwd_kernel[grid](x, h, gate, y, T, D, gate.stride(0), rows, **tile)
+    B, T, D = x.shape
+    launch = row_launch(x, FORWARD_REGISTERS)
+    _fwd_kernel[(launch.programs,)](
+        x, h, gate, y, B * T, T, D, gate.stride(0), launch.rows, **launch.options
+    )
 
 
 def _forward_torch(x, h, gate, y):
@@ -100,12 +107,14 @@ def _forward_torch(x, h, gate, y):
 
 
 def _backward_triton(dy, h, gate, dh, dgate):
-    _, T, D = dy.shape
-    grid, rows, tile = row_launch(dy, BACKWARD_PROGRAMS)
-    with partial_sums(grid[1], dgate) as (sums,):
-        _bwd_kernel[grid](
-            dy, h, gate, dh, sums, T, D, gate.stride(0), sums.stride(-2), rows, **tile
-        )
+    B, T, D = dy.shape
+    launch = row_launch(dy, BACKWARD_REGISTERS)
+    with sums_of_samples(launch, T, dgate) as (sums,):
+        _bwd_kernel[(launch.programs,)](
+            dy, h, gate, dh, sums,
+            B * T, T, D, gate.stride(0), sums.stride(0), launch.samples_are_shared, launch.rows,
+            **launch.options,
+        )  # fmt: skip
 
 
 def _backward_torch(dy, h, gate, dh, dgate):

@@ -21,6 +21,7 @@ from dbkernels.ops import _door
 from dbkernels.ops._norm import statistics_dtype
 from dbkernels.ops._register import register
 from dbkernels.ops._strip import (
+    Share,
     add_bias,
     check_bias,
     chunks,
@@ -31,11 +32,15 @@ from dbkernels.ops._strip import (
     same_dtype,
     strip,
 )
+from dbkernels.ops._tile import SHARED_OUT
 
 CUBIC = 0.044715
 SLOPE = 2 * math.sqrt(2 / math.pi)  # of 2 * z at 0
 # a kernel reads no other kind of global
 _CUBIC, _SLOPE = tl.constexpr(CUBIC), tl.constexpr(SLOPE)
+
+FORWARD = Share(rows=4, registers=72)
+BACKWARD = Share(rows=2, registers=96)
 
 # kernels
 
@@ -46,14 +51,14 @@ def _sigmoid_2z(x):
     return tl.sigmoid(x * _SLOPE * (x * x * _CUBIC + 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARED_OUT)
 def _fwd_kernel(
     h_ptr, bias_ptr,  # (N, F), (F,)
     u_ptr,            # (N, F)
-    N, F, rows_per_split,
+    N, F, rows_per_program,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    cols, first, last = strip(N, F, rows_per_split, BLOCK_F)
+    cols, first, last = strip(N, F, rows_per_program, BLOCK_F)
     bias = load_bias(bias_ptr, cols, cols < F)
 
     for start in range(first, last, BLOCK_N):
@@ -64,14 +69,14 @@ def _fwd_kernel(
         tl.store(u_ptr + at, x * _sigmoid_2z(x), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARED_OUT)
 def _bwd_kernel(
     h_ptr, du_ptr, bias_ptr,   # (N, F), (N, F), (F,)
     dh_ptr, u_ptr, dbias_ptr,  # (N, F), (N, F), (splits, F)
-    N, F, rows_per_split,
+    N, F, rows_per_program,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    cols, first, last = strip(N, F, rows_per_split, BLOCK_F)
+    cols, first, last = strip(N, F, rows_per_program, BLOCK_F)
     bias = load_bias(bias_ptr, cols, cols < F)
     dbias = tl.zeros((1, BLOCK_F), tl.float32)
 
@@ -100,7 +105,7 @@ def _bwd_kernel(
 
 
 def _forward_triton(h, bias, u):
-    launch_forward(_fwd_kernel, h, bias, u)
+    launch_forward(_fwd_kernel, FORWARD, h, bias, u)
 
 
 def _forward_torch(h, bias, u):
@@ -111,7 +116,7 @@ def _forward_torch(h, bias, u):
 
 
 def _backward_triton(h, du, bias, dh, u, dbias):
-    launch_backward(_bwd_kernel, h, du, bias, dh, u, dbias)
+    launch_backward(_bwd_kernel, BACKWARD, h, du, bias, dh, u, dbias)
 
 
 def _backward_torch(h, du, bias, dh, u, dbias):

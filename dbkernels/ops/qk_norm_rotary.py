@@ -35,15 +35,16 @@ from dbkernels.ops._heads import (
 )
 from dbkernels.ops._norm import normalise, rms_norm_backward, statistics_dtype
 from dbkernels.ops._register import register
-from dbkernels.ops._tile import partial_sums
+from dbkernels.ops._sums import Segments, partial_sums
 
-FORWARD_PROGRAMS = 16  # of one processor: enough loads in flight to hide their latency
-BACKWARD_PROGRAMS = 8  # each holds a sum of d columns, and writes it once
+# of a thread: the compiler is held to them, and what it makes does not spill
+FORWARD_REGISTERS = 64
+BACKWARD_REGISTERS = 80
 
 # kernels: a program takes the queries (part 0) or the keys (part 1) of a run of tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "T", "tokens_per_program"])
 def _fwd_kernel(
     qkv_ptr, q_weight_ptr, k_weight_ptr, table_ptr,  # (B*T, 3, H, d), (d,), (d,), (2, T, d)
     qk_ptr,                                          # (B*T, 2, H, d)
@@ -74,7 +75,7 @@ def _fwd_kernel(
         store_halves(qk_ptr, y_start, mask, a, b, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "T", "tokens_per_program"])
 def _bwd_kernel(
     dqkv_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, table_ptr,  # (B*T, 3, H, d) twice, as above
     dq_weight_ptr, dk_weight_ptr,                              # (programs, d) each
@@ -128,9 +129,9 @@ def _bwd_kernel(
 
 def _forward_triton(qkv, q_weight, k_weight, rotary, qk, heads, eps):
     B, T, _ = qkv.shape
-    programs, each, constants = launch(qkv, heads, FORWARD_PROGRAMS)
+    programs, each, options = launch(qkv, heads, FORWARD_REGISTERS)
     _fwd_kernel[(programs, 2)](
-        qkv, q_weight, k_weight, rotary, qk, B * T, T, heads, each, eps, **constants
+        qkv, q_weight, k_weight, rotary, qk, B * T, T, heads, each, eps, **options
     )
 
 
@@ -148,18 +149,19 @@ def _backward_triton(
     dqkv, qkv, q_weight, k_weight, rotary, dq_weight, dk_weight, heads, eps
 ):  # fmt: skip
     B, T, _ = dqkv.shape
-    programs, each, constants = launch(dqkv, heads, BACKWARD_PROGRAMS)
+    programs, each, options = launch(dqkv, heads, BACKWARD_REGISTERS)
 
     def run(dq_sums, dk_sums):
         _bwd_kernel[(programs, 2)](
             dqkv, qkv, q_weight, k_weight, rotary, dq_sums, dk_sums,
-            B * T, T, heads, each, eps, **constants,
+            B * T, T, heads, each, eps, **options,
         )  # fmt: skip
 
-    if q_weight is None:
-        run(None, None)
+    if q_weight is None or programs == 1:
+        run(dq_weight, dk_weight)
         return
-    with partial_sums(programs, dq_weight[None], dk_weight[None]) as sums:
+    segments = Segments(B * T, each, programs)
+    with partial_sums(segments, dq_weight[None], dk_weight[None]) as sums:
         run(*sums)
 
 

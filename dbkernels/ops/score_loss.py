@@ -41,7 +41,6 @@ from dbkernels.ops._noise import (
 from dbkernels.ops._norm import statistics_dtype
 from dbkernels.ops._register import register
 from dbkernels.ops._score_door import Reduction, Weight, check_score, error_weight
-from dbkernels.ops._tile import partial_sums
 from dbkernels.ops.philox import Draw
 
 
@@ -101,11 +100,15 @@ def _forward_triton(prediction, z0, sigma, k, mask, dprediction, dz0, losses, *r
     grid, options = noise_launch(B, elements)
     run = 1 if mask is None else z0.numel() // mask.numel()
     mask = None if mask is None else mask.view(torch.uint8)
-    with partial_sums(grid[0] // B, losses[:, None]) as (sums,):
-        _fwd_kernel[grid](
-            prediction, z0, sigma, k, mask, dprediction, dz0, sums,
-            *kernel_draw(draw), elements, run, sigma_data, r, **options,
-        )  # fmt: skip
+    tiles = grid[0] // B
+    shape, like = (B, tiles), {"dtype": losses.dtype, "device": losses.device}
+    sums = losses if tiles == 1 else torch.empty(shape, **like)
+    _fwd_kernel[grid](
+        prediction, z0, sigma, k, mask, dprediction, dz0, sums,
+        *kernel_draw(draw), elements, run, sigma_data, r, **options,
+    )  # fmt: skip
+    if tiles > 1:
+        torch.sum(sums, 1, out=losses)
 
 
 def _forward_torch(prediction, z0, sigma, k, mask, dprediction, dz0, losses, *rest):

@@ -1,6 +1,6 @@
 """What the kernels' launchers allocate inside an op: partial sums, which no dispatcher sees.
 
-The number of programs is that of the launch itself, on the GPU that is rehearsed.
+Their number is that of the launch itself, on the GPU that is rehearsed.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,14 @@ from torch._ops import OpOverload
 
 from dbkernels.ops._heads import launch
 from dbkernels.ops._noise import noise_launch
-from dbkernels.ops._norm import BACKWARD_PROGRAMS as NORM_PROGRAMS
-from dbkernels.ops._strip import BACKWARD, rows_per_strip, strip_tile
-from dbkernels.ops._tile import row_launch
-from dbkernels.ops.gated_residual import BACKWARD_PROGRAMS as GATE_PROGRAMS
-from dbkernels.ops.qk_norm_rotary import BACKWARD_PROGRAMS as HEAD_PROGRAMS
+from dbkernels.ops._strip import Share, rows_per_strip, strip_tile
+from dbkernels.ops._tile import Registers, row_launch
+from dbkernels.ops.adaln_norm import BACKWARD_REGISTERS as NORM_REGISTERS
+from dbkernels.ops.gated_adaln_norm import BACKWARD_REGISTERS as GATED_NORM_REGISTERS
+from dbkernels.ops.gated_residual import BACKWARD_REGISTERS as GATE_REGISTERS
+from dbkernels.ops.gelu import BACKWARD as GELU
+from dbkernels.ops.qk_norm_rotary import BACKWARD_REGISTERS as HEAD_REGISTERS
+from dbkernels.ops.swiglu import BACKWARD as SWIGLU
 
 FLOAT32 = 4  # bytes: of a partial sum
 Arguments = dict[str, Tensor | None]
@@ -27,45 +30,55 @@ def scratch_bytes(func: OpOverload, args: tuple) -> int:
         func:  any op; those of others, and those without partial sums, have 0
         args:  that it was called with
     """
-    if func.namespace != "dbkernels" or func._opname not in _SUMS:
+    if func.namespace != "dbkernels" or func._opname not in _ELEMENTS:
         return 0
-    count, names = _SUMS[func._opname]
     named = {a.name: value for a, value in zip(func._schema.arguments, args, strict=True)}
-    elements = sum(named[name].numel() for name in names if named[name] is not None)
-    splits = count(named) if elements else 1
-    # with one program to a sum there is nothing to add up
-    return FLOAT32 * splits * elements if splits > 1 else 0
+    return FLOAT32 * _ELEMENTS[func._opname](named)
 
 
-def _row_splits(name: str, programs: int) -> Callable[[Arguments], int]:
-    return lambda named: row_launch(named[name], programs)[0][1]
+# elements of partial sums for one launch; 0 where programs write the outputs themselves
 
 
-def _strip_splits(named: Arguments) -> int:
-    N, F = named["du"].shape
-    rows = rows_per_strip(N, F, strip_tile(F, BACKWARD), BACKWARD, named["h"].device)
-    return -(-N // rows)
+def _of_rows(name: str, registers: Registers, sums: int) -> Callable[[Arguments], int]:
+    def elements(named: Arguments) -> int:
+        x = named[name]
+        if not x.numel() or not (shared := row_launch(x, registers)).samples_are_shared:
+            return 0
+        return sums * shared.segments(len(x)) * x.shape[-1]
+
+    return elements
 
 
-def _head_splits(named: Arguments) -> int:
-    return launch(named["dqkv"], named["heads"], HEAD_PROGRAMS).programs
+def _of_strips(share: Share) -> Callable[[Arguments], int]:
+    def elements(named: Arguments) -> int:
+        N, F = named["du"].shape
+        rows = rows_per_strip(N, F, strip_tile(F, share), share, named["h"].device)
+        return _shared(-(-N // rows), named["dbias"])
+
+    return elements
 
 
-def _tiles_of_a_sample(named: Arguments) -> int:
+def _of_heads(named: Arguments) -> int:
+    programs = launch(named["dqkv"], named["heads"], HEAD_REGISTERS).programs
+    return _shared(programs, named["dq_weight"]) + _shared(programs, named["dk_weight"])
+
+
+def _of_tiles(named: Arguments) -> int:
     z0 = named["z0"]
-    return noise_launch(len(z0), z0[0].numel())[0][0] // len(z0)
+    (tiles,), _ = noise_launch(len(z0), z0[0].numel())
+    return tiles if tiles > len(z0) else 0
 
 
-# of each op: programs that share one sum, and the outputs that are sums
-_SUMS: dict[str, tuple[Callable[[Arguments], int], tuple[str, ...]]] = {
-    "adaln_norm_bwd": (_row_splits("x", NORM_PROGRAMS), ("dscale", "dshift")),
-    "gated_adaln_norm_bwd": (
-        _row_splits("x", NORM_PROGRAMS),
-        ("dgate", "dscale", "dshift"),
-    ),
-    "gated_residual_bwd": (_row_splits("dy", GATE_PROGRAMS), ("dgate",)),
-    "gelu_bwd": (_strip_splits, ("dbias",)),
-    "swiglu_bwd": (_strip_splits, ("dbias",)),
-    "qk_norm_rotary_bwd": (_head_splits, ("dq_weight", "dk_weight")),
-    "score_loss_fwd": (_tiles_of_a_sample, ("losses",)),
+def _shared(programs: int, out: Tensor | None) -> int:
+    return 0 if out is None or programs == 1 else programs * out.numel()
+
+
+_ELEMENTS: dict[str, Callable[[Arguments], int]] = {
+    "adaln_norm_bwd": _of_rows("x", NORM_REGISTERS, 2),
+    "gated_adaln_norm_bwd": _of_rows("x", GATED_NORM_REGISTERS, 3),
+    "gated_residual_bwd": _of_rows("dy", GATE_REGISTERS, 1),
+    "gelu_bwd": _of_strips(GELU),
+    "swiglu_bwd": _of_strips(SWIGLU),
+    "qk_norm_rotary_bwd": _of_heads,
+    "score_loss_fwd": _of_tiles,
 }

@@ -20,6 +20,7 @@ from dbkernels.ops import _door
 from dbkernels.ops._norm import statistics_dtype
 from dbkernels.ops._register import register
 from dbkernels.ops._strip import (
+    Share,
     add_bias,
     check_bias,
     chunks,
@@ -30,18 +31,22 @@ from dbkernels.ops._strip import (
     same_dtype,
     strip,
 )
+from dbkernels.ops._tile import SHARED_OUT
+
+FORWARD = Share(rows=4, registers=64)
+BACKWARD = Share(rows=2, registers=112)
 
 # kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARED_OUT)
 def _fwd_kernel(
     h_ptr, bias_ptr,  # (N, 2 F), (2 F,)
     u_ptr,            # (N, F)
-    N, F, rows_per_split,
+    N, F, rows_per_program,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    cols, first, last = strip(N, F, rows_per_split, BLOCK_F)
+    cols, first, last = strip(N, F, rows_per_program, BLOCK_F)
     bias_a = load_bias(bias_ptr, cols, cols < F)
     bias_b = load_bias(bias_ptr, F + cols, cols < F)
 
@@ -54,14 +59,14 @@ def _fwd_kernel(
         tl.store(u_ptr + row * F + cols, a * tl.sigmoid(a) * b, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHARED_OUT)
 def _bwd_kernel(
     h_ptr, du_ptr, bias_ptr,   # (N, 2 F), (N, F), (2 F,)
     dh_ptr, u_ptr, dbias_ptr,  # (N, 2 F), (N, F), (splits, 2 F)
-    N, F, rows_per_split,
+    N, F, rows_per_program,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    cols, first, last = strip(N, F, rows_per_split, BLOCK_F)
+    cols, first, last = strip(N, F, rows_per_program, BLOCK_F)
     bias_a = load_bias(bias_ptr, cols, cols < F)
     bias_b = load_bias(bias_ptr, F + cols, cols < F)
     dbias_a = tl.zeros((1, BLOCK_F), tl.float32)
@@ -97,7 +102,7 @@ def _bwd_kernel(
 
 
 def _forward_triton(h, bias, u):
-    launch_forward(_fwd_kernel, h, bias, u)
+    launch_forward(_fwd_kernel, FORWARD, h, bias, u)
 
 
 def _forward_torch(h, bias, u):
@@ -108,7 +113,7 @@ def _forward_torch(h, bias, u):
 
 
 def _backward_triton(h, du, bias, dh, u, dbias):
-    launch_backward(_bwd_kernel, h, du, bias, dh, u, dbias)
+    launch_backward(_bwd_kernel, BACKWARD, h, du, bias, dh, u, dbias)
 
 
 def _backward_torch(h, du, bias, dh, u, dbias):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dbkernels.ops import _tile
 from dbkernels.ops._heads import angles, head_tile, launch, queries_and_keys, rotate
 
 
@@ -12,12 +13,15 @@ def test_a_tile_gives_every_thread_eight_lanes_of_each_half(d):
     assert 32 * 8 * tile.num_warps == tile.BLOCK_T * tile.BLOCK_D
 
 
-@pytest.mark.parametrize(("B", "T", "programs"), [(1, 1, 16), (3, 50, 16), (2, 1000, 4)])
-def test_programs_share_all_tokens(B, T, programs):
-    asked = launch(torch.empty(B, T, 3 * 2 * 8), 2, programs)
-    assert asked.constants["HEAD_DIM"] == 8
+@pytest.mark.parametrize("registers", [64, 128])
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (3, 50), (2, 1000)])
+def test_one_wave_of_programs_shares_all_tokens(B, T, registers, monkeypatch):
+    monkeypatch.setattr(_tile, "processors", lambda device: 3)
+    asked = launch(torch.empty(B, T, 3 * 2 * 8), 2, registers)
+    assert asked.options["HEAD_DIM"] == 8 and asked.options["maxnreg"] == registers
     assert 0 <= asked.programs * asked.tokens_per_program - B * T < asked.tokens_per_program
-    assert asked.programs <= programs
+    # of queries and of keys
+    assert 2 * asked.programs <= 3 * 65536 // (128 * registers)
 
 
 def test_queries_and_keys_are_views_without_the_values():

@@ -3,11 +3,12 @@ import torch
 import triton
 import triton.language as tl
 
-from dbkernels.ops import _strip
+from dbkernels.ops import _strip, _tile
 from dbkernels.ops._register import use_implementation
-from dbkernels.ops._strip import BACKWARD, FORWARD, Share, StripTile, rows_per_strip, strip_tile
+from dbkernels.ops._strip import Share, StripTile, rows_per_strip, strip_tile
 
 CPU = torch.device("cpu")
+FORWARD, BACKWARD = Share(4, 64), Share(2, 96)
 
 
 @pytest.mark.parametrize("F", [512, 4 * 384, 4 * 768, 4 * 1024, 4 * 1152, 6144, 16384])
@@ -29,29 +30,30 @@ def test_each_thread_reads_16_bytes_of_bfloat16_of_each_row_at_once():
 
 @pytest.mark.parametrize("N", [1, 7, 1000, 2**31])
 @pytest.mark.parametrize("F", [40, 1536, 16384])
-def test_programs_fill_the_device_and_cover_the_rows_in_whole_tiles(N, F, monkeypatch):
-    monkeypatch.setattr(_strip, "processors", lambda device: 132)
+def test_programs_fill_the_device_in_one_wave_and_cover_the_rows_in_whole_tiles(N, F, monkeypatch):
+    monkeypatch.setattr(_tile, "processors", lambda device: 132)
     tile = strip_tile(F, BACKWARD)
     rows = rows_per_strip(N, F, tile, BACKWARD, CPU)
     strips, splits = triton.cdiv(F, tile.BLOCK_F), triton.cdiv(N, rows)
     assert rows % tile.BLOCK_N == 0 and rows >= tile.BLOCK_N
-    assert splits * strips * tile.num_warps <= 16 * 132 + strips * tile.num_warps
+    fit = 132 * _tile.programs_per_processor(96, tile.num_warps)
+    assert splits * strips <= fit
     # the limit of a grid's second axis
     assert splits < 2**16
     if N == 2**31:
-        assert splits * strips * tile.num_warps >= 0.9 * 16 * 132
+        assert splits * strips >= 0.45 * fit
 
 
-def test_the_share_sets_the_warps_of_a_processor(monkeypatch):
-    monkeypatch.setattr(_strip, "processors", lambda device: 2)
-    tile = strip_tile(512, Share(4, 8))
-    assert rows_per_strip(64, 512, tile, Share(4, 8), CPU) == 8
-    assert rows_per_strip(64, 512, tile, Share(4, 4), CPU) == 16
+def test_fewer_registers_bring_more_programs(monkeypatch):
+    monkeypatch.setattr(_tile, "processors", lambda device: 2)
+    tile = strip_tile(512, Share(4, 64))
+    assert rows_per_strip(4096, 512, tile, Share(4, 64), CPU) == 128  # 16 programs of 2 warps
+    assert rows_per_strip(4096, 512, tile, Share(4, 128), CPU) == 256
 
 
 @triton.jit
-def _strip_kernel(cols_ptr, rows_ptr, N, F, rows_per_split, BLOCK_F: tl.constexpr):
-    cols, first, last = _strip.strip(N, F, rows_per_split, BLOCK_F)
+def _strip_kernel(cols_ptr, rows_ptr, N, F, rows_per_program, BLOCK_F: tl.constexpr):
+    cols, first, last = _strip.strip(N, F, rows_per_program, BLOCK_F)
     tl.store(cols_ptr + cols, cols, mask=cols < F)
     tl.store(rows_ptr + 2 * tl.program_id(1), first)
     tl.store(rows_ptr + 2 * tl.program_id(1) + 1, last)
@@ -59,9 +61,9 @@ def _strip_kernel(cols_ptr, rows_ptr, N, F, rows_per_split, BLOCK_F: tl.constexp
 
 def test_rows_beyond_32_bits_have_their_own_number():
     cols, rows = torch.zeros(40, dtype=torch.int64), torch.zeros(4, 2, dtype=torch.int64)
-    N, rows_per_split = 3 * 2**30 + 5, 2**30
+    N, rows_per_program = 3 * 2**30 + 5, 2**30
     with use_implementation("triton"):
-        _strip_kernel[(3, 4)](cols, rows, N, 40, rows_per_split, BLOCK_F=16)
+        _strip_kernel[(3, 4)](cols, rows, N, 40, rows_per_program, BLOCK_F=16)
     assert cols.tolist() == list(range(40))
     assert rows.tolist() == [[i * 2**30, min((i + 1) * 2**30, N)] for i in range(4)]
 

@@ -1,14 +1,31 @@
-from dataclasses import asdict
-
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from dbkernels.ops import _tile
-from dbkernels.ops._tile import MAX_D, RowTile, partial_sums, row_tile, rows_per_program
+from dbkernels.ops import _tile, adaln_norm, gated_adaln_norm, gated_residual
+from dbkernels.ops._tile import (
+    MAX_D,
+    RowTile,
+    programs_per_processor,
+    row_launch,
+    row_tile,
+    tiles_per_program,
+)
 
+H100 = 132  # streaming multiprocessors
+CPU = torch.device("cpu")
 WIDTHS = (384, 768, 1152, 1536)
+REGISTERS = {(4, 1): 72, (4, 2): 80, (4, 3): 96, (8, 1): 128, (8, 2): 64}
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    monkeypatch.setattr(_tile, "processors", lambda device: H100)
+
+
+def tokens(B, T, D):
+    return torch.empty(B, T, D, device="meta")
 
 
 def is_power_of_two(n):
@@ -21,78 +38,105 @@ def test_at_most_a_quarter_of_the_lanes_of_a_common_width_is_idle(D):
     assert D / (tile.BLOCK_D * tile.PIECES) >= 0.75
 
 
-@pytest.mark.parametrize("D", [1, 2, 255, 256, 257, *WIDTHS, 4096, 5000, 8192, MAX_D - 1, MAX_D])
+@pytest.mark.parametrize("D", [1, 2, 383, 384, 385, *WIDTHS, 3072, 3073, 4096, 4097, 8193, MAX_D])
 def test_a_tile_holds_a_row_with_lanes_that_the_compiler_takes(D):
     tile = row_tile(D)
     assert tile.BLOCK_D * tile.PIECES >= D > tile.BLOCK_D * (tile.PIECES - 1)
     assert is_power_of_two(tile.BLOCK_D) and is_power_of_two(tile.BLOCK_T)
     assert is_power_of_two(tile.num_warps) and 4 <= tile.num_warps <= 32
-    assert 1 <= tile.PIECES <= 3
+    # the registers of a kernel are said for each shape that there is
+    assert tile.shape in REGISTERS
 
 
-@pytest.mark.parametrize("D", [1, 384, 1152, 4096, MAX_D])
-def test_each_thread_reads_16_bytes_of_bfloat16_at_once(D):
-    tile = row_tile(D)
-    threads = 32 * tile.num_warps
-    assert tile.BLOCK_T * tile.BLOCK_D / threads == 8
+def test_a_warp_has_rows_of_up_to_384_elements_for_itself():
+    assert row_tile(128) == RowTile(BLOCK_T=4, BLOCK_D=128, PIECES=1, num_warps=4)
+    assert row_tile(384) == RowTile(BLOCK_T=4, BLOCK_D=128, PIECES=3, num_warps=4)
+    assert row_tile(385) == RowTile(BLOCK_T=2, BLOCK_D=256, PIECES=2, num_warps=4)
 
 
-def test_a_row_has_as_many_threads_as_its_idle_lanes_allow():
-    assert row_tile(128) == RowTile(BLOCK_T=4, BLOCK_D=256, PIECES=1, num_warps=4)
-    assert row_tile(768) == RowTile(BLOCK_T=1, BLOCK_D=1024, PIECES=1, num_warps=4)
-    assert row_tile(1152) == RowTile(BLOCK_T=2, BLOCK_D=512, PIECES=3, num_warps=4)
-    assert row_tile(1536) == RowTile(BLOCK_T=1, BLOCK_D=2048, PIECES=1, num_warps=8)
+def test_wider_rows_have_more_warps_and_at_most_12_elements_to_a_thread():
+    assert row_tile(768) == RowTile(BLOCK_T=2, BLOCK_D=256, PIECES=3, num_warps=4)
+    assert row_tile(1152) == RowTile(BLOCK_T=1, BLOCK_D=512, PIECES=3, num_warps=4)
+    assert row_tile(3072) == RowTile(BLOCK_T=1, BLOCK_D=1024, PIECES=3, num_warps=8)
+    assert row_tile(4096) == RowTile(BLOCK_T=1, BLOCK_D=4096, PIECES=1, num_warps=16)
+    assert row_tile(MAX_D) == RowTile(BLOCK_T=1, BLOCK_D=8192, PIECES=2, num_warps=32)
 
 
-@pytest.mark.parametrize(("B", "T", "programs"), [(2, 21, 3), (5, 4, 1), (1, 1, 16)])
-def test_the_grid_covers_every_row_once(B, T, programs):
-    grid, rows, tile = _tile.row_launch(torch.empty(B, T, 40), programs)
-    assert grid == (B, triton.cdiv(T, rows))
-    assert tile == asdict(row_tile(40))
-    assert rows == rows_per_program(B, T, row_tile(40), programs, torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("registers", "num_warps", "programs"),
+    # by registers, by the 64 warps of a processor, by its 32 programs, by registers by the 256
+    [(128, 4, 4), (32, 4, 16), (16, 1, 32), (97, 4, 4), (96, 4, 5), (255, 8, 1)],
+)
+def test_programs_fit_a_processor(registers, num_warps, programs):
+    assert programs_per_processor(registers, num_warps) == programs
 
 
-@pytest.mark.parametrize("D", [128, 1152])
+@pytest.mark.parametrize("D", [40, 1152])
 @pytest.mark.parametrize("T", [1, 7, 256, 1000])
 @pytest.mark.parametrize("B", [1, 3, 512])
-def test_rows_of_the_programs_cover_a_sample_in_whole_tiles(B, T, D, monkeypatch):
-    monkeypatch.setattr(_tile, "processors", lambda device: 132)
-    tile = row_tile(D)
-    rows = rows_per_program(B, T, tile, 4, torch.device("cpu"))
-    assert rows % tile.BLOCK_T == 0 and rows >= tile.BLOCK_T
-    assert triton.cdiv(T, rows) * rows >= T
-    assert triton.cdiv(T, rows) * B <= 4 * 132 + B
+def test_programs_share_the_rows_in_whole_tiles_and_one_wave(B, T, D, h100):
+    launch = row_launch(tokens(B, T, D), REGISTERS)
+    assert launch.rows % launch.tile.BLOCK_T == 0
+    assert (launch.programs - 1) * launch.rows < B * T <= launch.programs * launch.rows
+    fit = programs_per_processor(launch.registers, launch.tile.num_warps)
+    assert launch.programs <= fit * H100
 
 
-def test_one_sample_fills_the_processors(monkeypatch):
-    monkeypatch.setattr(_tile, "processors", lambda device: 132)
-    rows = rows_per_program(1, 4096, row_tile(1024), 4, torch.device("cpu"))
-    assert rows == 8 and triton.cdiv(4096, rows) >= 132
+@pytest.mark.parametrize(("T", "shared"), [(1, 0), (4, 0), (9, 1), (256, 1)])
+def test_samples_are_shared_where_a_program_ends_within_one(T, shared):
+    launch = row_launch(tokens(7, T, 384), REGISTERS)
+    assert launch.samples_are_shared == shared == int(launch.rows % T > 0)
+    assert launch.segments(7) == 7 + shared * (launch.programs - 1)
 
 
-def test_a_large_batch_gives_each_program_a_whole_sample(monkeypatch):
-    monkeypatch.setattr(_tile, "processors", lambda device: 132)
-    assert rows_per_program(528, 256, row_tile(1024), 4, torch.device("cpu")) == 256
+def test_a_thread_has_no_more_registers_than_its_program_leaves_it():
+    assert row_launch(tokens(1, 1, 1152), REGISTERS).options["maxnreg"] == 96
+    # two rows to a program
+    assert row_launch(tokens(1, 1, 768), REGISTERS).options["maxnreg"] == 96 + 16
+    assert row_launch(tokens(1, 1, MAX_D), REGISTERS | {(8, 2): 128}).registers == 64
+
+
+@pytest.mark.parametrize("op", [adaln_norm, gated_adaln_norm, gated_residual])
+@pytest.mark.parametrize("table", ["FORWARD_REGISTERS", "BACKWARD_REGISTERS"])
+def test_every_op_says_its_registers_for_every_shape(op, table):
+    registers = getattr(__import__(op.__module__, fromlist=[table]), table)
+    assert registers.keys() == REGISTERS.keys()
+
+
+def efficiency(B, D):
+    """The rows of a processor if all had the same, over those of the one with most."""
+    launch = row_launch(tokens(B, 256, D), REGISTERS)
+    most = triton.cdiv(launch.programs, H100) * launch.rows
+    return B * 256 / (H100 * most)
+
+
+@pytest.mark.parametrize("D", WIDTHS)
+@pytest.mark.parametrize("B", [8, 32, 64, 128, 256])
+def test_a_common_batch_uses_nine_tenths_of_a_device(B, D, h100):
+    assert efficiency(B, D) >= 0.96
+
+
+@pytest.mark.parametrize("D", WIDTHS)
+def test_any_batch_uses_nine_tenths_of_a_device_where_tiles_are_many(D, h100):
+    tiles = {B: B * 256 / row_tile(D).BLOCK_T / H100 for B in range(8, 257)}
+    wasteful = {B for B in tiles if efficiency(B, D) < 0.9}
+    # a processor has so few that one more or less counts
+    assert all(tiles[B] < 16 for B in wasteful) and len(wasteful) <= 8
+
+
+def test_fewer_programs_share_tiles_where_the_last_would_have_little(h100):
+    # 10 tiles to each processor: 4 programs would have 3 each, and 2 have 5
+    assert tiles_per_program(10 * H100, 128, 4, CPU) == 5
+    assert tiles_per_program(12 * H100, 128, 4, CPU) == 3
+
+
+def test_tiles_beside_each_other_share_the_programs(h100):
+    assert tiles_per_program(3 * H100, 128, 4, CPU, beside=4) == 3
+    assert tiles_per_program(1, 128, 4, CPU, beside=10**6) == 1
 
 
 def test_the_interpreter_counts_as_one_processor():
-    assert _tile.processors(torch.device("cpu")) == 1
-
-
-def test_one_split_writes_its_sums_into_the_result():
-    outs = torch.empty(2, 3), torch.empty(2, 3)
-    with partial_sums(1, *outs) as sums:
-        assert sums[0] is outs[0] and sums[1] is outs[1]
-
-
-def test_sums_of_splits_are_added_in_float32():
-    outs = torch.empty(2, 1, dtype=torch.bfloat16), torch.empty(2, 1, dtype=torch.bfloat16)
-    with partial_sums(3, *outs) as sums:
-        assert [(part.shape, part.dtype) for part in sums] == 2 * [((2, 3, 1), torch.float32)]
-        sums[0].copy_(torch.tensor([[1.0, 2**-9, 2**-9], [4.0, 5.0, 6.0]])[..., None])
-        sums[1].fill_(2.0)
-    # in bfloat16, 1 + 2**-9 + 2**-9 would stay 1; 1 + 2**-8 is a tie that goes to 1 as well
-    assert outs[0].tolist() == [[1.0], [15.0]] and outs[1].tolist() == [[6.0], [6.0]]
+    assert _tile.processors(CPU) == 1
 
 
 @triton.jit
@@ -102,7 +146,7 @@ def _round_trip_kernel(
 ):  # fmt: skip
     t = tl.arange(0, BLOCK_T)[:, None]
     x = _tile.load_row(x_ptr, t * D, t < T, D, BLOCK_D, PIECES)
-    v = _tile.load_vector(v_ptr, 0, D, BLOCK_D, PIECES)
+    v = _tile.load_vector(v_ptr, 0, D, BLOCK_T, BLOCK_D, PIECES)
     total = _tile.zero_row(BLOCK_T, BLOCK_D, PIECES)
 
     total = _tile.add_rows(x, total, PIECES)

@@ -1,11 +1,9 @@
-import importlib
-
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
 from implementations import implementations
 
-from dbkernels.ops import reference
+from dbkernels.ops import _tile, reference
 from dbkernels.ops._register import use_implementation
 from dbkernels.ops.adaln_norm import (
     NormOptions,
@@ -16,8 +14,6 @@ from dbkernels.ops.adaln_norm import (
     adaln_norm_forward,
 )
 
-# dbkernels.ops names the op like its module
-module = importlib.import_module("dbkernels.ops.adaln_norm")
 # (1, 1, 1) smallest; 7 and 11 leave a ragged last split; 64, 257 and 1152 leave masked lanes;
 # 257 has three tiles to a program, 1152 three pieces to a row
 SHAPES = [(1, 1, 1), (2, 7, 64), (3, 11, 257), (2, 3, 1152)]
@@ -89,12 +85,12 @@ def test_x_the_modulation_and_the_result_may_differ_in_dtype(x_dtype, modulation
     assert_accurate(args, dtype)
 
 
-@pytest.mark.parametrize("programs", [1, 3, 100])
-def test_any_number_of_programs_shares_a_sample(programs, monkeypatch):
-    monkeypatch.setattr(module, "FORWARD_PROGRAMS", programs)
-    monkeypatch.setattr(module, "BACKWARD_PROGRAMS", programs)
+@pytest.mark.parametrize("processors", [1, 2, 100])
+def test_any_number_of_programs_shares_the_samples(processors, monkeypatch):
+    monkeypatch.setattr(_tile, "processors", lambda device: processors)
     assert_accurate(inputs(1, 21, 40, offset=3.0))
     assert_accurate(inputs(2, 21, 40, torch.bfloat16))
+    assert_accurate(inputs(9, 5, 40))
 
 
 def test_eps_is_one_millionth_of_a_unit_of_variance():
@@ -217,9 +213,9 @@ def test_backward_may_write_y_over_its_gradient(dtype):
     assert all(map(torch.equal, actual, expected))
 
 
-@pytest.mark.parametrize("programs", [1, 100])
-def test_backward_writes_its_sums_into_slices(programs, monkeypatch):
-    monkeypatch.setattr(module, "BACKWARD_PROGRAMS", programs)
+@pytest.mark.parametrize("processors", [1, 100])
+def test_backward_writes_its_sums_into_slices(processors, monkeypatch):
+    monkeypatch.setattr(_tile, "processors", lambda device: processors)
     dy, _, saved, _, sums = backward_inputs()
     adaln_norm_backward(dy, None, *saved, y=None, **sums)
     dmodulation = torch.zeros(2, 4 * 65)

@@ -1,17 +1,12 @@
-import importlib
-
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
 from implementations import implementations
 
-from dbkernels.ops import reference
+from dbkernels.ops import _tile, reference
 from dbkernels.ops._register import use_implementation
 from dbkernels.ops.adaln_norm import adaln_norm
 from dbkernels.ops.gated_adaln_norm import gated_adaln_norm
-
-# dbkernels.ops names the op like its module
-module = importlib.import_module("dbkernels.ops.gated_adaln_norm")
 
 # (1, 1, 1) smallest; 7 and 5 leave a ragged last split and a ragged last tile; 48, 257 and 1152
 # leave masked lanes; 257 has two tiles to a program of backward, 1152 three pieces to a row
@@ -121,12 +116,12 @@ def test_a_gradient_of_the_stream_alone_is_that_of_the_residual(dtype):
         assert_as_accurate_as_eager(name, *values)
 
 
-@pytest.mark.parametrize("programs", [1, 3, 100])
-def test_any_number_of_programs_shares_a_sample(programs, monkeypatch):
-    monkeypatch.setattr(module, "FORWARD_PROGRAMS", programs)
-    monkeypatch.setattr(module, "BACKWARD_PROGRAMS", programs)
+@pytest.mark.parametrize("processors", [1, 2, 100])
+def test_any_number_of_programs_shares_the_samples(processors, monkeypatch):
+    monkeypatch.setattr(_tile, "processors", lambda device: processors)
     assert_accurate(inputs(1, 21, 40, offset=3.0))
     assert_accurate(inputs(2, 21, 40, torch.bfloat16), norm="rms")
+    assert_accurate(inputs(9, 5, 40))
 
 
 def test_eps_is_one_millionth_of_a_unit_of_variance():

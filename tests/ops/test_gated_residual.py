@@ -1,11 +1,9 @@
-import importlib
-
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
 from implementations import implementations
 
-from dbkernels.ops import reference
+from dbkernels.ops import _tile, reference
 from dbkernels.ops._register import use_implementation
 from dbkernels.ops.gated_residual import (
     _backward_op,
@@ -14,9 +12,6 @@ from dbkernels.ops.gated_residual import (
     gated_residual_backward,
     gated_residual_forward,
 )
-
-# dbkernels.ops names the op like its module
-module = importlib.import_module("dbkernels.ops.gated_residual")
 
 # (1, 1, 1) smallest; 7 and 19 leave a ragged last split and a ragged last tile; 48, 257 and 1152
 # leave masked lanes; 257 has two tiles to a program, 1152 three pieces to a row
@@ -85,12 +80,12 @@ def test_rounds_each_result_once(x_dtype, h_dtype, gate_dtype):
         torch.testing.assert_close(got.double(), value, rtol=half + 1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("programs", [1, 3, 100])
-def test_any_number_of_programs_shares_a_sample(programs, monkeypatch):
-    monkeypatch.setattr(module, "FORWARD_PROGRAMS", programs)
-    monkeypatch.setattr(module, "BACKWARD_PROGRAMS", programs)
+@pytest.mark.parametrize("processors", [1, 2, 100])
+def test_any_number_of_programs_shares_the_samples(processors, monkeypatch):
+    monkeypatch.setattr(_tile, "processors", lambda device: processors)
     assert_accurate(*inputs(1, 21, 40, offset=3.0))
     assert_accurate(*inputs(2, 21, 40, torch.bfloat16))
+    assert_accurate(*inputs(9, 5, 40))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -194,9 +189,9 @@ def test_backward_may_write_over_h(dtype, x_dtype):
     assert all(map(torch.equal, actual, expected)) and torch.equal(dy, before)
 
 
-@pytest.mark.parametrize("programs", [1, 100])
-def test_backward_writes_its_sum_into_a_slice(programs, monkeypatch):
-    monkeypatch.setattr(module, "BACKWARD_PROGRAMS", programs)
+@pytest.mark.parametrize("processors", [1, 100])
+def test_backward_writes_its_sum_into_a_slice(processors, monkeypatch):
+    monkeypatch.setattr(_tile, "processors", lambda device: processors)
     dy, h, gate = inputs(2, 7, 65)
     dh, dgate, whole = torch.empty_like(h), torch.empty(2, 65), torch.zeros(2, 3 * 65)
     gated_residual_backward(dy, h, gate, dh=dh, dgate=dgate)

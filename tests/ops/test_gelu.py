@@ -3,9 +3,8 @@ import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
 from implementations import implementations
 
-from dbkernels.ops import _strip, reference
+from dbkernels.ops import _strip, _tile, reference
 from dbkernels.ops._register import use_implementation
-from dbkernels.ops._strip import Share
 from dbkernels.ops.gelu import _backward_op, _forward_op, gelu, gelu_backward, gelu_forward
 
 # (1, 1) smallest; 7 and 37 leave a ragged last tile of rows; all but 512 leave masked columns;
@@ -63,10 +62,9 @@ def test_rounds_once(dtype):
     torch.testing.assert_close(dbias.double(), dbias_exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("share", [Share(2, 1), Share(4, 3), Share(8, 200)], ids=str)
-def test_any_number_of_programs_shares_the_rows(share, monkeypatch):
-    monkeypatch.setattr(_strip, "FORWARD", share)
-    monkeypatch.setattr(_strip, "BACKWARD", share)
+@pytest.mark.parametrize("processors", [1, 2, 100])
+def test_any_number_of_programs_shares_the_rows(processors, monkeypatch):
+    monkeypatch.setattr(_tile, "processors", lambda device: processors)
     assert_accurate(*inputs(21, 40))
     assert_accurate(*inputs(21, 300, dtype=torch.bfloat16))
 
