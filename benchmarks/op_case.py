@@ -20,7 +20,7 @@ from dbkernels.ops import reference
 
 # the report's files stand beside each other and are no package
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
-from kernel_cases import CASES, DTYPE, HEAD_DIM, B, T
+from kernel_cases import CASES, DTYPE, HEAD_DIM, B, Shapes, T
 from kernel_compile import PROCESSORS, bytes_moved, record
 
 INPUTS = {  # of the op, with which the arguments of its forward kernel begin
@@ -37,11 +37,7 @@ FOR_A_LAYER = {  # what a layer asks of a kernel's backward, and the op alone do
     "gelu": {"u_ptr"},
     "swiglu": {"u_ptr"},
 }
-STREAM = {  # arguments of the kernels that are the residual stream or its gradient
-    "adaln_norm": {"x_ptr", "dres_ptr", "dx_ptr"},
-    "gated_adaln_norm": {"x_ptr", "x1_ptr", "dx1_ptr", "dx_ptr"},
-    "gated_residual": {"x_ptr", "y_ptr", "dy_ptr"},
-}
+STREAM = ("adaln_norm", "gated_adaln_norm", "gated_residual")  # work on the residual stream
 DTYPES = {"cpu": torch.float32, "cuda": DTYPE}  # as a device is trained on
 H100 = 90  # 10 times the compute capability; how many programs share a sum depends on it
 
@@ -76,21 +72,23 @@ class OpCase(NamedTuple):
     def inputs(self) -> list[Tensor]:
         """Of unit variance, drawn on the device, with the shapes and strides of the report's."""
         random = torch.Generator(self.device).manual_seed(0)
-        arguments = CASES[f"{self.op}_fwd"].arguments(self.D)[: INPUTS[self.op]]
-        return [
-            _filled(self._of_dtype(like, stream=number == 0), random).requires_grad_()
-            if like.dtype == DTYPE
-            # the table of angles alone has another dtype, and no gradient
-            else rotary_table(torch.arange(T), HEAD_DIM).to(self.device)
-            for number, like in enumerate(arguments)
-        ]
+        arguments = CASES[f"{self.op}_fwd"].arguments(self._shapes)[: INPUTS[self.op]]
+        inputs = [self._of_dtype(like) for like in arguments]
+        if self.op == "qk_norm_rotary":  # the table of angles has no gradient
+            *inputs, _ = inputs
+        filled = [_filled(like, random).requires_grad_() for like in inputs]
+        table = rotary_table(torch.arange(T), HEAD_DIM).to(self.device)
+        return [*filled, table] if len(filled) < len(arguments) else filled
 
-    def _of_dtype(self, like: Tensor, *, stream: bool) -> Tensor:
+    @property
+    def _shapes(self) -> Shapes:
+        return Shapes(self.D, B, torch.float32 if self.mixed else DTYPE)
+
+    def _of_dtype(self, like: Tensor) -> Tensor:
         """A tensor of the report's in the dtype of this case, its strides as they are."""
         if like.dtype != DTYPE:
             return like
-        dtype = torch.float32 if stream and self.mixed else self.dtype
-        return torch.empty_strided(like.shape, like.stride(), dtype=dtype, device="meta")
+        return torch.empty_strided(like.shape, like.stride(), dtype=self.dtype, device="meta")
 
     def function(self, impl: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
         if impl == "fused":
@@ -133,11 +131,10 @@ class OpCase(NamedTuple):
 
     def bytes_moved(self, direction: str) -> int:
         case = CASES[f"{self.op}_{direction}"]
-        _, launch = record(case, self.D, _arch(self.device))
+        _, launch = record(case, self._shapes, _arch(self.device))
         left_out = FOR_A_LAYER.get(self.op, ()) if direction == "bwd" else ()
-        stream = STREAM.get(self.op, ())
         kept = {
-            name: self._of_dtype(a, stream=name in stream) if isinstance(a, Tensor) else a
+            name: self._of_dtype(a) if isinstance(a, Tensor) else a
             for name, a in launch.arguments.items()
             if name not in left_out
         }

@@ -37,7 +37,7 @@ def test_beside_a_float32_stream_branches_are_bfloat16(op_case):
         "gated_adaln_norm": ([f32, *[bf16] * 4], [f32, bf16]),
         "gated_residual": ([f32, bf16, bf16], [f32]),
     }
-    assert dtypes.keys() == op_case.STREAM.keys()
+    assert dtypes.keys() == set(op_case.STREAM)
     for op, (inputs, outputs) in dtypes.items():
         case = op_case.OpCase(op, 64, ("fused", "eager"), CPU, mixed=True)
         calls = case.calls([case.inputs()])
@@ -67,8 +67,8 @@ def test_a_float32_stream_moves_twice_its_bytes(op_case):
     ],
 )
 def test_bytes_leave_out_what_only_a_layer_asks_for(op_case, op, elements, monkeypatch):
-    kernel = op_case.CASES[f"{op}_bwd"]
-    everything = op_case.bytes_moved(kernel, op_case.record(kernel, 64, op_case.H100)[1])
+    kernel, shapes = op_case.CASES[f"{op}_bwd"], op_case.Shapes(64, 2)
+    everything = op_case.bytes_moved(kernel, op_case.record(kernel, shapes, op_case.H100)[1])
     monkeypatch.setitem(op_case.DTYPES, "cpu", op_case.DTYPE)
     assert op_case.OpCase(op, 64, (), CPU).bytes_moved("bwd") == everything - 2 * 8 * elements * 2
 
