@@ -51,7 +51,7 @@ class Options:
     # such as adaln_norm_fwd; library is every CUDA kernel, for each arch that it was built for
     kernel: tuple[str, ...] = (*CASES, LIBRARY)
     arch: tuple[Literal[80, 90, 100], ...] = (80, 90, 100)  # 10 times the compute capability
-    D: tuple[int, ...] = (128, 384, 768, 1024, 1152, 1536, 4096)  # model widths
+    D: tuple[int, ...] = (128, 384, 768, 1024, 1152, 1536, 4096, 5120)  # model widths
     json: bool = False  # one object to a line instead of a table
 
     def __post_init__(self):

@@ -21,6 +21,7 @@ REGISTERS = 65536  # of one streaming multiprocessor
 # memory; with 16 bytes a thread would hold twice the row, and half the programs would fit
 VECTOR = 4
 WARPS = 4  # of one program, where a row does not need more
+MAX_WARPS = 32  # of one program
 MAX_PIECES = 3  # more would leave a backward too few programs to a processor
 NARROW = 8 * WARP * VECTOR * MAX_PIECES  # the widest row of 8 warps
 LANES = 256  # of one warp that moves 16 bytes of bfloat16 to a thread
@@ -48,8 +49,9 @@ class RowTile:
 def row_tile(D: int) -> RowTile:
     """The tile with the fewest warps to a row that hold it in few pieces."""
     if D > NARROW:
-        # one wide piece takes fewer registers than two of half the width
-        warps = 16 if D <= 16 * LANES else 32
+        # one wide piece takes fewer registers than two of half the width, and 8 warps leave a
+        # thread all that it can address
+        warps = 16 if D <= 16 * LANES else 8 if D <= 8 * LANES * MAX_PIECES else MAX_WARPS
         return RowTile(1, warps * LANES, triton.cdiv(D, warps * LANES), warps)
     warps = 1
     while triton.cdiv(D, WARP * VECTOR * warps) > MAX_PIECES:

@@ -48,8 +48,8 @@ from dbkernels.ops._tile import (
 )
 
 # of a thread, by RowTile.shape: the compiler is held to them, and what it makes does not spill
-FORWARD_REGISTERS = {(4, 1): 40, (4, 2): 48, (4, 3): 64, (8, 1): 64, (8, 2): 64}
-BACKWARD_REGISTERS = {(4, 1): 72, (4, 2): 80, (4, 3): 96, (8, 1): 128, (8, 2): 64}
+FORWARD_REGISTERS = {(4, 1): 40, (4, 2): 48, (4, 3): 64, (8, 1): 64, (8, 2): 64, (8, 3): 128}
+BACKWARD_REGISTERS = {(4, 1): 72, (4, 2): 80, (4, 3): 96, (8, 1): 128, (8, 2): 64, (8, 3): 255}
 
 # kernels
 

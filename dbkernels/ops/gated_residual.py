@@ -34,8 +34,8 @@ from dbkernels.ops._tile import (
 )
 
 # of a thread, by RowTile.shape: the compiler is held to them, and what it makes does not spill
-FORWARD_REGISTERS = {(4, 1): 40, (4, 2): 40, (4, 3): 48, (8, 1): 64, (8, 2): 64}
-BACKWARD_REGISTERS = {(4, 1): 48, (4, 2): 56, (4, 3): 72, (8, 1): 64, (8, 2): 64}
+FORWARD_REGISTERS = {(4, 1): 40, (4, 2): 40, (4, 3): 48, (8, 1): 64, (8, 2): 64, (8, 3): 128}
+BACKWARD_REGISTERS = {(4, 1): 48, (4, 2): 56, (4, 3): 72, (8, 1): 64, (8, 2): 64, (8, 3): 128}
 
 # kernels
 

@@ -16,7 +16,7 @@ from dbkernels.ops._tile import (
 H100 = 132  # streaming multiprocessors
 CPU = torch.device("cpu")
 WIDTHS = (384, 768, 1152, 1536)
-REGISTERS = {(4, 1): 72, (4, 2): 80, (4, 3): 96, (8, 1): 128, (8, 2): 64}
+REGISTERS = {(4, 1): 72, (4, 2): 80, (4, 3): 96, (8, 1): 128, (8, 2): 64, (8, 3): 255}
 
 
 @pytest.fixture
@@ -38,7 +38,9 @@ def test_at_most_a_quarter_of_the_lanes_of_a_common_width_is_idle(D):
     assert D / (tile.BLOCK_D * tile.PIECES) >= 0.75
 
 
-@pytest.mark.parametrize("D", [1, 2, 383, 384, 385, *WIDTHS, 3072, 3073, 4096, 4097, 8193, MAX_D])
+@pytest.mark.parametrize(
+    "D", [1, 2, 383, 384, 385, *WIDTHS, 3072, 3073, 4096, 4097, 6144, 6145, 8193, MAX_D]
+)
 def test_a_tile_holds_a_row_with_lanes_that_the_compiler_takes(D):
     tile = row_tile(D)
     assert tile.BLOCK_D * tile.PIECES >= D > tile.BLOCK_D * (tile.PIECES - 1)
@@ -54,11 +56,13 @@ def test_a_warp_has_rows_of_up_to_384_elements_for_itself():
     assert row_tile(385) == RowTile(BLOCK_T=2, BLOCK_D=256, PIECES=2, num_warps=4)
 
 
-def test_wider_rows_have_more_warps_and_at_most_12_elements_to_a_thread():
+def test_wider_rows_have_more_warps():
     assert row_tile(768) == RowTile(BLOCK_T=2, BLOCK_D=256, PIECES=3, num_warps=4)
     assert row_tile(1152) == RowTile(BLOCK_T=1, BLOCK_D=512, PIECES=3, num_warps=4)
     assert row_tile(3072) == RowTile(BLOCK_T=1, BLOCK_D=1024, PIECES=3, num_warps=8)
     assert row_tile(4096) == RowTile(BLOCK_T=1, BLOCK_D=4096, PIECES=1, num_warps=16)
+    assert row_tile(5120) == RowTile(BLOCK_T=1, BLOCK_D=2048, PIECES=3, num_warps=8)
+    assert row_tile(6145) == RowTile(BLOCK_T=1, BLOCK_D=8192, PIECES=1, num_warps=32)
     assert row_tile(MAX_D) == RowTile(BLOCK_T=1, BLOCK_D=8192, PIECES=2, num_warps=32)
 
 
