@@ -31,7 +31,7 @@ def kept_by(call, activations):
 
 def backward(call, kept, *, owned=False):
     """Every gradient, by name."""
-    gradients = Gradients(WANTED)
+    gradients = Gradients(WANTED, call.weights.qkv_weight.dtype)
     dout = call.x[:, : call.options.tokens].cos()
     dx, dmodulation = call.backward(dout, kept._asdict(), gradients, owned=owned)
     return {"x": dx, "modulation": dmodulation, **gradients.sums}
