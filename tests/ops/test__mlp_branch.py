@@ -133,29 +133,70 @@ def test_results_take_the_place_of_what_came_in():
     assert dy is dm and mlp_branch(y, "gelu", w, hidden=None) is y
 
 
+class FirstHalf(TorchDispatchMode):
+    """Tokens of each op that gives an activation in the forward, by name of op."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        if name in ("gelu_fwd", "swiglu_fwd"):
+            self.tokens.append((name, len(args[0])))
+        if name == "_addmm_activation":
+            assert kwargs["use_gelu"]
+            self.tokens.append((name, len(args[1])))
+        return func(*args, **(kwargs or {}))
+
+
+def activations_of_a_gpu(tokens, *, kept, mlp="gelu", bias=True, dtype=BF16):
+    w = branch(mlp, bias=bias, dtype=dtype)[0]
+    with FakeTensorMode(allow_non_fake_inputs=True), rehearse_gpu(132), FirstHalf() as seen:
+        hidden = torch.empty(tokens, len(w.fc1_weight), dtype=dtype) if kept else None
+        mlp_branch(torch.empty(1, tokens, D, dtype=dtype), mlp, w, hidden=hidden)
+    return seen.tokens
+
+
 @pytest.mark.parametrize(
-    ("tokens", "kept", "sizes"),
+    ("tokens", "kept", "bias", "sizes"),
     [
-        (2 * CHUNK, True, [2 * CHUNK]),
-        (2 * CHUNK, False, [CHUNK, CHUNK]),
-        (2 * CHUNK + 2, True, [2 * CHUNK, 2]),
-        (8 * CHUNK, True, [4 * CHUNK] * 2),
-        (8 * CHUNK, False, [2 * CHUNK] * 4),
+        (2 * CHUNK, True, True, [2 * CHUNK]),
+        (2 * CHUNK + 2, True, True, [2 * CHUNK, 2]),
+        (8 * CHUNK, True, True, [4 * CHUNK] * 2),
+        (8 * CHUNK, False, True, [4 * CHUNK] * 2),
+        # the pre-activation, which is not kept, and the activation
+        (2 * CHUNK, False, False, [CHUNK] * 2),
+        (8 * CHUNK, False, False, [2 * CHUNK] * 4),
     ],
 )
-def test_a_gpu_takes_as_many_tokens_at_once_as_its_memory_has_room_for(tokens, kept, sizes):
-    w, launched = branch("gelu", dtype=torch.float32)[0], []
+def test_a_gpu_takes_as_many_tokens_at_once_as_leave_the_peak_where_it_is(
+    tokens, kept, bias, sizes
+):
+    seen = activations_of_a_gpu(tokens, kept=kept, bias=bias)
+    assert [size for _, size in seen] == sizes
 
-    class Rows(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.dbkernels.gelu_fwd.default:
-                launched.append(len(args[0]))
-            return func(*args, **(kwargs or {}))
 
-    with FakeTensorMode(allow_non_fake_inputs=True), rehearse_gpu(132), Rows():
-        hidden = torch.empty(tokens, len(w.fc1_weight)) if kept else None
-        mlp_branch(torch.empty(1, tokens, D), "gelu", w, hidden=hidden)
-    assert launched == sizes
+@pytest.mark.parametrize(
+    ("options", "op"),
+    [
+        ({"kept": False}, "_addmm_activation"),
+        ({"kept": True}, "gelu_fwd"),
+        ({"kept": False, "bias": False}, "gelu_fwd"),
+        ({"kept": False, "mlp": "swiglu"}, "swiglu_fwd"),
+        ({"kept": False, "dtype": torch.float16}, "gelu_fwd"),
+        ({"kept": False, "dtype": torch.float32}, "gelu_fwd"),
+    ],
+)
+def test_a_gpu_s_matmul_takes_gelu_itself_where_nobody_keeps_what_it_is_taken_of(options, op):
+    assert activations_of_a_gpu(4, **options) == [(op, 4)]
+
+
+def test_a_cpu_s_matmul_does_not_take_gelu():
+    w, y, _ = branch("gelu", dtype=BF16)
+    with FirstHalf() as seen:
+        mlp_branch(y, "gelu", w, hidden=None)
+    assert seen.tokens == [("gelu_fwd", B * T)]
 
 
 @pytest.mark.parametrize("mlp", list(ACTIVATIONS))
