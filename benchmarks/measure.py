@@ -6,7 +6,7 @@ can be captured, and else what the host launches; before each, the L2 cache is w
 CPU the competitors themselves push each other's data out of the caches.
 
 Memory. What an allocator handed out during one call, beyond what was there before it. On a GPU
-that is torch's statistics, in a process of its own for each case. On a CPU it is the running sum
+that is torch's statistics. On a CPU it is the running sum
 of what torch's profiler saw allocated and freed, also within ops and compiled code.
 """
 

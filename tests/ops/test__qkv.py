@@ -43,6 +43,15 @@ def test_the_whole_has_zeros_where_there_are_no_queries(tokens):
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
+def test_gradients_by_head_are_written_side_by_side(tokens):
+    _, some = whole_and_some(tokens)
+    parts = [torch.randn(B, t.shape[2], H, D // H, dtype=F64) for t in some.by_head(H)]
+    some.write(*(part.transpose(1, 2) for part in parts))
+    for head, part in zip(some.by_head(H), parts, strict=True):
+        assert torch.equal(head, part.transpose(1, 2))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
 def test_takes_what_was_done_to_the_whole(tokens):
     _, some = whole_and_some(tokens)
     before = some.whole().clone()
