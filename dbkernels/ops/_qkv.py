@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dbkernels.ops._layer_tensors import LayerWeights
 from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops._projection import Gradients, as_rows, product, project
+from dbkernels.ops._projection import Gradients, as_rows, product, project, sum_dtype
 from dbkernels.ops.first_tokens import first_tokens
 
 
@@ -84,7 +84,9 @@ def add_qkv(gradients: Gradients, dqkv: QKV, y: Tensor) -> None:
         of_others = product(dkv.T, as_rows(y), statistics_dtype(y))
         gradients.add("qkv_weight", torch.cat([of_queries, of_others]))
     if "qkv_bias" in gradients.wanted:
-        gradients.add("qkv_bias", torch.cat([dq.sum(0), dkv.sum(0)]))
+        dtype = sum_dtype(dq, gradients.dtype)
+        sums = [part.sum(0, dtype=dtype) for part in (dq, dkv)]
+        gradients.add("qkv_bias", torch.cat(sums))
 
 
 def _apart(parameter: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

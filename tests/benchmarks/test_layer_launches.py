@@ -2,7 +2,7 @@ import pytest
 import torch
 
 DIT_XL = (64, 256, 1152, 16, 4608)
-VIT = (128, 65, 384, 6, 1536)
+VIT = (128, 65, 128, 4, 3072)
 # of eager's layer under autocast, at any size
 EAGER = (28, 56)
 
