@@ -10,24 +10,26 @@ competitor in one case:
                      of inputs and parameters, which every call returns, are part of it
     resident_bytes   inputs and parameters, and on a GPU workspaces that outlive a call
     achieved_tflops  floating-point operations of three forwards, over median_ms
+    launches_forward, launches_backward  kernels of a GPU, counted without one by `launches`; None
+                     where a compiler makes the kernels
 """
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Literal
 
 import measure
 import torch
 from command import called, parsed
-from layer_case import IMPLS, Competitor, LayerCase, LayerStep, competitors, make_inputs
+from layer_case import IMPLS, LayerCase, LayerStep, competitors, make_inputs
+from layer_launches import count, target_for
 from machine import ceilings, machine
 from show import emit
 
 from dbkernels.cli.device import pick_device
 
 Impl = Literal["eager", "fused", "compiled", "compiled_budget", "checkpointed"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "autocast"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Options:
     D: int | None = None  # width
     H: int | None = None  # heads; 64 wide where only D is given
     hidden: int | None = None  # width of the MLP's hidden layer; 4 D where it is not given
-    dtype: tuple[Dtype, ...] = ()  # of everything
+    dtype: tuple[Dtype, ...] = ()  # of everything, or autocast: float32 that computes in bfloat16
     impls: tuple[Impl, ...] = IMPLS  # competitors, in the order of the table
     budgets: tuple[float, ...] = (0.9, 0.5, 0.4, 0.2)  # of compiled_budget, from 0 to 1
     rounds: int | None = None  # in each of which every competitor is timed once
@@ -102,27 +104,29 @@ def rows_of(case: LayerCase, options: Options) -> list[dict[str, object]]:
     device = pick_device(options.device)
     # a function is recompiled for so many shapes only before it is left in plain torch
     torch.compiler.reset()
-    players = competitors(options.impls, options.budgets)
+    players = competitors(options.impls, options.budgets, mixed=case.autocast)
     rounds = options.rounds or DEFAULTS[device.type].rounds
-    if device.type == "cuda":
-        weighed = measure.in_fresh_processes(partial(weigh_alone, case, device), players)
+    counted = [count(case, player, target_for(device)) for player in players]
     with measure.own_stream(device):
         inputs = make_inputs(case, device)
-        steps = {player: LayerStep(player.function(case.H), inputs) for player in players}
-        if device.type == "cpu":
-            weighed = [weigh(case, step, device) for step in steps.values()]
+        steps = {
+            player: LayerStep(player.function(case.H), inputs, case.autocast) for player in players
+        }
+        # before any is captured, whose memory would stay; compiled once for this and for the clock
+        weighed = [weigh(case, step, device) for step in steps.values()]
         times = measure.interleaved(steps, device=device, rounds=rounds)
-        about = asdict(ceilings(device, case.torch_dtype)) | asdict(machine(device))
+        about = asdict(ceilings(device, case.compute_dtype)) | asdict(machine(device))
         about |= {"command": called()}
     return [
         asdict(player)
         | asdict(case)
+        | asdict(launches)
         | weights
         | asdict(times[player])
         | {"achieved_tflops": case.flops / times[player].median_ms / 1e9}
         | {"implementation": player.implementation(device)}
         | about
-        for player, weights in zip(players, weighed, strict=True)
+        for player, launches, weights in zip(players, counted, weighed, strict=True)
     ]
 
 
@@ -132,11 +136,6 @@ def weigh(case: LayerCase, step: LayerStep, device: torch.device) -> dict[str, f
     taken = measure.memory(step, inputs=[*inputs.leaves, inputs.dout], device=device)
     saved = measure.saved_bytes(step.forward, parameters=inputs.parameters)
     return {"saved_units": saved / case.unit_bytes} | asdict(taken)
-
-
-def weigh_alone(case: LayerCase, device: torch.device, player: Competitor) -> dict[str, float]:
-    inputs = make_inputs(case, device)
-    return weigh(case, LayerStep(player.function(case.H), inputs), device)
 
 
 def report(options: Options) -> Iterator[list[dict[str, object]]]:

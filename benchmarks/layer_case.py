@@ -31,12 +31,12 @@ class LayerCase:
     D: int
     H: int
     hidden: int
-    dtype: str  # of everything
+    dtype: str  # of everything; autocast is parameters and stream of float32, compute in bfloat16
 
     @property
     def unit_bytes(self) -> int:
         """Of D elements per token."""
-        return self.B * self.T * self.D * self.torch_dtype.itemsize
+        return self.B * self.T * self.D * self.compute_dtype.itemsize
 
     @property
     def flops(self) -> int:
@@ -45,8 +45,18 @@ class LayerCase:
         return 3 * self.B * self.T * (projections + 4 * self.T * self.D)
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+    def autocast(self) -> bool:
+        return self.dtype == "autocast"
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the matmuls, and of the modulation, which is a matmul's result."""
+        return torch.bfloat16 if self.autocast else getattr(torch, self.dtype)
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """Of the weights and the residual stream."""
+        return torch.float32 if self.autocast else self.compute_dtype
 
 
 @dataclass(frozen=True)
@@ -73,10 +83,18 @@ class Competitor:
         return by_method(eager, METHODS[self.impl], budget=budget)
 
 
-def competitors(impls: tuple[str, ...], budgets: tuple[float, ...]) -> list[Competitor]:
-    """In the order of a table, which is that of `impls`."""
+def competitors(
+    impls: tuple[str, ...], budgets: tuple[float, ...], *, mixed: bool
+) -> list[Competitor]:
+    """In the order of a table, which is that of `impls`.
+
+    Args:
+        impls:    of IMPLS
+        budgets:  of compiled_budget
+        mixed:    whether the stream is wider than the branches, as in autocast
+    """
     variants = {
-        "fused": [{"rung": rung} for rung in rungs_of(mixed=False)],
+        "fused": [{"rung": rung} for rung in rungs_of(mixed=mixed)],
         "compiled_budget": [{"budget": budget} for budget in budgets],
     }
     return [Competitor(impl, **variant) for impl in impls for variant in variants.get(impl, [{}])]
@@ -100,15 +118,16 @@ class LayerInputs(NamedTuple):
 
 
 def make_inputs(case: LayerCase, device: torch.device) -> LayerInputs:
-    """The same numbers on every device: x of unit variance, and gates and scales away from 0."""
+    """Drawn on the device: x of unit variance, and gates and scales away from 0."""
     B, T, D, F = case.B, case.T, case.D, case.hidden
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator(device).manual_seed(0)
+    drawn = {"generator": random, "device": device}
 
     def normal(*shape: int, scale: float = 1) -> Tensor:
-        return (scale * torch.randn(shape, generator=random)).to(device, case.torch_dtype)
+        return (scale * torch.randn(shape, **drawn)).to(case.parameter_dtype)
 
     x, dout = normal(B, T, D), normal(B, T, D)
-    modulation = (0.25 + 0.75 * torch.rand(B, 6 * D, generator=random)).to(x)
+    modulation = (0.25 + 0.75 * torch.rand(B, 6 * D, **drawn)).to(case.compute_dtype)
     shapes = [(3 * D, D), (3 * D,), (D, D), (D,), (F, D), (F,), (D, F), (D,)]
     # a projection keeps the size of what goes in
     weights = LayerWeights(*(normal(*shape, scale=shape[-1] ** -0.5) for shape in shapes))
@@ -123,9 +142,12 @@ class LayerStep(NamedTuple):
 
     layer: Callable[[Tensor, Tensor, LayerWeights], Tensor]
     inputs: LayerInputs
+    autocast: bool
 
     def forward(self) -> Tensor:
-        return self.layer(self.inputs.x, self.inputs.modulation, self.inputs.weights)
+        x, modulation, weights, _ = self.inputs
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.layer(x, modulation, weights)
 
     def __call__(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.forward(), self.inputs.leaves, self.inputs.dout)

@@ -9,7 +9,7 @@ graph, see `rotations`. On a CPU the competitors themselves push each other's da
 caches.
 
 Memory. What an allocator handed out during one call, beyond what was there before it. On a GPU
-that is torch's statistics, in a process of its own for each case. On a CPU it is the running sum
+that is torch's statistics. On a CPU it is the running sum
 of what torch's profiler saw allocated and freed, also within ops and compiled code.
 """
 

@@ -46,7 +46,8 @@ def _layer_table(rows: list[Row]) -> Table:
     table.add_column("competitor", no_wrap=True)
     for column in ("kept, D per token", "peak, MiB", "of eager", "ms", "p20 to p80", "of eager"):
         table.add_column(column, justify="right", no_wrap="p20" in column)
-    table.add_column("TFLOP/s", justify="right")
+    for column in ("TFLOP/s", "launches"):
+        table.add_column(column, justify="right", no_wrap=True)
     eager = next((row for row in rows if row["impl"] == "eager"), None)
     for row in rows:
         table.add_row(
@@ -58,8 +59,16 @@ def _layer_table(rows: list[Row]) -> Table:
             f"{row['p20_ms']:.2f} to {row['p80_ms']:.2f}",
             _ratio(row, eager, "median_ms"),
             f"{row['achieved_tflops']:.3g}",
+            _launches(row),
         )
     return table
+
+
+def _launches(row: Row) -> str:
+    """Of a forward and its backward; results from before they were counted have none."""
+    if row.get("launches_forward") is None:
+        return "–"
+    return f"{row['launches_forward']} + {row['launches_backward']}"
 
 
 def _ops_table(rows: list[Row]) -> Table:

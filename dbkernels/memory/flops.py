@@ -26,6 +26,7 @@ def _attention_backward(dout, q, k, v, *_, **__) -> int:
 # what torch's table lacks
 _MORE = {
     _aten.addmm_: addmm_flop,
+    _aten._addmm_activation: addmm_flop,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

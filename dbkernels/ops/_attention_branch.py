@@ -39,9 +39,7 @@ def attention_branch_backward(
         attended, logsumexp = attention_forward(*by_head)
     gradients.add_projection("out", da, attended)
     dattended = project(da, w.out_weight.T)
-    parts = attention_backward(dattended, *by_head, attended, logsumexp)
-    for written, part in zip(dqkv.by_head(heads), parts, strict=True):
-        written.copy_(part)
+    dqkv.write(*attention_backward(dattended, *by_head, attended, logsumexp))
     if w.q_weight is None and rotary is None:
         return
     whole = dqkv.whole()

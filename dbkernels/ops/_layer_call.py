@@ -9,6 +9,7 @@ from torch import Tensor
 from dbkernels.ops._attention_branch import attend, attention_branch_backward
 from dbkernels.ops._layer_tensors import Activations, LayerModulation, LayerOptions, LayerWeights
 from dbkernels.ops._mlp_branch import mlp_branch, mlp_branch_backward
+from dbkernels.ops._path import takes_gpu_path
 from dbkernels.ops._projection import Gradients, as_rows, chunks, project
 from dbkernels.ops._qkv import QKV, add_qkv, project_qkv, project_qkv_backward
 from dbkernels.ops.adaln_norm import adaln_norm_backward, adaln_norm_forward
@@ -19,6 +20,7 @@ from dbkernels.ops.rung import RUNGS
 from dbkernels.ops.stream import by_sample
 
 PART = 4096  # tokens of the samples that run at a time: what they need is little beside the stream
+GPU_PART = 8192  # where only q, k, v and hidden are made again, whose peak is no higher for it
 NOTHING = Activations(*(None for _ in Activations._fields))
 
 
@@ -57,7 +59,7 @@ class LayerCall(NamedTuple):
         if RUNGS[self.options.keep].keeps:
             activations = self._write(out)
         else:
-            for part in self._parts(self.x.dtype):
+            for part in self._parts(self.x.dtype, PART):
                 part.call._write(out[part.samples])
         return out, activations
 
@@ -70,7 +72,7 @@ class LayerCall(NamedTuple):
         if norm.dtype.itemsize >= x.dtype.itemsize:
             return x
         kept = torch.empty_like(x, dtype=norm.dtype)
-        for part in self._parts(x.dtype):
+        for part in self._parts(x.dtype, PART):
             each = part.call.x
             kept[part.samples] = each - each.mean(-1, keepdim=True) if norm.centred else each
         return kept
@@ -120,8 +122,9 @@ class LayerCall(NamedTuple):
             return self._gradients(dout, kept, gradients, owned=owned)
         dx = torch.empty_like(self.x, dtype=dout.dtype)
         dmodulation = torch.empty_like(self.modulation)
-        gradients.parts = len(self._cuts()) > 1
-        for samples, rows, call in self._parts(dout.dtype):
+        size = GPU_PART if kept["a"] is not None and takes_gpu_path(dout) else PART
+        gradients.parts = len(self._cuts(size)) > 1
+        for samples, rows, call in self._parts(dout.dtype, size):
             own = {name: _part(t, samples, len(self.x)) for name, t in kept.items()}
             if own["a"] is None:
                 call = call._replace(options=self.options._replace(keep="none"))
@@ -132,15 +135,15 @@ class LayerCall(NamedTuple):
         kept.clear()
         return dx, dmodulation
 
-    def _cuts(self) -> list[slice]:
+    def _cuts(self, tokens: int) -> list[slice]:
         """A few samples each."""
         B, T, _ = self.x.shape
-        return list(chunks(B, max(PART // max(T, 1), 1)))
+        return list(chunks(B, max(tokens // max(T, 1), 1)))
 
-    def _parts(self, dtype: torch.dtype) -> Iterator["Part"]:
+    def _parts(self, dtype: torch.dtype, tokens: int) -> Iterator["Part"]:
         """Calls of a few samples each, one after another, with x in the dtype of the stream."""
         each = len(self.modulation) // max(len(self.x), 1)  # rows of the modulation to one of B
-        for samples in self._cuts():
+        for samples in self._cuts(tokens):
             rows = slice(samples.start * each, samples.stop * each)
             x = self.x[samples].to(dtype)
             yield Part(samples, rows, self._replace(x=x, modulation=self.modulation[rows]))

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dbkernels.ops._norm import statistics_dtype
 from dbkernels.ops._path import takes_gpu_path
 
-CHUNK = 8192  # tokens: enough of them to fill a GPU with one matmul
 CPU_CHUNK = 1024  # tokens whose operands a CPU holds in float32 beside them
 
 
@@ -35,10 +35,16 @@ def chunks(rows: int, size: int) -> Iterator[slice]:
 
 
 class Gradients:
-    """Gradients of the weights that are wanted, by name, each a sum over all tokens."""
+    """Gradients of the weights that are wanted, by name, each a sum over all tokens.
 
-    def __init__(self, wanted: frozenset[str]):
+    Args:
+        wanted:  names of `LayerWeights`
+        dtype:   of the parameters
+    """
+
+    def __init__(self, wanted: frozenset[str], dtype: torch.dtype):
         self.wanted = wanted
+        self.dtype = dtype
         self.parts = False  # whether all of it comes in parts, of some samples each
         self.sums: dict[str, Tensor] = {}
 
@@ -54,16 +60,15 @@ class Gradients:
             return
         left, right = as_rows(dy).T, as_rows(x)
         if not (part or self.parts):
-            self.add(name, left @ right)
-            return
-        if name not in self.sums:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            self.sums[name] = x.new_zeros((len(left), right.shape[1]), dtype=dtype)
-        add_product(self.sums[name], left, right)
+            self.add(name, product(left, right, sum_dtype(dy, self.dtype)))
+        elif name in self.sums:
+            add_product(self.sums[name], left, right)
+        else:
+            self.sums[name] = product(left, right, statistics_dtype(x))
 
     def add_bias(self, name: str, dy: Tensor) -> None:
         if f"{name}_bias" in self.wanted:
-            self.add(f"{name}_bias", as_rows(dy).sum(0))
+            self.add(f"{name}_bias", as_rows(dy).sum(0, dtype=sum_dtype(dy, self.dtype)))
 
     def add(self, name: str, value: Tensor) -> None:
         """Add a part, in float32 where there is more than one."""
@@ -71,6 +76,22 @@ class Gradients:
         if total is not None:
             value = total.to(torch.promote_types(total.dtype, torch.float32)).add_(value)
         self.sums[name] = value
+
+
+def sum_dtype(operand: Tensor, wanted: torch.dtype) -> torch.dtype:
+    """Of a product or a sum that is cast next: a GPU has it in float32 at once, unrounded."""
+    return wanted if wanted == torch.float32 and takes_gpu_path(operand) else operand.dtype
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right in their dtype or, where it is narrower, in float32."""
+    if left.dtype == dtype:
+        return left @ right
+    if takes_gpu_path(left):
+        return torch.mm(left, right, out_dtype=dtype)
+    total = left.new_zeros((len(left), right.shape[1]), dtype=dtype)
+    add_product(total, left, right)
+    return total
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dbkernels.ops._layer_tensors import LayerWeights
 from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops._projection import Gradients, add_product, as_rows, project
+from dbkernels.ops._projection import Gradients, as_rows, product, project, sum_dtype
 from dbkernels.ops.first_tokens import first_tokens
 
 
@@ -28,6 +28,13 @@ class QKV(NamedTuple):
         if self.q is None:
             return views.unbind()
         return self.q.view(B, self.q.shape[1], heads, d).transpose(1, 2), *views.unbind()
+
+    def write(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Gradients by head, (B, H, N or T, d) each, which lie token by token: side by side."""
+        parts = [t.transpose(1, 2).flatten(0, 1).flatten(1) for t in (dq, dk, dv)]
+        if self.q is not None:
+            as_rows(self.q).copy_(parts.pop(0))
+        torch.cat(parts, dim=1, out=as_rows(self.qkv))
 
     def whole(self) -> Tensor:
         """(B, T, 3 D), with zeros for the queries that are not there."""
@@ -70,15 +77,16 @@ def add_qkv(gradients: Gradients, dqkv: QKV, y: Tensor) -> None:
     if dqkv.q is None:
         gradients.add_projection("qkv", dqkv.qkv, y)
         return
-    _, N, D = dqkv.q.shape
+    N = dqkv.q.shape[1]
     dq, dkv = as_rows(dqkv.q), as_rows(dqkv.qkv)
     if "qkv_weight" in gradients.wanted:
-        total = y.new_zeros((3 * D, D), dtype=statistics_dtype(y))
-        add_product(total[:D], dq.T, as_rows(first_tokens(y, N)))
-        add_product(total[D:], dkv.T, as_rows(y))
-        gradients.add("qkv_weight", total)
+        of_queries = product(dq.T, as_rows(first_tokens(y, N)), statistics_dtype(y))
+        of_others = product(dkv.T, as_rows(y), statistics_dtype(y))
+        gradients.add("qkv_weight", torch.cat([of_queries, of_others]))
     if "qkv_bias" in gradients.wanted:
-        gradients.add("qkv_bias", torch.cat([dq.sum(0), dkv.sum(0)]))
+        dtype = sum_dtype(dq, gradients.dtype)
+        sums = [part.sum(0, dtype=dtype) for part in (dq, dkv)]
+        gradients.add("qkv_bias", torch.cat(sums))
 
 
 def _apart(parameter: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dbkernels.ops import _door
+from dbkernels.ops._cast import cast
 from dbkernels.ops._graph import compute_dtype, dtypes_as_they_are, is_last_to_read
 from dbkernels.ops._layer_call import LayerCall
 from dbkernels.ops._layer_door import check_layer, check_options
@@ -38,7 +39,7 @@ class _AdaLNLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, x, modulation, rotary, *rest):
         weights, run = rest[:WEIGHTS], rest[WEIGHTS:]
-        call = LayerCall(x, modulation, rotary, _cast(weights, options), options)
+        call = LayerCall(x, modulation, rotary, _in_branches(weights, options), options)
         out, activations = call.forward()
         keeps = RUNGS[options.keep].keeps
         kept = (t if name in keeps else None for name, t in activations._asdict().items())
@@ -67,21 +68,24 @@ class _AdaLNLayer(torch.autograd.Function):
         del saved
         x = Run(start, links[: len(links) // 2], links[len(links) // 2 :]).x()
         wanted = dict(zip(LayerWeights._fields, ctx.needs_input_grad[4:], strict=False))
-        gradients = Gradients(frozenset(name for name in wanted if wanted[name]))
-        call = LayerCall(x, modulation, rotary, _cast(weights, ctx.options), ctx.options)
+        names = [name for name in wanted if wanted[name]]
+        gradients = Gradients(frozenset(names), weights.qkv_weight.dtype)
+        weights = _in_branches(weights, ctx.options)
+        call = LayerCall(x, modulation, rotary, weights, ctx.options)
         with dtypes_as_they_are(dout.device.type):
             dx, dmodulation = call.backward(dout.contiguous(), kept, gradients, owned=owned)
-        dweights = (
-            gradients.sums[name].to(weight.dtype) if wanted[name] else None
-            for name, weight in weights._asdict().items()
-        )
+        dweights = cast([gradients.sums.get(name) for name in wanted], gradients.dtype)
         run = len(ctx.needs_input_grad) - 4 - WEIGHTS
         return None, dx, dmodulation, None, *dweights, *(None,) * run
 
 
-def _cast(weights, options: LayerOptions) -> LayerWeights:
-    """To the dtype of the branches. Cast again in the backward, copies need not be kept."""
-    return LayerWeights(*(None if w is None else w.to(options.norm.dtype) for w in weights))
+def _in_branches(weights, options: LayerOptions) -> LayerWeights:
+    """In the dtype of the branches, once in a forward and again in its backward.
+
+    Kept from one to the other, the copies would take 2 bytes for each parameter of a block at the
+    peak of its step. To read 4 bytes and write 2 again costs far less than that memory is worth.
+    """
+    return LayerWeights(*cast(weights, options.norm.dtype))
 
 
 # public

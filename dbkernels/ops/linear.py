@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dbkernels.ops import _door
+from dbkernels.ops._cast import cast
 from dbkernels.ops._graph import compute_dtype, dtypes_as_they_are
-from dbkernels.ops._projection import as_rows, project
+from dbkernels.ops._projection import as_rows, product, project, sum_dtype
 
 
 class _Linear(torch.autograd.Function):
@@ -19,22 +20,25 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, dtype):
         ctx.save_for_backward(x, weight)
         ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
-        bias = None if bias is None else bias.to(dtype)
-        return project(x.to(dtype), weight.to(dtype), bias)
+        return project(*cast([x, weight, bias], dtype))
 
     @staticmethod
     def backward(ctx, dy):
         _door.refuse_double_backward("linear")
         x, weight = ctx.saved_tensors
-        dy, needed = dy.contiguous(), ctx.needs_input_grad
+        needed = ctx.needs_input_grad
+        rows, shape, dtypes = as_rows(dy.contiguous()), x.shape, (x.dtype, weight.dtype)
         dx = dweight = dbias = None
         with dtypes_as_they_are(dy.device.type):
+            read = x if needed[1] else None, weight if needed[0] else None
+            x, weight = cast(read, ctx.dtype)
             if needed[0]:
-                dx = project(dy, weight.to(ctx.dtype).T).to(x.dtype)
+                dx = product(rows, weight, sum_dtype(rows, dtypes[0])).to(dtypes[0]).view(shape)
+            del weight, read
             if needed[1]:
-                dweight = (as_rows(dy).T @ as_rows(x).to(ctx.dtype)).to(weight.dtype)
+                dweight = product(rows.T, as_rows(x), sum_dtype(rows, dtypes[1])).to(dtypes[1])
             if needed[2]:
-                dbias = as_rows(dy).sum(0).to(ctx.bias_dtype)
+                dbias = rows.sum(0, dtype=sum_dtype(rows, ctx.bias_dtype)).to(ctx.bias_dtype)
         return dx, dweight, dbias, None
 
 

@@ -5,9 +5,10 @@ that dtype and a hidden layer of 4 D; logsumexp and the statistics of two norms 
 numbers per token where they are kept, and a condition of each token adds its modulation, 6 D.
 Tokens whose result is not asked for count x, k and v alone.
 
-All rungs give the same bits but for the last, which differs where the stream is wider than the
-branches, as in autocast: it keeps x as the branches have it, and its backward runs the layer on
-that. What the norms make of x is rounded to that dtype in any case.
+On a CPU all rungs give the same bits but for the last, which differs where the stream is wider than
+the branches, as in autocast: it keeps x as the branches have it, and its backward runs the layer on
+that. What the norms make of x is rounded to that dtype in any case. On a GPU rungs that keep no
+`hidden` take GELU of what bfloat16 has not rounded yet, and sum gradients in other parts.
 """
 
 from dataclasses import dataclass

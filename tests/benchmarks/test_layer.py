@@ -10,8 +10,8 @@ CEILINGS = {"copy_gbps", "matmul_tflops"}
 
 def test_competitors_compute_the_same_gradients(bench, small_case):
     layer_case, (case, inputs) = bench("layer_case"), small_case
-    players = layer_case.competitors(("eager", "fused", "checkpointed"), ())
-    steps = [layer_case.LayerStep(player.function(case.H), inputs) for player in players]
+    players = layer_case.competitors(("eager", "fused", "checkpointed"), (), mixed=False)
+    steps = [layer_case.LayerStep(player.function(case.H), inputs, False) for player in players]
     eager, *others = (step() for step in steps)
     assert len(others) == 6 and all(gradient.abs().max() > 0 for gradient in eager)
     for gradients in others:
@@ -19,7 +19,9 @@ def test_competitors_compute_the_same_gradients(bench, small_case):
 
 
 def test_competitors_stand_in_the_order_asked_for(bench):
-    players = bench("layer_case").competitors(("compiled_budget", "eager", "fused"), (0.9, 0.2))
+    players = bench("layer_case").competitors(
+        ("compiled_budget", "eager", "fused"), (0.9, 0.2), mixed=False
+    )
     names = [player.rung or player.budget or player.impl for player in players]
     assert names == [0.9, 0.2, "eager", "none", "attention", "mlp", "qkv", "layer"]
 
@@ -46,9 +48,64 @@ def test_each_budget_compiles_for_itself(bench, small_case, monkeypatch):
     budgets = []
     monkeypatch.setattr(inductor, "compile_fx", compile_fx)
     layer_case, (case, inputs) = bench("layer_case"), small_case
-    for player in layer_case.competitors(("compiled_budget", "compiled"), (0.9, 0.2)):
-        layer_case.LayerStep(player.function(case.H), inputs).forward()
+    for player in layer_case.competitors(("compiled_budget", "compiled"), (0.9, 0.2), mixed=False):
+        layer_case.LayerStep(player.function(case.H), inputs, False).forward()
     assert budgets == [0.9, 0.2, 1.0]
+
+
+def test_autocast_has_the_rung_that_rounds_and_units_of_what_it_computes_in(bench):
+    layer_case = bench("layer_case")
+    case = layer_case.LayerCase(2, 8, 16, 2, 64, "autocast")
+    assert case.unit_bytes == 2 * 8 * 16 * 2
+    players = layer_case.competitors(("fused",), (), mixed=case.autocast)
+    assert players[-1].rung == "rounded"
+    inputs = layer_case.make_inputs(case, torch.device("cpu"))
+    assert {t.dtype for t in (inputs.x, inputs.dout, *inputs.parameters)} == {torch.float32}
+    assert inputs.modulation.dtype == torch.bfloat16
+    fused, eager = (
+        layer_case.LayerStep(player.function(case.H), inputs, True)
+        for player in (players[0], layer_case.Competitor("eager"))
+    )
+    assert fused.forward().dtype == eager.forward().dtype == torch.float32
+    for actual, expected in zip(fused(), eager(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0.1, atol=0.2)
+    assert not torch.equal(eager.forward(), eager._replace(autocast=False).forward())
+
+
+def test_inputs_are_the_same_ones_every_time(bench, small_case):
+    case, inputs = small_case
+    again = bench("layer_case").make_inputs(case, torch.device("cpu"))
+    assert all(map(torch.equal, [*inputs.leaves, inputs.dout], [*again.leaves, again.dout]))
+
+
+def test_inputs_are_drawn_where_they_are_used(bench, small_case, monkeypatch):
+    def drawing(original):
+        def draw(*shape, **options):
+            devices.append((options["device"].type, options["generator"].device.type))
+            return original(*shape, **options)
+
+        return draw
+
+    devices = []
+    for name in ("rand", "randn"):
+        monkeypatch.setattr(torch, name, drawing(getattr(torch, name)))
+    bench("layer_case").make_inputs(small_case[0], torch.device("cpu"))
+    assert set(devices) == {("cpu", "cpu")} and len(devices) == 11
+
+
+def test_each_competitor_is_compiled_once(bench, small_case, monkeypatch):
+    import torch._inductor.compile_fx as inductor
+
+    def compile_fx(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compiled = []
+    monkeypatch.setattr(inductor, "compile_fx", compile_fx)
+    layer, case = bench("layer"), small_case[0]
+    options = layer.Options(impls=("compiled", "compiled_budget"), budgets=(0.5,), rounds=2)
+    (row, other) = layer.rows_of(case, replace(options, device="cpu"))
+    assert len(compiled) == 2 and row["budget"] is None and other["budget"] == 0.5
 
 
 def test_flops_are_three_forwards(small_case):
@@ -68,6 +125,7 @@ def test_prints_a_line_for_every_rung_and_competitor(bench, layer_rows):
         assert (row["dtype"], row["threads"], row["budget"]) == ("float32", 1, None)
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["implementation"] == (fused if row["rung"] else "torch")
+        assert row["launches_forward"] > 0 and row["launches_backward"] > 0
         assert row["command"].startswith("python benchmarks/layer.py --rounds 2 --B 2 --T 32 ")
 
 
@@ -95,6 +153,15 @@ def test_inputs_are_resident_and_returned_gradients_are_in_the_peak(layer_rows):
     for row in layer_rows:
         assert row["resident_bytes"] == gradients + 4 * tokens * D  # and dout
         assert row["peak_bytes"] > gradients
+
+
+def test_a_table_shows_launches_where_they_were_counted(bench, layer_rows, capsys):
+    before = {k: v for k, v in layer_rows[1].items() if not k.startswith("launches")}
+    compiled = layer_rows[1] | {"launches_forward": None, "launches_backward": None}
+    bench("show").show([layer_rows[1] | {"launches_forward": 9, "launches_backward": 24}])
+    assert " 9 + 24 " in capsys.readouterr().out
+    bench("show").show([before, compiled])
+    assert capsys.readouterr().out.count(" – │\n") == 2
 
 
 @pytest.mark.parametrize(

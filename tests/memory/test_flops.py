@@ -20,9 +20,13 @@ def test_a_matmul_takes_two_operations_for_each_product():
     assert counted(lambda: torch.ones(2, 3) @ torch.ones(3, 5)) == 2 * 2 * 3 * 5
 
 
-@pytest.mark.parametrize("function", [torch.addmm, torch.Tensor.addmm_])
+@pytest.mark.parametrize(
+    "function", [torch.addmm, torch.Tensor.addmm_, torch.ops.aten._addmm_activation]
+)
 def test_a_matmul_that_is_added_counts_as_one(function):
     total, left, right = torch.ones(2, 5), torch.ones(2, 3), torch.ones(3, 5)
+    if function is torch.ops.aten._addmm_activation:
+        total = torch.ones(5)
     assert counted(lambda: function(total, left, right)) == 2 * 2 * 3 * 5
 
 

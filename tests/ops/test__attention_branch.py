@@ -32,7 +32,7 @@ class Branch:
         return attend(self.qkv, H, self.w, self.rotary)
 
     def backward(self, attended, logsumexp, *, dqkv=None, wanted=None):
-        gradients = Gradients(frozenset(self.wanted if wanted is None else wanted))
+        gradients = Gradients(frozenset(self.wanted if wanted is None else wanted), torch.float64)
         if dqkv is None:
             dqkv = QKV(*(None if t is None else torch.empty_like(t) for t in self.qkv))
         attention_branch_backward(

@@ -2,6 +2,8 @@ import pytest
 import torch
 from ops.one_layer import KEEPS, OneLayer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels.memory.measure import measure_peak
 from dbkernels.ops import RUNGS
@@ -10,6 +12,7 @@ from dbkernels.ops import _mlp_branch as mlp_module
 from dbkernels.ops._layer_call import LayerCall, _buffer
 from dbkernels.ops._layer_tensors import Activations, LayerOptions, LayerWeights
 from dbkernels.ops._norm import NormOptions
+from dbkernels.ops._path import rehearse_gpu
 from dbkernels.ops._projection import Gradients
 
 B, T, D, H = 2, 5, 24, 3
@@ -31,7 +34,7 @@ def kept_by(call, activations):
 
 def backward(call, kept, *, owned=False):
     """Every gradient, by name."""
-    gradients = Gradients(WANTED)
+    gradients = Gradients(WANTED, call.weights.qkv_weight.dtype)
     dout = call.x[:, : call.options.tokens].cos()
     dx, dmodulation = call.backward(dout, kept._asdict(), gradients, owned=owned)
     return {"x": dx, "modulation": dmodulation, **gradients.sums}
@@ -199,7 +202,7 @@ def test_weights_gradients_of_parts_are_not_rounded_before_they_add_up(keep, mon
     grads = backward(call, kept_by(call, call.forward()[1]))
     alone = [
         backward(part.call, kept_by(part.call, part.call.forward()[1]))
-        for part in call._parts(call.x.dtype)
+        for part in call._parts(call.x.dtype, 1)
     ]
     for name in ("qkv_weight", "out_weight", "fc1_weight", "fc2_weight"):
         rounded = sum(part[name].float() for part in alone)
@@ -256,3 +259,25 @@ def test_shapes_without_data(keep, dtype, tokens):
             assert tensor.shape == expected[name].shape, name
             assert tensor.device.type == "meta", name
         assert out.dtype == grads["x"].dtype == grads["modulation"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("keep", "tokens"), [("qkv", 8192), ("layer", 4096), ("none", 5 * 4096)])
+def test_a_gpu_makes_again_as_many_tokens_at_once_as_leave_the_peak_where_it_is(keep, tokens):
+    class Parts(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.tokens = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.dbkernels.adaln_norm_bwd.default:
+                self.tokens.append(args[0].shape[0] * args[0].shape[1])
+            return func(*args, **(kwargs or {}))
+
+    call = layer_call(keep)
+    samples, each = 5, 4096
+    with FakeTensorMode(allow_non_fake_inputs=True), rehearse_gpu(132), Parts() as parts:
+        x, modulation = torch.empty(samples, each, D), torch.empty(samples, 6 * D)
+        call = call._replace(x=x, modulation=modulation, rotary=None)
+        _, activations = call.forward()
+        backward(call, kept_by(call, activations))
+    assert parts.tokens[0] == tokens and sum(parts.tokens) == samples * each

@@ -1,9 +1,14 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbkernels.ops import _projection as module
+from dbkernels.ops._path import rehearse_gpu
 from dbkernels.ops._projection import Gradients, add_product, as_rows, chunks, project
 
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 WANTED = frozenset({"fc_weight", "fc_bias"})
 
 
@@ -46,7 +51,7 @@ def test_gradients_are_those_of_a_linear_layer():
     x, dy = torch.randn(2, 5, 6), torch.randn(2, 5, 4)
     linear = torch.nn.Linear(6, 4)
     linear(x).backward(dy)
-    gradients = Gradients(WANTED)
+    gradients = Gradients(WANTED, torch.float32)
     gradients.add_projection("fc", dy, x)
     torch.testing.assert_close(gradients.sums["fc_weight"], linear.weight.grad)
     torch.testing.assert_close(gradients.sums["fc_bias"], linear.bias.grad)
@@ -54,13 +59,38 @@ def test_gradients_are_those_of_a_linear_layer():
 
 @pytest.mark.parametrize("wanted", [set(), {"fc_weight"}, {"fc_bias"}])
 def test_what_is_not_wanted_is_not_computed(wanted):
-    gradients = Gradients(frozenset(wanted))
+    gradients = Gradients(frozenset(wanted), torch.float32)
     gradients.add_projection("fc", torch.randn(5, 4), torch.randn(5, 6))
     assert set(gradients.sums) == wanted
 
 
+@pytest.mark.parametrize(
+    ("gpu", "parameters", "expected"),
+    [(True, F32, F32), (True, BF16, BF16), (True, F64, BF16), (False, F32, BF16)],
+    ids=str,
+)
+def test_a_gpu_gives_float32_parameters_gradients_that_were_never_rounded(
+    gpu, parameters, expected
+):
+    gradients = Gradients(WANTED, parameters)
+    with FakeTensorMode(), rehearse_gpu(132) if gpu else nullcontext():
+        x, dy = torch.empty(5, 6, dtype=BF16), torch.empty(5, 4, dtype=BF16)
+        gradients.add_projection("fc", dy, x)
+    assert {t.dtype for t in gradients.sums.values()} == {expected}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_parts_of_products_add_up_in_float32(gpu):
+    gradients = Gradients(WANTED, BF16)
+    with FakeTensorMode(), rehearse_gpu(132) if gpu else nullcontext():
+        x, dy = torch.empty(5, 6, dtype=BF16), torch.empty(5, 4, dtype=BF16)
+        for _ in range(2):
+            gradients.add_weight("fc", dy, x, part=True)
+    assert gradients.sums["fc_weight"].dtype == F32
+
+
 def test_many_small_parts_in_bfloat16_are_not_lost():
-    gradients = Gradients(WANTED)
+    gradients = Gradients(WANTED, torch.float32)
     for part in (256.0, *[0.5] * 64):
         gradients.add("fc_bias", torch.full((3,), part, dtype=torch.bfloat16))
     assert gradients.sums["fc_bias"].dtype == torch.float32
@@ -68,20 +98,23 @@ def test_many_small_parts_in_bfloat16_are_not_lost():
 
 
 def test_one_part_keeps_its_dtype_and_is_not_copied():
-    gradients, part = Gradients(WANTED), torch.randn(3).bfloat16()
+    gradients, part = Gradients(WANTED, torch.float32), torch.randn(3).bfloat16()
     gradients.add("fc_bias", part)
     assert gradients.sums["fc_bias"] is part
 
 
 def test_parts_in_float64_stay_so():
-    gradients = Gradients(WANTED)
+    gradients = Gradients(WANTED, torch.float32)
     for _ in range(2):
         gradients.add("fc_bias", torch.full((3,), 1 + 2.0**-40, dtype=torch.float64))
     assert gradients.sums["fc_bias"].tolist() == [2 + 2.0**-39] * 3
 
 
 def test_parts_are_left_alone_from_the_second_on():
-    gradients, parts = Gradients(WANTED), [torch.ones(3).bfloat16() for _ in range(3)]
+    gradients, parts = (
+        Gradients(WANTED, torch.float32),
+        [torch.ones(3).bfloat16() for _ in range(3)],
+    )
     for part in parts:
         gradients.add("fc_bias", part)
     assert all(part.tolist() == [1.0] * 3 for part in parts)

@@ -43,6 +43,15 @@ def test_the_whole_has_zeros_where_there_are_no_queries(tokens):
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
+def test_gradients_by_head_are_written_side_by_side(tokens):
+    _, some = whole_and_some(tokens)
+    parts = [torch.randn(B, t.shape[2], H, D // H, dtype=F64) for t in some.by_head(H)]
+    some.write(*(part.transpose(1, 2) for part in parts))
+    for head, part in zip(some.by_head(H), parts, strict=True):
+        assert torch.equal(head, part.transpose(1, 2))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
 def test_takes_what_was_done_to_the_whole(tokens):
     _, some = whole_and_some(tokens)
     before = some.whole().clone()
@@ -65,7 +74,7 @@ def test_projects_as_autograd_does(tokens, bias):
     _, dqkv = whole_and_some(tokens)
     grads = torch.autograd.grad(expected, [y, *leaves.values()], dqkv.whole())
     with torch.no_grad():
-        qkv, gradients = project_qkv(y, w, tokens), Gradients(frozenset(leaves))
+        qkv, gradients = project_qkv(y, w, tokens), Gradients(frozenset(leaves), F64)
         add_qkv(gradients, dqkv, y)
         dy = project_qkv_backward(dqkv, w)
     if tokens is not None:
@@ -81,7 +90,7 @@ def test_projects_as_autograd_does(tokens, bias):
 @pytest.mark.parametrize("wanted", [(), *[(name,) for name in WANTED]], ids=str)
 @pytest.mark.parametrize("tokens", [None, 2])
 def test_only_what_is_wanted_is_summed(tokens, wanted):
-    gradients = Gradients(frozenset(wanted))
+    gradients = Gradients(frozenset(wanted), F64)
     add_qkv(gradients, whole_and_some(tokens)[1], torch.randn(B, T, D, dtype=F64))
     assert gradients.sums.keys() == set(wanted)
 
@@ -89,7 +98,8 @@ def test_only_what_is_wanted_is_summed(tokens, wanted):
 def test_parts_are_not_rounded_before_they_add_up():
     dqkv = QKV(*(t.bfloat16() for t in whole_and_some(2)[1]))
     y = torch.randn(B, T, D).bfloat16()
-    gradients, expected = Gradients(frozenset(["qkv_weight"])), torch.zeros(3 * D, D, dtype=F64)
+    gradients = Gradients(frozenset(["qkv_weight"]), torch.float32)
+    expected = torch.zeros(3 * D, D, dtype=F64)
     for _ in range(2):
         add_qkv(gradients, dqkv, y)
         expected += dqkv.whole().double().flatten(0, 1).T @ y.double().flatten(0, 1)

@@ -1,0 +1,36 @@
+"""GELU in the epilogue of fc1, against float64 and eager: only a GPU's matmul has its tanh form."""
+
+import pytest
+import torch
+from accuracy import assert_as_accurate_as_eager
+from ops.one_layer import OneLayer
+
+from dbkernels.ops import adaln_layer, reference
+from dbkernels.ops._mlp_branch import mlp_branch
+
+pytestmark = pytest.mark.gpu
+BF16 = torch.bfloat16
+
+
+def eager(y, w):
+    h = torch.nn.functional.linear(y, w.fc1_weight, w.fc1_bias)
+    return torch.nn.functional.linear(reference.gelu(h), w.fc2_weight, w.fc2_bias)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "D"), [(2, 256, 1152), (3, 77, 384), (1, 1, 64), (128, 256, 384)]
+)
+def test_a_branch_that_keeps_no_pre_activation_is_as_accurate_as_eager(B, T, D):
+    w = OneLayer(1, 1, D, 1, hidden=4 * D, qk_norm=False, dtypes=(BF16,) * 3).weights
+    w = type(w)(*(None if t is None else t.cuda() for t in w))
+    y = (torch.randn(B, T, D) + 1).to("cuda", BF16)
+    exact = eager(y.double(), type(w)(*(None if t is None else t.double() for t in w)))
+    expected = eager(y, w)
+    assert_as_accurate_as_eager("m", mlp_branch(y, "gelu", w, hidden=None), expected, exact)
+
+
+@pytest.mark.parametrize("keep", ["mlp", "qkv", "layer"])
+def test_a_layer_whose_rung_drops_the_pre_activation_is_as_accurate_as_eager(keep):
+    layer = OneLayer(4, 256, 1152, 16, hidden=4608, qk_norm=False, dtypes=(BF16,) * 3)
+    layer.tensors = {name: t.cuda() for name, t in layer.tensors.items()}
+    layer.assert_as_accurate_as_eager(layer.with_grads(adaln_layer, keep=keep))
