@@ -9,12 +9,11 @@ graph, see `rotations`. On a CPU the competitors themselves push each other's da
 caches.
 
 Memory. What an allocator handed out during one call, beyond what was there before it. On a GPU
-that is torch's statistics. On a CPU it is the running sum
-of what torch's profiler saw allocated and freed, also within ops and compiled code.
+that is torch's statistics. On a CPU it is the running sum of what torch's profiler saw allocated
+and freed, also within ops and compiled code.
 """
 
 import gc
-import multiprocessing
 import os
 import statistics
 import time
@@ -30,13 +29,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 Key = TypeVar("Key")
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 Call = Callable[[], object]
 Calls = Mapping[Key, Call | Sequence[Call]]
 
 WARM_UP_MS = {"cpu": 100, "cuda": 100}  # of each competitor; one call at least
-PROCESSES = 8  # at once; none of them is timed
 
 
 @dataclass(frozen=True)
@@ -296,24 +292,3 @@ def storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Bytes of each storage once, by its address."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage._cdata: storage.nbytes() for storage in storages}
-
-
-def in_fresh_processes(
-    function: Callable[[Item], Result], items: Sequence[Item], *, processes: int = PROCESSES
-) -> list[Result]:
-    """Results in order; each item has a process of its own.
-
-    Args:
-        function:   of a module
-        items:      its arguments
-        processes:  at once, where there are two cores for each
-    """
-    workers = min(len(items), processes, max(1, (os.cpu_count() or 1) // 2))
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _compile_alone, maxtasksperchild=1) as pool:
-        return pool.map(function, items, chunksize=1)
-
-
-def _compile_alone() -> None:
-    # the compiler reads it when it is first used; each would start a worker for every core
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"

@@ -1,4 +1,3 @@
-import os
 import time
 
 import pytest
@@ -200,13 +199,6 @@ def test_what_is_saved_is_what_the_forward_leaves_alive(bench, small_case, impl,
         out = forward()
     saved = measure.saved_bytes(forward, parameters=inputs.parameters)
     assert sum(changes) - out.nbytes == saved
-
-
-def test_each_item_has_a_process_of_its_own(bench):
-    code = "(__import__('os').getpid(), __import__('os').environ['TORCHINDUCTOR_COMPILE_THREADS'])"
-    first, second = bench("measure").in_fresh_processes(eval, [code, f"{code}[::-1]"])
-    assert len({first[0], second[1], os.getpid()}) == 3
-    assert first[1] == second[0] == "1"
 
 
 def test_samples_are_of_the_last_calls_and_in_their_order(bench, monkeypatch):
