@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
-from ops.captured import capture, warm_up
+from captured import capture, warm_up
 from ops.one_layer import KEEPS, SAME_BITS, OneLayer, assert_same_bits
 
 from dbkernels import ops

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate_as_eager, with_grads
-from ops.captured import capture
+from captured import capture
 
 from dbkernels import ops
 from dbkernels.ops import reference

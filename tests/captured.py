@@ -1,4 +1,4 @@
-"""A CUDA graph for tests of ops; where they are rehearsed, the ops themselves, run again."""
+"""A CUDA graph for tests; where they are rehearsed, the ops themselves, run again."""
 
 import torch
 from training.recorded import OpRecorder
