@@ -3,6 +3,8 @@
 No gradient crosses blocks, and everything random in a step is a function of (seed, block, the
 block's own step): where blocks share no parameter, training them in any order or interleaving
 gives the same bits.
+
+A step is launched, and its row is read when the next one was launched: the device waits for no one.
 """
 
 import math
@@ -42,7 +44,7 @@ class Trainer:
 
     Args:
         models:     a family's blocks, on the device; on the host where blocks visit it one by one
-        data:       gives batches by sample index
+        data:       gives batches by sample index, as `ImageData.batch` does
         objective:  (model, block, batch, draw) -> scalar loss, a mean over the batch
         config:     see `TrainerConfig`
         augment:    (batch, draw) -> batch, applied to every batch that is drawn; with graphs, all
@@ -259,7 +261,11 @@ class Trainer:
         return {group: tensors for group, tensors in groups.items() if tensors}
 
     def counters(self) -> Counters:
-        """The counts of steps, and what was found out on the way, that a checkpoint must hold."""
+        """The counts of steps, and what was found out on the way, that a checkpoint must hold.
+
+        The row of every step that was launched must have been read: one that was not finite counts
+        until then.
+        """
         steps = {name: part.steps for name, part in self.parts.items()}
         found = {"visit": self.visits.length, "micro_batch": self.micro_batch.size}
         return {"step": self.step, "parts": steps, **found}

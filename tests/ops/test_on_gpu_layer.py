@@ -14,8 +14,9 @@ pytestmark = pytest.mark.gpu
 
 BF16, F32 = torch.bfloat16, torch.float32
 PLAIN, MIXED = (BF16,) * 3, (F32, BF16, BF16)  # dtypes of the stream, the modulation, the weights
-# T, heads, their width
-HEADS = [(1, 16, 72), (77, 12, 32), (256, 12, 64), (256, 16, 72), (1024, 12, 128)]
+# T, heads, their width; one token alone has gradients of 0 for queries and keys, which a kernel
+# that rounds two sums apart misses by more than eager: the layers below have such a case
+HEADS = [(77, 12, 32), (256, 12, 64), (256, 16, 72), (1024, 12, 128)]
 
 
 def cut(shape, size):
@@ -44,7 +45,7 @@ def queries_and_keys(f, H, table):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-@pytest.mark.parametrize("shape", HEADS[1:], ids=str)
+@pytest.mark.parametrize("shape", HEADS, ids=str)
 @pytest.mark.usefixtures("by_triton")
 def test_queries_and_keys_are_as_accurate_as_eager(shape, dtype, size):
     T, H, d = cut(shape, size)
