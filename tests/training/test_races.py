@@ -42,11 +42,11 @@ def go(trainer, machine):
             for _ in range(4):
                 block = trainer.next_block()
                 trainer.launch(block)
-            trainer.residency.swap_seconds()
-            trainer.launch(block)
             machine.read_on_host(
                 [t for group in trainer.tensors().values() for t in group.values()]
             )
+            trainer.residency.swap_seconds()
+            trainer.launch(block)
             trainer.close()
             machine.read_on_host([t for part in trainer.parts.values() for t in part.tensors()])
             trainer.step = 0
