@@ -26,6 +26,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--rehearse") and torch.cuda.is_available():
         raise pytest.UsageError("--rehearse is for a machine without a GPU, got one with a GPU")
+    if config.getoption("--rehearse"):
+        # of so small tensors threads wait for each other
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):
