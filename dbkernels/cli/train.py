@@ -15,6 +15,7 @@ from dbkernels.cli.shape import FamilyName, fitted, preset, resized
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.ops.rung import Keep
 from dbkernels.training.data import open_data
+from dbkernels.training.pending import Row
 from dbkernels.training.run import PartitionConfig, RunConfig, train
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import TrainerConfig
@@ -158,7 +159,7 @@ class ProgressBar:
         """Show a warning above the bar, without the line of code that gave it."""
         self._console.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
 
-    def step(self, row: dict[str, float | int]) -> None:
+    def step(self, row: Row) -> None:
         """Show one row of the log."""
         if not self.steps:
             self._stack.enter_context(self._progress)

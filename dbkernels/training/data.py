@@ -13,6 +13,7 @@ Images stay on disk: arrays are memory-mapped, image files decoded per batch. On
 the smaller compressed .npz files are held in memory.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,7 @@ from dbkernels.training.image_folder import read_folder
 from dbkernels.training.randomness import generator
 
 Batch = dict[str, Tensor]  # "image": (B, C, H, W) float32; "label": (B,) int64
+Put = Callable[[Tensor], Tensor]  # brings a tensor of the host to where it is used
 
 # ends the key of the sample order, so that no other user of (seed, block, step) shares its stream
 _ORDER_STREAM = 1
@@ -51,12 +53,12 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> Batch:
+    def batch(self, indices: Tensor, put: Put = lambda tensor: tensor) -> Batch:
         """Read some samples.
 
         Args:
             indices:  (B,) int64, each in [0, len(self)); repeats are allowed
-            device:   where the batch is put
+            put:      brings what was read to where the batch is wanted, such as `Staging.put`
         Returns:
             "image", (B, C, H, W) float32, and "label", (B,) int64.
         Raises:
@@ -66,10 +68,11 @@ class ImageData:
         indices = self._checked(indices)
         pixels = self.images[indices.numpy()]
         if pixels.dtype == np.uint8:
-            image = _scaled(torch.from_numpy(np.ascontiguousarray(pixels)).to(device))
+            # as bytes, a quarter of what they are in float32
+            image = _scaled(put(torch.from_numpy(np.ascontiguousarray(pixels))))
         else:
-            image = _finite(pixels, indices).to(device)
-        return {"image": image, "label": self.labels[indices].to(device)}
+            image = put(_finite(pixels, indices))
+        return {"image": image, "label": put(self.labels[indices])}
 
     def _checked(self, indices: Tensor) -> Tensor:
         if indices.ndim != 1 or indices.dtype != torch.int64:

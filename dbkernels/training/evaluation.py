@@ -16,6 +16,7 @@ from dbkernels.training.inference import classify
 from dbkernels.training.partition import block_at
 from dbkernels.training.randomness import stream_seed
 from dbkernels.training.sharing import BlockModels
+from dbkernels.training.staging import Staging
 
 LEVELS_PER_BLOCK = 8  # quantiles of each block's interval at which its loss is read
 EVALUATION_KEY = 2**62 + 1  # keeps evaluation's streams apart from training's
@@ -26,8 +27,9 @@ def batches(
 ) -> Iterator[Batch]:
     """The samples in order, each once, at most `limit` of them; the last batch may be short."""
     count = len(data) if limit is None else min(limit, len(data))
+    put = Staging(device).put
     for indices in torch.arange(count).split(batch_size):
-        yield data.batch(indices, device)
+        yield data.batch(indices, put)
 
 
 @torch.no_grad()

@@ -4,6 +4,9 @@ Kept, they may be added up over micro-batches, and their norm may be clipped bef
 moves. Freed, each parameter is updated within the backward as soon as its gradient is whole, so a
 block's gradients take the memory of one layer's; Lv et al. 2023 (arXiv:2306.09782) do so end to
 end. Without clipping both give the same bits.
+
+The host hears of a loss that is not finite when it has launched the next update already. Until it
+says `go_on`, no update does anything, and the norm of each is NaN.
 """
 
 from collections.abc import Sequence
@@ -29,8 +32,12 @@ class Updater(Protocol):
         """End an update, whose losses sum to `loss`; no gradient is left.
 
         Returns:
-            The gradient's norm before it was clipped, ().
+            The gradient's norm before it was clipped, (); NaN after an update that was not finite.
         """
+        ...
+
+    def go_on(self) -> None:
+        """Update again, after loss or gradients that were not finite."""
         ...
 
 
@@ -38,11 +45,13 @@ class KeptGradients:
     """Updates when all gradients are there; not at all where the loss or one is not finite.
 
     Args:
-        clip:  largest norm of an update's gradient; 0 for no limit
+        clip:    largest norm of an update's gradient; 0 for no limit
+        device:  of the parameters that are updated
     """
 
-    def __init__(self, clip: float):
+    def __init__(self, clip: float, device: torch.device | str):
         self._clip = clip or torch.inf
+        self._finite = _true(device)  # loss and gradient of every update so far
 
     def backward(self, loss: Tensor) -> None:
         """As `Updater.backward`; gradients add up."""
@@ -52,11 +61,17 @@ class KeptGradients:
         """As `Updater.finish`."""
         parameters = [p for part in parts for p in part.parameters.values()]
         norm = nn.utils.clip_grad_norm_(parameters, self._clip)
-        finite = torch.isfinite(loss + norm)
+        norm = torch.where(self._finite, norm, torch.nan)
+        # in place, where a graph finds it
+        self._finite.copy_(torch.isfinite(loss + norm))
         for part in parts:
-            part.update(where=finite)
-            part.move_average(where=finite)
+            part.update(where=self._finite)
+            part.move_average(where=self._finite)
         return norm
+
+    def go_on(self) -> None:
+        """As `Updater.go_on`."""
+        self._finite.fill_(True)
 
 
 class FreedGradients:
@@ -66,10 +81,12 @@ class FreedGradients:
     that these parameters are in finds their gradients as ever.
 
     Args:
-        parts:  all that it will ever update
+        parts:   all that it will ever update
+        device:  of their updates
     """
 
-    def __init__(self, parts: Sequence[Part]):
+    def __init__(self, parts: Sequence[Part], device: torch.device | str):
+        self._finite = _true(device)  # loss and gradients of every update so far
         self._squares, self._updates = torch.zeros(()), False
         for part in parts:
             for parameter in part.parameters.values():
@@ -78,7 +95,7 @@ class FreedGradients:
     def backward(self, loss: Tensor) -> None:
         """As `Updater.backward`, once in an update."""
         # of what is not finite this is NaN, and so is the sum
-        self._squares = loss.detach() * 0
+        self._squares = torch.where(self._finite, loss.detach() * 0, torch.nan)
         self._updates = True
         try:
             loss.backward()
@@ -93,18 +110,30 @@ class FreedGradients:
 
     def finish(self, loss: Tensor, parts: Sequence[Part]) -> Tensor:
         """As `Updater.finish`."""
-        finite = torch.isfinite(self._squares)
+        # in place, where a graph finds it
+        self._finite.copy_(torch.isfinite(self._squares))
         for part in parts:
-            part.move_average(where=finite)
+            part.move_average(where=self._finite)
         return self._squares.sqrt()
 
+    def go_on(self) -> None:
+        """As `Updater.go_on`."""
+        self._finite.fill_(True)
 
-def updater(gradients: Gradients, clip: float, parts: Sequence[Part]) -> Updater:
+
+def _true(device: torch.device | str) -> Tensor:
+    return torch.ones((), dtype=torch.bool, device=device)
+
+
+def updater(
+    gradients: Gradients, clip: float, parts: Sequence[Part], device: torch.device | str
+) -> Updater:
     """The updater of a setting.
 
     Args:
         gradients:  kept, or freed
         clip:       of kept ones, as `KeptGradients` has it
         parts:      all that it will ever update
+        device:     of their updates
     """
-    return KeptGradients(clip) if gradients == "kept" else FreedGradients(parts)
+    return KeptGradients(clip, device) if gradients == "kept" else FreedGradients(parts, device)

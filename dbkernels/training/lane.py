@@ -40,6 +40,11 @@ class Lane:
         self._submitted.append(self._thread.submit(self._run, copy, launched))
         return self._submitted[-1]
 
+    def follow(self) -> None:
+        """Have the copies that follow wait for the steps launched so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
     def _run(
         self, copy: Callable[[], None], launched: torch.cuda.Event | None
     ) -> torch.cuda.Event | None:

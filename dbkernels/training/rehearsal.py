@@ -23,7 +23,7 @@ from dbkernels.memory.workspace import Target
 from dbkernels.models.baseline import Baseline, use_baseline
 from dbkernels.ops._path import rehearse_gpu
 from dbkernels.ops.scratch import scratch_bytes
-from dbkernels.training.data import Batch, ImageData, forget_orders
+from dbkernels.training.data import Batch, ImageData, Put, forget_orders
 from dbkernels.training.partition import Block
 from dbkernels.training.resting import flat_bytes
 from dbkernels.training.run import RunConfig
@@ -50,11 +50,11 @@ class BlankData:
     def __len__(self) -> int:
         return self.count
 
-    def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> Batch:
+    def batch(self, indices: Tensor, put: Put = lambda tensor: tensor) -> Batch:
         """As `ImageData.batch`."""
-        shape = (len(indices), *self.image_shape)
-        label = torch.zeros(len(indices), dtype=torch.int64, device=device)
-        return {"image": torch.empty(shape, device=device), "label": label}
+        image = torch.empty(len(indices), *self.image_shape)
+        label = torch.zeros(len(indices), dtype=torch.int64)
+        return {"image": put(image), "label": put(label)}
 
 
 def blank(config: RunConfig) -> BlankData:

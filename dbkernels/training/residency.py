@@ -132,6 +132,8 @@ class Residency:
                 torch.empty(size, dtype=torch.uint8, device=self._device)
                 for _ in range(1 + self._prefetch)
             ]
+            # the memory may be that of steps which still run
+            self._lane.follow()
 
     def _move_common(self, device: torch.device | str) -> None:
         """Move all that is no block's own: frozen parameters and buffers too."""

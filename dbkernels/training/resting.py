@@ -77,7 +77,9 @@ class HostRest:
 
     def room(self, nbytes: int) -> Tensor:
         """As `Rest.room`."""
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        # pages of its own: those that two buffers share could be locked for one of them alone
+        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        buffer = torch.frombuffer(pages, dtype=torch.uint8)
         if self._pins:
             self._pins = pin(buffer, self._device)
             if self._pins:

@@ -25,6 +25,7 @@ from dbkernels.training.data import ImageData, open_data
 from dbkernels.training.log import RunLog
 from dbkernels.training.objective import Weighting, gaussian_step
 from dbkernels.training.partition import Block, partition
+from dbkernels.training.pending import Row, Rows
 from dbkernels.training.sharing import BlockModels, load_weights
 from dbkernels.training.trainer import Augment, Trainer
 from dbkernels.training.trainer_config import TrainerConfig
@@ -192,7 +193,7 @@ def train(
     resume: str = "",
     save_every: int = 0,
     tensorboard: bool = False,
-    on_step: Callable[[dict[str, float | int]], None] = lambda row: None,
+    on_step: Callable[[Row], None] = lambda row: None,
 ) -> Trainer:
     """Train a run to its end, logging every step.
 
@@ -203,7 +204,7 @@ def train(
         resume:       "latest", or the path of a checkpoint of this run; empty starts anew
         save_every:   steps between checkpoints; 0 saves the last one alone
         tensorboard:  whether to log there too
-        on_step:      called with each row of the log
+        on_step:      called with each row of the log, when the next step was launched
     Returns:
         The trainer, at its last step. Where blocks visited the device, all is on the host again.
     Raises:
@@ -219,16 +220,22 @@ def train(
     elif checkpoint.latest(directory / "checkpoints"):
         raise ValueError(f"{directory} must hold no run yet, got one; resume it or choose another")
     log = RunLog(directory, first_step=trainer.step, tensorboard=tensorboard)
+
+    def take(row: Row) -> None:
+        log.write(row)
+        on_step(row)
+
     try:
         write_config(config, directory)
-        while trainer.step < trainer.total_steps:
-            row = trainer.step_block(trainer.next_block())
-            log.write(row)
-            on_step(row)
-            if trainer.step == trainer.total_steps or (
-                save_every and not trainer.step % save_every
-            ):
-                _save(trainer, config, directory)
+        with Rows(take) as rows:
+            while trainer.step < trainer.total_steps:
+                rows.add(trainer.launch(trainer.next_block()))
+                if trainer.step == trainer.total_steps or (
+                    save_every and not trainer.step % save_every
+                ):
+                    # a step that was not finite raises here, before it can be saved
+                    rows.settle()
+                    _save(trainer, config, directory)
     finally:
         log.close()
         trainer.close()

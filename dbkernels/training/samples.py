@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from dbkernels.models.family import Batch
-from dbkernels.training.data import ImageData
+from dbkernels.training.data import ImageData, Put
 
 
 class Samples(Protocol):
@@ -24,16 +23,16 @@ class ReadSamples:
     Args:
         data:     gives batches by sample index
         indices:  (B,) int64, of the step
-        device:   to put them on
+        put:      brings them to the device
     """
 
-    def __init__(self, data: ImageData, indices: Tensor, device: torch.device):
-        self._data, self._indices, self._device = data, indices, device
+    def __init__(self, data: ImageData, indices: Tensor, put: Put):
+        self._data, self._indices, self._put = data, indices, put
 
     def pieces(self, size: int) -> Iterator[Batch]:
         """As `Samples.pieces`."""
         for piece in self._indices.split(size):
-            yield self._data.batch(piece, self._device)
+            yield self._data.batch(piece, self._put)
 
 
 class HeldSamples:

@@ -3,6 +3,8 @@
 No gradient crosses blocks, and everything random in a step is a function of (seed, block, the
 block's own step): where blocks share no parameter, training them in any order or interleaving
 gives the same bits.
+
+A step is launched, and its row is read when the next one was launched: the device waits for no one.
 """
 
 import math
@@ -22,16 +24,19 @@ from dbkernels.training.graphs import open_graphs
 from dbkernels.training.micro_batch import MicroBatch
 from dbkernels.training.part import Part
 from dbkernels.training.partition import Block
+from dbkernels.training.pending import Numbers, Pending, Row, Rows
 from dbkernels.training.randomness import stream_seed
 from dbkernels.training.residency import open_residency
 from dbkernels.training.samples import HeldSamples, ReadSamples, Samples
 from dbkernels.training.schedule import learning_rate
 from dbkernels.training.sharing import SHARED, BlockModels, load_weights, own_part
+from dbkernels.training.staging import Staging
 from dbkernels.training.trainer_config import TrainerConfig
 from dbkernels.training.visits import Visits
 
 Objective = Callable[[nn.Module, Block, Batch, Draw], Tensor]
 Augment = Callable[[Batch, Draw], Batch]
+Counters = dict[str, int | dict[str, int]]
 
 
 class Trainer:
@@ -39,7 +44,7 @@ class Trainer:
 
     Args:
         models:     a family's blocks, on the device; on the host where blocks visit it one by one
-        data:       gives batches by sample index
+        data:       gives batches by sample index, as `ImageData.batch` does
         objective:  (model, block, batch, draw) -> scalar loss, a mean over the batch
         config:     see `TrainerConfig`
         augment:    (batch, draw) -> batch, applied to every batch that is drawn; with graphs, all
@@ -78,7 +83,8 @@ class Trainer:
             if config.resident == "block":
                 self.residency.adopt(name, part)
         parts = list(self.parts.values())
-        self.updater = updater(config.gradients, config.clip, parts)
+        self.updater = updater(config.gradients, config.clip, parts, self.device)
+        self.staging = Staging(self.device)
         self.graphs = open_graphs(self.device, parts) if config.graphs else None
         # what a graph reads of a step
         self._held = HeldSamples()
@@ -106,8 +112,9 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end, without a log or a checkpoint."""
-        while self.step < self.total_steps:
-            self.step_block(self.next_block())
+        with Rows(lambda row: None) as rows:
+            while self.step < self.total_steps:
+                rows.add(self.launch(self.next_block()))
         self.close()
 
     def close(self) -> None:
@@ -116,46 +123,67 @@ class Trainer:
         if self.graphs is not None:
             self.graphs.drop()
 
-    def step_block(self, block: Block) -> dict[str, float | int]:
-        """One update of one block and of what it shares.
+    def step_block(self, block: Block) -> Row:
+        """One update of one block and of what it shares, waited for: `launch`, and its row."""
+        return self.launch(block).row()
 
-        Returns:
-            The step of the run, block, the block's own step, loss, norm of the gradient, and rate.
-            Also the steps of a visit or the size of a micro-batch where this step has set it.
+    def launch(self, block: Block) -> Pending:
+        """Launch one update of one block and of what it shares, and wait for nothing.
+
+        Its row has the step of the run, block, the block's own step, loss, norm of the gradient,
+        and rate; also the steps of a visit or the size of a micro-batch where this step has set it.
+        It raises FloatingPointError where loss or gradient is not finite. Then neither this step
+        nor one that was launched after it has updated anything, and none of them is counted; with
+        gradients that are freed, parameters that had theirs by then were updated.
+
         Raises:
-            FloatingPointError: the loss or its gradient is not finite; nothing was updated.
-            torch.OutOfMemoryError: half the micro-batch is too much too; nothing was updated.
-            With gradients that are freed, parameters that had theirs by then were updated.
+            torch.OutOfMemoryError: half the micro-batch is too much too; nothing was updated, but
+            for parameters that had their gradients by then, where these are freed.
         """
-        begin, micro_batch = perf_counter(), self.micro_batch.size
+        begin, micro_batch, before = perf_counter(), self.micro_batch.size, self.counters()
         own, *_ = moved = self.moved(block)
-        lr, row = self._rate(own), {"step": self.step, "block": block.index}
-        numbers = self.advance(block)
+        row: Row = {"step": self.step, "block": block.index, "block_step": own.steps}
+        row |= {"loss": math.nan, "grad_norm": math.nan, "lr": self._rate(own)}
+        numbers = Numbers(self.advance(block))
         if (following := self.visits.next_block(self.step)) is not None:
             self.residency.prefetch(own_part(self.blocks[following]))
-        loss, norm = (float(number) for number in numbers)
-        if not math.isfinite(loss + norm):
-            # where the loss is finite, a gradient is not, and those before it have been used
-            some = self.config.gradients == "freed" and math.isfinite(loss)
-            updated = "parameters with earlier gradients were" if some else "nothing was"
-            where = f"block {block.index} at its step {own.steps}"
-            raise FloatingPointError(_not_finite(loss, norm, where, block, updated))
-        row |= {"block_step": own.steps, "loss": loss, "grad_norm": norm, "lr": lr}
         for part in moved:
             part.steps += 1
         self.step += 1
         if self.micro_batch.size != micro_batch:
             row["micro_batch"] = self.micro_batch.size
-        if self.visits.timed(self.step, perf_counter() - begin, self.residency.swap_seconds):
-            row["visit"] = self.visits.length
-        return row
+        if self.visits.times:
+            # the few steps that are timed are waited for
+            numbers.wait()
+            if self.visits.timed(self.step, perf_counter() - begin, self.residency.swap_seconds):
+                row["visit"] = self.visits.length
+        return Pending(row, numbers, partial(self._refused, block, before))
+
+    def _refused(
+        self, block: Block, before: Counters, loss: float, norm: float
+    ) -> FloatingPointError:
+        """Count a step that was not finite, and those after it, as if they had not been."""
+        self.step = before["step"]
+        for name, part in self.parts.items():
+            part.steps = before["parts"][name]
+        self.updater.go_on()
+        # where the loss is finite, a gradient is not, and those before it have been used
+        some = self.config.gradients == "freed" and math.isfinite(loss)
+        updated = "parameters with earlier gradients were" if some else "nothing was"
+        noise, (own, *_) = block.trained_noise, self.moved(block)
+        return FloatingPointError(
+            f"the loss must be finite, got loss {loss} and gradient norm {norm} in block "
+            f"{block.index} at its step {own.steps} with sigma in [{noise.low:.6g}, "
+            f"{noise.high:.6g}]; {updated} updated"
+        )
 
     def advance(self, block: Block) -> tuple[Tensor, Tensor]:
         """The device's share of a step, of which nothing is read back; no count moves.
 
         Returns:
             Loss and norm of the gradient, (). Where one is not finite, nothing was updated, but
-            for what gradients that are freed had moved by then.
+            for what gradients that are freed had moved by then; nor is anything updated from there
+            on, until the step's `Pending.row` has raised.
         """
         self.residency.enter(own_part(block))
         moved = self.moved(block)
@@ -173,8 +201,8 @@ class Trainer:
         )
         draw = Draw(stream_seed(self.config.seed, block.index), block_step)
         if self.graphs is None:
-            return self._update(block, draw, ReadSamples(self.data, indices, self.device))
-        self._held.fill(self.data.batch(indices, self.device))
+            return self._update(block, draw, ReadSamples(self.data, indices, self.staging.put))
+        self._held.fill(self.data.batch(indices, self.staging.put))
         self._block_step.fill_(block_step)
         update = partial(self._update, block, replace(draw, step=self._block_step), self._held)
         return self.graphs.run(partial(self._kind, block), update)
@@ -232,13 +260,17 @@ class Trainer:
         groups = {"model": weights, "ema": average, "optimizer": optimizer}
         return {group: tensors for group, tensors in groups.items() if tensors}
 
-    def counters(self) -> dict[str, int | dict[str, int]]:
-        """The counts of steps, and what was found out on the way, that a checkpoint must hold."""
+    def counters(self) -> Counters:
+        """The counts of steps, and what was found out on the way, that a checkpoint must hold.
+
+        The row of every step that was launched must have been read: one that was not finite counts
+        until then.
+        """
         steps = {name: part.steps for name, part in self.parts.items()}
         found = {"visit": self.visits.length, "micro_batch": self.micro_batch.size}
         return {"step": self.step, "parts": steps, **found}
 
-    def restore(self, tensors: dict[str, dict[str, Tensor]], counters: dict) -> None:
+    def restore(self, tensors: dict[str, dict[str, Tensor]], counters: Counters) -> None:
         """Go on from what `tensors` and `counters` once gave, bit for bit.
 
         Raises:
@@ -257,6 +289,7 @@ class Trainer:
             part.restore(steps, tensors.get("ema", {}), tensors.get("optimizer", {}))
         self.step, self.visits.length = counters["step"], counters["visit"]
         self.micro_batch.size = size
+        self.updater.go_on()
 
 
 def _device(
@@ -273,11 +306,3 @@ def _device(
 def _drop_gradients(parts: list[Part]) -> None:
     for part in parts:
         part.optimizer.zero_grad()
-
-
-def _not_finite(loss: float, norm: float, where: str, block: Block, updated: str) -> str:
-    noise = block.trained_noise
-    return (
-        f"the loss must be finite, got loss {loss} and gradient norm {norm} in {where} "
-        f"with sigma in [{noise.low:.6g}, {noise.high:.6g}]; {updated} updated"
-    )

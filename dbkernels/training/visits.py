@@ -46,6 +46,11 @@ class Visits:
         )
         return self.block(step) if step < end else None
 
+    @property
+    def times(self) -> bool:
+        """Whether steps have to be timed."""
+        return not self.length
+
     def timed(self, steps: int, seconds: float, swap_seconds: Callable[[], float]) -> bool:
         """Find the length by the time of a step, once enough of them were timed.
 

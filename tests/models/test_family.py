@@ -192,8 +192,8 @@ class Tokens:
     def __len__(self):
         return len(self.token)
 
-    def batch(self, indices, device):
-        token = self.token[indices].to(device)
+    def batch(self, indices, put):
+        token = put(self.token[indices])
         return {"token": token, "answer": (token + 1) % 5}
 
 
@@ -208,7 +208,7 @@ def test_a_repeated_layer_runs_again_and_its_gradient_is_the_sum():
     model = randomise(Recurrent())
     unrolled = copy.deepcopy(model)
     unrolled.layers = nn.ModuleList(copy.deepcopy(model.layers[i]) for i in (0, 1, 1, 1, 2))
-    batch, losses = Tokens().batch(torch.arange(4), "cpu"), []
+    batch, losses = Tokens().batch(torch.arange(4), torch.clone), []
     for network, layers in ((model, [0, 1, 1, 1, 2]), (unrolled, 5)):
         block = partition(layers, 1, PRIOR)[0]
         losses.append(STEP(network, block, batch, DRAW))
@@ -229,7 +229,7 @@ def test_a_recurrent_stack_is_trained_and_sampled_unchanged(num_blocks):
     assert set(trainer.counters()["parts"]) == names
     if num_blocks == 2:
         assert "model.layers.1.mlp.fc1.weight" in trainer.parts["shared"].parameters
-    batch = data.batch(torch.arange(12), "cpu")
+    batch = data.batch(torch.arange(12), torch.clone)
     z = start(torch.randn(12, 6, 16), 80.0, 0.5)
     # heun's correction magnifies errors by the ratio of neighbouring levels
     halving = [80 / 2**i for i in range(11)]

@@ -1,149 +1,122 @@
-"""What an interpreter cannot show: compiled kernels at real sizes, far offsets, CUDA graphs."""
+"""What an interpreter cannot show of kernels over rows: compiled code, real sizes, far offsets."""
+
+from functools import partial
 
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
-from ops.one_layer import OneLayer
 
 from dbkernels import ops
-from dbkernels.ops import RUNGS, reference
+from dbkernels.ops import reference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("by_triton")]
 
-B, T, D = 8, 256, 1152  # DiT-XL
-BF16 = torch.bfloat16
-
-
-def modulation(count):
-    return (0.5 * torch.randn(B, 6 * D)).to(BF16).chunk(6, dim=-1)[:count]
+BF16, F32 = torch.bfloat16, torch.float32
+WIDTHS = [384, 768, 1152, 1536]  # of DiT's S, B, XL, and one that is a power of two times 3
 
 
-def tokens(width=D):
-    return (torch.randn(B, T, width) + 3).to(BF16)
+class Rows:
+    """Inputs of ops at one width: a stream, and modulation in slices as the model makes them."""
+
+    def __init__(self, B, T, D, stream):
+        self.D, self._shape, self._stream = D, (B, T), stream
+        self._modulation = (0.5 * torch.randn(B, 6 * D)).to(BF16).chunk(6, dim=-1)
+
+    def stream(self):
+        return (torch.randn(*self._shape, self.D) + 3).to(self._stream)
+
+    def branch(self, times=1):
+        return (torch.randn(*self._shape, times * self.D) + 1).to(BF16)
+
+    def bias(self, times):
+        return torch.randn(times * self.D).to(BF16)
+
+    def modulation(self, count):
+        return self._modulation[:count]
 
 
-def of_second_output(f):
-    return lambda *args: f(*args)[1]
+def one(f):
+    """f with its one output in a tuple."""
+    return lambda *args: (f(*args),)
 
 
-CASES = {
-    "adaln_norm": lambda: (ops.adaln_norm, reference.adaln_norm, (tokens(), *modulation(2))),
-    "gated_adaln_norm": lambda: (
-        of_second_output(ops.gated_adaln_norm),
-        of_second_output(reference.gated_adaln_norm),
-        (tokens(), tokens(), *modulation(3)),
-    ),
-    "gated_residual": lambda: (
-        ops.gated_residual,
-        reference.gated_residual,
-        (tokens(), tokens(), *modulation(1)),
-    ),
-    "gelu": lambda: (ops.gelu, reference.gelu, (tokens(4 * D), tokens(4 * D)[0, 0].clone())),
-    "swiglu": lambda: (ops.swiglu, reference.swiglu, (tokens(6 * D), tokens(6 * D)[0, 0].clone())),
-}
+def together(f, *dtypes):
+    """The outputs of f in one tensor, so that all have gradients; first in dtypes, where given."""
+
+    def joined(*args):
+        outputs = f(*args)
+        if dtypes:
+            outputs = [y.to(dtype) for y, dtype in zip(outputs, dtypes, strict=True)]
+        return torch.cat([y.to(torch.promote_types(y.dtype, F32)) for y in outputs], dim=-1)
+
+    return joined
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_as_accurate_as_eager_at_a_real_size(name):
-    op, specification, args = CASES[name]()
-    assert ops.implementation(args[0].device) == "triton"
-    actual, eager = with_grads(op, *args), with_grads(specification, *args)
-    exact = with_grads(specification, *(a.double() for a in args))
+def assert_accurate(name, op, specification, args, *dtypes):
+    """All outputs, of these dtypes, and gradients; the specification rounds to them in eager."""
+    actual = with_grads(together(op), *args)
+    eager = with_grads(together(specification, *dtypes), *args)
+    exact = with_grads(together(specification), *(a.double() for a in args))
     for i, results in enumerate(zip(actual, eager, exact, strict=True)):
         assert_as_accurate_as_eager(f"{name}, result {i}", *results)
 
 
+# every pair of a width and a stream, each norm with either, and both at the width of DiT-XL: a GPU
+# compiles some six kernels for each
+NORMS = [
+    *((D, BF16, norm) for D, norm in zip(WIDTHS, ["layer", "rms"] * 2, strict=True)),
+    *((D, F32, norm) for D, norm in zip(WIDTHS, ["rms", "layer"] * 2, strict=True)),
+    (1152, F32, "layer"),
+]
+
+
+@pytest.mark.parametrize("D, stream, norm", NORMS)
+def test_norms_are_as_accurate_as_eager_at_real_widths(D, stream, norm, gpu, size):
+    # the branches are bfloat16 whatever the stream is, as in autocast
+    rows = Rows(*size((8, 256, D), (2, 5, 24)), stream)
+    assert gpu.type == "cpu" or ops.implementation(gpu) == "triton"
+    x, h, (gate, scale, shift) = rows.stream(), rows.branch(), rows.modulation(3)
+    assert_accurate(
+        "adaln_norm",
+        one(partial(ops.adaln_norm, norm=norm, dtype=BF16)),
+        one(partial(reference.adaln_norm, norm=norm)),
+        (x, scale, shift),
+        BF16,
+    )
+    assert_accurate(
+        "gated_adaln_norm",
+        partial(ops.gated_adaln_norm, norm=norm),
+        partial(reference.gated_adaln_norm, norm=norm),
+        (x, h, gate, scale, shift),
+        stream,
+        BF16,
+    )
+
+
+@pytest.mark.parametrize("stream", [BF16, F32], ids=str)
+@pytest.mark.parametrize("D", WIDTHS)
+def test_the_residual_is_as_accurate_as_eager_at_real_widths(D, stream, size):
+    rows = Rows(*size((8, 256, D), (2, 5, 24)), stream)
+    args = rows.stream(), rows.branch(), *rows.modulation(1)
+    assert_accurate(
+        "gated_residual", one(ops.gated_residual), one(reference.gated_residual), args, stream
+    )
+
+
+@pytest.mark.parametrize("D", WIDTHS)
+def test_activations_are_as_accurate_as_eager_at_real_widths(D, size):
+    rows = Rows(*size((4, 256, D), (2, 5, 24)), BF16)
+    args = rows.branch(4), rows.bias(4)
+    assert_accurate("gelu", one(ops.gelu), one(reference.gelu), args, BF16)
+    assert_accurate("swiglu", one(ops.swiglu), one(reference.swiglu), args, BF16)
+
+
+@pytest.mark.needs_gpu("4 GiB in one tensor")
 def test_rows_past_two_to_the_31_elements():
-    x = torch.zeros(2**21 + 8, 1, 1024, dtype=BF16)
-    scale, shift = torch.zeros(2, 2**21 + 8, 1024, dtype=BF16)
-    x[-1] = tokens(1024)[0, 0]
+    count, D = 2**21 + 8, 1024
+    x = torch.zeros(count, 1, D, dtype=BF16)
+    scale, shift = torch.zeros(2, count, D, dtype=BF16)
+    x[-1] = (torch.randn(D) + 3).to(BF16)
     y = ops.adaln_norm(x, scale, shift)
     assert torch.equal(y[-1], ops.adaln_norm(x[-1:], scale[-1:], shift[-1:])[0])
     assert not y[0].any()
-
-
-@pytest.mark.parametrize("keep", RUNGS)
-def test_a_captured_layer_replays_the_same_bits(keep):
-    layer = OneLayer(2, 64, 384, 6, hidden=1536, dtypes=(BF16,) * 3)
-    leaves = {name: tensor.requires_grad_() for name, tensor in layer.tensors.items()}
-
-    def gradients():
-        return torch.autograd.grad(layer.run(leaves, keep=keep).sum(), list(leaves.values()))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles the kernels, as a capture may not
-        expected = [gradients() for _ in range(2)][-1]
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = gradients()
-    graph.replay()
-    for actual, bits in zip(captured, expected, strict=True):
-        assert torch.equal(actual, bits)
-
-
-def noise_case(dtype):
-    """A target, levels and a prediction of an odd size, on the GPU, and a draw near its limits."""
-    shape = (5, 3, 1001)
-    z0, prediction = ((0.5 * torch.randn(shape)).to(dtype) for _ in range(2))
-    sigma = torch.tensor([0.002, 0.3, 1.0, 9.0, 80.0])
-    return z0, sigma, prediction, ops.Draw(seed=2**64 - 3, step=2**40 + 5, sample=2**32 - 5)
-
-
-def noise_implementations():
-    compiled = ops.implementation("cuda", "add_noise_fwd")
-    return ["triton", *({compiled} - {"triton"})]
-
-
-def test_a_gpu_draws_the_numbers_of_a_cpu():
-    *_, draw = noise_case(BF16)
-    expected = ops.normals(draw, 5, 3003, "cpu")
-    for name in noise_implementations():
-        with ops.use_implementation(name):
-            actual = ops.normals(draw, 5, 3003, "cuda").cpu()
-            uniform = ops.uniforms(draw, 5, "cuda").cpu()
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
-        assert torch.equal(uniform, ops.uniforms(draw, 5, "cpu"))
-
-
-def test_a_captured_step_draws_anew_at_each_replay():
-    z0, sigma, prediction, _ = noise_case(BF16)
-    step = torch.tensor(3)
-
-    def drawn(step):
-        draw = ops.Draw(seed=7, step=step, sample=8)
-        loss, losses = ops.score_loss(prediction, z0, sigma, draw, sigma_data=0.5)
-        noisy = ops.add_noise(z0, sigma, draw)
-        return noisy, loss, losses, ops.normals(draw, 5, 3003, "cuda"), ops.uniforms(draw, 5)
-
-    for name in noise_implementations():
-        with ops.use_implementation(name):
-            drawn(step)  # compiles the kernels, as a capture may not
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                captured = drawn(step)
-            for value in (3, 4, 2**40 + 5):
-                step.fill_(value)
-                graph.replay()
-                for actual, expected in zip(captured, drawn(value), strict=True):
-                    assert torch.equal(actual, expected), (name, value)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-def test_noise_and_loss_on_a_gpu_are_those_of_plain_torch(dtype):
-    z0, sigma, prediction, draw = noise_case(dtype)
-    double = z0.double().cpu(), sigma.cpu(), prediction.double().cpu().requires_grad_()
-    exact, _ = ops.score_loss(double[2], *double[:2], draw, sigma_data=0.5)
-    (exact_grad,) = torch.autograd.grad(exact, double[2])
-    noisy = ops.add_noise(double[0], double[1], draw, scale="c_in")
-    for name in noise_implementations():
-        with ops.use_implementation(name):
-            scaled = ops.add_noise(z0, sigma, draw, scale="c_in")
-            leaf = prediction.clone().requires_grad_()
-            loss, _ = ops.score_loss(leaf, z0, sigma, draw, sigma_data=0.5)
-            (grad,) = torch.autograd.grad(loss, leaf)
-        eps = torch.finfo(dtype).eps
-        for actual, expected in ((scaled, noisy), (loss, exact), (grad, exact_grad)):
-            error = (actual.cpu().double() - expected).abs().max()
-            assert error <= 2 * eps * expected.abs().max() + 1e-6, name

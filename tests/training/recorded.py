@@ -72,4 +72,7 @@ class TrainerRecorder(OpRecorder):
     trainer = None
 
     def moved(self):
-        return [tensor for part in self.trainer.parts.values() for tensor in part.tensors()]
+        # a block that is still on its way to its rest must arrive there before all is put back
+        self.trainer.residency.wait()
+        parts = self.trainer.parts.values()
+        return [self.trainer.updater._finite, *(t for part in parts for t in part.tensors())]

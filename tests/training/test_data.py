@@ -1,8 +1,10 @@
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dbkernels.training.data import ImageData, _permutation, batch_indices, open_data
 
@@ -117,8 +119,9 @@ def test_writing_into_a_batch_does_not_change_the_data(dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_batch_is_put_on_the_device(dtype):
-    batch = dataset(np.ones((2, 1, 2, 2), dtype)).batch(torch.tensor([1]), "meta")
+def test_batch_is_put_where_it_is_wanted(dtype):
+    put = partial(Tensor.to, device="meta")
+    batch = dataset(np.ones((2, 1, 2, 2), dtype)).batch(torch.tensor([1]), put)
     assert {tensor.device.type for tensor in batch.values()} == {"meta"}
 
 

@@ -89,11 +89,73 @@ def test_freed_gradients_of_a_loss_that_is_not_finite_move_nothing(value):
     assert equal(weights(trainer), before[0]) and equal(trainer.tensors()["ema"], before[1])
 
 
+# of a finite loss whose gradient is not, and of a gradient of a loss that is not
+NOT_FINITE = {
+    "gradient": lambda w: (w * 0).sqrt().sum() * 0,
+    "infinite gradient": lambda w: (w * 0).sum().sqrt(),
+    "loss": lambda w: w.sum() + torch.inf,
+    "loss and gradient": lambda w: w.sum() * torch.nan,
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_kept_gradients_update_nothing_where_loss_or_gradient_is_not_finite(name, clip):
+    parts = make_parts()
+    before, kept = tensors(parts), KeptGradients(clip, "cpu")
+    for part in parts:
+        part.prepare(0.1)
+    ours = [next(iter(part.parameters.values())) for part in parts]
+    loss = ours[0].sum() + NOT_FINITE[name](ours[1])
+    kept.backward(loss)
+    norm = kept.finish(loss.detach(), parts)
+    assert torch.isfinite(loss) == ("loss" not in name)
+    assert not torch.isfinite(loss + norm)
+    assert all(map(torch.equal, tensors(parts), before))
+    assert all(weight.grad is None for weight in ours)
+
+
+@pytest.mark.parametrize("gradients", ["kept", "freed"])
+def test_updates_that_follow_one_that_was_not_finite_move_nothing_until_they_are_to(gradients):
+    parts = make_parts(1)
+    each = updater(gradients, 0.0, parts, "cpu")
+    weight = next(iter(parts[0].parameters.values()))
+
+    def update(factor):
+        parts[0].prepare(0.1)
+        loss = weight.sum() * factor
+        each.backward(loss)
+        return each.finish(loss.detach(), parts)
+
+    before = tensors(parts)
+    update(torch.nan)
+    for _ in range(2):
+        assert torch.isnan(update(1.0))
+        assert all(map(torch.equal, tensors(parts), before))
+    each.go_on()
+    assert torch.isfinite(update(1.0))
+    assert not any(map(torch.equal, tensors(parts), before))
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+@pytest.mark.parametrize("settings", [{}, {"clip": 0.0}, {"accumulate": 2}])
+def test_a_step_with_kept_gradients_is_refused_and_moves_nothing(name, settings):
+    def objective(model, block, batch, draw):
+        return NOT_FINITE[name](model.head.weight)
+
+    trainer = make_trainer(objective=objective, ema=0.9, **settings)
+    before = weights(trainer), {k: v.clone() for k, v in trainer.tensors()["ema"].items()}
+    with pytest.raises(FloatingPointError, match="nothing was updated"):
+        trainer.step_block(trainer.blocks[1])
+    assert equal(weights(trainer), before[0]) and equal(trainer.tensors()["ema"], before[1])
+    assert trainer.step == 0
+
+
 def test_from_a_gradient_on_that_is_not_finite_nothing_moves():
     parts = make_parts(3)
     first, broken, last = (next(iter(part.parameters.values())) for part in parts)
     before = tensors(parts)
-    freed = FreedGradients(parts)
+    freed = FreedGradients(parts, "cpu")
     for part in parts:
         part.prepare(0.1)
     zero = torch.zeros(3, requires_grad=True)
@@ -133,9 +195,9 @@ def test_a_batch_that_was_cut_is_not_gone_on_with():
 
 
 def test_both_return_the_norm_of_the_whole_gradient():
-    for make in (lambda parts: KeptGradients(0.0), FreedGradients):
+    for gradients in ("kept", "freed"):
         parts = make_parts()
-        each = make(parts)
+        each = updater(gradients, 0.0, parts, "cpu")
         for part in parts:
             part.prepare(0.1)
         a, b = (next(iter(part.parameters.values())) for part in parts)
@@ -156,8 +218,8 @@ def test_a_backward_of_someone_else_updates_nothing():
 
 
 def test_the_setting_names_the_updater():
-    assert isinstance(updater("kept", 1.0, make_parts()), KeptGradients)
-    assert isinstance(updater("freed", 0.0, make_parts()), FreedGradients)
+    assert isinstance(updater("kept", 1.0, make_parts(), "cpu"), KeptGradients)
+    assert isinstance(updater("freed", 0.0, make_parts(), "cpu"), FreedGradients)
 
 
 def test_out_of_memory_with_freed_gradients_is_not_tried_again():

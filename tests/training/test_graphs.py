@@ -100,14 +100,40 @@ def test_running_out_of_memory_drops_the_graph_of_the_larger_micro_batch():
         assert row == pytest.approx(plain.step_block(block), rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_updates_nothing_in_a_replay():
-    trainer, recorder = make_captured(ema=0.9)
+@pytest.mark.parametrize("gradients", [{}, {"gradients": "freed", "clip": 0.0}])
+def test_a_loss_that_is_not_finite_updates_nothing_in_its_replay_or_in_the_next(gradients):
+    trainer, recorder = make_captured(ema=0.9, **gradients)
+    block, images = trainer.blocks[0], trainer.data.images
+    for _ in range(2):
+        trainer.step_block(block)
+    before = {k: v.clone() for g in trainer.tensors().values() for k, v in g.items()}
+    trainer.data = replace(trainer.data, images=np.full_like(images, 1e38))
+    broken = trainer.launch(block)
+    trainer.data = replace(trainer.data, images=images)
+    trainer.launch(block)
+    with pytest.raises(FloatingPointError, match="nothing was updated"):
+        broken.row()
+    after = {k: v for g in trainer.tensors().values() for k, v in g.items()}
+    assert equal(before, after) and recorder.replayed == 3
+    trainer.step_block(block)
+    assert recorder.replayed == 4 and trainer.step == 3
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing_in_a_replay():
+    inner, start = make_trainer().objective, torch.ones(())
+
+    def objective(model, block, batch, draw):
+        # 0, and so is its gradient until the root is taken of 0
+        extra = ((model.head.weight * 0 + start).sqrt() * 0).sum()
+        return inner(model, block, batch, draw) + extra
+
+    trainer, recorder = make_captured(objective=objective, ema=0.9)
     block = trainer.blocks[0]
     for _ in range(2):
         trainer.step_block(block)
     before = {k: v.clone() for g in trainer.tensors().values() for k, v in g.items()}
-    trainer.data = replace(trainer.data, images=np.full_like(trainer.data.images, 1e38))
-    with pytest.raises(FloatingPointError, match="nothing was updated"):
+    start.zero_()
+    with pytest.raises(FloatingPointError, match=r"got loss \d.* norm nan .*nothing was updated"):
         trainer.step_block(block)
     after = {k: v for g in trainer.tensors().values() for k, v in g.items()}
     assert equal(before, after) and recorder.replayed == 2

@@ -1,4 +1,5 @@
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,3 +58,13 @@ def test_a_copy_that_failed_beside_the_steps_raises_later(door):
     }
     with pytest.raises(OSError, match="no such disk"):
         calls[door]()
+
+
+def test_copies_follow_the_steps_on_a_stream_of_their_own(monkeypatch):
+    waits = []
+    copies = SimpleNamespace(wait_stream=waits.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: copies)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "steps")
+    Lane(torch.device("cuda"), beside=True).follow()
+    Lane(torch.device("cuda"), beside=False).follow()
+    assert waits == ["steps"]

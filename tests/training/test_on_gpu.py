@@ -1,33 +1,14 @@
-"""What a CPU cannot show of residency: locked pages, streams, graphs, and memory in two places."""
-
-from functools import partial
+"""What a CPU cannot show of training: locked pages, streams, memory in two places."""
 
 import pytest
 import torch
-from training.tiny import PRIOR, equal, make_data
+from captured import capture
+from training.on_gpu import ASIDE, FREED, make_trainer
+from training.tiny import equal
 
-from dbkernels.models import DiT, DiTConfig
-from dbkernels.training.objective import gaussian_step
-from dbkernels.training.partition import partition
 from dbkernels.training.resting import HostRest, pin
-from dbkernels.training.sharing import BlockModels
-from dbkernels.training.trainer import Trainer
-from dbkernels.training.trainer_config import TrainerConfig
 
 pytestmark = pytest.mark.gpu
-
-CUDA = torch.device("cuda")
-DIT = DiTConfig(width=64, depth=3, heads=2, image_size=4, channels=1, num_classes=3)
-
-
-def make_trainer(sharing="joint", **settings):
-    torch.manual_seed(1)
-    models = BlockModels(DiT(DIT), partition(3, 3, PRIOR), sharing)
-    config = TrainerConfig(steps=6, batch_size=4, ema=0.9, sharing=sharing, **settings)
-    if config.resident == "all":
-        models = models.to(CUDA)
-    step = partial(gaussian_step, prior=PRIOR, weighting="edm", sigma_data=0.5)
-    return Trainer(models, make_data(), step, config, device=CUDA)
 
 
 def on_device(tensors):
@@ -37,10 +18,12 @@ def on_device(tensors):
 @pytest.mark.parametrize("sharing", ["joint", "copies"])
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("disk", [False, True])
-def test_gives_the_bits_of_a_run_with_all_blocks_resident(tmp_path, disk, prefetch, sharing):
+def test_gives_the_bits_of_a_run_with_all_blocks_resident(gpu, tmp_path, disk, prefetch, sharing):
     on_disk = {"rest": "disk", "rest_dir": str(tmp_path)} if disk else {}
-    whole = make_trainer(sharing, visit=2)
-    swapped = make_trainer(sharing, visit=2, resident="block", prefetch=prefetch, **on_disk)
+    whole = make_trainer(gpu, sharing=sharing, visit=2)
+    swapped = make_trainer(
+        gpu, sharing=sharing, visit=2, resident="block", prefetch=prefetch, **on_disk
+    )
     for _ in range(whole.total_steps):
         row = whole.step_block(whole.next_block())
         assert swapped.step_block(swapped.next_block()) == row
@@ -51,8 +34,9 @@ def test_gives_the_bits_of_a_run_with_all_blocks_resident(tmp_path, disk, prefet
         )
 
 
-def test_only_what_is_shared_and_one_block_are_on_the_device():
-    trainer = make_trainer(resident="block")
+@pytest.mark.needs_gpu("memory in two places")
+def test_only_what_is_shared_and_one_block_are_on_the_device(gpu):
+    trainer = make_trainer(gpu, resident="block")
     for index in (1, 2):
         trainer.step_block(trainer.blocks[index])
         for name in ("block0", "block1", "block2", "shared"):
@@ -63,63 +47,60 @@ def test_only_what_is_shared_and_one_block_are_on_the_device():
     assert on_device([*trainer.models.parameters(), *trainer.models.buffers()]) == []
 
 
-def test_locked_pages_are_those_of_torch_and_a_refusal_disturbs_no_later_kernel():
-    home = HostRest(CUDA).room(4096)
-    assert home.is_pinned()
-    assert not pin(home, CUDA)
-    torch.testing.assert_close(torch.ones(3, device=CUDA).sum().item(), 3.0)
+@pytest.mark.needs_gpu("pages that CUDA locks")
+def test_locked_pages_are_those_of_torch_and_a_refusal_disturbs_no_later_kernel(gpu):
+    # which unlocks its buffers when it is gone
+    rest = HostRest(gpu)
+    home, other = rest.room(700), rest.room(700)
+    assert home.is_pinned() and other.is_pinned()
+    assert not pin(home, gpu)
+    assert torch.ones(3, device=gpu).sum().item() == 3.0
+    address = home.data_ptr()
+    del rest
+    assert not home.is_pinned() and home.data_ptr() == address
 
 
-def test_a_captured_graph_survives_a_swap():
-    trainer = make_trainer(resident="block")
+def test_a_captured_graph_survives_a_swap(gpu):
+    trainer = make_trainer(gpu, resident="block")
     enter, part = trainer.residency.enter, trainer.parts["block0"]
     enter("block0")
     weight = next(iter(part.parameters.values())).detach()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        doubled = weight * 2
+    replay, (doubled,) = capture(lambda: (weight * 2,), gpu)
     trainer.step_block(trainer.blocks[0])
     trainer.step_block(trainer.blocks[1])
     enter("block0")
-    graph.replay()
+    replay()
     expected = next(iter(part.parameters.values())).detach() * 2
     assert torch.equal(doubled, expected)
 
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {},
-        {"gradients": "freed", "clip": 0.0},
-        {"accumulate": 2, "autocast": True},
-        {"resident": "block", "visit": 3},
-        {"resident": "block", "visit": 3, "prefetch": True},
-    ],
+    [{}, {"accumulate": 2, "autocast": True}, FREED, ASIDE, {**ASIDE, "prefetch": True}],
+    ids=str,
 )
-def test_captured_steps_give_the_bits_of_steps_op_by_op(settings):
-    plain, captured = make_trainer(**settings), make_trainer(graphs=True, **settings)
-    for _ in range(plain.total_steps):
-        row = plain.step_block(plain.next_block())
-        assert captured.step_block(captured.next_block()) == row
-    for group, expected in plain.tensors().items():
-        assert equal(captured.tensors()[group], expected), group
+@pytest.mark.parametrize("family", ["dit", "vit"])
+def test_rows_that_are_read_late_are_those_that_are_read_at_once(gpu, family, settings):
+    late, early = (make_trainer(gpu, family, **settings) for _ in range(2))
+    pending = [late.launch(late.next_block()) for _ in range(9)]
+    rows = [early.step_block(early.next_block()) for _ in range(9)]
+    assert [each.row() for each in pending] == rows
+    for group, expected in early.tensors().items():
+        assert equal(late.tensors()[group], expected), group
 
 
-def test_captured_steps_share_one_pool():
-    trainer = make_trainer(graphs=True)
-    reserved = []
+@pytest.mark.parametrize("settings", [{}, FREED], ids=["kept", "freed"])
+def test_a_step_that_was_not_finite_stops_those_launched_after_it(gpu, settings):
+    trainer = make_trainer(gpu, **settings)
+    trainer.step_block(trainer.blocks[0])
+    before = {k: v.clone() for group in trainer.tensors().values() for k, v in group.items()}
+    inner = trainer.objective
+    trainer.objective = lambda *arguments: inner(*arguments) * torch.inf
+    broken = trainer.launch(trainer.blocks[1])
+    trainer.objective = inner
     for block in trainer.blocks:
-        trainer.step_block(block)
-    for block in trainer.blocks:
-        trainer.step_block(block)
-        reserved.append(torch.cuda.memory_reserved())
-    assert reserved[2] == reserved[1]
-
-
-def test_graphs_are_captured_again_after_the_trainer_was_closed():
-    plain, captured = make_trainer(resident="block"), make_trainer(resident="block", graphs=True)
-    for _ in range(2):
-        for index in (0, 0, 0, 1):
-            row = plain.step_block(plain.blocks[index])
-            assert captured.step_block(captured.blocks[index]) == row
-        captured.close()
+        trainer.launch(block)
+    with pytest.raises(FloatingPointError, match=r"in block 1 at its step 0 .*nothing was updated"):
+        broken.row()
+    after = {k: v for group in trainer.tensors().values() for k, v in group.items()}
+    assert equal(after, before) and trainer.step == 1

@@ -1,4 +1,5 @@
 import gc
+import mmap
 import os
 import shutil
 import warnings
@@ -156,3 +157,10 @@ def test_refused_page_locking_falls_back_with_one_warning_that_names_the_cost(ru
 def test_buffers_for_a_cpu_are_not_locked(runtime):
     HostRest(CPU).room(700)
     assert runtime.calls == []
+
+
+def test_buffers_lie_in_pages_of_their_own():
+    rest = HostRest(CPU)
+    buffers = [rest.room(nbytes) for nbytes in (1, 700, 5000)]
+    assert all(buffer.data_ptr() % mmap.PAGESIZE == 0 for buffer in buffers)
+    assert [buffer.nbytes for buffer in buffers] == [1, 700, 5000]

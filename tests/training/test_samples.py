@@ -17,7 +17,7 @@ def test_both_give_the_same_pieces_as_often_as_they_are_asked():
     whole = data.batch(INDICES)
     held = HeldSamples()
     held.fill(whole)
-    for samples in (ReadSamples(data, INDICES, torch.device("cpu")), held):
+    for samples in (ReadSamples(data, INDICES, torch.clone), held):
         for size, sizes in ((5, [5]), (2, [2, 2, 1]), (9, [5])):
             found, together = joined(samples.pieces(size))
             assert found == sizes

@@ -1,0 +1,127 @@
+"""The whole layer and its attention on a GPU, against float64."""
+
+import pytest
+import torch
+from accuracy import assert_as_accurate_as_eager, with_grads
+from captured import capture, warm_up
+from ops.one_layer import KEEPS, SAME_BITS, OneLayer, assert_same_bits
+
+from dbkernels import ops
+from dbkernels.models.rotary import rotary_table
+from dbkernels.ops import reference
+
+pytestmark = pytest.mark.gpu
+
+BF16, F32 = torch.bfloat16, torch.float32
+PLAIN, MIXED = (BF16,) * 3, (F32, BF16, BF16)  # dtypes of the stream, the modulation, the weights
+# T, heads, their width; one token alone has gradients of 0 for queries and keys, which a kernel
+# that rounds two sums apart misses by more than eager: the layers below have such a case
+HEADS = [(77, 12, 32), (256, 12, 64), (256, 16, 72), (1024, 12, 128)]
+
+
+def cut(shape, size):
+    """T, heads and their width; where it is rehearsed, of a layer that takes no time."""
+    T, H, d = shape
+    return size((T, H, d), (min(T, 5), 2, 8))
+
+
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_attention_is_as_accurate_as_eager(shape, size):
+    T, H, d = cut(shape, size)
+    # keys and values far from zero mean, in slices of a projection
+    means = torch.tensor([0.0, 1.0, 3.0])[:, None, None]
+    args = (torch.randn(2, T, 3, H, d) + means).to(BF16).unbind(2)
+    results = [with_grads(f, *args) for f in (ops.attention, reference.attention)]
+    exact = with_grads(reference.attention, *(a.double() for a in args))
+    for name, *each in zip(["out", "dq", "dk", "dv"], *results, exact, strict=True):
+        assert_as_accurate_as_eager(name, *each)
+
+
+def queries_and_keys(f, H, table):
+    def both(qkv, q_weight, k_weight):
+        return torch.stack(f(qkv, H, q_weight=q_weight, k_weight=k_weight, rotary=table))
+
+    return both
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+@pytest.mark.usefixtures("by_triton")
+def test_queries_and_keys_are_as_accurate_as_eager(shape, dtype, size):
+    T, H, d = cut(shape, size)
+    qkv = torch.randn(2, T, 3 * H * d).to(dtype)
+    norms = (1.5 + torch.randn(d)).to(dtype), (0.5 * torch.randn(d) - 1).to(dtype)
+    args, table = (qkv, *norms), rotary_table(torch.arange(T), d)
+    given = [queries_and_keys(f, H, table) for f in (ops.qk_norm_rotary, reference.qk_norm_rotary)]
+    actual, eager = (with_grads(f, *args) for f in given)
+    exact = with_grads(given[1], *(a.double() for a in args))
+    # of so few elements as those of a norm's weight the largest error is a fluke
+    actual, eager, exact = ((*r[:2], torch.cat(r[2:])) for r in (actual, eager, exact))
+    for name, *each in zip(["qk", "dqkv", "dweights"], actual, eager, exact, strict=True):
+        assert_as_accurate_as_eager(name, *each)
+
+
+# every pair of a rung, a head width, a length, an activation, a norm and a stream that matters
+LAYERS = [
+    # keep, (T, heads, width), tokens, mlp, norm, dtypes, qk_norm
+    ("none", (256, 16, 72), None, "gelu", "layer", MIXED, False),
+    ("none", (77, 12, 32), 1, "swiglu", "rms", PLAIN, True),
+    ("attention", (1024, 12, 64), None, "swiglu", "rms", MIXED, True),
+    ("mlp", (256, 12, 128), None, "gelu", "layer", PLAIN, True),
+    ("mlp", (1, 16, 72), None, "swiglu", "rms", MIXED, False),
+    ("qkv", (77, 16, 72), 1, "gelu", "layer", MIXED, True),
+    ("qkv", (1024, 12, 32), None, "gelu", "layer", PLAIN, False),
+    ("layer", (256, 12, 64), 77, "gelu", "layer", PLAIN, True),
+    ("layer", (77, 12, 128), None, "swiglu", "layer", MIXED, False),
+    ("rounded", (256, 16, 72), None, "gelu", "rms", MIXED, True),
+]
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_a_layer_is_as_accurate_as_eager_at_each_rung(case, size):
+    keep, shape, tokens, mlp, norm, dtypes, qk_norm = case
+    T, H, d = cut(shape, size)
+    layer = OneLayer(
+        2, T, H * d, H, hidden=2 * H * d, mlp=mlp, norm=norm, qk_norm=qk_norm, rotated=qk_norm,
+        dtypes=dtypes,
+    )  # fmt: skip
+    tokens = tokens and min(tokens, T)
+    result = layer.with_grads(keep=keep, tokens=tokens)
+    assert result["out"].shape == (2, tokens or T, H * d)
+    layer.assert_as_accurate_as_eager(result, tokens=tokens)
+
+
+def test_a_layer_is_as_accurate_as_eager_under_autocast(gpu, size):
+    T, H, d = cut((256, 16, 72), size)
+    layer = OneLayer(2, T, H * d, H, hidden=4 * H * d)
+    with torch.autocast(gpu.type, BF16):
+        result = layer.with_grads(keep="qkv")
+        eager = layer.with_grads(reference.adaln_layer)
+    assert result["out"].dtype == F32
+    layer.compare([result], eager)
+
+
+@pytest.mark.parametrize("dtypes", [PLAIN, MIXED], ids=["bfloat16", "mixed"])
+def test_rungs_give_the_same_bits(dtypes, size):
+    T, H, d = cut((77, 16, 72), size)
+    layer = OneLayer(2, T, H * d, H, hidden=4 * H * d, dtypes=dtypes)
+    expected = layer.with_grads(keep="none")
+    for keep in SAME_BITS[1:]:
+        assert_same_bits(layer.with_grads(keep=keep), expected)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_captured_layer_replays_the_same_bits(keep, gpu, size):
+    layer = OneLayer(*size((2, 64, 384, 6), (1, 5, 16, 2)), hidden=size(1536, 24), dtypes=PLAIN)
+    leaves = {name: tensor.requires_grad_() for name, tensor in layer.tensors.items()}
+
+    def gradients():
+        return torch.autograd.grad(layer.run(leaves, keep=keep).sum(), list(leaves.values()))
+
+    # compiles the kernels, as a capture may not
+    expected = warm_up(lambda: [gradients() for _ in range(2)][-1], gpu)
+    expected = [gradient.clone() for gradient in expected]
+    replay, captured = capture(gradients, gpu)
+    replay()
+    for actual, bits in zip(captured, expected, strict=True):
+        assert torch.equal(actual, bits)

@@ -1,0 +1,135 @@
+"""Losses, noise and random numbers on a GPU, against float64 and against a CPU."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate_as_eager, with_grads
+from captured import capture
+
+from dbkernels import ops
+from dbkernels.ops import reference
+from dbkernels.ops.softmax_gradient import empty_logits, softmax_gradient
+
+pytestmark = pytest.mark.gpu
+
+BF16, F32 = torch.bfloat16, torch.float32
+IGNORED = -100
+
+
+@pytest.mark.parametrize("V", [1000, 50257])
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.usefixtures("by_triton")
+def test_the_gradient_of_softmax_is_as_accurate_as_eager(dtype, V, gpu, size):
+    N, V = size((2048, V), (5, V % 97))
+    padded = empty_logits(N, V, dtype, gpu)
+    padded[:, :V] = 30 + 3 * torch.randn(N, V)
+    logits, target = padded[:, :V].clone(), torch.randint(0, V, (N,))
+    scale = torch.linspace(-1, 2, N)
+    target[N // 2], scale[N // 2] = IGNORED, 0
+    nll = torch.empty(N)
+    softmax_gradient(padded, target, scale, nll=nll, V=V, ignore_index=IGNORED)
+
+    def eager(leaf, wide):
+        losses = F.cross_entropy(leaf.to(wide), target, ignore_index=IGNORED, reduction="none")
+        (dx,) = torch.autograd.grad(losses, leaf, scale.to(wide))
+        return losses.detach(), dx
+
+    by_eager = eager(logits.clone().requires_grad_(), F32)
+    exact = eager(logits.double().requires_grad_(), torch.float64)
+    for name, *results in zip(["nll", "dx"], (nll, padded[:, :V]), by_eager, exact, strict=True):
+        assert_as_accurate_as_eager(name, *results)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.usefixtures("by_triton")
+def test_cross_entropy_is_as_accurate_as_eager(dtype, reduction, size):
+    N, V, D = size((2048, 32000, 768), (9, 70, 12))
+    args = [
+        t.to(dtype) for t in (2 + torch.randn(N, D), torch.randn(V, D) / D**0.5, torch.randn(V))
+    ]
+    target, weight = torch.randint(0, V, (N,)), 0.5 + torch.rand(N)
+    target[1] = IGNORED
+
+    def by(f, wide=None):
+        given = args if wide is None else [a.to(wide) for a in args]
+        of = weight if wide is None else weight.to(wide)
+
+        def loss(x, matrix, bias):
+            return f(x, matrix, target, bias=bias, token_weight=of, reduction=reduction)
+
+        return with_grads(loss, *given)
+
+    results = by(ops.linear_cross_entropy), by(reference.linear_cross_entropy)
+    exact = by(reference.linear_cross_entropy, torch.float64)
+    for name, *each in zip(["loss", "dx", "dweight", "dbias"], *results, exact, strict=True):
+        assert_as_accurate_as_eager(name, *each)
+
+
+def noise_case(dtype):
+    """A target, levels and a prediction of an odd size, and a draw near its limits."""
+    shape = (5, 3, 1001)
+    z0, prediction = ((0.5 * torch.randn(shape)).to(dtype) for _ in range(2))
+    sigma = torch.tensor([0.002, 0.3, 1.0, 9.0, 80.0])
+    return z0, sigma, prediction, ops.Draw(seed=2**64 - 3, step=2**40 + 5, sample=2**32 - 5)
+
+
+def noise_implementations(device):
+    compiled = ops.implementation(device, "add_noise_fwd")
+    return ["triton", *({compiled} - {"triton"})]
+
+
+def test_a_gpu_draws_the_numbers_of_a_cpu(gpu):
+    *_, draw = noise_case(BF16)
+    with ops.use_implementation("torch"):
+        expected = ops.normals(draw, 5, 3003, "cpu"), ops.uniforms(draw, 5, "cpu")
+    for name in noise_implementations(gpu):
+        with ops.use_implementation(name):
+            actual = ops.normals(draw, 5, 3003, gpu).cpu()
+            uniform = ops.uniforms(draw, 5, gpu).cpu()
+        torch.testing.assert_close(actual, expected[0], rtol=0, atol=1e-6)
+        assert torch.equal(uniform, expected[1])
+
+
+def test_a_captured_step_draws_anew_at_each_replay(gpu):
+    z0, sigma, prediction, _ = noise_case(BF16)
+    step = torch.tensor(3)
+
+    def drawn(step):
+        draw = ops.Draw(seed=7, step=step, sample=8)
+        loss, losses = ops.score_loss(prediction, z0, sigma, draw, sigma_data=0.5)
+        noisy = ops.add_noise(z0, sigma, draw)
+        return noisy, loss, losses, ops.normals(draw, 5, 3003, gpu), ops.uniforms(draw, 5, gpu)
+
+    for name in noise_implementations(gpu):
+        step.fill_(3)
+        with ops.use_implementation(name):
+            drawn(step)  # compiles the kernels, as a capture may not
+            replay, captured = capture(partial(drawn, step), gpu)
+            for value in (3, 4, 2**40 + 5):
+                step.fill_(value)
+                replay()
+                for actual, expected in zip(captured, drawn(value), strict=True):
+                    assert torch.equal(actual, expected), (name, value)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_noise_and_loss_on_a_gpu_are_those_of_plain_torch(dtype, gpu):
+    z0, sigma, prediction, draw = noise_case(dtype)
+    double = z0.double().cpu(), sigma.cpu(), prediction.double().cpu().requires_grad_()
+    with ops.use_implementation("torch"):
+        exact, _ = ops.score_loss(double[2], *double[:2], draw, sigma_data=0.5)
+        (exact_grad,) = torch.autograd.grad(exact, double[2])
+        noisy = ops.add_noise(double[0], double[1], draw, scale="c_in")
+    for name in noise_implementations(gpu):
+        with ops.use_implementation(name):
+            scaled = ops.add_noise(z0, sigma, draw, scale="c_in")
+            leaf = prediction.clone().requires_grad_()
+            loss, _ = ops.score_loss(leaf, z0, sigma, draw, sigma_data=0.5)
+            (grad,) = torch.autograd.grad(loss, leaf)
+        eps = torch.finfo(dtype).eps
+        for actual, expected in ((scaled, noisy), (loss, exact), (grad, exact_grad)):
+            error = (actual.cpu().double() - expected).abs().max()
+            assert error <= 2 * eps * expected.abs().max() + 1e-6, name

@@ -1,0 +1,126 @@
+"""Races on a GPU, made likely: one stream sleeps, and the other must wait for it."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import dbkernels.training.resting as resting
+from dbkernels.training.lane import Lane
+from dbkernels.training.pending import Numbers
+from dbkernels.training.resting import DiskRest, HostRest
+from dbkernels.training.staging import Staging
+
+pytestmark = pytest.mark.gpu
+
+CYCLES = 50_000_000  # some 30 ms, in which a copy of 4 MiB ends a hundred times
+NBYTES = 2**22
+
+
+@pytest.fixture
+def sleep(gpu):
+    """Keep the current stream busy for a while."""
+    return lambda: torch.cuda._sleep(CYCLES) if gpu.type == "cuda" else None
+
+
+@pytest.fixture
+def lane(gpu):
+    return Lane(gpu, beside=True)
+
+
+@pytest.fixture
+def rest(gpu):
+    return HostRest(gpu)
+
+
+def bytes_on(device, value):
+    return torch.full((NBYTES,), value, dtype=torch.uint8, device=device)
+
+
+def test_a_store_waits_for_the_steps_that_write(gpu, lane, rest, sleep):
+    slot, home = bytes_on(gpu, 0), rest.room(NBYTES)
+    for value in (1, 2, 3):
+        sleep()
+        slot.fill_(value)
+        lane.submit(partial(rest.store, slot, home), after_steps=True)
+        lane.wait()
+        assert (home == value).all()
+
+
+def test_steps_wait_for_the_block_that_arrives(gpu, lane, rest, sleep):
+    slot, home = bytes_on(gpu, 0), rest.room(NBYTES)
+
+    def late():
+        sleep()
+        rest.load(home, slot)
+
+    for value in (1, 2, 3):
+        home.fill_(value)
+        lane.join(lane.submit(late))
+        read = slot.clone()
+        assert (read == value).all()
+        lane.wait()
+
+
+def test_a_slot_that_is_opened_waits_for_what_its_memory_was(gpu, lane, rest, sleep):
+    memory, home = bytes_on(gpu, 1), rest.room(NBYTES)
+    home.fill_(2)
+    sleep()
+    read = memory.clone()
+    lane.follow()
+    lane.submit(partial(rest.load, home, memory))
+    lane.wait()
+    assert (read == 1).all() and (memory == 2).all()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_staging_buffer_waits_for_the_copy_before_the_last(
+    gpu, tmp_path, sleep, monkeypatch, beside
+):
+    monkeypatch.setattr(resting, "STAGING_BYTES", NBYTES // 16)
+    lane, rest = Lane(gpu, beside=beside), DiskRest(tmp_path, NBYTES, gpu)
+    home, slot = rest.room(NBYTES), bytes_on(gpu, 0)
+    content = torch.randint(256, (NBYTES,), dtype=torch.uint8)
+    home.copy_(content)
+
+    def late():
+        sleep()
+        rest.load(home, slot)
+
+    lane.join(lane.submit(late))
+    assert torch.equal(slot.cpu(), content)
+    home.zero_()
+    lane.submit(partial(rest.store, slot, home), after_steps=True)
+    lane.wait()
+    assert torch.equal(home, content)
+
+
+def test_steps_wait_for_samples_that_are_on_their_way(gpu, sleep):
+    staging, sample = Staging(gpu), torch.ones(NBYTES)
+    if staging._stream is not None:
+        with torch.cuda.stream(staging._stream):
+            sleep()
+    arrived = staging.put(sample)
+    read = arrived.clone()
+    assert (read == 1).all()
+
+
+def test_samples_stay_until_the_steps_have_read_them(gpu, sleep):
+    staging = Staging(gpu)
+    first = staging.put(torch.ones(NBYTES))
+    sleep()
+    read = first.clone()
+    # the next ones would lie in the same memory
+    del first
+    others = [staging.put(torch.zeros(NBYTES)) for _ in range(3)]
+    assert (read == 1).all() and not any(other.any() for other in others)
+
+
+def test_numbers_are_those_of_their_step(gpu, sleep):
+    loss, norm = torch.zeros(2, device=gpu).unbind()
+    read = []
+    for step in range(1, 4):
+        sleep()
+        # in new memory, as a step gives them
+        read.append(Numbers([loss + step, norm + 2 * step]))
+    assert [numbers.read() for numbers in read] == [[1, 2], [2, 4], [3, 6]]

@@ -1,0 +1,132 @@
+"""No memory is read before it is written, nor written before it is read, on a GPU's streams."""
+
+from functools import partial
+
+import pytest
+import torch
+from training.races import Inline, Machine
+from training.tiny import make_trainer
+
+import dbkernels.training.resting as resting
+from dbkernels.training.lane import Lane
+from dbkernels.training.residency import Residency
+from dbkernels.training.resting import DiskRest
+
+CUDA = torch.device("cuda")
+
+
+def on_streams(monkeypatch, tmp_path, *, prefetch, disk, deaf=()):
+    """A trainer whose copies go as on a GPU, and the machine that watches them."""
+    machine = Machine(deaf)
+    machine.install(monkeypatch)
+    # a few pieces to a block, so that both of the staging buffers are used again
+    monkeypatch.setattr(resting, "STAGING_BYTES", 2**14)
+    on_disk = {"rest": "disk", "rest_dir": str(tmp_path)} if disk else {}
+    trainer = make_trainer(resident="block", prefetch=prefetch, ema=0.9, **on_disk)
+    residency = trainer.residency
+    residency._lane = Lane(CUDA, beside=prefetch)
+    if prefetch:
+        residency._lane._thread = Inline(machine)
+    machine.watch_host(*(flat.home for flat in residency._blocks.values()))
+    if disk:
+        staging = residency._rest._staging
+        machine.watch_host(*staging._buffers)
+        staging._read = [machine.Event(), machine.Event()]
+    return trainer, machine
+
+
+def go(trainer, machine):
+    """Steps, a look at all tensors as a checkpoint takes it, a timed swap, and an end, twice."""
+    with machine:
+        for _ in range(2):
+            for _ in range(4):
+                block = trainer.next_block()
+                trainer.launch(block)
+            machine.read_on_host(
+                [t for group in trainer.tensors().values() for t in group.values()]
+            )
+            trainer.residency.swap_seconds()
+            trainer.launch(block)
+            trainer.close()
+            machine.read_on_host([t for part in trainer.parts.values() for t in part.tensors()])
+            trainer.step = 0
+
+
+EVERY = pytest.mark.parametrize(
+    "prefetch, disk", [(False, False), (False, True), (True, False), (True, True)]
+)
+
+
+@EVERY
+def test_a_run_has_no_race(monkeypatch, tmp_path, prefetch, disk):
+    trainer, machine = on_streams(monkeypatch, tmp_path, prefetch=prefetch, disk=disk)
+    go(trainer, machine)
+    assert machine.races == []
+
+
+def deaf(*waits):
+    return lambda monkeypatch: waits
+
+
+def replaced(owner, name, call):
+    def change(monkeypatch):
+        monkeypatch.setattr(owner, name, call)
+        return ()
+
+    return change
+
+
+def never_after_steps(inner=Lane.submit):
+    return lambda lane, copy, *, after_steps=False: inner(lane, copy)
+
+
+def without_a_look_at_the_stream(lane):
+    while lane._submitted:
+        lane._submitted.pop(0).result()
+
+
+def unblocked(rest, slot, home):
+    for source, target in zip(resting._pieces(slot), resting._pieces(home), strict=True):
+        staged = rest._staging.next(len(source))
+        staged.copy_(source, non_blocking=True)
+        target.copy_(staged)
+
+
+def hasty_swap(residency):
+    residency.wait()
+    residency._store()
+    residency._load(residency._current, residency._slots[residency._slot])
+    return 0.0
+
+
+def case(name, change, *, prefetch=False, disk=False):
+    """What is forgotten, what makes it so, and where it matters."""
+    return pytest.param(change, prefetch, disk, id=name)
+
+
+LANE, STAGING = partial(replaced, Lane), partial(replaced, resting._Staging)
+FORGOTTEN = [
+    case("steps before a store", deaf("wait_event"), prefetch=True),
+    case("that a store follows steps", LANE("submit", never_after_steps()), prefetch=True),
+    case("a block's arrival", LANE("join", lambda *_: None), prefetch=True),
+    case("what used a slot before", LANE("follow", lambda _: None), prefetch=True),
+    case("copies before a look", LANE("wait", lambda _: None), prefetch=True),
+    case("copies in line before a look", LANE("wait", lambda _: None)),
+    case("the copies' stream", LANE("wait", without_a_look_at_the_stream), prefetch=True),
+    case("the steps' stream", deaf("stream.synchronize")),
+    case("a staging buffer's event", deaf("event.synchronize"), prefetch=True, disk=True),
+    case("a staging buffer's event in line", deaf("event.synchronize"), disk=True),
+    case("to mark a staging buffer", STAGING("mark", lambda _: None), prefetch=True, disk=True),
+    case("to mark a staging buffer in line", STAGING("mark", lambda _: None), disk=True),
+    case("that a store to disk waits", replaced(DiskRest, "store", unblocked), disk=True),
+    case("a timed swap's end", replaced(Residency, "swap_seconds", hasty_swap), prefetch=True),
+    case("to settle at the end", replaced(Residency, "settle", Residency._leave), prefetch=True),
+]
+
+
+@pytest.mark.parametrize("change, prefetch, disk", FORGOTTEN)
+def test_a_wait_that_is_forgotten_is_a_race(monkeypatch, tmp_path, change, prefetch, disk):
+    trainer, machine = on_streams(monkeypatch, tmp_path, prefetch=prefetch, disk=disk)
+    machine.deaf = change(monkeypatch)
+    go(trainer, machine)
+    assert machine.races
