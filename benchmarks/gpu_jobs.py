@@ -40,7 +40,7 @@ class Sizes:
 
 
 GPU = Sizes(
-    tests=("-n", "4"),
+    tests=("-n", "8"),  # of 16 cores: most of their time compiles kernels
     headline=("XL/2", "L/2"),
     graphs=("S/2", "B/2"),
     profiled="S/2",
@@ -55,7 +55,7 @@ GPU = Sizes(
     more_of_training=(),
 )
 REHEARSAL = Sizes(
-    tests=("-n", "0", "--collect-only"),  # where the tests have a rehearsal, in its place
+    tests=("-n", "0", "--rehearse"),
     headline=(PRESET,),
     graphs=(PRESET,),
     profiled="digits",

@@ -18,7 +18,7 @@ from dbkernels.models.dit import PRESETS
 # stated, in seconds
 START = 10.0  # of a process: imports, and a CUDA context
 NVCC = 20.0  # for one file of csrc on one architecture; there is a core for each
-TRITON = 2.0  # to compile one kernel
+TRITON = 1.0  # to compile one kernel; it takes about 0.3 of a core here
 INDUCTOR = 35.0  # to compile a layer, forward and backward, in one thread
 PREDICTION = 6.0  # of a step of 28 layers on fake tensors
 COLLECT = 0.3  # of the garbage collector, before memory is measured
@@ -33,13 +33,13 @@ COPY = 2.5e12  # bytes
 PINNED = 2.0e9  # bytes of pinned memory that are had and filled
 PCIE = 2.0e10  # bytes between host and device
 # stated, of how much is to be done
-TESTS, TEST_KERNELS = 150, 60
+TESTS, TEST_KERNELS = 120, 180
 LAYER_KERNELS = 14  # of Triton in one rung, forward and backward
 AGAIN = {"none": 1.0, "qkv": 1.19, "layer": 1.33}  # operations of a step, of those without a rung
 ADAM = 28  # bytes that an update moves for a parameter
 STATE = 12  # bytes of a parameter and its moments
 PARAMETERS = 18  # of a layer, in D**2, with its modulation
-TEST_PROCESSES = 4
+TEST_PROCESSES = 8
 COMPILERS = 14  # processes that compile and predict at once
 
 

@@ -62,9 +62,6 @@ fi
 
 failed=""
 while IFS=$'\t' read -r -u 3 part file seconds command; do
-    unset CUBLAS_WORKSPACE_CONFIG
-    # the tests ask for deterministic algorithms, which cuBLAS gives with this alone
-    if [ "$file" = tests.txt ]; then export CUBLAS_WORKSPACE_CONFIG=:4096:8; fi
     begin=$SECONDS status=0
     # the shell words of gpu_jobs.py; an interrupt lets a program say what it has so far
     eval "timeout --signal=INT --kill-after=5 $seconds \"\$python\" $command" \

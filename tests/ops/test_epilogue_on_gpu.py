@@ -5,7 +5,7 @@ import torch
 from accuracy import assert_as_accurate_as_eager
 from ops.one_layer import OneLayer
 
-from dbkernels.ops import adaln_layer, reference
+from dbkernels.ops import LayerWeights, reference
 from dbkernels.ops._mlp_branch import mlp_branch
 
 pytestmark = pytest.mark.gpu
@@ -18,19 +18,19 @@ def eager(y, w):
 
 
 @pytest.mark.parametrize(
-    ("B", "T", "D"), [(2, 256, 1152), (3, 77, 384), (1, 1, 64), (128, 256, 384)]
+    "shape", [(2, 256, 1152), (3, 77, 384), (1, 1, 64), (128, 256, 384)], ids=str
 )
-def test_a_branch_that_keeps_no_pre_activation_is_as_accurate_as_eager(B, T, D):
+def test_a_branch_that_keeps_no_pre_activation_is_as_accurate_as_eager(shape, size):
+    B, T, D = size(shape, (2, 5, 32))
     w = OneLayer(1, 1, D, 1, hidden=4 * D, qk_norm=False, dtypes=(BF16,) * 3).weights
-    w = type(w)(*(None if t is None else t.cuda() for t in w))
-    y = (torch.randn(B, T, D) + 1).to("cuda", BF16)
-    exact = eager(y.double(), type(w)(*(None if t is None else t.double() for t in w)))
+    y = (torch.randn(B, T, D) + 1).to(BF16)
+    exact = eager(y.double(), LayerWeights(*(None if t is None else t.double() for t in w)))
     expected = eager(y, w)
     assert_as_accurate_as_eager("m", mlp_branch(y, "gelu", w, hidden=None), expected, exact)
 
 
 @pytest.mark.parametrize("keep", ["mlp", "qkv", "layer"])
-def test_a_layer_whose_rung_drops_the_pre_activation_is_as_accurate_as_eager(keep):
-    layer = OneLayer(4, 256, 1152, 16, hidden=4608, qk_norm=False, dtypes=(BF16,) * 3)
-    layer.tensors = {name: t.cuda() for name, t in layer.tensors.items()}
-    layer.assert_as_accurate_as_eager(layer.with_grads(adaln_layer, keep=keep))
+def test_a_layer_whose_rung_drops_the_pre_activation_is_as_accurate_as_eager(keep, size):
+    B, T, D, H = size((4, 256, 1152, 16), (2, 5, 24, 3))
+    layer = OneLayer(B, T, D, H, hidden=4 * D, qk_norm=False, dtypes=(BF16,) * 3)
+    layer.assert_as_accurate_as_eager(layer.with_grads(keep=keep))

@@ -102,11 +102,17 @@ def test_a_layer_is_as_accurate_as_eager_under_autocast(gpu, size):
 
 
 @pytest.mark.parametrize("dtypes", [PLAIN, MIXED], ids=["bfloat16", "mixed"])
-def test_rungs_give_the_same_bits(dtypes, size):
+@pytest.mark.parametrize(
+    ("mlp", "keeps"),
+    # without its pre-activation, GELU may be taken of what was not rounded yet
+    [("gelu", ["attention"]), ("swiglu", SAME_BITS[1:])],
+    ids=["gelu", "swiglu"],
+)
+def test_rungs_give_the_same_bits(mlp, keeps, dtypes, size):
     T, H, d = cut((77, 16, 72), size)
-    layer = OneLayer(2, T, H * d, H, hidden=4 * H * d, dtypes=dtypes)
+    layer = OneLayer(2, T, H * d, H, hidden=4 * H * d, mlp=mlp, dtypes=dtypes)
     expected = layer.with_grads(keep="none")
-    for keep in SAME_BITS[1:]:
+    for keep in keeps:
         assert_same_bits(layer.with_grads(keep=keep), expected)
 
 
