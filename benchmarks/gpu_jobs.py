@@ -16,7 +16,7 @@ from rehearsal import PRESET
 ROOT = Path(__file__).parents[1]
 LIMITS = {"smoke": 90, "headline": 240, "kernels": 90, "rest": 60}  # seconds, in the order of worth
 RUNGS = ("none", "qkv", "layer")
-MARK = "pytestmark = pytest.mark.gpu"
+MARK = "pytest.mark.gpu"
 
 
 @dataclass(frozen=True)
