@@ -15,7 +15,7 @@ from rehearsal import PRESET
 
 ROOT = Path(__file__).parents[1]
 LIMITS = {"smoke": 90, "headline": 240, "kernels": 90, "rest": 60}  # seconds, in the order of worth
-RUNGS = ("none", "qkv", "layer")
+POLICIES = ("none", "qkv", "layer")
 MARK = "pytest.mark.gpu"
 
 
@@ -97,17 +97,26 @@ def jobs(sizes: Sizes) -> list[Job]:
     training += (*sizes.more, *sizes.more_of_training)
     methods = ("--methods", "end_to_end", "checkpointed", "block_fused", "compiled")
     headline = (*training, "--preset", *sizes.headline, *methods, "--num-blocks", *counts)
-    headline += ("--rungs", *RUNGS, "--budgets", "1", "--nearest", "none", "--resident", "all")
+    headline += (
+        "--recompute",
+        *POLICIES,
+        "--budgets",
+        "1",
+        "--nearest",
+        "none",
+        "--resident",
+        "all",
+    )
     headline += ("block", "--resident-at", "3", "--beside", "--early")
     ops = ("benchmarks/ops.py", "--json", "--impls", "fused", "eager", "--stream", "same")
     ops += ("float32", "--beside", "--rounds", str(sizes.op_rounds), *sizes.more)
     ops += ("--D", *map(str, sizes.widths), *sizes.more_of_ops)
     graphs = (*training, "--preset", *sizes.graphs, "--methods", "end_to_end", "block_fused")
-    graphs += ("--num-blocks", "3", "--rungs", "none", "--resident", "all")
+    graphs += ("--num-blocks", "3", "--recompute", "none", "--resident", "all")
     graphs += ("--launch", *sizes.launch)
     profile = ("-m", "dbkernels", "profile", "--json", "--measure", "--family", "dit", "--preset")
     profile += (sizes.profiled, "--batch", str(sizes.batch), "--autocast", "--num-blocks", "3")
-    profile += ("--methods", "block_fused", "--rungs", "none", "--resident", "all")
+    profile += ("--methods", "block_fused", "--recompute", "none", "--resident", "all")
     return [
         Job("smoke", "build.txt", 40, build),
         Job("smoke", "tests.txt", 50, tests),

@@ -87,7 +87,7 @@ def _way(row: Row) -> str:
     budget = None if row["budget"] is None else f"budget {row['budget']:g}"
     one = "one resident" if row["resident"] == "block" else None
     graph = "graph" if row["launch"] == "graph" else None
-    words = (row["method"].removeprefix("block_"), row["rung"], budget, one, graph)
+    words = (row["method"].removeprefix("block_"), row["recompute"], budget, one, graph)
     return f"{' '.join(str(word) for word in words if word)}, {row['num_blocks']}"
 
 

@@ -7,7 +7,7 @@ and operations are counted from the jobs; what one of each takes is stated below
 import sys
 from collections.abc import Mapping, Sequence
 
-from gpu_jobs import GPU, LIMITS, RUNGS
+from gpu_jobs import GPU, LIMITS, POLICIES
 from layer_case import LayerCase
 from noise_case import PASSES, SHAPES
 from op_case import INPUTS, STREAM
@@ -34,8 +34,8 @@ PINNED = 2.0e9  # bytes of pinned memory that are had and filled
 PCIE = 2.0e10  # bytes between host and device
 # stated, of how much is to be done
 TESTS, TEST_KERNELS = 120, 180
-LAYER_KERNELS = 14  # of Triton in one rung, forward and backward
-AGAIN = {"none": 1.0, "qkv": 1.19, "layer": 1.33}  # operations of a step, of those without a rung
+LAYER_KERNELS = 14  # of Triton in one policy, forward and backward
+AGAIN = {"none": 1.0, "qkv": 1.19, "layer": 1.33}  # operations of a step, of those without a policy
 ADAM = 28  # bytes that an update moves for a parameter
 STATE = 12  # bytes of a parameter and its moments
 PARAMETERS = 18  # of a layer, in D**2, with its modulation
@@ -55,7 +55,7 @@ def _smoke() -> float:
 
 
 def _headline() -> float:
-    predicted = len(GPU.num_blocks) * len(RUNGS) + 2 + len(BUDGETS)
+    predicted = len(GPU.num_blocks) * len(POLICIES) + 2 + len(BUDGETS)
     waves = -(-predicted * len(GPU.headline) // COMPILERS)
     # the first ways are weighed, and the nearest budget is known, while the last is compiled
     ready = START + waves * PREDICTION
@@ -69,7 +69,7 @@ def _preset(name: str) -> tuple[float, float]:
     """Of weighing all ways of a preset, and of timing them."""
     step, depth = _step(name), PRESETS[name].depth
     alike = [(1, share) for share in (1.0, 1.33, 1.0, 1.0)]  # eager, checkpointed, compiled twice
-    alike += [(count, AGAIN[rung]) for count in GPU.num_blocks for rung in RUNGS]
+    alike += [(count, AGAIN[recompute]) for count in GPU.num_blocks for recompute in POLICIES]
     weighing = timing = 0.0
     for count, share in alike:
         one = share * step / count
@@ -79,8 +79,8 @@ def _preset(name: str) -> tuple[float, float]:
     resident_bytes = STATE * _parameters(name)
     swap = 2 * resident_bytes / 3 / PCIE
     weighing += resident_bytes / PINNED
-    for rung in RUNGS:
-        one = AGAIN[rung] * step / 3 + swap
+    for recompute in POLICIES:
+        one = AGAIN[recompute] * step / 3 + swap
         weighing += 2 * COLLECT + 7 * one
         timing += WARM_UP + (2 + GPU.rounds + 3) * one
     return weighing, timing

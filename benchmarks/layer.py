@@ -1,6 +1,6 @@
 """One AdaLN layer, forward plus backward: what it keeps, its peak and its time.
 
-Every rung of the fused layer runs against plain torch, torch.compile, torch.compile under budgets
+Every policy of the fused layer runs against plain torch, torch.compile, torch.compile under budgets
 of activation memory, and a checkpointed layer, on the same inputs. One line or row is one
 competitor in one case:
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dbkernels.models.baseline import by_method
 from dbkernels.ops import LayerWeights, adaln_layer, implementation, reference
-from dbkernels.ops.rung import rungs_of
+from dbkernels.ops.recompute import policies_of
 
 FUSED_OPS = ("adaln_norm", "gated_adaln_norm", "gated_residual", "gelu")  # of the case's layer
 IMPLS = ("eager", "fused", "compiled", "compiled_budget", "checkpointed")
@@ -64,7 +64,7 @@ class Competitor:
     """Who runs the layer."""
 
     impl: str  # of IMPLS
-    rung: str | None = None  # of RUNGS, for fused
+    recompute: str | None = None  # of POLICIES, for fused
     budget: float | None = None  # of activation memory, 1 is all; for compiled_budget
 
     def implementation(self, device: torch.device) -> str:
@@ -77,7 +77,7 @@ class Competitor:
 
     def function(self, heads: int) -> Callable[[Tensor, Tensor, LayerWeights], Tensor]:
         if self.impl == "fused":
-            return partial(adaln_layer, heads=heads, keep=self.rung)
+            return partial(adaln_layer, heads=heads, recompute=self.recompute)
         eager = partial(reference.adaln_layer, heads=heads)
         budget = 1.0 if self.budget is None else self.budget
         return by_method(eager, METHODS[self.impl], budget=budget)
@@ -94,7 +94,7 @@ def competitors(
         mixed:    whether the stream is wider than the branches, as in autocast
     """
     variants = {
-        "fused": [{"rung": rung} for rung in rungs_of(mixed=mixed)],
+        "fused": [{"recompute": recompute} for recompute in policies_of(mixed=mixed)],
         "compiled_budget": [{"budget": budget} for budget in budgets],
     }
     return [Competitor(impl, **variant) for impl in impls for variant in variants.get(impl, [{}])]

@@ -96,7 +96,7 @@ def _ops_table(rows: list[Row]) -> Table:
 
 
 def _names(row: Row) -> Iterator[object]:
-    return (row[name] for name in ("impl", "rung", "budget") if row[name] is not None)
+    return (row[name] for name in ("impl", "recompute", "budget") if row[name] is not None)
 
 
 def _otherwise(row: Row, usual: Row) -> str:

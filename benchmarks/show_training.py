@@ -76,7 +76,7 @@ def _way(row: Row) -> str:
     method = row["method"].removeprefix("block_").replace("_", " ")
     gradients = "freed" if row.get("gradients") == "freed" else None
     graph = "graph" if row.get("launch") == "graph" else None
-    parts = (method, row["rung"], budget, resident, gradients, graph)
+    parts = (method, row["recompute"], budget, resident, gradients, graph)
     return " ".join(part for part in parts if part)
 
 

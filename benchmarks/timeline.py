@@ -23,7 +23,7 @@ from dbkernels.cli.device import pick_device
 from dbkernels.cli.shape import FamilyName
 from dbkernels.memory.levels import levels
 from dbkernels.memory.workspace import Target, target_named, target_of
-from dbkernels.ops.rung import RUNGS
+from dbkernels.ops.recompute import POLICIES
 
 Row = dict[str, object]
 
@@ -42,7 +42,7 @@ class Options:
     dtype: str = "autocast"  # or float32; autocast is compute in bfloat16
     methods: tuple[str, ...] = ("end_to_end", "checkpointed", "block_fused")
     num_blocks: int = 4  # of block_stock and block_fused
-    rung: str = "layer"  # of block_fused
+    recompute: str = "layer"  # of block_fused
     budget: float = 0.5  # of activation memory, of compiled
     resident: str = "block"  # of block_fused: all blocks are on the device, or one block
     gradients: str = "kept"  # or freed: the optimizer runs in the backward
@@ -58,7 +58,7 @@ class Options:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         chosen = {
             "dtype": ("float32", "autocast"),
-            "rung": RUNGS,
+            "recompute": POLICIES,
             "resident": ("all", "block"),
             "gradients": ("kept", "freed"),
         }
@@ -85,7 +85,14 @@ class Options:
 
     @property
     def ways(self) -> list[Way]:
-        chosen = (self.num_blocks, self.rung, self.budget, self.resident, self.gradients, "ops")
+        chosen = (
+            self.num_blocks,
+            self.recompute,
+            self.budget,
+            self.resident,
+            self.gradients,
+            "ops",
+        )
         return ways(self.methods, *((each,) for each in chosen))
 
     def target_and_name(self) -> tuple[Target, Row]:

@@ -36,7 +36,7 @@ from training_rows import Row, measured_rows, predicted_rows
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.shape import FamilyName
 from dbkernels.memory.workspace import Target, target_named, target_of
-from dbkernels.ops.rung import RUNGS, rungs_of
+from dbkernels.ops.recompute import POLICIES, policies_of
 
 DTYPES = ("float32", "autocast")
 RESIDENT = ("all", "block")
@@ -61,9 +61,9 @@ class Options:
     dtype: tuple[str, ...] = ()  # float32, or autocast: compute in bfloat16
     num_blocks: tuple[int, ...] = (1, 2, 3, 4, 6)  # of block_stock and block_fused
     methods: tuple[str, ...] = METHODS  # in the order of the table
-    rungs: tuple[str, ...] = ()  # of block_fused; all that differ
+    recompute: tuple[str, ...] = ()  # of block_fused; all that differ
     budgets: tuple[float, ...] = (1.0, 0.5, 0.2)  # of activation memory, of compiled
-    nearest: str | None = None  # one more: with the peak nearest to the fused layers' at this rung
+    nearest: str | None = None  # one more, its peak nearest to the fused layers' at this policy
     resident: tuple[str, ...] = ()  # of block_fused: all blocks are on the device, or one block
     resident_at: tuple[int, ...] = ()  # one block, of these numbers of blocks; all where none is
     gradients: tuple[str, ...] = GRADIENTS  # freed: the optimizer runs in the backward
@@ -85,7 +85,7 @@ class Options:
         known = {
             "dtype": DTYPES,
             "methods": METHODS,
-            "rungs": RUNGS,
+            "recompute": POLICIES,
             "resident": RESIDENT,
             "gradients": GRADIENTS,
             "launch": LAUNCH,
@@ -94,9 +94,9 @@ class Options:
             for value in getattr(self, name):
                 if value not in values:
                     raise ValueError(f"{name} must be of {', '.join(values)}, got {value}")
-        if self.nearest is not None and not (self.beside and self.nearest in RUNGS):
+        if self.nearest is not None and not (self.beside and self.nearest in POLICIES):
             raise ValueError(
-                f"nearest must be of {', '.join(RUNGS)} and come with beside, got {self.nearest}"
+                f"nearest must be of {', '.join(POLICIES)} and come with beside, got {self.nearest}"
             )
         for budget in self.budgets:
             if not 0 <= budget <= 1:
@@ -153,7 +153,7 @@ class Options:
         found = ways(
             self.methods,
             self.num_blocks,
-            self.rungs or rungs_of(mixed=case.dtype == "autocast"),
+            self.recompute or policies_of(mixed=case.dtype == "autocast"),
             self.budgets,
             resident,
             self.gradients,

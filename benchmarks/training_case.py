@@ -32,7 +32,7 @@ class Way:
 
     method: str  # of METHODS
     num_blocks: int = 1
-    rung: str | None = None  # of the fused layer's ladder
+    recompute: str | None = None  # of the fused layer
     budget: float | None = None  # of activation memory, 1 is all; for compiled
     resident: str = "all"  # what is on the device: all blocks, or one block
     gradients: str = "kept"  # until all are there, or freed as the backward updates parameters
@@ -48,7 +48,7 @@ class Way:
         """In words, for messages."""
         blocks = f"in {self.num_blocks} block{'s' if self.num_blocks > 1 else ''}"
         parts = [
-            " ".join(filter(None, [self.method.replace("_", " "), self.rung, blocks])),
+            " ".join(filter(None, [self.method.replace("_", " "), self.recompute, blocks])),
             self.budget is not None and f"budget {self.budget}",
             self.resident == "block" and "one resident",
             self.gradients == "freed" and "gradients freed",
@@ -65,7 +65,7 @@ class Way:
 def ways(
     methods: Sequence[str],
     num_blocks: Sequence[int],
-    rungs: Sequence[str],
+    policies: Sequence[str],
     budgets: Sequence[float],
     resident: Sequence[str],
     gradients: Sequence[str],
@@ -76,7 +76,7 @@ def ways(
     Args:
         methods:     of METHODS; end to end comes once, block by block for each number of blocks
         num_blocks:  1 of the fused layer is end to end too
-        rungs:       of the fused layer
+        policies:    of the fused layer
         budgets:     of the compiled one
         resident:    of the fused layer; the published code, which is stock, has all blocks there
         gradients:   freed where memory is the aim: end to end, checkpointed, and the fused layer
@@ -86,7 +86,7 @@ def ways(
     found = []
     for method in methods:
         for count in num_blocks if method in BLOCKWISE else (1,):
-            for way in _variants(Way(method, count), rungs, budgets, resident):
+            for way in _variants(Way(method, count), policies, budgets, resident):
                 found += _steps(way, gradients, launch)
     # one block of plain torch is end to end
     twice = Way("block_stock", 1) if "end_to_end" in methods else None
@@ -94,7 +94,7 @@ def ways(
 
 
 def _variants(
-    way: Way, rungs: Sequence[str], budgets: Sequence[float], resident: Sequence[str]
+    way: Way, policies: Sequence[str], budgets: Sequence[float], resident: Sequence[str]
 ) -> list[Way]:
     if way.method == "compiled":
         return [replace(way, budget=budget) for budget in budgets]
@@ -102,7 +102,11 @@ def _variants(
         return [way]
     # one block is all that there is
     places = resident if way.num_blocks > 1 else ("all",)
-    return [replace(way, rung=rung, resident=place) for place in places for rung in rungs]
+    return [
+        replace(way, recompute=recompute, resident=place)
+        for place in places
+        for recompute in policies
+    ]
 
 
 def _steps(way: Way, gradients: Sequence[str], launch: Sequence[str]) -> list[Way]:
@@ -146,7 +150,7 @@ class TrainingCase:
         model = replace(model, depth=depth or model.depth)
         return RunConfig(
             family=self.family,
-            model=replace(model, keep=way.rung or model.keep),
+            model=replace(model, recompute=way.recompute or model.recompute),
             data="made up",
             weighting=DEFAULT_WEIGHTING[self.family],
             label_drop=0.0,

@@ -62,14 +62,14 @@ class Preparation:
         """What is predicted of one way."""
         return self._predictions[case, with_all(way)].result()[way.resident]
 
-    def nearest(self, case: TrainingCase, rung: str) -> Way:
+    def nearest(self, case: TrainingCase, recompute: str) -> Way:
         """The compiled way whose predicted peak is nearest to that of the fused layers end to end.
 
         Args:
-            case:  what is trained
-            rung:  of the fused layers
+            case:       what is trained
+            recompute:  of the fused layers
         """
-        fused = Way("block_fused", 1, rung)
+        fused = Way("block_fused", 1, recompute)
         every = {budget: Way("compiled", budget=budget) for budget in BUDGETS}
         self.predict(case, [fused, *every.values()])
         goal = self._peak(case, fused)

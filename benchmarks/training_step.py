@@ -54,7 +54,7 @@ def make_steps(
     """The steps of one way, beside those of others that are there already.
 
     Ways that move no parameters train the same ones. Where one block is resident, ways that differ
-    by their rung alone are one trainer's: there is room for one, and a slot on the device too.
+    by recompute alone are one trainer's: there is room for one, and a slot on the device too.
 
     Args:
         case, way, device:  as those of `make_trainer`
@@ -63,9 +63,13 @@ def make_steps(
     for other, steps in others.items():
         if shares(way) and shares(other) and way.gradients == other.gradients:
             return Steps(make_trainer(case, way, device, owner=steps.trainer))
-        if not shares(way) and replace(way, rung=other.rung) == other and way.launch == "ops":
-            return Steps(steps.trainer, way.rung, beside=steps)
-    return Steps(make_trainer(case, way, device), way.rung if not shares(way) else None)
+        if (
+            not shares(way)
+            and replace(way, recompute=other.recompute) == other
+            and way.launch == "ops"
+        ):
+            return Steps(steps.trainer, way.recompute, beside=steps)
+    return Steps(make_trainer(case, way, device), way.recompute if not shares(way) else None)
 
 
 def shares(way: Way) -> bool:
@@ -100,17 +104,21 @@ class Steps:
     """A trainer's steps to be called, the blocks in turn.
 
     Args:
-        trainer:  which may run other steps too
-        rung:     of the fused layer, in these steps; None leaves the layers as they are
+        trainer:    which may run other steps too
+        recompute:  of the fused layer, in these steps; None leaves the layers as they are
         beside:   other steps of the same trainer
     """
 
-    def __init__(self, trainer: Trainer, rung: str | None = None, beside: "Steps | None" = None):
-        self.trainer, self.rung = trainer, rung
+    def __init__(
+        self, trainer: Trainer, recompute: str | None = None, beside: "Steps | None" = None
+    ):
+        self.trainer, self.recompute = trainer, recompute
         self.visited: list[int] = []  # the block of each call
         self._last: list[int] = [] if beside is None else beside._last  # the trainer's own
         layers = trainer.models.model.layers
-        self._configs = [(each, replace(each.config, keep=rung)) for each in layers if rung]
+        self._configs = [
+            (each, replace(each.config, recompute=recompute)) for each in layers if recompute
+        ]
 
     def __call__(self) -> None:
         block = self._next()

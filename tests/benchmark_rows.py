@@ -23,7 +23,7 @@ GPU = CPU | {
     "matmul_tflops": 690.0,
 }
 # saved activations and time of a step, of eager's
-RUNGS = {
+POLICIES = {
     "none": (0.52, 0.97),
     "attention": (0.47, 0.99),
     "mlp": (0.32, 1.06),
@@ -63,14 +63,22 @@ def training_rows(
                 yield _row(
                     case | about, "block_stock", count, None, None, resident, 1, 1.06, **rest
                 )
-            for rung, (kept, time) in RUNGS.items():
+            for recompute, (kept, time) in POLICIES.items():
                 yield _row(
-                    case | about, "block_fused", count, rung, None, resident, kept, time, **rest
+                    case | about,
+                    "block_fused",
+                    count,
+                    recompute,
+                    None,
+                    resident,
+                    kept,
+                    time,
+                    **rest,
                 )
 
 
 def _row(
-    about, method, count, rung, budget, resident, kept, time, *, weights, saved, ms, predicted
+    about, method, count, recompute, budget, resident, kept, time, *, weights, saved, ms, predicted
 ):
     noise = 1 + 0.01 * ((int(1000 * kept) + count) % 5)
     time = time * noise * (1.05 if resident == "block" else 1) * (1 + 0.01 * (count - 1))
@@ -99,7 +107,7 @@ def _row(
         "share_of_matmul_rate": flops / step / 1e9 / about["matmul_tflops"] % 0.9 + 0.01,
     }
     peak = sum(parts.values())
-    ways = {"method": method, "num_blocks": count, "rung": rung, "budget": budget}
+    ways = {"method": method, "num_blocks": count, "recompute": recompute, "budget": budget}
     ways |= {"gradients": "kept", "launch": "ops"}
     implementation = "inductor" if method == "compiled" else "torch"
     return (
@@ -123,7 +131,7 @@ def timeline_rows(about=GPU, *, num_blocks=4):
     """Three steps of one model: saved activations rise to a peak and fall as gradients come."""
     case = {"family": "dit", "preset": "XL/2", "batch": 128, "dtype": "autocast"}
     ways = (("end_to_end", 1, None, "all", 40), ("checkpointed", 1, None, "all", 8))
-    for method, count, rung, resident, saved in (
+    for method, count, recompute, resident, saved in (
         *ways,
         ("block_fused", num_blocks, "layer", "block", 2),
     ):
@@ -139,7 +147,7 @@ def timeline_rows(about=GPU, *, num_blocks=4):
         }
         parts = {name: sizes[2] for name, sizes in levels.items()}
         yield (
-            {"suite": "timeline", "method": method, "num_blocks": count, "rung": rung}
+            {"suite": "timeline", "method": method, "num_blocks": count, "recompute": recompute}
             | {"budget": None, "resident": resident, "gradients": "kept", "launch": "ops"}
             | {"peak_allocated_bytes": sum(parts.values()), "by_category": parts}
             | {"starts": [0, 10, 20, 30, 40], "levels": levels, "at": "backward: aten::mm"}
@@ -179,11 +187,14 @@ def layer_rows(about=CPU, *, speed=1.0):
         ("eager", None, None, 20.06, 38.3, 1.0),
         ("compiled_budget", None, 0.4, 7.0, 23.1, 1.07),
     ]
-    ways += [("fused", rung, None, 20 * kept, 30.0, time) for rung, (kept, time) in RUNGS.items()]
-    for impl, rung, budget, units, mib, time in ways:
+    ways += [
+        ("fused", recompute, None, 20 * kept, 30.0, time)
+        for recompute, (kept, time) in POLICIES.items()
+    ]
+    for impl, recompute, budget, units, mib, time in ways:
         yield {
             "impl": impl,
-            "rung": rung,
+            "recompute": recompute,
             "budget": budget,
             "B": 4,
             "T": 256,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dbkernels.memory.budget import require_within
-from dbkernels.ops import RUNGS
+from dbkernels.ops import POLICIES
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -32,10 +32,10 @@ def test_the_layer_runs_alone():
     assert names["layer"].modulation.weight.grad.any()
 
 
-def test_the_ladder_is_that_of_the_code():
+def test_the_policies_are_those_of_the_code():
     rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (\d+) \| ([\d.]+) \|", README, re.MULTILINE)
-    # of four layers in a row, the first keeps x; the lowest rung keeps nothing else
-    units = {name: rung.units for name, rung in RUNGS.items()}
+    # of four layers in a row, the first keeps x; the lowest policy keeps nothing else
+    units = {name: policy.units for name, policy in POLICIES.items()}
     assert rows == [(name, str(D), f"{D - 0.75 if D > 1 else D}") for name, D in units.items()]
 
 

@@ -92,7 +92,7 @@ def test_every_table_says_where_it_comes_from(page):
 
 def test_figures_of_a_way_are_beside_each_other(page):
     part = part_of(page, "ViT cifar100, batch 64, float32, on AMD EPYC").split("<details")[0]
-    rows = {(r["method"], r["num_blocks"], r["rung"], r["resident"]): r
+    rows = {(r["method"], r["num_blocks"], r["recompute"], r["resident"]): r
             for r in made.training_rows(made.CPU, **CIFAR, **FEW)}  # fmt: skip
     row, base = rows["block_fused", 3, "qkv", "block"], rows["end_to_end", 1, None, "all"]
     blocks = part.split(">3 blocks</th>")[1]
@@ -133,10 +133,12 @@ def cells_row(part, *words):
 def test_overhead_is_a_sweep_against_eager_minus_one(page):
     rows = list(made.training_rows(made.CPU, **CIFAR, **FEW))
     base = rows[0]["sweep_ms"]
-    fused = [row["sweep_ms"] for row in rows if (row["rung"], row["resident"]) == ("none", "all")]
+    fused = [
+        row["sweep_ms"] for row in rows if (row["recompute"], row["resident"]) == ("none", "all")
+    ]
     texts = [f"{100 * (ms / base - 1):+.1f}".replace("-", "−") for ms in fused]
     part = page.split("overhead of a sweep against the end-to-end eager step")[1]
-    assert cells_of(part, "fused layers, rung none") == [[text, "%"] for text in texts]
+    assert cells_of(part, "fused layers, recompute none") == [[text, "%"] for text in texts]
     assert "The paper puts it at 7.1 %" in part
 
 

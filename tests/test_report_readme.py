@@ -68,17 +68,17 @@ def test_a_marker_chooses_presets(tool, results):
     both = tool("report_readme").rewritten(TEXT.replace("S/2", "S/2 L/2"), results)
     assert "DiT-S/2" in both and "DiT-L/2" in both
     everything = tool("report_readme").rewritten(TEXT.replace(" S/2", ""), results)
-    assert everything.split("# Title")[1].count("fused layers, rung none") == 2
+    assert everything.split("# Title")[1].count("fused layers, recompute none") == 2
 
 
-def test_rungs_are_left_out_by_a_rule_and_competitors_never(tool, results):
+def test_policies_are_left_out_by_a_rule_and_competitors_never(tool, results):
     text = tool("report_readme").rewritten(TEXT, results)
     blocks = [line for line in text.splitlines() if line.startswith("| 2 blocks")]
     assert [re.split(r" *\| *", line)[2:5] for line in blocks] == [
         ["eager layers (torch)", "–", "all"],
         ["eager layers (torch)", "–", "one block"],
         ["fused layers (triton)", "none", "all"],
-        *(["fused layers (triton)", rung, "one block"] for rung in made.RUNGS),
+        *(["fused layers (triton)", recompute, "one block"] for recompute in made.POLICIES),
     ]
     assert text.count("| 1 block, end to end |") == 3 + 3 + 2
     assert "overhead of a sweep against the end-to-end eager step (7.1 % in the paper):" in text

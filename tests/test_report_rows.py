@@ -7,7 +7,7 @@ from pathlib import Path
 import benchmark_rows as made
 import pytest
 
-from dbkernels.ops import RUNGS
+from dbkernels.ops import POLICIES
 
 TOOLS = Path(__file__).parents[1] / "tools"
 CIFAR = {"family": "vit", "preset": "cifar100", "saved": 1300 * made.MIB, "ms": 2500.0}
@@ -68,9 +68,9 @@ def test_the_setting_of_the_last_row_is_the_newest(tool):
     assert [table[0]["commit"] for table in older] == ["c", "b"]
 
 
-def test_rungs_and_methods_are_those_of_the_package(tool):
+def test_policies_and_methods_are_those_of_the_package(tool):
     rows = tool("report_rows")
-    assert tuple(RUNGS) == rows.RUNGS
+    assert tuple(POLICIES) == rows.POLICIES
     assert set(tool("report_text").LONG) == set(rows.METHODS) == set(tool("report_marks").STYLES)
 
 

@@ -99,7 +99,7 @@ def test_the_leanest_step_has_an_axis_of_its_own(tool):
 def test_steps_are_named_with_their_peaks(tool):
     timeline, rows = tool("report_timeline"), list(made.timeline_rows())
     svg = timeline.together_figure(rows, "Steps")
-    for text in ("eager", "checkpointed", "fused blocks", "rung layer", "1 of 4 resident"):
+    for text in ("eager", "checkpointed", "fused blocks", "recompute layer", "1 of 4 resident"):
         assert f">{text}<" in svg
     for peak in ("48 MiB", "16 MiB", "5.5 MiB"):
         assert f">{peak}<" in svg

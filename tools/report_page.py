@@ -26,10 +26,10 @@ step of every block, so that every layer is updated once. Every ratio is to the 
 end to end in eager torch, on the same device and at the same precision. The best figure of a group
 is bold; what loses stays in."""
 TRADEOFF = """Down and to the left is better. A line joins what no other point of its method beats;
-a fainter point is beaten. Beside a point: the number of blocks and the rung of the ladder, with
+a fainter point is beaten. Beside a point: the number of blocks and the recompute policy, with
 1/6 where one block of six is resident; or a budget of activation memory. Hollow: the peak is
 predicted."""
-PEAKS = """End to end at the left; then block by block, with a line for each rung. Dashed: one
+PEAKS = """End to end at the left; then block by block, with a line for each policy. Dashed: one
 block's parameters and optimizer state on the device, the others' in host memory. Hollow:
 predicted."""
 COMPOSITION = """Of a step, by category: end to end, and at the largest number of blocks. With 1/6,

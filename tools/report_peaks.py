@@ -61,16 +61,16 @@ def _series(
     """Join the same way over numbers of blocks; where each line ends, and its name."""
     series: dict[tuple, list[Row]] = {}
     for row in (row for row in rows if row["method"] in BLOCKWISE):
-        name = (row["method"], row["rung"], row["resident"], row.get("implementation"))
+        name = (row["method"], row["recompute"], row["resident"], row.get("implementation"))
         series.setdefault(name, []).append(row)
     ends = []
-    for (method, rung, resident, _), same in series.items():
+    for (method, recompute, resident, _), same in series.items():
         same = sorted(same, key=column)
         xs, ys = [column(row) for row in same], [row["peak_allocated_bytes"] for row in same]
         style = "--" if resident == "block" else "-"
         axes.plot(xs, ys, style, color=STYLES[method][0], lw=1, zorder=1)
         one = ", 1 resident" if resident == "block" else ""
-        ends.append((xs[-1], ys[-1], f"{rung or 'eager layers'}{one}"))
+        ends.append((xs[-1], ys[-1], f"{recompute or 'eager layers'}{one}"))
     return ends
 
 
@@ -117,7 +117,7 @@ def composition_figure(rows: Sequence[Row], alt: str) -> str | None:
 def _name(row: Row) -> str:
     if row["method"] not in BLOCKWISE:
         return SHORT[row["method"]]
-    kind = f"fused, {row['rung']}" if row["rung"] else "eager"
+    kind = f"fused, {row['recompute']}" if row["recompute"] else "eager"
     return f"{count_text(row)} {kind}"
 
 

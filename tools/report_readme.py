@@ -12,15 +12,15 @@ from report_benchmarks import layer_table, ops_table
 from report_rows import Row, is_predicted, newest, tables
 from report_tables import Table, markdown_table
 from report_text import NOT_RUN, about, case_text
-from report_training import OVERHEAD, PAPER_OVERHEAD, overhead_table, training_table, with_ladder
+from report_training import OVERHEAD, PAPER_OVERHEAD, overhead_table, training_table, with_policies
 
 BEGIN = re.compile(r"^<!-- table: *(.*?) *-->$", re.MULTILINE)
 END = "<!-- end -->"
 WIDTH = 120
-RULE = """Of each number of blocks: eager layers, fused layers at rung `none`, every rung where one
-block is resident, and what has the lowest peak; the results hold every rung."""
+RULE = """Of each number of blocks: eager layers, fused layers with recompute `none`, every policy
+where one block is resident, and what has the lowest peak; the results hold every policy."""
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
-    "training": lambda rows: training_table(with_ladder(rows)),
+    "training": lambda rows: training_table(with_policies(rows)),
     "layer": layer_table,
     "ops": ops_table,
 }

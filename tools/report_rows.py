@@ -23,10 +23,10 @@ METHODS = (
     "block_stock",
     "block_fused",
 )
-RUNGS = ("none", "attention", "mlp", "qkv", "layer", "rounded")
+POLICIES = ("none", "attention", "mlp", "qkv", "layer", "layer_narrow")
 # what a row of an older program, which knew nothing else, does not say
 OLDER = {"gradients": "kept", "launch": "ops"}
-TRAINED_WAY = ("method", "num_blocks", "rung", "budget", "resident", *OLDER)
+TRAINED_WAY = ("method", "num_blocks", "recompute", "budget", "resident", *OLDER)
 SETTING = ("device", "driver", "threads", "torch", "triton", "commit")
 
 
@@ -61,7 +61,7 @@ SUITES = {
     ),
     "layer": Suite(
         ("B", "T", "D", "H", "hidden", "dtype"),
-        ("impl", "rung", "budget"),
+        ("impl", "recompute", "budget"),
         ("median_ms", "p20_ms", "p80_ms", "peak_bytes", "saved_units", "achieved_tflops"),
         "median_ms",
         "peak_bytes",
@@ -78,7 +78,7 @@ SUITES = {
 }
 CHOICES = {
     "method": METHODS,
-    "rung": (*RUNGS, None),
+    "recompute": (*POLICIES, None),
     "resident": ("all", "block"),
     "gradients": ("kept", "freed"),  # freed: the optimizer runs in the backward
     "launch": ("ops", "graph"),  # one by one, or a step as one CUDA graph
@@ -247,10 +247,10 @@ def newest(groups: Sequence[list[Row]], suite: str) -> list[tuple[list[Row], lis
 
 
 def _order(row: Row) -> tuple:
-    """Methods and rungs in the order of their ladder; ops and layers stay as they were printed."""
+    """Methods and policies from most memory to least; ops and layers stay as printed."""
     if row["suite"] != "training":
         return ()
-    rung = RUNGS.index(row["rung"]) if row["rung"] else -1
+    recompute = POLICIES.index(row["recompute"]) if row["recompute"] else -1
     budget = -1.0 if row["budget"] is None else row["budget"]
     method, plain = METHODS.index(row["method"]), is_plain(row)
-    return row["num_blocks"], method, rung, row["resident"], -budget, not plain
+    return row["num_blocks"], method, recompute, row["resident"], -budget, not plain

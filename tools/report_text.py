@@ -56,13 +56,13 @@ def way_text(row: Row) -> str:
         return row["impl"]
     trained = row["suite"] in TRAINED
     method = LONG[row["method"]] if trained else row["impl"].removesuffix("_budget")
-    rung = f", {row['rung']}" if row["rung"] else ""
+    recompute = f", {row['recompute']}" if row["recompute"] else ""
     budget = "" if row["budget"] is None else f", budget {row['budget']:g}"
-    return f"{method}{rung}{budget}{more_text(row) if trained else ''}"
+    return f"{method}{recompute}{budget}{more_text(row) if trained else ''}"
 
 
 def more_text(row: Row) -> str:
-    """Name what a step saves beside its rung.
+    """Name what a step saves beside its policy.
 
     Args:
         row:  of training or timeline

@@ -206,11 +206,11 @@ def _finish(axes: Axes, highest: float) -> None:
 
 
 def _name(row: Row) -> str:
-    rung = f"rung {row['rung']}" if row["rung"] else ""
+    recompute = f"recompute {row['recompute']}" if row["recompute"] else ""
     # a line of its own for each, as steps stand close
     blocks = _blocks(row).replace(" blocks resident", " resident")
     freed = "gradients freed" if row["gradients"] == "freed" else ""
-    return "\n".join(filter(None, [SHORT[row["method"]], rung, blocks, freed]))
+    return "\n".join(filter(None, [SHORT[row["method"]], recompute, blocks, freed]))
 
 
 def _tip(row: Row) -> str:

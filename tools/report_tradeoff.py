@@ -78,8 +78,8 @@ def _labels(method: str, line: Sequence[Row]) -> Iterator[Label]:
         if method == "compiled" and row["budget"] is not None:
             yield Label(*_place(row), f"{row['budget']:g}", False)
         if method in BLOCKWISE:
-            rung = f" {row['rung']}" if row["rung"] else ""
-            yield Label(*_place(row), f"{count_text(row)}{rung}", False)
+            recompute = f" {row['recompute']}" if row["recompute"] else ""
+            yield Label(*_place(row), f"{count_text(row)}{recompute}", False)
 
 
 def _tradeoff_axes(axes: Axes, rows: Sequence[Row], base: Row | None) -> None:

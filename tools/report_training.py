@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from demo_drawing import bytes_text
-from report_rows import RUNGS, Row, is_plain, is_predicted
+from report_rows import POLICIES, Row, is_plain, is_predicted
 from report_tables import Cell, Column, Table
 from report_text import (
     LONG,
@@ -21,7 +21,7 @@ PAPER_OVERHEAD = 0.071  # arXiv:2506.14202
 OVERHEAD = "Noise conditioning: overhead of a sweep against the end-to-end eager step"
 COLUMNS = (
     Column("method", left=True),
-    Column("rung or budget", left=True),
+    Column("recompute or budget", left=True),
     Column("resident", left=True),
     Column("peak", "min"),
     Column("of eager"),
@@ -71,7 +71,7 @@ def _line(row: Row, base: Row | None) -> tuple[Cell, ...]:
     return (
         # below its name, where a page has room
         Cell(LONG[row["method"]], f"{row.get('implementation') or ''}{more_text(row)}"),
-        Cell(row["rung"] or (NOTHING if budget is None else f"budget {budget:g}")),
+        Cell(row["recompute"] or (NOTHING if budget is None else f"budget {budget:g}")),
         Cell(RESIDENT[row["resident"]]),
         Cell(bytes_text(peak), _reserved(row), peak, is_predicted(row)),
         Cell(ratio_text(peak, base_peak)),
@@ -101,31 +101,31 @@ def _spread(row: Row) -> str:
 
 
 def shortened(rows: Sequence[Row]) -> list[Row]:
-    """Leave out rungs by a rule that knows no result but the peak.
+    """Leave out policies by a rule that knows no result but the peak.
 
     Args:
         rows:  of one table
     Returns:
         end to end as it is; of each number of blocks the eager layers, the fused ones at the
-        highest rung with everything resident, and the fused ones with the lowest peak.
+        highest policy with everything resident, and the fused ones with the lowest peak.
     """
     kept = []
     for row in rows:
         same = [each for each in rows if _fused(each) and each["num_blocks"] == row["num_blocks"]]
         lowest = min(same, key=lambda each: each["peak_allocated_bytes"], default=None)
-        highest = (row["rung"], row["resident"]) == (RUNGS[0], "all") and is_plain(row)
+        highest = (row["recompute"], row["resident"]) == (POLICIES[0], "all") and is_plain(row)
         if not _fused(row) or row is lowest or highest:
             kept.append(row)
     return kept
 
 
-def with_ladder(rows: Sequence[Row]) -> list[Row]:
-    """Leave out less: what memory comes down to stands rung by rung.
+def with_policies(rows: Sequence[Row]) -> list[Row]:
+    """Leave out less: what memory comes down to stands policy by policy.
 
     Args:
         rows:  of one table
     Returns:
-        what `shortened` leaves, and the fused layers at every rung with one block resident.
+        what `shortened` leaves, and the fused layers at every policy with one block resident.
     """
     left = {id(row) for row in shortened(rows)}
     return [
@@ -145,7 +145,7 @@ def overhead_table(rows: Sequence[Row]) -> Table | None:
     Args:
         rows:  of one table
     Returns:
-        a column for each number of blocks, the fused layer at its highest rung and the eager one,
+        a column for each number of blocks, the fused layer at its highest policy and the eager one,
         both with everything resident; None without times.
     """
     base = eager(rows)
@@ -153,14 +153,16 @@ def overhead_table(rows: Sequence[Row]) -> Table | None:
         return None
     found: dict[str, dict[int, Cell]] = {method: {} for method in reversed(BLOCKWISE)}
     for row in rows:
-        highest = row["rung"] in (RUNGS[0], None) and row["resident"] == "all" and is_plain(row)
+        highest = (
+            row["recompute"] in (POLICIES[0], None) and row["resident"] == "all" and is_plain(row)
+        )
         if row["method"] in found and highest and row["sweep_ms"] is not None:
             change = row["sweep_ms"] / base["sweep_ms"] - 1
             found[row["method"]][row["num_blocks"]] = Cell(percent_text(change), "", change)
     counts = sorted({count for cells in found.values() for count in cells})
     if not counts:
         return None
-    titles = {"block_fused": "fused layers, rung none", "block_stock": "eager layers"}
+    titles = {"block_fused": "fused layers, recompute none", "block_stock": "eager layers"}
     lines = tuple(
         (Cell(titles[method]), *(cells.get(count, Cell()) for count in counts))
         for method, cells in found.items()

@@ -29,7 +29,7 @@ class Bench:
     quick: bool = False
     """What takes eight minutes on one GPU or on two cores of a CPU; so it is unless it is full."""
     full: bool = False
-    """Every method, rung and number of blocks, which takes hours on a GPU."""
+    """Every method, policy and number of blocks, which takes hours on a GPU."""
     again: bool = False
     """Run also what is finished."""
     out: Path = Path("runs/bench")

@@ -5,14 +5,24 @@ from dataclasses import dataclass, replace
 
 LARGE = ("S/2", "B/2", "L/2", "XL/2")
 KEPT = ("--gradients", "kept")
-FEW = ("--num-blocks", "1", "3", "--rungs", "none", "qkv", "--budgets", "1.0", *KEPT)
-PREDICTED = ("--num-blocks", "1", "3", "6", "--rungs", "none", "qkv", "rounded")
+FEW = ("--num-blocks", "1", "3", "--recompute", "none", "qkv", "--budgets", "1.0", *KEPT)
+PREDICTED = ("--num-blocks", "1", "3", "6", "--recompute", "none", "qkv", "layer_narrow")
 PREDICTED += ("--budgets", "1.0", "0.5", *KEPT)
 # of the published code's ViT: what its own way of training keeps, and what this project's does
-PUBLISHED = ("--num-blocks", "3", "--rungs", "none", "qkv", "--rounds", "6", *KEPT, "--methods")
+PUBLISHED = ("--num-blocks", "3", "--recompute", "none", "qkv", "--rounds", "6", *KEPT, "--methods")
 PUBLISHED += ("end_to_end", "block_stock", "block_fused")
 # a step as one CUDA graph beside the same step op by op
-GRAPHS = ("--num-blocks", "3", "--rungs", "none", "--resident", "all", "--launch", "ops", "graph")
+GRAPHS = (
+    "--num-blocks",
+    "3",
+    "--recompute",
+    "none",
+    "--resident",
+    "all",
+    "--launch",
+    "ops",
+    "graph",
+)
 GRAPHS += ("--rounds", "12", *KEPT, "--methods", "end_to_end", "block_fused")
 
 
@@ -30,7 +40,7 @@ def jobs(*, full: bool, on_gpu: bool) -> list[Job]:
     """All that one call runs, in order.
 
     Args:
-        full:    every method, rung and number of blocks, and not what few minutes allow
+        full:    every method, policy and number of blocks, and not what few minutes allow
         on_gpu:  whether models of a GPU's size run, or are predicted
     """
     found = [*(_full(on_gpu) if full else _quick_gpu() if on_gpu else _quick_cpu())]

@@ -23,7 +23,7 @@ from dbkernels.memory.budget import (
 from dbkernels.memory.predict import Prediction
 from dbkernels.memory.trace import CATEGORIES
 from dbkernels.memory.workspace import target_named
-from dbkernels.ops.rung import RUNGS
+from dbkernels.ops.recompute import POLICIES
 from dbkernels.training.gradients import Gradients
 from dbkernels.training.rehearsal import Resident
 from dbkernels.training.run import RunConfig
@@ -38,7 +38,7 @@ KINDS = {
     "target": str,
     "method": str,
     "num_blocks": int,
-    "rung": (str, type(None)),
+    "recompute": (str, type(None)),
     "resident": str,
 }
 # what a compiler keeps is its own choice, another in every version
@@ -157,7 +157,7 @@ def _check_settings(settings: Settings, where: str) -> None:
     _require("method", settings["method"], HELD, where)
     _require("resident", settings["resident"], RESIDENT, where)
     fused = settings["method"] == "block_fused"
-    _require("rung", settings["rung"], tuple(RUNGS) if fused else (None,), where)
+    _require("recompute", settings["recompute"], tuple(POLICIES) if fused else (None,), where)
     try:
         target_named(settings["target"])
         config = _config(settings)
@@ -174,7 +174,7 @@ def _require(name: str, value: object, known: Sequence[object], where: str) -> N
 
 
 def _case(settings: Settings) -> Case:
-    return Case(settings["method"], settings["num_blocks"], settings["rung"])
+    return Case(settings["method"], settings["num_blocks"], settings["recompute"])
 
 
 def _config(settings: Settings) -> RunConfig:
@@ -239,7 +239,7 @@ def _difference(each: Held) -> Table:
 def _name(each: Held) -> str:
     """All of the settings that a row of a table has room for."""
     settings = each.budget.settings
-    how = settings["rung"] or settings["method"].replace("_", " ")
+    how = settings["recompute"] or settings["method"].replace("_", " ")
     compute = " bf16" if settings["autocast"] else ""
     freed = " freed" if settings["gradients"] == "freed" else ""
     return (

@@ -10,7 +10,7 @@ from functools import partial
 from dbkernels.cli.rehearsed import rehearsed_run
 from dbkernels.cli.shape import PRESETS
 from dbkernels.memory.workspace import Target, target_named
-from dbkernels.ops.rung import Keep, rungs_of
+from dbkernels.ops.recompute import Recompute, policies_of
 from dbkernels.training.need import Need, need
 from dbkernels.training.plan import (
     CONTEXT,
@@ -59,9 +59,9 @@ class Question:
         return rehearsed_run(self.family, preset, batch=self.batch, autocast=self.autocast)
 
     @property
-    def rungs(self) -> tuple[Keep, ...]:
-        """What a layer may keep."""
-        return rungs_of(mixed=self.autocast)
+    def policies(self) -> tuple[Recompute, ...]:
+        """What a layer's backward may compute again."""
+        return policies_of(mixed=self.autocast)
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,14 @@ def _found(question: Question, num_blocks: int) -> Found:
         batch=question.batch,
         limit=question.limit,
         seconds=partial(speed.seconds, autocast=question.autocast),
-        rungs=question.rungs,
+        policies=question.policies,
     )
 
 
 def _least(question: Question, preset: str) -> dict[str, Need]:
     """The least that a preset needs."""
     config = question.config(preset)
-    setting = smallest_setting(config.model.depth, question.rungs)
+    setting = smallest_setting(config.model.depth, question.policies)
     return need(setting, config, _target(question))
 
 

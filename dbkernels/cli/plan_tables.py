@@ -32,7 +32,7 @@ def _plan_row(plan: Plan, question: Question, whole: Plan) -> Row:
     return {
         "row": "plan",
         "num_blocks": setting.num_blocks,
-        "rung": setting.keep,
+        "recompute": setting.recompute,
         "resident": plan.resident,
         "micro_batch": setting.micro_batch,
         "peak_reserved_bytes": plan.need.peak_bytes,
@@ -48,7 +48,7 @@ def _command(plan: Plan, question: Question) -> str:
     setting = plan.setting
     flags = [
         f"train {question.family} --preset {question.preset} --batch-size {question.batch}",
-        f"--num-blocks {setting.num_blocks} --keep {setting.keep}",
+        f"--num-blocks {setting.num_blocks} --recompute {setting.recompute}",
     ]
     if setting.micro_batch < question.batch:
         flags.append(f"--accumulate {question.batch // setting.micro_batch}")
@@ -121,7 +121,7 @@ def _words(category: str) -> str:
 def _plans(plans: list[Row]) -> Table:
     table = Table(show_edge=False)
     table.add_column("blocks", justify="right")
-    table.add_column("rung")
+    table.add_column("recompute")
     table.add_column("on the device")
     table.add_column("micro-batch", justify="right")
     table.add_column("peak", justify="right")
@@ -129,7 +129,7 @@ def _plans(plans: list[Row]) -> Table:
     for row in plans:
         table.add_row(
             str(row["num_blocks"]),
-            row["rung"],
+            row["recompute"],
             "all blocks" if row["resident"] == "all" else "one block",
             str(row["micro_batch"]),
             in_words(row["peak_reserved_bytes"]),

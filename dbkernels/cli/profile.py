@@ -15,7 +15,7 @@ from dbkernels.cli.profile_rows import (
     Case,
     cases,
     check_names,
-    check_rungs,
+    check_recompute,
     configured,
     predicted,
     rows,
@@ -26,7 +26,7 @@ from dbkernels.cli.shape import FamilyName
 from dbkernels.memory.picture import draw
 from dbkernels.memory.timeline import write_timeline
 from dbkernels.memory.workspace import Target, target_named, target_of
-from dbkernels.ops.rung import RUNGS
+from dbkernels.ops.recompute import POLICIES
 from dbkernels.training.gradients import Gradients
 from dbkernels.training.run import RunConfig
 
@@ -35,7 +35,7 @@ from dbkernels.training.run import RunConfig
 class Profile:
     """Predict the peak memory and the operations of one training step; needs no GPU.
 
-    Every method, rung of the layer's ladder and number of blocks has a row, with all blocks on the
+    Every method, recompute policy and number of blocks has a row, with all blocks on the
     device and with one. With --measure the same steps are run for real beside it.
     """
 
@@ -49,7 +49,7 @@ class Profile:
     """Numbers of blocks with commas between."""
     methods: str = ",".join(METHODS)
     """What is trained, with commas between; all but block_fused run the layer in plain torch."""
-    rungs: str = ",".join(RUNGS)
+    recompute: str = ",".join(POLICIES)
     """What the fused layer's backward computes again: from most memory to most arithmetic."""
     resident: str = ",".join(RESIDENT)
     """What is on the device: all blocks with their optimizers' state, or one block at a time."""
@@ -131,7 +131,7 @@ class Profile:
                 f"num_blocks must be whole numbers with commas between, got {self.num_blocks}"
             ) from None
         methods = check_names("methods", self.methods, METHODS)
-        return cases(methods, list(counts), check_rungs(self.rungs))
+        return cases(methods, list(counts), check_recompute(self.recompute))
 
     def _config(self) -> RunConfig:
         return rehearsed_run(
@@ -152,7 +152,7 @@ class Profile:
     def _show(self, todo: list[Case], resident: list[str], config: RunConfig, target: Target):
         if len(todo) * len(resident) != 1:
             raise ValueError(
-                "timeline and picture show one step, which methods, num_blocks, rungs and resident "
+                "timeline and picture show one step: methods, num_blocks, recompute and resident "
                 f"must leave, got {len(todo) * len(resident)}"
             )
         case = todo[0]
@@ -160,8 +160,8 @@ class Profile:
         if self.timeline:
             write_timeline(self.timeline, prediction)
         if self.picture:
-            rung = f", rung {case.rung}" if case.rung else ""
-            title = f"{self.family} {self.preset}, batch {self.batch}: {case.method}{rung}"
+            recompute = f", recompute {case.recompute}" if case.recompute else ""
+            title = f"{self.family} {self.preset}, batch {self.batch}: {case.method}{recompute}"
             draw(self.picture, prediction, title=f"{title}, {_blocks(case.num_blocks)}")
 
     def _measured(self, row: dict[str, object], config: RunConfig) -> dict[str, object]:
@@ -171,7 +171,7 @@ class Profile:
         unseen = row["method"] == "compiled" or row["resident"] == "block"
         if unseen and device.type == "cpu":
             return {}
-        case = Case(row["method"], row["num_blocks"], row["rung"])
+        case = Case(row["method"], row["num_blocks"], row["recompute"])
         settings = {"budget": self.budget, "steps": self.steps, "device": device}
         return measured(case, row["resident"], config, **settings)
 

@@ -39,7 +39,7 @@ def measured(
     Args:
         case:      to run
         resident:  what is on the device
-        config:    of a run; number of blocks, rung and residency are those above
+        config:    of a run; number of blocks, policy and residency are those above
         budget:    of activation memory, of the compiled baseline
         steps:     that are timed, of every block
         device:    to train on

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from dbkernels.memory.predict import Prediction
 from dbkernels.memory.workspace import Target
 from dbkernels.models.baseline import Baseline
-from dbkernels.ops.rung import RUNGS, Keep
+from dbkernels.ops.recompute import POLICIES, Recompute
 from dbkernels.training.rehearsal import Resident, rehearse
 from dbkernels.training.run import RunConfig
 
@@ -38,18 +38,18 @@ class Case:
 
     method: Method
     num_blocks: int
-    rung: Keep | None  # of the fused layer's ladder; None for plain torch
+    recompute: Recompute | None  # of the fused layer; None for plain torch
 
 
 def cases(
-    methods: Sequence[Method], num_blocks: Sequence[int], rungs: Sequence[Keep]
+    methods: Sequence[Method], num_blocks: Sequence[int], policies: Sequence[Recompute]
 ) -> list[Case]:
     """Every case there is: end to end once, block by block for each number of blocks."""
     every = [
-        Case(method, count, rung)
+        Case(method, count, recompute)
         for method in methods
         for count in (num_blocks if method in BLOCKWISE else (1,))
-        for rung in (rungs if method == "block_fused" else (None,))
+        for recompute in (policies if method == "block_fused" else (None,))
     ]
     # one block of plain torch is end to end
     twice = Case("block_stock", 1, None) if "end_to_end" in methods else None
@@ -57,8 +57,8 @@ def cases(
 
 
 def configured(case: Case, config: RunConfig) -> RunConfig:
-    """A run's configuration with a case's number of blocks and rung."""
-    model = replace(config.model, keep=case.rung or config.model.keep)
+    """A run's configuration with a case's number of blocks and policy."""
+    model = replace(config.model, recompute=case.recompute or config.model.recompute)
     blocks = replace(config.partition, num_blocks=case.num_blocks)
     return replace(config, model=model, partition=blocks)
 
@@ -89,7 +89,7 @@ def rows(
 
     Args:
         todo:      cases
-        config:    of a run; number of blocks and rung are the cases'
+        config:    of a run; number of blocks and policy are the cases'
         resident:  what is on the device
         budget:    of activation memory, of the compiled baseline
         target:    the device that is predicted
@@ -118,7 +118,7 @@ def row(case: Case, resident: Resident, prediction: Prediction) -> dict[str, obj
     return {
         "method": case.method,
         "num_blocks": case.num_blocks,
-        "rung": case.rung,
+        "recompute": case.recompute,
         "resident": resident,
         "peak_allocated_bytes": prediction.peak_allocated_bytes,
         "peak_reserved_bytes": prediction.peak_reserved_bytes,
@@ -142,10 +142,10 @@ def check_names(flag: str, text: str, known: Sequence[str]) -> list[str]:
     return names
 
 
-def check_rungs(text: str) -> list[Keep]:
-    """Rungs of the ladder with commas between.
+def check_recompute(text: str) -> list[Recompute]:
+    """Names of recompute policies with commas between.
 
     Raises:
         ValueError: one is unknown.
     """
-    return check_names("rungs", text, tuple(RUNGS))
+    return check_names("recompute", text, tuple(POLICIES))

@@ -137,7 +137,7 @@ def _blocks(row: Row) -> str:
 
 def _name(row: Row) -> str:
     name = row["method"].replace("_", " ").replace("block ", "")
-    return f"{name} {row['rung']}" if row["rung"] else name
+    return f"{name} {row['recompute']}" if row["recompute"] else name
 
 
 def _table(title: str) -> Table:

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.shape import FamilyName, fitted, preset, resized
 from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.ops.rung import Keep
+from dbkernels.ops.recompute import Recompute
 from dbkernels.training.data import open_data
 from dbkernels.training.pending import Row
 from dbkernels.training.run import PartitionConfig, RunConfig, train
@@ -64,7 +64,7 @@ class Train:
     """Number of layers; 0 keeps the preset's."""
     heads: int = 0
     """Attention heads; 0 keeps the preset's."""
-    keep: Keep = "none"
+    recompute: Recompute = "none"
     """What a layer's backward computes again instead of keeping it: more saves more memory."""
     weighting: Literal["auto", "none", "edm", "normalised", "published"] = "auto"
     """Weight of the noise levels in the loss; auto is none for vit and edm for dit."""
@@ -100,7 +100,7 @@ class Train:
         automatic = DEFAULT_WEIGHTING[self.family]
         return RunConfig(
             family=self.family,
-            model=replace(model, keep=self.keep),
+            model=replace(model, recompute=self.recompute),
             data=self.data,
             weighting=automatic if self.weighting == "auto" else self.weighting,
             label_drop=self.label_drop,

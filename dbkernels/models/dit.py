@@ -28,7 +28,7 @@ from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, r
 from dbkernels.ops.adaln_norm import adaln_norm
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.philox import Draw
-from dbkernels.ops.rung import Keep
+from dbkernels.ops.recompute import Recompute
 from dbkernels.ops.score_loss import score_loss_
 
 
@@ -54,8 +54,8 @@ class DiTConfig:
     """Width of the MLP's hidden layer over the width."""
     sigma_data: float = 0.5
     """Standard deviation of the data that the preconditioning assumes."""
-    keep: Keep = "none"
-    """What the backward computes again: a rung of `dbkernels.ops.RUNGS`; changes rounding alone."""
+    recompute: Recompute = "none"
+    """What the backward computes again: a key of `dbkernels.ops.POLICIES`; moves only rounding."""
 
     def __post_init__(self):
         check_patch(self.image_size, self.patch)
@@ -71,7 +71,9 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         D, pixels = config.width, config.channels * config.patch**2
-        layer = LayerConfig(D, config.heads, config.mlp_ratio * D, cond_dim=D, keep=config.keep)
+        layer = LayerConfig(
+            D, config.heads, config.mlp_ratio * D, cond_dim=D, recompute=config.recompute
+        )
         self.patch = nn.Linear(pixels, D)
         positions = grid_positions(config.image_size // config.patch, D)
         self.register_buffer("positions", positions, persistent=False)

@@ -20,7 +20,7 @@ from dbkernels.ops.affine import fold_affine
 from dbkernels.ops.first_tokens import first_tokens
 from dbkernels.ops.layer import LayerWeights, adaln_layer
 from dbkernels.ops.linear import linear
-from dbkernels.ops.rung import RUNGS, Keep
+from dbkernels.ops.recompute import POLICIES, Recompute
 from dbkernels.ops.stream import ResidualStream
 
 
@@ -48,8 +48,8 @@ class LayerConfig:
     """Whether the attention's and the MLP's projections have one."""
     eps: float = 1e-6
     """Of the norms, in units of x**2."""
-    keep: Keep = "none"
-    """What the backward computes again rather than keep: a rung of `dbkernels.ops.RUNGS`."""
+    recompute: Recompute = "none"
+    """What the backward computes again rather than keep: a key of `dbkernels.ops.POLICIES`."""
 
 
 class AdaLNLayer(nn.Module):
@@ -62,7 +62,7 @@ class AdaLNLayer(nn.Module):
     and bias, attention.q_norm and attention.k_norm with weight.
 
     Raises:
-        ValueError: D is not a multiple of H, or norm, mlp or keep is unknown.
+        ValueError: D is not a multiple of H, or norm, mlp or recompute is unknown.
     """
 
     def __init__(self, config: LayerConfig):
@@ -71,8 +71,10 @@ class AdaLNLayer(nn.Module):
             raise ValueError(
                 f"the width must be a multiple of the heads, got {config.D} and {config.H}"
             )
-        if config.keep not in RUNGS:
-            raise ValueError(f"keep must be one of {', '.join(RUNGS)}, got {config.keep}")
+        if config.recompute not in POLICIES:
+            raise ValueError(
+                f"recompute must be one of {', '.join(POLICIES)}, got {config.recompute}"
+            )
         self.config = config
         self.norm1, self.norm2 = make_norm(config), make_norm(config)
         self.attention, self.mlp = Attention(config), MLP(config)
@@ -118,7 +120,7 @@ class AdaLNLayer(nn.Module):
             mlp=config.mlp,
             norm=config.norm,
             eps=config.eps,
-            keep=config.keep,
+            recompute=config.recompute,
             stream=stream,
             tokens=tokens,
         )

@@ -22,7 +22,7 @@ from dbkernels.models.family import Batch
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm, run_layers
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.philox import Draw
-from dbkernels.ops.rung import Keep
+from dbkernels.ops.recompute import Recompute
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class ViTConfig:
     """Whether the norms have weights of their own."""
     sigma_data: float = 0.5
     """Standard deviation of the clean target that the preconditioning assumes."""
-    keep: Keep = "none"
-    """What the backward computes again: a rung of `dbkernels.ops.RUNGS`; changes rounding alone."""
+    recompute: Recompute = "none"
+    """What the backward computes again: a key of `dbkernels.ops.POLICIES`; moves only rounding."""
 
     def __post_init__(self):
         check_patch(self.image_size, self.patch)
@@ -74,7 +74,7 @@ class ViT(nn.Module):
             config.mlp_hidden,
             config.cond_dim,
             affine=config.affine,
-            keep=config.keep,
+            recompute=config.recompute,
         )
         self.label_table = nn.Embedding(config.num_classes, D)
         self.patch = nn.Linear(config.channels * config.patch**2, D)

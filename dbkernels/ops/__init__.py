@@ -14,13 +14,13 @@ from dbkernels.ops.linear import linear
 from dbkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dbkernels.ops.philox import Draw, normals, uniforms
 from dbkernels.ops.qk_norm_rotary import qk_norm_rotary
-from dbkernels.ops.rung import RUNGS
+from dbkernels.ops.recompute import POLICIES
 from dbkernels.ops.score_loss import score_loss, score_loss_
 from dbkernels.ops.stream import ResidualStream
 from dbkernels.ops.swiglu import swiglu
 
 __all__ = [
-    "RUNGS",
+    "POLICIES",
     "Draw",
     "LayerWeights",
     "ResidualStream",

@@ -1,4 +1,4 @@
-"""One call of an AdaLN layer: its forward, and its backward from whatever the rung kept."""
+"""One call of an AdaLN layer: its forward, and its backward from whatever the policy kept."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from dbkernels.ops.adaln_norm import adaln_norm_backward, adaln_norm_forward
 from dbkernels.ops.first_tokens import first_tokens
 from dbkernels.ops.gated_adaln_norm import gated_adaln_norm_backward, gated_adaln_norm_forward
 from dbkernels.ops.gated_residual import gated_residual_backward, gated_residual_forward
-from dbkernels.ops.rung import RUNGS
+from dbkernels.ops.recompute import POLICIES
 from dbkernels.ops.stream import by_sample
 
 PART = 4096  # tokens of the samples that run at a time: what they need is little beside the stream
@@ -50,20 +50,20 @@ class LayerCall(NamedTuple):
         return self._replace(x=first_tokens(self.x, N), modulation=modulation)
 
     def forward(self) -> tuple[Tensor, Activations]:
-        """The layer's output (B, N, D), and its activations; without hidden if the rung says so.
+        """The layer's output (B, N, D), and its activations; without hidden if the policy says so.
 
-        A rung that keeps nothing has no activations, and runs a few samples at a time.
+        A policy that keeps nothing has no activations, and runs a few samples at a time.
         """
         B, T, D = self.x.shape
         out, activations = self.x.new_empty((B, self.options.tokens or T, D)), NOTHING
-        if RUNGS[self.options.keep].keeps:
+        if POLICIES[self.options.recompute].keeps:
             activations = self._write(out)
         else:
             for part in self._parts(self.x.dtype, PART):
                 part.call._write(out[part.samples])
         return out, activations
 
-    def rounded(self) -> Tensor:
+    def narrowed(self) -> Tensor:
         """x in the dtype of the branches, less what a norm subtracts; x itself if that is no less.
 
         Around a mean that is large beside the rest, x would lose what the norm makes of it.
@@ -87,7 +87,7 @@ class LayerCall(NamedTuple):
         # nothing else sees x1, so the layer's output takes its place
         x1, hidden, mod = first.by_sample(out), None, _by_name(first.modulation)
         y, stats2 = first.second_norm(a, mod, x1=x1)
-        if "hidden" in RUNGS[options.keep].keeps:
+        if "hidden" in POLICIES[options.recompute].keeps:
             hidden = y.new_empty((len(as_rows(y)), len(w.fc1_weight)))
         m = mlp_branch(y, options.mlp, w, hidden=hidden)
         gated_residual_forward(x1, first.by_sample(m), mod.gate2, y=x1)
@@ -127,7 +127,7 @@ class LayerCall(NamedTuple):
         for samples, rows, call in self._parts(dout.dtype, size):
             own = {name: _part(t, samples, len(self.x)) for name, t in kept.items()}
             if own["a"] is None:
-                call = call._replace(options=self.options._replace(keep="none"))
+                call = call._replace(options=self.options._replace(recompute="none"))
                 own, owned = call.forward()[1]._asdict(), True
             dx[samples], dmodulation[rows] = call._gradients(
                 dout[samples], own, gradients, owned=owned

@@ -8,15 +8,15 @@ from dbkernels.ops._layer_tensors import LayerOptions, LayerWeights
 from dbkernels.ops._mlp_branch import ACTIVATIONS
 from dbkernels.ops.attention import check_head_width
 from dbkernels.ops.first_tokens import check_first
-from dbkernels.ops.rung import RUNGS
+from dbkernels.ops.recompute import POLICIES
 
 
-def check_options(mlp: str, keep: str) -> None:
+def check_options(mlp: str, recompute: str) -> None:
     """Names that are looked up."""
     if mlp not in ACTIVATIONS:
         raise ValueError(f"mlp must be one of {', '.join(ACTIVATIONS)}, got {mlp}")
-    if keep not in RUNGS:
-        raise ValueError(f"keep must be one of {', '.join(RUNGS)}, got {keep}")
+    if recompute not in POLICIES:
+        raise ValueError(f"recompute must be one of {', '.join(POLICIES)}, got {recompute}")
 
 
 def check_layer(

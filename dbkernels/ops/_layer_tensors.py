@@ -58,13 +58,13 @@ class LayerOptions(NamedTuple):
     heads: int
     mlp: str
     norm: NormOptions
-    keep: str
+    recompute: str
     tokens: int | None = None
     """How many of the first tokens' results are wanted, fewer than there are; None wants all."""
 
 
 class Activations(NamedTuple):
-    """What one pass of a layer left behind; `rung` says which of it is kept for the backward.
+    """What one pass of a layer left behind; `recompute` says which of it is kept for the backward.
 
     N is the number of tokens whose result is wanted: T where all are.
     """

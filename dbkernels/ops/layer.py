@@ -5,7 +5,7 @@
 
 Peebles & Xie 2023 (arXiv:2212.09748), section 3.2, adaLN-Zero. Of all that this makes, the backward
 needs only x, q, k, v, the attention's result, a, the MLP's pre-activation and m: the rest are
-elementwise functions of those within a row. `rung` tells what less can be kept.
+elementwise functions of those within a row. `recompute` tells what less can be kept.
 
 Where a sequence's first tokens alone are read, the others are only keys and values: of them x, k
 and v are all that is computed and kept.
@@ -22,7 +22,7 @@ from dbkernels.ops._layer_door import check_layer, check_options
 from dbkernels.ops._layer_tensors import Activations, LayerModulation, LayerOptions, LayerWeights
 from dbkernels.ops._norm import NormOptions
 from dbkernels.ops._projection import Gradients
-from dbkernels.ops.rung import RUNGS, Keep
+from dbkernels.ops.recompute import POLICIES, Recompute
 from dbkernels.ops.stream import ResidualStream, Run
 
 WEIGHTS, ACTIVATIONS = len(LayerWeights._fields), len(Activations._fields)
@@ -41,10 +41,10 @@ class _AdaLNLayer(torch.autograd.Function):
         weights, run = rest[:WEIGHTS], rest[WEIGHTS:]
         call = LayerCall(x, modulation, rotary, _in_branches(weights, options), options)
         out, activations = call.forward()
-        keeps = RUNGS[options.keep].keeps
+        keeps = POLICIES[options.recompute].keeps
         kept = (t if name in keeps else None for name, t in activations._asdict().items())
-        if RUNGS[options.keep].rounds:
-            run = (call.rounded(),)
+        if POLICIES[options.recompute].narrow:
+            run = (call.narrowed(),)
         ctx.save_for_backward(modulation, rotary, *weights, *kept, *run)
         branches = activations.a, activations.m
         ctx.mark_non_differentiable(*(branch for branch in branches if branch is not None))
@@ -101,11 +101,11 @@ def adaln_layer(
     mlp: str = "gelu",
     norm: _door.Norm = "layer",
     eps: float = 1e-6,
-    keep: Keep = "none",
+    recompute: Recompute = "none",
     stream: ResidualStream | None = None,
     tokens: int | None = None,
 ) -> Tensor:
-    """Run one AdaLN layer, keeping for its backward what the rung says.
+    """Run one AdaLN layer, keeping for its backward what the policy says.
 
     The branches run in the dtype of the weights, or in autocast's; the residual stream keeps that
     of x. The backward writes over what it kept, unless it is told to retain the graph.
@@ -120,7 +120,7 @@ def adaln_layer(
         mlp:         "gelu" (tanh) or "swiglu"
         norm:        "layer", or "rms", which does not subtract the mean
         eps:         of the norms, in units of x**2
-        keep:        a name of `RUNGS`
+        recompute:   a name of `POLICIES`
         stream:      of the stack that this layer stands in: spares most layers keeping x
         tokens:      1 to T: the first so many tokens' results alone, for which all T are keys and
                      values; None is T. What only others need is neither computed nor kept
@@ -131,10 +131,10 @@ def adaln_layer(
             to T.
         RuntimeError: the gradient is differentiated.
     """
-    check_options(mlp, keep)
+    check_options(mlp, recompute)
     dtype = compute_dtype(x, weights.qkv_weight)
     options = LayerOptions(
-        heads, mlp, NormOptions(eps, _door.check_norm(norm), dtype), keep, tokens
+        heads, mlp, NormOptions(eps, _door.check_norm(norm), dtype), recompute, tokens
     )
     check_layer(x, modulation, rotary, weights, options)
     if tokens == x.shape[1]:
@@ -147,7 +147,7 @@ def adaln_layer(
         options, x, modulation, rotary, *weights, run.start, *run.gates, *run.branches
     )
     followed = stream is not None and options.tokens is None
-    if followed and out.requires_grad and {"a", "m"} <= RUNGS[keep].keeps:
+    if followed and out.requires_grad and {"a", "m"} <= POLICIES[recompute].keeps:
         mod = LayerModulation(*modulation.chunk(6, dim=-1))
         stream.extend(run, out, [mod.gate1, mod.gate2], [a, m])
     return out

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from dbkernels.memory.predict import Prediction
 from dbkernels.memory.workspace import Target
-from dbkernels.ops.rung import Keep
+from dbkernels.ops.recompute import Recompute
 from dbkernels.training.rehearsal import Resident, rehearse
 from dbkernels.training.run import RunConfig
 
@@ -23,12 +23,12 @@ class Setting:
 
     Args:
         num_blocks:   1 trains end to end
-        keep:         rung of the layer's ladder
+        recompute:    key of `dbkernels.ops.POLICIES`
         micro_batch:  samples of one backward; divides the batch
     """
 
     num_blocks: int
-    keep: Keep
+    recompute: Recompute
     micro_batch: int
 
 
@@ -63,7 +63,7 @@ def need(setting: Setting, config: RunConfig, target: Target) -> dict[Resident, 
     followed = min(pieces, FOLLOWED)
     run = replace(
         config,
-        model=replace(config.model, keep=setting.keep),
+        model=replace(config.model, recompute=setting.recompute),
         partition=replace(config.partition, num_blocks=setting.num_blocks),
         trainer=replace(
             config.trainer, batch_size=followed * setting.micro_batch, accumulate=followed

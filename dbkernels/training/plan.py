@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dbkernels.memory.trace import CATEGORIES
-from dbkernels.ops.rung import RUNGS, Keep
+from dbkernels.ops.recompute import POLICIES, Recompute
 from dbkernels.training.need import STATE, Need, Setting
 from dbkernels.training.rehearsal import Resident
 from dbkernels.training.schedule import visit_length
@@ -93,13 +93,13 @@ def plans_of(
     batch: int,
     limit: int,
     seconds: Callable[[Need, int], float],
-    rungs: Sequence[Keep],
+    policies: Sequence[Recompute],
 ) -> Found:
     """The fastest plans of one number of blocks.
 
-    A micro-batch needs less than a larger one, and a rung less than the one before it: each rung's
-    largest micro-batch that fits is found by few predictions, and those of rungs that are too slow
-    even with a whole batch not at all.
+    A micro-batch needs less than a larger one, and a policy less than the one before: each policy's
+    largest micro-batch that fits is found by few predictions, and policies that are too slow even
+    with a whole batch are left out.
 
     Args:
         num_blocks:  of every plan
@@ -107,12 +107,12 @@ def plans_of(
         batch:       samples of a step
         limit:       bytes that a plan may take
         seconds:     (need, num_blocks) -> of a sweep
-        rungs:       to choose from, as `rungs_of` gives them
+        policies:    to choose from, as `policies_of` gives them
     """
     known: dict[Setting, dict[Resident, Plan]] = {}
 
-    def planned(keep: Keep, micro_batch: int, resident: Resident) -> Plan:
-        setting = Setting(num_blocks, keep, micro_batch)
+    def planned(recompute: Recompute, micro_batch: int, resident: Resident) -> Plan:
+        setting = Setting(num_blocks, recompute, micro_batch)
         if setting not in known:
             known[setting] = {
                 name: Plan(setting, name, need, seconds(need, num_blocks))
@@ -124,7 +124,8 @@ def plans_of(
     # with one block all is on the device in any case
     residents = ("all",) if num_blocks == 1 else ("all", "block")
     best = [
-        _fastest(partial(planned, resident=resident), batch, limit, rungs) for resident in residents
+        _fastest(partial(planned, resident=resident), batch, limit, policies)
+        for resident in residents
     ]
     every = [plan for plans in known.values() for plan in plans.values()]
     smallest = min(every, key=lambda plan: plan.need.peak_bytes)
@@ -132,39 +133,39 @@ def plans_of(
 
 
 def _fastest(
-    planned: Callable[[Keep, int], Plan], batch: int, limit: int, rungs: Sequence[Keep]
+    planned: Callable[[Recompute, int], Plan], batch: int, limit: int, policies: Sequence[Recompute]
 ) -> Plan | None:
-    """The fastest plan that fits of all rungs and micro-batches; None where there is none."""
+    """The fastest plan that fits of all policies and micro-batches; None where there is none."""
     whole = planned("none", batch)
     if whole.need.peak_bytes <= limit:
         return whole
-    if planned(rungs[-1], 1).need.peak_bytes > limit:
+    if planned(policies[-1], 1).need.peak_bytes > limit:
         return None
     sizes = [size for size in range(1, batch + 1) if batch % size == 0]
     best: Plan | None = None
-    slow: list[Keep] = []  # rungs that take longer than the best with a whole batch too
-    for keep in rungs:
-        if any(_redoes(keep, other) for other in slow):
+    slow: list[Recompute] = []  # policies that take longer than the best with a whole batch too
+    for recompute in policies:
+        if any(_redoes(recompute, other) for other in slow):
             continue
-        if best and planned(keep, batch).seconds >= best.seconds:
-            slow.append(keep)
+        if best and planned(recompute, batch).seconds >= best.seconds:
+            slow.append(recompute)
             continue
-        plan = _largest(_worth_trying(sizes, keep, best), partial(planned, keep), limit)
+        plan = _largest(_worth_trying(sizes, recompute, best), partial(planned, recompute), limit)
         if plan and (best is None or plan.seconds < best.seconds):
             best = plan
     return best
 
 
-def _redoes(keep: Keep, other: Keep) -> bool:
-    """Whether a rung computes all again that another does."""
-    return RUNGS[keep].keeps <= RUNGS[other].keeps
+def _redoes(recompute: Recompute, other: Recompute) -> bool:
+    """Whether a policy computes all again that another does."""
+    return POLICIES[recompute].keeps <= POLICIES[other].keeps
 
 
-def _worth_trying(sizes: Sequence[int], keep: Keep, best: Plan | None) -> Sequence[int]:
-    """Micro-batches with which a rung may be faster than the best of those before it."""
+def _worth_trying(sizes: Sequence[int], recompute: Recompute, best: Plan | None) -> Sequence[int]:
+    """Micro-batches with which a policy may be faster than the best of those before it."""
     if best is None:
         return sizes
-    more = _redoes(keep, best.setting.keep)
+    more = _redoes(recompute, best.setting.recompute)
     return sizes[bisect_left(sizes, best.setting.micro_batch) + more :]
 
 
@@ -189,9 +190,9 @@ def _guess(plan: Plan, sizes: Sequence[int], limit: int) -> int:
     return bisect_right(sizes, plan.setting.micro_batch * room / max(1, growing)) - 1
 
 
-def smallest_setting(depth: int, rungs: Sequence[Keep]) -> Setting:
+def smallest_setting(depth: int, policies: Sequence[Recompute]) -> Setting:
     """Of a model with `depth` layers, what needs the least."""
-    return Setting(depth, rungs[-1], 1)
+    return Setting(depth, policies[-1], 1)
 
 
 def outside_layers(several: dict[Resident, Need], num_blocks: int) -> dict[str, int]:

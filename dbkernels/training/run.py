@@ -33,6 +33,7 @@ from dbkernels.training.trainer_config import TrainerConfig
 # settings of the trainer that a run may change on its way: its bits stay the same, and gradients
 # that are freed need a run that does not clip from its start
 PLACEMENT = ("resident", "rest", "rest_dir", "prefetch", "gradients", "graphs")
+VERSION = 1  # of config.json and of what a checkpoint holds
 MODEL_CONFIGS = {"vit": ViTConfig, "dit": DiTConfig}
 
 
@@ -159,7 +160,7 @@ def write_config(config: RunConfig, directory: Path) -> None:
     """Write config.json, whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / "config.json.tmp"
-    temporary.write_text(json.dumps(asdict(config), indent=2) + "\n")
+    temporary.write_text(json.dumps({"version": VERSION, **asdict(config)}, indent=2) + "\n")
     os.replace(temporary, directory / "config.json")
 
 
@@ -174,6 +175,7 @@ def read_config(directory: Path) -> RunConfig:
         raise ValueError(f"a run's directory must hold config.json, got none in {directory}")
     try:
         saved = json.loads(path.read_text())
+        _require_version(saved.pop("version", None), path)
         nested = {
             "model": MODEL_CONFIGS[saved["family"]],
             "partition": PartitionConfig,
@@ -181,8 +183,13 @@ def read_config(directory: Path) -> RunConfig:
             "trainer": TrainerConfig,
         }
         return RunConfig(**{k: nested[k](**v) if k in nested else v for k, v in saved.items()})
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"config.json must be one that this version wrote, got {error}") from None
+
+
+def _require_version(version: object, path: Path) -> None:
+    if version != VERSION:
+        raise ValueError(f"{path} must have version {VERSION}, got {version}")
 
 
 def train(
@@ -243,7 +250,7 @@ def train(
 
 
 def _save(trainer: Trainer, config: RunConfig, directory: Path) -> None:
-    state = {"config": asdict(config), "counters": trainer.counters()}
+    state = {"version": VERSION, "config": asdict(config), "counters": trainer.counters()}
     checkpoint.save(directory / "checkpoints", trainer.step, trainer.tensors(), state)
 
 
@@ -251,13 +258,14 @@ def restore(trainer: Trainer, config: RunConfig, directory: Path, which: str) ->
     """Set a trainer to a checkpoint of its own run, "latest" or a path."""
     path = checkpoint_path(directory, which)
     tensors, state = checkpoint.load(path)
-    _require_same_config(state["config"], config, path)
+    _require_same_config(state, config, path)
     trainer.restore(tensors, state["counters"])
 
 
-def _require_same_config(saved: dict, config: RunConfig, path: Path) -> None:
-    """Refuse a checkpoint of other settings, but for those that move no number."""
-    current = asdict(config)
+def _require_same_config(state: dict, config: RunConfig, path: Path) -> None:
+    """Refuse a checkpoint of another version or of other settings; some settings move no number."""
+    _require_version(state.get("version"), path)
+    saved, current = state["config"], asdict(config)
     same = {key: current["trainer"][key] for key in PLACEMENT}
     saved = {**saved, "trainer": {**saved["trainer"], **same}}
     checkpoint.require_same_config(saved, current, path)
@@ -292,7 +300,7 @@ def load_run(
     """
     config = read_config(directory)
     tensors, state = checkpoint.load(path := checkpoint_path(directory, which))
-    _require_same_config(state["config"], config, path)
+    _require_same_config(state, config, path)
     models = config.build(device)
     load_weights(models, tensors["model"])
     if averaged:

@@ -22,7 +22,7 @@ def test_competitors_stand_in_the_order_asked_for(bench):
     players = bench("layer_case").competitors(
         ("compiled_budget", "eager", "fused"), (0.9, 0.2), mixed=False
     )
-    names = [player.rung or player.budget or player.impl for player in players]
+    names = [player.recompute or player.budget or player.impl for player in players]
     assert names == [0.9, 0.2, "eager", "none", "attention", "mlp", "qkv", "layer"]
 
 
@@ -53,12 +53,12 @@ def test_each_budget_compiles_for_itself(bench, small_case, monkeypatch):
     assert budgets == [0.9, 0.2, 1.0]
 
 
-def test_autocast_has_the_rung_that_rounds_and_units_of_what_it_computes_in(bench):
+def test_autocast_has_the_policy_that_rounds_and_units_of_what_it_computes_in(bench):
     layer_case = bench("layer_case")
     case = layer_case.LayerCase(2, 8, 16, 2, 64, "autocast")
     assert case.unit_bytes == 2 * 8 * 16 * 2
     players = layer_case.competitors(("fused",), (), mixed=case.autocast)
-    assert players[-1].rung == "rounded"
+    assert players[-1].recompute == "layer_narrow"
     inputs = layer_case.make_inputs(case, torch.device("cpu"))
     assert {t.dtype for t in (inputs.x, inputs.dout, *inputs.parameters)} == {torch.float32}
     assert inputs.modulation.dtype == torch.bfloat16
@@ -115,22 +115,22 @@ def test_flops_are_three_forwards(small_case):
     assert case.unit_bytes == 64
 
 
-def test_prints_a_line_for_every_rung_and_competitor(bench, layer_rows):
+def test_prints_a_line_for_every_policy_and_competitor(bench, layer_rows):
     fused = bench("layer_case").Competitor("fused").implementation(torch.device("cpu"))
-    names = [row["rung"] or row["impl"] for row in layer_rows]
+    names = [row["recompute"] or row["impl"] for row in layer_rows]
     assert names == ["eager", "none", "attention", "mlp", "qkv", "layer", "checkpointed"]
     for row in layer_rows:
         assert row.keys() >= MEASURED | MACHINE | CEILINGS | {"saved_units", "achieved_tflops"}
         assert (row["B"], row["T"], row["D"], row["H"], row["hidden"]) == (2, 32, 64, 2, 256)
         assert (row["dtype"], row["threads"], row["budget"]) == ("float32", 1, None)
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-        assert row["implementation"] == (fused if row["rung"] else "torch")
+        assert row["implementation"] == (fused if row["recompute"] else "torch")
         assert row["launches_forward"] > 0 and row["launches_backward"] > 0
         assert row["command"].startswith("python benchmarks/layer.py --rounds 2 --B 2 --T 32 ")
 
 
-def test_saved_units_are_those_of_the_rungs(layer_rows):
-    units = {row["rung"] or row["impl"]: row["saved_units"] for row in layer_rows}
+def test_saved_units_are_those_of_the_policies(layer_rows):
+    units = {row["recompute"] or row["impl"]: row["saved_units"] for row in layer_rows}
     # the modulation is (B, 6 D), and logsumexp and statistics are H + 4 numbers for each token
     modulation, statistics, logsumexp = 6 / 32, 4 / 64, 2 / 64
     one_plus_scale = 2 / 32

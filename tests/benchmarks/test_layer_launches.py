@@ -23,7 +23,7 @@ def counted(bench):
 
 @pytest.mark.parametrize("sizes", [DIT_XL, VIT], ids=["DiT-XL/2", "ViT"])
 def test_a_layer_launches_less_than_half_of_what_eager_does(counted, sizes):
-    forward, backward = counted(sizes, "autocast", "fused", rung="none")
+    forward, backward = counted(sizes, "autocast", "fused", recompute="none")
     assert forward <= 22 and backward <= 45
     eager = counted(sizes, "autocast", "eager")
     assert eager == EAGER
@@ -34,19 +34,19 @@ def test_a_layer_s_launches_are_these(counted):
     # the cast, three norms and residuals, four matmuls, attention, gelu
     # the cast, four matmuls and as many for weights, three sums, four ops with sums of their own,
     # attention, and the concatenation of its gradients
-    assert counted(DIT_XL, "autocast", "fused", rung="none") == (10, 1 + 8 + 3 + 2 * 4 + 3 + 1)
+    assert counted(DIT_XL, "autocast", "fused", recompute="none") == (10, 1 + 8 + 3 + 2 * 4 + 3 + 1)
 
 
 def test_a_batch_twice_as_large_is_two_chunks_of_the_mlp(counted):
-    one = counted(DIT_XL, "autocast", "fused", rung="none")
-    two = counted((128, *DIT_XL[1:]), "autocast", "fused", rung="none")
+    one = counted(DIT_XL, "autocast", "fused", recompute="none")
+    two = counted((128, *DIT_XL[1:]), "autocast", "fused", recompute="none")
     # gelu between its two matmuls; and their two sums over chunks, with gelu's own sum
     assert (two[0] - one[0], two[1] - one[1]) == (3, 3 + 2 + 2)
 
 
 def test_without_autocast_nothing_is_cast_in_the_forward(counted):
-    autocast = counted(DIT_XL, "autocast", "fused", rung="none")
-    assert counted(DIT_XL, "bfloat16", "fused", rung="none")[0] == autocast[0] - 1
+    autocast = counted(DIT_XL, "autocast", "fused", recompute="none")
+    assert counted(DIT_XL, "bfloat16", "fused", recompute="none")[0] == autocast[0] - 1
 
 
 def test_what_a_compiler_makes_is_not_counted(counted):

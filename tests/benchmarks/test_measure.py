@@ -182,12 +182,12 @@ def test_saved_storages_count_once_and_parameters_not_at_all(bench):
 
 
 @pytest.mark.parametrize(
-    ("impl", "rung"),
+    ("impl", "recompute"),
     [("eager", None), ("fused", "none"), ("fused", "qkv"), ("checkpointed", None)],
 )
-def test_what_is_saved_is_what_the_forward_leaves_alive(bench, small_case, impl, rung):
+def test_what_is_saved_is_what_the_forward_leaves_alive(bench, small_case, impl, recompute):
     measure, (case, inputs) = bench("measure"), small_case
-    run = bench("layer_case").Competitor(impl, rung).function(case.H)
+    run = bench("layer_case").Competitor(impl, recompute).function(case.H)
     with torch.no_grad():
         run(inputs.x, inputs.modulation, inputs.weights)
 

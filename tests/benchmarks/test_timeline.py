@@ -45,7 +45,7 @@ def test_rows_say_where_they_come_from_and_that_nothing_ran(rows):
         assert (row["device"], row["driver"], row["memory"]) == ("H100", None, "predicted")
         assert row["command"] == "python benchmarks/timeline.py --family vit"
         assert row["torch"] == torch.__version__ and "commit" in row
-        assert row["implementation"] == ("triton" if row["rung"] else "torch")
+        assert row["implementation"] == ("triton" if row["recompute"] else "torch")
 
 
 def test_the_levels_reach_the_peak(rows, timeline):
@@ -63,10 +63,10 @@ def test_the_levels_reach_the_peak(rows, timeline):
 
 def test_one_way_has_what_it_is_told(timeline):
     options = timeline.Options(
-        **SMALL, methods=("block_fused",), rung="qkv", resident="all", target="a100"
+        **SMALL, methods=("block_fused",), recompute="qkv", resident="all", target="a100"
     )
     (row,) = timeline.rows_of(options)
-    assert (row["rung"], row["resident"], row["device"]) == ("qkv", "all", "A100")
+    assert (row["recompute"], row["resident"], row["device"]) == ("qkv", "all", "A100")
 
 
 def test_a_gpu_that_is_here_is_predicted_under_its_own_name(timeline, monkeypatch):
@@ -92,7 +92,7 @@ def test_the_table_can_be_read(timeline, rows, bench, capsys):
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"dtype": "float16"}, "dtype must be one of float32, autocast, got float16"),
-        ({"rung": "all"}, "rung must be one of none, attention, .*, got all"),
+        ({"recompute": "all"}, "recompute must be one of none, attention, .*, got all"),
         ({"resident": "none"}, "resident must be one of all, block, got none"),
         ({"methods": ("fused",)}, "methods must be of end_to_end, .*, got fused"),
         ({"budget": 2.0}, "budget must be from 0 to 1, got 2.0"),

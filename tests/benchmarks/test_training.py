@@ -28,7 +28,7 @@ def rows(training):
     """Of every method that compiles nothing."""
     methods = tuple(method for method in training.METHODS if method != "compiled")
     options = training.Options(
-        **SMALL, methods=methods, num_blocks=(1, 2), rungs=("none", "layer"), rounds=4
+        **SMALL, methods=methods, num_blocks=(1, 2), recompute=("none", "layer"), rounds=4
     )
     return rows_by(training, options)
 
@@ -55,13 +55,13 @@ def test_rows_have_what_a_report_reads(rows, tmp_path, monkeypatch, bench):
 
 
 def test_a_row_tells_what_its_way_keeps(rows):
-    saved = {(r["method"], r["num_blocks"], r["rung"]): r["saved_bytes"] for r in rows}
+    saved = {(r["method"], r["num_blocks"], r["recompute"]): r["saved_bytes"] for r in rows}
     whole = saved["end_to_end", 1, None]
     assert saved["checkpointed", 1, None] < saved["selective", 1, None] < whole
     # of 5 layers the larger block has 3
     assert 0.55 * whole < saved["block_stock", 2, None] < 0.7 * whole
     for count in (1, 2):
-        layer, none = (saved["block_fused", count, rung] for rung in ("layer", "none"))
+        layer, none = (saved["block_fused", count, recompute] for recompute in ("layer", "none"))
         assert layer < none < (saved["block_stock", 2, None] if count == 2 else whole)
 
 
@@ -75,7 +75,7 @@ def test_a_peak_is_what_its_categories_add_up_to(rows):
 
 
 def test_operations_are_averaged_over_blocks_that_differ(rows):
-    flops = {(r["method"], r["num_blocks"], r["rung"]): r["flops"] for r in rows}
+    flops = {(r["method"], r["num_blocks"], r["recompute"]): r["flops"] for r in rows}
     whole, half = flops["end_to_end", 1, None], flops["block_stock", 2, None]
     # the stem and the head are in every step, and in 4 samples of 17 tokens weigh little
     assert whole / 2 <= half < 0.55 * whole
@@ -105,7 +105,7 @@ def test_one_rehearsal_tells_both_what_all_blocks_need_and_one(training, bench):
         target="h100",
         methods=("block_fused",),
         num_blocks=(2,),
-        rungs=("qkv",),
+        recompute=("qkv",),
         gradients=("kept",),
     )
     rows = rows_by(training, options)
@@ -205,7 +205,7 @@ def test_a_rehearsal_runs_what_a_gpu_alone_measures(training, bench):
         **SMALL | {"family": "dit", "preset": ("rehearsal",), "batch": 2},
         methods=("block_fused", "compiled"),
         num_blocks=(1, 3),
-        rungs=("none", "layer"),
+        recompute=("none", "layer"),
         budgets=(1.0,),
         resident=("all", "block"),
         resident_at=(3,),
@@ -215,7 +215,7 @@ def test_a_rehearsal_runs_what_a_gpu_alone_measures(training, bench):
     )
     with bench("rehearsal").rehearsing(True):
         rows = rows_by(training, options)
-    ways = [(row["method"], row["num_blocks"], row["rung"], row["resident"]) for row in rows]
+    ways = [(row["method"], row["num_blocks"], row["recompute"], row["resident"]) for row in rows]
     assert ways.count(("block_fused", 3, "layer", "block")) == 1 and len(ways) == 7
     assert all(row["step_ms"] > 0 and row["memory"] == "measured" for row in rows)
     assert [row["swap_ms"] > 0 for row in rows if row["resident"] == "block"] == [True, True]
@@ -253,7 +253,7 @@ def test_the_command_of_a_row_prints_a_table_when_it_is_repeated(bench, monkeypa
     [
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"methods": ("sgd",)}, "methods must be of end_to_end, .*, got sgd"),
-        ({"rungs": ("all",)}, "rungs must be of none, .*, got all"),
+        ({"recompute": ("all",)}, "recompute must be of none, .*, got all"),
         ({"dtype": ("float16",)}, "dtype must be of float32, autocast, got float16"),
         ({"resident": ("host",)}, "resident must be of all, block, got host"),
         ({"resident": ("block",)}, "resident must be all on a CPU, .* got block"),

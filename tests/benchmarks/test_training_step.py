@@ -90,7 +90,7 @@ def test_ways_train_the_same_parameters_with_the_same_state(bench, made):
     ]
     assert moments[0] == moments[1] == moments[2]
     assert {buffer.device.type for buffer in trainers[2].models.buffers()} == {"cpu"}
-    assert trainers[2].models.model.layers[0].config.keep == "qkv"
+    assert trainers[2].models.model.layers[0].config.recompute == "qkv"
 
 
 def test_ways_have_the_same_noise_and_loss(bench, made):
@@ -125,21 +125,21 @@ def test_steps_take_the_blocks_in_turn(bench, made):
     assert [trainer.parts[f"block{i}"].steps for i in range(3)] == [2, 1, 1]
 
 
-def test_rungs_of_one_resident_block_are_one_trainers(bench, made):
+def test_policies_of_one_resident_block_are_one_trainers(bench, made):
     Way, step = bench("training_case").Way, bench("training_step")
     case = bench("training_case").TrainingCase("dit", "tiny", 4, "float32")
     made(Way("end_to_end"))  # the tiny preset is there now
-    ways = [Way("block_fused", 2, rung, resident="block") for rung in ("none", "layer")]
+    ways = [Way("block_fused", 2, recompute, resident="block") for recompute in ("none", "layer")]
     steps = {}
     for way in ways:
         steps[way] = step.make_steps(case, way, CPU, steps)
     none, layer = steps.values()
     assert none.trainer is layer.trainer
-    rungs = []
+    policies = []
     for each in (none, layer, none):
         each()
-        rungs.append({of.config.keep for of in each.trainer.models.model.layers})
-    assert rungs == [{"none"}, {"layer"}, {"none"}]
+        policies.append({of.config.recompute for of in each.trainer.models.model.layers})
+    assert policies == [{"none"}, {"layer"}, {"none"}]
 
 
 def test_a_step_finds_another_block_on_the_device_than_its_own(bench, made):

@@ -1,7 +1,7 @@
 """A model that is easy to reckon with, in place of rehearsals."""
 
 from dbkernels.memory.trace import CATEGORIES
-from dbkernels.ops.rung import RUNGS
+from dbkernels.ops.recompute import POLICIES
 from dbkernels.training.need import Need
 
 MiB = 2**20
@@ -11,7 +11,7 @@ def reckoned(setting, config, target):
     """As `need`: a MiB per layer, sample and unit; 30 per layer, 16 for the head."""
     depth, batch = config.model.depth, config.trainer.batch_size
     layers = depth // setting.num_blocks
-    grown = MiB * setting.micro_batch * layers * RUNGS[setting.keep].units
+    grown = MiB * setting.micro_batch * layers * POLICIES[setting.recompute].units
     found = {}
     for resident, held in (("all", depth), ("block", layers)):
         sizes = {"parameters": 4 + 10 * held, "optimizer": 12 + 20 * held}
@@ -20,7 +20,7 @@ def reckoned(setting, config, target):
         found[resident] = Need(
             peak_bytes=sum(by_category.values()) + MiB,
             by_category=by_category,
-            flops=10**12 * (20 - RUNGS[setting.keep].units),
+            flops=10**12 * (20 - POLICIES[setting.recompute].units),
             ops=1000 * batch // setting.micro_batch,
             swapped=0 if resident == "all" else 60 * MiB * depth,
         )

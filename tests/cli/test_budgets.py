@@ -7,7 +7,16 @@ import dbkernels.cli.budgets as module
 from dbkernels.cli.budgets import Held, held
 from dbkernels.memory.budget import Budget
 
-FAST = ["--batch", "2", "--num-blocks", "6", "--methods", "block_fused", "--rungs", "none,layer"]
+FAST = [
+    "--batch",
+    "2",
+    "--num-blocks",
+    "6",
+    "--methods",
+    "block_fused",
+    "--recompute",
+    "none,layer",
+]
 SETTINGS = {
     "family": "vit",
     "preset": "digits",
@@ -17,7 +26,7 @@ SETTINGS = {
     "target": "h100",
     "method": "block_fused",
     "num_blocks": 6,
-    "rung": "none",
+    "recompute": "none",
     "resident": "all",
 }
 
@@ -41,7 +50,7 @@ def written(cli, tmp_path):
 
 def test_what_profile_writes_it_holds(cli, written):
     rows = written()
-    assert [row["settings"]["rung"] for row in rows] == ["none", "none", "layer", "layer"]
+    assert [row["settings"]["recompute"] for row in rows] == ["none", "none", "layer", "layer"]
     assert [row["settings"]["resident"] for row in rows] == ["all", "block"] * 2
     assert rows[0]["settings"] == SETTINGS
     outcome = cli("profile", "--check", "budgets.json")
@@ -126,10 +135,13 @@ def test_write_replaces_rows_of_the_same_settings_alone(cli, written):
     [
         ({"preset": "huge"}, "row 1 of budgets.json, which is stale, must be of what there is: "),
         ({"family": "gpt"}, "family in row 1 of budgets.json, which is stale, must be of vit, dit"),
-        ({"rung": "some"}, "rung in row 1 of budgets.json, which is stale, must be of none, "),
+        (
+            {"recompute": "some"},
+            "recompute in row 1 of budgets.json, which is stale, must be of none, ",
+        ),
         (
             {"method": "end_to_end"},
-            "rung in row 1 of budgets.json, which is stale, must be of null",
+            "recompute in row 1 of budgets.json, which is stale, must be of null",
         ),
         ({"method": "compiled"}, "method in row 1 of budgets.json, which is stale, must be of end"),
         ({"resident": "some"}, "resident in row 1 of budgets.json, which is stale, must be of all"),
@@ -141,7 +153,7 @@ def test_write_replaces_rows_of_the_same_settings_alone(cli, written):
         ({"target": "tpu"}, "target must be one of cpu, a100, h100, h200, b200, got tpu"),
         ({"batch": 0}, "batch_size must be at least 1, got 0"),
         ({"batch": True}, "batch in row 1 of budgets.json must be int, got true"),
-        ({"rung": 1}, "rung in row 1 of budgets.json must be str or null, got 1"),
+        ({"recompute": 1}, "recompute in row 1 of budgets.json must be str or null, got 1"),
         ({"depth": 1}, "settings in row 1 of budgets.json must be family, preset, "),
     ],
 )
@@ -183,7 +195,7 @@ def test_a_compilers_choice_is_not_held(tmp_path):
 
 def test_both_choices_of_what_is_resident_take_one_rehearsal(written, tmp_path, monkeypatch):
     calls, real = [], module._predicted
-    monkeypatch.setattr(module, "_predicted", lambda s: calls.append(s["rung"]) or real(s))
+    monkeypatch.setattr(module, "_predicted", lambda s: calls.append(s["recompute"]) or real(s))
     written()
     assert len(held(tmp_path / "budgets.json")) == 4
     assert calls == ["none", "layer"]

@@ -49,7 +49,7 @@ def test_where_nothing_fits_the_smallest_plan_and_a_smaller_preset_are_told(ask)
     assert found.plans == [] and found.largest is None
     assert (found.smallest.setting, found.smallest.resident) == (Setting(12, "layer", 1), "block")
     narrow, _ = ask(40, autocast=True)
-    assert narrow.smallest.setting == Setting(12, "rounded", 1)
+    assert narrow.smallest.setting == Setting(12, "layer_narrow", 1)
 
 
 def test_the_largest_preset_has_the_widest_and_most_layers(ask, monkeypatch):

@@ -52,8 +52,8 @@ def test_the_screen_fits_and_leads_with_what_limits(planned):
     plans = [row for row in every if row["row"] == "plan"]
     at = next(i for i, line in enumerate(lines) if line.strip().startswith("blocks"))
     for row, line in zip(plans, lines[at + 2 :], strict=False):
-        count, rung, resident, micro_batch, peak, time = (c.strip() for c in line.split("│"))
-        assert (int(count), rung) == (row["num_blocks"], row["rung"])
+        count, recompute, resident, micro_batch, peak, time = (c.strip() for c in line.split("│"))
+        assert (int(count), recompute) == (row["num_blocks"], row["recompute"])
         assert resident == {"all": "all blocks", "block": "one block"}[row["resident"]]
         assert int(micro_batch) == row["micro_batch"] and peak.endswith("iB")
         assert time == f"{row['relative_time']:.2f}"
@@ -72,7 +72,7 @@ def test_the_command_has_every_choice_that_differs_from_the_defaults(planned):
     one = next(row for row in plans if row["resident"] == "block")
     start = "python -m dbkernels train dit --preset digits --batch-size 64"
     cut = 64 // one["micro_batch"]
-    middle = f"--num-blocks {one['num_blocks']} --keep {one['rung']}"
+    middle = f"--num-blocks {one['num_blocks']} --recompute {one['recompute']}"
     end = "--resident block --visit 0 --autocast"
     assert cut > 1
     assert one["command"] == f"{start} {middle} --accumulate {cut} {end}"

@@ -12,8 +12,8 @@ from dbkernels.memory.trace import CATEGORIES
 from dbkernels.memory.workspace import TARGETS
 
 FAST = ["--batch", "2", "--steps", "1", "--device", "cpu"]
-ONE = ["--methods", "block_fused", "--rungs", "qkv", "--num-blocks", "6", "--resident", "block"]
-FEW = ["--methods", "end_to_end,block_fused", "--rungs", "none", "--num-blocks", "1,6"]
+ONE = ["--methods", "block_fused", "--recompute", "qkv", "--num-blocks", "6", "--resident", "block"]
+FEW = ["--methods", "end_to_end,block_fused", "--recompute", "none", "--num-blocks", "1,6"]
 
 
 def rows(outcome):
@@ -23,7 +23,7 @@ def rows(outcome):
 
 def test_json_has_a_row_for_every_way_of_training(cli):
     found = rows(cli("profile", "--batch", "2", "--num-blocks", "12", "--json"))
-    keys = {(r["method"], r["num_blocks"], r["rung"], r["resident"]) for r in found}
+    keys = {(r["method"], r["num_blocks"], r["recompute"], r["resident"]) for r in found}
     assert len(keys) == len(found) == 2 * (4 + 1 + 6)
     for row in found:
         assert set(row["by_category"]) == set(CATEGORIES)
@@ -72,7 +72,7 @@ def test_one_block_at_a_time_is_measured_on_a_gpu(cli, monkeypatch):
     asked, gpu = [], SimpleNamespace(type="gpu")
 
     def measured(case, resident, config, **settings):
-        asked.append((case.method, case.num_blocks, case.rung, resident, settings))
+        asked.append((case.method, case.num_blocks, case.recompute, resident, settings))
         return {"measured_allocated_bytes": 1}
 
     monkeypatch.setattr(profile, "pick_device", lambda name: gpu)
@@ -141,7 +141,7 @@ def test_one_step_is_written_and_drawn(cli, tmp_path):
     snapshot = pickle.loads((tmp_path / "step.pickle").read_bytes())
     reserved = sum(segment["total_size"] for segment in snapshot["segments"])
     assert reserved == row["peak_reserved_bytes"]
-    assert "block_fused, rung qkv, 6 blocks" in (tmp_path / "step.svg").read_text()
+    assert "block_fused, recompute qkv, 6 blocks" in (tmp_path / "step.svg").read_text()
 
 
 @pytest.mark.parametrize(
@@ -156,11 +156,14 @@ def test_one_step_is_written_and_drawn(cli, tmp_path):
         ("--device tpu --measure", "device must be auto, cpu or cuda, got tpu"),
         ("--budget 1.5", "budget must be from 0 to 1, got 1.5"),
         ("--methods fused", "methods must be of end_to_end, checkpointed, selective, compiled, "),
-        ("--rungs all", "rungs must be of none, attention, mlp, qkv, layer, rounded, got all"),
+        (
+            "--recompute all",
+            "recompute must be of none, attention, mlp, qkv, layer, layer_narrow, got all",
+        ),
         ("--resident none", "resident must be of all, block, got none"),
         ("--target v100", "target must be one of cpu, a100, h100, h200, b200, got v100"),
         ("--target h100 --measure", "target must be auto for measure, got h100"),
-        ("--timeline t.pickle", "timeline and picture show one step, which methods, num_blocks, "),
+        ("--timeline t.pickle", "timeline and picture show one step: methods, num_blocks, "),
     ],
 )
 def test_rejects(cli, flags, message):

@@ -79,7 +79,7 @@ def test_what_a_gpu_tells_stands_before_what_the_tracker_saw(config, monkeypatch
     assert found["steady_step"] == steady and found["measured_saved_bytes"] == 9
     ((config, shape, ways),) = asked
     assert config.trainer.resident == "block" and config.partition.num_blocks == 6
-    assert config.model.keep == "qkv" and shape == (4, 1, 8, 8)
+    assert config.model.recompute == "qkv" and shape == (4, 1, 8, 8)
     assert ways["baseline"] is None
 
 

@@ -5,7 +5,7 @@ from dbkernels.cli.profile_rows import METHODS, RESIDENT, Case, cases, configure
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.memory.workspace import TARGETS
 from dbkernels.models import DiTConfig
-from dbkernels.ops.rung import RUNGS, rungs_of
+from dbkernels.ops.recompute import POLICIES, policies_of
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer import TrainerConfig
 
@@ -29,34 +29,36 @@ def found(todo, resident=RESIDENT):
 
 
 def test_end_to_end_is_one_case_and_blocks_are_one_for_each_number():
-    every = cases(METHODS, [1, 2, 4], list(RUNGS))
+    every = cases(METHODS, [1, 2, 4], list(POLICIES))
     alone = [case for case in every if not case.method.startswith("block")]
-    assert [(case.num_blocks, case.rung) for case in alone] == [(1, None)] * 4
+    assert [(case.num_blocks, case.recompute) for case in alone] == [(1, None)] * 4
     stock = [case.num_blocks for case in every if case.method == "block_stock"]
     assert stock == [2, 4]  # with one block it is end to end
-    fused = {(c.num_blocks, c.rung) for c in every if c.method == "block_fused"}
-    assert fused == {(count, rung) for count in (1, 2, 4) for rung in RUNGS}
+    fused = {(c.num_blocks, c.recompute) for c in every if c.method == "block_fused"}
+    assert fused == {(count, recompute) for count in (1, 2, 4) for recompute in POLICIES}
 
 
 def test_one_block_of_plain_torch_is_there_where_end_to_end_is_not():
     assert cases(["block_stock"], [1], ["none"]) == [Case("block_stock", 1, None)]
 
 
-def test_a_case_decides_blocks_and_rung_and_nothing_else():
+def test_a_case_decides_blocks_and_policy_and_nothing_else():
     config = configured(Case("block_fused", 2, "layer"), CONFIG)
-    assert (config.partition.num_blocks, config.model.keep) == (2, "layer")
+    assert (config.partition.num_blocks, config.model.recompute) == (2, "layer")
     assert configured(Case("end_to_end", CONFIG.partition.num_blocks, None), CONFIG) == CONFIG
 
 
 def test_rows_come_in_order_with_what_is_on_the_device():
     todo = [Case("end_to_end", 1, None), Case("block_fused", 2, "qkv")]
-    keys = [(r["method"], r["num_blocks"], r["rung"], r["resident"]) for r in found(todo)]
+    keys = [(r["method"], r["num_blocks"], r["recompute"], r["resident"]) for r in found(todo)]
     assert keys == [(*case.__dict__.values(), name) for case in todo for name in RESIDENT]
     assert [row["resident"] for row in found(todo, ["block"])] == ["block"] * 2
 
 
-def test_less_is_kept_from_rung_to_rung_and_more_computed():
-    ladder = found([Case("block_fused", 2, rung) for rung in rungs_of(mixed=False)], ["block"])
+def test_less_is_kept_from_policy_to_policy_and_more_computed():
+    ladder = found(
+        [Case("block_fused", 2, recompute) for recompute in policies_of(mixed=False)], ["block"]
+    )
     saved = [row["saved_bytes"] for row in ladder]
     flops = [row["flops"] for row in ladder]
     assert saved == sorted(saved, reverse=True) and len(set(saved)) == len(saved)
@@ -81,7 +83,7 @@ def test_several_processes_find_what_one_does(monkeypatch):
 
 
 def test_names_are_checked():
-    assert profile_rows.check_rungs("none,layer") == ["none", "layer"]
-    assert profile_rows.check_rungs("qkv, none,qkv") == ["qkv", "none"]
-    with pytest.raises(ValueError, match=r"rungs must be of none, attention, .*, got all"):
-        profile_rows.check_rungs("none,all")
+    assert profile_rows.check_recompute("none,layer") == ["none", "layer"]
+    assert profile_rows.check_recompute("qkv, none,qkv") == ["qkv", "none"]
+    with pytest.raises(ValueError, match=r"recompute must be of none, attention, .*, got all"):
+        profile_rows.check_recompute("none,all")

@@ -15,7 +15,7 @@ from dbkernels.memory.trace import CATEGORIES
 GiB = 2**30
 
 
-def row(method="block_fused", num_blocks=2, rung="none", resident="all", size=GiB, **more):
+def row(method="block_fused", num_blocks=2, recompute="none", resident="all", size=GiB, **more):
     return {
         "family": "dit",
         "preset": "XL/2",
@@ -25,7 +25,7 @@ def row(method="block_fused", num_blocks=2, rung="none", resident="all", size=Gi
         "target": "h100",
         "method": method,
         "num_blocks": num_blocks,
-        "rung": rung,
+        "recompute": recompute,
         "resident": resident,
         "peak_allocated_bytes": size,
         "peak_reserved_bytes": 2 * size,
@@ -117,7 +117,9 @@ def test_the_longest_of_measured_rows_fits_a_line():
     taken = {"measured_allocated_bytes": GiB // 2}
     times = {"seconds_per_step": 12.3, "seconds_per_sweep": 98.7}
     lines = printed(
-        measured_table([row(num_blocks=12, rung="attention", resident="block", **taken, **times)])
+        measured_table(
+            [row(num_blocks=12, recompute="attention", resident="block", **taken, **times)]
+        )
     )
     assert cells(lines[-1])[:2] == ["fused attention", "12, block"]
 

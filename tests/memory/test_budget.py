@@ -17,7 +17,7 @@ from dbkernels.memory.trace import CATEGORIES
 
 PARTS = {name: i for i, name in enumerate(CATEGORIES, 1)}
 ROW = {
-    "settings": {"preset": "S/2", "rung": None},
+    "settings": {"preset": "S/2", "recompute": None},
     "peak_allocated_bytes": sum(PARTS.values()),
     "by_category": PARTS,
 }

@@ -12,15 +12,15 @@ def found(tmp_path_factory):
     return load_file(args[1])
 
 
-def by_name(found, way, keep):
-    prefix = f"{way}/{keep}/"
+def by_name(found, way, recompute):
+    prefix = f"{way}/{recompute}/"
     return {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix)}
 
 
-@pytest.mark.parametrize("keep", ["none", "layer"])
+@pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_processes_have_the_gradients_of_one(way, keep, found):
-    alone, halves = by_name(found, "alone", keep), by_name(found, way, keep)
+def test_two_processes_have_the_gradients_of_one(way, recompute, found):
+    alone, halves = by_name(found, "alone", recompute), by_name(found, way, recompute)
     torch.testing.assert_close(halves.pop("out"), alone.pop("out")[:2])
     assert halves.keys() == alone.keys() and len(alone) == 12
     for name, grad in alone.items():
@@ -28,9 +28,9 @@ def test_two_processes_have_the_gradients_of_one(way, keep, found):
         torch.testing.assert_close(WORLD * halves[name], grad, msg=name)
 
 
-@pytest.mark.parametrize("keep", ["none", "layer"])
-def test_weights_sharded_in_float64_may_be_gathered_in_bfloat16(keep, found):
-    alone, halves = by_name(found, "alone", keep), by_name(found, "fsdp bfloat16", keep)
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_weights_sharded_in_float64_may_be_gathered_in_bfloat16(recompute, found):
+    alone, halves = by_name(found, "alone", recompute), by_name(found, "fsdp bfloat16", recompute)
     assert halves.pop("out").dtype == torch.bfloat16
     for name, grad in halves.items():
         assert grad.dtype == torch.float64

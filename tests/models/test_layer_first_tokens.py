@@ -14,7 +14,7 @@ B, T, D, H = 3, 5, 12, 3
 CONFIGS = [
     LayerConfig(D, H, 20, 7),
     LayerConfig(D, H, 20, 7, "rms", affine=True, mlp="swiglu", qk_norm=True, bias=False),
-    LayerConfig(D, H, 20, 7, affine=True, keep="qkv"),
+    LayerConfig(D, H, 20, 7, affine=True, recompute="qkv"),
 ]
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models.tiny import randomise
-from ops.one_layer import KEEPS, SAME_BITS, assert_same_bits, saved_by
+from ops.one_layer import EVERY_POLICY, SAME_BITS, assert_same_bits, saved_by
 from torch import nn
 
 from dbkernels.models.layer import AdaLNLayer, LayerConfig
@@ -27,26 +27,26 @@ def gradients(layer, *args):
     return {name: p.grad for name, p in layer.named_parameters()}
 
 
-def test_each_rung_reaches_the_op_and_gives_the_same_gradients():
+def test_each_policy_reaches_the_op_and_gives_the_same_gradients():
     weights, args = randomise(AdaLNLayer(CONFIG)).state_dict(), inputs()
     kept_bytes, results = [], []
-    for keep in KEEPS:
-        layer = AdaLNLayer(replace(CONFIG, keep=keep))
+    for recompute in EVERY_POLICY:
+        layer = AdaLNLayer(replace(CONFIG, recompute=recompute))
         layer.load_state_dict(weights)
         _, kept = saved_by(lambda layer=layer: layer(*args))
         kept_bytes.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
         results.append(gradients(layer, *args))
     assert kept_bytes == sorted(kept_bytes, reverse=True)
     # in float32 there is nothing to round
-    assert len(set(kept_bytes)) == len(SAME_BITS) == len(KEEPS) - 1
+    assert len(set(kept_bytes)) == len(SAME_BITS) == len(EVERY_POLICY) - 1
     for result in results[1:]:
         assert_same_bits(result, results[0])
 
 
-def test_rejects_an_unknown_rung():
-    message = "keep must be one of none, attention, mlp, qkv, layer, rounded, got all"
+def test_rejects_an_unknown_policy():
+    message = "recompute must be one of none, attention, mlp, qkv, layer, layer_narrow, got all"
     with pytest.raises(ValueError, match=message):
-        AdaLNLayer(replace(CONFIG, keep="all"))
+        AdaLNLayer(replace(CONFIG, recompute="all"))
 
 
 class Wrapped(nn.Linear):

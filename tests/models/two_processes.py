@@ -17,9 +17,9 @@ CONFIG = LayerConfig(D=24, H=3, mlp_hidden=40, cond_dim=7, qk_norm=True)
 WORLD = 2
 
 
-def make_layer(keep):
+def make_layer(recompute):
     torch.manual_seed(0)
-    config = LayerConfig(**{**vars(CONFIG), "keep": keep})
+    config = LayerConfig(**{**vars(CONFIG), "recompute": recompute})
     return randomise(AdaLNLayer(config)).double()
 
 
@@ -46,19 +46,19 @@ def work(rank, rendezvous, results):
     whole = draw(4, 5, 24) + 2, draw(4, 7)
     half = [t.chunk(WORLD)[rank] for t in whole]
     ways = {
-        "alone": lambda keep: gradients(make_layer(keep), whole),
-        "ddp": lambda keep: gradients(DistributedDataParallel(make_layer(keep)), half),
-        "fsdp": lambda keep: gradients(sharded(make_layer(keep)), half, steps=2),
-        "fsdp bfloat16": lambda keep: gradients(
-            sharded(make_layer(keep), mp_policy=MixedPrecisionPolicy(torch.bfloat16)), half
+        "alone": lambda recompute: gradients(make_layer(recompute), whole),
+        "ddp": lambda recompute: gradients(DistributedDataParallel(make_layer(recompute)), half),
+        "fsdp": lambda recompute: gradients(sharded(make_layer(recompute)), half, steps=2),
+        "fsdp bfloat16": lambda recompute: gradients(
+            sharded(make_layer(recompute), mp_policy=MixedPrecisionPolicy(torch.bfloat16)), half
         ),
     }
     found = {}
     for way, run in ways.items():
-        for keep in ("none", "layer"):
-            for name, t in run(keep).items():
+        for recompute in ("none", "layer"):
+            for name, t in run(recompute).items():
                 full = t.full_tensor() if hasattr(t, "full_tensor") else t
-                found[f"{way}/{keep}/{name}"] = full.contiguous()
+                found[f"{way}/{recompute}/{name}"] = full.contiguous()
     if rank == 0:
         save_file(found, results)
     dist.barrier()

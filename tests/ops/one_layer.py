@@ -6,10 +6,10 @@ import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
 
 from dbkernels.models.rotary import rotary_table
-from dbkernels.ops import RUNGS, LayerWeights, adaln_layer, reference
+from dbkernels.ops import POLICIES, LayerWeights, adaln_layer, reference
 
-KEEPS = list(RUNGS)
-SAME_BITS = [keep for keep, rung in RUNGS.items() if not rung.rounds]
+EVERY_POLICY = list(POLICIES)
+SAME_BITS = [recompute for recompute, policy in POLICIES.items() if not policy.narrow]
 NAMES = ("mlp", "norm", "bias", "qk_norm", "rotated", "per_token")
 ALL_OPTIONS = [
     dict(zip(NAMES, values, strict=True))

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from ops.one_layer import KEEPS, OneLayer
+from ops.one_layer import EVERY_POLICY, OneLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels.memory.measure import measure_peak
-from dbkernels.ops import RUNGS
+from dbkernels.ops import POLICIES
 from dbkernels.ops import _layer_call as layer_module
 from dbkernels.ops import _mlp_branch as mlp_module
 from dbkernels.ops._layer_call import LayerCall, _buffer
@@ -19,16 +19,16 @@ B, T, D, H = 2, 5, 24, 3
 WANTED = frozenset(LayerWeights._fields)
 
 
-def layer_call(keep="none", samples=B, tokens=None, **options):
+def layer_call(recompute="none", samples=B, tokens=None, **options):
     layer = OneLayer(samples, T, D, H, **options)
     norm = NormOptions(1e-6, True, layer.weights.qkv_weight.dtype)
-    told = LayerOptions(H, layer.options["mlp"], norm, keep, tokens)
+    told = LayerOptions(H, layer.options["mlp"], norm, recompute, tokens)
     x, modulation = layer.tensors["x"], layer.tensors["modulation"].flatten(0, -2)
     return LayerCall(x, modulation, layer.options["rotary"], layer.weights, told)
 
 
 def kept_by(call, activations):
-    keeps = RUNGS[call.options.keep].keeps
+    keeps = POLICIES[call.options.recompute].keeps
     return Activations(*(t if n in keeps else None for n, t in activations._asdict().items()))
 
 
@@ -92,12 +92,12 @@ def test_the_first_tokens_are_a_call_of_their_own_with_their_conditions(tokens):
         assert layer_call(per_token=per_token).first().x.shape == (B, T, D)
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-def test_hidden_is_made_only_for_a_rung_that_keeps_it(keep):
-    _, activations = layer_call(keep).forward()
-    assert (activations.hidden is not None) == ("hidden" in RUNGS[keep].keeps)
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+def test_hidden_is_made_only_for_a_policy_that_keeps_it(recompute):
+    _, activations = layer_call(recompute).forward()
+    assert (activations.hidden is not None) == ("hidden" in POLICIES[recompute].keeps)
     others = [t is not None for n, t in activations._asdict().items() if n not in ("q", "hidden")]
-    assert set(others) == {bool(RUNGS[keep].keeps)}
+    assert set(others) == {bool(POLICIES[recompute].keeps)}
 
 
 def test_tokens_are_grouped_by_the_sample_whose_condition_they_share():
@@ -108,9 +108,9 @@ def test_tokens_are_grouped_by_the_sample_whose_condition_they_share():
 
 
 @pytest.mark.parametrize("options", [{"qk_norm": False}, {"qk_norm": True, "rotated": True}])
-@pytest.mark.parametrize("keep", KEEPS)
-def test_owned_activations_are_written_over_and_the_gradients_are_the_same(keep, options):
-    call = layer_call(keep, **options)
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+def test_owned_activations_are_written_over_and_the_gradients_are_the_same(recompute, options):
+    call = layer_call(recompute, **options)
     _, activations = call.forward()
     kept = kept_by(call, activations)
     before = {n: t.clone() for n, t in kept._asdict().items() if t is not None}
@@ -120,7 +120,7 @@ def test_owned_activations_are_written_over_and_the_gradients_are_the_same(keep,
         assert torch.equal(grad, expected[name]), name
     changed = {n for n, t in before.items() if not torch.equal(getattr(kept, n), t)}
     reusable = {"a", "m", "hidden"} | (set() if options["qk_norm"] else {"qkv"})
-    assert changed == reusable & RUNGS[keep].keeps
+    assert changed == reusable & POLICIES[recompute].keeps
 
 
 def test_whoever_else_saved_what_is_written_over_gets_an_error():
@@ -134,8 +134,8 @@ def test_whoever_else_saved_what_is_written_over_gets_an_error():
 
 
 def test_what_is_owned_lowers_the_peak():
-    def peak(keep, owned):
-        call = layer_call(keep, qk_norm=False)
+    def peak(recompute, owned):
+        call = layer_call(recompute, qk_norm=False)
         kept = kept_by(call, call.forward()[1])
         return measure_peak(
             lambda: backward(call, kept, owned=owned), model=nn.Module(), inputs=[call.x]
@@ -147,10 +147,10 @@ def test_what_is_owned_lowers_the_peak():
     assert peak("layer", owned=True) == peak("layer", owned=False)
 
 
-@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
-def test_small_chunks_change_rounding_only(mlp, keep, monkeypatch):
-    call = layer_call(keep, mlp=mlp, dtypes=(torch.float64,) * 3)
+def test_small_chunks_change_rounding_only(mlp, recompute, monkeypatch):
+    call = layer_call(recompute, mlp=mlp, dtypes=(torch.float64,) * 3)
     whole, activations = call.forward()
     expected = backward(call, kept_by(call, activations))
     monkeypatch.setattr(mlp_module, "CHUNK", 3)  # the last of four has one token
@@ -170,10 +170,10 @@ def test_small_chunks_change_rounding_only(mlp, keep, monkeypatch):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("keep", ["qkv", "layer"])
+@pytest.mark.parametrize("recompute", ["qkv", "layer"])
 @pytest.mark.parametrize("part", [2 * T, 1])
-def test_a_few_samples_at_a_time_change_rounding_only(part, keep, options, monkeypatch):
-    call = layer_call(keep, samples=5, dtypes=(torch.float64,) * 3, **options)
+def test_a_few_samples_at_a_time_change_rounding_only(part, recompute, options, monkeypatch):
+    call = layer_call(recompute, samples=5, dtypes=(torch.float64,) * 3, **options)
     whole, activations = call.forward()
     expected = backward(call, kept_by(call, activations))
     monkeypatch.setattr(layer_module, "PART", part)
@@ -185,9 +185,9 @@ def test_a_few_samples_at_a_time_change_rounding_only(part, keep, options, monke
 
 
 @pytest.mark.parametrize("tokens", [None, 2])
-@pytest.mark.parametrize("keep", ["qkv", "layer"])
-def test_weights_gradients_of_parts_add_up_in_float32(keep, tokens, monkeypatch):
-    call = layer_call(keep, samples=6, tokens=tokens, dtypes=(torch.bfloat16,) * 3)
+@pytest.mark.parametrize("recompute", ["qkv", "layer"])
+def test_weights_gradients_of_parts_add_up_in_float32(recompute, tokens, monkeypatch):
+    call = layer_call(recompute, samples=6, tokens=tokens, dtypes=(torch.bfloat16,) * 3)
     monkeypatch.setattr(layer_module, "PART", 1)
     grads = backward(call, kept_by(call, call.forward()[1]), owned=True)
     for name in WANTED - {"q_weight", "k_weight"}:
@@ -195,9 +195,9 @@ def test_weights_gradients_of_parts_add_up_in_float32(keep, tokens, monkeypatch)
     assert grads["x"].dtype == grads["modulation"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("keep", ["qkv", "layer"])
-def test_weights_gradients_of_parts_are_not_rounded_before_they_add_up(keep, monkeypatch):
-    call = layer_call(keep, dtypes=(torch.bfloat16,) * 3)
+@pytest.mark.parametrize("recompute", ["qkv", "layer"])
+def test_weights_gradients_of_parts_are_not_rounded_before_they_add_up(recompute, monkeypatch):
+    call = layer_call(recompute, dtypes=(torch.bfloat16,) * 3)
     monkeypatch.setattr(layer_module, "PART", 1)
     grads = backward(call, kept_by(call, call.forward()[1]))
     alone = [
@@ -211,24 +211,24 @@ def test_weights_gradients_of_parts_are_not_rounded_before_they_add_up(keep, mon
 
 
 def test_a_few_samples_at_a_time_lower_the_peak(monkeypatch):
-    def peak(keep):
-        call = layer_call(keep, samples=8)
+    def peak(recompute):
+        call = layer_call(recompute, samples=8)
 
         def step():
             backward(call, kept_by(call, call.forward()[1]), owned=True)
 
         return measure_peak(step, model=nn.Module(), inputs=[call.x]).total_bytes
 
-    whole = {keep: peak(keep) for keep in ("qkv", "layer")}
+    whole = {recompute: peak(recompute) for recompute in ("qkv", "layer")}
     monkeypatch.setattr(layer_module, "PART", 2 * T)
     monkeypatch.setattr(mlp_module, "CHUNK", 2 * T)
     assert peak("layer") < 0.7 * whole["layer"] and peak("qkv") < 0.9 * whole["qkv"]
 
 
 @pytest.mark.parametrize("tokens", [None, 2])
-@pytest.mark.parametrize("keep", KEEPS)
-def test_inputs_are_left_alone(keep, tokens):
-    call = layer_call(keep, qk_norm=False, tokens=tokens)
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+def test_inputs_are_left_alone(recompute, tokens):
+    call = layer_call(recompute, qk_norm=False, tokens=tokens)
     inputs = [call.x, call.modulation, *(w for w in call.weights if w is not None)]
     before = [t.clone() for t in inputs]
     _, activations = call.forward()
@@ -240,13 +240,13 @@ def test_inputs_are_left_alone(keep, tokens):
 # the way of a GPU's, and unlike fake ones can be written by `out=` without one
 @pytest.mark.parametrize("tokens", [None, 1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("keep", KEEPS)
-def test_shapes_without_data(keep, dtype, tokens):
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+def test_shapes_without_data(recompute, dtype, tokens):
     B, T, D, H = 2, 5, 32, 4
     with torch.device("meta"):
         shapes = [(3 * D, D), 3 * D, (D, D), D, (80, D), 80, (D, 80), D, D // H, D // H]
         weights = LayerWeights(*(torch.empty(shape, dtype=dtype) for shape in shapes))
-        options = LayerOptions(H, "gelu", NormOptions(1e-6, True, dtype), keep, tokens)
+        options = LayerOptions(H, "gelu", NormOptions(1e-6, True, dtype), recompute, tokens)
         x, modulation = torch.empty(B, T, D), torch.empty(B, 6 * D)
         call = LayerCall(x, modulation, torch.empty(2, T, D // H), weights, options)
         out, activations = call.forward()
@@ -261,8 +261,10 @@ def test_shapes_without_data(keep, dtype, tokens):
         assert out.dtype == grads["x"].dtype == grads["modulation"].dtype == torch.float32
 
 
-@pytest.mark.parametrize(("keep", "tokens"), [("qkv", 8192), ("layer", 4096), ("none", 5 * 4096)])
-def test_a_gpu_makes_again_as_many_tokens_at_once_as_leave_the_peak_where_it_is(keep, tokens):
+@pytest.mark.parametrize(
+    ("recompute", "tokens"), [("qkv", 8192), ("layer", 4096), ("none", 5 * 4096)]
+)
+def test_a_gpu_makes_again_as_many_tokens_at_once_as_leave_the_peak_where_it_is(recompute, tokens):
     class Parts(TorchDispatchMode):
         def __init__(self):
             super().__init__()
@@ -273,7 +275,7 @@ def test_a_gpu_makes_again_as_many_tokens_at_once_as_leave_the_peak_where_it_is(
                 self.tokens.append(args[0].shape[0] * args[0].shape[1])
             return func(*args, **(kwargs or {}))
 
-    call = layer_call(keep)
+    call = layer_call(recompute)
     samples, each = 5, 4096
     with FakeTensorMode(allow_non_fake_inputs=True), rehearse_gpu(132), Parts() as parts:
         x, modulation = torch.empty(samples, each, D), torch.empty(samples, 6 * D)

@@ -69,11 +69,11 @@ def test_swiglu_has_two_hidden_layers_in_one():
         layer.run(layer.tensors)
 
 
-def test_rejects_an_unknown_rung():
+def test_rejects_an_unknown_policy():
     layer = OneLayer()
-    message = "keep must be one of none, attention, mlp, qkv, layer, rounded, got all"
+    message = "recompute must be one of none, attention, mlp, qkv, layer, layer_narrow, got all"
     with pytest.raises(ValueError, match=message):
-        layer.run(layer.tensors, keep="all")
+        layer.run(layer.tensors, recompute="all")
 
 
 @pytest.mark.parametrize("d", [12, 264])

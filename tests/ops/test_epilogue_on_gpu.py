@@ -29,8 +29,8 @@ def test_a_branch_that_keeps_no_pre_activation_is_as_accurate_as_eager(shape, si
     assert_as_accurate_as_eager("m", mlp_branch(y, "gelu", w, hidden=None), expected, exact)
 
 
-@pytest.mark.parametrize("keep", ["mlp", "qkv", "layer"])
-def test_a_layer_whose_rung_drops_the_pre_activation_is_as_accurate_as_eager(keep, size):
+@pytest.mark.parametrize("recompute", ["mlp", "qkv", "layer"])
+def test_a_layer_whose_policy_drops_the_pre_activation_is_as_accurate_as_eager(recompute, size):
     B, T, D, H = size((4, 256, 1152, 16), (2, 5, 24, 3))
     layer = OneLayer(B, T, D, H, hidden=4 * D, qk_norm=False, dtypes=(BF16,) * 3)
-    layer.assert_as_accurate_as_eager(layer.with_grads(keep=keep))
+    layer.assert_as_accurate_as_eager(layer.with_grads(recompute=recompute))

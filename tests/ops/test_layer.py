@@ -1,6 +1,6 @@
 import pytest
 import torch
-from ops.one_layer import ALL_OPTIONS, KEEPS, SAME_BITS, OneLayer, assert_same_bits
+from ops.one_layer import ALL_OPTIONS, EVERY_POLICY, SAME_BITS, OneLayer, assert_same_bits
 
 from dbkernels.ops import adaln_layer, reference, use_implementation
 
@@ -23,7 +23,7 @@ def describe(value):
 @pytest.mark.parametrize("options", SOME_OPTIONS, ids=describe)
 def test_as_accurate_as_eager(options, dtypes):
     layer = OneLayer(3, 37, 128, 1, hidden=160, **options, dtypes=dtypes)
-    results = [layer.with_grads(keep=keep) for keep in KEEPS]
+    results = [layer.with_grads(recompute=recompute) for recompute in EVERY_POLICY]
     for result in results:
         assert result["out"].dtype == dtypes[0]
         assert {name: result[name].dtype for name in layer.tensors} == {
@@ -33,62 +33,64 @@ def test_as_accurate_as_eager(options, dtypes):
 
 
 @pytest.mark.parametrize(
-    ("keep", "options"),
+    ("recompute", "options"),
     [
         ("none", {"qk_norm": False, "dtypes": (F32,) * 3}),
         ("mlp", {**EVERYTHING, "norm": "rms", "bias": False, "dtypes": (F32,) * 3}),
         ("qkv", {"rotated": True, "dtypes": (F32, BF16, BF16)}),
     ],
 )
-def test_kernels_are_as_accurate_as_eager(keep, options):
+def test_kernels_are_as_accurate_as_eager(recompute, options):
     layer = OneLayer(2, 5, 24, 2, **options)
     with use_implementation("triton"):
-        result = layer.with_grads(keep=keep)
+        result = layer.with_grads(recompute=recompute)
     layer.assert_as_accurate_as_eager(result)
 
 
 @pytest.mark.parametrize("options", ALL_OPTIONS, ids=describe)
-def test_agrees_in_float64_at_every_rung(options):
+def test_agrees_in_float64_at_every_policy(options):
     layer = OneLayer(**options, dtypes=(torch.float64,) * 3)
     exact = layer.exact()
-    for keep in KEEPS:
-        for name, value in layer.with_grads(keep=keep).items():
+    for recompute in EVERY_POLICY:
+        for name, value in layer.with_grads(recompute=recompute).items():
             torch.testing.assert_close(
                 value, exact[name], rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
-@pytest.mark.parametrize("keep", ["none", "mlp"])
-def test_gradients_are_those_of_differences(keep):
+@pytest.mark.parametrize("recompute", ["none", "mlp"])
+def test_gradients_are_those_of_differences(recompute):
     layer = OneLayer(1, 2, 4, 2, hidden=3, **EVERYTHING, dtypes=(torch.float64,) * 3)
     names, values = list(layer.tensors), list(layer.leaves().values())
 
     def f(*values):
-        return layer.run(dict(zip(names, values, strict=True)), keep=keep)
+        return layer.run(dict(zip(names, values, strict=True)), recompute=recompute)
 
     torch.autograd.gradcheck(f, values)
 
 
 @pytest.mark.parametrize("dtypes", [(F32,) * 3, (F32, BF16, BF16)], ids=describe)
 @pytest.mark.parametrize("options", SOME_OPTIONS, ids=describe)
-def test_every_rung_that_keeps_x_as_it_is_gives_the_same_bits(options, dtypes):
+def test_every_policy_that_keeps_x_as_it_is_gives_the_same_bits(options, dtypes):
     layer = OneLayer(3, 33, 48, 3, **options, dtypes=dtypes)
     expected = layer.with_grads()
-    for keep in SAME_BITS[1:]:
-        assert_same_bits(layer.with_grads(keep=keep), expected)
+    for recompute in SAME_BITS[1:]:
+        assert_same_bits(layer.with_grads(recompute=recompute), expected)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_a_rung_that_rounds_x_gives_the_same_bits_where_the_branches_are_no_narrower(dtype):
+def test_a_policy_that_rounds_x_gives_the_same_bits_where_the_branches_are_no_narrower(dtype):
     layer = OneLayer(3, 33, 48, 3, dtypes=(dtype, F32, F32) if dtype is BF16 else (F32,) * 3)
-    assert_same_bits(layer.with_grads(keep="rounded"), layer.with_grads(keep="layer"))
+    assert_same_bits(
+        layer.with_grads(recompute="layer_narrow"), layer.with_grads(recompute="layer")
+    )
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_a_mean_of_x_that_is_large_beside_the_rest_is_not_rounded_with_it(norm):
     layer = OneLayer(3, 37, 128, 1, hidden=160, norm=norm, dtypes=(F32, BF16, BF16))
     layer.tensors["x"] = layer.tensors["x"].add(300.0 if norm == "layer" else 0.0)
-    layer.assert_as_accurate_as_eager(layer.with_grads(keep="rounded"))
+    layer.assert_as_accurate_as_eager(layer.with_grads(recompute="layer_narrow"))
 
 
 def test_same_bits_every_run():
@@ -100,8 +102,8 @@ def test_same_bits_every_run():
 def test_both_norms_feel_eps(norm):
     layer = OneLayer(norm=norm, dtypes=(torch.float64,) * 3)
     layer.tensors["x"] *= 0.1
-    for keep in KEEPS:
-        result = layer.with_grads(keep=keep, eps=0.3)
+    for recompute in EVERY_POLICY:
+        result = layer.with_grads(recompute=recompute, eps=0.3)
         for name, expected in layer.with_grads(reference.adaln_layer, eps=0.3).items():
             torch.testing.assert_close(result[name], expected, rtol=1e-11, atol=1e-11)
 
@@ -136,12 +138,12 @@ def test_a_condition_of_the_sample_is_the_condition_of_each_token():
         torch.testing.assert_close(result[name], expected[name])
 
 
-@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)], ids=str)
 @pytest.mark.parametrize("per_token", [False, True])
-def test_empty_batch(shape, keep, per_token):
+def test_empty_batch(shape, recompute, per_token):
     layer = OneLayer(*shape, rotated=True, per_token=per_token)
-    result = layer.with_grads(keep=keep)
+    result = layer.with_grads(recompute=recompute)
     assert result.pop("out").shape == layer.tensors["x"].shape
     for name, grad in result.items():
         assert torch.equal(grad, torch.zeros_like(layer.tensors[name])), name
@@ -195,12 +197,12 @@ def test_without_gradients_nothing_changes_and_nothing_is_kept():
         assert y.grad_fn is None and torch.equal(y, expected)
 
 
-@pytest.mark.parametrize(("backend", "keep"), [("aot_eager", "layer"), ("inductor", "none")])
-def test_compiles_without_graph_breaks(backend, keep):
+@pytest.mark.parametrize(("backend", "recompute"), [("aot_eager", "layer"), ("inductor", "none")])
+def test_compiles_without_graph_breaks(backend, recompute):
     layer = OneLayer(norm="rms", bias=False, qk_norm=False)
     compiled = torch.compile(adaln_layer, backend=backend, fullgraph=True)
-    result = layer.with_grads(compiled, keep=keep)
-    for name, expected in layer.with_grads(keep=keep).items():
+    result = layer.with_grads(compiled, recompute=recompute)
+    for name, expected in layer.with_grads(recompute=recompute).items():
         torch.testing.assert_close(result[name], expected, rtol=1e-4, atol=1e-4)
 
 

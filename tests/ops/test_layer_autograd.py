@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from ops.one_layer import KEEPS, SAME_BITS, OneLayer, assert_same_bits, saved_by
+from ops.one_layer import EVERY_POLICY, SAME_BITS, OneLayer, assert_same_bits, saved_by
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
@@ -30,7 +30,7 @@ def overwritten(layer, *, retain_graph, **options):
 
 # a, m, qkv and hidden become the gradients of their own; qkv cannot where its norm is read again
 @pytest.mark.parametrize(
-    ("options", "keep", "widths"),
+    ("options", "recompute", "widths"),
     [
         ({"qk_norm": False}, "none", [24, 24, 40, 72]),
         ({"qk_norm": False, "rotated": True}, "none", [24, 24, 40, 72]),
@@ -41,19 +41,19 @@ def overwritten(layer, *, retain_graph, **options):
         ({"qk_norm": False}, "layer", []),
     ],
 )
-def test_the_last_backward_writes_over_what_was_kept(options, keep, widths):
+def test_the_last_backward_writes_over_what_was_kept(options, recompute, widths):
     layer = OneLayer(**options)
-    assert overwritten(layer, retain_graph=False, keep=keep) == widths
-    assert overwritten(layer, retain_graph=True, keep=keep) == []
+    assert overwritten(layer, retain_graph=False, recompute=recompute) == widths
+    assert overwritten(layer, retain_graph=True, recompute=recompute) == []
 
 
-@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_a_retained_graph_gives_the_same_bits_again(keep, qk_norm):
+def test_a_retained_graph_gives_the_same_bits_again(recompute, qk_norm):
     layer = OneLayer(rotated=True, qk_norm=qk_norm)
     leaves = layer.leaves()
-    expected = gradients(layer.run(leaves, keep=keep).sum(), leaves)
-    y = layer.run(leaves, keep=keep).sum()
+    expected = gradients(layer.run(leaves, recompute=recompute).sum(), leaves)
+    y = layer.run(leaves, recompute=recompute).sum()
     for retain in (True, True, False):
         assert_same_bits(gradients(y, leaves, retain_graph=retain), expected)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
@@ -77,15 +77,17 @@ def test_kept_tensors_may_be_moved_away_and_back():
     assert_same_bits(layer.with_grads(copied), expected)
 
 
-@pytest.mark.parametrize("keep", ["none", "mlp"])
+@pytest.mark.parametrize("recompute", ["none", "mlp"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_checkpoint_around_it_gives_the_same_bits(use_reentrant, keep):
+def test_a_checkpoint_around_it_gives_the_same_bits(use_reentrant, recompute):
     layer = OneLayer(rotated=True)
     expected = layer.with_grads()
 
     def recomputed(x, modulation, weights, **options):
         def f(x, modulation, *weights):
-            return adaln_layer(x, modulation, type(layer.weights)(*weights), keep=keep, **options)
+            return adaln_layer(
+                x, modulation, type(layer.weights)(*weights), recompute=recompute, **options
+            )
 
         return checkpoint(f, x, modulation, *weights, use_reentrant=use_reentrant)
 
@@ -123,17 +125,17 @@ def test_hooks_of_tensors_see_and_change_gradients():
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("keep", ["none", "mlp"])
-def test_what_is_frozen_gets_no_gradient_and_changes_no_other(keep):
+@pytest.mark.parametrize("recompute", ["none", "mlp"])
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(recompute):
     layer = OneLayer(rotated=True)
     names = list(layer.tensors)
     weights = names[2:]
-    expected = gradients(layer.run(leaves := layer.leaves(), keep=keep).sum(), leaves)
+    expected = gradients(layer.run(leaves := layer.leaves(), recompute=recompute).sum(), leaves)
     for frozen in (*([name] for name in names), weights, ["x", "modulation"]):
         leaves = layer.leaves()
         for name in frozen:
             leaves[name].requires_grad_(False)
-        layer.run(leaves, keep=keep).sum().backward()
+        layer.run(leaves, recompute=recompute).sum().backward()
         assert all(leaves[name].grad is None for name in frozen)
         assert_same_bits(
             {name: leaves[name].grad for name in names if name not in frozen},
@@ -142,11 +144,11 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(keep):
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("keep", ["none", "layer"])
-def test_takes_any_layout_of_gradient(keep, per_token):
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_takes_any_layout_of_gradient(recompute, per_token):
     layer = OneLayer(rotated=True, per_token=per_token)
     leaves = layer.leaves()
-    y = layer.run(leaves, keep=keep)
+    y = layer.run(leaves, recompute=recompute)
     dy = torch.randn_like(y[:1]).expand_as(y)
     transposed = dy.mT.contiguous().mT
     expected = gradients(y, leaves, dy.contiguous(), retain_graph=True)
@@ -176,10 +178,13 @@ def in_autocast(op):
 @pytest.mark.parametrize("options", [{}, {"mlp": "swiglu", "rotated": True, "per_token": True}])
 def test_autocast_runs_the_branches_in_bfloat16_and_nothing_else(options):
     layer = OneLayer(3, 37, 128, 1, hidden=160, **options)
-    results = [layer.with_grads(in_autocast(adaln_layer), keep=keep) for keep in KEEPS]
-    for keep, result in zip(KEEPS, results, strict=True):
+    results = [
+        layer.with_grads(in_autocast(adaln_layer), recompute=recompute)
+        for recompute in EVERY_POLICY
+    ]
+    for recompute, result in zip(EVERY_POLICY, results, strict=True):
         assert {t.dtype for t in result.values()} == {torch.float32}
-        if keep in SAME_BITS:
+        if recompute in SAME_BITS:
             assert_same_bits(result, results[0])
     assert not torch.equal(results[0]["out"], layer.run(layer.tensors))
     layer.compare(results, layer.with_grads(in_autocast(reference.adaln_layer)))

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from ops.one_layer import ALL_OPTIONS, KEEPS, SAME_BITS, OneLayer, assert_same_bits, saved_by
+from ops.one_layer import ALL_OPTIONS, EVERY_POLICY, SAME_BITS, OneLayer, assert_same_bits, saved_by
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dbkernels.ops import RUNGS, adaln_layer, reference, use_implementation
+from dbkernels.ops import POLICIES, adaln_layer, reference, use_implementation
 from dbkernels.ops.stream import ResidualStream
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -30,21 +30,21 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.parametrize("options", ALL_OPTIONS, ids=str)
-def test_agrees_with_the_first_of_all_at_every_rung(options):
+def test_agrees_with_the_first_of_all_at_every_policy(options):
     layer = OneLayer(**options, dtypes=(F64,) * 3)
     for tokens in (1, T - 1):
         exact = layer.with_grads(reference.adaln_layer, tokens=tokens)
         assert exact["out"].shape == (2, tokens, 24)
-        for keep in KEEPS:
-            assert_close(layer.with_grads(keep=keep, tokens=tokens), exact)
-            assert_close(layer.with_grads(sliced, keep=keep, tokens=tokens), exact)
+        for recompute in EVERY_POLICY:
+            assert_close(layer.with_grads(recompute=recompute, tokens=tokens), exact)
+            assert_close(layer.with_grads(sliced, recompute=recompute, tokens=tokens), exact)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("options", SOME_OPTIONS, ids=str)
 def test_as_accurate_as_eager(options, dtypes):
     layer = OneLayer(3, 37, 128, 1, hidden=160, **options, dtypes=dtypes)
-    results = [layer.with_grads(keep=keep, tokens=19) for keep in KEEPS]
+    results = [layer.with_grads(recompute=recompute, tokens=19) for recompute in EVERY_POLICY]
     assert results[0]["out"].dtype == dtypes[0]
     for result in results[1 : len(SAME_BITS)]:
         assert_same_bits(result, results[0])
@@ -69,7 +69,9 @@ def test_autocast_is_as_accurate_as_eagers(options):
         return f
 
     layer = OneLayer(3, 37, 128, 1, hidden=160, **options)
-    results = [layer.with_grads(in_autocast(adaln_layer), keep=k, tokens=19) for k in KEEPS]
+    results = [
+        layer.with_grads(in_autocast(adaln_layer), recompute=k, tokens=19) for k in EVERY_POLICY
+    ]
     for result in results:
         assert {t.dtype for t in result.values()} == {F32}
     for result in results[: len(SAME_BITS)]:
@@ -78,16 +80,20 @@ def test_autocast_is_as_accurate_as_eagers(options):
     layer.compare([results[0], results[-1]], eager, tokens=19)
 
 
-@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
 @pytest.mark.parametrize("options", [SHARED, EACH], ids=str)
-def test_all_tokens_by_number_give_the_same_bits_and_keep_the_same(options, keep):
+def test_all_tokens_by_number_give_the_same_bits_and_keep_the_same(options, recompute):
     layer = OneLayer(**options)
-    assert_same_bits(layer.with_grads(keep=keep, tokens=T), layer.with_grads(keep=keep))
+    assert_same_bits(
+        layer.with_grads(recompute=recompute, tokens=T), layer.with_grads(recompute=recompute)
+    )
     leaves = layer.leaves()
     shapes = [
         sorted(
             tuple(t.shape)
-            for t in saved_by(lambda n=n: layer.run(leaves, keep=keep, tokens=n))[1].values()
+            for t in saved_by(lambda n=n: layer.run(leaves, recompute=recompute, tokens=n))[
+                1
+            ].values()
         )
         for n in (None, T)
     ]
@@ -96,12 +102,12 @@ def test_all_tokens_by_number_give_the_same_bits_and_keep_the_same(options, keep
 
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("keep", KEEPS)
-def test_what_the_others_do_not_need_is_not_kept(keep, tokens, per_token):
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+def test_what_the_others_do_not_need_is_not_kept(recompute, tokens, per_token):
     B, T, D, H, hidden = 2, 64, 192, 3, 768
     layer = OneLayer(B, T, D, H, hidden=hidden, per_token=per_token, rotated=True)
     leaves = layer.leaves()
-    _, kept = saved_by(lambda: layer.run(leaves, keep=keep, tokens=tokens))
+    _, kept = saved_by(lambda: layer.run(leaves, recompute=recompute, tokens=tokens))
     for name, leaf in leaves.items():
         if name != "x":
             kept.pop(leaf.untyped_storage().data_ptr(), None)
@@ -117,17 +123,17 @@ def test_what_the_others_do_not_need_is_not_kept(keep, tokens, per_token):
         "m": tokens * D,
     }
     x_and_rotary = B * T * D + 2 * T * (D // H)
-    expected = x_and_rotary + B * sum(sizes[name] for name in RUNGS[keep].keeps)
+    expected = x_and_rotary + B * sum(sizes[name] for name in POLICIES[recompute].keeps)
     assert sum(t.untyped_storage().nbytes() for t in kept.values()) == 4 * expected
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-def test_a_token_that_is_not_asked_for_is_still_attended_to(keep):
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+def test_a_token_that_is_not_asked_for_is_still_attended_to(recompute):
     layer = OneLayer(dtypes=(F64,) * 3)
     changed = {**layer.tensors, "x": layer.tensors["x"].clone()}
     changed["x"][:, -1] *= -1
     before, after = (
-        layer.with_grads(tensors=t, keep=keep, tokens=1) for t in (layer.tensors, changed)
+        layer.with_grads(tensors=t, recompute=recompute, tokens=1) for t in (layer.tensors, changed)
     )
     assert not torch.allclose(before["out"], after["out"], atol=1e-3)
     assert before["x"].any(-1).all()
@@ -142,11 +148,11 @@ def test_the_others_conditions_get_no_gradient_of_what_was_not_computed():
 
 
 @pytest.mark.parametrize("options", [SHARED, EACH], ids=str)
-@pytest.mark.parametrize("keep", KEEPS)
-def test_a_retained_graph_gives_the_same_bits_again(keep, options):
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+def test_a_retained_graph_gives_the_same_bits_again(recompute, options):
     layer = OneLayer(**options)
     leaves = layer.leaves()
-    y = layer.run(leaves, keep=keep, tokens=2).sum()
+    y = layer.run(leaves, recompute=recompute, tokens=2).sum()
     first, again, last = (
         torch.autograd.grad(y, list(leaves.values()), retain_graph=retain)
         for retain in (True, True, False)
@@ -193,10 +199,10 @@ def test_gradients_are_those_of_differences():
 
 
 @pytest.mark.parametrize("options", [SHARED, EACH], ids=str)
-@pytest.mark.parametrize("keep", KEEPS)
-def test_empty_batch(keep, options):
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+def test_empty_batch(recompute, options):
     layer = OneLayer(0, T, **options)
-    result = layer.with_grads(keep=keep, tokens=2)
+    result = layer.with_grads(recompute=recompute, tokens=2)
     assert result.pop("out").shape == (0, 2, 24)
     for name, grad in result.items():
         assert torch.equal(grad, torch.zeros_like(layer.tensors[name])), name
@@ -212,15 +218,17 @@ def test_x_and_modulation_may_have_any_strides(per_token):
     assert_same_bits(layer.with_grads(tokens=2), dense)
 
 
-@pytest.mark.parametrize("keep", ["none", "qkv"])
-def test_ends_a_stream_and_another_layer_may_follow(keep):
+@pytest.mark.parametrize("recompute", ["none", "qkv"])
+def test_ends_a_stream_and_another_layer_may_follow(recompute):
     layer = OneLayer(dtypes=(F64,) * 3)
 
     def stack(follow):
         def f(x, *args, **options):
             stream = ResidualStream() if follow else None
             for tokens in (None, None, 3, 2):
-                x = adaln_layer(x, *args, **options, keep=keep, stream=stream, tokens=tokens)
+                x = adaln_layer(
+                    x, *args, **options, recompute=recompute, stream=stream, tokens=tokens
+                )
             return x
 
         return layer.with_grads(f)
@@ -253,27 +261,27 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(result[name], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-def test_has_shapes_before_it_has_data(keep):
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+def test_has_shapes_before_it_has_data(recompute):
     layer = OneLayer(**{**EACH, "rotated": False})
     with FakeTensorMode() as mode:
         leaves = {
             name: torch.empty(t.shape, dtype=t.dtype).requires_grad_()
             for name, t in layer.tensors.items()
         }
-        y = layer.run(leaves, keep=keep, tokens=2)
+        y = layer.run(leaves, recompute=recompute, tokens=2)
         assert y.shape == (2, 2, 24) and y.fake_mode is mode
         y.sum().backward()
         assert all(leaf.grad.shape == leaf.shape for leaf in leaves.values())
 
 
 @pytest.mark.parametrize("tokens", [0, -1, T + 1, 2.0])
-@pytest.mark.parametrize("keep", ["none", "layer"])
-def test_rejects(keep, tokens):
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_rejects(recompute, tokens):
     layer = OneLayer()
     message = f"tokens must be an integer from 1 to T = 5, or None, got {tokens}"
     with pytest.raises(ValueError, match=message):
-        layer.run(layer.tensors, keep=keep, tokens=tokens)
+        layer.run(layer.tensors, recompute=recompute, tokens=tokens)
 
 
 def test_the_specification_computes_all_and_takes_the_first():

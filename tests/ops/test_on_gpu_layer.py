@@ -4,7 +4,7 @@ import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
 from captured import capture, warm_up
-from ops.one_layer import KEEPS, SAME_BITS, OneLayer, assert_same_bits
+from ops.one_layer import EVERY_POLICY, SAME_BITS, OneLayer, assert_same_bits
 
 from dbkernels import ops
 from dbkernels.models.rotary import rotary_table
@@ -61,9 +61,9 @@ def test_queries_and_keys_are_as_accurate_as_eager(shape, dtype, size):
         assert_as_accurate_as_eager(name, *each)
 
 
-# every pair of a rung, a head width, a length, an activation, a norm and a stream that matters
+# every pair of a policy, a head width, a length, an activation, a norm and a stream that matters
 LAYERS = [
-    # keep, (T, heads, width), tokens, mlp, norm, dtypes, qk_norm
+    # recompute, (T, heads, width), tokens, mlp, norm, dtypes, qk_norm
     ("none", (256, 16, 72), None, "gelu", "layer", MIXED, False),
     ("none", (77, 12, 32), 1, "swiglu", "rms", PLAIN, True),
     ("attention", (1024, 12, 64), None, "swiglu", "rms", MIXED, True),
@@ -73,20 +73,20 @@ LAYERS = [
     ("qkv", (1024, 12, 32), None, "gelu", "layer", PLAIN, False),
     ("layer", (256, 12, 64), 77, "gelu", "layer", PLAIN, True),
     ("layer", (77, 12, 128), None, "swiglu", "layer", MIXED, False),
-    ("rounded", (256, 16, 72), None, "gelu", "rms", MIXED, True),
+    ("layer_narrow", (256, 16, 72), None, "gelu", "rms", MIXED, True),
 ]
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: f"{case[0]}-{case[1]}")
-def test_a_layer_is_as_accurate_as_eager_at_each_rung(case, size):
-    keep, shape, tokens, mlp, norm, dtypes, qk_norm = case
+def test_a_layer_is_as_accurate_as_eager_at_each_policy(case, size):
+    recompute, shape, tokens, mlp, norm, dtypes, qk_norm = case
     T, H, d = cut(shape, size)
     layer = OneLayer(
         2, T, H * d, H, hidden=2 * H * d, mlp=mlp, norm=norm, qk_norm=qk_norm, rotated=qk_norm,
         dtypes=dtypes,
     )  # fmt: skip
     tokens = tokens and min(tokens, T)
-    result = layer.with_grads(keep=keep, tokens=tokens)
+    result = layer.with_grads(recompute=recompute, tokens=tokens)
     assert result["out"].shape == (2, tokens or T, H * d)
     layer.assert_as_accurate_as_eager(result, tokens=tokens)
 
@@ -95,7 +95,7 @@ def test_a_layer_is_as_accurate_as_eager_under_autocast(gpu, size):
     T, H, d = cut((256, 16, 72), size)
     layer = OneLayer(2, T, H * d, H, hidden=4 * H * d)
     with torch.autocast(gpu.type, BF16):
-        result = layer.with_grads(keep="qkv")
+        result = layer.with_grads(recompute="qkv")
         eager = layer.with_grads(reference.adaln_layer)
     assert result["out"].dtype == F32
     layer.compare([result], eager)
@@ -108,21 +108,23 @@ def test_a_layer_is_as_accurate_as_eager_under_autocast(gpu, size):
     [("gelu", ["attention"]), ("swiglu", SAME_BITS[1:])],
     ids=["gelu", "swiglu"],
 )
-def test_rungs_give_the_same_bits(mlp, keeps, dtypes, size):
+def test_policies_give_the_same_bits(mlp, keeps, dtypes, size):
     T, H, d = cut((77, 16, 72), size)
     layer = OneLayer(2, T, H * d, H, hidden=4 * H * d, mlp=mlp, dtypes=dtypes)
-    expected = layer.with_grads(keep="none")
-    for keep in keeps:
-        assert_same_bits(layer.with_grads(keep=keep), expected)
+    expected = layer.with_grads(recompute="none")
+    for recompute in keeps:
+        assert_same_bits(layer.with_grads(recompute=recompute), expected)
 
 
-@pytest.mark.parametrize("keep", KEEPS)
-def test_a_captured_layer_replays_the_same_bits(keep, gpu, size):
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+def test_a_captured_layer_replays_the_same_bits(recompute, gpu, size):
     layer = OneLayer(*size((2, 64, 384, 6), (1, 5, 16, 2)), hidden=size(1536, 24), dtypes=PLAIN)
     leaves = {name: tensor.requires_grad_() for name, tensor in layer.tensors.items()}
 
     def gradients():
-        return torch.autograd.grad(layer.run(leaves, keep=keep).sum(), list(leaves.values()))
+        return torch.autograd.grad(
+            layer.run(leaves, recompute=recompute).sum(), list(leaves.values())
+        )
 
     # compiles the kernels, as a capture may not
     expected = warm_up(lambda: [gradients() for _ in range(2)][-1], gpu)

@@ -24,9 +24,9 @@ def make_stack(depth=DEPTH, per_token=False):
     return x, layers
 
 
-def run(x, layers, stream, keep="none"):
+def run(x, layers, stream, recompute="none"):
     for modulation, weights in layers:
-        x = adaln_layer(x, modulation, weights, heads=H, keep=keep, stream=stream)
+        x = adaln_layer(x, modulation, weights, heads=H, recompute=recompute, stream=stream)
     return x
 
 
@@ -53,22 +53,22 @@ def stored_bytes(function, left_out):
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("keep", ["none", "attention", "mlp", "qkv", "layer"])
-def test_the_same_bits_with_and_without(keep, per_token):
+@pytest.mark.parametrize("recompute", ["none", "attention", "mlp", "qkv", "layer"])
+def test_the_same_bits_with_and_without(recompute, per_token):
     x, layers = make_stack(per_token=per_token)
-    without, streamed = run(x, layers, None, keep), run(x, layers, ResidualStream(), keep)
+    without, streamed = run(x, layers, None, recompute), run(x, layers, ResidualStream(), recompute)
     assert torch.equal(without, streamed)
     expected = gradients(x, layers, without)
     for actual, exact in zip(gradients(x, layers, streamed), expected, strict=True):
         assert torch.equal(actual, exact)
 
 
-@pytest.mark.parametrize("keep", ["none", "attention", "mlp", "qkv"])
-def test_a_run_keeps_x_of_its_first_layer_alone(keep):
+@pytest.mark.parametrize("recompute", ["none", "attention", "mlp", "qkv"])
+def test_a_run_keeps_x_of_its_first_layer_alone(recompute):
     x, layers = make_stack(depth=LENGTH)
     weights = [w for _, layer in layers for w in layer if w is not None]
-    without, _ = stored_bytes(lambda: run(x, layers, None, keep), weights)
-    streamed, _ = stored_bytes(lambda: run(x, layers, ResidualStream(), keep), weights)
+    without, _ = stored_bytes(lambda: run(x, layers, None, recompute), weights)
+    streamed, _ = stored_bytes(lambda: run(x, layers, ResidualStream(), recompute), weights)
     assert without - streamed == (LENGTH - 1) * x.nbytes
 
 

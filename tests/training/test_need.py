@@ -36,9 +36,9 @@ def test_two_micro_batches_tell_of_all(pieces):
             assert found[resident].by_category == step.by_category
 
 
-def test_a_rung_takes_the_place_of_the_runs_own():
+def test_a_policy_takes_the_place_of_the_runs_own():
     everything, nothing = (
-        need(Setting(1, keep, 8), tiny(), H100)["all"] for keep in ("none", "layer")
+        need(Setting(1, recompute, 8), tiny(), H100)["all"] for recompute in ("none", "layer")
     )
     assert nothing.by_category["saved_activations"] < everything.by_category["saved_activations"]
     assert nothing.flops > everything.flops

@@ -2,7 +2,7 @@ import pytest
 
 from dbkernels.memory.trace import CATEGORIES
 from dbkernels.memory.workspace import TARGETS
-from dbkernels.ops.rung import RUNGS
+from dbkernels.ops.recompute import POLICIES
 from dbkernels.training.need import Need, Setting
 from dbkernels.training.plan import (
     FREE,
@@ -15,9 +15,9 @@ from dbkernels.training.plan import (
 )
 
 DEPTH, BATCH = 12, 64
-EVEN = {"none": 100, "attention": 105, "mlp": 115, "qkv": 120, "layer": 133, "rounded": 133}
-# a rung may compute more than the next one, where neither redoes all of the other's
-UNEVEN = {"none": 100, "attention": 130, "mlp": 104, "qkv": 240, "layer": 260, "rounded": 260}
+EVEN = {"none": 100, "attention": 105, "mlp": 115, "qkv": 120, "layer": 133, "layer_narrow": 133}
+# a policy may compute more than the next one, where neither redoes all of the other's
+UNEVEN = {"none": 100, "attention": 130, "mlp": 104, "qkv": 240, "layer": 260, "layer_narrow": 260}
 PIECE = 3  # of the time of a sweep, for every micro-batch
 
 
@@ -30,15 +30,15 @@ class Predictor:
     def __call__(self, setting):
         self.asked.append(setting)
         layers = DEPTH // setting.num_blocks
-        rung, samples = RUNGS[setting.keep], setting.micro_batch
+        policy, samples = POLICIES[setting.recompute], setting.micro_batch
         # all but the last have twice as many bytes to a unit
-        grown = rung.units * layers * samples // (1 + rung.rounds) + 5 * samples
+        grown = policy.units * layers * samples // (1 + policy.narrow) + 5 * samples
         pieces = BATCH // setting.micro_batch
         return {
             resident: Need(
                 peak_bytes=30 * held + 10 + grown,
                 by_category=parts(parameters=10 * held, optimizer=20 * held, temporaries=grown),
-                flops=self.flops[setting.keep],
+                flops=self.flops[setting.recompute],
                 ops=PIECE * pieces,
                 swapped=0 if resident == "all" else 2,
             )
@@ -57,7 +57,7 @@ def seconds(need, num_blocks):
 def plans(num_blocks, limit, flops=EVEN):
     predict = Predictor(flops)
     found = plans_of(
-        num_blocks, predict, batch=BATCH, limit=limit, seconds=seconds, rungs=list(RUNGS)
+        num_blocks, predict, batch=BATCH, limit=limit, seconds=seconds, policies=list(POLICIES)
     )
     return found, predict
 
@@ -68,9 +68,9 @@ def tried_out(num_blocks, limit, flops):
     for resident in ("all",) if num_blocks == 1 else ("all", "block"):
         fitting = [
             (seconds(need, num_blocks), setting)
-            for keep in RUNGS
+            for recompute in POLICIES
             for size in (1, 2, 4, 8, 16, 32, 64)
-            for setting in [Setting(num_blocks, keep, size)]
+            for setting in [Setting(num_blocks, recompute, size)]
             if (need := predict(setting)[resident]).peak_bytes <= limit
         ]
         best += [(min(time for time, _ in fitting), resident)] if fitting else []
@@ -98,9 +98,12 @@ def test_where_everything_fits_one_prediction_does():
 
 def test_where_nothing_fits_two_predictions_do_and_the_smallest_is_named():
     found, predict = plans(4, 0)
-    assert predict.asked == [Setting(4, "none", BATCH), Setting(4, "rounded", 1)]
+    assert predict.asked == [Setting(4, "none", BATCH), Setting(4, "layer_narrow", 1)]
     assert found.fitting == []
-    assert (found.smallest.setting, found.smallest.resident) == (Setting(4, "rounded", 1), "block")
+    assert (found.smallest.setting, found.smallest.resident) == (
+        Setting(4, "layer_narrow", 1),
+        "block",
+    )
     assert found.whole.resident == "all"
 
 

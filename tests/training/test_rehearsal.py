@@ -21,12 +21,12 @@ VIT = ViTConfig(8, 2, 1, 10, width=16, depth=4, heads=2, mlp_hidden=32, cond_dim
 CPU, H100 = TARGETS["cpu"], TARGETS["h100"]
 
 
-def configured(num_blocks=2, keep="none", model=DIT, split="", sharing="joint", **trainer):
+def configured(num_blocks=2, recompute="none", model=DIT, split="", sharing="joint", **trainer):
     family = "dit" if isinstance(model, DiTConfig) else "vit"
     settings = {"steps": 4, "batch_size": 8, "sharing": sharing, **trainer}
     return RunConfig(
         family=family,
-        model=replace(model, keep=keep),
+        model=replace(model, recompute=recompute),
         data="none",
         weighting="none",
         label_drop=0.0,
@@ -88,11 +88,11 @@ ROWS = [
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("baseline, keep, num_blocks", ROWS)
+@pytest.mark.parametrize("baseline, recompute, num_blocks", ROWS)
 def test_the_prediction_is_what_the_cpus_allocator_sees(
-    baseline, keep, num_blocks, autocast, hollow_ops
+    baseline, recompute, num_blocks, autocast, hollow_ops
 ):
-    config = configured(num_blocks, keep, autocast=autocast)
+    config = configured(num_blocks, recompute, autocast=autocast)
     predicted = rehearse(config, baseline=baseline, target=CPU)["all"].peak_allocated_bytes
     # a bfloat16 matmul of oneDNN has buffers inside, which no GPU has
     with torch.backends.mkldnn.flags(enabled=False):
@@ -105,9 +105,9 @@ def test_the_prediction_is_what_the_cpus_allocator_sees(
 # against the tracker on real tensors
 
 
-@pytest.mark.parametrize("baseline, keep, num_blocks", ROWS)
-def test_fake_tensors_have_the_peak_of_real_ones(baseline, keep, num_blocks):
-    config = configured(num_blocks, keep, autocast=True)
+@pytest.mark.parametrize("baseline, recompute, num_blocks", ROWS)
+def test_fake_tensors_have_the_peak_of_real_ones(baseline, recompute, num_blocks):
+    config = configured(num_blocks, recompute, autocast=True)
     predicted = rehearse(config, baseline=baseline, target=CPU)["all"]
     trainer = real_trainer(config, baseline)
     optimizers = [part.optimizer for part in trainer.parts.values()]

@@ -308,6 +308,23 @@ def test_rejects(source, changes, message):
 def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must hold config\.json"):
         read_config(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"family": "vit"}))
+    (tmp_path / "config.json").write_text(json.dumps({"version": 1, "family": "vit"}))
     with pytest.raises(ValueError, match="one that this version wrote"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("version", [{}, {"version": 2}])
+def test_a_configuration_of_another_version_is_refused(tmp_path, version):
+    (tmp_path / "config.json").write_text(json.dumps(version))
+    got = version.get("version")
+    with pytest.raises(ValueError, match=rf"config\.json must have version 1, got {got}"):
+        read_config(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_is_refused(source, tmp_path, monkeypatch):
+    config = make_config(source)
+    monkeypatch.setattr(run_module, "VERSION", 2)
+    train(config, tmp_path, device="cpu")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"step-\d+ must have version 1, got 2"):
+        train(config, tmp_path, device="cpu", resume="latest")
