@@ -164,7 +164,7 @@ class TrainingCase:
                 lr=LR,
                 clip=0.0 if way.gradients == "freed" else 1.0,
                 gradients=way.gradients,
-                graphs=way.launch == "graph",
+                cuda_graphs=way.launch == "graph",
                 autocast=self.dtype == "autocast",
                 resident=way.resident,
             ),

@@ -94,18 +94,18 @@ def _beside(trainer: Trainer, others: Sequence[Trainer]) -> int:
 @contextmanager
 def _op_by_op(trainer: Trainer) -> Iterator[None]:
     """A replay allocates nothing: all but the reserved bytes are told by the same steps without."""
-    graphs, trainer.graphs = trainer.graphs, None
-    if graphs is not None:
-        graphs.drop()
+    cuda_graphs, trainer.cuda_graphs = trainer.cuda_graphs, None
+    if cuda_graphs is not None:
+        cuda_graphs.drop()
     try:
         yield
     finally:
-        trainer.graphs = graphs
+        trainer.cuda_graphs = cuda_graphs
 
 
 def _reserved_by_graphs(steps: Steps) -> int | None:
     """What the allocator has taken when each block's step is a graph."""
-    if steps.trainer.graphs is None:
+    if steps.trainer.cuda_graphs is None:
         return None
     steps.sweep()
     return torch.cuda.memory_reserved(steps.trainer.device)

@@ -53,7 +53,7 @@ def _command(plan: Plan, question: Question) -> str:
     if setting.micro_batch < question.batch:
         flags.append(f"--accumulate {question.batch // setting.micro_batch}")
     if plan.resident == "block":
-        flags.append("--resident block --visit 0")
+        flags.append("--resident block --steps-per-swap 0")
     if question.autocast:
         flags.append("--autocast")
     return " ".join(["python -m dbkernels", *flags])

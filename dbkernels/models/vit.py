@@ -62,7 +62,7 @@ class ViT(nn.Module):
     """The classification family: z is (B, width), a prediction is logits (B, num_classes)."""
 
     target_parts = ("label_table",)
-    ends = ("stem", "surprise")
+    ends = ("stem", "cross_entropy")
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -110,7 +110,7 @@ class ViT(nn.Module):
         """Cross-entropy of each sample, (B,), in nats."""
         z = add_noise(self.target(batch), level, draw)
         answer, c = self._answer(z, level, layers, batch)
-        return self.surprise(answer, c, z, level, batch["label"])
+        return self.cross_entropy(answer, c, z, level, batch["label"])
 
     def _answer(
         self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch
@@ -133,7 +133,7 @@ class ViT(nn.Module):
         D = c_skip(sigma, sigma_data) * z + c_out(sigma, sigma_data) * self.norm(answer)
         return self.head(self.modulation(D, c))
 
-    def surprise(
+    def cross_entropy(
         self, answer: Tensor, c: Tensor, z: Tensor, level: Tensor, label: Tensor
     ) -> Tensor:
         """Cross-entropy (B,) of what `tail` makes of its arguments."""

@@ -18,7 +18,7 @@ WARM_UP_STEPS = 2  # the first step makes the optimizer's state, the second is s
 def profile_trainer(trainer: Trainer, steps: int) -> dict[str, object]:
     """Peak bytes of the costliest block's step, and median seconds of a step and of a sweep.
 
-    Where blocks visit the device, all of the room for one of them counts as parameters. The seconds
+    Where blocks are offloaded, all of the room for one of them counts as parameters. The seconds
     are of steps without a swap.
 
     Args:

@@ -5,8 +5,8 @@ The time of a sweep, in which every layer is updated once, is taken to be
     flops / (SHARE * peak flops) + ops * OP_SECONDS + swapped bytes / (SHARE * link)
 
 Peaks are the vendors' of dense matmuls without TF32, and of one direction of the link to the host.
-A run with one block on the device lengthens its visits until swaps are SWAP_SHARE of its time, so
-they are not counted as more. Only ratios of such times are meant to be read.
+A run with one block on the device takes so many steps per swap that swaps are SWAP_SHARE of its
+time, so they are not counted as more. Only ratios of such times are meant to be read.
 """
 
 from bisect import bisect_left, bisect_right
@@ -18,7 +18,7 @@ from dbkernels.memory.trace import CATEGORIES
 from dbkernels.ops.recompute import POLICIES, Recompute
 from dbkernels.training.need import STATE, Need, Setting
 from dbkernels.training.rehearsal import Resident
-from dbkernels.training.schedule import visit_length
+from dbkernels.training.schedule import fewest_steps_per_swap
 
 Predictor = Callable[[Setting], dict[Resident, Need]]
 
@@ -48,7 +48,9 @@ class Speed:
         peak = self.bfloat16 if autocast else self.float32
         working = need.flops / (SHARE * peak) + need.ops * OP_SECONDS
         swapping = need.swapped / (SHARE * self.link)
-        return working + swapping / visit_length(working / num_blocks, swapping / num_blocks)
+        return working + swapping / fewest_steps_per_swap(
+            working / num_blocks, swapping / num_blocks
+        )
 
 
 SPEEDS = {

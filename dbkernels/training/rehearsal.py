@@ -83,7 +83,7 @@ def rehearse(
     # host and device are one memory here, in which blocks at rest would count
     at_home = replace(config.trainer, resident="all", rest="host", rest_dir="", prefetch=False)
     # a graph's steps need what they need op by op, but for a cut batch, which it holds as a whole
-    at_home = replace(at_home, graphs=False)
+    at_home = replace(at_home, cuda_graphs=False)
     # compiled ends keep no more than the same ends op by op, and have no kernels here
     at_home = replace(at_home, compile_ends=False)
     config = replace(config, trainer=at_home)

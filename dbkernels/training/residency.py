@@ -18,7 +18,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from dbkernels.training.lane import Lane
+from dbkernels.training.copy_stream import CopyStream
 from dbkernels.training.part import Part, tensor_sizes
 from dbkernels.training.resting import DiskRest, HostRest, Rest, flat_bytes, views
 from dbkernels.training.sharing import SHARED, BlockModels
@@ -55,7 +55,7 @@ class Residency:
 
     def __init__(self, models: nn.Module, device: torch.device, rest: Rest, *, prefetch: bool):
         self._models, self._device, self._rest, self._prefetch = models, device, rest, prefetch
-        self._lane = Lane(device, beside=prefetch)
+        self._copy_stream = CopyStream(device, beside=prefetch)
         self._blocks: dict[str, _Flat] = {}
         self._shared: list[Tensor] = []
         self._slots: list[Tensor] = []
@@ -86,7 +86,7 @@ class Residency:
         self._leave()
         if name != self._ahead:
             self._fetch(name)
-        self._lane.join(self._arrival)
+        self._copy_stream.join(self._arrival)
         self._ahead, self._slot, self._current = "", self._other_slot(), name
         self._blocks[name].lie_in(self._slots[self._slot])
         self._entered = name
@@ -99,7 +99,7 @@ class Residency:
 
     def wait(self) -> None:
         """Return when what was copied can be read on the host."""
-        self._lane.wait()
+        self._copy_stream.wait()
 
     def settle(self) -> None:
         """Bring every block to its rest, where it can be read and written."""
@@ -133,7 +133,7 @@ class Residency:
                 for _ in range(1 + self._prefetch)
             ]
             # the memory may be that of steps which still run
-            self._lane.follow()
+            self._copy_stream.follow()
 
     def _move_common(self, device: torch.device | str) -> None:
         """Move all that is no block's own: frozen parameters and buffers too."""
@@ -161,12 +161,12 @@ class Residency:
 
     def _load(self, name: str, slot: Tensor) -> Future | None:
         home = self._blocks[name].home
-        return self._lane.submit(partial(self._rest.load, home, slot[: len(home)]))
+        return self._copy_stream.submit(partial(self._rest.load, home, slot[: len(home)]))
 
     def _store(self) -> None:
         home, slot = self._blocks[self._current].home, self._slots[self._slot]
         copy = partial(self._rest.store, slot[: len(home)], home)
-        self._lane.submit(copy, after_steps=True)
+        self._copy_stream.submit(copy, after_steps=True)
 
 
 class _Flat:

@@ -32,7 +32,7 @@ from dbkernels.training.trainer_config import TrainerConfig
 
 # settings of the trainer that a run may change on its way: its bits stay the same, and gradients
 # that are freed need a run that does not clip from its start
-PLACEMENT = ("resident", "rest", "rest_dir", "prefetch", "gradients", "graphs")
+PLACEMENT = ("resident", "rest", "rest_dir", "prefetch", "gradients", "cuda_graphs")
 VERSION = 1  # of config.json and of what a checkpoint holds
 MODEL_CONFIGS = {"vit": ViTConfig, "dit": DiTConfig}
 
@@ -213,7 +213,7 @@ def train(
         tensorboard:  whether to log there too
         on_step:      called with each row of the log, when the next step was launched
     Returns:
-        The trainer, at its last step. Where blocks visited the device, all is on the host again.
+        The trainer, at its last step. Where blocks were offloaded, all is on the host again.
     Raises:
         ValueError: a setting is wrong, the directory holds another run or one that still goes on,
                     or a checkpoint cannot be used. No file of a run is touched then.

@@ -42,37 +42,37 @@ def average_decay(step: int, decay: float) -> float:
 
 
 def block_index(
-    step: int, num_blocks: int, *, steps: int, order: Order, seed: int, visit: int = 1
+    step: int, num_blocks: int, *, steps: int, order: Order, seed: int, steps_per_swap: int = 1
 ) -> int:
     """Which block a step of the run trains; every block has had `steps` steps at the end.
 
     Args:
-        step:        of the run, below steps * num_blocks
-        num_blocks:  number of blocks
-        steps:       of each block
-        order:       shuffled visits every block once in each sweep, in an order of its own;
-                     sequential takes all steps of one block before the next, most noise first
-        seed:        of the run
-        visit:       steps of a block in a row where shuffled; in the last sweep those still left
+        step:            of the run, below steps * num_blocks
+        num_blocks:      number of blocks
+        steps:           of each block
+        order:           shuffled trains every block once in each sweep, in an order of its own;
+                         sequential takes all steps of a block before the next, most noise first
+        seed:            of the run
+        steps_per_swap:  of a block in a row where shuffled; in the last sweep those still left
     """
     if order == "sequential":
         return step // steps
-    sweep, place = divmod(step, num_blocks * visit)
+    sweep, place = divmod(step, num_blocks * steps_per_swap)
     generator = torch.Generator().manual_seed(stream_seed(seed, ORDER_KEY, sweep))
     order_of_sweep = torch.randperm(num_blocks, generator=generator)
-    return int(order_of_sweep[place // min(visit, steps - sweep * visit)])
+    return int(order_of_sweep[place // min(steps_per_swap, steps - sweep * steps_per_swap)])
 
 
-def steps_left(step: int, num_blocks: int, *, steps: int, order: Order, visit: int) -> int:
-    """Steps from this one, itself counted, to the end of its visit. Args as for `block_index`."""
+def steps_left(step: int, num_blocks: int, *, steps: int, order: Order, steps_per_swap: int) -> int:
+    """Steps from this one, itself counted, to the end of its turn. Args as for `block_index`."""
     if order == "sequential":
         return steps - step % steps
-    sweep, place = divmod(step, num_blocks * visit)
-    length = min(visit, steps - sweep * visit)
+    sweep, place = divmod(step, num_blocks * steps_per_swap)
+    length = min(steps_per_swap, steps - sweep * steps_per_swap)
     return length - place % length
 
 
-def visit_length(step_seconds: float, swap_seconds: float) -> int:
+def fewest_steps_per_swap(step_seconds: float, swap_seconds: float) -> int:
     """The fewest steps in a row of which swaps take at most SWAP_SHARE of the time.
 
     Args:

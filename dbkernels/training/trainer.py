@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from dbkernels.models.family import Batch
 from dbkernels.ops.philox import Draw
+from dbkernels.training.block_order import BlockOrder
+from dbkernels.training.cuda_graphs import open_cuda_graphs
 from dbkernels.training.data import ImageData, batch_indices
 from dbkernels.training.gradients import updater
-from dbkernels.training.graphs import open_graphs
 from dbkernels.training.micro_batch import MicroBatch
 from dbkernels.training.part import Part
 from dbkernels.training.partition import Block
@@ -32,7 +33,6 @@ from dbkernels.training.schedule import learning_rate
 from dbkernels.training.sharing import SHARED, BlockModels, load_weights, own_part
 from dbkernels.training.staging import Staging
 from dbkernels.training.trainer_config import TrainerConfig
-from dbkernels.training.visits import Visits
 
 Objective = Callable[[nn.Module, Block, Batch, Draw], Tensor]
 Augment = Callable[[Batch, Draw], Batch]
@@ -43,7 +43,7 @@ class Trainer:
     """Trains the blocks of a model.
 
     Args:
-        models:     a family's blocks, on the device; on the host where blocks visit it one by one
+        models:     a family's blocks, on the device; on the host where they are offloaded
         data:       gives batches by sample index, as `ImageData.batch` does
         objective:  (model, block, batch, draw) -> scalar loss, a mean over the batch
         config:     see `TrainerConfig`
@@ -69,7 +69,7 @@ class Trainer:
         self.data, self.objective, self.config, self.augment = data, objective, config, augment
         self.device = _device(models, config, device)
         self.step = 0
-        self.visits = Visits(config, len(self.blocks))
+        self.block_order = BlockOrder(config, len(self.blocks))
         self.micro_batch = MicroBatch(
             config.batch_size // config.accumulate,
             config.batch_size,
@@ -85,7 +85,7 @@ class Trainer:
         parts = list(self.parts.values())
         self.updater = updater(config.gradients, config.clip, parts, self.device)
         self.staging = Staging(self.device)
-        self.graphs = open_graphs(self.device, parts) if config.graphs else None
+        self.cuda_graphs = open_cuda_graphs(self.device, parts) if config.cuda_graphs else None
         # what a graph reads of a step
         self._held = HeldSamples()
         self._block_step = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -98,7 +98,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             ema=config.ema,
             device=self.device,
-            captured=config.graphs,
+            captured=config.cuda_graphs,
         )
 
     @property
@@ -108,7 +108,7 @@ class Trainer:
 
     def next_block(self) -> Block:
         """The block that the run's next step trains."""
-        return self.blocks[self.visits.block(self.step)]
+        return self.blocks[self.block_order.block(self.step)]
 
     def run(self) -> None:
         """Train to the end, without a log or a checkpoint."""
@@ -120,8 +120,8 @@ class Trainer:
     def close(self) -> None:
         """Free the device of what was brought there from the host; a step brings it back."""
         self.residency.close()
-        if self.graphs is not None:
-            self.graphs.drop()
+        if self.cuda_graphs is not None:
+            self.cuda_graphs.drop()
 
     def step_block(self, block: Block) -> Row:
         """One update of one block and of what it shares, waited for: `launch`, and its row."""
@@ -131,7 +131,7 @@ class Trainer:
         """Launch one update of one block and of what it shares, and wait for nothing.
 
         Its row has the step of the run, block, the block's own step, loss, norm of the gradient,
-        and rate; also the steps of a visit or the size of a micro-batch where this step has set it.
+        and rate; also steps_per_swap or the size of a micro-batch where this step has set it.
         It raises FloatingPointError where loss or gradient is not finite. Then neither this step
         nor one that was launched after it has updated anything, and none of them is counted; with
         gradients that are freed, parameters that had theirs by then were updated.
@@ -145,18 +145,20 @@ class Trainer:
         row: Row = {"step": self.step, "block": block.index, "block_step": own.steps}
         row |= {"loss": math.nan, "grad_norm": math.nan, "lr": self._rate(own)}
         numbers = Numbers(self.advance(block))
-        if (following := self.visits.next_block(self.step)) is not None:
+        if (following := self.block_order.next_block(self.step)) is not None:
             self.residency.prefetch(own_part(self.blocks[following]))
         for part in moved:
             part.steps += 1
         self.step += 1
         if self.micro_batch.size != micro_batch:
             row["micro_batch"] = self.micro_batch.size
-        if self.visits.times:
+        if self.block_order.times:
             # the few steps that are timed are waited for
             numbers.wait()
-            if self.visits.timed(self.step, perf_counter() - begin, self.residency.swap_seconds):
-                row["visit"] = self.visits.length
+            if self.block_order.timed(
+                self.step, perf_counter() - begin, self.residency.swap_seconds
+            ):
+                row["steps_per_swap"] = self.block_order.steps_per_swap
         return Pending(row, numbers, partial(self._refused, block, before))
 
     def _refused(
@@ -200,12 +202,12 @@ class Trainer:
             step=block_step,
         )
         draw = Draw(stream_seed(self.config.seed, block.index), block_step)
-        if self.graphs is None:
+        if self.cuda_graphs is None:
             return self._update(block, draw, ReadSamples(self.data, indices, self.staging.put))
         self._held.fill(self.data.batch(indices, self.staging.put))
         self._block_step.fill_(block_step)
         update = partial(self._update, block, replace(draw, step=self._block_step), self._held)
-        return self.graphs.run(partial(self._kind, block), update)
+        return self.cuda_graphs.run(partial(self._kind, block), update)
 
     def _kind(self, block: Block) -> Hashable:
         """Steps that one graph serves: the same tensors at the same addresses."""
@@ -267,7 +269,10 @@ class Trainer:
         until then.
         """
         steps = {name: part.steps for name, part in self.parts.items()}
-        found = {"visit": self.visits.length, "micro_batch": self.micro_batch.size}
+        found = {
+            "steps_per_swap": self.block_order.steps_per_swap,
+            "micro_batch": self.micro_batch.size,
+        }
         return {"step": self.step, "parts": steps, **found}
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], counters: Counters) -> None:
@@ -287,7 +292,7 @@ class Trainer:
         for name, part in self.parts.items():
             steps = counters["parts"][name]
             part.restore(steps, tensors.get("ema", {}), tensors.get("optimizer", {}))
-        self.step, self.visits.length = counters["step"], counters["visit"]
+        self.step, self.block_order.steps_per_swap = counters["step"], counters["steps_per_swap"]
         self.micro_batch.size = size
         self.updater.go_on()
 

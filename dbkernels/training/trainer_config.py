@@ -36,7 +36,7 @@ class TrainerConfig:
     """Parts that a batch is cut into, their gradients added up."""
     gradients: Gradients = "kept"
     """Kept until all are there; or freed one by one as the backward updates their parameters."""
-    graphs: bool = False
+    cuda_graphs: bool = False
     """Replay the steps of each block as one CUDA graph, which takes a GPU."""
     compile_ends: bool = False
     """Compile what runs before and after a block's layers with torch.compile; moves rounding."""
@@ -45,8 +45,8 @@ class TrainerConfig:
     sharing: Sharing = "joint"
     """What the stem and head are: joint, trained by all blocks, or copies, one for each block."""
     order: Order = "shuffled"
-    """Shuffled visits every block once in each sweep; sequential finishes one after another."""
-    visit: int = 1
+    """Shuffled trains every block once in each sweep; sequential finishes one after another."""
+    steps_per_swap: int = 1
     """Steps of a block in a row; 0 measures how many keep swaps below 5 % of the time."""
     resident: Resident = "all"
     """What is on the device: all blocks, or the shared parts and the block that is trained."""
@@ -63,7 +63,7 @@ class TrainerConfig:
         for name in ("steps", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "clip", "visit", "seed"):
+        for name in ("warmup", "weight_decay", "clip", "steps_per_swap", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not self.lr > 0:

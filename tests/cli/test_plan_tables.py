@@ -73,7 +73,7 @@ def test_the_command_has_every_choice_that_differs_from_the_defaults(planned):
     start = "python -m dbkernels train dit --preset digits --batch-size 64"
     cut = 64 // one["micro_batch"]
     middle = f"--num-blocks {one['num_blocks']} --recompute {one['recompute']}"
-    end = "--resident block --visit 0 --autocast"
+    end = "--resident block --steps-per-swap 0 --autocast"
     assert cut > 1
     assert one["command"] == f"{start} {middle} --accumulate {cut} {end}"
     first = plans[0]["command"].split(" --num-blocks")

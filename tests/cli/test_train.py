@@ -52,7 +52,7 @@ def weights_of(directory, step):
         ("--seed -1", "seed must be at least 0, got -1"),
         (f"--seed {2**63}", f"seed must be below 2**63, got {2**63}"),
         ("--accumulate 3", "accumulate must divide the batch size 8, got 3"),
-        ("--visit -1", "visit must be at least 0, got -1"),
+        ("--steps-per-swap -1", "steps_per_swap must be at least 0, got -1"),
         ("--prefetch", "resident must be block for prefetch, got all"),
         ("--rest disk --rest-dir rest", "resident must be block for rest disk, got all"),
         ("--resident block --rest disk", "rest_dir must name a directory for rest disk alone"),
@@ -190,9 +190,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 
 
 def test_blocks_that_rest_elsewhere_give_the_same_run(trained, tmp_path):
-    trained("dit", "all", "--visit", "2", "--ema", "0.9")
+    trained("dit", "all", "--steps-per-swap", "2", "--ema", "0.9")
     resting = ["--resident", "block", "--prefetch", "--rest", "disk", "--rest-dir", "rest"]
-    outcome = trained("dit", "swapped", "--visit", "2", "--ema", "0.9", *resting)
+    outcome = trained("dit", "swapped", "--steps-per-swap", "2", "--ema", "0.9", *resting)
     assert outcome.out == "trained 6 steps in 3 blocks: swapped\n"
     assert weights_of(tmp_path / "all", 6) == weights_of(tmp_path / "swapped", 6)
     assert (tmp_path / "all/log.jsonl").read_text() == (tmp_path / "swapped/log.jsonl").read_text()

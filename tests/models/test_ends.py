@@ -51,7 +51,7 @@ def inputs_of(family):
         stem = (rows.clone().requires_grad_(), LEVEL, torch.randn(4, 1, 4, 4))
         answer, c = 30 + torch.randn(4, 16), torch.randn(4, 8)
         moved = (tensor.requires_grad_() for tensor in (answer, c, rows))
-        return {"stem": stem, "surprise": (*moved, LEVEL, label)}
+        return {"stem": stem, "cross_entropy": (*moved, LEVEL, label)}
     stem = (torch.randn(4, 1, 4, 4), LEVEL, rows.clone().requires_grad_())
     tail = (30 + torch.randn(4, 4, 16), torch.randn(4, 16))
     return {"stem": stem, "tail": tuple(tensor.requires_grad_() for tensor in tail)}

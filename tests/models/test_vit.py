@@ -209,7 +209,7 @@ def test_logits_and_gradients_are_those_of_all_tokens(layers):
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
 
 
-def test_the_loss_is_the_surprise_at_the_label_of_each_sample():
+def test_the_loss_is_the_cross_entropy_at_the_label_of_each_sample():
     model, batch = make_model(), make_batch()
     z = model.target(batch) + LEVEL[:, None] * normals(DRAW, 3, 8)
     logits = model.denoise(z, LEVEL, (0, 1), batch)

@@ -18,7 +18,7 @@ VIT = ViTConfig(
     cond_dim=32,
 )  # fmt: skip
 FREED = {"gradients": "freed", "clip": 0.0}
-ASIDE = {"resident": "block", "visit": 3}
+ASIDE = {"resident": "block", "steps_per_swap": 3}
 
 
 def make_trainer(device, family="dit", sharing="joint", **settings):

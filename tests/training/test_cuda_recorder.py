@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dbkernels.training.graphs import CudaRecorder
+from dbkernels.training.cuda_graphs import CudaRecorder
 
 
 class Stream:

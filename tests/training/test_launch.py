@@ -9,7 +9,7 @@ from training.tiny import equal, make_trainer
 
 import dbkernels.training.trainer as module
 from dbkernels.training.augment import mirror, shift
-from dbkernels.training.visits import Visits
+from dbkernels.training.block_order import BlockOrder
 
 # a value that is read, and a tensor that is made of numbers of the host: on a GPU both would wait
 WAITING = ("aten::_local_scalar_dense", "aten::lift_fresh", "aten::equal", "aten::is_nonzero")
@@ -56,7 +56,7 @@ SETTINGS = [
     {"gradients": "freed", "clip": 0.0},
     {"resident": "block"},
     {"resident": "block", "prefetch": True, "sharing": "copies"},
-    {"clip": 0.0, "warmup": 2, "decay": "cosine", "visit": 2},
+    {"clip": 0.0, "warmup": 2, "decay": "cosine", "steps_per_swap": 2},
 ]
 
 
@@ -67,7 +67,7 @@ def test_a_launch_waits_for_nothing(family, settings, monkeypatch):
         return shift(mirror(batch, draw), draw, pixels=1)
 
     monkeypatch.setattr(module, "batch_indices", on_host(module.batch_indices))
-    monkeypatch.setattr(Visits, "block", on_host(Visits.block))
+    monkeypatch.setattr(BlockOrder, "block", on_host(BlockOrder.block))
     trainer, plain = (make_trainer(family, ema=0.9, **settings) for _ in range(2))
     trainer.augment = plain.augment = augment
     trainer.data = data = Data(trainer.data)

@@ -20,9 +20,9 @@ def on_device(tensors):
 @pytest.mark.parametrize("disk", [False, True])
 def test_gives_the_bits_of_a_run_with_all_blocks_resident(gpu, tmp_path, disk, prefetch, sharing):
     on_disk = {"rest": "disk", "rest_dir": str(tmp_path)} if disk else {}
-    whole = make_trainer(gpu, sharing=sharing, visit=2)
+    whole = make_trainer(gpu, sharing=sharing, steps_per_swap=2)
     swapped = make_trainer(
-        gpu, sharing=sharing, visit=2, resident="block", prefetch=prefetch, **on_disk
+        gpu, sharing=sharing, steps_per_swap=2, resident="block", prefetch=prefetch, **on_disk
     )
     for _ in range(whole.total_steps):
         row = whole.step_block(whole.next_block())

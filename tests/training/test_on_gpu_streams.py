@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dbkernels.training.resting as resting
-from dbkernels.training.lane import Lane
+from dbkernels.training.copy_stream import CopyStream
 from dbkernels.training.pending import Numbers
 from dbkernels.training.resting import DiskRest, HostRest
 from dbkernels.training.staging import Staging
@@ -24,8 +24,8 @@ def sleep(gpu):
 
 
 @pytest.fixture
-def lane(gpu):
-    return Lane(gpu, beside=True)
+def copy_stream(gpu):
+    return CopyStream(gpu, beside=True)
 
 
 @pytest.fixture
@@ -37,17 +37,17 @@ def bytes_on(device, value):
     return torch.full((NBYTES,), value, dtype=torch.uint8, device=device)
 
 
-def test_a_store_waits_for_the_steps_that_write(gpu, lane, rest, sleep):
+def test_a_store_waits_for_the_steps_that_write(gpu, copy_stream, rest, sleep):
     slot, home = bytes_on(gpu, 0), rest.room(NBYTES)
     for value in (1, 2, 3):
         sleep()
         slot.fill_(value)
-        lane.submit(partial(rest.store, slot, home), after_steps=True)
-        lane.wait()
+        copy_stream.submit(partial(rest.store, slot, home), after_steps=True)
+        copy_stream.wait()
         assert (home == value).all()
 
 
-def test_steps_wait_for_the_block_that_arrives(gpu, lane, rest, sleep):
+def test_steps_wait_for_the_block_that_arrives(gpu, copy_stream, rest, sleep):
     slot, home = bytes_on(gpu, 0), rest.room(NBYTES)
 
     def late():
@@ -56,20 +56,20 @@ def test_steps_wait_for_the_block_that_arrives(gpu, lane, rest, sleep):
 
     for value in (1, 2, 3):
         home.fill_(value)
-        lane.join(lane.submit(late))
+        copy_stream.join(copy_stream.submit(late))
         read = slot.clone()
         assert (read == value).all()
-        lane.wait()
+        copy_stream.wait()
 
 
-def test_a_slot_that_is_opened_waits_for_what_its_memory_was(gpu, lane, rest, sleep):
+def test_a_slot_that_is_opened_waits_for_what_its_memory_was(gpu, copy_stream, rest, sleep):
     memory, home = bytes_on(gpu, 1), rest.room(NBYTES)
     home.fill_(2)
     sleep()
     read = memory.clone()
-    lane.follow()
-    lane.submit(partial(rest.load, home, memory))
-    lane.wait()
+    copy_stream.follow()
+    copy_stream.submit(partial(rest.load, home, memory))
+    copy_stream.wait()
     assert (read == 1).all() and (memory == 2).all()
 
 
@@ -78,7 +78,7 @@ def test_a_staging_buffer_waits_for_the_copy_before_the_last(
     gpu, tmp_path, sleep, monkeypatch, beside
 ):
     monkeypatch.setattr(resting, "STAGING_BYTES", NBYTES // 16)
-    lane, rest = Lane(gpu, beside=beside), DiskRest(tmp_path, NBYTES, gpu)
+    copy_stream, rest = CopyStream(gpu, beside=beside), DiskRest(tmp_path, NBYTES, gpu)
     home, slot = rest.room(NBYTES), bytes_on(gpu, 0)
     content = torch.randint(256, (NBYTES,), dtype=torch.uint8)
     home.copy_(content)
@@ -87,11 +87,11 @@ def test_a_staging_buffer_waits_for_the_copy_before_the_last(
         sleep()
         rest.load(home, slot)
 
-    lane.join(lane.submit(late))
+    copy_stream.join(copy_stream.submit(late))
     assert torch.equal(slot.cpu(), content)
     home.zero_()
-    lane.submit(partial(rest.store, slot, home), after_steps=True)
-    lane.wait()
+    copy_stream.submit(partial(rest.store, slot, home), after_steps=True)
+    copy_stream.wait()
     assert torch.equal(home, content)
 
 

@@ -50,7 +50,7 @@ def test_a_gpu_tells_of_the_first_step_and_of_a_steady_one(monkeypatch):
     assert row["steady_step"]["allocated_bytes"] == 9
 
 
-def test_blocks_that_visit_the_device_are_measured_there():
+def test_offloaded_blocks_are_measured_on_the_device():
     trainer = make_trainer("dit", steps=100, resident="block")
     row = profile_trainer(trainer, steps=1)
     # on a CPU the blocks at rest are there too, beside the room for the one that is trained

@@ -124,7 +124,7 @@ def test_time_is_operations_and_calls_and_swaps():
     assert speed.seconds(need, 4, autocast=True) == pytest.approx(0.105)
 
 
-def test_visits_are_so_long_that_swaps_take_a_twentieth():
+def test_swaps_take_a_twentieth_of_the_time():
     speed = Speed(float32=2e12, bfloat16=2e12, link=2e9)
     need = Need(0, {}, flops=10**12, ops=0, swapped=10**10)
     assert speed.seconds(need, 4, autocast=False) == pytest.approx(1 / 0.95, rel=0.001)

@@ -8,7 +8,7 @@ from training.races import Inline, Machine
 from training.tiny import make_trainer
 
 import dbkernels.training.resting as resting
-from dbkernels.training.lane import Lane
+from dbkernels.training.copy_stream import CopyStream
 from dbkernels.training.residency import Residency
 from dbkernels.training.resting import DiskRest
 
@@ -24,9 +24,9 @@ def on_streams(monkeypatch, tmp_path, *, prefetch, disk, deaf=()):
     on_disk = {"rest": "disk", "rest_dir": str(tmp_path)} if disk else {}
     trainer = make_trainer(resident="block", prefetch=prefetch, ema=0.9, **on_disk)
     residency = trainer.residency
-    residency._lane = Lane(CUDA, beside=prefetch)
+    residency._copy_stream = CopyStream(CUDA, beside=prefetch)
     if prefetch:
-        residency._lane._thread = Inline(machine)
+        residency._copy_stream._thread = Inline(machine)
     machine.watch_host(*(flat.home for flat in residency._blocks.values()))
     if disk:
         staging = residency._rest._staging
@@ -76,13 +76,13 @@ def replaced(owner, name, call):
     return change
 
 
-def never_after_steps(inner=Lane.submit):
-    return lambda lane, copy, *, after_steps=False: inner(lane, copy)
+def never_after_steps(inner=CopyStream.submit):
+    return lambda copy_stream, copy, *, after_steps=False: inner(copy_stream, copy)
 
 
-def without_a_look_at_the_stream(lane):
-    while lane._submitted:
-        lane._submitted.pop(0).result()
+def without_a_look_at_the_stream(copy_stream):
+    while copy_stream._submitted:
+        copy_stream._submitted.pop(0).result()
 
 
 def unblocked(rest, slot, home):
@@ -104,15 +104,15 @@ def case(name, change, *, prefetch=False, disk=False):
     return pytest.param(change, prefetch, disk, id=name)
 
 
-LANE, STAGING = partial(replaced, Lane), partial(replaced, resting._Staging)
+COPY_STREAM, STAGING = partial(replaced, CopyStream), partial(replaced, resting._Staging)
 FORGOTTEN = [
     case("steps before a store", deaf("wait_event"), prefetch=True),
-    case("that a store follows steps", LANE("submit", never_after_steps()), prefetch=True),
-    case("a block's arrival", LANE("join", lambda *_: None), prefetch=True),
-    case("what used a slot before", LANE("follow", lambda _: None), prefetch=True),
-    case("copies before a look", LANE("wait", lambda _: None), prefetch=True),
-    case("copies in line before a look", LANE("wait", lambda _: None)),
-    case("the copies' stream", LANE("wait", without_a_look_at_the_stream), prefetch=True),
+    case("that a store follows steps", COPY_STREAM("submit", never_after_steps()), prefetch=True),
+    case("a block's arrival", COPY_STREAM("join", lambda *_: None), prefetch=True),
+    case("what used a slot before", COPY_STREAM("follow", lambda _: None), prefetch=True),
+    case("copies before a look", COPY_STREAM("wait", lambda _: None), prefetch=True),
+    case("copies in line before a look", COPY_STREAM("wait", lambda _: None)),
+    case("the copies' stream", COPY_STREAM("wait", without_a_look_at_the_stream), prefetch=True),
     case("the steps' stream", deaf("stream.synchronize")),
     case("a staging buffer's event", deaf("event.synchronize"), prefetch=True, disk=True),
     case("a staging buffer's event in line", deaf("event.synchronize"), disk=True),

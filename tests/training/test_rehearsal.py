@@ -175,10 +175,10 @@ def test_copies_of_what_the_blocks_share_are_all_there(model):
     assert predicted["parameters"] == sum(tensor.nbytes for tensor in tensors)
 
 
-def test_tells_the_same_of_a_run_whose_blocks_visit_the_device():
+def test_tells_the_same_of_a_run_whose_blocks_are_offloaded():
     config = configured(2)
-    visiting = replace(config.trainer, resident="block")
-    found = rehearse(replace(config, trainer=visiting), target=CPU)
+    offloaded = replace(config.trainer, resident="block")
+    found = rehearse(replace(config, trainer=offloaded), target=CPU)
     assert found == rehearse(config, target=CPU)
 
 

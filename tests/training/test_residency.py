@@ -45,7 +45,7 @@ def slot_range(trainer, index=0):
 
 
 @pytest.mark.parametrize(
-    "family, sharing, visit, disk, prefetch",
+    "family, sharing, steps_per_swap, disk, prefetch",
     [
         ("vit", "joint", 1, False, False),
         ("vit", "joint", 3, True, True),
@@ -57,9 +57,9 @@ def slot_range(trainer, index=0):
     ],
 )
 def test_gives_the_bits_of_a_run_with_all_blocks_resident(
-    tmp_path, family, sharing, visit, disk, prefetch
+    tmp_path, family, sharing, steps_per_swap, disk, prefetch
 ):
-    common = {"sharing": sharing, "visit": visit}
+    common = {"sharing": sharing, "steps_per_swap": steps_per_swap}
     whole = make_trainer(family, **SETTINGS, **common)
     swapped = block_by_block(family, tmp_path if disk else None, prefetch=prefetch, **common)
     assert steps(swapped) == steps(whole)
@@ -77,7 +77,7 @@ def test_gives_the_same_bits_when_the_blocks_come_in_another_order(prefetch):
     assert same(swapped, whole)
 
 
-def test_blocks_of_equal_layers_have_the_same_addresses_at_every_visit():
+def test_blocks_of_equal_layers_have_the_same_addresses_at_every_turn():
     trainer = block_by_block()
     rows = {trainer.step_block(trainer.blocks[0])["block"]: addresses(trainer, "block0")}
     objects = {name: [id(t) for t in part.tensors()] for name, part in trainer.parts.items()}
@@ -112,12 +112,12 @@ def test_the_slot_is_as_large_as_one_block_and_never_replaced():
     assert [slot.data_ptr() for slot in trainer.residency._slots] == [address]
 
 
-def test_prefetching_takes_a_second_slot_and_fills_it_before_the_visit():
+def test_prefetching_takes_a_second_slot_and_fills_it_before_the_turn():
     trainer = block_by_block(prefetch=True, order="sequential", steps=2)
     steps(trainer, 1)
     assert len(trainer.residency._slots) == 2
     trainer.residency.wait()
-    # already there, although the block may be read and written at its rest until its visit
+    # already there, although the block may be read and written at its rest until its turn
     (flat,) = [flat for name, flat in trainer.residency._blocks.items() if name == "block1"]
     slot = trainer.residency._slots[trainer.residency._other_slot()]
     assert torch.equal(slot, flat.home)
@@ -217,15 +217,18 @@ def test_closing_frees_the_slot_and_a_step_opens_it_again():
     assert same(trainer, whole)
 
 
-def test_a_trainer_that_has_prefetched_restores_in_the_middle_of_a_visit():
-    whole, first = make_trainer(**SETTINGS, visit=3), block_by_block(visit=3, prefetch=True)
+def test_a_trainer_that_has_prefetched_restores_in_the_middle_of_a_turn():
+    whole, first = (
+        make_trainer(**SETTINGS, steps_per_swap=3),
+        block_by_block(steps_per_swap=3, prefetch=True),
+    )
     steps(whole)
     steps(first, 5)
     saved = {g: {k: v.clone() for k, v in t.items()} for g, t in first.tensors().items()}
     # one that has already trained something else, and prefetched it
-    second = block_by_block(visit=3, prefetch=True, seed=4)
+    second = block_by_block(steps_per_swap=3, prefetch=True, seed=4)
     steps(second, 4)
-    second.config, second.visits = first.config, first.visits
+    second.config, second.block_order = first.config, first.block_order
     second.restore(saved, first.counters())
     steps(second, 7)
     assert same(second, whole)
@@ -263,7 +266,7 @@ def test_what_a_step_writes_is_copied_after_the_step(adopted, monkeypatch):
     residency, _ = adopted
     submitted = []
     monkeypatch.setattr(
-        residency._lane,
+        residency._copy_stream,
         "submit",
         lambda copy, after_steps=False: submitted.append((copy.func.__name__, after_steps)),
     )

@@ -86,7 +86,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, source, stop):
 
 
 def swapping(tmp_path, **changes):
-    settings = {"steps": 4, "batch_size": 4, "lr": 1e-2, "ema": 0.9, "visit": 3, **changes}
+    settings = {"steps": 4, "batch_size": 4, "lr": 1e-2, "ema": 0.9, "steps_per_swap": 3, **changes}
     on_disk = {"rest": "disk", "rest_dir": str(tmp_path / "rest"), "prefetch": True}
     return [
         TrainerConfig(**settings),
@@ -96,7 +96,7 @@ def swapping(tmp_path, **changes):
 
 
 @pytest.mark.parametrize("stop", [4, 7])
-def test_a_run_resumes_in_a_visit_to_the_same_bits_wherever_its_blocks_rest(tmp_path, source, stop):
+def test_a_run_resumes_in_a_turn_to_the_same_bits_wherever_its_blocks_rest(tmp_path, source, stop):
     everywhere, *others = swapping(tmp_path)
     whole = train(make_config(source, trainer=everywhere), tmp_path / "whole", device="cpu")
     config = make_config(source, trainer=others[0])
@@ -120,7 +120,7 @@ def test_a_run_with_blocks_at_rest_ends_with_all_on_the_host_and_can_be_used(tmp
     assert equal(dict(loaded.named_parameters()), weights(trainer))
 
 
-def test_models_whose_blocks_visit_the_device_are_built_on_the_host(source, monkeypatch):
+def test_models_whose_blocks_are_offloaded_are_built_on_the_host(source, monkeypatch):
     places = []
     build = RunConfig.build
     monkeypatch.setattr(
@@ -242,7 +242,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, source):
     other = dataclasses.replace(config, shift=1)
     with pytest.raises(ValueError, match="shift"):
         train(other, tmp_path / "run", device="cpu", resume="latest")
-    for name, value in {"accumulate": 2, "visit": 2, "seed": 1, "clip": 0.0}.items():
+    for name, value in {"accumulate": 2, "steps_per_swap": 2, "seed": 1, "clip": 0.0}.items():
         trainer = dataclasses.replace(config.trainer, **{name: value})
         other = dataclasses.replace(config, trainer=trainer)
         with pytest.raises(ValueError, match=f"1 settings differ .*trainer.{name}: saved"):

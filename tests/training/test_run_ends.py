@@ -72,7 +72,7 @@ def test_a_run_has_the_losses_of_a_plain_one_and_resumes_to_the_same_bits(tmp_pa
     ("family", "settings"),
     [
         ("vit", {"sharing": "copies"}),
-        ("dit", {"sharing": "copies", "resident": "block", "visit": 2, "ema": 0.9}),
+        ("dit", {"sharing": "copies", "resident": "block", "steps_per_swap": 2, "ema": 0.9}),
         ("vit", {"resident": "block", "gradients": "freed", "clip": 0.0}),
         ("dit", {"accumulate": 2}),
     ],
@@ -96,7 +96,7 @@ def test_a_loaded_run_compiles_nothing(tmp_path, source, monkeypatch):
     train(config, tmp_path / "run", device="cpu")
     monkeypatch.setattr(ends, "_missing", lambda device: "anything")
     loaded, models = load_run(tmp_path / "run", device="cpu")
-    assert loaded == config and not vars(models.model).keys() & {"stem", "surprise"}
+    assert loaded == config and not vars(models.model).keys() & {"stem", "cross_entropy"}
 
 
 def test_ends_are_compiled_for_the_device_that_trains(source, monkeypatch):

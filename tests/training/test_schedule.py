@@ -6,9 +6,9 @@ import pytest
 from dbkernels.training.schedule import (
     average_decay,
     block_index,
+    fewest_steps_per_swap,
     learning_rate,
     steps_left,
-    visit_length,
 )
 
 
@@ -32,7 +32,7 @@ def test_average_forgets_the_start_quickly_and_reaches_its_decay():
     assert average_decay(10**6, 0.999) == 0.999
 
 
-def test_shuffled_order_visits_every_block_once_in_each_sweep():
+def test_shuffled_order_trains_every_block_once_in_each_sweep():
     order = partial(block_index, num_blocks=4, steps=50, order="shuffled", seed=0)
     sweeps = [tuple(order(4 * sweep + place) for place in range(4)) for sweep in range(50)]
     assert all(sorted(sweep) == [0, 1, 2, 3] for sweep in sweeps)
@@ -52,38 +52,42 @@ def test_order_depends_on_the_seed():
     assert orders[0] == orders[1] != orders[2]
 
 
-@pytest.mark.parametrize("steps, visit", [(50, 1), (9, 3), (10, 4), (3, 7), (5, 5)])
-def test_a_visit_is_steps_of_one_block_in_a_row_and_the_last_sweep_has_the_rest(steps, visit):
+@pytest.mark.parametrize("steps, steps_per_swap", [(50, 1), (9, 3), (10, 4), (3, 7), (5, 5)])
+def test_steps_per_swap_are_of_one_block_in_a_row_and_the_last_sweep_has_those_left(
+    steps, steps_per_swap
+):
     order = [
-        block_index(s, 4, steps=steps, order="shuffled", seed=0, visit=visit)
+        block_index(s, 4, steps=steps, order="shuffled", seed=0, steps_per_swap=steps_per_swap)
         for s in range(4 * steps)
     ]
     assert all(order.count(block) == steps for block in range(4))
     first = 0
     while first < len(order):
-        length = min(visit, steps - first // 4)
+        length = min(steps_per_swap, steps - first // 4)
         sweep = order[first : first + 4 * length]
         assert sorted(sweep[::length]) == [0, 1, 2, 3]
         assert sweep == [block for block in sweep[::length] for _ in range(length)]
         first += 4 * length
 
 
-def test_sweeps_of_longer_visits_come_in_the_same_order():
+def test_sweeps_of_longer_turns_come_in_the_same_order():
     plain = [block_index(s, 4, steps=6, order="shuffled", seed=3) for s in range(8)]
-    longer = [block_index(s, 4, steps=6, order="shuffled", seed=3, visit=3) for s in range(24)]
+    longer = [
+        block_index(s, 4, steps=6, order="shuffled", seed=3, steps_per_swap=3) for s in range(24)
+    ]
     assert longer[::3] == plain
 
 
-def test_steps_left_count_down_to_the_end_of_a_visit():
-    left = partial(steps_left, num_blocks=2, steps=5, visit=3)
+def test_steps_left_count_down_to_the_end_of_a_turn():
+    left = partial(steps_left, num_blocks=2, steps=5, steps_per_swap=3)
     assert [left(s, order="shuffled") for s in range(10)] == [3, 2, 1, 3, 2, 1, 2, 1, 2, 1]
     assert [left(s, order="sequential") for s in range(10)] == [5, 4, 3, 2, 1] * 2
 
 
-def test_a_visit_is_the_shortest_that_keeps_swaps_within_their_share():
-    assert visit_length(1.0, 0.0) == 1
-    assert visit_length(0.25, 0.25) == 19
+def test_steps_per_swap_are_the_fewest_that_keep_swaps_within_their_share():
+    assert fewest_steps_per_swap(1.0, 0.0) == 1
+    assert fewest_steps_per_swap(0.25, 0.25) == 19
     for step, swap in ((0.3, 0.1), (0.01, 0.7), (2.0, 0.001)):
-        length = visit_length(step, swap)
+        length = fewest_steps_per_swap(step, swap)
         assert swap <= 0.05 * (swap + length * step)
         assert length == 1 or swap > 0.05 * (swap + (length - 1) * step)

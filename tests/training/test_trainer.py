@@ -270,14 +270,16 @@ def test_memory_that_does_not_suffice_for_half_stops_before_the_update():
     assert all(parameter.grad is None for parameter in trainer.models.parameters())
 
 
-def test_a_restored_trainer_keeps_the_micro_batch_and_the_length_of_visits_it_found():
+def test_a_restored_trainer_keeps_the_micro_batch_and_the_steps_per_swap_it_found():
     objective, _ = short_of_memory(fits=2)
-    settings = {"resident": "block", "visit": 0, "steps": 9}
+    settings = {"resident": "block", "steps_per_swap": 0, "steps": 9}
     first, second = (make_trainer(objective=objective, **settings) for _ in range(2))
     with pytest.warns(UserWarning):
         rows = [first.step_block(first.next_block()) for _ in range(7)]
-    lengths = [row.pop("visit", None) for row in rows]
-    assert lengths == [None] * 4 + [first.visits.length] + [None] * 2 and lengths[4] >= 5
+    lengths = [row.pop("steps_per_swap", None) for row in rows]
+    assert (
+        lengths == [None] * 4 + [first.block_order.steps_per_swap] + [None] * 2 and lengths[4] >= 5
+    )
     tensors = {g: {k: v.clone() for k, v in t.items()} for g, t in first.tensors().items()}
     second.restore(tensors, first.counters())
     for trainer in (first, second):

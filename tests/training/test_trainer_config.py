@@ -23,7 +23,7 @@ BLOCK = {"resident": "block"}
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"seed": 2**63}, rf"seed must be below 2\*\*63, got {2**63}"),
         ({"lr": math.inf}, "lr must be finite, got inf"),
-        ({"visit": -1}, "visit must be at least 0, got -1"),
+        ({"steps_per_swap": -1}, "steps_per_swap must be at least 0, got -1"),
         ({"resident": "some"}, "resident must be all or block, got some"),
         ({"rest": "tape"}, "rest must be host or disk, got tape"),
         ({"prefetch": True}, "resident must be block for prefetch, got all"),
@@ -45,4 +45,4 @@ def test_rejects(settings, message):
 
 def test_one_block_may_be_resident_with_the_others_in_memory_or_on_disk():
     for settings in ({}, {"prefetch": True}, {"rest": "disk", "rest_dir": "x", "prefetch": True}):
-        assert TrainerConfig(steps=1, **BLOCK, **settings).visit == 1
+        assert TrainerConfig(steps=1, **BLOCK, **settings).steps_per_swap == 1

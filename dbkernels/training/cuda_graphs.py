@@ -82,7 +82,7 @@ class CudaRecorder:
                 group["capturable"] = False
 
 
-class Graphs:
+class CudaGraphs:
     """Runs each kind of step first op by op, then as a graph.
 
     Args:
@@ -127,7 +127,7 @@ class Graphs:
         self._recorded.clear()
 
 
-def open_graphs(device: torch.device, parts: Sequence[Part]) -> Graphs:
+def open_cuda_graphs(device: torch.device, parts: Sequence[Part]) -> CudaGraphs:
     """The graphs of a trainer's steps.
 
     Args:
@@ -137,5 +137,5 @@ def open_graphs(device: torch.device, parts: Sequence[Part]) -> Graphs:
         ValueError: the device is no NVIDIA GPU.
     """
     if device.type != "cuda":
-        raise ValueError(f"graphs must be run on an NVIDIA GPU, got device {device}")
-    return Graphs(CudaRecorder(device, [part.optimizer for part in parts]))
+        raise ValueError(f"cuda_graphs must be run on an NVIDIA GPU, got device {device}")
+    return CudaGraphs(CudaRecorder(device, [part.optimizer for part in parts]))

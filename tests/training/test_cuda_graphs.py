@@ -9,7 +9,7 @@ from training.tiny import equal, make_trainer
 
 import dbkernels.training.trainer as module
 from dbkernels.training.augment import mirror, shift
-from dbkernels.training.graphs import Graphs, open_graphs
+from dbkernels.training.cuda_graphs import CudaGraphs, open_cuda_graphs
 
 ORDER = [0, 1, 0, 2, 0, 1, 1, 2, 2, 0, 1, 2]
 
@@ -17,8 +17,8 @@ ORDER = [0, 1, 0, 2, 0, 1, 1, 2, 2, 0, 1, 2]
 def make_captured(family="vit", **settings):
     """A trainer that replays its steps, and its recorder."""
     recorder = TrainerRecorder()
-    with patch.object(module, "open_graphs", lambda device, parts: Graphs(recorder)):
-        recorder.trainer = make_trainer(family, graphs=True, **settings)
+    with patch.object(module, "open_cuda_graphs", lambda device, parts: CudaGraphs(recorder)):
+        recorder.trainer = make_trainer(family, cuda_graphs=True, **settings)
     return recorder.trainer, recorder
 
 
@@ -140,30 +140,30 @@ def test_a_gradient_that_is_not_finite_updates_nothing_in_a_replay():
 
 
 def test_a_value_that_is_read_back_is_noticed_here():
-    graphs, number = Graphs(OpRecorder()), torch.zeros(())
-    graphs.run(lambda: 0, lambda: (number + 1,))
+    cuda_graphs, number = CudaGraphs(OpRecorder()), torch.zeros(())
+    cuda_graphs.run(lambda: 0, lambda: (number + 1,))
     with pytest.raises(RuntimeError, match="read back"):
-        graphs.run(lambda: 0, lambda: (number + number.item(),))
+        cuda_graphs.run(lambda: 0, lambda: (number + number.item(),))
 
 
 def test_dropped_graphs_are_recorded_again():
     recorder = OpRecorder()
-    graphs, number = Graphs(recorder), torch.zeros(())
+    cuda_graphs, number = CudaGraphs(recorder), torch.zeros(())
 
     def step():
         return (number + 1,)
 
     for _ in range(3):
-        graphs.run(lambda: 0, step)
-    graphs.drop()
+        cuda_graphs.run(lambda: 0, step)
+    cuda_graphs.drop()
     number = torch.ones(())
-    assert graphs.run(lambda: 0, step)[0] == 2
+    assert cuda_graphs.run(lambda: 0, step)[0] == 2
     assert (recorder.warm, recorder.recorded, recorder.replayed) == (1, 2, 3)
 
 
 def test_a_first_step_that_fails_is_no_warm_up():
     recorder, fails = OpRecorder(), [True, False, False]
-    graphs, number = Graphs(recorder), torch.zeros(())
+    cuda_graphs, number = CudaGraphs(recorder), torch.zeros(())
 
     def step():
         if fails.pop(0):
@@ -171,17 +171,17 @@ def test_a_first_step_that_fails_is_no_warm_up():
         return (number + 1,)
 
     with pytest.raises(torch.OutOfMemoryError):
-        graphs.run(lambda: 0, step)
+        cuda_graphs.run(lambda: 0, step)
     for _ in range(2):
-        assert graphs.run(lambda: 0, step)[0] == 1
+        assert cuda_graphs.run(lambda: 0, step)[0] == 1
     assert (recorder.warm, recorder.recorded) == (2, 1)
 
 
 def test_no_graph_holds_memory_while_a_step_runs_op_by_op():
     recorder, number = OpRecorder(), torch.zeros(())
-    graphs = Graphs(recorder)
+    cuda_graphs = CudaGraphs(recorder)
     for kind in (0, 0, 1, 1, 0, 0):
-        graphs.run(lambda kind=kind: kind, lambda: (number + 1,))
+        cuda_graphs.run(lambda kind=kind: kind, lambda: (number + 1,))
     # what was recorded before the second kind's first step is recorded again after it
     assert (recorder.warm, recorder.recorded, recorder.replayed) == (2, 3, 4)
 
@@ -197,7 +197,9 @@ def test_closing_a_trainer_drops_its_graphs():
 
 
 def test_graphs_want_a_gpu():
-    with pytest.raises(ValueError, match="graphs must be run on an NVIDIA GPU, got device cpu"):
-        open_graphs(torch.device("cpu"), [])
+    with pytest.raises(
+        ValueError, match="cuda_graphs must be run on an NVIDIA GPU, got device cpu"
+    ):
+        open_cuda_graphs(torch.device("cpu"), [])
     with pytest.raises(ValueError, match="got device cpu"):
-        make_trainer(graphs=True)
+        make_trainer(cuda_graphs=True)

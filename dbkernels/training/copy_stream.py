@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 
-class Lane:
+class CopyStream:
     """Runs copies in order; those beside the steps have a thread and a CUDA stream of their own.
 
     Args:

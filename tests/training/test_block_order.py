@@ -2,24 +2,26 @@ from itertools import pairwise
 
 import pytest
 
+from dbkernels.training.block_order import TIMED_STEPS, BlockOrder
 from dbkernels.training.trainer_config import TrainerConfig
-from dbkernels.training.visits import TIMED_STEPS, Visits
 
 
-def visits(num_blocks=3, steps=40, **settings):
-    return Visits(TrainerConfig(steps=steps, **{"resident": "block", **settings}), num_blocks)
+def block_order(num_blocks=3, steps=40, **settings):
+    return BlockOrder(TrainerConfig(steps=steps, **{"resident": "block", **settings}), num_blocks)
 
 
 def never():
     raise AssertionError("a swap was timed")
 
 
-@pytest.mark.parametrize("settings", [{"visit": 3}, {"visit": 7}, {"order": "sequential"}])
-def test_the_next_block_is_that_of_the_next_visit(settings):
-    plan = visits(steps=8, **settings)
+@pytest.mark.parametrize(
+    "settings", [{"steps_per_swap": 3}, {"steps_per_swap": 7}, {"order": "sequential"}]
+)
+def test_the_next_block_is_that_of_the_next_turn(settings):
+    plan = block_order(steps=8, **settings)
     order = [plan.block(step) for step in range(24)]
     assert sorted(order) == [0] * 8 + [1] * 8 + [2] * 8
-    length = settings.get("visit", 8)
+    length = settings.get("steps_per_swap", 8)
     ends = [0, *range(length, 8, length), 8]
     lengths = [b - a for a, b in pairwise(ends) for _ in range(3)]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
@@ -32,25 +34,25 @@ def test_the_next_block_is_that_of_the_next_visit(settings):
 
 
 def test_a_given_length_stays_and_times_no_swap():
-    plan = visits(visit=6)
+    plan = block_order(steps_per_swap=6)
     assert not any(plan.timed(step, 1.0, never) for step in range(1, 20))
-    assert plan.length == 6
+    assert plan.steps_per_swap == 6
 
 
 def test_nothing_is_timed_where_nothing_is_swapped():
-    plan = visits(visit=0, resident="all")
-    assert plan.length == 1 and not plan.timed(1, 1.0, never)
+    plan = block_order(steps_per_swap=0, resident="all")
+    assert plan.steps_per_swap == 1 and not plan.timed(1, 1.0, never)
 
 
 def test_the_length_keeps_swaps_within_their_share_of_the_time():
-    plan = visits(visit=0)
+    plan = block_order(steps_per_swap=0)
     first = plan.block(0)
     for step, seconds in enumerate((9.0, 0.25, 0.75, 5.0), start=1):
-        assert plan.length == 0 and not plan.timed(step, seconds, never)
+        assert plan.steps_per_swap == 0 and not plan.timed(step, seconds, never)
         assert plan.block(step) == first and plan.next_block(step) is None
     # a swap of 0.5 s beside 19 steps of 0.5 s, the median of all but the first
     assert plan.timed(5, 0.25, lambda: 0.5)
-    assert plan.length == 19
+    assert plan.steps_per_swap == 19
     assert {plan.block(step) for step in range(19)} == {first} != {plan.block(19)}
     assert not plan.timed(6, 1.0, never)
 
@@ -59,15 +61,15 @@ def test_the_length_keeps_swaps_within_their_share_of_the_time():
     "swap_seconds, expected", [(0.0, TIMED_STEPS), (1e-9, TIMED_STEPS), (0.5, 10), (99.0, 40)]
 )
 def test_the_length_is_no_less_than_the_steps_done_and_no_more_than_all(swap_seconds, expected):
-    plan = visits(visit=0)
+    plan = block_order(steps_per_swap=0)
     found = [plan.timed(step, 1.0, lambda: swap_seconds) for step in range(1, TIMED_STEPS + 1)]
     assert found == [False] * 4 + [True]
-    assert plan.length == expected
+    assert plan.steps_per_swap == expected
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_run_too_short_to_be_timed_makes_one_visit_of_each_block(steps):
-    plan = visits(visit=0, steps=steps)
+def test_a_run_too_short_to_be_timed_makes_one_turn_of_each_block(steps):
+    plan = block_order(steps_per_swap=0, steps=steps)
     found = [plan.timed(step, 1.0, lambda: 0.0) for step in range(1, steps + 1)]
     assert found == [False] * (steps - 1) + [True]
-    assert plan.length == steps
+    assert plan.steps_per_swap == steps

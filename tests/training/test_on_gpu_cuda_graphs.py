@@ -11,7 +11,7 @@ from training.recorded import TrainerRecorder
 from training.tiny import equal
 
 import dbkernels.training.trainer as trainer_module
-from dbkernels.training.graphs import CudaRecorder, Graphs
+from dbkernels.training.cuda_graphs import CudaGraphs, CudaRecorder
 
 pytestmark = pytest.mark.gpu
 
@@ -24,11 +24,11 @@ def make_captured(gpu, rehearsed, monkeypatch):
 
     def make(*args, **settings):
         if not rehearsed:
-            return make_trainer(gpu, *args, graphs=True, **settings)
+            return make_trainer(gpu, *args, cuda_graphs=True, **settings)
         recorder = TrainerRecorder()
         with monkeypatch.context() as patch:
-            patch.setattr(trainer_module, "open_graphs", lambda *_: Graphs(recorder))
-            recorder.trainer = make_trainer(gpu, *args, graphs=True, **settings)
+            patch.setattr(trainer_module, "open_cuda_graphs", lambda *_: CudaGraphs(recorder))
+            recorder.trainer = make_trainer(gpu, *args, cuda_graphs=True, **settings)
         return recorder.trainer
 
     return make
@@ -71,13 +71,13 @@ def no_waiting(device):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize(
     "settings", [{"accumulate": 2, "autocast": True}, {**ASIDE, **FREED, "prefetch": True}], ids=str
 )
 @pytest.mark.parametrize("family", ["dit", "vit"])
-def test_a_launch_waits_for_nothing(gpu, make_captured, family, settings, graphs):
-    make = make_captured if graphs else partial(make_trainer, gpu)
+def test_a_launch_waits_for_nothing(gpu, make_captured, family, settings, cuda_graphs):
+    make = make_captured if cuda_graphs else partial(make_trainer, gpu)
     trainer = make(family, **settings)
     # kernels are compiled, pages locked and graphs recorded by then
     for _ in range(4):
