@@ -93,7 +93,14 @@ def jobs(sizes: Sizes) -> list[Job]:
     # a name comes as soon as its test has failed, and is kept where the rest is cut off
     tests = ("-m", "pytest", "-v", "--tb=short", "-m", "gpu", *sizes.tests, *marked())
     training = ("benchmarks/training.py", "--json", "--family", "dit", "--dtype", "autocast")
-    training += ("--batch", str(sizes.batch), "--rounds", str(sizes.rounds), "--gradients", "kept")
+    training += (
+        "--batch",
+        str(sizes.batch),
+        "--rounds",
+        str(sizes.rounds),
+        "--optimizer-in-backward",
+        "False",
+    )
     training += (*sizes.more, *sizes.more_of_training)
     methods = ("--methods", "end_to_end", "checkpointed", "block_fused", "compiled")
     headline = (*training, "--preset", *sizes.headline, *methods, "--num-blocks", *counts)

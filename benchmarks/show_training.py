@@ -74,9 +74,9 @@ def _way(row: Row) -> str:
     resident = "1 resident" if row["resident"] == "block" else None
     # the number of blocks has a column of its own
     method = row["method"].removeprefix("block_").replace("_", " ")
-    gradients = "freed" if row.get("gradients") == "freed" else None
+    in_backward = "optimizer in backward" if row.get("optimizer_in_backward") else None
     graph = "graph" if row.get("launch") == "graph" else None
-    parts = (method, row["recompute"], budget, resident, gradients, graph)
+    parts = (method, row["recompute"], budget, resident, in_backward, graph)
     return " ".join(part for part in parts if part)
 
 

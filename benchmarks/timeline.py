@@ -45,7 +45,7 @@ class Options:
     recompute: str = "layer"  # of block_fused
     budget: float = 0.5  # of activation memory, of compiled
     resident: str = "block"  # of block_fused: all blocks are on the device, or one block
-    gradients: str = "kept"  # or freed: the optimizer runs in the backward
+    optimizer_in_backward: bool = False  # of all methods that are shown
     target: str = "auto"  # a100, h100, ...; auto is the GPU that is here, or else an H100
     device: str = "auto"  # auto, cpu or cuda; auto is an NVIDIA GPU where there is one
     threads: int | None = None  # of the CPU
@@ -60,7 +60,6 @@ class Options:
             "dtype": ("float32", "autocast"),
             "recompute": POLICIES,
             "resident": ("all", "block"),
-            "gradients": ("kept", "freed"),
         }
         for name, values in chosen.items():
             if getattr(self, name) not in values:
@@ -90,7 +89,7 @@ class Options:
             self.recompute,
             self.budget,
             self.resident,
-            self.gradients,
+            self.optimizer_in_backward,
             "ops",
         )
         return ways(self.methods, *((each,) for each in chosen))

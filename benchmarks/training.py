@@ -1,10 +1,10 @@
 """Whole training steps: the time of a step and of a sweep of all blocks, and the peak of a step.
 
 The fused layer, block by block and end to end, runs against the same model in plain torch end to
-end, compiled, checkpointed, and block by block as the published code does; where gradients are
-freed the optimizer runs in the backward. All have the same parameters, optimizer (fused AdamW),
-batch, precision and noise. A competitor is one trainer, its call one step of the next of its
-blocks: a round has a step of each.
+end, compiled, checkpointed, and block by block as the published code does; where memory is the
+aim, also with the optimizer in the backward. All have the same parameters, optimizer (fused
+AdamW), batch, precision and noise. A competitor is one trainer, its call one step of the next of
+its blocks: a round has a step of each.
 One line or row is one way of training:
 
     step_ms               median of a step of each block, averaged over the blocks; with one block
@@ -40,7 +40,6 @@ from dbkernels.ops.recompute import POLICIES, policies_of
 
 DTYPES = ("float32", "autocast")
 RESIDENT = ("all", "block")
-GRADIENTS = ("kept", "freed")
 LAUNCH = ("ops", "graph")
 LARGE = ("S/2", "B/2", "L/2", "XL/2")  # presets that a GPU trains
 DEFAULT_TARGET = "h100"
@@ -66,7 +65,7 @@ class Options:
     nearest: str | None = None  # one more, its peak nearest to the fused layers' at this policy
     resident: tuple[str, ...] = ()  # of block_fused: all blocks are on the device, or one block
     resident_at: tuple[int, ...] = ()  # one block, of these numbers of blocks; all where none is
-    gradients: tuple[str, ...] = GRADIENTS  # freed: the optimizer runs in the backward
+    optimizer_in_backward: tuple[bool, ...] = (False, True)  # where memory is the aim
     launch: tuple[str, ...] = ("ops",)  # of block_fused: op by op, or a step as one CUDA graph
     rounds: int | None = None  # in each of which every way has one step
     target: str = "auto"  # only predict: a100, h100, ..., this; auto does where a GPU is missing
@@ -87,7 +86,6 @@ class Options:
             "methods": METHODS,
             "recompute": POLICIES,
             "resident": RESIDENT,
-            "gradients": GRADIENTS,
             "launch": LAUNCH,
         }
         for name, values in known.items():
@@ -156,7 +154,7 @@ class Options:
             self.recompute or policies_of(mixed=case.dtype == "autocast"),
             self.budgets,
             resident,
-            self.gradients,
+            self.optimizer_in_backward,
             self.launch,
         )
         at = self.resident_at or self.num_blocks

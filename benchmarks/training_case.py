@@ -35,7 +35,7 @@ class Way:
     recompute: str | None = None  # of the fused layer
     budget: float | None = None  # of activation memory, 1 is all; for compiled
     resident: str = "all"  # what is on the device: all blocks, or one block
-    gradients: str = "kept"  # until all are there, or freed as the backward updates parameters
+    optimizer_in_backward: bool = False  # parameters are updated as their gradients come
     launch: str = "ops"  # one by one, or the step as one CUDA graph
 
     @property
@@ -51,7 +51,7 @@ class Way:
             " ".join(filter(None, [self.method.replace("_", " "), self.recompute, blocks])),
             self.budget is not None and f"budget {self.budget}",
             self.resident == "block" and "one resident",
-            self.gradients == "freed" and "gradients freed",
+            self.optimizer_in_backward and "optimizer in backward",
             self.launch == "graph" and "as a graph",
         ]
         return ", ".join(part for part in parts if part)
@@ -68,7 +68,7 @@ def ways(
     policies: Sequence[str],
     budgets: Sequence[float],
     resident: Sequence[str],
-    gradients: Sequence[str],
+    optimizer_in_backward: Sequence[bool],
     launch: Sequence[str],
 ) -> list[Way]:
     """Every way there is, in the order of `methods`.
@@ -79,15 +79,15 @@ def ways(
         policies:    of the fused layer
         budgets:     of the compiled one
         resident:    of the fused layer; the published code, which is stock, has all blocks there
-        gradients:   freed where memory is the aim: end to end, checkpointed, and the fused layer
-                     with no other block on the device
+        optimizer_in_backward:  True only where memory is the aim: end to end, checkpointed, and
+                     the fused layer with no other block on the device
         launch:      of the fused layer
     """
     found = []
     for method in methods:
         for count in num_blocks if method in BLOCKWISE else (1,):
             for way in _variants(Way(method, count), policies, budgets, resident):
-                found += _steps(way, gradients, launch)
+                found += _steps(way, optimizer_in_backward, launch)
     # one block of plain torch is end to end
     twice = Way("block_stock", 1) if "end_to_end" in methods else None
     return [way for way in found if way != twice]
@@ -109,13 +109,13 @@ def _variants(
     ]
 
 
-def _steps(way: Way, gradients: Sequence[str], launch: Sequence[str]) -> list[Way]:
+def _steps(way: Way, optimizer_in_backward: Sequence[bool], launch: Sequence[str]) -> list[Way]:
     fused = way.method == "block_fused"
     alone = way.resident == "block" or way.num_blocks == 1
-    frees = way.method in ("end_to_end", "checkpointed") or (fused and alone)
+    saves = way.method in ("end_to_end", "checkpointed") or (fused and alone)
     return [
-        replace(way, gradients=end, launch=each)
-        for end in (gradients if frees else ("kept",))
+        replace(way, optimizer_in_backward=end, launch=each)
+        for end in (optimizer_in_backward if saves else (False,))
         for each in (launch if fused else ("ops",))
     ]
 
@@ -162,8 +162,8 @@ class TrainingCase:
                 steps=STEPS,
                 batch_size=self.batch,
                 lr=LR,
-                clip=0.0 if way.gradients == "freed" else 1.0,
-                gradients=way.gradients,
+                clip=0.0 if way.optimizer_in_backward else 1.0,
+                optimizer_in_backward=way.optimizer_in_backward,
                 cuda_graphs=way.launch == "graph",
                 autocast=self.dtype == "autocast",
                 resident=way.resident,

@@ -53,7 +53,7 @@ class Preparation:
     def compile(self, case: TrainingCase, every: Sequence[Way]) -> None:
         """Begin to compile what the layers of some ways need."""
         for way in every:
-            alone = replace(with_all(way), num_blocks=1, gradients="kept")
+            alone = replace(with_all(way), num_blocks=1, optimizer_in_backward=False)
             if (case, alone) not in self._compiling:
                 task = self._pool.submit(compile_alone, case, alone, self._device)
                 self._compiling[case, alone] = task

@@ -61,7 +61,11 @@ def make_steps(
         others:             by their ways
     """
     for other, steps in others.items():
-        if shares(way) and shares(other) and way.gradients == other.gradients:
+        if (
+            shares(way)
+            and shares(other)
+            and way.optimizer_in_backward == other.optimizer_in_backward
+        ):
             return Steps(make_trainer(case, way, device, owner=steps.trainer))
         if (
             not shares(way)

@@ -108,7 +108,7 @@ def _row(
     }
     peak = sum(parts.values())
     ways = {"method": method, "num_blocks": count, "recompute": recompute, "budget": budget}
-    ways |= {"gradients": "kept", "launch": "ops"}
+    ways |= {"optimizer_in_backward": False, "launch": "ops"}
     implementation = "inductor" if method == "compiled" else "torch"
     return (
         {"suite": "training", "resident": resident, "flops": flops}
@@ -148,7 +148,12 @@ def timeline_rows(about=GPU, *, num_blocks=4):
         parts = {name: sizes[2] for name, sizes in levels.items()}
         yield (
             {"suite": "timeline", "method": method, "num_blocks": count, "recompute": recompute}
-            | {"budget": None, "resident": resident, "gradients": "kept", "launch": "ops"}
+            | {
+                "budget": None,
+                "resident": resident,
+                "optimizer_in_backward": False,
+                "launch": "ops",
+            }
             | {"peak_allocated_bytes": sum(parts.values()), "by_category": parts}
             | {"starts": [0, 10, 20, 30, 40], "levels": levels, "at": "backward: aten::mm"}
             | {"phases": [["forward", 1], ["backward", 21], ["update", 39]]}

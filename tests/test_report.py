@@ -200,17 +200,17 @@ def test_a_predicted_point_is_hollow(tool):
     assert ["fill-opacity: 0" in mark.split("</g>")[0] for mark in marks] == [True, False]
 
 
-def test_ways_that_free_their_gradients_stand_in_the_table_alone(tool):
+def test_ways_with_the_optimizer_in_the_backward_stand_in_the_table_alone(tool):
     rows = list(made.training_rows(num_blocks=(1, 2)))
-    freed = [row | {"gradients": "freed"} for row in rows]
+    inside = [row | {"optimizer_in_backward": True} for row in rows]
     peaks = tool("report_peaks")
-    assert peaks.peaks_figure([*rows, *freed], "peaks") == peaks.peaks_figure(rows, "peaks")
-    both = peaks.composition_figure([*rows, *freed], "parts")
+    assert peaks.peaks_figure([*rows, *inside], "peaks") == peaks.peaks_figure(rows, "peaks")
+    both = peaks.composition_figure([*rows, *inside], "parts")
     assert both == peaks.composition_figure(rows, "parts")
     lines = [
-        line for _, group in tool("report_training").training_table(freed).groups for line in group
+        line for _, group in tool("report_training").training_table(inside).groups for line in group
     ]
-    assert all(line[0].note.endswith(", gradients freed") for line in lines)
+    assert all(line[0].note.endswith(", optimizer in backward") for line in lines)
 
 
 def test_a_measured_peak_is_not_divided_by_a_predicted_one(tool):

@@ -34,14 +34,20 @@ def a_step(**changes):
     return next(made.timeline_rows()) | changes
 
 
-def test_a_row_of_an_older_program_keeps_its_gradients_and_launches_ops(tool, tmp_path):
-    older = {name: value for name, value in a_row().items() if name not in ("gradients", "launch")}
-    freed = a_row(gradients="freed", sweep_ms=1.0)
-    [row, *_] = found = tool("report_rows").read([made.write(tmp_path / "a.jsonl", [older, freed])])
-    assert (row["gradients"], row["launch"]) == ("kept", "ops")
+def test_a_row_of_an_older_program_updates_after_the_backward_and_launches_ops(tool, tmp_path):
+    older = {
+        name: value
+        for name, value in a_row().items()
+        if name not in ("optimizer_in_backward", "launch")
+    }
+    inside = a_row(optimizer_in_backward=True, sweep_ms=1.0)
+    [row, *_] = found = tool("report_rows").read(
+        [made.write(tmp_path / "a.jsonl", [older, inside])]
+    )
+    assert (row["optimizer_in_backward"], row["launch"]) == (False, "ops")
     # another way, which replaces nothing
     [table] = tool("report_rows").tables(found, "training")
-    assert [row["gradients"] for row in table] == ["kept", "freed"]
+    assert [row["optimizer_in_backward"] for row in table] == [False, True]
 
 
 def test_a_row_without_a_command_has_its_programs_name(tool, tmp_path):
@@ -94,7 +100,10 @@ def test_policies_and_methods_are_those_of_the_package(tool):
         (a_row(num_blocks=1.5), "num_blocks must be an integer, got 1.5"),
         (a_row(by_category=[3]), r"by_category must be bytes by name, got \[3\]"),
         (next(made.ops_rows()) | {"shape": 4}, "shape must be a list of sizes, got 4"),
-        (a_row(gradients="lost"), "gradients must be one of kept, freed, got 'lost'"),
+        (
+            a_row(optimizer_in_backward="lost"),
+            "optimizer_in_backward must be one of False, True, got 'lost'",
+        ),
         (a_row(launch="late"), "launch must be one of ops, graph, got 'late'"),
         (a_step(starts=[0]), r"starts must be ops in rising order, two or more, got \[0\]"),
         (a_step(starts=[0, 3, 3, 4, 5]), "starts must be ops in rising order"),

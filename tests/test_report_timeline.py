@@ -125,12 +125,15 @@ def test_the_table_has_what_is_alive_at_each_peak(tool):
 
 
 def test_gradients_that_are_freed_are_named(tool):
-    rows = [*made.timeline_rows(), *(row | {"gradients": "freed"} for row in made.timeline_rows())]
+    rows = [
+        *made.timeline_rows(),
+        *(row | {"optimizer_in_backward": True} for row in made.timeline_rows()),
+    ]
     timeline = tool("report_timeline")
     svg = timeline.together_figure(rows, "Steps")
-    assert svg.count(">gradients freed<") == 3
+    assert svg.count(">optimizer in backward<") == 3
     lines = timeline.timeline_table(rows).groups[0][1]
-    assert lines[3][0].text == "eager, gradients freed" and lines[3][2].text == "1.00"
+    assert lines[3][0].text == "eager, optimizer in backward" and lines[3][2].text == "1.00"
 
 
 def test_the_readme_has_no_table_of_it(tool, tmp_path):

@@ -19,8 +19,8 @@ LEADER = {
 def peaks_figure(rows: Sequence[Row], alt: str) -> str:
     """Draw the peak of every way to train: end to end by method, then by the number of blocks.
 
-    Ways that free their gradients or replay graphs are in the table alone: here they would lie on
-    those that do not.
+    Ways with the optimizer in the backward or with CUDA graphs are in the table alone: here they
+    would lie on those without.
 
     Args:
         rows:  of one table

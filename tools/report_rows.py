@@ -25,7 +25,7 @@ METHODS = (
 )
 POLICIES = ("none", "attention", "mlp", "qkv", "layer", "layer_narrow")
 # what a row of an older program, which knew nothing else, does not say
-OLDER = {"gradients": "kept", "launch": "ops"}
+OLDER = {"optimizer_in_backward": False, "launch": "ops"}
 TRAINED_WAY = ("method", "num_blocks", "recompute", "budget", "resident", *OLDER)
 SETTING = ("device", "driver", "threads", "torch", "triton", "commit")
 
@@ -80,7 +80,7 @@ CHOICES = {
     "method": METHODS,
     "recompute": (*POLICIES, None),
     "resident": ("all", "block"),
-    "gradients": ("kept", "freed"),  # freed: the optimizer runs in the backward
+    "optimizer_in_backward": (False, True),
     "launch": ("ops", "graph"),  # one by one, or a step as one CUDA graph
     "memory": ("measured", "predicted"),
 }
@@ -221,7 +221,7 @@ def is_predicted(row: Row) -> bool:
 
 
 def is_plain(row: Row) -> bool:
-    """Whether a step keeps its gradients and launches its ops one by one, as eager torch does.
+    """Whether a step updates after its backward and launches op by op, as eager torch does.
 
     Args:
         row:  of training or timeline

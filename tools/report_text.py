@@ -67,10 +67,10 @@ def more_text(row: Row) -> str:
     Args:
         row:  of training or timeline
     Returns:
-        such as ", gradients freed", or nothing.
+        such as ", optimizer in backward", or nothing.
     """
-    freed = ", gradients freed" if row["gradients"] == "freed" else ""
-    return f"{freed}, as a graph" if row["launch"] == "graph" else freed
+    early = ", optimizer in backward" if row["optimizer_in_backward"] else ""
+    return f"{early}, as a graph" if row["launch"] == "graph" else early
 
 
 def blocks_text(count: int) -> str:

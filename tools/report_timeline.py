@@ -209,8 +209,8 @@ def _name(row: Row) -> str:
     recompute = f"recompute {row['recompute']}" if row["recompute"] else ""
     # a line of its own for each, as steps stand close
     blocks = _blocks(row).replace(" blocks resident", " resident")
-    freed = "gradients freed" if row["gradients"] == "freed" else ""
-    return "\n".join(filter(None, [SHORT[row["method"]], recompute, blocks, freed]))
+    early = "optimizer in backward" if row["optimizer_in_backward"] else ""
+    return "\n".join(filter(None, [SHORT[row["method"]], recompute, blocks, early]))
 
 
 def _tip(row: Row) -> str:

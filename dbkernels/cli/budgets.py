@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +23,6 @@ from dbkernels.memory.predict import Prediction
 from dbkernels.memory.trace import CATEGORIES
 from dbkernels.memory.workspace import target_named
 from dbkernels.ops.recompute import POLICIES
-from dbkernels.training.gradients import Gradients
 from dbkernels.training.rehearsal import Resident
 from dbkernels.training.run import RunConfig
 
@@ -34,7 +32,7 @@ KINDS = {
     "preset": str,
     "batch": int,
     "autocast": bool,
-    "gradients": str,
+    "optimizer_in_backward": bool,
     "target": str,
     "method": str,
     "num_blocks": int,
@@ -153,7 +151,6 @@ def _check_settings(settings: Settings, where: str) -> None:
             raise ValueError(f"{name} in {where} must be {names}, got {json.dumps(settings[name])}")
     where = f"{where}, which is stale,"
     _require("family", settings["family"], PRESETS, where)
-    _require("gradients", settings["gradients"], get_args(Gradients), where)
     _require("method", settings["method"], HELD, where)
     _require("resident", settings["resident"], RESIDENT, where)
     fused = settings["method"] == "block_fused"
@@ -183,7 +180,7 @@ def _config(settings: Settings) -> RunConfig:
         settings["preset"],
         batch=settings["batch"],
         autocast=settings["autocast"],
-        gradients=settings["gradients"],
+        optimizer_in_backward=settings["optimizer_in_backward"],
     )
     return configured(_case(settings), run)
 
@@ -241,8 +238,8 @@ def _name(each: Held) -> str:
     settings = each.budget.settings
     how = settings["recompute"] or settings["method"].replace("_", " ")
     compute = " bf16" if settings["autocast"] else ""
-    freed = " freed" if settings["gradients"] == "freed" else ""
+    early = " optimizer in backward" if settings["optimizer_in_backward"] else ""
     return (
-        f"{settings['family']} {settings['preset']} {settings['batch']}{compute}{freed} "
+        f"{settings['family']} {settings['preset']} {settings['batch']}{compute}{early} "
         f"{settings['target']}, {settings['num_blocks']} x {how} {settings['resident']}"
     )

@@ -27,7 +27,6 @@ from dbkernels.memory.picture import draw
 from dbkernels.memory.timeline import write_timeline
 from dbkernels.memory.workspace import Target, target_named, target_of
 from dbkernels.ops.recompute import POLICIES
-from dbkernels.training.gradients import Gradients
 from dbkernels.training.run import RunConfig
 
 
@@ -57,8 +56,8 @@ class Profile:
     """Share of its activations that the compiled baseline may keep."""
     autocast: bool = False
     """Compute in bfloat16; parameters stay float32."""
-    gradients: Gradients = "kept"
-    """Kept until all are there; or freed one by one as the backward updates their parameters."""
+    optimizer_in_backward: bool = False
+    """Update each parameter as soon as the backward has its gradient, and free the gradient."""
     target: str = "auto"
     """The device that is predicted: cpu, a100, h100, h200, b200; auto is h100, or the measured."""
     measure: bool = False
@@ -103,7 +102,7 @@ class Profile:
             "preset": self.preset,
             "batch": self.batch,
             "autocast": self.autocast,
-            "gradients": self.gradients,
+            "optimizer_in_backward": self.optimizer_in_backward,
             "target": target.name,
         }
         found, predictions = [], rows(todo, config, resident, budget=self.budget, target=target)
@@ -139,7 +138,7 @@ class Profile:
             self.preset,
             batch=self.batch,
             autocast=self.autocast,
-            gradients=self.gradients,
+            optimizer_in_backward=self.optimizer_in_backward,
         )
 
     def _target(self) -> Target:

@@ -26,7 +26,7 @@ def predicted_tables(rows: list[Row]) -> Iterator[Table]:
     first, rows = rows[0], _distinct(rows)
     compute = "bfloat16" if first["autocast"] else "float32"
     title = f"{first['family']} {first['preset']}, batch {first['batch']}, {compute} compute"
-    title += ",\ngradients freed one by one" if first["gradients"] == "freed" else ""
+    title += ",\noptimizer in backward" if first["optimizer_in_backward"] else ""
     size, unit = _unit(rows)
 
     def bytes_of(name: str) -> Callable[[Row], str]:

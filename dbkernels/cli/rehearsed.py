@@ -6,13 +6,12 @@ from dbkernels.cli.shape import preset
 from dbkernels.cli.train import DEFAULT_WEIGHTING
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.training.data import ImageData
-from dbkernels.training.gradients import Gradients
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer_config import TrainerConfig
 
 
 def rehearsed_run(
-    family: str, name: str, *, batch: int, autocast: bool, gradients: Gradients = "kept"
+    family: str, name: str, *, batch: int, autocast: bool, optimizer_in_backward: bool = False
 ) -> RunConfig:
     """A run of a preset with the settings that `train` has by default.
 
@@ -21,7 +20,7 @@ def rehearsed_run(
         name:       of the preset
         batch:      samples of a step
         autocast:   whether it computes in bfloat16
-        gradients:  kept until all are there; or freed, and then they are not clipped
+        optimizer_in_backward:  updates parameters in the backward, without clipping
     Raises:
         ValueError: there is no such preset, or the batch is empty.
     """
@@ -39,8 +38,8 @@ def rehearsed_run(
             steps=10**6,
             batch_size=batch,
             autocast=autocast,
-            gradients=gradients,
-            clip=1.0 if gradients == "kept" else 0.0,
+            optimizer_in_backward=optimizer_in_backward,
+            clip=0.0 if optimizer_in_backward else 1.0,
         ),
     )
 

@@ -30,9 +30,9 @@ from dbkernels.training.sharing import BlockModels, load_weights
 from dbkernels.training.trainer import Augment, Trainer
 from dbkernels.training.trainer_config import TrainerConfig
 
-# settings of the trainer that a run may change on its way: its bits stay the same, and gradients
-# that are freed need a run that does not clip from its start
-PLACEMENT = ("resident", "rest", "rest_dir", "prefetch", "gradients", "cuda_graphs")
+# settings of the trainer that a run may change on its way, for its bits stay the same; without
+# clipping from its start it may also move the optimizer into the backward
+PLACEMENT = ("resident", "rest", "rest_dir", "prefetch", "optimizer_in_backward", "cuda_graphs")
 VERSION = 1  # of config.json and of what a checkpoint holds
 MODEL_CONFIGS = {"vit": ViTConfig, "dit": DiTConfig}
 

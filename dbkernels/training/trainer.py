@@ -21,7 +21,6 @@ from dbkernels.ops.philox import Draw
 from dbkernels.training.block_order import BlockOrder
 from dbkernels.training.cuda_graphs import open_cuda_graphs
 from dbkernels.training.data import ImageData, batch_indices
-from dbkernels.training.gradients import updater
 from dbkernels.training.micro_batch import MicroBatch
 from dbkernels.training.part import Part
 from dbkernels.training.partition import Block
@@ -33,6 +32,7 @@ from dbkernels.training.schedule import learning_rate
 from dbkernels.training.sharing import SHARED, BlockModels, load_weights, own_part
 from dbkernels.training.staging import Staging
 from dbkernels.training.trainer_config import TrainerConfig
+from dbkernels.training.updater import updater
 
 Objective = Callable[[nn.Module, Block, Batch, Draw], Tensor]
 Augment = Callable[[Batch, Draw], Batch]
@@ -73,8 +73,8 @@ class Trainer:
         self.micro_batch = MicroBatch(
             config.batch_size // config.accumulate,
             config.batch_size,
-            # gradients that are freed cannot add up
-            least=1 if config.gradients == "kept" else config.batch_size,
+            # an optimizer in the backward cannot wait for gradients to add up
+            least=1 if not config.optimizer_in_backward else config.batch_size,
         )
         self.residency = open_residency(models, self.device, config)
         self.parts: dict[str, Part] = {}
@@ -83,7 +83,7 @@ class Trainer:
             if config.resident == "block":
                 self.residency.adopt(name, part)
         parts = list(self.parts.values())
-        self.updater = updater(config.gradients, config.clip, parts, self.device)
+        self.updater = updater(config.optimizer_in_backward, config.clip, parts, self.device)
         self.staging = Staging(self.device)
         self.cuda_graphs = open_cuda_graphs(self.device, parts) if config.cuda_graphs else None
         # what a graph reads of a step
@@ -134,11 +134,11 @@ class Trainer:
         and rate; also steps_per_swap or the size of a micro-batch where this step has set it.
         It raises FloatingPointError where loss or gradient is not finite. Then neither this step
         nor one that was launched after it has updated anything, and none of them is counted; with
-        gradients that are freed, parameters that had theirs by then were updated.
+        an optimizer in the backward, parameters that had their gradients by then were updated.
 
         Raises:
             torch.OutOfMemoryError: half the micro-batch is too much too; nothing was updated, but
-            for parameters that had their gradients by then, where these are freed.
+            for parameters that an optimizer in the backward had reached.
         """
         begin, micro_batch, before = perf_counter(), self.micro_batch.size, self.counters()
         own, *_ = moved = self.moved(block)
@@ -170,7 +170,7 @@ class Trainer:
             part.steps = before["parts"][name]
         self.updater.go_on()
         # where the loss is finite, a gradient is not, and those before it have been used
-        some = self.config.gradients == "freed" and math.isfinite(loss)
+        some = self.config.optimizer_in_backward and math.isfinite(loss)
         updated = "parameters with earlier gradients were" if some else "nothing was"
         noise, (own, *_) = block.trained_noise, self.moved(block)
         return FloatingPointError(
@@ -184,8 +184,8 @@ class Trainer:
 
         Returns:
             Loss and norm of the gradient, (). Where one is not finite, nothing was updated, but
-            for what gradients that are freed had moved by then; nor is anything updated from there
-            on, until the step's `Pending.row` has raised.
+            for what an optimizer in the backward had moved by then; nor is anything updated from
+            there on, until the step's `Pending.row` has raised.
         """
         self.residency.enter(own_part(block))
         moved = self.moved(block)
@@ -279,13 +279,13 @@ class Trainer:
         """Go on from what `tensors` and `counters` once gave, bit for bit.
 
         Raises:
-            ValueError: gradients are freed, and those of a step have to be added up.
+            ValueError: the optimizer is in the backward, and gradients have to be added up.
         """
         size = counters["micro_batch"]
-        if self.config.gradients == "freed" and size < self.config.batch_size:
+        if self.config.optimizer_in_backward and size < self.config.batch_size:
             raise ValueError(
-                "gradients must be kept to go on from a checkpoint whose batches of "
-                f"{self.config.batch_size} are cut into micro-batches of {size}, got freed"
+                "optimizer_in_backward must be False to go on from a checkpoint whose batches of "
+                f"{self.config.batch_size} are cut into micro-batches of {size}, got True"
             )
         self.residency.settle()
         load_weights(self.models, tensors["model"])

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from dbkernels.training.gradients import Gradients
 from dbkernels.training.schedule import Decay, Order
 from dbkernels.training.sharing import Sharing
 
@@ -34,8 +33,8 @@ class TrainerConfig:
     """Decay of the moving average of the weights, in a block's own steps; 0 for none."""
     accumulate: int = 1
     """Parts that a batch is cut into, their gradients added up."""
-    gradients: Gradients = "kept"
-    """Kept until all are there; or freed one by one as the backward updates their parameters."""
+    optimizer_in_backward: bool = False
+    """Update each parameter as soon as the backward has its gradient, and free the gradient."""
     cuda_graphs: bool = False
     """Replay the steps of each block as one CUDA graph, which takes a GPU."""
     compile_ends: bool = False
@@ -79,21 +78,19 @@ class TrainerConfig:
             raise ValueError(
                 f"accumulate must divide the batch size {self.batch_size}, got {self.accumulate}"
             )
-        self._check_gradients()
+        self._check_optimizer_in_backward()
         self._check_residency()
 
-    def _check_gradients(self) -> None:
-        if self.gradients not in ("kept", "freed"):
-            raise ValueError(f"gradients must be kept or freed, got {self.gradients}")
-        if self.gradients == "freed":
+    def _check_optimizer_in_backward(self) -> None:
+        if self.optimizer_in_backward:
             if self.clip:
                 raise ValueError(
-                    "clip must be 0 with gradients freed, whose norm is known when parameters "
+                    "clip must be 0 with optimizer_in_backward: the norm is known when parameters "
                     f"have moved, got {self.clip}"
                 )
             if self.accumulate > 1:
                 raise ValueError(
-                    f"accumulate must be 1 with gradients freed, got {self.accumulate}"
+                    f"accumulate must be 1 with optimizer_in_backward, got {self.accumulate}"
                 )
 
     def _check_residency(self) -> None:

@@ -87,12 +87,12 @@ def test_a_gpu_that_is_not_there_is_predicted(training):
     methods = ("checkpointed", "end_to_end")
     options = training.Options(**SMALL, target="h100", num_blocks=(1,), methods=methods)
     for method in options.methods:
-        row, freed = (
-            rows_by(training, replace(options, methods=(method,), gradients=(each,)))[0]
-            for each in ("kept", "freed")
+        row, less = (
+            rows_by(training, replace(options, methods=(method,), optimizer_in_backward=(each,)))[0]
+            for each in (False, True)
         )
-        assert (row["gradients"], freed["gradients"]) == ("kept", "freed")
-        assert freed["peak_allocated_bytes"] < row["peak_allocated_bytes"]
+        assert (row["optimizer_in_backward"], less["optimizer_in_backward"]) == (False, True)
+        assert less["peak_allocated_bytes"] < row["peak_allocated_bytes"]
         assert (row["device"], row["driver"], row["memory"]) == ("H100", None, "predicted")
         assert row["step_ms"] is row["copy_gbps"] is row["share_of_matmul_rate"] is None
         assert row["peak_reserved_bytes"] >= row["peak_allocated_bytes"] > 0
@@ -106,7 +106,7 @@ def test_one_rehearsal_tells_both_what_all_blocks_need_and_one(training, bench):
         methods=("block_fused",),
         num_blocks=(2,),
         recompute=("qkv",),
-        gradients=("kept",),
+        optimizer_in_backward=(False,),
     )
     rows = rows_by(training, options)
     assert [row["resident"] for row in rows] == ["all", "block"]
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_predicted_and_said(training, bench, monkeypatch, c
 
     monkeypatch.setattr(bench("training_rows"), "weigh", out_of_memory)
     options = training.Options(
-        **SMALL, methods=("end_to_end",), num_blocks=(1,), gradients=("kept",), rounds=2
+        **SMALL, methods=("end_to_end",), num_blocks=(1,), optimizer_in_backward=(False,), rounds=2
     )
     (row,) = rows_by(training, options)
     assert row["memory"] == "predicted" and row["step_ms"] is None
@@ -139,7 +139,7 @@ def test_a_way_that_fails_is_named_and_the_others_are_there(training, bench, mon
     monkeypatch.setattr(rows_module, "weigh", broken)
     methods = ("end_to_end", "checkpointed", "selective")
     options = training.Options(
-        **SMALL, methods=methods, num_blocks=(1,), gradients=("kept",), rounds=2
+        **SMALL, methods=methods, num_blocks=(1,), optimizer_in_backward=(False,), rounds=2
     )
     with pytest.raises(SystemExit, match="failed: tiny, checkpointed in 1 block"):
         training.main(replace(options, json=True))
@@ -150,7 +150,7 @@ def test_a_way_that_fails_is_named_and_the_others_are_there(training, bench, mon
 
 def test_a_row_without_times_comes_as_soon_as_its_way_is_weighed(training):
     options = training.Options(
-        **SMALL, methods=("end_to_end",), num_blocks=(1,), gradients=("kept",), rounds=2
+        **SMALL, methods=("end_to_end",), num_blocks=(1,), optimizer_in_backward=(False,), rounds=2
     )
     first, second = rows_by(training, replace(options, early=True, json=True))
     assert first["step_ms"] is None and second["step_ms"] > 0
@@ -192,7 +192,7 @@ def test_what_was_predicted_stands_beside_and_nothing_runs_while_steps_are_timed
         bench("measure"), "samples", lambda *a, **k: told.append("times") or samples(*a, **k)
     )
     options = training.Options(
-        **SMALL, methods=("end_to_end",), num_blocks=(1,), gradients=("kept",), rounds=2
+        **SMALL, methods=("end_to_end",), num_blocks=(1,), optimizer_in_backward=(False,), rounds=2
     )
     (row,) = rows_by(training, options, Ready())
     assert row["predicted_peak_allocated_bytes"] == 10.5
@@ -209,7 +209,7 @@ def test_a_rehearsal_runs_what_a_gpu_alone_measures(training, bench):
         budgets=(1.0,),
         resident=("all", "block"),
         resident_at=(3,),
-        gradients=("kept",),
+        optimizer_in_backward=(False,),
         rounds=6,
         rehearse=True,
     )
@@ -224,7 +224,7 @@ def test_a_rehearsal_runs_what_a_gpu_alone_measures(training, bench):
 def test_a_table_has_a_row_for_each_way(training, rows, bench, capsys):
     bench("show").show(rows)
     shown = capsys.readouterr().out
-    assert "fused layer" in shown and "end to end freed" in shown
+    assert "fused layer" in shown and "end to end optimizer in backward" in shown
     assert "vit tiny, batch 4, float32" in shown and "sweep" in shown
     predicted = [row | dict.fromkeys(("step_ms", "p20_ms", "sweep_ms")) for row in rows]
     bench("show").show([row | {"memory": "predicted"} for row in predicted])
@@ -276,7 +276,7 @@ def test_training_refuses_options_in_a_sentence(bench, options, message):
 
 def test_a_batch_that_was_halved_does_not_count(training, bench):
     options = training.Options(
-        **SMALL, methods=("end_to_end",), num_blocks=(1,), gradients=("kept",), rounds=2
+        **SMALL, methods=("end_to_end",), num_blocks=(1,), optimizer_in_backward=(False,), rounds=2
     )
     (case,) = options.cases()
     way = bench("training_case").Way("end_to_end")

@@ -6,7 +6,7 @@ import torch
 from dbkernels.models import dit
 
 CPU = torch.device("cpu")
-ENDS = ("kept", "freed")
+IN_BACKWARD = (False, True)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def made(bench, monkeypatch):
 def test_ways_stand_in_the_order_asked_for(bench):
     case = bench("training_case")
     found = case.ways(
-        case.METHODS, (1, 3), ("none", "qkv"), (1.0, 0.5), ("all", "block"), ("kept",), ("ops",)
+        case.METHODS, (1, 3), ("none", "qkv"), (1.0, 0.5), ("all", "block"), (False,), ("ops",)
     )
     assert [way.name for way in found] == [
         "end to end in 1 block",
@@ -46,29 +46,27 @@ def test_ways_stand_in_the_order_asked_for(bench):
         "block fused none in 3 blocks, one resident",
         "block fused qkv in 3 blocks, one resident",
     ]
-    stock = case.ways(("block_stock",), (1,), (), (), (), ("kept",), ("ops",))
+    stock = case.ways(("block_stock",), (1,), (), (), (), (False,), ("ops",))
     assert stock == [case.Way("block_stock", 1)]
 
 
-def test_ways_free_gradients_where_memory_is_the_aim(bench):
+def test_the_optimizer_is_in_the_backward_where_memory_is_the_aim(bench):
     case = bench("training_case")
     methods = ("end_to_end", "checkpointed", "selective", "compiled", "block_stock", "block_fused")
-    every = case.ways(
-        methods, (1, 2), ("qkv",), (1.0,), ("all", "block"), ("kept", "freed"), ("ops",)
-    )
-    assert [way.name for way in every if way.gradients == "freed"] == [
-        "end to end in 1 block, gradients freed",
-        "checkpointed in 1 block, gradients freed",
-        "block fused qkv in 1 block, gradients freed",
-        "block fused qkv in 2 blocks, one resident, gradients freed",
+    every = case.ways(methods, (1, 2), ("qkv",), (1.0,), ("all", "block"), (False, True), ("ops",))
+    assert [way.name for way in every if way.optimizer_in_backward] == [
+        "end to end in 1 block, optimizer in backward",
+        "checkpointed in 1 block, optimizer in backward",
+        "block fused qkv in 1 block, optimizer in backward",
+        "block fused qkv in 2 blocks, one resident, optimizer in backward",
     ]
-    assert sum(way.gradients == "kept" for way in every) == 8
+    assert sum(not way.optimizer_in_backward for way in every) == 8
 
 
 def test_only_fused_layers_are_launched_as_graphs(bench):
     case = bench("training_case")
     every = case.ways(
-        ("end_to_end", "block_fused"), (2,), ("qkv",), (), ("all",), ("kept",), ("ops", "graph")
+        ("end_to_end", "block_fused"), (2,), ("qkv",), (), ("all",), (False,), ("ops", "graph")
     )
     assert [(way.method, way.launch) for way in every] == [
         ("end_to_end", "ops"),
@@ -96,7 +94,7 @@ def test_ways_train_the_same_parameters_with_the_same_state(bench, made):
 def test_ways_have_the_same_noise_and_loss(bench, made):
     Way = bench("training_case").Way
     ways = [Way("end_to_end"), Way("selective"), Way("block_fused", 1, "none")]
-    ways += [Way("end_to_end", gradients="freed"), Way("block_fused", 1, "layer")]
+    ways += [Way("end_to_end", optimizer_in_backward=True), Way("block_fused", 1, "layer")]
     rows = [t.step_block(t.blocks[0]) for t in made(*ways, shared=False)]
     for row in rows[1:]:
         assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
@@ -104,15 +102,15 @@ def test_ways_have_the_same_noise_and_loss(bench, made):
     assert norms == pytest.approx([norms[0]] * 5, rel=1e-4)
 
 
-def test_ways_that_free_their_gradients_leave_those_of_the_others_alone(bench, made):
+def test_ways_with_the_optimizer_in_the_backward_leave_the_others_alone(bench, made):
     Way = bench("training_case").Way
-    kept, freed = made(Way("end_to_end"), Way("end_to_end", gradients="freed"))
-    assert kept.models.model.head.weight is freed.models.model.head.weight
+    first, second = made(Way("end_to_end"), Way("end_to_end", optimizer_in_backward=True))
+    assert first.models.model.head.weight is second.models.model.head.weight
     counts = []
-    for trainer in (kept, freed):
+    for trainer in (first, second):
         trainer.updater.backward(trainer.models.model.head.weight.sum())
         counts.append(sum(p.grad is not None for p in trainer.models.parameters()))
-        kept.models.zero_grad()
+        first.models.zero_grad()
     assert counts == [1, 0]
 
 
@@ -183,15 +181,21 @@ def test_a_time_is_averaged_over_the_blocks_medians(bench):
 
 def test_only_what_does_not_move_parameters_shares_them(bench):
     shares, Way = bench("training_step").shares, bench("training_case").Way
-    assert shares(Way("end_to_end")) and shares(Way("block_fused", 3, "none", gradients="freed"))
+    assert shares(Way("end_to_end")) and shares(
+        Way("block_fused", 3, "none", optimizer_in_backward=True)
+    )
     assert not shares(Way("block_fused", 3, "none", resident="block"))
 
 
-def test_no_step_that_keeps_its_gradients_calls_a_hook(bench, made):
+def test_no_step_with_the_optimizer_after_the_backward_calls_a_hook(bench, made):
     Way = bench("training_case").Way
     case = bench("training_case").TrainingCase("dit", "tiny", 4, "float32")
     made(Way("end_to_end"))  # the tiny preset is there now
-    ways = [Way(name, gradients=end) for name in ("end_to_end", "checkpointed") for end in ENDS]
+    ways = [
+        Way(name, optimizer_in_backward=each)
+        for name in ("end_to_end", "checkpointed")
+        for each in IN_BACKWARD
+    ]
     steps = {}
     for way in ways:
         steps[way] = bench("training_step").make_steps(case, way, CPU, steps)

@@ -22,7 +22,7 @@ SETTINGS = {
     "preset": "digits",
     "batch": 2,
     "autocast": False,
-    "gradients": "kept",
+    "optimizer_in_backward": False,
     "target": "h100",
     "method": "block_fused",
     "num_blocks": 6,
@@ -58,18 +58,21 @@ def test_what_profile_writes_it_holds(cli, written):
     assert outcome.out.count("+0.0%") == 4 and "by category" not in outcome.out
 
 
-def test_gradients_that_are_freed_have_a_budget_of_their_own(cli, written):
+def test_an_optimizer_in_the_backward_has_a_budget_of_its_own(cli, written):
     written()
     flags = ["profile", *FAST, "--resident", "all"]
-    assert cli(*flags, "--gradients", "freed", "--write", "budgets.json").code == 0
-    kept, freed = (
-        [row for row in written() if row["settings"]["gradients"] == each]
-        for each in ("kept", "freed")
+    assert cli(*flags, "--optimizer-in-backward", "--write", "budgets.json").code == 0
+    after, inside = (
+        [row for row in written() if row["settings"]["optimizer_in_backward"] == each]
+        for each in (False, True)
     )
-    assert (len(kept), len(freed)) == (4, 2)
-    assert freed[0]["peak_allocated_bytes"] < kept[0]["peak_allocated_bytes"]
+    assert (len(after), len(inside)) == (4, 2)
+    assert inside[0]["peak_allocated_bytes"] < after[0]["peak_allocated_bytes"]
     outcome = cli("profile", "--check", "budgets.json")
-    assert outcome.code == 0 and outcome.out.count("vit digits 2 freed h100, 6 x none all") == 1
+    assert (
+        outcome.code == 0
+        and outcome.out.count("vit digits 2 optimizer in backward h100, 6 x none all") == 1
+    )
 
 
 def test_growth_fails_with_the_difference_by_category(cli, written):
@@ -146,8 +149,8 @@ def test_write_replaces_rows_of_the_same_settings_alone(cli, written):
         ({"method": "compiled"}, "method in row 1 of budgets.json, which is stale, must be of end"),
         ({"resident": "some"}, "resident in row 1 of budgets.json, which is stale, must be of all"),
         (
-            {"gradients": "both"},
-            "gradients in row 1 of budgets.json, which is stale, must be of kept, freed, got both",
+            {"optimizer_in_backward": "both"},
+            'optimizer_in_backward in row 1 of budgets.json must be bool, got "both"',
         ),
         ({"num_blocks": 13}, "num_blocks must be between 1 and the 12 layers, got 13"),
         ({"target": "tpu"}, "target must be one of cpu, a100, h100, h200, b200, got tpu"),

@@ -17,13 +17,13 @@ def test_settings_are_those_of_train(trained, tmp_path):
         assert getattr(config, name) == getattr(made, name)
 
 
-def test_gradients_that_are_freed_are_not_clipped():
-    kept, freed = (
-        rehearsed_run("dit", "S/2", batch=8, autocast=True, gradients=each).trainer
-        for each in ("kept", "freed")
+def test_an_optimizer_in_the_backward_does_not_clip():
+    after, inside = (
+        rehearsed_run("dit", "S/2", batch=8, autocast=True, optimizer_in_backward=each).trainer
+        for each in (False, True)
     )
-    assert (kept.gradients, kept.clip) == ("kept", 1.0)
-    assert (freed.gradients, freed.clip) == ("freed", 0.0)
+    assert (after.optimizer_in_backward, after.clip) == (False, 1.0)
+    assert (inside.optimizer_in_backward, inside.clip) == (True, 0.0)
 
 
 def test_made_up_samples_fill_one_batch_and_are_the_same_every_time():

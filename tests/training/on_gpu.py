@@ -17,7 +17,7 @@ VIT = ViTConfig(
     image_size=4, patch=2, channels=1, num_classes=3, width=64, depth=3, heads=2, mlp_hidden=256,
     cond_dim=32,
 )  # fmt: skip
-FREED = {"gradients": "freed", "clip": 0.0}
+IN_BACKWARD = {"optimizer_in_backward": True, "clip": 0.0}
 ASIDE = {"resident": "block", "steps_per_swap": 3}
 
 

@@ -28,7 +28,7 @@ def make_captured(family="vit", **settings):
     [
         {"clip": 1e-2, "ema": 0.9, "warmup": 2, "decay": "cosine"},
         {"accumulate": 2, "autocast": True, "sharing": "copies"},
-        {"gradients": "freed", "clip": 0.0, "ema": 0.9},
+        {"optimizer_in_backward": True, "clip": 0.0, "ema": 0.9},
         {"resident": "block"},
         {"resident": "block", "prefetch": True},
     ],
@@ -100,9 +100,9 @@ def test_running_out_of_memory_drops_the_graph_of_the_larger_micro_batch():
         assert row == pytest.approx(plain.step_block(block), rel=1e-4)
 
 
-@pytest.mark.parametrize("gradients", [{}, {"gradients": "freed", "clip": 0.0}])
-def test_a_loss_that_is_not_finite_updates_nothing_in_its_replay_or_in_the_next(gradients):
-    trainer, recorder = make_captured(ema=0.9, **gradients)
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer_in_backward": True, "clip": 0.0}])
+def test_a_loss_that_is_not_finite_updates_nothing_in_its_replay_or_in_the_next(optimizer):
+    trainer, recorder = make_captured(ema=0.9, **optimizer)
     block, images = trainer.blocks[0], trainer.data.images
     for _ in range(2):
         trainer.step_block(block)

@@ -13,7 +13,7 @@ from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import TrainerConfig
 
-KINDS = [{}, {"gradients": "freed", "clip": 0.0}, {"accumulate": 2}, {"resident": "block"}]
+KINDS = [{}, {"optimizer_in_backward": True, "clip": 0.0}, {"accumulate": 2}, {"resident": "block"}]
 
 
 def everything(trainer):
@@ -70,9 +70,9 @@ def test_a_step_after_one_that_was_not_finite_is_not_finite_itself():
         trainer.launch(trainer.blocks[2]).row()
 
 
-def test_freed_gradients_move_nothing_in_the_steps_after_one_that_was_not_finite():
-    freed = {"gradients": "freed", "clip": 0.0}
-    trainer = make_trainer("dit", ema=0.9, objective=broken_at(0, "loss"), **freed)
+def test_an_optimizer_in_the_backward_moves_nothing_in_the_steps_after_one_that_was_not_finite():
+    settings = {"optimizer_in_backward": True, "clip": 0.0}
+    trainer = make_trainer("dit", ema=0.9, objective=broken_at(0, "loss"), **settings)
     before = everything(trainer)
     pending = [trainer.launch(block) for block in trainer.blocks]
     assert equal(everything(trainer), before)

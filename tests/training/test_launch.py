@@ -53,7 +53,7 @@ class Data:
 SETTINGS = [
     {},
     {"accumulate": 2, "autocast": True},
-    {"gradients": "freed", "clip": 0.0},
+    {"optimizer_in_backward": True, "clip": 0.0},
     {"resident": "block"},
     {"resident": "block", "prefetch": True, "sharing": "copies"},
     {"clip": 0.0, "warmup": 2, "decay": "cosine", "steps_per_swap": 2},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from captured import capture
-from training.on_gpu import ASIDE, FREED, make_trainer
+from training.on_gpu import ASIDE, IN_BACKWARD, make_trainer
 from training.tiny import equal
 
 from dbkernels.training.resting import HostRest, pin
@@ -76,7 +76,7 @@ def test_a_captured_graph_survives_a_swap(gpu):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"accumulate": 2, "autocast": True}, FREED, ASIDE, {**ASIDE, "prefetch": True}],
+    [{}, {"accumulate": 2, "autocast": True}, IN_BACKWARD, ASIDE, {**ASIDE, "prefetch": True}],
     ids=str,
 )
 @pytest.mark.parametrize("family", ["dit", "vit"])
@@ -89,7 +89,7 @@ def test_rows_that_are_read_late_are_those_that_are_read_at_once(gpu, family, se
         assert equal(late.tensors()[group], expected), group
 
 
-@pytest.mark.parametrize("settings", [{}, FREED], ids=["kept", "freed"])
+@pytest.mark.parametrize("settings", [{}, IN_BACKWARD], ids=["after", "in backward"])
 def test_a_step_that_was_not_finite_stops_those_launched_after_it(gpu, settings):
     trainer = make_trainer(gpu, **settings)
     trainer.step_block(trainer.blocks[0])

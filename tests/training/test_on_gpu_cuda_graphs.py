@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from training.on_gpu import ASIDE, FREED, make_trainer
+from training.on_gpu import ASIDE, IN_BACKWARD, make_trainer
 from training.recorded import TrainerRecorder
 from training.tiny import equal
 
@@ -36,7 +36,7 @@ def make_captured(gpu, rehearsed, monkeypatch):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, FREED, {"accumulate": 2, "autocast": True}, ASIDE, {**ASIDE, "prefetch": True}],
+    [{}, IN_BACKWARD, {"accumulate": 2, "autocast": True}, ASIDE, {**ASIDE, "prefetch": True}],
     ids=str,
 )
 @pytest.mark.parametrize("family", ["dit", "vit"])
@@ -73,7 +73,9 @@ def no_waiting(device):
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize(
-    "settings", [{"accumulate": 2, "autocast": True}, {**ASIDE, **FREED, "prefetch": True}], ids=str
+    "settings",
+    [{"accumulate": 2, "autocast": True}, {**ASIDE, **IN_BACKWARD, "prefetch": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("family", ["dit", "vit"])
 def test_a_launch_waits_for_nothing(gpu, make_captured, family, settings, cuda_graphs):

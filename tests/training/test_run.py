@@ -208,7 +208,7 @@ def test_a_resumed_run_may_free_its_gradients(tmp_path, source):
     with pytest.raises(Interrupted):
         config = make_config(source, trainer=kept)
         train(config, tmp_path / "cut", device="cpu", save_every=2, on_step=stop_at(5))
-    config = make_config(source, trainer=dataclasses.replace(kept, gradients="freed"))
+    config = make_config(source, trainer=dataclasses.replace(kept, optimizer_in_backward=True))
     resumed = train(config, tmp_path / "cut", device="cpu", resume="latest")
     for group, expected in whole.tensors().items():
         assert equal(resumed.tensors()[group], expected), group

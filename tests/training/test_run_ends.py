@@ -73,7 +73,7 @@ def test_a_run_has_the_losses_of_a_plain_one_and_resumes_to_the_same_bits(tmp_pa
     [
         ("vit", {"sharing": "copies"}),
         ("dit", {"sharing": "copies", "resident": "block", "steps_per_swap": 2, "ema": 0.9}),
-        ("vit", {"resident": "block", "gradients": "freed", "clip": 0.0}),
+        ("vit", {"resident": "block", "optimizer_in_backward": True, "clip": 0.0}),
         ("dit", {"accumulate": 2}),
     ],
 )

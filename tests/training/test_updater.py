@@ -7,13 +7,13 @@ from training.tiny import PRIOR, equal, make_trainer, weights
 
 from dbkernels.memory.measure import measure_peak
 from dbkernels.models import ViT, ViTConfig
-from dbkernels.training.gradients import FreedGradients, KeptGradients, updater
 from dbkernels.training.part import Part
 from dbkernels.training.partition import partition
 from dbkernels.training.sharing import BlockModels
 from dbkernels.training.trainer import Trainer
+from dbkernels.training.updater import OptimizerAfterBackward, OptimizerInBackward, updater
 
-FREED = {"gradients": "freed", "clip": 0.0}
+IN_BACKWARD = {"optimizer_in_backward": True, "clip": 0.0}
 
 
 def make_parts(count=2):
@@ -30,19 +30,19 @@ def tensors(parts):
 
 @pytest.mark.parametrize("family", ["vit", "dit"])
 @pytest.mark.parametrize("sharing", ["joint", "copies"])
-def test_freed_gradients_give_the_bits_of_kept_ones(family, sharing):
+def test_in_the_backward_and_after_it_give_the_same_bits(family, sharing):
     settings = {"ema": 0.9, "warmup": 1, "sharing": sharing}
-    kept = make_trainer(family, clip=0.0, **settings)
-    freed = make_trainer(family, **FREED, **settings)
+    after = make_trainer(family, clip=0.0, **settings)
+    inside = make_trainer(family, **IN_BACKWARD, **settings)
     for index in (0, 1, 0, 2, 1):
-        row = freed.step_block(freed.blocks[index])
-        assert row == pytest.approx(kept.step_block(kept.blocks[index]), rel=1e-5)
-    for group, expected in kept.tensors().items():
-        assert equal(freed.tensors()[group], expected), group
+        row = inside.step_block(inside.blocks[index])
+        assert row == pytest.approx(after.step_block(after.blocks[index]), rel=1e-5)
+    for group, expected in after.tensors().items():
+        assert equal(inside.tensors()[group], expected), group
 
 
-def test_freed_gradients_are_gone_before_the_next_layers_are_there():
-    trainer, alive = make_trainer(num_blocks=1, **FREED), []
+def test_in_the_backward_gradients_are_gone_before_the_next_layers_are_there():
+    trainer, alive = make_trainer(num_blocks=1, **IN_BACKWARD), []
 
     def count(*_):
         alive.append(sum(p.grad is not None for p in trainer.models.parameters()))
@@ -64,25 +64,25 @@ def deep_trainer(**settings):
     return Trainer(models, tiny.data, tiny.objective, tiny.config)
 
 
-def test_a_step_with_freed_gradients_peaks_lower_by_all_but_one_layers_gradients():
+def test_a_step_with_the_optimizer_in_the_backward_peaks_lower_by_all_but_one_layers_gradients():
     peaks = {}
-    for name, settings in (("kept", {"clip": 0.0}), ("freed", FREED)):
+    for name, settings in (("after", {"clip": 0.0}), ("inside", IN_BACKWARD)):
         trainer = deep_trainer(**settings)
         step = partial(trainer.step_block, trainer.blocks[0])
         step()
         optimizers = [part.optimizer for part in trainer.parts.values()]
         peaks[name] = measure_peak(step, model=trainer.models, optimizers=optimizers)
     layer = sum(p.nbytes for p in trainer.models.model.layers[0].parameters())
-    assert 6 * layer < peaks["kept"].total_bytes - peaks["freed"].total_bytes < 8 * layer
-    assert peaks["freed"].by_category["gradients"] <= 1.1 * layer
+    assert 6 * layer < peaks["after"].total_bytes - peaks["inside"].total_bytes < 8 * layer
+    assert peaks["inside"].by_category["gradients"] <= 1.1 * layer
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_freed_gradients_of_a_loss_that_is_not_finite_move_nothing(value):
+def test_in_the_backward_a_loss_that_is_not_finite_moves_nothing(value):
     def objective(model, block, batch, draw):
         return model.head.weight.sum() + value
 
-    trainer = make_trainer(objective=objective, ema=0.9, **FREED)
+    trainer = make_trainer(objective=objective, ema=0.9, **IN_BACKWARD)
     before = weights(trainer), dict(trainer.tensors()["ema"])
     with pytest.raises(FloatingPointError, match="the loss must be finite"):
         trainer.step_block(trainer.blocks[1])
@@ -100,25 +100,25 @@ NOT_FINITE = {
 
 @pytest.mark.parametrize("name", NOT_FINITE)
 @pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_kept_gradients_update_nothing_where_loss_or_gradient_is_not_finite(name, clip):
+def test_after_the_backward_nothing_is_updated_where_loss_or_gradient_is_not_finite(name, clip):
     parts = make_parts()
-    before, kept = tensors(parts), KeptGradients(clip, "cpu")
+    before, after = tensors(parts), OptimizerAfterBackward(clip, "cpu")
     for part in parts:
         part.prepare(0.1)
     ours = [next(iter(part.parameters.values())) for part in parts]
     loss = ours[0].sum() + NOT_FINITE[name](ours[1])
-    kept.backward(loss)
-    norm = kept.finish(loss.detach(), parts)
+    after.backward(loss)
+    norm = after.finish(loss.detach(), parts)
     assert torch.isfinite(loss) == ("loss" not in name)
     assert not torch.isfinite(loss + norm)
     assert all(map(torch.equal, tensors(parts), before))
     assert all(weight.grad is None for weight in ours)
 
 
-@pytest.mark.parametrize("gradients", ["kept", "freed"])
-def test_updates_that_follow_one_that_was_not_finite_move_nothing_until_they_are_to(gradients):
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_updates_that_follow_one_that_was_not_finite_move_nothing_until_they_are_to(in_backward):
     parts = make_parts(1)
-    each = updater(gradients, 0.0, parts, "cpu")
+    each = updater(in_backward, 0.0, parts, "cpu")
     weight = next(iter(parts[0].parameters.values()))
 
     def update(factor):
@@ -139,7 +139,7 @@ def test_updates_that_follow_one_that_was_not_finite_move_nothing_until_they_are
 
 @pytest.mark.parametrize("name", NOT_FINITE)
 @pytest.mark.parametrize("settings", [{}, {"clip": 0.0}, {"accumulate": 2}])
-def test_a_step_with_kept_gradients_is_refused_and_moves_nothing(name, settings):
+def test_a_step_updated_after_the_backward_is_refused_and_moves_nothing(name, settings):
     def objective(model, block, batch, draw):
         return NOT_FINITE[name](model.head.weight)
 
@@ -155,15 +155,15 @@ def test_from_a_gradient_on_that_is_not_finite_nothing_moves():
     parts = make_parts(3)
     first, broken, last = (next(iter(part.parameters.values())) for part in parts)
     before = tensors(parts)
-    freed = FreedGradients(parts, "cpu")
+    inside = OptimizerInBackward(parts, "cpu")
     for part in parts:
         part.prepare(0.1)
     zero = torch.zeros(3, requires_grad=True)
     # the backward meets the parameters of the last summand first
     loss = last.sum() + (broken * 0 + zero).sqrt().sum() * 0 + first.sum()
     assert torch.isfinite(loss)
-    freed.backward(loss)
-    norm = freed.finish(loss.detach(), parts)
+    inside.backward(loss)
+    norm = inside.finish(loss.detach(), parts)
     assert not torch.isfinite(norm)
     after = tensors(parts)
     moved = [not torch.equal(was, now) for was, now in zip(before, after, strict=True)]
@@ -173,8 +173,8 @@ def test_from_a_gradient_on_that_is_not_finite_nothing_moves():
     assert not any(moved[count - 1 :: count])
 
 
-def test_who_freed_gradients_that_are_not_finite_is_told_that_parameters_moved():
-    trainer = make_trainer(**FREED)
+def test_in_the_backward_a_gradient_that_is_not_finite_says_that_parameters_moved():
+    trainer = make_trainer(**IN_BACKWARD)
 
     def objective(model, block, batch, draw):
         zero = torch.zeros(3, requires_grad=True)
@@ -186,18 +186,18 @@ def test_who_freed_gradients_that_are_not_finite_is_told_that_parameters_moved()
 
 
 def test_a_batch_that_was_cut_is_not_gone_on_with():
-    kept, freed = make_trainer(clip=0.0), make_trainer(**FREED)
-    kept.micro_batch.size = 2
-    before = weights(freed)
-    with pytest.raises(ValueError, match="of 4 are cut into micro-batches of 2, got freed"):
-        freed.restore(kept.tensors(), kept.counters())
-    assert equal(weights(freed), before) and freed.micro_batch.size == 4
+    after, inside = make_trainer(clip=0.0), make_trainer(**IN_BACKWARD)
+    after.micro_batch.size = 2
+    before = weights(inside)
+    with pytest.raises(ValueError, match="of 4 are cut into micro-batches of 2, got True"):
+        inside.restore(after.tensors(), after.counters())
+    assert equal(weights(inside), before) and inside.micro_batch.size == 4
 
 
 def test_both_return_the_norm_of_the_whole_gradient():
-    for gradients in ("kept", "freed"):
+    for in_backward in (False, True):
         parts = make_parts()
-        each = updater(gradients, 0.0, parts, "cpu")
+        each = updater(in_backward, 0.0, parts, "cpu")
         for part in parts:
             part.prepare(0.1)
         a, b = (next(iter(part.parameters.values())) for part in parts)
@@ -209,7 +209,7 @@ def test_both_return_the_norm_of_the_whole_gradient():
 
 
 def test_a_backward_of_someone_else_updates_nothing():
-    trainer = make_trainer(**FREED)
+    trainer = make_trainer(**IN_BACKWARD)
     trainer.step_block(trainer.blocks[0])
     before = weights(trainer)
     weight = trainer.models.model.head.weight
@@ -218,18 +218,18 @@ def test_a_backward_of_someone_else_updates_nothing():
 
 
 def test_the_setting_names_the_updater():
-    assert isinstance(updater("kept", 1.0, make_parts(), "cpu"), KeptGradients)
-    assert isinstance(updater("freed", 0.0, make_parts(), "cpu"), FreedGradients)
+    assert isinstance(updater(False, 1.0, make_parts(), "cpu"), OptimizerAfterBackward)
+    assert isinstance(updater(True, 0.0, make_parts(), "cpu"), OptimizerInBackward)
 
 
-def test_out_of_memory_with_freed_gradients_is_not_tried_again():
+def test_out_of_memory_with_the_optimizer_in_the_backward_is_not_tried_again():
     calls = []
 
     def objective(model, block, batch, draw):
         calls.append(len(batch["label"]))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    trainer = make_trainer(objective=objective, **FREED)
+    trainer = make_trainer(objective=objective, **IN_BACKWARD)
     with pytest.raises(torch.OutOfMemoryError, match=r"block 0 at its step 0 .* cannot be halved"):
         trainer.step_block(trainer.blocks[0])
     assert calls == [4]

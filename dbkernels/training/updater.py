@@ -1,9 +1,9 @@
-"""From a loss to updated parameters: the gradients are kept until all are there, or freed at once.
+"""From a loss to updated parameters: the optimizer runs after the backward, or in it.
 
-Kept, they may be added up over micro-batches, and their norm may be clipped before any parameter
-moves. Freed, each parameter is updated within the backward as soon as its gradient is whole, so a
-block's gradients take the memory of one layer's; Lv et al. 2023 (arXiv:2306.09782) do so end to
-end. Without clipping both give the same bits.
+After it, gradients may be added up over micro-batches, and their norm may be clipped before any
+parameter moves. In it, each parameter is updated as soon as its gradient is whole, so a block's
+gradients take the memory of one layer's; Lv et al. 2023 (arXiv:2306.09782) do so end to end.
+Without clipping both give the same bits.
 
 The host hears of a loss that is not finite when it has launched the next update already. Until it
 says `go_on`, no update does anything, and the norm of each is NaN.
@@ -11,14 +11,12 @@ says `go_on`, no update does anything, and the norm of each is NaN.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dbkernels.training.part import Part
-
-Gradients = Literal["kept", "freed"]
 
 
 class Updater(Protocol):
@@ -41,7 +39,7 @@ class Updater(Protocol):
         ...
 
 
-class KeptGradients:
+class OptimizerAfterBackward:
     """Updates when all gradients are there; not at all where the loss or one is not finite.
 
     Args:
@@ -74,7 +72,7 @@ class KeptGradients:
         self._finite.fill_(True)
 
 
-class FreedGradients:
+class OptimizerInBackward:
     """Updates in the backward, by hooks; nothing from the first gradient on that is not finite.
 
     Where the loss is not finite nothing is updated at all. Whoever else differentiates something
@@ -126,14 +124,16 @@ def _true(device: torch.device | str) -> Tensor:
 
 
 def updater(
-    gradients: Gradients, clip: float, parts: Sequence[Part], device: torch.device | str
+    optimizer_in_backward: bool, clip: float, parts: Sequence[Part], device: torch.device | str
 ) -> Updater:
     """The updater of a setting.
 
     Args:
-        gradients:  kept, or freed
-        clip:       of kept ones, as `KeptGradients` has it
-        parts:      all that it will ever update
-        device:     of their updates
+        optimizer_in_backward:  whether a parameter is updated as soon as it has its gradient
+        clip:    after the backward, as `OptimizerAfterBackward` has it
+        parts:   all that it will ever update
+        device:  of their updates
     """
-    return KeptGradients(clip, device) if gradients == "kept" else FreedGradients(parts, device)
+    if optimizer_in_backward:
+        return OptimizerInBackward(parts, device)
+    return OptimizerAfterBackward(clip, device)
