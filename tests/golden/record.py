@@ -24,6 +24,8 @@ def measure(capability: str) -> list[dict]:
     """What `measured.py` prints in a process of its own."""
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     setting = {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": path}
+    # two threads that spin while they wait take minutes where a core is busy with something else
+    setting["OMP_WAIT_POLICY"] = "passive"
     command = [sys.executable, "-m", "golden.measured"]
     done = subprocess.run(command, env=os.environ | setting, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)
@@ -33,7 +35,7 @@ def moved(before: dict[str, dict], after: dict[str, dict]) -> list[str]:
     """What a new fixture says that the one before it did not, one line each."""
     lines = []
     old, new = before["numbers"], after["numbers"]
-    for key in old.keys() - new.keys():
+    for key in [key for key in old if key not in new]:
         lines.append(f"{key}: gone")
     for key in new:
         if key not in old:
@@ -45,7 +47,7 @@ def moved(before: dict[str, dict], after: dict[str, dict]) -> list[str]:
         if known is None:
             lines.append(f"{environment}: new")
             continue
-        for key in runs.keys() & known.keys():
+        for key in [key for key in runs if key in known]:
             groups = [g for g in runs[key] if runs[key][g] != known[key].get(g)]
             if groups:
                 lines.append(f"{environment}: {key}: other bits in {', '.join(groups)}")

@@ -7,11 +7,12 @@ import pytest
 from golden import recording
 from golden.configurations import CONFIGURATIONS, implementation_name, plain_torch, run, settled
 
-# of `recording.difference`, for every machine: 4 times the largest that `record.py` printed over
+# of `recording.difference`, for every machine: 8 times the largest that `record.py` printed over
 # capabilities DEFAULT, AVX2 and AVX512, compiled code and plain torch, 1 and 2 threads
-FLOAT32_TOLERANCE = 4 * 3.4e-5
-# bfloat16 rounds at 4e-3, and AdamW makes a bias move by the sign of a gradient near zero
-AUTOCAST_TOLERANCE = 4 * 8.9e-2
+FLOAT32_TOLERANCE = 8 * 1.5e-5
+# twice the largest: AdamW makes a bias move by the sign of a gradient that is rounding in bfloat16,
+# so here the digests are what holds the parameters
+AUTOCAST_TOLERANCE = 2 * 0.2
 
 SETUP = Path(__file__).parents[2] / "tools" / "setup.sh"
 RECORDED = recording.read()
