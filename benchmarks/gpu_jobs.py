@@ -111,19 +111,19 @@ def jobs(sizes: Sizes) -> list[Job]:
         "1",
         "--nearest",
         "none",
-        "--resident",
-        "all",
+        "--offload",
+        "none",
     )
-    headline += ("block", "--resident-at", "3", "--beside", "--early")
+    headline += ("cpu", "--offload-at", "3", "--beside", "--early")
     ops = ("benchmarks/ops.py", "--json", "--impls", "fused", "eager", "--stream", "same")
     ops += ("float32", "--beside", "--rounds", str(sizes.op_rounds), *sizes.more)
     ops += ("--D", *map(str, sizes.widths), *sizes.more_of_ops)
     graphs = (*training, "--preset", *sizes.graphs, "--methods", "end_to_end", "block_fused")
-    graphs += ("--num-blocks", "3", "--recompute", "none", "--resident", "all")
+    graphs += ("--num-blocks", "3", "--recompute", "none", "--offload", "none")
     graphs += ("--launch", *sizes.launch)
     profile = ("-m", "dbkernels", "profile", "--json", "--measure", "--family", "dit", "--preset")
     profile += (sizes.profiled, "--batch", str(sizes.batch), "--autocast", "--num-blocks", "3")
-    profile += ("--methods", "block_fused", "--recompute", "none", "--resident", "all")
+    profile += ("--methods", "block_fused", "--recompute", "none", "--offload", "none")
     return [
         Job("smoke", "build.txt", 40, build),
         Job("smoke", "tests.txt", 50, tests),

@@ -85,7 +85,7 @@ def _training(found: Sequence[Row]) -> list[str]:
 
 def _way(row: Row) -> str:
     budget = None if row["budget"] is None else f"budget {row['budget']:g}"
-    one = "one resident" if row["resident"] == "block" else None
+    one = "offload cpu" if row["offload"] == "cpu" else None
     graph = "graph" if row["launch"] == "graph" else None
     words = (row["method"].removeprefix("block_"), row["recompute"], budget, one, graph)
     return f"{' '.join(str(word) for word in words if word)}, {row['num_blocks']}"

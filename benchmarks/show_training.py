@@ -71,12 +71,12 @@ def training_about(row: Row) -> str:
 
 def _way(row: Row) -> str:
     budget = None if row["budget"] is None else f"budget {row['budget']:g}"
-    resident = "1 resident" if row["resident"] == "block" else None
+    offload = "offload cpu" if row["offload"] == "cpu" else None
     # the number of blocks has a column of its own
     method = row["method"].removeprefix("block_").replace("_", " ")
     in_backward = "optimizer in backward" if row.get("optimizer_in_backward") else None
     graph = "graph" if row.get("launch") == "graph" else None
-    parts = (method, row["recompute"], budget, resident, in_backward, graph)
+    parts = (method, row["recompute"], budget, offload, in_backward, graph)
     return " ".join(part for part in parts if part)
 
 

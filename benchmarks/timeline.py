@@ -44,7 +44,7 @@ class Options:
     num_blocks: int = 4  # of block_stock and block_fused
     recompute: str = "layer"  # of block_fused
     budget: float = 0.5  # of activation memory, of compiled
-    resident: str = "block"  # of block_fused: all blocks are on the device, or one block
+    offload: str = "cpu"  # of block_fused: all blocks are on the device, or one block
     optimizer_in_backward: bool = False  # of all methods that are shown
     target: str = "auto"  # a100, h100, ...; auto is the GPU that is here, or else an H100
     device: str = "auto"  # auto, cpu or cuda; auto is an NVIDIA GPU where there is one
@@ -59,7 +59,7 @@ class Options:
         chosen = {
             "dtype": ("float32", "autocast"),
             "recompute": POLICIES,
-            "resident": ("all", "block"),
+            "offload": ("none", "cpu"),
         }
         for name, values in chosen.items():
             if getattr(self, name) not in values:
@@ -88,7 +88,7 @@ class Options:
             self.num_blocks,
             self.recompute,
             self.budget,
-            self.resident,
+            self.offload,
             self.optimizer_in_backward,
             "ops",
         )
@@ -108,7 +108,7 @@ def rows_of(options: Options) -> Iterator[Row]:
     target, name = options.target_and_name()
     about = asdict(machine(pick_device(options.device))) | name | {"command": called()}
     for way in options.ways:
-        prediction = predict(options.case, way, target)[way.resident]
+        prediction = predict(options.case, way, target)[way.offload]
         shown = levels(prediction, parts=PARTS)
         yield (
             {"suite": "timeline"}

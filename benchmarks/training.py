@@ -7,12 +7,12 @@ AdamW), batch, precision and noise. A competitor is one trainer, its call one st
 its blocks: a round has a step of each.
 One line or row is one way of training:
 
-    step_ms               median of a step of each block, averaged over the blocks; with one block
-                          resident a step also brings its block from the host
+    step_ms               median of a step of each block, averaged over the blocks; with offload a
+                          step also brings its block from the host
     sweep_ms              of a step of every block
     peak_allocated_bytes  highest total on the device in a step of the costliest block
     saved_bytes           what its forward leaves for the backward
-    swap_ms, swap_bytes   of one resident block: to the host, and another from there
+    swap_ms, swap_bytes   of one block with offload: to the host, and another from there
     flops                 of a step's matmuls and attentions, those computed again too
 
 The peaks are those of the process that also times the steps; `beside_bytes` is what others' own
@@ -39,7 +39,7 @@ from dbkernels.memory.workspace import Target, target_named, target_of
 from dbkernels.ops.recompute import POLICIES, policies_of
 
 DTYPES = ("float32", "autocast")
-RESIDENT = ("all", "block")
+OFFLOAD = ("none", "cpu")
 LAUNCH = ("ops", "graph")
 LARGE = ("S/2", "B/2", "L/2", "XL/2")  # presets that a GPU trains
 DEFAULT_TARGET = "h100"
@@ -63,8 +63,8 @@ class Options:
     recompute: tuple[str, ...] = ()  # of block_fused; all that differ
     budgets: tuple[float, ...] = (1.0, 0.5, 0.2)  # of activation memory, of compiled
     nearest: str | None = None  # one more, its peak nearest to the fused layers' at this policy
-    resident: tuple[str, ...] = ()  # of block_fused: all blocks are on the device, or one block
-    resident_at: tuple[int, ...] = ()  # one block, of these numbers of blocks; all where none is
+    offload: tuple[str, ...] = ()  # of block_fused: all blocks are on the device, or one block
+    offload_at: tuple[int, ...] = ()  # one block, of these numbers of blocks; all where none is
     optimizer_in_backward: tuple[bool, ...] = (False, True)  # where memory is the aim
     launch: tuple[str, ...] = ("ops",)  # of block_fused: op by op, or a step as one CUDA graph
     rounds: int | None = None  # in each of which every way has one step
@@ -85,7 +85,7 @@ class Options:
             "dtype": DTYPES,
             "methods": METHODS,
             "recompute": POLICIES,
-            "resident": RESIDENT,
+            "offload": OFFLOAD,
             "launch": LAUNCH,
         }
         for name, values in known.items():
@@ -115,8 +115,8 @@ class Options:
         if self.target_of(case) is not None:
             return
         on_cpu = pick_device(self.device).type == "cpu" and not self.rehearse
-        if "block" in self.resident and on_cpu:
-            raise ValueError("resident must be all on a CPU, which is its own host, got block")
+        if "cpu" in self.offload and on_cpu:
+            raise ValueError("offload must be none on a CPU, which is its own host, got cpu")
         if "graph" in self.launch and on_cpu:
             raise ValueError("launch must be ops on a CPU, got graph")
         needed = 2 * max(self.num_blocks, default=1)
@@ -147,18 +147,18 @@ class Options:
 
     def ways(self, case: TrainingCase) -> list[Way]:
         here = self.target_of(case) is None and pick_device(self.device).type == "cpu"
-        resident = self.resident or (("all",) if here else RESIDENT)
+        offload = self.offload or (("none",) if here else OFFLOAD)
         found = ways(
             self.methods,
             self.num_blocks,
             self.recompute or policies_of(mixed=case.dtype == "autocast"),
             self.budgets,
-            resident,
+            offload,
             self.optimizer_in_backward,
             self.launch,
         )
-        at = self.resident_at or self.num_blocks
-        return [way for way in found if way.resident == "all" or way.num_blocks in at]
+        at = self.offload_at or self.num_blocks
+        return [way for way in found if way.offload == "none" or way.num_blocks in at]
 
 
 def rows_of(

@@ -34,7 +34,7 @@ class Way:
     num_blocks: int = 1
     recompute: str | None = None  # of the fused layer
     budget: float | None = None  # of activation memory, 1 is all; for compiled
-    resident: str = "all"  # what is on the device: all blocks, or one block
+    offload: str = "none"  # what is on the device: all blocks, or one block
     optimizer_in_backward: bool = False  # parameters are updated as their gradients come
     launch: str = "ops"  # one by one, or the step as one CUDA graph
 
@@ -50,7 +50,7 @@ class Way:
         parts = [
             " ".join(filter(None, [self.method.replace("_", " "), self.recompute, blocks])),
             self.budget is not None and f"budget {self.budget}",
-            self.resident == "block" and "one resident",
+            self.offload == "cpu" and "offload cpu",
             self.optimizer_in_backward and "optimizer in backward",
             self.launch == "graph" and "as a graph",
         ]
@@ -67,7 +67,7 @@ def ways(
     num_blocks: Sequence[int],
     policies: Sequence[str],
     budgets: Sequence[float],
-    resident: Sequence[str],
+    offload: Sequence[str],
     optimizer_in_backward: Sequence[bool],
     launch: Sequence[str],
 ) -> list[Way]:
@@ -78,7 +78,7 @@ def ways(
         num_blocks:  1 of the fused layer is end to end too
         policies:    of the fused layer
         budgets:     of the compiled one
-        resident:    of the fused layer; the published code, which is stock, has all blocks there
+        offload:     of the fused layer; the published code, which is stock, has all blocks there
         optimizer_in_backward:  True only where memory is the aim: end to end, checkpointed, and
                      the fused layer with no other block on the device
         launch:      of the fused layer
@@ -86,7 +86,7 @@ def ways(
     found = []
     for method in methods:
         for count in num_blocks if method in BLOCKWISE else (1,):
-            for way in _variants(Way(method, count), policies, budgets, resident):
+            for way in _variants(Way(method, count), policies, budgets, offload):
                 found += _steps(way, optimizer_in_backward, launch)
     # one block of plain torch is end to end
     twice = Way("block_stock", 1) if "end_to_end" in methods else None
@@ -94,16 +94,16 @@ def ways(
 
 
 def _variants(
-    way: Way, policies: Sequence[str], budgets: Sequence[float], resident: Sequence[str]
+    way: Way, policies: Sequence[str], budgets: Sequence[float], offload: Sequence[str]
 ) -> list[Way]:
     if way.method == "compiled":
         return [replace(way, budget=budget) for budget in budgets]
     if way.method != "block_fused":
         return [way]
     # one block is all that there is
-    places = resident if way.num_blocks > 1 else ("all",)
+    places = offload if way.num_blocks > 1 else ("none",)
     return [
-        replace(way, recompute=recompute, resident=place)
+        replace(way, recompute=recompute, offload=place)
         for place in places
         for recompute in policies
     ]
@@ -111,7 +111,7 @@ def _variants(
 
 def _steps(way: Way, optimizer_in_backward: Sequence[bool], launch: Sequence[str]) -> list[Way]:
     fused = way.method == "block_fused"
-    alone = way.resident == "block" or way.num_blocks == 1
+    alone = way.offload == "cpu" or way.num_blocks == 1
     saves = way.method in ("end_to_end", "checkpointed") or (fused and alone)
     return [
         replace(way, optimizer_in_backward=end, launch=each)
@@ -166,6 +166,6 @@ class TrainingCase:
                 optimizer_in_backward=way.optimizer_in_backward,
                 cuda_graphs=way.launch == "graph",
                 autocast=self.dtype == "autocast",
-                resident=way.resident,
+                offload=way.offload,
             ),
         )

@@ -61,7 +61,7 @@ def weigh(
     steps.sweep()
     of_graphs = _reserved_by_graphs(steps)
     with _op_by_op(trainer):
-        taken = measure.memory(step, inputs=_resident(trainer), device=device)
+        taken = measure.memory(step, inputs=_on_device(trainer), device=device)
         beside = _beside(trainer, others)
         reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
         reserved = reserved if of_graphs is None else of_graphs
@@ -76,7 +76,7 @@ def weigh(
         if trainer.micro_batch.size < case.batch:
             raise torch.OutOfMemoryError(f"a batch of {case.batch} does not fit")
         if way.method == NOT_SEEN:
-            known = prediction or figures_of(case, target_of(device), way)["all"]
+            known = prediction or figures_of(case, target_of(device), way)["none"]
             return figures | {"by_category": None, "flops": known["flops"]}
         return figures | _told_apart(steps, figures["peak_allocated_bytes"])
 
@@ -85,8 +85,8 @@ def _beside(trainer: Trainer, others: Sequence[Trainer]) -> int:
     """Bytes on a GPU that other trainers have there of their own, and a step does not need."""
     if trainer.device.type == "cpu":
         return 0
-    own = measure.storage_bytes(_resident(trainer))
-    theirs = [t for each in others for t in _resident(each) if t.device == trainer.device]
+    own = measure.storage_bytes(_on_device(trainer))
+    theirs = [t for each in others for t in _on_device(each) if t.device == trainer.device]
     found = measure.storage_bytes(theirs)
     return sum(-(-size // BLOCK) * BLOCK for key, size in found.items() if key not in own)
 
@@ -115,7 +115,7 @@ def _costliest(trainer: Trainer) -> Block:
     return max(trainer.blocks, key=lambda block: len(block.layers))
 
 
-def _resident(trainer: Trainer) -> list[Tensor]:
+def _on_device(trainer: Trainer) -> list[Tensor]:
     models = trainer.models
     state = [t for part in trainer.parts.values() for t in part.optimizer_tensors().values()]
     return [*models.parameters(), *models.buffers(), *state]
@@ -187,7 +187,7 @@ def predicted(
         found = mapped(partial(figures_of, case, target), alike)
         for same, figures in zip(alike.values(), found, strict=True):
             for way in same:
-                yield way, figures[way.resident]
+                yield way, figures[way.offload]
 
 
 @contextmanager
@@ -204,7 +204,7 @@ def _mapping(count: int) -> Iterator[Callable[..., Iterator[dict[str, Figures]]]
 
 def with_all(way: Way) -> Way:
     """The way of which a rehearsal tells both what all blocks need and what one needs."""
-    return replace(way, resident="all", launch="ops")
+    return replace(way, offload="none", launch="ops")
 
 
 def predict(case: TrainingCase, way: Way, target: Target) -> dict[str, Prediction]:

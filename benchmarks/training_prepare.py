@@ -60,7 +60,7 @@ class Preparation:
 
     def figures(self, case: TrainingCase, way: Way) -> Figures:
         """What is predicted of one way."""
-        return self._predictions[case, with_all(way)].result()[way.resident]
+        return self._predictions[case, with_all(way)].result()[way.offload]
 
     def nearest(self, case: TrainingCase, recompute: str) -> Way:
         """The compiled way whose predicted peak is nearest to that of the fused layers end to end.

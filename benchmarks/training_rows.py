@@ -127,7 +127,7 @@ def _groups(every: Sequence[Way]) -> list[list[Way]]:
     """
     groups: dict[int, list[Way]] = {}
     for way in every:
-        groups.setdefault(0 if way.resident == "all" else way.num_blocks, []).append(way)
+        groups.setdefault(0 if way.offload == "none" else way.num_blocks, []).append(way)
     return list(groups.values())
 
 
@@ -148,14 +148,14 @@ def _timed(
             "rounds": rounds,
             "timing": timing,
         }
-        if way.resident == "block":
+        if way.offload == "cpu":
             found[way] |= _swap(steps[way].trainer)
     return found
 
 
 def _swap(trainer: Trainer) -> Figures:
     """What it takes to bring a block to the host and another from there, by wall clock."""
-    seconds = [trainer.residency.swap_seconds() for _ in range(SWAPS)]
+    seconds = [trainer.offloader.swap_seconds() for _ in range(SWAPS)]
     sizes = [
         sum(tensor.nbytes for tensor in part.tensors())
         for name, part in trainer.parts.items()

@@ -53,8 +53,8 @@ def make_steps(
 ) -> "Steps":
     """The steps of one way, beside those of others that are there already.
 
-    Ways that move no parameters train the same ones. Where one block is resident, ways that differ
-    by recompute alone are one trainer's: there is room for one, and a slot on the device too.
+    Ways that move no parameters train the same ones. With offload, ways that differ by recompute
+    alone are one trainer's: there is room for one, and a slot on the device too.
 
     Args:
         case, way, device:  as those of `make_trainer`
@@ -78,7 +78,7 @@ def make_steps(
 
 def shares(way: Way) -> bool:
     """Whether a way can train another's parameters: it does not move them."""
-    return way.resident == "all"
+    return way.offload == "none"
 
 
 def _without_parameters(config: RunConfig) -> BlockModels:
@@ -134,7 +134,7 @@ class Steps:
         block, blocks = self._next(), self.trainer.blocks
         if self._last == [block.index] and len(blocks) > 1:
             other = blocks[(block.index + 1) % len(blocks)]
-            self.trainer.residency.enter(own_part(other))
+            self.trainer.offloader.enter(own_part(other))
             self._last[:] = [other.index]
 
     def _next(self) -> Block:

@@ -54,15 +54,13 @@ def training_rows(
     case = {"family": family, "preset": preset, "batch": batch, "dtype": "float32"}
     rest = {"weights": weights, "saved": saved, "ms": ms, "predicted": predicted}
     for method, (budget, kept, time) in WHOLE.items():
-        yield _row(case | about, method, 1, None, budget, "all", kept, time, **rest)
+        yield _row(case | about, method, 1, None, budget, "none", kept, time, **rest)
     for budget, (kept, time) in BUDGETS.items():
-        yield _row(case | about, "compiled", 1, None, budget, "all", kept, time, **rest)
+        yield _row(case | about, "compiled", 1, None, budget, "none", kept, time, **rest)
     for count in num_blocks:
-        for resident in ("all", "block") if count > 1 else ("all",):
+        for offload in ("none", "cpu") if count > 1 else ("none",):
             if count > 1:
-                yield _row(
-                    case | about, "block_stock", count, None, None, resident, 1, 1.06, **rest
-                )
+                yield _row(case | about, "block_stock", count, None, None, offload, 1, 1.06, **rest)
             for recompute, (kept, time) in POLICIES.items():
                 yield _row(
                     case | about,
@@ -70,7 +68,7 @@ def training_rows(
                     count,
                     recompute,
                     None,
-                    resident,
+                    offload,
                     kept,
                     time,
                     **rest,
@@ -78,11 +76,11 @@ def training_rows(
 
 
 def _row(
-    about, method, count, recompute, budget, resident, kept, time, *, weights, saved, ms, predicted
+    about, method, count, recompute, budget, offload, kept, time, *, weights, saved, ms, predicted
 ):
     noise = 1 + 0.01 * ((int(1000 * kept) + count) % 5)
-    time = time * noise * (1.05 if resident == "block" else 1) * (1 + 0.01 * (count - 1))
-    held = weights / (count if resident == "block" else 1)
+    time = time * noise * (1.05 if offload == "cpu" else 1) * (1 + 0.01 * (count - 1))
+    held = weights / (count if offload == "cpu" else 1)
     parts = {
         "parameters": held,
         "gradients": weights / count,
@@ -111,7 +109,7 @@ def _row(
     ways |= {"optimizer_in_backward": False, "launch": "ops"}
     implementation = "inductor" if method == "compiled" else "torch"
     return (
-        {"suite": "training", "resident": resident, "flops": flops}
+        {"suite": "training", "offload": offload, "flops": flops}
         | ways
         | (dict.fromkeys(times) if predicted else times)
         | {
@@ -130,10 +128,10 @@ def _row(
 def timeline_rows(about=GPU, *, num_blocks=4):
     """Three steps of one model: saved activations rise to a peak and fall as gradients come."""
     case = {"family": "dit", "preset": "XL/2", "batch": 128, "dtype": "autocast"}
-    ways = (("end_to_end", 1, None, "all", 40), ("checkpointed", 1, None, "all", 8))
-    for method, count, recompute, resident, saved in (
+    ways = (("end_to_end", 1, None, "none", 40), ("checkpointed", 1, None, "none", 8))
+    for method, count, recompute, offload, saved in (
         *ways,
-        ("block_fused", num_blocks, "layer", "block", 2),
+        ("block_fused", num_blocks, "layer", "cpu", 2),
     ):
         held = 2 * MIB // count
         levels = {
@@ -150,7 +148,7 @@ def timeline_rows(about=GPU, *, num_blocks=4):
             {"suite": "timeline", "method": method, "num_blocks": count, "recompute": recompute}
             | {
                 "budget": None,
-                "resident": resident,
+                "offload": offload,
                 "optimizer_in_backward": False,
                 "launch": "ops",
             }

@@ -92,9 +92,9 @@ def test_every_table_says_where_it_comes_from(page):
 
 def test_figures_of_a_way_are_beside_each_other(page):
     part = part_of(page, "ViT cifar100, batch 64, float32, on AMD EPYC").split("<details")[0]
-    rows = {(r["method"], r["num_blocks"], r["recompute"], r["resident"]): r
+    rows = {(r["method"], r["num_blocks"], r["recompute"], r["offload"]): r
             for r in made.training_rows(made.CPU, **CIFAR, **FEW)}  # fmt: skip
-    row, base = rows["block_fused", 3, "qkv", "block"], rows["end_to_end", 1, None, "all"]
+    row, base = rows["block_fused", 3, "qkv", "cpu"], rows["end_to_end", 1, None, "none"]
     blocks = part.split(">3 blocks</th>")[1]
     peak, sweep = row["peak_allocated_bytes"], row["sweep_ms"]
     assert cells_of(blocks, "fused layers", ">qkv<", ">one block<") == [
@@ -134,7 +134,7 @@ def test_overhead_is_a_sweep_against_eager_minus_one(page):
     rows = list(made.training_rows(made.CPU, **CIFAR, **FEW))
     base = rows[0]["sweep_ms"]
     fused = [
-        row["sweep_ms"] for row in rows if (row["recompute"], row["resident"]) == ("none", "all")
+        row["sweep_ms"] for row in rows if (row["recompute"], row["offload"]) == ("none", "none")
     ]
     texts = [f"{100 * (ms / base - 1):+.1f}".replace("-", "−") for ms in fused]
     part = page.split("overhead of a sweep against the end-to-end eager step")[1]
@@ -157,7 +157,7 @@ def test_every_point_has_a_tooltip(page):
     rows = list(made.training_rows(made.CPU, **CIFAR, **FEW))
     figure = page.split('aria-label="Time: ViT cifar100')[1].split("</svg>")[0]
     assert figure.count("<title>") == len(rows)
-    assert "<title>3 blocks: fused layers, qkv\none block resident\npeak " in figure
+    assert "<title>3 blocks: fused layers, qkv\none block on the device\npeak " in figure
     assert "sweep of all blocks, ms" in figure and "peak of a step, " in figure
     for label in ("compiled", "checkpointed", "selective", "eager blocks", "fused blocks"):
         assert f">{label}</text>" in figure
@@ -172,7 +172,7 @@ def test_a_newer_commit_comes_first_and_the_older_is_folded(page):
 
 def test_the_same_case_is_compared_across_commits(page):
     part = page.split('<section id="settings">')[1]
-    cells = cells_of(part, "3 blocks, fused layers, mlp, one resident")
+    cells = cells_of(part, "3 blocks, fused layers, mlp, offload cpu")
     assert [cell[1:] for cell in cells] == [
         [], ["0.50", "of", "the", "first"], ["MiB"], ["MiB", "1.00", "of", "the", "first"],
     ]  # fmt: skip

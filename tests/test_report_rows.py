@@ -91,7 +91,7 @@ def test_policies_and_methods_are_those_of_the_package(tool):
         ({"suite": ["a"]}, r"suite must be one of training, timeline, layer, ops, got \['a'\]"),
         ({"op": "gelu"}, "a row of ops must have shape, dtype, direction"),
         (a_row(method="magic"), "method must be one of end_to_end, .*, got 'magic'"),
-        (a_row(resident="none"), "resident must be one of all, block, got 'none'"),
+        (a_row(offload="some"), "offload must be one of none, cpu, got 'some'"),
         (a_row(sweep_ms=0), "sweep_ms must be a positive number, got 0"),
         (a_row(step_ms="fast"), "step_ms must be a positive number, got 'fast'"),
         (a_row(sweep_ms=float("nan")), "sweep_ms must be a positive number, got nan"),

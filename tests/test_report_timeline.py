@@ -99,12 +99,12 @@ def test_the_leanest_step_has_an_axis_of_its_own(tool):
 def test_steps_are_named_with_their_peaks(tool):
     timeline, rows = tool("report_timeline"), list(made.timeline_rows())
     svg = timeline.together_figure(rows, "Steps")
-    for text in ("eager", "checkpointed", "fused blocks", "recompute layer", "1 of 4 resident"):
+    for text in ("eager", "checkpointed", "fused blocks", "recompute layer", "1 of 4 on device"):
         assert f">{text}<" in svg
     for peak in ("48 MiB", "16 MiB", "5.5 MiB"):
         assert f">{peak}<" in svg
     assert svg.count("<title>") == 3
-    last = "fused layers, layer, 1 of 4 blocks resident\npeak 5.5 MiB\nat backward: aten::mm"
+    last = "fused layers, layer, 1 of 4 blocks on the device\npeak 5.5 MiB\nat backward: aten::mm"
     assert f"<title>{last}</title>" in svg
     assert ">inputs<" not in svg and ">saved activations<" in svg
 
@@ -120,7 +120,7 @@ def test_the_table_has_what_is_alive_at_each_peak(tool):
     assert [cell.text for cell in eager] == [
         "eager", "48 MiB", "1.00", "2 MiB", "4 MiB", "40 MiB", "0 bytes", "2 MiB", "backward: mm",
     ]  # fmt: skip
-    assert (fused[0].note, fused[2].text) == ("1 of 4 blocks resident", "0.11")
+    assert (fused[0].note, fused[2].text) == ("1 of 4 blocks on the device", "0.11")
     assert fused[1].best and fused[1].predicted and not eager[1].best
 
 

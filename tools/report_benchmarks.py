@@ -172,5 +172,5 @@ def _way(row: Row) -> str:
         return f"{row['op']} {row['direction']}, {row['impl']}"
     if row["suite"] == "layer":
         return way_text(row)
-    one = ", one resident" if row["resident"] == "block" else ""
+    one = ", offload cpu" if row["offload"] == "cpu" else ""
     return f"{blocks_text(row['num_blocks'])}, {way_text(row)}{one}"

@@ -87,8 +87,8 @@ def tip(row: Row, base: Row | None) -> str:
         plain text on several lines.
     """
     lines = [f"{blocks_text(row['num_blocks'])}: {way_text(row)}"]
-    if row["resident"] == "block":
-        lines.append("one block resident")
+    if row["offload"] == "cpu":
+        lines.append("one block on the device")
     peak = f"peak {bytes_text(row['peak_allocated_bytes'])}"
     lines.append(f"{peak}, {NOT_RUN}" if is_predicted(row) else peak)
     if row["sweep_ms"] is not None:

@@ -27,13 +27,13 @@ end to end in eager torch, on the same device and at the same precision. The bes
 is bold; what loses stays in."""
 TRADEOFF = """Down and to the left is better. A line joins what no other point of its method beats;
 a fainter point is beaten. Beside a point: the number of blocks and the recompute policy, with
-1/6 where one block of six is resident; or a budget of activation memory. Hollow: the peak is
+1/6 where one block of six is on the device; or a budget of activation memory. Hollow: the peak is
 predicted."""
 PEAKS = """End to end at the left; then block by block, with a line for each policy. Dashed: one
 block's parameters and optimizer state on the device, the others' in host memory. Hollow:
 predicted."""
 COMPOSITION = """Of a step, by category: end to end, and at the largest number of blocks. With 1/6,
-one block of six is resident."""
+one block of six is on the device."""
 TOGETHER = """From the first op of a step to its last, at the highest moment of each part of it; all
 steps on one axis of bytes, and as wide as each other. Dotted: the backward begins."""
 PAPER = f"The paper puts it at {100 * PAPER_OVERHEAD:.1f} %; below zero, a sweep is faster."

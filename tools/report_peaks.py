@@ -61,15 +61,15 @@ def _series(
     """Join the same way over numbers of blocks; where each line ends, and its name."""
     series: dict[tuple, list[Row]] = {}
     for row in (row for row in rows if row["method"] in BLOCKWISE):
-        name = (row["method"], row["recompute"], row["resident"], row.get("implementation"))
+        name = (row["method"], row["recompute"], row["offload"], row.get("implementation"))
         series.setdefault(name, []).append(row)
     ends = []
-    for (method, recompute, resident, _), same in series.items():
+    for (method, recompute, offload, _), same in series.items():
         same = sorted(same, key=column)
         xs, ys = [column(row) for row in same], [row["peak_allocated_bytes"] for row in same]
-        style = "--" if resident == "block" else "-"
+        style = "--" if offload == "cpu" else "-"
         axes.plot(xs, ys, style, color=STYLES[method][0], lw=1, zorder=1)
-        one = ", 1 resident" if resident == "block" else ""
+        one = ", offload cpu" if offload == "cpu" else ""
         ends.append((xs[-1], ys[-1], f"{recompute or 'eager layers'}{one}"))
     return ends
 

@@ -18,7 +18,7 @@ BEGIN = re.compile(r"^<!-- table: *(.*?) *-->$", re.MULTILINE)
 END = "<!-- end -->"
 WIDTH = 120
 RULE = """Of each number of blocks: eager layers, fused layers with recompute `none`, every policy
-where one block is resident, and what has the lowest peak; the results hold every policy."""
+where one block is on the device, and what has the lowest peak; the results hold every policy."""
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "training": lambda rows: training_table(with_policies(rows)),
     "layer": layer_table,

@@ -26,7 +26,7 @@ METHODS = (
 POLICIES = ("none", "attention", "mlp", "qkv", "layer", "layer_narrow")
 # what a row of an older program, which knew nothing else, does not say
 OLDER = {"optimizer_in_backward": False, "launch": "ops"}
-TRAINED_WAY = ("method", "num_blocks", "recompute", "budget", "resident", *OLDER)
+TRAINED_WAY = ("method", "num_blocks", "recompute", "budget", "offload", *OLDER)
 SETTING = ("device", "driver", "threads", "torch", "triton", "commit")
 
 
@@ -79,7 +79,7 @@ SUITES = {
 CHOICES = {
     "method": METHODS,
     "recompute": (*POLICIES, None),
-    "resident": ("all", "block"),
+    "offload": ("none", "cpu"),
     "optimizer_in_backward": (False, True),
     "launch": ("ops", "graph"),  # one by one, or a step as one CUDA graph
     "memory": ("measured", "predicted"),
@@ -253,4 +253,4 @@ def _order(row: Row) -> tuple:
     recompute = POLICIES.index(row["recompute"]) if row["recompute"] else -1
     budget = -1.0 if row["budget"] is None else row["budget"]
     method, plain = METHODS.index(row["method"]), is_plain(row)
-    return row["num_blocks"], method, recompute, row["resident"], -budget, not plain
+    return row["num_blocks"], method, recompute, row["offload"] != "none", -budget, not plain

@@ -21,7 +21,7 @@ LONG = {
     "block_stock": "eager layers",
     "block_fused": "fused layers",
 }
-RESIDENT = {"all": "all", "block": "one block"}
+ON_DEVICE = {"none": "all", "cpu": "one block"}  # by offload
 NOTHING = "–"
 NOT_RUN = "predicted, no GPU has run it"
 
@@ -90,9 +90,9 @@ def count_text(row: Row) -> str:
     Args:
         row:  of training
     Returns:
-        such as "6", or "1/6" where one of them is resident.
+        such as "6", or "1/6" where one of them is on the device.
     """
-    return f"{'1/' if row['resident'] == 'block' else ''}{row['num_blocks']}"
+    return f"{'1/' if row['offload'] == 'cpu' else ''}{row['num_blocks']}"
 
 
 def number_text(value: float | None) -> str:

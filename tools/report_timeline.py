@@ -103,7 +103,7 @@ def step_text(row: Row) -> str:
     Args:
         row:  of the suite timeline
     Returns:
-        such as "fused layers, layer, 1 of 4 blocks resident".
+        such as "fused layers, layer, 1 of 4 blocks on the device".
     """
     return ", ".join(filter(None, [way_text(row), _blocks(row)]))
 
@@ -112,8 +112,8 @@ def _blocks(row: Row) -> str:
     """Nothing where the net is trained end to end."""
     if row["num_blocks"] == 1:
         return ""
-    if row["resident"] == "block":
-        return f"1 of {row['num_blocks']} blocks resident"
+    if row["offload"] == "cpu":
+        return f"1 of {row['num_blocks']} blocks on the device"
     return blocks_text(row["num_blocks"])
 
 
@@ -208,7 +208,7 @@ def _finish(axes: Axes, highest: float) -> None:
 def _name(row: Row) -> str:
     recompute = f"recompute {row['recompute']}" if row["recompute"] else ""
     # a line of its own for each, as steps stand close
-    blocks = _blocks(row).replace(" blocks resident", " resident")
+    blocks = _blocks(row).replace(" blocks on the device", " on device")
     early = "optimizer in backward" if row["optimizer_in_backward"] else ""
     return "\n".join(filter(None, [SHORT[row["method"]], recompute, blocks, early]))
 

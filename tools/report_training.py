@@ -8,7 +8,7 @@ from report_tables import Cell, Column, Table
 from report_text import (
     LONG,
     NOTHING,
-    RESIDENT,
+    ON_DEVICE,
     blocks_text,
     more_text,
     number_text,
@@ -22,7 +22,7 @@ OVERHEAD = "Noise conditioning: overhead of a sweep against the end-to-end eager
 COLUMNS = (
     Column("method", left=True),
     Column("recompute or budget", left=True),
-    Column("resident", left=True),
+    Column("on the device", left=True),
     Column("peak", "min"),
     Column("of eager"),
     Column("step, ms", "min"),
@@ -72,7 +72,7 @@ def _line(row: Row, base: Row | None) -> tuple[Cell, ...]:
         # below its name, where a page has room
         Cell(LONG[row["method"]], f"{row.get('implementation') or ''}{more_text(row)}"),
         Cell(row["recompute"] or (NOTHING if budget is None else f"budget {budget:g}")),
-        Cell(RESIDENT[row["resident"]]),
+        Cell(ON_DEVICE[row["offload"]]),
         Cell(bytes_text(peak), _reserved(row), peak, is_predicted(row)),
         Cell(ratio_text(peak, base_peak)),
         Cell(number_text(row["step_ms"]), _spread(row), row["step_ms"]),
@@ -107,13 +107,13 @@ def shortened(rows: Sequence[Row]) -> list[Row]:
         rows:  of one table
     Returns:
         end to end as it is; of each number of blocks the eager layers, the fused ones at the
-        highest policy with everything resident, and the fused ones with the lowest peak.
+        highest policy with everything on the device, and the fused ones with the lowest peak.
     """
     kept = []
     for row in rows:
         same = [each for each in rows if _fused(each) and each["num_blocks"] == row["num_blocks"]]
         lowest = min(same, key=lambda each: each["peak_allocated_bytes"], default=None)
-        highest = (row["recompute"], row["resident"]) == (POLICIES[0], "all") and is_plain(row)
+        highest = (row["recompute"], row["offload"]) == (POLICIES[0], "none") and is_plain(row)
         if not _fused(row) or row is lowest or highest:
             kept.append(row)
     return kept
@@ -125,13 +125,13 @@ def with_policies(rows: Sequence[Row]) -> list[Row]:
     Args:
         rows:  of one table
     Returns:
-        what `shortened` leaves, and the fused layers at every policy with one block resident.
+        what `shortened` leaves, and the fused layers at every policy with one block on the device.
     """
     left = {id(row) for row in shortened(rows)}
     return [
         row
         for row in rows
-        if id(row) in left or (_fused(row) and row["resident"] == "block" and is_plain(row))
+        if id(row) in left or (_fused(row) and row["offload"] == "cpu" and is_plain(row))
     ]
 
 
@@ -146,7 +146,7 @@ def overhead_table(rows: Sequence[Row]) -> Table | None:
         rows:  of one table
     Returns:
         a column for each number of blocks, the fused layer at its highest policy and the eager one,
-        both with everything resident; None without times.
+        both with everything on the device; None without times.
     """
     base = eager(rows)
     if base is None or base["sweep_ms"] is None:
@@ -154,7 +154,7 @@ def overhead_table(rows: Sequence[Row]) -> Table | None:
     found: dict[str, dict[int, Cell]] = {method: {} for method in reversed(BLOCKWISE)}
     for row in rows:
         highest = (
-            row["recompute"] in (POLICIES[0], None) and row["resident"] == "all" and is_plain(row)
+            row["recompute"] in (POLICIES[0], None) and row["offload"] == "none" and is_plain(row)
         )
         if row["method"] in found and highest and row["sweep_ms"] is not None:
             change = row["sweep_ms"] / base["sweep_ms"] - 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dbkernels.cli.profile_rows import METHODS, RESIDENT, Case, configured, predicted
+from dbkernels.cli.profile_rows import METHODS, OFFLOAD, Case, configured, predicted
 from dbkernels.cli.rehearsed import rehearsed_run
 from dbkernels.cli.shape import PRESETS
 from dbkernels.memory.budget import (
@@ -23,8 +23,8 @@ from dbkernels.memory.predict import Prediction
 from dbkernels.memory.trace import CATEGORIES
 from dbkernels.memory.workspace import target_named
 from dbkernels.ops.recompute import POLICIES
-from dbkernels.training.rehearsal import Resident
 from dbkernels.training.run import RunConfig
+from dbkernels.training.trainer_config import Offload
 
 Row = dict[str, object]
 KINDS = {
@@ -37,7 +37,7 @@ KINDS = {
     "method": str,
     "num_blocks": int,
     "recompute": (str, type(None)),
-    "resident": str,
+    "offload": str,
 }
 # what a compiler keeps is its own choice, another in every version
 HELD = tuple(method for method in METHODS if method != "compiled")
@@ -74,10 +74,10 @@ def held(path: Path) -> list[Held]:
     known: dict[tuple, dict[str, Prediction]] = {}
     found = []
     for budget in budgets:
-        key = _key({**budget.settings, "resident": ""})
+        key = _key({**budget.settings, "offload": ""})
         if key not in known:
             known[key] = _predicted(budget.settings)
-        prediction = known[key][budget.settings["resident"]]
+        prediction = known[key][budget.settings["offload"]]
         now = Budget(budget.settings, prediction.peak_allocated_bytes, prediction.by_category)
         found.append(Held(budget, now))
     return found
@@ -152,7 +152,7 @@ def _check_settings(settings: Settings, where: str) -> None:
     where = f"{where}, which is stale,"
     _require("family", settings["family"], PRESETS, where)
     _require("method", settings["method"], HELD, where)
-    _require("resident", settings["resident"], RESIDENT, where)
+    _require("offload", settings["offload"], OFFLOAD, where)
     fused = settings["method"] == "block_fused"
     _require("recompute", settings["recompute"], tuple(POLICIES) if fused else (None,), where)
     try:
@@ -185,7 +185,7 @@ def _config(settings: Settings) -> RunConfig:
     return configured(_case(settings), run)
 
 
-def _predicted(settings: Settings) -> dict[Resident, Prediction]:
+def _predicted(settings: Settings) -> dict[Offload, Prediction]:
     target = target_named(settings["target"])
     return predicted(_case(settings), _config(settings), budget=1.0, target=target)
 
@@ -241,5 +241,5 @@ def _name(each: Held) -> str:
     early = " optimizer in backward" if settings["optimizer_in_backward"] else ""
     return (
         f"{settings['family']} {settings['preset']} {settings['batch']}{compute}{early} "
-        f"{settings['target']}, {settings['num_blocks']} x {how} {settings['resident']}"
+        f"{settings['target']}, {settings['num_blocks']} x {how}, offload {settings['offload']}"
     )

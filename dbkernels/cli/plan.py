@@ -70,7 +70,7 @@ def _nothing_fits(question: Question, found: Answer) -> str:
     return (
         f"memory must be at least {in_words(needed)} for {question.family} {question.preset} at "
         f"batch {question.batch}, got {in_words(question.memory)}: that is its smallest plan, "
-        f"num_blocks {least.setting.num_blocks}, resident {least.resident}, recompute "
+        f"num_blocks {least.setting.num_blocks}, offload {least.offload}, recompute "
         f"{least.setting.recompute}, micro-batch {least.setting.micro_batch}; {instead}"
     )
 

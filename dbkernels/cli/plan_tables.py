@@ -33,7 +33,7 @@ def _plan_row(plan: Plan, question: Question, whole: Plan) -> Row:
         "row": "plan",
         "num_blocks": setting.num_blocks,
         "recompute": setting.recompute,
-        "resident": plan.resident,
+        "offload": plan.offload,
         "micro_batch": setting.micro_batch,
         "peak_reserved_bytes": plan.need.peak_bytes,
         "by_category": plan.need.by_category,
@@ -52,8 +52,8 @@ def _command(plan: Plan, question: Question) -> str:
     ]
     if setting.micro_batch < question.batch:
         flags.append(f"--accumulate {question.batch // setting.micro_batch}")
-    if plan.resident == "block":
-        flags.append("--resident block --steps-per-swap 0")
+    if plan.offload == "cpu":
+        flags.append("--offload cpu --steps-per-swap 0")
     if question.autocast:
         flags.append("--autocast")
     return " ".join(["python -m dbkernels", *flags])
@@ -130,7 +130,7 @@ def _plans(plans: list[Row]) -> Table:
         table.add_row(
             str(row["num_blocks"]),
             row["recompute"],
-            "all blocks" if row["resident"] == "all" else "one block",
+            "all blocks" if row["offload"] == "none" else "one block",
             str(row["micro_batch"]),
             in_words(row["peak_reserved_bytes"]),
             f"{row['relative_time']:.2f}",

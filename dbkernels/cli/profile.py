@@ -11,7 +11,7 @@ from dbkernels.cli.device import pick_device
 from dbkernels.cli.profile_measured import measured
 from dbkernels.cli.profile_rows import (
     METHODS,
-    RESIDENT,
+    OFFLOAD,
     Case,
     cases,
     check_names,
@@ -50,7 +50,7 @@ class Profile:
     """What is trained, with commas between; all but block_fused run the layer in plain torch."""
     recompute: str = ",".join(POLICIES)
     """What the fused layer's backward computes again: from most memory to most arithmetic."""
-    resident: str = ",".join(RESIDENT)
+    offload: str = ",".join(OFFLOAD)
     """What is on the device: all blocks with their optimizers' state, or one block at a time."""
     budget: float = 0.5
     """Share of its activations that the compiled baseline may keep."""
@@ -91,12 +91,12 @@ class Profile:
             )
         if not 0 <= self.budget <= 1:
             raise ValueError(f"budget must be from 0 to 1, got {self.budget}")
-        resident = check_names("resident", self.resident, RESIDENT)
+        offload = check_names("offload", self.offload, OFFLOAD)
         todo, config, target = self._cases(), self._config(), self._target()
         for case in todo:
             configured(case, config).partition.blocks(config.model.depth, config.prior)
         if self.timeline or self.picture:
-            self._show(todo, resident, config, target)
+            self._show(todo, offload, config, target)
         common = {
             "family": self.family,
             "preset": self.preset,
@@ -105,7 +105,7 @@ class Profile:
             "optimizer_in_backward": self.optimizer_in_backward,
             "target": target.name,
         }
-        found, predictions = [], rows(todo, config, resident, budget=self.budget, target=target)
+        found, predictions = [], rows(todo, config, offload, budget=self.budget, target=target)
         # no step is timed while another process predicts
         for row in list(predictions) if self.measure else predictions:
             found.append({**common, **row})
@@ -148,14 +148,14 @@ class Profile:
             return target_named(self.target)
         return target_of(pick_device(self.device)) if self.measure else target_named("h100")
 
-    def _show(self, todo: list[Case], resident: list[str], config: RunConfig, target: Target):
-        if len(todo) * len(resident) != 1:
+    def _show(self, todo: list[Case], offload: list[str], config: RunConfig, target: Target):
+        if len(todo) * len(offload) != 1:
             raise ValueError(
-                "timeline and picture show one step: methods, num_blocks, recompute and resident "
-                f"must leave, got {len(todo) * len(resident)}"
+                "timeline and picture show one step: methods, num_blocks, recompute and offload "
+                f"must leave, got {len(todo) * len(offload)}"
             )
         case = todo[0]
-        prediction = predicted(case, config, budget=self.budget, target=target)[resident[0]]
+        prediction = predicted(case, config, budget=self.budget, target=target)[offload[0]]
         if self.timeline:
             write_timeline(self.timeline, prediction)
         if self.picture:
@@ -166,13 +166,13 @@ class Profile:
     def _measured(self, row: dict[str, object], config: RunConfig) -> dict[str, object]:
         """What the row's steps take for real, under names of their own; nothing if they cannot."""
         device = pick_device(self.device)
-        # a CPU's memory also holds the blocks at rest, and the tracker sees no compiled code
-        unseen = row["method"] == "compiled" or row["resident"] == "block"
+        # a CPU's memory also holds the blocks off the device, and the tracker sees no compiled code
+        unseen = row["method"] == "compiled" or row["offload"] == "cpu"
         if unseen and device.type == "cpu":
             return {}
         case = Case(row["method"], row["num_blocks"], row["recompute"])
         settings = {"budget": self.budget, "steps": self.steps, "device": device}
-        return measured(case, row["resident"], config, **settings)
+        return measured(case, row["offload"], config, **settings)
 
 
 def _blocks(count: int) -> str:

@@ -17,8 +17,9 @@ from dbkernels.cli.out_of_memory import out_of_memory
 from dbkernels.cli.profile_rows import Case, configured, run_by
 from dbkernels.cli.rehearsed import made_up
 from dbkernels.training.performance import profile_trainer
-from dbkernels.training.rehearsal import Resident, trainer_with
+from dbkernels.training.rehearsal import trainer_with
 from dbkernels.training.run import RunConfig
+from dbkernels.training.trainer_config import Offload
 
 Figures = dict[str, object]
 
@@ -27,7 +28,7 @@ KILLED = "its process was killed, as where the host has no memory left"
 
 def measured(
     case: Case,
-    resident: Resident,
+    offload: Offload,
     config: RunConfig,
     *,
     budget: float,
@@ -38,8 +39,8 @@ def measured(
 
     Args:
         case:      to run
-        resident:  what is on the device
-        config:    of a run; number of blocks, policy and residency are those above
+        offload:   what is on the device
+        config:    of a run; number of blocks, policy and offload are those above
         budget:    of activation memory, of the compiled baseline
         steps:     that are timed, of every block
         device:    to train on
@@ -47,7 +48,7 @@ def measured(
         Peaks, their parts and seconds, under the names that a row has for them; or not_measured,
         a sentence that says why there are none.
     """
-    work = partial(taken, case, resident, config, budget=budget, steps=steps, device=device)
+    work = partial(taken, case, offload, config, budget=budget, steps=steps, device=device)
     # a forked process can use neither torch's threads nor a GPU that its parent has begun to use
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
@@ -73,7 +74,7 @@ def attempted(work: Callable[[], Figures]) -> Figures:
 
 def taken(
     case: Case,
-    resident: Resident,
+    offload: Offload,
     config: RunConfig,
     *,
     budget: float,
@@ -83,10 +84,10 @@ def taken(
     """As `measured`, in this process, where memory may run out.
 
     Args:
-        case, resident, config, budget, steps, device:  as those of `measured`
+        case, offload, config, budget, steps, device:  as those of `measured`
     """
     config = configured(case, config)
-    config = replace(config, trainer=replace(config.trainer, resident=resident))
+    config = replace(config, trainer=replace(config.trainer, offload=offload))
     trainer = trainer_with(config, device, made_up(config), **run_by(case, budget))
     found = profile_trainer(trainer, steps)
     batch, fits = config.trainer.batch_size, trainer.micro_batch.size

@@ -12,14 +12,15 @@ from dbkernels.memory.predict import Prediction
 from dbkernels.memory.workspace import Target
 from dbkernels.models.baseline import Baseline
 from dbkernels.ops.recompute import POLICIES, Recompute
-from dbkernels.training.rehearsal import Resident, rehearse
+from dbkernels.training.rehearsal import rehearse
 from dbkernels.training.run import RunConfig
+from dbkernels.training.trainer_config import Offload
 
 Method = Literal[
     "end_to_end", "checkpointed", "selective", "compiled", "block_stock", "block_fused"
 ]
 METHODS: tuple[Method, ...] = get_args(Method)
-RESIDENT: tuple[Resident, ...] = get_args(Resident)
+OFFLOAD: tuple[Offload, ...] = ("none", "cpu")  # disk needs of the device what cpu does
 BASELINES: dict[Method, Baseline | None] = {
     "end_to_end": "stock",
     "checkpointed": "checkpointed",
@@ -71,7 +72,7 @@ def run_by(case: Case, budget: float) -> dict[str, Baseline | float | None]:
 
 def predicted(
     case: Case, config: RunConfig, *, budget: float, target: Target
-) -> dict[Resident, Prediction]:
+) -> dict[Offload, Prediction]:
     """A case's prediction for everything on the device, and for one block on it."""
     ways = run_by(case, budget)
     return rehearse(configured(case, config), **ways, target=target)
@@ -80,7 +81,7 @@ def predicted(
 def rows(
     todo: Sequence[Case],
     config: RunConfig,
-    resident: Sequence[Resident],
+    offload: Sequence[Offload],
     *,
     budget: float,
     target: Target,
@@ -90,7 +91,7 @@ def rows(
     Args:
         todo:      cases
         config:    of a run; number of blocks and policy are the cases'
-        resident:  what is on the device
+        offload:   what is on the device
         budget:    of activation memory, of the compiled baseline
         target:    the device that is predicted
     """
@@ -98,28 +99,28 @@ def rows(
     layers = sum(config.model.depth // case.num_blocks for case in todo)
     processes = min(os.cpu_count() or 1, len(todo), layers // ALONE + 1)
     if processes == 1:
-        yield from (each[name] for each in map(work, todo) for name in resident)
+        yield from (each[name] for each in map(work, todo) for name in offload)
         return
     # a forked process would inherit torch's threads without their locks
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context) as pool:
-        yield from (each[name] for each in pool.map(work, todo) for name in resident)
+        yield from (each[name] for each in pool.map(work, todo) for name in offload)
 
 
 def _rows_of(
     case: Case, config: RunConfig, budget: float, target: Target
-) -> dict[Resident, dict[str, object]]:
+) -> dict[Offload, dict[str, object]]:
     found = predicted(case, config, budget=budget, target=target)
     return {name: row(case, name, prediction) for name, prediction in found.items()}
 
 
-def row(case: Case, resident: Resident, prediction: Prediction) -> dict[str, object]:
+def row(case: Case, offload: Offload, prediction: Prediction) -> dict[str, object]:
     """A case and its prediction, for JSON."""
     return {
         "method": case.method,
         "num_blocks": case.num_blocks,
         "recompute": case.recompute,
-        "resident": resident,
+        "offload": offload,
         "peak_allocated_bytes": prediction.peak_allocated_bytes,
         "peak_reserved_bytes": prediction.peak_reserved_bytes,
         "by_category": prediction.by_category,

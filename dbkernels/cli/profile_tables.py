@@ -36,7 +36,7 @@ def predicted_tables(rows: list[Row]) -> Iterator[Table]:
         caption = f"{title}\npredicted peak {name}, {unit}, on {first['target']}"
         yield _by_blocks(rows, caption, bytes_of(f"peak_{name}_bytes"))
     yield _by_blocks(
-        [row for row in rows if row["resident"] == rows[0]["resident"]],
+        [row for row in rows if row["offload"] == rows[0]["offload"]],
         "operations of a step, 10^9",
         lambda row: _short(row["flops"] / 1e9),
     )
@@ -49,15 +49,15 @@ def _by_blocks(rows: list[Row], title: str, cell: Callable[[Row], str]) -> Table
     counts = sorted({row["num_blocks"] for row in rows})
     table = _table(title)
     table.add_column("number of blocks")
-    table.add_column("resident")
+    table.add_column("offload")
     for count in counts:
         table.add_column(str(count), justify="right")
     lines: dict[tuple[str, str], dict[int, Row]] = {}
     for row in rows:
-        lines.setdefault((_name(row), _resident(row)), {})[row["num_blocks"]] = row
-    for (name, resident), line in lines.items():
+        lines.setdefault((_name(row), _offload(row)), {})[row["num_blocks"]] = row
+    for (name, offload), line in lines.items():
         cells = (cell(line[count]) if count in line else "" for count in counts)
-        table.add_row(name, resident, *cells)
+        table.add_row(name, offload, *cells)
     return table
 
 
@@ -122,17 +122,17 @@ def _distinct(rows: list[Row]) -> list[Row]:
     """The first of the rows that would be told by the same words."""
     first: dict[tuple, Row] = {}
     for row in rows:
-        first.setdefault((_name(row), _resident(row), row["num_blocks"]), row)
+        first.setdefault((_name(row), _offload(row), row["num_blocks"]), row)
     return list(first.values())
 
 
-def _resident(row: Row) -> str:
+def _offload(row: Row) -> str:
     """What is on the device; end to end there is no other block."""
-    return row["resident"] if row["method"].startswith("block") else ""
+    return row["offload"] if row["method"].startswith("block") else ""
 
 
 def _blocks(row: Row) -> str:
-    return ", ".join(filter(None, [str(row["num_blocks"]), _resident(row)]))
+    return ", ".join(filter(None, [str(row["num_blocks"]), _offload(row)]))
 
 
 def _name(row: Row) -> str:

@@ -20,7 +20,7 @@ class BlockOrder:
         self._config, self._num_blocks = config, num_blocks
         self._seconds: list[float] = []
         # without swaps there is nothing that longer turns would save
-        self.steps_per_swap = config.steps_per_swap or (1 if config.resident == "all" else 0)
+        self.steps_per_swap = config.steps_per_swap or (1 if config.offload == "none" else 0)
 
     def block(self, step: int) -> int:
         """Index of the block that a step of the run trains."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from dbkernels.memory.predict import Prediction
 from dbkernels.memory.workspace import Target
 from dbkernels.ops.recompute import Recompute
-from dbkernels.training.rehearsal import Resident, rehearse
+from dbkernels.training.rehearsal import rehearse
 from dbkernels.training.run import RunConfig
+from dbkernels.training.trainer_config import Offload
 
 FOLLOWED = 2  # micro-batches
 STATE = "parameters", "optimizer"  # categories of which a block brings its own with it
@@ -51,7 +52,7 @@ class Need:
     swapped: int = 0
 
 
-def need(setting: Setting, config: RunConfig, target: Target) -> dict[Resident, Need]:
+def need(setting: Setting, config: RunConfig, target: Target) -> dict[Offload, Need]:
     """What a setting of a run needs, for all blocks on the device and for one block on it.
 
     Args:
@@ -72,11 +73,11 @@ def need(setting: Setting, config: RunConfig, target: Target) -> dict[Resident, 
     found = rehearse(run, target=target)
     both = {name: _need(p, setting.num_blocks, pieces / followed) for name, p in found.items()}
     elsewhere = sum(
-        both["all"].by_category[name] - both["block"].by_category[name] for name in STATE
+        both["none"].by_category[name] - both["cpu"].by_category[name] for name in STATE
     )
     # the others are all blocks but one
     own = elsewhere // max(1, setting.num_blocks - 1)
-    both["block"] = replace(both["block"], swapped=2 * own * setting.num_blocks)
+    both["cpu"] = replace(both["cpu"], swapped=2 * own * setting.num_blocks)
     return both
 
 

@@ -17,10 +17,10 @@ from functools import partial
 from dbkernels.memory.trace import CATEGORIES
 from dbkernels.ops.recompute import POLICIES, Recompute
 from dbkernels.training.need import STATE, Need, Setting
-from dbkernels.training.rehearsal import Resident
 from dbkernels.training.schedule import fewest_steps_per_swap
+from dbkernels.training.trainer_config import Offload
 
-Predictor = Callable[[Setting], dict[Resident, Need]]
+Predictor = Callable[[Setting], dict[Offload, Need]]
 
 SHARE = 0.5  # of a peak that a step reaches
 OP_SECONDS = 5e-6  # to launch an op, and for a GPU to fill and drain
@@ -67,7 +67,7 @@ class Plan:
     """A way of training, and what is predicted of it."""
 
     setting: Setting
-    resident: Resident
+    offload: Offload
     need: Need
     seconds: float  # of a sweep
 
@@ -111,23 +111,22 @@ def plans_of(
         seconds:     (need, num_blocks) -> of a sweep
         policies:    to choose from, as `policies_of` gives them
     """
-    known: dict[Setting, dict[Resident, Plan]] = {}
+    known: dict[Setting, dict[Offload, Plan]] = {}
 
-    def planned(recompute: Recompute, micro_batch: int, resident: Resident) -> Plan:
+    def planned(recompute: Recompute, micro_batch: int, offload: Offload) -> Plan:
         setting = Setting(num_blocks, recompute, micro_batch)
         if setting not in known:
             known[setting] = {
                 name: Plan(setting, name, need, seconds(need, num_blocks))
                 for name, need in predict(setting).items()
             }
-        return known[setting][resident]
+        return known[setting][offload]
 
-    whole = planned("none", batch, "all")
+    whole = planned("none", batch, "none")
     # with one block all is on the device in any case
-    residents = ("all",) if num_blocks == 1 else ("all", "block")
+    offloads = ("none",) if num_blocks == 1 else ("none", "cpu")
     best = [
-        _fastest(partial(planned, resident=resident), batch, limit, policies)
-        for resident in residents
+        _fastest(partial(planned, offload=offload), batch, limit, policies) for offload in offloads
     ]
     every = [plan for plans in known.values() for plan in plans.values()]
     smallest = min(every, key=lambda plan: plan.need.peak_bytes)
@@ -197,14 +196,14 @@ def smallest_setting(depth: int, policies: Sequence[Recompute]) -> Setting:
     return Setting(depth, policies[-1], 1)
 
 
-def outside_layers(several: dict[Resident, Need], num_blocks: int) -> dict[str, int]:
+def outside_layers(several: dict[Offload, Need], num_blocks: int) -> dict[str, int]:
     """Bytes of the stem and the head, which no number of blocks divides: each of STATE.
 
     Args:
         several:     of a setting with more than one block
         num_blocks:  of that setting
     """
-    every, one = several["all"].by_category, several["block"].by_category
+    every, one = several["none"].by_category, several["cpu"].by_category
     return {name: one[name] - (every[name] - one[name]) // (num_blocks - 1) for name in STATE}
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +23,12 @@ from dbkernels.models.baseline import Baseline, use_baseline
 from dbkernels.ops._path import rehearse_gpu
 from dbkernels.ops.scratch import scratch_bytes
 from dbkernels.training.data import Batch, ImageData, Put, forget_orders
+from dbkernels.training.offload.memory import flat_bytes
 from dbkernels.training.partition import Block
-from dbkernels.training.resting import flat_bytes
 from dbkernels.training.run import RunConfig
 from dbkernels.training.sharing import SHARED, own_part
 from dbkernels.training.trainer import Trainer
-
-Resident = Literal["all", "block"]
+from dbkernels.training.trainer_config import Offload
 
 
 @dataclass(frozen=True)
@@ -66,11 +64,11 @@ def blank(config: RunConfig) -> BlankData:
 
 def rehearse(
     config: RunConfig, *, baseline: Baseline | None = None, budget: float = 1.0, target: Target
-) -> dict[Resident, Prediction]:
+) -> dict[Offload, Prediction]:
     """Predict a step of a run's costliest block.
 
     Args:
-        config:    of the run; its data is not opened, and residency is the answer's, not its own;
+        config:    of the run; its data is not opened, and offload is the answer's, not its own;
                    ends are rehearsed as if they were not compiled
         baseline:  what runs the layers; None is the fused layer
         budget:    of the compiled baseline, as `use_baseline` has it
@@ -80,20 +78,20 @@ def rehearse(
         updates or reads and the rest of the slots, the other blocks being on the host.
     """
     slots = 1 + config.trainer.prefetch
-    # host and device are one memory here, in which blocks at rest would count
-    at_home = replace(config.trainer, resident="all", rest="host", rest_dir="", prefetch=False)
+    # host and device are one memory here, in which blocks off the device would count
+    on_device = replace(config.trainer, offload="none", offload_dir="", prefetch=False)
     # a graph's steps need what they need op by op, but for a cut batch, which it holds as a whole
-    at_home = replace(at_home, cuda_graphs=False)
+    on_device = replace(on_device, cuda_graphs=False)
     # compiled ends keep no more than the same ends op by op, and have no kernels here
-    at_home = replace(at_home, compile_ends=False)
-    config = replace(config, trainer=at_home)
+    on_device = replace(on_device, compile_ends=False)
+    config = replace(config, trainer=on_device)
     with _pretending(target):
         trainer = trainer_with(config, "cpu", blank(config), baseline=baseline, budget=budget)
         blocks = _costliest(trainer)
         traces = [_follow(trainer, block, target) for block in blocks]
         beside = {
-            "all": [_elsewhere(trainer, block) for block in blocks],
-            "block": [_empty(trainer, block, slots) for block in blocks],
+            "none": [_elsewhere(trainer, block) for block in blocks],
+            "cpu": [_empty(trainer, block, slots) for block in blocks],
         }
     return {
         place: _worst([t.beside(more) for t, more in zip(traces, others, strict=True)], target)

@@ -32,7 +32,7 @@ from dbkernels.training.trainer_config import TrainerConfig
 
 # settings of the trainer that a run may change on its way, for its bits stay the same; without
 # clipping from its start it may also move the optimizer into the backward
-PLACEMENT = ("resident", "rest", "rest_dir", "prefetch", "optimizer_in_backward", "cuda_graphs")
+PLACEMENT = ("offload", "offload_dir", "prefetch", "optimizer_in_backward", "cuda_graphs")
 VERSION = 1  # of config.json and of what a checkpoint holds
 MODEL_CONFIGS = {"vit": ViTConfig, "dit": DiTConfig}
 
@@ -116,7 +116,7 @@ class RunConfig:
 
     def home(self, device: torch.device | str) -> torch.device | str:
         """Where models are built that train on a device: where all of their blocks have room."""
-        return "cpu" if self.trainer.resident == "block" else device
+        return "cpu" if self.trainer.offload != "none" else device
 
     def trainer_on(self, device: torch.device | str, data: ImageData) -> Trainer:
         """A trainer at its first step."""

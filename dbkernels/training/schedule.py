@@ -77,6 +77,6 @@ def fewest_steps_per_swap(step_seconds: float, swap_seconds: float) -> int:
 
     Args:
         step_seconds:  of one step
-        swap_seconds:  to bring one block to its rest and another from it
+        swap_seconds:  to take one block off the device and bring another
     """
     return max(1, math.ceil(swap_seconds * (1 - SWAP_SHARE) / SWAP_SHARE / step_seconds))

@@ -22,11 +22,11 @@ from dbkernels.training.block_order import BlockOrder
 from dbkernels.training.cuda_graphs import open_cuda_graphs
 from dbkernels.training.data import ImageData, batch_indices
 from dbkernels.training.micro_batch import MicroBatch
+from dbkernels.training.offload.offloader import open_offloader
 from dbkernels.training.part import Part
 from dbkernels.training.partition import Block
 from dbkernels.training.pending import Numbers, Pending, Row, Rows
 from dbkernels.training.randomness import stream_seed
-from dbkernels.training.residency import open_residency
 from dbkernels.training.samples import HeldSamples, ReadSamples, Samples
 from dbkernels.training.schedule import learning_rate
 from dbkernels.training.sharing import SHARED, BlockModels, load_weights, own_part
@@ -51,8 +51,8 @@ class Trainer:
                     in which one step differs from the next reaches it and the objective in tensors
         device:     to train on; None is where the models are
     Raises:
-        ValueError: all blocks are to be resident on another device than the models are on, or the
-                    directory in which blocks are to rest has no room for them.
+        ValueError: the models are on another device and offload is none, or offload_dir has no
+                    room for the blocks.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class Trainer:
             # an optimizer in the backward cannot wait for gradients to add up
             least=1 if not config.optimizer_in_backward else config.batch_size,
         )
-        self.residency = open_residency(models, self.device, config)
+        self.offloader = open_offloader(models, self.device, config)
         self.parts: dict[str, Part] = {}
         for name, parameters in self.models.parts().items():
             self.parts[name] = part = self._part(name, parameters)
-            if config.resident == "block":
-                self.residency.adopt(name, part)
+            if config.offload != "none":
+                self.offloader.adopt(name, part)
         parts = list(self.parts.values())
         self.updater = updater(config.optimizer_in_backward, config.clip, parts, self.device)
         self.staging = Staging(self.device)
@@ -119,7 +119,7 @@ class Trainer:
 
     def close(self) -> None:
         """Free the device of what was brought there from the host; a step brings it back."""
-        self.residency.close()
+        self.offloader.close()
         if self.cuda_graphs is not None:
             self.cuda_graphs.drop()
 
@@ -146,7 +146,7 @@ class Trainer:
         row |= {"loss": math.nan, "grad_norm": math.nan, "lr": self._rate(own)}
         numbers = Numbers(self.advance(block))
         if (following := self.block_order.next_block(self.step)) is not None:
-            self.residency.prefetch(own_part(self.blocks[following]))
+            self.offloader.prefetch(own_part(self.blocks[following]))
         for part in moved:
             part.steps += 1
         self.step += 1
@@ -156,7 +156,7 @@ class Trainer:
             # the few steps that are timed are waited for
             numbers.wait()
             if self.block_order.timed(
-                self.step, perf_counter() - begin, self.residency.swap_seconds
+                self.step, perf_counter() - begin, self.offloader.swap_seconds
             ):
                 row["steps_per_swap"] = self.block_order.steps_per_swap
         return Pending(row, numbers, partial(self._refused, block, before))
@@ -187,7 +187,7 @@ class Trainer:
             for what an optimizer in the backward had moved by then; nor is anything updated from
             there on, until the step's `Pending.row` has raised.
         """
-        self.residency.enter(own_part(block))
+        self.offloader.enter(own_part(block))
         moved = self.moved(block)
         # a step that something else cut short, such as a broken image, has left its own
         _drop_gradients(moved)
@@ -211,7 +211,7 @@ class Trainer:
 
     def _kind(self, block: Block) -> Hashable:
         """Steps that one graph serves: the same tensors at the same addresses."""
-        return block.index, self.residency.slot, self.micro_batch.size
+        return block.index, self.offloader.slot, self.micro_batch.size
 
     def moved(self, block: Block) -> list[Part]:
         """What a step on a block updates: its own part, and the shared one if there is one."""
@@ -255,7 +255,7 @@ class Trainer:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a checkpoint must hold: weights, their average, optimizer state."""
         parts = self.parts.values()
-        self.residency.wait()
+        self.offloader.wait()
         weights = {name: p.detach() for name, p in self.models.named_parameters()}
         average = {name: tensor for part in parts for name, tensor in part.average.items()}
         optimizer = {k: v for part in parts for k, v in part.optimizer_tensors().items()}
@@ -287,7 +287,7 @@ class Trainer:
                 "optimizer_in_backward must be False to go on from a checkpoint whose batches of "
                 f"{self.config.batch_size} are cut into micro-batches of {size}, got True"
             )
-        self.residency.settle()
+        self.offloader.settle()
         load_weights(self.models, tensors["model"])
         for name, part in self.parts.items():
             steps = counters["parts"][name]
@@ -303,8 +303,8 @@ def _device(
     home = next(models.parameters()).device
     # tensors on "cuda" say "cuda:0"
     device = home if device is None else torch.empty(0, device=device).device
-    if config.resident == "all" and device != home:
-        raise ValueError(f"models must be on {device}, where all blocks are resident, got {home}")
+    if config.offload == "none" and device != home:
+        raise ValueError(f"models must be on {device} where offload is none, got {home}")
     return device
 
 

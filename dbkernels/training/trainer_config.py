@@ -7,8 +7,7 @@ from typing import Literal
 from dbkernels.training.schedule import Decay, Order
 from dbkernels.training.sharing import Sharing
 
-Resident = Literal["all", "block"]
-RestKind = Literal["host", "disk"]
+Offload = Literal["none", "cpu", "disk"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,10 @@ class TrainerConfig:
     """Shuffled trains every block once in each sweep; sequential finishes one after another."""
     steps_per_swap: int = 1
     """Steps of a block in a row; 0 measures how many keep swaps below 5 % of the time."""
-    resident: Resident = "all"
-    """What is on the device: all blocks, or the shared parts and the block that is trained."""
-    rest: RestKind = "host"
-    """Where the other blocks rest meanwhile: host memory, or disk."""
-    rest_dir: str = ""
-    """Directory of their files on disk, which are gone when the run ends."""
+    offload: Offload = "none"
+    """Where the blocks are that are not being trained: none leaves all on the device; cpu, disk."""
+    offload_dir: str = ""
+    """Directory of their files for offload disk; the files are gone when the run ends."""
     prefetch: bool = False
     """Bring the next block beside the steps of this one, in room for a second block."""
     seed: int = 0
@@ -79,7 +76,7 @@ class TrainerConfig:
                 f"accumulate must divide the batch size {self.batch_size}, got {self.accumulate}"
             )
         self._check_optimizer_in_backward()
-        self._check_residency()
+        self._check_offload()
 
     def _check_optimizer_in_backward(self) -> None:
         if self.optimizer_in_backward:
@@ -93,14 +90,11 @@ class TrainerConfig:
                     f"accumulate must be 1 with optimizer_in_backward, got {self.accumulate}"
                 )
 
-    def _check_residency(self) -> None:
-        if self.resident not in ("all", "block"):
-            raise ValueError(f"resident must be all or block, got {self.resident}")
-        if self.rest not in ("host", "disk"):
-            raise ValueError(f"rest must be host or disk, got {self.rest}")
-        if self.resident == "all" and (self.rest == "disk" or self.prefetch):
-            asked = "rest disk" if self.rest == "disk" else "prefetch"
-            raise ValueError(f"resident must be block for {asked}, got all")
-        if (self.rest == "disk") != bool(self.rest_dir):
-            got = self.rest_dir or "none"
-            raise ValueError(f"rest_dir must name a directory for rest disk alone, got {got}")
+    def _check_offload(self) -> None:
+        if self.offload not in ("none", "cpu", "disk"):
+            raise ValueError(f"offload must be none, cpu or disk, got {self.offload}")
+        if self.offload == "none" and self.prefetch:
+            raise ValueError("offload must be cpu or disk for prefetch, got none")
+        if (self.offload == "disk") != bool(self.offload_dir):
+            got = self.offload_dir or "none"
+            raise ValueError(f"offload_dir must name a directory for offload disk alone, got {got}")

@@ -63,8 +63,8 @@ def test_the_headline_has_every_way_with_the_largest_model_first(bench):
     policies = ("none", "qkv", "layer")
     both = [(count, recompute) for count in (1, 2, 3, 4, 6) for recompute in policies]
     assert set(fused) == set(both) and len(fused) == len(both) + 3
-    resident = {(way.num_blocks, way.recompute) for way in ways if way.resident == "block"}
-    assert resident == {(3, recompute) for recompute in policies}
+    offload = {(way.num_blocks, way.recompute) for way in ways if way.offload == "cpu"}
+    assert offload == {(3, recompute) for recompute in policies}
     others = [way.method for way in ways if way.method != "block_fused"]
     assert others == ["end_to_end", "checkpointed", "compiled"] and options.nearest == "none"
     assert ways[0].method == "end_to_end"

@@ -41,7 +41,7 @@ def test_presets_and_widths_are_beside_each_other(bench, folder):
     lines = bench("gpu_table").table(folder, [])
     (way,) = [line for line in lines if line.startswith("fused qkv, 1 ")]
     assert way.count(" 1.00 ") == 2  # GiB that were predicted
-    (alone,) = [line for line in lines if line.startswith("fused qkv one resident, 3")]
+    (alone,) = [line for line in lines if line.startswith("fused qkv offload cpu, 3")]
     assert alone.rstrip().endswith("–")
     (op,) = [line for line in lines if line.startswith("adaln_norm forward")]
     assert "384: " in op and "1152: " in op and op.count("90 %") == 2

@@ -33,10 +33,10 @@ def test_rows_have_what_a_report_draws(rows, tmp_path, monkeypatch, bench):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = bench("report_rows").read([path])
     assert read == json.loads(json.dumps(rows))
-    assert [(row["method"], row["num_blocks"], row["resident"]) for row in rows] == [
-        ("end_to_end", 1, "all"),
-        ("checkpointed", 1, "all"),
-        ("block_fused", 2, "block"),
+    assert [(row["method"], row["num_blocks"], row["offload"]) for row in rows] == [
+        ("end_to_end", 1, "none"),
+        ("checkpointed", 1, "none"),
+        ("block_fused", 2, "cpu"),
     ]
 
 
@@ -63,10 +63,10 @@ def test_the_levels_reach_the_peak(rows, timeline):
 
 def test_one_way_has_what_it_is_told(timeline):
     options = timeline.Options(
-        **SMALL, methods=("block_fused",), recompute="qkv", resident="all", target="a100"
+        **SMALL, methods=("block_fused",), recompute="qkv", offload="none", target="a100"
     )
     (row,) = timeline.rows_of(options)
-    assert (row["recompute"], row["resident"], row["device"]) == ("qkv", "all", "A100")
+    assert (row["recompute"], row["offload"], row["device"]) == ("qkv", "none", "A100")
 
 
 def test_a_gpu_that_is_here_is_predicted_under_its_own_name(timeline, monkeypatch):
@@ -83,7 +83,7 @@ def test_the_table_can_be_read(timeline, rows, bench, capsys):
     assert "vit tiny, batch 4, bfloat16 compute, H100" in shown
     assert "predicted without running for H100" in shown
     assert "printed by python benchmarks/timeline.py --family vit" in shown
-    assert "fused layer 1 resident" in shown and "backward: " in shown
+    assert "fused layer offload cpu" in shown and "backward: " in shown
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_the_table_can_be_read(timeline, rows, bench, capsys):
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"dtype": "float16"}, "dtype must be one of float32, autocast, got float16"),
         ({"recompute": "all"}, "recompute must be one of none, attention, .*, got all"),
-        ({"resident": "none"}, "resident must be one of all, block, got none"),
+        ({"offload": "some"}, "offload must be one of none, cpu, got some"),
         ({"methods": ("fused",)}, "methods must be of end_to_end, .*, got fused"),
         ({"budget": 2.0}, "budget must be from 0 to 1, got 2.0"),
         ({"num_blocks": 13}, "num_blocks must be from 1 to the 12 layers of S/2, got 13"),

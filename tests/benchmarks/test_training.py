@@ -47,7 +47,7 @@ def test_rows_have_what_a_report_reads(rows, tmp_path, monkeypatch, bench):
     assert [{**row} for row in read] == json.loads(json.dumps(rows))
     for row in rows:
         assert row.keys() >= ROWS
-        assert (row["suite"], row["memory"], row["resident"]) == ("training", "measured", "all")
+        assert (row["suite"], row["memory"], row["offload"]) == ("training", "measured", "none")
         assert 0 < row["p20_ms"] <= row["step_ms"] <= row["p80_ms"]
         assert row["sweep_ms"] == pytest.approx(row["num_blocks"] * row["step_ms"])
         assert row["samples_per_second"] == pytest.approx(4e3 / row["step_ms"])
@@ -109,7 +109,7 @@ def test_one_rehearsal_tells_both_what_all_blocks_need_and_one(training, bench):
         optimizer_in_backward=(False,),
     )
     rows = rows_by(training, options)
-    assert [row["resident"] for row in rows] == ["all", "block"]
+    assert [row["offload"] for row in rows] == ["none", "cpu"]
     assert rows[0]["peak_allocated_bytes"] > rows[1]["peak_allocated_bytes"]
     assert rows[0]["saved_bytes"] == rows[1]["saved_bytes"]
 
@@ -207,18 +207,18 @@ def test_a_rehearsal_runs_what_a_gpu_alone_measures(training, bench):
         num_blocks=(1, 3),
         recompute=("none", "layer"),
         budgets=(1.0,),
-        resident=("all", "block"),
-        resident_at=(3,),
+        offload=("none", "cpu"),
+        offload_at=(3,),
         optimizer_in_backward=(False,),
         rounds=6,
         rehearse=True,
     )
     with bench("rehearsal").rehearsing(True):
         rows = rows_by(training, options)
-    ways = [(row["method"], row["num_blocks"], row["recompute"], row["resident"]) for row in rows]
-    assert ways.count(("block_fused", 3, "layer", "block")) == 1 and len(ways) == 7
+    ways = [(row["method"], row["num_blocks"], row["recompute"], row["offload"]) for row in rows]
+    assert ways.count(("block_fused", 3, "layer", "cpu")) == 1 and len(ways) == 7
     assert all(row["step_ms"] > 0 and row["memory"] == "measured" for row in rows)
-    assert [row["swap_ms"] > 0 for row in rows if row["resident"] == "block"] == [True, True]
+    assert [row["swap_ms"] > 0 for row in rows if row["offload"] == "cpu"] == [True, True]
 
 
 def test_a_table_has_a_row_for_each_way(training, rows, bench, capsys):
@@ -239,8 +239,8 @@ def test_cases_are_those_of_the_device(training, monkeypatch):
     large = training.Options(family="dit", preset=("XL/2",), device="cpu")
     (case,) = large.cases()
     assert (case.dtype, large.target_of(case).name) == ("autocast", "h100")
-    assert {way.resident for way in large.ways(case)} == {"all", "block"}
-    assert {way.resident for way in options.ways(options.cases()[0])} == {"all"}
+    assert {way.offload for way in large.ways(case)} == {"none", "cpu"}
+    assert {way.offload for way in options.ways(options.cases()[0])} == {"none"}
 
 
 def test_the_command_of_a_row_prints_a_table_when_it_is_repeated(bench, monkeypatch):
@@ -255,8 +255,8 @@ def test_the_command_of_a_row_prints_a_table_when_it_is_repeated(bench, monkeypa
         ({"methods": ("sgd",)}, "methods must be of end_to_end, .*, got sgd"),
         ({"recompute": ("all",)}, "recompute must be of none, .*, got all"),
         ({"dtype": ("float16",)}, "dtype must be of float32, autocast, got float16"),
-        ({"resident": ("host",)}, "resident must be of all, block, got host"),
-        ({"resident": ("block",)}, "resident must be all on a CPU, .* got block"),
+        ({"offload": ("host",)}, "offload must be of none, cpu, got host"),
+        ({"offload": ("cpu",)}, "offload must be none on a CPU, .* got cpu"),
         ({"nearest": "all", "beside": True}, "nearest must be of none, .* got all"),
         ({"nearest": "none"}, "nearest must be of none, .* come with beside, got none"),
         ({"budgets": (1.5,)}, "budgets must be from 0 to 1, got 1.5"),

@@ -30,7 +30,7 @@ def made(bench, monkeypatch):
 def test_ways_stand_in_the_order_asked_for(bench):
     case = bench("training_case")
     found = case.ways(
-        case.METHODS, (1, 3), ("none", "qkv"), (1.0, 0.5), ("all", "block"), (False,), ("ops",)
+        case.METHODS, (1, 3), ("none", "qkv"), (1.0, 0.5), ("none", "cpu"), (False,), ("ops",)
     )
     assert [way.name for way in found] == [
         "end to end in 1 block",
@@ -43,8 +43,8 @@ def test_ways_stand_in_the_order_asked_for(bench):
         "block fused qkv in 1 block",
         "block fused none in 3 blocks",
         "block fused qkv in 3 blocks",
-        "block fused none in 3 blocks, one resident",
-        "block fused qkv in 3 blocks, one resident",
+        "block fused none in 3 blocks, offload cpu",
+        "block fused qkv in 3 blocks, offload cpu",
     ]
     stock = case.ways(("block_stock",), (1,), (), (), (), (False,), ("ops",))
     assert stock == [case.Way("block_stock", 1)]
@@ -53,12 +53,12 @@ def test_ways_stand_in_the_order_asked_for(bench):
 def test_the_optimizer_is_in_the_backward_where_memory_is_the_aim(bench):
     case = bench("training_case")
     methods = ("end_to_end", "checkpointed", "selective", "compiled", "block_stock", "block_fused")
-    every = case.ways(methods, (1, 2), ("qkv",), (1.0,), ("all", "block"), (False, True), ("ops",))
+    every = case.ways(methods, (1, 2), ("qkv",), (1.0,), ("none", "cpu"), (False, True), ("ops",))
     assert [way.name for way in every if way.optimizer_in_backward] == [
         "end to end in 1 block, optimizer in backward",
         "checkpointed in 1 block, optimizer in backward",
         "block fused qkv in 1 block, optimizer in backward",
-        "block fused qkv in 2 blocks, one resident, optimizer in backward",
+        "block fused qkv in 2 blocks, offload cpu, optimizer in backward",
     ]
     assert sum(not way.optimizer_in_backward for way in every) == 8
 
@@ -66,7 +66,7 @@ def test_the_optimizer_is_in_the_backward_where_memory_is_the_aim(bench):
 def test_only_fused_layers_are_launched_as_graphs(bench):
     case = bench("training_case")
     every = case.ways(
-        ("end_to_end", "block_fused"), (2,), ("qkv",), (), ("all",), (False,), ("ops", "graph")
+        ("end_to_end", "block_fused"), (2,), ("qkv",), (), ("none",), (False,), ("ops", "graph")
     )
     assert [(way.method, way.launch) for way in every] == [
         ("end_to_end", "ops"),
@@ -123,11 +123,11 @@ def test_steps_take_the_blocks_in_turn(bench, made):
     assert [trainer.parts[f"block{i}"].steps for i in range(3)] == [2, 1, 1]
 
 
-def test_policies_of_one_resident_block_are_one_trainers(bench, made):
+def test_policies_of_one_block_with_offload_are_one_trainers(bench, made):
     Way, step = bench("training_case").Way, bench("training_step")
     case = bench("training_case").TrainingCase("dit", "tiny", 4, "float32")
     made(Way("end_to_end"))  # the tiny preset is there now
-    ways = [Way("block_fused", 2, recompute, resident="block") for recompute in ("none", "layer")]
+    ways = [Way("block_fused", 2, recompute, offload="cpu") for recompute in ("none", "layer")]
     steps = {}
     for way in ways:
         steps[way] = step.make_steps(case, way, CPU, steps)
@@ -142,10 +142,10 @@ def test_policies_of_one_resident_block_are_one_trainers(bench, made):
 
 def test_a_step_finds_another_block_on_the_device_than_its_own(bench, made):
     step, Way = bench("training_step"), bench("training_case").Way
-    (trainer,) = made(Way("block_fused", 2, "none", resident="block"))
+    (trainer,) = made(Way("block_fused", 2, "none", offload="cpu"))
     entered = []
-    enter = trainer.residency.enter
-    trainer.residency.enter = lambda name: entered.append(name) or enter(name)
+    enter = trainer.offloader.enter
+    trainer.offloader.enter = lambda name: entered.append(name) or enter(name)
     first = step.Steps(trainer, "none")
     second = step.Steps(trainer, "layer", beside=first)
     first()
@@ -184,7 +184,7 @@ def test_only_what_does_not_move_parameters_shares_them(bench):
     assert shares(Way("end_to_end")) and shares(
         Way("block_fused", 3, "none", optimizer_in_backward=True)
     )
-    assert not shares(Way("block_fused", 3, "none", resident="block"))
+    assert not shares(Way("block_fused", 3, "none", offload="cpu"))
 
 
 def test_no_step_with_the_optimizer_after_the_backward_calls_a_hook(bench, made):
@@ -205,10 +205,10 @@ def test_no_step_with_the_optimizer_after_the_backward_calls_a_hook(bench, made)
     assert not hooks[0] and len(hooks[1]) == 2
 
 
-def test_ways_with_one_block_resident_are_timed_apart_by_their_number(bench):
+def test_ways_with_offload_are_timed_apart_by_their_number_of_blocks(bench):
     Way = bench("training_case").Way
     every = [Way("end_to_end"), Way("block_fused", 2, "none")]
-    apart = [Way("block_fused", n, "none", resident="block") for n in (2, 3, 2)]
+    apart = [Way("block_fused", n, "none", offload="cpu") for n in (2, 3, 2)]
     groups = bench("training_rows")._groups([*every, *apart])
     assert groups == [every, [apart[0], apart[2]], [apart[1]]]
 

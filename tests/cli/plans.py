@@ -13,16 +13,16 @@ def reckoned(setting, config, target):
     layers = depth // setting.num_blocks
     grown = MiB * setting.micro_batch * layers * POLICIES[setting.recompute].units
     found = {}
-    for resident, held in (("all", depth), ("block", layers)):
+    for offload, held in (("none", depth), ("cpu", layers)):
         sizes = {"parameters": 4 + 10 * held, "optimizer": 12 + 20 * held}
         by_category = dict.fromkeys(CATEGORIES, 0) | {k: v * MiB for k, v in sizes.items()}
         by_category["saved_activations"] = grown
-        found[resident] = Need(
+        found[offload] = Need(
             peak_bytes=sum(by_category.values()) + MiB,
             by_category=by_category,
             flops=10**12 * (20 - POLICIES[setting.recompute].units),
             ops=1000 * batch // setting.micro_batch,
-            swapped=0 if resident == "all" else 60 * MiB * depth,
+            swapped=0 if offload == "none" else 60 * MiB * depth,
         )
     return found
 

@@ -27,7 +27,7 @@ SETTINGS = {
     "method": "block_fused",
     "num_blocks": 6,
     "recompute": "none",
-    "resident": "all",
+    "offload": "none",
 }
 
 
@@ -51,7 +51,7 @@ def written(cli, tmp_path):
 def test_what_profile_writes_it_holds(cli, written):
     rows = written()
     assert [row["settings"]["recompute"] for row in rows] == ["none", "none", "layer", "layer"]
-    assert [row["settings"]["resident"] for row in rows] == ["all", "block"] * 2
+    assert [row["settings"]["offload"] for row in rows] == ["none", "cpu"] * 2
     assert rows[0]["settings"] == SETTINGS
     outcome = cli("profile", "--check", "budgets.json")
     assert (outcome.code, outcome.err) == (0, "")
@@ -60,7 +60,7 @@ def test_what_profile_writes_it_holds(cli, written):
 
 def test_an_optimizer_in_the_backward_has_a_budget_of_its_own(cli, written):
     written()
-    flags = ["profile", *FAST, "--resident", "all"]
+    flags = ["profile", *FAST, "--offload", "none"]
     assert cli(*flags, "--optimizer-in-backward", "--write", "budgets.json").code == 0
     after, inside = (
         [row for row in written() if row["settings"]["optimizer_in_backward"] == each]
@@ -71,7 +71,8 @@ def test_an_optimizer_in_the_backward_has_a_budget_of_its_own(cli, written):
     outcome = cli("profile", "--check", "budgets.json")
     assert (
         outcome.code == 0
-        and outcome.out.count("vit digits 2 optimizer in backward h100, 6 x none all") == 1
+        and outcome.out.count("vit digits 2 optimizer in backward h100, 6 x none, offload none")
+        == 1
     )
 
 
@@ -84,7 +85,7 @@ def test_growth_fails_with_the_difference_by_category(cli, written):
         "a peak must grow by at most 1% of its budget in budgets.json, got +2.0%, and 1 of 4"
         in (outcome.err)
     )
-    assert "vit digits 2 h100, 6 x none all, by category at the peak" in outcome.out
+    assert "vit digits 2 h100, 6 x none, offload none, by category at the peak" in outcome.out
     lines = [line.strip() for line in outcome.out.splitlines()]
     (line,) = [line for line in lines if line.startswith("optimizer")]
     assert line.split()[-2].startswith("+") and line.endswith("iB")
@@ -127,7 +128,7 @@ def test_json_has_a_row_for_each_budget(cli, written):
 
 def test_write_replaces_rows_of_the_same_settings_alone(cli, written):
     before = written(by=2**20)
-    assert cli("profile", *FAST, "--resident", "all", "--write", "budgets.json").code == 0
+    assert cli("profile", *FAST, "--offload", "none", "--write", "budgets.json").code == 0
     rows = written()
     assert len(rows) == 4 and rows[1:] == before[1:]
     assert rows[0]["peak_allocated_bytes"] == before[0]["peak_allocated_bytes"] - 2**20
@@ -147,7 +148,7 @@ def test_write_replaces_rows_of_the_same_settings_alone(cli, written):
             "recompute in row 1 of budgets.json, which is stale, must be of null",
         ),
         ({"method": "compiled"}, "method in row 1 of budgets.json, which is stale, must be of end"),
-        ({"resident": "some"}, "resident in row 1 of budgets.json, which is stale, must be of all"),
+        ({"offload": "some"}, "offload in row 1 of budgets.json, which is stale, must be of none"),
         (
             {"optimizer_in_backward": "both"},
             'optimizer_in_backward in row 1 of budgets.json must be bool, got "both"',
@@ -196,7 +197,7 @@ def test_a_compilers_choice_is_not_held(tmp_path):
     assert not (tmp_path / "b.json").exists()
 
 
-def test_both_choices_of_what_is_resident_take_one_rehearsal(written, tmp_path, monkeypatch):
+def test_with_and_without_offload_take_one_rehearsal(written, tmp_path, monkeypatch):
     calls, real = [], module._predicted
     monkeypatch.setattr(module, "_predicted", lambda s: calls.append(s["recompute"]) or real(s))
     written()

@@ -48,7 +48,7 @@ def test_a_memory_that_nothing_fits_gets_the_smallest_plan_and_what_it_needs(qui
     # a layer of 30 MiB with 1 of activations, the head with 16, and 1 that the allocator holds
     message = (
         "memory must be at least 560 MiB for dit XL/2 at batch 32, got 50.0 MiB: that is its "
-        "smallest plan, num_blocks 28, resident block, recompute layer, micro-batch 1; "
+        "smallest plan, num_blocks 28, offload cpu, recompute layer, micro-batch 1; "
         "no preset of the family fits"
     )
     flags = ("--family", "dit", "--preset", "XL/2", "--batch", "32")

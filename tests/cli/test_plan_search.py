@@ -47,7 +47,7 @@ def test_a_gpu_leaves_room_for_its_context(ask):
 def test_where_nothing_fits_the_smallest_plan_and_a_smaller_preset_are_told(ask):
     found, _ = ask(40)
     assert found.plans == [] and found.largest is None
-    assert (found.smallest.setting, found.smallest.resident) == (Setting(12, "layer", 1), "block")
+    assert (found.smallest.setting, found.smallest.offload) == (Setting(12, "layer", 1), "cpu")
     narrow, _ = ask(40, autocast=True)
     assert narrow.smallest.setting == Setting(12, "layer_narrow", 1)
 

@@ -52,9 +52,9 @@ def test_the_screen_fits_and_leads_with_what_limits(planned):
     plans = [row for row in every if row["row"] == "plan"]
     at = next(i for i, line in enumerate(lines) if line.strip().startswith("blocks"))
     for row, line in zip(plans, lines[at + 2 :], strict=False):
-        count, recompute, resident, micro_batch, peak, time = (c.strip() for c in line.split("│"))
+        count, recompute, offload, micro_batch, peak, time = (c.strip() for c in line.split("│"))
         assert (int(count), recompute) == (row["num_blocks"], row["recompute"])
-        assert resident == {"all": "all blocks", "block": "one block"}[row["resident"]]
+        assert offload == {"none": "all blocks", "cpu": "one block"}[row["offload"]]
         assert int(micro_batch) == row["micro_batch"] and peak.endswith("iB")
         assert time == f"{row['relative_time']:.2f}"
     assert "Largest preset of dit that fits at all: XL/2." in lines
@@ -69,11 +69,11 @@ def test_where_end_to_end_fits_the_screen_says_so(planned):
 def test_the_command_has_every_choice_that_differs_from_the_defaults(planned):
     every, text = planned(150, autocast=True)
     plans = [row for row in every if row["row"] == "plan"]
-    one = next(row for row in plans if row["resident"] == "block")
+    one = next(row for row in plans if row["offload"] == "cpu")
     start = "python -m dbkernels train dit --preset digits --batch-size 64"
     cut = 64 // one["micro_batch"]
     middle = f"--num-blocks {one['num_blocks']} --recompute {one['recompute']}"
-    end = "--resident block --steps-per-swap 0 --autocast"
+    end = "--offload cpu --steps-per-swap 0 --autocast"
     assert cut > 1
     assert one["command"] == f"{start} {middle} --accumulate {cut} {end}"
     first = plans[0]["command"].split(" --num-blocks")

@@ -12,7 +12,7 @@ from dbkernels.memory.trace import CATEGORIES
 from dbkernels.memory.workspace import TARGETS
 
 FAST = ["--batch", "2", "--steps", "1", "--device", "cpu"]
-ONE = ["--methods", "block_fused", "--recompute", "qkv", "--num-blocks", "6", "--resident", "block"]
+ONE = ["--methods", "block_fused", "--recompute", "qkv", "--num-blocks", "6", "--offload", "cpu"]
 FEW = ["--methods", "end_to_end,block_fused", "--recompute", "none", "--num-blocks", "1,6"]
 
 
@@ -23,7 +23,7 @@ def rows(outcome):
 
 def test_json_has_a_row_for_every_way_of_training(cli):
     found = rows(cli("profile", "--batch", "2", "--num-blocks", "12", "--json"))
-    keys = {(r["method"], r["num_blocks"], r["recompute"], r["resident"]) for r in found}
+    keys = {(r["method"], r["num_blocks"], r["recompute"], r["offload"]) for r in found}
     assert len(keys) == len(found) == 2 * (4 + 1 + 6)
     for row in found:
         assert set(row["by_category"]) == set(CATEGORIES)
@@ -36,13 +36,13 @@ def test_json_has_a_row_for_every_way_of_training(cli):
 
 
 def test_filters_leave_what_they_name(cli):
-    found = rows(cli("profile", *FEW, "--resident", "block", "--json", "--target", "cpu"))
+    found = rows(cli("profile", *FEW, "--offload", "cpu", "--json", "--target", "cpu"))
     assert [(r["method"], r["num_blocks"]) for r in found] == [
         ("end_to_end", 1),
         ("block_fused", 1),
         ("block_fused", 6),
     ]
-    assert {row["resident"] for row in found} == {"block"}
+    assert {row["offload"] for row in found} == {"cpu"}
     assert {row["by_category"]["workspaces"] for row in found} == {0}
 
 
@@ -59,7 +59,7 @@ def test_measured_stands_beside_predicted(cli):
     assert len(found) == 4
     for row in found:
         assert row["target"] == "cpu"
-        if row["resident"] == "block":
+        if row["offload"] == "cpu":
             assert "measured_allocated_bytes" not in row
             continue
         assert set(row["measured_by_category"]) == set(MEASURED) and row["device"] == "cpu"
@@ -71,8 +71,8 @@ def test_measured_stands_beside_predicted(cli):
 def test_one_block_at_a_time_is_measured_on_a_gpu(cli, monkeypatch):
     asked, gpu = [], SimpleNamespace(type="gpu")
 
-    def measured(case, resident, config, **settings):
-        asked.append((case.method, case.num_blocks, case.recompute, resident, settings))
+    def measured(case, offload, config, **settings):
+        asked.append((case.method, case.num_blocks, case.recompute, offload, settings))
         return {"measured_allocated_bytes": 1}
 
     monkeypatch.setattr(profile, "pick_device", lambda name: gpu)
@@ -80,13 +80,13 @@ def test_one_block_at_a_time_is_measured_on_a_gpu(cli, monkeypatch):
     monkeypatch.setattr(profile, "measured", measured)
     (row,) = rows(cli("profile", *FAST, *ONE, "--measure", "--json"))
     settings = {"budget": 0.5, "steps": 1, "device": gpu}
-    assert asked == [("block_fused", 6, "qkv", "block", settings)]
+    assert asked == [("block_fused", 6, "qkv", "cpu", settings)]
     assert row["measured_allocated_bytes"] == 1
 
 
 def test_a_case_that_does_not_fit_keeps_its_row_and_says_why(cli, monkeypatch):
     monkeypatch.setattr(profile, "measured", lambda *case, **settings: {"not_measured": "no [x]"})
-    flags = ["profile", *FAST, *FEW, "--resident", "all", "--measure"]
+    flags = ["profile", *FAST, *FEW, "--offload", "none", "--measure"]
     found = rows(cli(*flags, "--json"))
     assert [row["not_measured"] for row in found] == ["no [x]"] * 3
     outcome = cli(*flags)
@@ -107,7 +107,7 @@ def test_no_step_is_timed_while_another_is_predicted(cli, monkeypatch):
     order, predict = [], profile.rows
     monkeypatch.setattr(profile, "rows", predicted)
     monkeypatch.setattr(profile, "measured", measured)
-    cli("profile", *FAST, *FEW, "--resident", "all", "--measure", "--json")
+    cli("profile", *FAST, *FEW, "--offload", "none", "--measure", "--json")
     assert order == ["predicted"] * 3 + ["measured"] * 3
 
 
@@ -118,7 +118,7 @@ def test_a_number_of_blocks_said_twice_counts_once(cli):
 
 def test_compiled_code_is_not_measured_on_a_cpu(cli):
     (row,) = rows(
-        cli("profile", *FAST, "--methods", "compiled", "--resident", "all", "--measure", "--json")
+        cli("profile", *FAST, "--methods", "compiled", "--offload", "none", "--measure", "--json")
     )
     assert row["peak_allocated_bytes"] and "measured_allocated_bytes" not in row
 
@@ -160,7 +160,7 @@ def test_one_step_is_written_and_drawn(cli, tmp_path):
             "--recompute all",
             "recompute must be of none, attention, mlp, qkv, layer, layer_narrow, got all",
         ),
-        ("--resident none", "resident must be of all, block, got none"),
+        ("--offload some", "offload must be of none, cpu, got some"),
         ("--target v100", "target must be one of cpu, a100, h100, h200, b200, got v100"),
         ("--target h100 --measure", "target must be auto for measure, got h100"),
         ("--timeline t.pickle", "timeline and picture show one step: methods, num_blocks, "),

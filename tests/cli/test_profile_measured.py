@@ -21,9 +21,9 @@ def config():
 
 def test_a_case_has_a_process_of_its_own_also_after_one_that_was_killed(config, monkeypatch):
     monkeypatch.setattr(profile_measured, "taken", killed)
-    assert measured(CASE, "all", config, **CPU) == {"not_measured": KILLED}
+    assert measured(CASE, "none", config, **CPU) == {"not_measured": KILLED}
     monkeypatch.setattr(profile_measured, "taken", process_id)
-    found = measured(CASE, "all", config, **CPU)
+    found = measured(CASE, "none", config, **CPU)
     assert found["case"] == CASE and found["process"] != os.getpid()
 
 
@@ -74,23 +74,23 @@ def profiled(monkeypatch, size, **more):
 def test_what_a_gpu_tells_stands_before_what_the_tracker_saw(config, monkeypatch):
     steady = {"allocated_bytes": 1, "reserved_bytes": 2}
     asked = profiled(monkeypatch, 4, steady_step=steady)
-    found = taken(CASE, "block", config, **CPU)
+    found = taken(CASE, "cpu", config, **CPU)
     assert (found["measured_allocated_bytes"], found["measured_reserved_bytes"]) == (1, 2)
     assert found["steady_step"] == steady and found["measured_saved_bytes"] == 9
     ((config, shape, ways),) = asked
-    assert config.trainer.resident == "block" and config.partition.num_blocks == 6
+    assert config.trainer.offload == "cpu" and config.partition.num_blocks == 6
     assert config.model.recompute == "qkv" and shape == (4, 1, 8, 8)
     assert ways["baseline"] is None
 
 
 def test_off_a_gpu_the_tracker_tells(config, monkeypatch):
     profiled(monkeypatch, 4)
-    found = taken(CASE, "all", config, **CPU)
+    found = taken(CASE, "none", config, **CPU)
     assert (found["measured_allocated_bytes"], found["measured_reserved_bytes"]) == (9, 9)
 
 
 def test_a_batch_that_ran_in_pieces_is_not_measured(config, monkeypatch):
     profiled(monkeypatch, 2)
-    assert taken(CASE, "all", config, **CPU) == {
+    assert taken(CASE, "none", config, **CPU) == {
         "not_measured": "of a batch of 4 the device holds 2 samples at once"
     }

@@ -1,7 +1,7 @@
 import pytest
 
 from dbkernels.cli import profile_rows
-from dbkernels.cli.profile_rows import METHODS, RESIDENT, Case, cases, configured, rows
+from dbkernels.cli.profile_rows import METHODS, OFFLOAD, Case, cases, configured, rows
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.memory.workspace import TARGETS
 from dbkernels.models import DiTConfig
@@ -24,8 +24,8 @@ CONFIG = RunConfig(
 )
 
 
-def found(todo, resident=RESIDENT):
-    return list(rows(todo, CONFIG, resident, budget=0.5, target=TARGETS["h100"]))
+def found(todo, offload=OFFLOAD):
+    return list(rows(todo, CONFIG, offload, budget=0.5, target=TARGETS["h100"]))
 
 
 def test_end_to_end_is_one_case_and_blocks_are_one_for_each_number():
@@ -50,14 +50,14 @@ def test_a_case_decides_blocks_and_policy_and_nothing_else():
 
 def test_rows_come_in_order_with_what_is_on_the_device():
     todo = [Case("end_to_end", 1, None), Case("block_fused", 2, "qkv")]
-    keys = [(r["method"], r["num_blocks"], r["recompute"], r["resident"]) for r in found(todo)]
-    assert keys == [(*case.__dict__.values(), name) for case in todo for name in RESIDENT]
-    assert [row["resident"] for row in found(todo, ["block"])] == ["block"] * 2
+    keys = [(r["method"], r["num_blocks"], r["recompute"], r["offload"]) for r in found(todo)]
+    assert keys == [(*case.__dict__.values(), name) for case in todo for name in OFFLOAD]
+    assert [row["offload"] for row in found(todo, ["cpu"])] == ["cpu"] * 2
 
 
 def test_less_is_kept_from_policy_to_policy_and_more_computed():
     ladder = found(
-        [Case("block_fused", 2, recompute) for recompute in policies_of(mixed=False)], ["block"]
+        [Case("block_fused", 2, recompute) for recompute in policies_of(mixed=False)], ["cpu"]
     )
     saved = [row["saved_bytes"] for row in ladder]
     flops = [row["flops"] for row in ladder]
@@ -67,7 +67,7 @@ def test_less_is_kept_from_policy_to_policy_and_more_computed():
 
 def test_checkpointing_runs_every_layer_again():
     whole, checkpointed, selective = found(
-        [Case(method, 1, None) for method in ("end_to_end", "checkpointed", "selective")], ["all"]
+        [Case(method, 1, None) for method in ("end_to_end", "checkpointed", "selective")], ["none"]
     )
     assert 1.3 < checkpointed["flops"] / whole["flops"] < 4 / 3
     assert selective["flops"] == whole["flops"]

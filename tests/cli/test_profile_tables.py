@@ -15,7 +15,7 @@ from dbkernels.memory.trace import CATEGORIES
 GiB = 2**30
 
 
-def row(method="block_fused", num_blocks=2, recompute="none", resident="all", size=GiB, **more):
+def row(method="block_fused", num_blocks=2, recompute="none", offload="none", size=GiB, **more):
     return {
         "family": "dit",
         "preset": "XL/2",
@@ -26,7 +26,7 @@ def row(method="block_fused", num_blocks=2, recompute="none", resident="all", si
         "method": method,
         "num_blocks": num_blocks,
         "recompute": recompute,
-        "resident": resident,
+        "offload": offload,
         "peak_allocated_bytes": size,
         "peak_reserved_bytes": 2 * size,
         "by_category": dict.fromkeys(CATEGORIES, size // 8),
@@ -63,17 +63,17 @@ def test_each_number_of_blocks_has_a_column():
     rows = [row(num_blocks=count, size=count * GiB) for count in (1, 2, 3, 4, 6)]
     lines = printed(predicted_tables(rows))
     assert "dit XL/2, batch 128, bfloat16 compute" in lines[0]
-    assert cells(line_of(lines, "fused none")) == ["fused none", "all"] + [
+    assert cells(line_of(lines, "fused none")) == ["fused none", "none"] + [
         f"{count}.00" for count in (1, 2, 3, 4, 6)
     ]
 
 
 def test_what_has_no_such_number_of_blocks_is_left_empty():
-    rows = [row("end_to_end", 1, None, size=50 * GiB), row(), row(resident="block", size=GiB // 2)]
+    rows = [row("end_to_end", 1, None, size=50 * GiB), row(), row(offload="cpu", size=GiB // 2)]
     lines = printed(predicted_tables(rows))
     assert cells(line_of(lines, "end to end")) == ["end to end", "", "50.0", ""]
     fused = [cells(line) for line in lines if line.strip().startswith("fused none")]
-    assert fused[:2] == [["fused none", "all", "", "1.00"], ["fused none", "block", "", "0.50"]]
+    assert fused[:2] == [["fused none", "none", "", "1.00"], ["fused none", "cpu", "", "0.50"]]
 
 
 def test_reserved_bytes_and_operations_follow():
@@ -107,7 +107,7 @@ def test_predicted_stands_beside_measured():
         "seconds_per_step": 0.5,
         "seconds_per_sweep": 1.0,
     }
-    lines = printed(measured_table([row(**taken), row(resident="block")]))
+    lines = printed(measured_table([row(**taken), row(offload="cpu")]))
     measured, alone = [cells(line) for line in lines if "fused none" in line]
     assert measured == ["fused none", "2, all", "1.00", "2.00", "-50.0%", "500", "1000"]
     assert alone == ["fused none", "2, block", "1.00"] + [""] * 4
@@ -117,15 +117,13 @@ def test_the_longest_of_measured_rows_fits_a_line():
     taken = {"measured_allocated_bytes": GiB // 2}
     times = {"seconds_per_step": 12.3, "seconds_per_sweep": 98.7}
     lines = printed(
-        measured_table(
-            [row(num_blocks=12, recompute="attention", resident="block", **taken, **times)]
-        )
+        measured_table([row(num_blocks=12, recompute="attention", offload="cpu", **taken, **times)])
     )
     assert cells(lines[-1])[:2] == ["fused attention", "12, block"]
 
 
 def test_end_to_end_has_one_line_whatever_is_on_the_device():
-    rows = [row("end_to_end", 1, None, resident=name) for name in ("all", "block")]
+    rows = [row("end_to_end", 1, None, offload=name) for name in ("none", "cpu")]
     for tables in (predicted_tables(rows), measured_table(rows)):
         for table in tables:
             lines = [cells(line) for line in printed([table]) if line.strip().startswith("end")]
@@ -134,8 +132,8 @@ def test_end_to_end_has_one_line_whatever_is_on_the_device():
 
 def test_what_could_not_be_measured_is_said_once_with_its_reason():
     lost = {"not_measured": "too large"}
-    rows = [row("end_to_end", 1, None, place, **lost) for place in ("all", "block")]
-    rows += [row(), row(resident="block", **lost)]
+    rows = [row("end_to_end", 1, None, place, **lost) for place in ("none", "cpu")]
+    rows += [row(), row(offload="cpu", **lost)]
     assert list(not_measured(rows)) == [
         "end to end, 1 was not measured: too large",
         "fused none, 2, block was not measured: too large",

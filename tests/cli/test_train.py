@@ -53,9 +53,9 @@ def weights_of(directory, step):
         (f"--seed {2**63}", f"seed must be below 2**63, got {2**63}"),
         ("--accumulate 3", "accumulate must divide the batch size 8, got 3"),
         ("--steps-per-swap -1", "steps_per_swap must be at least 0, got -1"),
-        ("--prefetch", "resident must be block for prefetch, got all"),
-        ("--rest disk --rest-dir rest", "resident must be block for rest disk, got all"),
-        ("--resident block --rest disk", "rest_dir must name a directory for rest disk alone"),
+        ("--prefetch", "offload must be cpu or disk for prefetch, got none"),
+        ("--offload-dir off", "offload_dir must name a directory for offload disk alone, got off"),
+        ("--offload disk", "offload_dir must name a directory for offload disk alone, got none"),
         ("--resume latest", "out must hold a checkpoint, got none"),
         ("--resume nope", "nope is not a checkpoint"),
         ("--device tpu", "device must be auto, cpu or cuda, got tpu"),
@@ -189,21 +189,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert cli("evaluate", "out", "--device", "cpu").code == 0
 
 
-def test_blocks_that_rest_elsewhere_give_the_same_run(trained, tmp_path):
+def test_a_run_with_offload_is_the_same_run(trained, tmp_path):
     trained("dit", "all", "--steps-per-swap", "2", "--ema", "0.9")
-    resting = ["--resident", "block", "--prefetch", "--rest", "disk", "--rest-dir", "rest"]
-    outcome = trained("dit", "swapped", "--steps-per-swap", "2", "--ema", "0.9", *resting)
+    offload = ["--offload", "disk", "--prefetch", "--offload-dir", "off"]
+    outcome = trained("dit", "swapped", "--steps-per-swap", "2", "--ema", "0.9", *offload)
     assert outcome.out == "trained 6 steps in 3 blocks: swapped\n"
     assert weights_of(tmp_path / "all", 6) == weights_of(tmp_path / "swapped", 6)
     assert (tmp_path / "all/log.jsonl").read_text() == (tmp_path / "swapped/log.jsonl").read_text()
-    assert list((tmp_path / "rest").iterdir()) == []
+    assert list((tmp_path / "off").iterdir()) == []
 
 
 def test_a_disk_too_small_for_the_blocks_is_one_sentence(trained, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=9000))
-    flags = "--resident block --rest disk --rest-dir rest"
-    assert refused(trained("vit", "out", *flags.split()), "rest_dir must have 0.0")
+    flags = "--offload cpu --offload-dir off"
+    assert refused(trained("vit", "out", *flags.split()), "offload_dir must have 0.0")
     assert not (tmp_path / "out").exists()
 
 

@@ -93,7 +93,7 @@ CONFIGURATIONS: dict[str, Callable[[Path], RunConfig]] = {
     "vit layer": lambda directory: _vit(recompute="layer"),
     "vit autocast": lambda directory: _vit(autocast=True),
     "vit autocast rounded": lambda directory: _vit(autocast=True, recompute="layer_narrow"),
-    "vit host": lambda directory: _vit(resident="block", steps_per_swap=3),
+    "vit host": lambda directory: _vit(offload="cpu", steps_per_swap=3),
     "vit ema warmup cosine": lambda directory: _vit(ema=0.4, warmup=3, decay="cosine"),
     "vit freed": lambda directory: _vit(optimizer_in_backward=True, clip=0.0),
     "dit none": lambda directory: _dit(),
@@ -103,7 +103,7 @@ CONFIGURATIONS: dict[str, Callable[[Path], RunConfig]] = {
     "dit layer": lambda directory: _dit(recompute="layer"),
     "dit autocast rounded": lambda directory: _dit(autocast=True, recompute="layer_narrow"),
     "dit disk prefetch": lambda directory: _dit(
-        resident="block", rest="disk", rest_dir=str(directory), prefetch=True
+        offload="disk", offload_dir=str(directory), prefetch=True
     ),
     "dit accumulate ema": lambda directory: _dit(accumulate=4, ema=0.4),
     "dit copies sequential": lambda directory: _dit(sharing="copies", order="sequential"),

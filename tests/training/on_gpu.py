@@ -18,7 +18,7 @@ VIT = ViTConfig(
     cond_dim=32,
 )  # fmt: skip
 IN_BACKWARD = {"optimizer_in_backward": True, "clip": 0.0}
-ASIDE = {"resident": "block", "steps_per_swap": 3}
+ASIDE = {"offload": "cpu", "steps_per_swap": 3}
 
 
 def make_trainer(device, family="dit", sharing="joint", **settings):
@@ -27,7 +27,7 @@ def make_trainer(device, family="dit", sharing="joint", **settings):
     model = DiT(DIT) if family == "dit" else ViT(VIT)
     models = BlockModels(model, partition(3, 3, PRIOR), sharing)
     config = TrainerConfig(steps=6, batch_size=4, ema=0.9, sharing=sharing, **settings)
-    if config.resident == "all":
+    if config.offload == "none":
         models = models.to(device)
     weighting = "edm" if family == "dit" else "none"
     step = partial(gaussian_step, prior=PRIOR, weighting=weighting, sigma_data=0.5)

@@ -72,7 +72,7 @@ class TrainerRecorder(OpRecorder):
     trainer = None
 
     def moved(self):
-        # a block that is still on its way to its rest must arrive there before all is put back
-        self.trainer.residency.wait()
+        # a block that is still on its way home must arrive there before all is put back
+        self.trainer.offloader.wait()
         parts = self.trainer.parts.values()
         return [self.trainer.updater._finite, *(t for part in parts for t in part.tensors())]

@@ -7,7 +7,7 @@ from dbkernels.training.trainer_config import TrainerConfig
 
 
 def block_order(num_blocks=3, steps=40, **settings):
-    return BlockOrder(TrainerConfig(steps=steps, **{"resident": "block", **settings}), num_blocks)
+    return BlockOrder(TrainerConfig(steps=steps, **{"offload": "cpu", **settings}), num_blocks)
 
 
 def never():
@@ -40,7 +40,7 @@ def test_a_given_length_stays_and_times_no_swap():
 
 
 def test_nothing_is_timed_where_nothing_is_swapped():
-    plan = block_order(steps_per_swap=0, resident="all")
+    plan = block_order(steps_per_swap=0, offload="none")
     assert plan.steps_per_swap == 1 and not plan.timed(1, 1.0, never)
 
 

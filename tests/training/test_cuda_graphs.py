@@ -29,8 +29,8 @@ def make_captured(family="vit", **settings):
         {"clip": 1e-2, "ema": 0.9, "warmup": 2, "decay": "cosine"},
         {"accumulate": 2, "autocast": True, "sharing": "copies"},
         {"optimizer_in_backward": True, "clip": 0.0, "ema": 0.9},
-        {"resident": "block"},
-        {"resident": "block", "prefetch": True},
+        {"offload": "cpu"},
+        {"offload": "cpu", "prefetch": True},
     ],
 )
 def test_replayed_steps_give_the_bits_of_steps_op_by_op(family, settings):
@@ -50,13 +50,13 @@ def test_replayed_steps_give_the_bits_of_steps_op_by_op(family, settings):
 
 
 def test_a_block_has_one_graph_and_one_more_for_each_slot():
-    for settings, slots in (({}, 1), ({"resident": "block", "prefetch": True}, 2)):
+    for settings, slots in (({}, 1), ({"offload": "cpu", "prefetch": True}, 2)):
         trainer, recorder = make_captured(steps=8, **settings)
         kinds, recorded = set(), []
         for _ in range(trainer.total_steps):
             block = trainer.next_block()
             trainer.step_block(block)
-            kinds.add((block.index, trainer.residency.slot))
+            kinds.add((block.index, trainer.offloader.slot))
             recorded.append((recorder.warm, recorder.recorded))
         assert recorder.warm == len(kinds)
         # when every kind has had its first step, each is recorded once more at most
@@ -187,7 +187,7 @@ def test_no_graph_holds_memory_while_a_step_runs_op_by_op():
 
 
 def test_closing_a_trainer_drops_its_graphs():
-    trainer, recorder = make_captured(resident="block")
+    trainer, recorder = make_captured(offload="cpu")
     block = trainer.blocks[0]
     for _ in range(3):
         trainer.step_block(block)

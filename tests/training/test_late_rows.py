@@ -13,7 +13,7 @@ from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import TrainerConfig
 
-KINDS = [{}, {"optimizer_in_backward": True, "clip": 0.0}, {"accumulate": 2}, {"resident": "block"}]
+KINDS = [{}, {"optimizer_in_backward": True, "clip": 0.0}, {"accumulate": 2}, {"offload": "cpu"}]
 
 
 def everything(trainer):
@@ -122,7 +122,7 @@ def test_a_run_reads_each_row_behind_the_next_launch(monkeypatch):
 
 def test_steps_that_are_timed_are_waited_for(monkeypatch):
     waited = []
-    settings = {"resident": "block", "steps_per_swap": 0, "steps": 9}
+    settings = {"offload": "cpu", "steps_per_swap": 0, "steps": 9}
     trainer = make_trainer(**settings)
     monkeypatch.setattr(
         "dbkernels.training.trainer.Numbers.wait", lambda numbers: waited.append(trainer.step)

@@ -54,8 +54,8 @@ SETTINGS = [
     {},
     {"accumulate": 2, "autocast": True},
     {"optimizer_in_backward": True, "clip": 0.0},
-    {"resident": "block"},
-    {"resident": "block", "prefetch": True, "sharing": "copies"},
+    {"offload": "cpu"},
+    {"offload": "cpu", "prefetch": True, "sharing": "copies"},
     {"clip": 0.0, "warmup": 2, "decay": "cosine", "steps_per_swap": 2},
 ]
 

@@ -6,7 +6,7 @@ from captured import capture
 from training.on_gpu import ASIDE, IN_BACKWARD, make_trainer
 from training.tiny import equal
 
-from dbkernels.training.resting import HostRest, pin
+from dbkernels.training.offload.memory import CpuMemory, pin
 
 pytestmark = pytest.mark.gpu
 
@@ -18,12 +18,10 @@ def on_device(tensors):
 @pytest.mark.parametrize("sharing", ["joint", "copies"])
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("disk", [False, True])
-def test_gives_the_bits_of_a_run_with_all_blocks_resident(gpu, tmp_path, disk, prefetch, sharing):
-    on_disk = {"rest": "disk", "rest_dir": str(tmp_path)} if disk else {}
+def test_gives_the_bits_of_a_run_without_offload(gpu, tmp_path, disk, prefetch, sharing):
+    where = {"offload": "disk", "offload_dir": str(tmp_path)} if disk else {"offload": "cpu"}
     whole = make_trainer(gpu, sharing=sharing, steps_per_swap=2)
-    swapped = make_trainer(
-        gpu, sharing=sharing, steps_per_swap=2, resident="block", prefetch=prefetch, **on_disk
-    )
+    swapped = make_trainer(gpu, sharing=sharing, steps_per_swap=2, prefetch=prefetch, **where)
     for _ in range(whole.total_steps):
         row = whole.step_block(whole.next_block())
         assert swapped.step_block(swapped.next_block()) == row
@@ -36,7 +34,7 @@ def test_gives_the_bits_of_a_run_with_all_blocks_resident(gpu, tmp_path, disk, p
 
 @pytest.mark.needs_gpu("memory in two places")
 def test_only_what_is_shared_and_one_block_are_on_the_device(gpu):
-    trainer = make_trainer(gpu, resident="block")
+    trainer = make_trainer(gpu, offload="cpu")
     for index in (1, 2):
         trainer.step_block(trainer.blocks[index])
         for name in ("block0", "block1", "block2", "shared"):
@@ -50,19 +48,19 @@ def test_only_what_is_shared_and_one_block_are_on_the_device(gpu):
 @pytest.mark.needs_gpu("pages that CUDA locks")
 def test_locked_pages_are_those_of_torch_and_a_refusal_disturbs_no_later_kernel(gpu):
     # which unlocks its buffers when it is gone
-    rest = HostRest(gpu)
-    home, other = rest.room(700), rest.room(700)
+    memory = CpuMemory(gpu)
+    home, other = memory.room(700), memory.room(700)
     assert home.is_pinned() and other.is_pinned()
     assert not pin(home, gpu)
     assert torch.ones(3, device=gpu).sum().item() == 3.0
     address = home.data_ptr()
-    del rest
+    del memory
     assert not home.is_pinned() and home.data_ptr() == address
 
 
 def test_a_captured_graph_survives_a_swap(gpu):
-    trainer = make_trainer(gpu, resident="block")
-    enter, part = trainer.residency.enter, trainer.parts["block0"]
+    trainer = make_trainer(gpu, offload="cpu")
+    enter, part = trainer.offloader.enter, trainer.parts["block0"]
     enter("block0")
     weight = next(iter(part.parameters.values())).detach()
     replay, (doubled,) = capture(lambda: (weight * 2,), gpu)

@@ -50,7 +50,7 @@ def test_captured_steps_give_the_bits_of_steps_op_by_op(gpu, make_captured, fami
 
 
 def test_graphs_are_captured_again_after_the_trainer_was_closed(gpu, make_captured):
-    plain, captured = make_trainer(gpu, resident="block"), make_captured(resident="block")
+    plain, captured = make_trainer(gpu, offload="cpu"), make_captured(offload="cpu")
     for _ in range(2):
         for index in (0, 0, 0, 1):
             row = plain.step_block(plain.blocks[index])

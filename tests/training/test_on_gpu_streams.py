@@ -5,10 +5,10 @@ from functools import partial
 import pytest
 import torch
 
-import dbkernels.training.resting as resting
-from dbkernels.training.copy_stream import CopyStream
+import dbkernels.training.offload.memory as memory_module
+from dbkernels.training.offload.copy_stream import CopyStream
+from dbkernels.training.offload.memory import CpuMemory, DiskMemory
 from dbkernels.training.pending import Numbers
-from dbkernels.training.resting import DiskRest, HostRest
 from dbkernels.training.staging import Staging
 
 pytestmark = pytest.mark.gpu
@@ -29,30 +29,30 @@ def copy_stream(gpu):
 
 
 @pytest.fixture
-def rest(gpu):
-    return HostRest(gpu)
+def memory(gpu):
+    return CpuMemory(gpu)
 
 
 def bytes_on(device, value):
     return torch.full((NBYTES,), value, dtype=torch.uint8, device=device)
 
 
-def test_a_store_waits_for_the_steps_that_write(gpu, copy_stream, rest, sleep):
-    slot, home = bytes_on(gpu, 0), rest.room(NBYTES)
+def test_a_store_waits_for_the_steps_that_write(gpu, copy_stream, memory, sleep):
+    slot, home = bytes_on(gpu, 0), memory.room(NBYTES)
     for value in (1, 2, 3):
         sleep()
         slot.fill_(value)
-        copy_stream.submit(partial(rest.store, slot, home), after_steps=True)
+        copy_stream.submit(partial(memory.store, slot, home), after_steps=True)
         copy_stream.wait()
         assert (home == value).all()
 
 
-def test_steps_wait_for_the_block_that_arrives(gpu, copy_stream, rest, sleep):
-    slot, home = bytes_on(gpu, 0), rest.room(NBYTES)
+def test_steps_wait_for_the_block_that_arrives(gpu, copy_stream, memory, sleep):
+    slot, home = bytes_on(gpu, 0), memory.room(NBYTES)
 
     def late():
         sleep()
-        rest.load(home, slot)
+        memory.load(home, slot)
 
     for value in (1, 2, 3):
         home.fill_(value)
@@ -62,35 +62,35 @@ def test_steps_wait_for_the_block_that_arrives(gpu, copy_stream, rest, sleep):
         copy_stream.wait()
 
 
-def test_a_slot_that_is_opened_waits_for_what_its_memory_was(gpu, copy_stream, rest, sleep):
-    memory, home = bytes_on(gpu, 1), rest.room(NBYTES)
+def test_a_slot_that_is_opened_waits_for_what_its_memory_was(gpu, copy_stream, memory, sleep):
+    slot, home = bytes_on(gpu, 1), memory.room(NBYTES)
     home.fill_(2)
     sleep()
-    read = memory.clone()
+    read = slot.clone()
     copy_stream.follow()
-    copy_stream.submit(partial(rest.load, home, memory))
+    copy_stream.submit(partial(memory.load, home, slot))
     copy_stream.wait()
-    assert (read == 1).all() and (memory == 2).all()
+    assert (read == 1).all() and (slot == 2).all()
 
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_staging_buffer_waits_for_the_copy_before_the_last(
     gpu, tmp_path, sleep, monkeypatch, beside
 ):
-    monkeypatch.setattr(resting, "STAGING_BYTES", NBYTES // 16)
-    copy_stream, rest = CopyStream(gpu, beside=beside), DiskRest(tmp_path, NBYTES, gpu)
-    home, slot = rest.room(NBYTES), bytes_on(gpu, 0)
+    monkeypatch.setattr(memory_module, "STAGING_BYTES", NBYTES // 16)
+    copy_stream, memory = CopyStream(gpu, beside=beside), DiskMemory(tmp_path, NBYTES, gpu)
+    home, slot = memory.room(NBYTES), bytes_on(gpu, 0)
     content = torch.randint(256, (NBYTES,), dtype=torch.uint8)
     home.copy_(content)
 
     def late():
         sleep()
-        rest.load(home, slot)
+        memory.load(home, slot)
 
     copy_stream.join(copy_stream.submit(late))
     assert torch.equal(slot.cpu(), content)
     home.zero_()
-    copy_stream.submit(partial(rest.store, slot, home), after_steps=True)
+    copy_stream.submit(partial(memory.store, slot, home), after_steps=True)
     copy_stream.wait()
     assert torch.equal(home, content)
 

@@ -51,9 +51,9 @@ def test_a_gpu_tells_of_the_first_step_and_of_a_steady_one(monkeypatch):
 
 
 def test_offloaded_blocks_are_measured_on_the_device():
-    trainer = make_trainer("dit", steps=100, resident="block")
+    trainer = make_trainer("dit", steps=100, offload="cpu")
     row = profile_trainer(trainer, steps=1)
-    # on a CPU the blocks at rest are there too, beside the room for the one that is trained
+    # on a CPU the blocks off the device are there too, beside the room for the one that is trained
     everything = make_trainer("dit", steps=100)
     tensors = [t for part in everything.parts.values() for t in part.tensors()]
     assert row["peak_bytes"] > sum(tensor.nbytes for tensor in tensors)

@@ -35,14 +35,14 @@ class Predictor:
         grown = policy.units * layers * samples // (1 + policy.narrow) + 5 * samples
         pieces = BATCH // setting.micro_batch
         return {
-            resident: Need(
+            offload: Need(
                 peak_bytes=30 * held + 10 + grown,
                 by_category=parts(parameters=10 * held, optimizer=20 * held, temporaries=grown),
                 flops=self.flops[setting.recompute],
                 ops=PIECE * pieces,
-                swapped=0 if resident == "all" else 2,
+                swapped=0 if offload == "none" else 2,
             )
-            for resident, held in (("all", DEPTH), ("block", layers))
+            for offload, held in (("none", DEPTH), ("cpu", layers))
         }
 
 
@@ -65,15 +65,15 @@ def plans(num_blocks, limit, flops=EVEN):
 def tried_out(num_blocks, limit, flops):
     """The fastest of all that fit, by trying each."""
     predict, best = Predictor(flops), []
-    for resident in ("all",) if num_blocks == 1 else ("all", "block"):
+    for offload in ("none",) if num_blocks == 1 else ("none", "cpu"):
         fitting = [
             (seconds(need, num_blocks), setting)
             for recompute in POLICIES
             for size in (1, 2, 4, 8, 16, 32, 64)
             for setting in [Setting(num_blocks, recompute, size)]
-            if (need := predict(setting)[resident]).peak_bytes <= limit
+            if (need := predict(setting)[offload]).peak_bytes <= limit
         ]
-        best += [(min(time for time, _ in fitting), resident)] if fitting else []
+        best += [(min(time for time, _ in fitting), offload)] if fitting else []
     return best
 
 
@@ -82,7 +82,7 @@ def tried_out(num_blocks, limit, flops):
 @pytest.mark.parametrize("flops", [EVEN, UNEVEN], ids=["even", "uneven"])
 def test_finds_the_fastest_that_fits_and_asks_for_each_once(num_blocks, limit, flops):
     found, predict = plans(num_blocks, limit, flops)
-    best = [(plan.seconds, plan.resident) for plan in found.fitting]
+    best = [(plan.seconds, plan.offload) for plan in found.fitting]
     assert best == tried_out(num_blocks, limit, flops)
     assert all(plan.need.peak_bytes <= limit for plan in found.fitting)
     assert all(plan.setting.num_blocks == num_blocks for plan in found.fitting)
@@ -93,18 +93,18 @@ def test_where_everything_fits_one_prediction_does():
     found, predict = plans(4, 10**6)
     assert predict.asked == [Setting(4, "none", BATCH)]
     assert [plan.setting for plan in found.fitting] == [found.whole.setting] * 2
-    assert [plan.resident for plan in found.fitting] == ["all", "block"]
+    assert [plan.offload for plan in found.fitting] == ["none", "cpu"]
 
 
 def test_where_nothing_fits_two_predictions_do_and_the_smallest_is_named():
     found, predict = plans(4, 0)
     assert predict.asked == [Setting(4, "none", BATCH), Setting(4, "layer_narrow", 1)]
     assert found.fitting == []
-    assert (found.smallest.setting, found.smallest.resident) == (
+    assert (found.smallest.setting, found.smallest.offload) == (
         Setting(4, "layer_narrow", 1),
-        "block",
+        "cpu",
     )
-    assert found.whole.resident == "all"
+    assert found.whole.offload == "none"
 
 
 def test_few_predictions_find_a_micro_batch():
@@ -114,7 +114,7 @@ def test_few_predictions_find_a_micro_batch():
 
 def test_one_block_has_one_way_of_being_on_the_device():
     found, _ = plans(1, 10**6)
-    assert [plan.resident for plan in found.fitting] == ["all"]
+    assert [plan.offload for plan in found.fitting] == ["none"]
 
 
 def test_time_is_operations_and_calls_and_swaps():
@@ -143,7 +143,7 @@ def test_the_smallest_setting_has_a_layer_in_each_block():
 def test_stem_and_head_are_what_no_number_of_blocks_divides():
     everything = Need(0, parts(parameters=70, optimizer=140, temporaries=9), 0, 0)
     one = Need(0, parts(parameters=25, optimizer=50, temporaries=9), 0, 0)
-    outside = outside_layers({"all": everything, "block": one}, 4)
+    outside = outside_layers({"none": everything, "cpu": one}, 4)
     assert outside == {"parameters": 10, "optimizer": 20}
     need = Need(250, everything.by_category, 0, 0)
     found = shares(need, outside)

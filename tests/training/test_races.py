@@ -7,10 +7,10 @@ import torch
 from training.races import Inline, Machine
 from training.tiny import make_trainer
 
-import dbkernels.training.resting as resting
-from dbkernels.training.copy_stream import CopyStream
-from dbkernels.training.residency import Residency
-from dbkernels.training.resting import DiskRest
+import dbkernels.training.offload.memory as memory_module
+from dbkernels.training.offload.copy_stream import CopyStream
+from dbkernels.training.offload.memory import DiskMemory
+from dbkernels.training.offload.offloader import Offloader
 
 CUDA = torch.device("cuda")
 
@@ -20,16 +20,16 @@ def on_streams(monkeypatch, tmp_path, *, prefetch, disk, deaf=()):
     machine = Machine(deaf)
     machine.install(monkeypatch)
     # a few pieces to a block, so that both of the staging buffers are used again
-    monkeypatch.setattr(resting, "STAGING_BYTES", 2**14)
-    on_disk = {"rest": "disk", "rest_dir": str(tmp_path)} if disk else {}
-    trainer = make_trainer(resident="block", prefetch=prefetch, ema=0.9, **on_disk)
-    residency = trainer.residency
-    residency._copy_stream = CopyStream(CUDA, beside=prefetch)
+    monkeypatch.setattr(memory_module, "STAGING_BYTES", 2**14)
+    where = {"offload": "disk", "offload_dir": str(tmp_path)} if disk else {"offload": "cpu"}
+    trainer = make_trainer(prefetch=prefetch, ema=0.9, **where)
+    offloader = trainer.offloader
+    offloader._copy_stream = CopyStream(CUDA, beside=prefetch)
     if prefetch:
-        residency._copy_stream._thread = Inline(machine)
-    machine.watch_host(*(flat.home for flat in residency._blocks.values()))
+        offloader._copy_stream._thread = Inline(machine)
+    machine.watch_host(*(flat.home for flat in offloader._blocks.values()))
     if disk:
-        staging = residency._rest._staging
+        staging = offloader._memory._staging
         machine.watch_host(*staging._buffers)
         staging._read = [machine.Event(), machine.Event()]
     return trainer, machine
@@ -45,7 +45,7 @@ def go(trainer, machine):
             machine.read_on_host(
                 [t for group in trainer.tensors().values() for t in group.values()]
             )
-            trainer.residency.swap_seconds()
+            trainer.offloader.swap_seconds()
             trainer.launch(block)
             trainer.close()
             machine.read_on_host([t for part in trainer.parts.values() for t in part.tensors()])
@@ -85,17 +85,19 @@ def without_a_look_at_the_stream(copy_stream):
         copy_stream._submitted.pop(0).result()
 
 
-def unblocked(rest, slot, home):
-    for source, target in zip(resting._pieces(slot), resting._pieces(home), strict=True):
-        staged = rest._staging.next(len(source))
+def unblocked(memory, slot, home):
+    for source, target in zip(
+        memory_module._pieces(slot), memory_module._pieces(home), strict=True
+    ):
+        staged = memory._staging.next(len(source))
         staged.copy_(source, non_blocking=True)
         target.copy_(staged)
 
 
-def hasty_swap(residency):
-    residency.wait()
-    residency._store()
-    residency._load(residency._current, residency._slots[residency._slot])
+def hasty_swap(offloader):
+    offloader.wait()
+    offloader._store()
+    offloader._load(offloader._current, offloader._slots[offloader._slot])
     return 0.0
 
 
@@ -104,7 +106,7 @@ def case(name, change, *, prefetch=False, disk=False):
     return pytest.param(change, prefetch, disk, id=name)
 
 
-COPY_STREAM, STAGING = partial(replaced, CopyStream), partial(replaced, resting._Staging)
+COPY_STREAM, STAGING = partial(replaced, CopyStream), partial(replaced, memory_module._Staging)
 FORGOTTEN = [
     case("steps before a store", deaf("wait_event"), prefetch=True),
     case("that a store follows steps", COPY_STREAM("submit", never_after_steps()), prefetch=True),
@@ -118,9 +120,9 @@ FORGOTTEN = [
     case("a staging buffer's event in line", deaf("event.synchronize"), disk=True),
     case("to mark a staging buffer", STAGING("mark", lambda _: None), prefetch=True, disk=True),
     case("to mark a staging buffer in line", STAGING("mark", lambda _: None), disk=True),
-    case("that a store to disk waits", replaced(DiskRest, "store", unblocked), disk=True),
-    case("a timed swap's end", replaced(Residency, "swap_seconds", hasty_swap), prefetch=True),
-    case("to settle at the end", replaced(Residency, "settle", Residency._leave), prefetch=True),
+    case("that a store to disk waits", replaced(DiskMemory, "store", unblocked), disk=True),
+    case("a timed swap's end", replaced(Offloader, "swap_seconds", hasty_swap), prefetch=True),
+    case("to settle at the end", replaced(Offloader, "settle", Offloader._leave), prefetch=True),
 ]
 
 

@@ -93,12 +93,12 @@ def test_the_prediction_is_what_the_cpus_allocator_sees(
     baseline, recompute, num_blocks, autocast, hollow_ops
 ):
     config = configured(num_blocks, recompute, autocast=autocast)
-    predicted = rehearse(config, baseline=baseline, target=CPU)["all"].peak_allocated_bytes
+    predicted = rehearse(config, baseline=baseline, target=CPU)["none"].peak_allocated_bytes
     # a bfloat16 matmul of oneDNN has buffers inside, which no GPU has
     with torch.backends.mkldnn.flags(enabled=False):
         trainer = real_trainer(config, baseline)
-        resident = resident_bytes(trainer)
-        peaks = [resident + allocator_peak(lambda b=b: trainer.advance(b)) for b in trainer.blocks]
+        offload = resident_bytes(trainer)
+        peaks = [offload + allocator_peak(lambda b=b: trainer.advance(b)) for b in trainer.blocks]
     assert abs(predicted - max(peaks)) <= 0.005 * max(peaks)
 
 
@@ -108,7 +108,7 @@ def test_the_prediction_is_what_the_cpus_allocator_sees(
 @pytest.mark.parametrize("baseline, recompute, num_blocks", ROWS)
 def test_fake_tensors_have_the_peak_of_real_ones(baseline, recompute, num_blocks):
     config = configured(num_blocks, recompute, autocast=True)
-    predicted = rehearse(config, baseline=baseline, target=CPU)["all"]
+    predicted = rehearse(config, baseline=baseline, target=CPU)["none"]
     trainer = real_trainer(config, baseline)
     optimizers = [part.optimizer for part in trainer.parts.values()]
     peaks = [
@@ -132,15 +132,15 @@ def test_all_blocks_on_the_device_add_what_the_step_does_not_touch():
     weights = sum(p.nbytes for part in others for p in part.parameters.values())
     state = sum(t.nbytes for part in others for t in part.optimizer_tensors().values())
     for name, more in {"parameters": weights, "optimizer": state}.items():
-        assert found["all"].by_category[name] - found["block"].by_category[name] == more
-    more = found["all"].peak_allocated_bytes - found["block"].peak_allocated_bytes
+        assert found["none"].by_category[name] - found["cpu"].by_category[name] == more
+    more = found["none"].peak_allocated_bytes - found["cpu"].peak_allocated_bytes
     assert more == weights + state
-    assert found["all"].flops == found["block"].flops
+    assert found["none"].flops == found["cpu"].flops
 
 
 def test_end_to_end_everything_is_touched():
     found = rehearse(configured(1), target=CPU)
-    assert found["all"] == found["block"]
+    assert found["none"] == found["cpu"]
 
 
 @pytest.mark.parametrize("sharing", ["joint", "copies"])
@@ -152,13 +152,13 @@ def test_one_block_on_the_device_has_its_layers_and_what_is_no_layer(model, shar
     layer = sum(p.nbytes for p in network.layers[0].parameters())
     shared = sum(p.nbytes for p in network.parameters()) - 4 * layer
     buffers = sum(b.nbytes for b in network.buffers())
-    found = rehearse(config, target=CPU)["block"].by_category["parameters"]
+    found = rehearse(config, target=CPU)["cpu"].by_category["parameters"]
     assert found == layer + shared + buffers
 
 
 def test_averages_of_the_weights_are_there_too():
     without, with_them = (
-        rehearse(configured(2, ema=ema), target=CPU)["all"].peak_allocated_bytes
+        rehearse(configured(2, ema=ema), target=CPU)["none"].peak_allocated_bytes
         for ema in (0.0, 0.9)
     )
     trainer = trainer_with(configured(2), "cpu", blank(configured(2)))
@@ -169,7 +169,7 @@ def test_averages_of_the_weights_are_there_too():
 @pytest.mark.parametrize("model", [DIT, VIT], ids=["dit", "vit"])
 def test_copies_of_what_the_blocks_share_are_all_there(model):
     config = configured(4, model=model, sharing="copies", ema=0.9)
-    predicted = rehearse(config, target=CPU)["all"].by_category
+    predicted = rehearse(config, target=CPU)["none"].by_category
     trainer = trainer_with(config, "cpu", blank(config))
     tensors = [*trainer.models.parameters(), *trainer.models.buffers()]
     assert predicted["parameters"] == sum(tensor.nbytes for tensor in tensors)
@@ -177,7 +177,7 @@ def test_copies_of_what_the_blocks_share_are_all_there(model):
 
 def test_tells_the_same_of_a_run_whose_blocks_are_offloaded():
     config = configured(2)
-    offloaded = replace(config.trainer, resident="block")
+    offloaded = replace(config.trainer, offload="cpu")
     found = rehearse(replace(config, trainer=offloaded), target=CPU)
     assert found == rehearse(config, target=CPU)
 
@@ -186,14 +186,14 @@ def test_tells_the_same_of_a_run_whose_blocks_are_offloaded():
 def test_a_second_slot_has_room_for_the_largest_block(split, more):
     config = configured(2, split=split, ema=0.9)
     without = rehearse(config, target=CPU)
-    ahead = replace(config.trainer, resident="block", prefetch=True)
+    ahead = replace(config.trainer, offload="cpu", prefetch=True)
     found = rehearse(replace(config, trainer=ahead), target=CPU)
     trainer = trainer_with(config, "cpu", blank(config))
     layer = sum(p.nbytes for p in trainer.models.model.layers[0].parameters())
-    grown = found["block"].peak_allocated_bytes - without["block"].peak_allocated_bytes
+    grown = found["cpu"].peak_allocated_bytes - without["cpu"].peak_allocated_bytes
     # weights, average and both moments; the tensors of a slot are aligned
     assert 4 * more * layer <= grown <= 1.02 * 4 * more * layer
-    assert found["all"] == without["all"]
+    assert found["none"] == without["none"]
 
 
 # the costliest block
@@ -211,10 +211,10 @@ def test_blocks_of_equal_shapes_have_equal_peaks():
 def test_the_costliest_block_counts_wherever_it_is(split):
     sizes = split.split(",")
     found = rehearse(configured(len(sizes), split=split), target=CPU)
-    whole = rehearse(configured(1), target=CPU)["all"].flops
-    rest = whole - rehearse(configured(4), target=CPU)["all"].flops
+    whole = rehearse(configured(1), target=CPU)["none"].flops
+    rest = whole - rehearse(configured(4), target=CPU)["none"].flops
     # a layer's share, as many times as the longest block has layers
-    assert found["all"].flops == whole - (4 - int(max(sizes))) * rest // 3
+    assert found["none"].flops == whole - (4 - int(max(sizes))) * rest // 3
 
 
 # a GPU
@@ -222,7 +222,7 @@ def test_the_costliest_block_counts_wherever_it_is(split):
 
 def test_a_gpu_has_workspaces_and_kernels_with_partial_sums():
     config = configured(2, autocast=True, batch_size=2)
-    predicted = rehearse(config, target=H100)["block"]
+    predicted = rehearse(config, target=H100)["cpu"]
     trace = predicted.trace
     names = {
         trace.name(event.op).partition("dbkernels::")[2]

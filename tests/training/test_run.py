@@ -87,16 +87,16 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, source, stop):
 
 def swapping(tmp_path, **changes):
     settings = {"steps": 4, "batch_size": 4, "lr": 1e-2, "ema": 0.9, "steps_per_swap": 3, **changes}
-    on_disk = {"rest": "disk", "rest_dir": str(tmp_path / "rest"), "prefetch": True}
+    on_disk = {"offload": "disk", "offload_dir": str(tmp_path / "off"), "prefetch": True}
     return [
         TrainerConfig(**settings),
-        TrainerConfig(**settings, resident="block"),
-        TrainerConfig(**settings, resident="block", **on_disk),
+        TrainerConfig(**settings, offload="cpu"),
+        TrainerConfig(**settings, **on_disk),
     ]
 
 
 @pytest.mark.parametrize("stop", [4, 7])
-def test_a_run_resumes_in_a_turn_to_the_same_bits_wherever_its_blocks_rest(tmp_path, source, stop):
+def test_a_run_resumes_in_a_turn_to_the_same_bits_wherever_its_blocks_are(tmp_path, source, stop):
     everywhere, *others = swapping(tmp_path)
     whole = train(make_config(source, trainer=everywhere), tmp_path / "whole", device="cpu")
     config = make_config(source, trainer=others[0])
@@ -112,10 +112,10 @@ def test_a_run_resumes_in_a_turn_to_the_same_bits_wherever_its_blocks_rest(tmp_p
         load_run(tmp_path / "cut", which=str(checkpoints), device="cpu")
 
 
-def test_a_run_with_blocks_at_rest_ends_with_all_on_the_host_and_can_be_used(tmp_path, source):
+def test_a_run_with_offload_ends_with_all_on_the_host_and_can_be_used(tmp_path, source):
     config = make_config(source, trainer=swapping(tmp_path)[2])
     trainer = train(config, tmp_path / "run", device="cpu")
-    assert trainer.residency._slots == []
+    assert trainer.offloader._slots == []
     _, loaded = load_run(tmp_path / "run", averaged=False, device="cpu")
     assert equal(dict(loaded.named_parameters()), weights(trainer))
 
@@ -126,7 +126,7 @@ def test_models_whose_blocks_are_offloaded_are_built_on_the_host(source, monkeyp
     monkeypatch.setattr(
         RunConfig, "build", lambda c, device: places.append(device) or build(c, "cpu")
     )
-    trainers = [TrainerConfig(steps=1), TrainerConfig(steps=1, resident="block")]
+    trainers = [TrainerConfig(steps=1), TrainerConfig(steps=1, offload="cpu")]
     configs = [make_config(source, trainer=trainer) for trainer in trainers]
     data = open_data(source, "train", 3)
     with pytest.raises(ValueError, match="models must be on meta"):
@@ -139,7 +139,7 @@ def test_a_disk_too_small_for_the_blocks_stops_before_the_run(tmp_path, source, 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=9000))
     config = make_config(source, trainer=swapping(tmp_path)[2])
-    with pytest.raises(ValueError, match=r"rest_dir must have 0.*GiB free .* got 8.38e-06 GiB"):
+    with pytest.raises(ValueError, match=r"offload_dir must have 0.*GiB free .* got 8.38e-06 GiB"):
         train(config, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 

@@ -72,8 +72,8 @@ def test_a_run_has_the_losses_of_a_plain_one_and_resumes_to_the_same_bits(tmp_pa
     ("family", "settings"),
     [
         ("vit", {"sharing": "copies"}),
-        ("dit", {"sharing": "copies", "resident": "block", "steps_per_swap": 2, "ema": 0.9}),
-        ("vit", {"resident": "block", "optimizer_in_backward": True, "clip": 0.0}),
+        ("dit", {"sharing": "copies", "offload": "cpu", "steps_per_swap": 2, "ema": 0.9}),
+        ("vit", {"offload": "cpu", "optimizer_in_backward": True, "clip": 0.0}),
         ("dit", {"accumulate": 2}),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_loaded_run_compiles_nothing(tmp_path, source, monkeypatch):
 def test_ends_are_compiled_for_the_device_that_trains(source, monkeypatch):
     devices = []
     monkeypatch.setattr(run_module, "compile_ends", lambda model, device: devices.append(device))
-    config = make_config(source, sharing="copies", resident="block")
+    config = make_config(source, sharing="copies", offload="cpu")
     config.trainer_on("meta", None)
     config.trainer_of(config.build("cpu"), None)
     assert devices == ["meta"] * 3 + [torch.device("cpu")] * 3

@@ -272,7 +272,7 @@ def test_memory_that_does_not_suffice_for_half_stops_before_the_update():
 
 def test_a_restored_trainer_keeps_the_micro_batch_and_the_steps_per_swap_it_found():
     objective, _ = short_of_memory(fits=2)
-    settings = {"resident": "block", "steps_per_swap": 0, "steps": 9}
+    settings = {"offload": "cpu", "steps_per_swap": 0, "steps": 9}
     first, second = (make_trainer(objective=objective, **settings) for _ in range(2))
     with pytest.warns(UserWarning):
         rows = [first.step_block(first.next_block()) for _ in range(7)]
@@ -288,7 +288,7 @@ def test_a_restored_trainer_keeps_the_micro_batch_and_the_steps_per_swap_it_foun
     assert second.counters()["micro_batch"] == 2
 
 
-def test_all_blocks_are_resident_only_where_the_models_are():
+def test_without_offload_the_models_are_on_the_device():
     models, data = make_trainer().models, make_trainer().data
     with pytest.raises(ValueError, match=r"models must be on meta, where all blocks are .*got cpu"):
         Trainer(models, data, None, TrainerConfig(steps=1), device="meta")

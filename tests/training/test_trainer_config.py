@@ -4,7 +4,7 @@ import pytest
 
 from dbkernels.training.trainer_config import TrainerConfig
 
-BLOCK = {"resident": "block"}
+CPU = {"offload": "cpu"}
 
 
 @pytest.mark.parametrize(
@@ -24,17 +24,16 @@ BLOCK = {"resident": "block"}
         ({"seed": 2**63}, rf"seed must be below 2\*\*63, got {2**63}"),
         ({"lr": math.inf}, "lr must be finite, got inf"),
         ({"steps_per_swap": -1}, "steps_per_swap must be at least 0, got -1"),
-        ({"resident": "some"}, "resident must be all or block, got some"),
-        ({"rest": "tape"}, "rest must be host or disk, got tape"),
-        ({"prefetch": True}, "resident must be block for prefetch, got all"),
-        ({"rest": "disk", "rest_dir": "x"}, "resident must be block for rest disk, got all"),
+        ({"offload": "some"}, "offload must be none, cpu or disk, got some"),
+        ({"prefetch": True}, "offload must be cpu or disk for prefetch, got none"),
+        ({"offload_dir": "x"}, "offload_dir must name a directory .* disk alone, got x"),
         ({"optimizer_in_backward": True}, "clip must be 0 with optimizer_in_backward: .*, got 1.0"),
         (
             {"optimizer_in_backward": True, "clip": 0.0, "accumulate": 2},
             "accumulate must be 1 with optimizer_in_backward, got 2",
         ),
-        ({**BLOCK, "rest": "disk"}, "rest_dir must name a directory .* disk alone, got none"),
-        ({**BLOCK, "rest_dir": "x"}, "rest_dir must name a directory .* disk alone, got x"),
+        ({"offload": "disk"}, "offload_dir must name a directory .* disk alone, got none"),
+        ({**CPU, "offload_dir": "x"}, "offload_dir must name a directory .* disk alone, got x"),
     ],
 )
 def test_rejects(settings, message):
@@ -42,6 +41,7 @@ def test_rejects(settings, message):
         TrainerConfig(**{"steps": 1, "batch_size": 4, **settings})
 
 
-def test_one_block_may_be_resident_with_the_others_in_memory_or_on_disk():
-    for settings in ({}, {"prefetch": True}, {"rest": "disk", "rest_dir": "x", "prefetch": True}):
-        assert TrainerConfig(steps=1, **BLOCK, **settings).steps_per_swap == 1
+def test_offload_is_to_host_memory_or_to_disk():
+    on_disk = {"offload": "disk", "offload_dir": "x", "prefetch": True}
+    for settings in (CPU, {**CPU, "prefetch": True}, on_disk):
+        assert TrainerConfig(steps=1, **settings).steps_per_swap == 1

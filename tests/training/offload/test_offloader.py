@@ -10,16 +10,18 @@ import torch
 from torch import nn
 from training.tiny import equal, make_trainer
 
+from dbkernels.training.offload.memory import CpuMemory
+from dbkernels.training.offload.offloader import Offloader, _Flat
 from dbkernels.training.part import Part
-from dbkernels.training.residency import Residency, _Flat
-from dbkernels.training.resting import HostRest
 
 SETTINGS = {"ema": 0.9, "warmup": 1, "decay": "cosine"}
 
 
 def block_by_block(family="vit", tmp_path=None, **settings):
-    on_disk = {} if tmp_path is None else {"rest": "disk", "rest_dir": str(tmp_path / "rest")}
-    return make_trainer(family, resident="block", **{**SETTINGS, **settings}, **on_disk)
+    where = {"offload": "cpu"}
+    if tmp_path is not None:
+        where = {"offload": "disk", "offload_dir": str(tmp_path / "off")}
+    return make_trainer(family, **{**SETTINGS, **settings}, **where)
 
 
 def steps(trainer, count=None):
@@ -40,7 +42,7 @@ def addresses(trainer, name):
 
 
 def slot_range(trainer, index=0):
-    slot = trainer.residency._slots[index]
+    slot = trainer.offloader._slots[index]
     return range(slot.data_ptr(), slot.data_ptr() + slot.nbytes)
 
 
@@ -56,7 +58,7 @@ def slot_range(trainer, index=0):
         ("dit", "copies", 1, True, True),
     ],
 )
-def test_gives_the_bits_of_a_run_with_all_blocks_resident(
+def test_gives_the_bits_of_a_run_without_offload(
     tmp_path, family, sharing, steps_per_swap, disk, prefetch
 ):
     common = {"sharing": sharing, "steps_per_swap": steps_per_swap}
@@ -102,24 +104,24 @@ def test_only_the_trained_block_lies_in_the_slot():
 def test_the_slot_is_as_large_as_one_block_and_never_replaced():
     trainer = block_by_block()
     steps(trainer, 1)
-    (slot,) = trainer.residency._slots
+    (slot,) = trainer.offloader._slots
     own = sum(-(-t.nbytes // 512) * 512 for t in trainer.parts["block0"].tensors())
     assert slot.nbytes == own
-    homes = [flat.home.nbytes for flat in trainer.residency._blocks.values()]
+    homes = [flat.home.nbytes for flat in trainer.offloader._blocks.values()]
     assert homes == [own] * 3
     address = slot.data_ptr()
     steps(trainer, 5)
-    assert [slot.data_ptr() for slot in trainer.residency._slots] == [address]
+    assert [slot.data_ptr() for slot in trainer.offloader._slots] == [address]
 
 
 def test_prefetching_takes_a_second_slot_and_fills_it_before_the_turn():
     trainer = block_by_block(prefetch=True, order="sequential", steps=2)
     steps(trainer, 1)
-    assert len(trainer.residency._slots) == 2
-    trainer.residency.wait()
-    # already there, although the block may be read and written at its rest until its turn
-    (flat,) = [flat for name, flat in trainer.residency._blocks.items() if name == "block1"]
-    slot = trainer.residency._slots[trainer.residency._other_slot()]
+    assert len(trainer.offloader._slots) == 2
+    trainer.offloader.wait()
+    # already there, although the block may be read and written at home until its turn
+    (flat,) = [flat for name, flat in trainer.offloader._blocks.items() if name == "block1"]
+    slot = trainer.offloader._slots[trainer.offloader._other_slot()]
     assert torch.equal(slot, flat.home)
     assert not any(a in slot_range(trainer, 0) for a in addresses(trainer, "block1"))
     assert not any(a in slot_range(trainer, 1) for a in addresses(trainer, "block1"))
@@ -145,70 +147,70 @@ def two_parts():
 def adopted():
     models, parts = two_parts()
     device = torch.device("cpu")
-    residency = Residency(models, device, HostRest(device), prefetch=False)
+    offloader = Offloader(models, device, CpuMemory(device), prefetch=False)
     for name, part in parts.items():
-        residency.adopt(name, part)
-    return residency, parts
+        offloader.adopt(name, part)
+    return offloader, parts
 
 
 def test_the_slot_holds_the_largest_block(adopted):
-    residency, parts = adopted
-    residency.enter("small")
+    offloader, parts = adopted
+    offloader.enter("small")
     with torch.no_grad():
         parts["small"].parameters["weight"].fill_(3.0)
     expected = [tensor.clone() for tensor in parts["large"].tensors()]
-    residency.enter("large")
+    offloader.enter("large")
     assert all(map(torch.equal, parts["large"].tensors(), expected))
-    residency.enter("small")
+    offloader.enter("small")
     assert (parts["small"].parameters["weight"] == 3.0).all()
 
 
-def test_a_resting_block_can_be_written(adopted):
-    residency, parts = adopted
-    residency.enter("small")
+def test_a_block_off_the_device_can_be_written(adopted):
+    offloader, parts = adopted
+    offloader.enter("small")
     with torch.no_grad():
         parts["large"].parameters["bias"].fill_(7.0)
-    residency.enter("large")
+    offloader.enter("large")
     assert (parts["large"].parameters["bias"] == 7.0).all()
 
 
 def test_what_a_prefetched_slot_holds_is_dropped_when_all_is_settled():
     trainer = block_by_block(prefetch=True, order="sequential", steps=2)
     steps(trainer, 1)
-    trainer.residency.settle()
+    trainer.offloader.settle()
     with torch.no_grad():
         for parameter in trainer.parts["block1"].parameters.values():
             parameter.fill_(2.0)
-    trainer.residency.enter("block1")
+    trainer.offloader.enter("block1")
     assert all((p == 2.0).all() for p in trainer.parts["block1"].parameters.values())
 
 
 def test_leaves_alone_what_it_was_not_given(adopted):
-    residency, _ = adopted
-    residency.enter("unknown")
-    assert residency._slots == []
+    offloader, _ = adopted
+    offloader.enter("unknown")
+    assert offloader._slots == []
 
 
 def test_entering_again_copies_nothing(adopted, monkeypatch):
-    residency, _ = adopted
-    residency.enter("small")
-    monkeypatch.setattr(residency, "_rest", None)
-    residency.enter("small")
+    offloader, _ = adopted
+    offloader.enter("small")
+    monkeypatch.setattr(offloader, "_memory", None)
+    offloader.enter("small")
 
 
 def test_tensors_that_were_moved_meanwhile_are_refused(adopted):
-    residency, parts = adopted
-    residency.enter("small")
+    offloader, parts = adopted
+    offloader.enter("small")
     weight = parts["large"].parameters["weight"]
     weight.data = weight.data.clone()
-    with pytest.raises(ValueError, match="the tensors of large must rest where training left them"):
-        residency.enter("large")
+    with pytest.raises(ValueError, match="the tensors of large must be where training left them"):
+        offloader.enter("large")
 
 
 def test_closing_frees_the_slot_and_a_step_opens_it_again():
     trainer, whole = block_by_block(), make_trainer(**SETTINGS)
     steps(trainer, 2)
-    slot = weakref.ref(trainer.residency._slots[0])
+    slot = weakref.ref(trainer.offloader._slots[0])
     trainer.close()
     gc.collect()
     assert slot() is None
@@ -247,47 +249,47 @@ def test_what_was_prefetched_before_a_restore_is_not_trained_after_it(trained):
     assert same(second, whole)
 
 
-def test_a_block_on_its_way_to_its_rest_is_waited_for_before_it_is_read():
+def test_a_block_on_its_way_off_the_device_is_waited_for_before_it_is_read():
     whole, swapped = make_trainer(**SETTINGS), block_by_block(prefetch=True)
-    rest = swapped.residency._rest
-    store = rest.store
+    memory = swapped.offloader._memory
+    store = memory.store
 
     def slow(slot, home):
         time.sleep(0.05)
         store(slot, home)
 
-    rest.store = slow
+    memory.store = slow
     for index in (0, 1):
         assert swapped.step_block(swapped.blocks[index]) == whole.step_block(whole.blocks[index])
     assert same(swapped, whole)
 
 
 def test_what_a_step_writes_is_copied_after_the_step(adopted, monkeypatch):
-    residency, _ = adopted
+    offloader, _ = adopted
     submitted = []
     monkeypatch.setattr(
-        residency._copy_stream,
+        offloader._copy_stream,
         "submit",
         lambda copy, after_steps=False: submitted.append((copy.func.__name__, after_steps)),
     )
     for name in ("small", "large"):
-        residency.enter(name)
+        offloader.enter(name)
     assert submitted == [("load", False), ("store", True), ("load", False)]
 
 
-def test_times_the_way_to_the_rest_and_back(adopted):
-    residency, parts = adopted
-    residency.enter("large")
+def test_times_the_way_off_the_device_and_back(adopted):
+    offloader, parts = adopted
+    offloader.enter("large")
     before = [tensor.clone() for tensor in parts["large"].tensors()]
-    assert 0 < residency.swap_seconds() < 1
+    assert 0 < offloader.swap_seconds() < 1
     assert all(map(torch.equal, parts["large"].tensors(), before))
-    assert residency._current == "large"
+    assert offloader._current == "large"
 
 
 def test_files_have_no_name_and_need_no_tidying(tmp_path):
     trainer = block_by_block(tmp_path=tmp_path)
     steps(trainer, 4)
-    assert os.listdir(tmp_path / "rest") == []
+    assert os.listdir(tmp_path / "off") == []
 
 
 def test_an_error_while_copying_beside_the_steps_is_raised():
@@ -297,8 +299,8 @@ def test_an_error_while_copying_beside_the_steps_is_raised():
         raise OSError("no such disk")
 
     steps(trainer, 1)
-    trainer.residency.wait()
-    trainer.residency._rest.load = broken
+    trainer.offloader.wait()
+    trainer.offloader._memory.load = broken
     with pytest.raises(OSError, match="no such disk"):
         steps(trainer, 4)
 
@@ -325,7 +327,7 @@ def test_a_swap_that_was_cut_short_loses_nothing(monkeypatch, call, following, p
     for index in (following, 1, 0):
         row = whole.step_block(whole.blocks[index])
         assert swapped.step_block(swapped.blocks[index]) == row
-        slot = slot_range(swapped, swapped.residency._slot)
+        slot = slot_range(swapped, swapped.offloader._slot)
         assert all(address in slot for address in addresses(swapped, f"block{index}"))
     assert same(swapped, whole)
 
@@ -333,13 +335,13 @@ def test_a_swap_that_was_cut_short_loses_nothing(monkeypatch, call, following, p
 def test_what_was_moved_to_the_device_leaves_it_where_no_room_was_left_for_a_slot(
     adopted, monkeypatch
 ):
-    residency, _ = adopted
+    offloader, _ = adopted
     moves = []
-    monkeypatch.setattr(residency, "_move_common", moves.append)
+    monkeypatch.setattr(offloader, "_move_common", moves.append)
     monkeypatch.setattr("torch.empty", raising(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError):
-        residency.enter("small")
-    residency.close()
+        offloader.enter("small")
+    offloader.close()
     assert moves == [torch.device("cpu"), "cpu"]
 
 

@@ -1,9 +1,9 @@
 """Which blocks are on the device.
 
 The device holds what the blocks share, and the parameters, optimizer state and moving average of
-the block that is being trained, in one flat buffer: the slot. The other blocks rest elsewhere, see
-`resting`. A parameter stays the same object wherever it lies, so a resting block can be read,
-saved and restored as ever.
+the block that is being trained, in one flat buffer: the slot. Each other block is at home, in host
+memory or on disk (`memory`). A parameter stays the same object wherever it lies, so a block at home
+can be read, saved and restored as ever.
 
 The slot is never replaced, and blocks of equal layers lie in it at the same addresses. A captured
 CUDA graph of a block is therefore valid whenever the block is on the device. With prefetching there
@@ -18,43 +18,51 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from dbkernels.training.copy_stream import CopyStream
+from dbkernels.training.offload.copy_stream import CopyStream
+from dbkernels.training.offload.memory import (
+    CpuMemory,
+    DiskMemory,
+    OffloadMemory,
+    flat_bytes,
+    views,
+)
 from dbkernels.training.part import Part, tensor_sizes
-from dbkernels.training.resting import DiskRest, HostRest, Rest, flat_bytes, views
 from dbkernels.training.sharing import SHARED, BlockModels
 from dbkernels.training.trainer_config import TrainerConfig
 
 
-def open_residency(models: BlockModels, device: torch.device, config: TrainerConfig) -> "Residency":
-    """The residency that a configuration asks for; it has adopted no part yet.
+def open_offloader(models: BlockModels, device: torch.device, config: TrainerConfig) -> "Offloader":
+    """The offloader that a configuration asks for; it has adopted no part yet.
 
     Raises:
-        ValueError: blocks are to rest on a disk that has no room for them.
+        ValueError: the disk has no room for the blocks.
     """
-    rest: Rest = HostRest(device)
-    if config.rest == "disk":
+    memory: OffloadMemory = CpuMemory(device)
+    if config.offload == "disk":
         parts = models.parts().items()
         own = [p for name, part in parts if name != SHARED for p in part.values()]
         size = flat_bytes(tensor_sizes(own, config.ema))
-        rest = DiskRest(Path(config.rest_dir), size, device)
-    return Residency(models, device, rest, prefetch=config.prefetch)
+        memory = DiskMemory(Path(config.offload_dir), size, device)
+    return Offloader(models, device, memory, prefetch=config.prefetch)
 
 
-class Residency:
-    """Swaps blocks between the device and where they rest. Blocks that it has not adopted stay.
+class Offloader:
+    """Swaps blocks between the device and their homes. Blocks that it has not adopted stay.
 
-    With prefetching a block may still be on its way to its rest: who reads it there must `wait`,
+    With prefetching a block may still be on its way home: who reads it there must `wait`,
     and who writes it there must `settle`.
 
     Args:
         models:    of all blocks, on the host
         device:    to train on
-        rest:      of the blocks that are not being trained
+        memory:    of the blocks that are not being trained
         prefetch:  whether the device has a second slot, filled while steps run
     """
 
-    def __init__(self, models: nn.Module, device: torch.device, rest: Rest, *, prefetch: bool):
-        self._models, self._device, self._rest, self._prefetch = models, device, rest, prefetch
+    def __init__(
+        self, models: nn.Module, device: torch.device, memory: OffloadMemory, *, prefetch: bool
+    ):
+        self._models, self._device, self._memory, self._prefetch = models, device, memory, prefetch
         self._copy_stream = CopyStream(device, beside=prefetch)
         self._blocks: dict[str, _Flat] = {}
         self._shared: list[Tensor] = []
@@ -70,16 +78,16 @@ class Residency:
         return self._slot
 
     def adopt(self, name: str, part: Part) -> None:
-        """Take charge of a part: a block's own goes to its rest, the shared one to the device."""
+        """Take charge of a part: a block's own goes home, the shared one to the device."""
         if name == SHARED:
             self._shared = part.tensors()
         else:
             tensors = part.tensors()
-            home = self._rest.room(flat_bytes(tensor.nbytes for tensor in tensors))
+            home = self._memory.room(flat_bytes(tensor.nbytes for tensor in tensors))
             self._blocks[name] = _Flat(tensors, home)
 
     def enter(self, name: str) -> None:
-        """Have a block on the device for the steps that follow; the one that was there rests."""
+        """Have a block on the device for the steps that follow, and take the one there home."""
         if name == self._entered or name not in self._blocks:
             return
         self._open()
@@ -102,7 +110,7 @@ class Residency:
         self._copy_stream.wait()
 
     def settle(self) -> None:
-        """Bring every block to its rest, where it can be read and written."""
+        """Bring every block home, where it can be read and written."""
         self._leave()
         self._ahead = ""
         self.wait()
@@ -116,7 +124,7 @@ class Residency:
             self._move_common("cpu")
 
     def swap_seconds(self) -> float:
-        """Time the way of the current block to its rest and back; it stays where it is."""
+        """Time the way of the current block home and back; it stays where it is."""
         self.wait()
         begin = perf_counter()
         self._store()
@@ -161,11 +169,11 @@ class Residency:
 
     def _load(self, name: str, slot: Tensor) -> Future | None:
         home = self._blocks[name].home
-        return self._copy_stream.submit(partial(self._rest.load, home, slot[: len(home)]))
+        return self._copy_stream.submit(partial(self._memory.load, home, slot[: len(home)]))
 
     def _store(self) -> None:
         home, slot = self._blocks[self._current].home, self._slots[self._slot]
-        copy = partial(self._rest.store, slot[: len(home)], home)
+        copy = partial(self._memory.store, slot[: len(home)], home)
         self._copy_stream.submit(copy, after_steps=True)
 
 
@@ -192,6 +200,6 @@ class _Flat:
             t.data_ptr() != home.data_ptr() for t, home in zip(self.tensors, homes, strict=True)
         ):
             raise ValueError(
-                f"the tensors of {name} must rest where training left them, got some that were "
+                f"the tensors of {name} must be where training left them, got some that were "
                 "moved since"
             )

@@ -1,4 +1,4 @@
-"""Where a block rests that is not being trained: host memory, or a file.
+"""Where a block is that is not being trained: host memory, or a file.
 
 Its tensors lie in one flat buffer there, and in one just like it while it is on the device.
 """
@@ -46,7 +46,7 @@ def views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-class Rest(Protocol):
+class OffloadMemory(Protocol):
     """Makes flat buffers off the device, and copies between them and the device."""
 
     def room(self, nbytes: int) -> Tensor:
@@ -62,7 +62,7 @@ class Rest(Protocol):
         ...
 
 
-class HostRest:
+class CpuMemory:
     """Buffers in host memory: page-locked for a GPU, or with a warning where that is refused.
 
     Args:
@@ -87,7 +87,7 @@ class HostRest:
             else:
                 warnings.warn(
                     f"{nbytes / 2**30:.3g} GiB of host memory cannot be page-locked: the blocks "
-                    "rest in pageable memory, so a swap takes about twice as long and no swap "
+                    "are in pageable memory, so a swap takes about twice as long and no swap "
                     "runs beside the steps",
                     stacklevel=2,
                 )
@@ -122,7 +122,7 @@ def _unpin(buffers: list[Tensor]) -> None:
         torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
 
 
-class DiskRest:
+class DiskMemory:
     """Buffers in files without a name, so that they are gone with the run, however it ends.
 
     Args:
@@ -138,7 +138,7 @@ class DiskRest:
         free = shutil.disk_usage(directory).free
         if free < nbytes:
             raise ValueError(
-                f"rest_dir must have {nbytes / 2**30:.3g} GiB free for the resting blocks, "
+                f"offload_dir must have {nbytes / 2**30:.3g} GiB free for the blocks, "
                 f"got {free / 2**30:.3g} GiB in {directory}"
             )
         self._directory = directory

@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 
-import dbkernels.training.resting as resting
-from dbkernels.training.resting import DiskRest, HostRest, flat_bytes, views
+import dbkernels.training.offload.memory as memory_module
+from dbkernels.training.offload.memory import CpuMemory, DiskMemory, flat_bytes, views
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -39,33 +39,33 @@ def test_views_lie_one_after_another_as_aligned_as_allocations_on_a_gpu():
         assert (view.dtype, view.stride()) == (tensor.dtype, tensor.stride())
 
 
-def rests(tmp_path):
-    return HostRest(CPU), DiskRest(tmp_path, 3 * 700, CPU)
+def memories(tmp_path):
+    return CpuMemory(CPU), DiskMemory(tmp_path, 3 * 700, CPU)
 
 
 @pytest.mark.parametrize("piece", [64, 2**26])
 def test_what_is_stored_is_loaded_again(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(resting, "STAGING_BYTES", piece)
-    for rest in rests(tmp_path):
-        homes = [rest.room(nbytes) for nbytes in (700, 640, 700)]
+    monkeypatch.setattr(memory_module, "STAGING_BYTES", piece)
+    for memory in memories(tmp_path):
+        homes = [memory.room(nbytes) for nbytes in (700, 640, 700)]
         contents = [torch.randint(256, home.shape, dtype=torch.uint8) for home in homes]
         for home, content in zip(homes, contents, strict=True):
             slot = content.clone()
-            rest.store(slot, home)
+            memory.store(slot, home)
             slot.zero_()
         for home, content in zip(homes, contents, strict=True):
             assert torch.equal(home, content)
             slot = torch.zeros(len(home), dtype=torch.uint8)
-            rest.load(home, slot)
+            memory.load(home, slot)
             assert torch.equal(slot, content)
 
 
 def test_staging_is_two_buffers_whatever_is_copied(tmp_path, monkeypatch):
-    monkeypatch.setattr(resting, "STAGING_BYTES", 64)
-    rest = DiskRest(tmp_path, 10**6, CPU)
-    assert [buffer.nbytes for buffer in rest._staging._buffers] == [64, 64]
-    used = {rest._staging.next(10).data_ptr() for _ in range(6)}
-    assert used == {buffer.data_ptr() for buffer in rest._staging._buffers}
+    monkeypatch.setattr(memory_module, "STAGING_BYTES", 64)
+    memory = DiskMemory(tmp_path, 10**6, CPU)
+    assert [buffer.nbytes for buffer in memory._staging._buffers] == [64, 64]
+    used = {memory._staging.next(10).data_ptr() for _ in range(6)}
+    assert used == {buffer.data_ptr() for buffer in memory._staging._buffers}
 
 
 def test_a_file_is_on_the_disk_without_a_name_and_gone_with_its_buffer(tmp_path):
@@ -73,11 +73,11 @@ def test_a_file_is_on_the_disk_without_a_name_and_gone_with_its_buffer(tmp_path)
         with open("/proc/self/maps") as maps:
             return sum(str(tmp_path) in line or "(deleted)" in line for line in maps)
 
-    before, rest = mapped(), DiskRest(tmp_path / "new" / "rest", 5000, CPU)
-    buffer = rest.room(5000)
+    before, memory = mapped(), DiskMemory(tmp_path / "new" / "off", 5000, CPU)
+    buffer = memory.room(5000)
     assert buffer.shape == (5000,) and buffer.dtype == torch.uint8
     assert mapped() == before + 1
-    assert os.listdir(tmp_path / "new" / "rest") == []
+    assert os.listdir(tmp_path / "new" / "off") == []
     del buffer
     gc.collect()
     assert mapped() == before
@@ -86,19 +86,19 @@ def test_a_file_is_on_the_disk_without_a_name_and_gone_with_its_buffer(tmp_path)
 def test_a_buffer_takes_its_room_on_the_disk_before_it_is_written(tmp_path, monkeypatch):
     reserved = []
     monkeypatch.setattr(os, "posix_fallocate", lambda *arguments: reserved.append(arguments[1:]))
-    rest = DiskRest(tmp_path, 5000, CPU)
+    memory = DiskMemory(tmp_path, 5000, CPU)
     with pytest.raises(ValueError, match="mmap length is greater than file size"):
-        rest.room(5000)
+        memory.room(5000)
     assert reserved == [(0, 5000)]
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**30))
-    message = r"rest_dir must have 1.5 GiB free for the resting blocks, got 1 GiB in .*rest"
+    message = r"offload_dir must have 1.5 GiB free for the blocks, got 1 GiB in .*off"
     with pytest.raises(ValueError, match=message):
-        DiskRest(tmp_path / "rest", 3 * 2**29, CPU)
-    DiskRest(tmp_path / "rest", 2**30, CPU)
+        DiskMemory(tmp_path / "off", 3 * 2**29, CPU)
+    DiskMemory(tmp_path / "off", 2**30, CPU)
 
 
 class Cudart:
@@ -126,41 +126,41 @@ def runtime(monkeypatch):
 
 
 def test_buffers_for_a_gpu_are_locked_as_they_are_and_unlocked_before_they_are_freed(runtime):
-    rest = HostRest(CUDA)
-    buffers = [rest.room(700) for _ in range(2)]
+    memory = CpuMemory(CUDA)
+    buffers = [memory.room(700) for _ in range(2)]
     addresses = [buffer.data_ptr() for buffer in buffers]
     assert runtime.calls == [("register", address, 700, 0) for address in addresses]
     del buffers
     gc.collect()
     assert len(runtime.calls) == 2
-    del rest
+    del memory
     gc.collect()
     assert runtime.calls[2:] == [("unregister", address) for address in addresses]
 
 
 def test_refused_page_locking_falls_back_with_one_warning_that_names_the_cost(runtime, monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *_, device: (_ for _ in ()).throw(RuntimeError()))
-    rest = HostRest(CUDA)
-    rest.room(2**12), rest.room(512)
+    memory = CpuMemory(CUDA)
+    memory.room(2**12), memory.room(512)
     message = (
         "0.0312 GiB of host memory cannot be page-locked.*twice as long and no swap runs beside"
     )
     with pytest.warns(UserWarning, match=message) as told:
-        buffers = [rest.room(2**25), rest.room(512)]
+        buffers = [memory.room(2**25), memory.room(512)]
     assert len(told) == 1 and [buffer.nbytes for buffer in buffers] == [2**25, 512]
     assert [call[0] for call in runtime.calls] == ["register"] * 3
-    del rest
+    del memory
     gc.collect()
     assert [call[0] for call in runtime.calls[3:]] == ["unregister"] * 2
 
 
 def test_buffers_for_a_cpu_are_not_locked(runtime):
-    HostRest(CPU).room(700)
+    CpuMemory(CPU).room(700)
     assert runtime.calls == []
 
 
 def test_buffers_lie_in_pages_of_their_own():
-    rest = HostRest(CPU)
-    buffers = [rest.room(nbytes) for nbytes in (1, 700, 5000)]
+    memory = CpuMemory(CPU)
+    buffers = [memory.room(nbytes) for nbytes in (1, 700, 5000)]
     assert all(buffer.data_ptr() % mmap.PAGESIZE == 0 for buffer in buffers)
     assert [buffer.nbytes for buffer in buffers] == [1, 700, 5000]

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dbkernels.training.copy_stream import CopyStream
+from dbkernels.training.offload.copy_stream import CopyStream
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,1 @@
+"""Blocks off the device, and their way there and back."""
