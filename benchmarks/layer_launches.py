@@ -8,7 +8,7 @@ from layer_case import Competitor, LayerCase, LayerStep, make_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbkernels.memory.workspace import Target, target_named, target_of
-from dbkernels.ops._path import rehearse_gpu
+from dbkernels.ops._dry_run_device import dry_run_on_gpu
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def count(case: LayerCase, player: Competitor, target: Target) -> LayerLaunches:
     """
     if player.impl.startswith("compiled"):
         return LayerLaunches(None, None)
-    with FakeTensorMode(), rehearse_gpu(target.processors):
+    with FakeTensorMode(), dry_run_on_gpu(target.processors):
         inputs = make_inputs(case, torch.device("cpu"))
         step = LayerStep(player.function(case.H), inputs, case.autocast)
         with Launches() as forward:

@@ -117,7 +117,7 @@ def _costliest(trainer: Trainer) -> Block:
 
 def _on_device(trainer: Trainer) -> list[Tensor]:
     models = trainer.models
-    state = [t for part in trainer.parts.values() for t in part.optimizer_tensors().values()]
+    state = [t for group in trainer.groups.values() for t in group.optimizer_tensors().values()]
     return [*models.parameters(), *models.buffers(), *state]
 
 
@@ -167,7 +167,7 @@ def _trace(steps: Steps, block: Block) -> Trace:
     return record(
         partial(steps.step, block),
         model=trainer.models,
-        optimizers=[part.optimizer for part in trainer.parts.values()],
+        optimizers=[group.optimizer for group in trainer.groups.values()],
         inputs=(),
         device=trainer.device,
     )

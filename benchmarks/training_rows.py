@@ -157,8 +157,8 @@ def _swap(trainer: Trainer) -> Figures:
     """What it takes to bring a block to the host and another from there, by wall clock."""
     seconds = [trainer.offloader.swap_seconds() for _ in range(SWAPS)]
     sizes = [
-        sum(tensor.nbytes for tensor in part.tensors())
-        for name, part in trainer.parts.items()
+        sum(tensor.nbytes for tensor in group.tensors())
+        for name, group in trainer.groups.items()
         if name != SHARED
     ]
     return {"swap_ms": 1e3 * statistics.median(seconds), "swap_bytes": 2 * max(sizes)}

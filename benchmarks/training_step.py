@@ -17,7 +17,7 @@ from dbkernels.cli.rehearsed import made_up
 from dbkernels.models.baseline import use_baseline
 from dbkernels.training.partition import Block
 from dbkernels.training.run import RunConfig
-from dbkernels.training.sharing import BlockModels, own_part
+from dbkernels.training.sharing import BlockModels, own_group
 from dbkernels.training.trainer import Trainer
 
 
@@ -98,10 +98,10 @@ def _lend(owner: nn.Module, model: nn.Module) -> None:
 
 
 def _lend_state(owner: Trainer, trainer: Trainer) -> None:
-    state = {p: of for part in owner.parts.values() for p, of in part.optimizer.state.items()}
-    for part in trainer.parts.values():
-        for parameter in part.parameters.values():
-            part.optimizer.state[parameter] = state[parameter]
+    state = {p: of for group in owner.groups.values() for p, of in group.optimizer.state.items()}
+    for group in trainer.groups.values():
+        for parameter in group.parameters.values():
+            group.optimizer.state[parameter] = state[parameter]
 
 
 class Steps:
@@ -134,7 +134,7 @@ class Steps:
         block, blocks = self._next(), self.trainer.blocks
         if self._last == [block.index] and len(blocks) > 1:
             other = blocks[(block.index + 1) % len(blocks)]
-            self.trainer.offloader.enter(own_part(other))
+            self.trainer.offloader.enter(own_group(other))
             self._last[:] = [other.index]
 
     def _next(self) -> Block:

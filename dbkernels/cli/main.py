@@ -1,4 +1,4 @@
-"""The door of the command line: parse, run one verb, say errors in one sentence."""
+"""The command line: parse, run one verb, say errors in one sentence."""
 
 import sys
 from collections.abc import Sequence

@@ -62,13 +62,13 @@ class BaselineLayer(AdaLNLayer):
         c: Tensor,
         rotary: Tensor | None = None,
         stream: ResidualStream | None = None,
-        tokens: int | None = None,
+        num_queries: int | None = None,
     ) -> Tensor:
         """One layer, as `AdaLNLayer.forward` but for the stream, which it leaves alone.
 
         Every token is computed and the first are taken of all, as in the published code.
         """
-        return first_tokens(self.run(self, x, c, rotary), tokens)
+        return first_tokens(self.run(self, x, c, rotary), num_queries)
 
 
 def stock_layer(layer: AdaLNLayer, x: Tensor, c: Tensor, rotary: Tensor | None) -> Tensor:

@@ -65,7 +65,7 @@ class DiT(nn.Module):
     """The image family: z is (B, C, H, W), a prediction is the denoised image itself."""
 
     target_parts = ()
-    ends = ("stem", "tail")
+    stem_and_head = ("stem", "tail")
 
     def __init__(self, config: DiTConfig):
         super().__init__()

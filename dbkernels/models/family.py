@@ -17,13 +17,14 @@ class Family(Protocol):
     target_parts:  names of the children that make the clean target. Where every block owns a copy
                    of what is shared, these stay common and frozen: the blocks must agree on the
                    space in which the signal passes from one to the next.
-    ends:          names of the methods that a step runs before and after the layers, for
-                   `compile_ends`: tensors in and out, no graph break, no draw, no row of a table
+    stem_and_head: names of the methods that a step runs before and after the layers, for
+                   `compile_stem_and_head`: tensors in and out, no graph break, no draw, no row of a
+                   table
     """
 
     layers: nn.ModuleList
     target_parts: ClassVar[tuple[str, ...]]
-    ends: ClassVar[tuple[str, ...]]
+    stem_and_head: ClassVar[tuple[str, ...]]
 
     def target(self, batch: Batch) -> Tensor:
         """The clean target z0, (B, ...) float32."""

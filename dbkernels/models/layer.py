@@ -94,7 +94,7 @@ class AdaLNLayer(nn.Module):
         c: Tensor,
         rotary: Tensor | None = None,
         stream: ResidualStream | None = None,
-        tokens: int | None = None,
+        num_queries: int | None = None,
     ) -> Tensor:
         """One layer.
 
@@ -103,11 +103,11 @@ class AdaLNLayer(nn.Module):
             c:       (B, cond_dim)     condition of each sample, or (B, T, cond_dim) of each token
             rotary:  (2, T, D/H)       of `rotary_table`, or None for no rotary positions
             stream:  of the stack that the layer stands in; see `run_layers`
-            tokens:  1 to T: the first so many tokens' results alone, at what those cost; None is T
+            num_queries:  1 to T: the first so many tokens' results alone; None is T
         Returns:
-            (B, T or tokens, D), dtype of x.
+            (B, T or num_queries, D), dtype of x.
         Raises:
-            ValueError: a shape, dtype or device disagrees, or tokens is not from 1 to T.
+            ValueError: a shape, dtype or device disagrees, or num_queries is not from 1 to T.
             RuntimeError: a module inside was replaced or hooked, or the gradient is differentiated.
         """
         config = self.config
@@ -122,7 +122,7 @@ class AdaLNLayer(nn.Module):
             eps=config.eps,
             recompute=config.recompute,
             stream=stream,
-            tokens=tokens,
+            num_queries=num_queries,
         )
 
     def _modulation(self, c: Tensor) -> Tensor:
@@ -185,19 +185,19 @@ def run_layers(
     x: Tensor,
     c: Tensor,
     rotary: Tensor | None = None,
-    tokens: int | None = None,
+    num_queries: int | None = None,
 ) -> Tensor:
     """Run layers in order, keeping the residual stream once for several of them.
 
-    Args and result as those of `AdaLNLayer.forward`; a layer may come again. tokens are those of
-    the last layer's result: all others compute every token, which the next attends to.
+    Args and result as those of `AdaLNLayer.forward`; a layer may come again. num_queries is
+    of the last layer's result: all others compute every token, which the next attends to.
     """
     if not layers:
-        return first_tokens(x, tokens)
+        return first_tokens(x, num_queries)
     stream = ResidualStream()
     for layer in layers[:-1]:
         x = layer(x, c, rotary, stream)
-    return layers[-1](x, c, rotary, stream, tokens)
+    return layers[-1](x, c, rotary, stream, num_queries)
 
 
 def initialise_linear(linear: nn.Linear, initialise_weight: Callable[[Tensor], object]) -> None:

@@ -62,7 +62,7 @@ class ViT(nn.Module):
     """The classification family: z is (B, width), a prediction is logits (B, num_classes)."""
 
     target_parts = ("label_table",)
-    ends = ("stem", "cross_entropy")
+    stem_and_head = ("stem", "cross_entropy")
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -117,7 +117,7 @@ class ViT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The token that answers, as the last layer left it (B, D), and the condition."""
         x, c = self.stem(z, level, batch["image"])
-        x = run_layers([self.layers[index] for index in layers], x, c, tokens=1)
+        x = run_layers([self.layers[index] for index in layers], x, c, num_queries=1)
         return x[:, 0], c
 
     def stem(self, z: Tensor, level: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from dbkernels.ops._attention_branch import attend, attention_branch_backward
+from dbkernels.ops._dry_run_device import runs_as_on_gpu
 from dbkernels.ops._layer_tensors import Activations, LayerModulation, LayerOptions, LayerWeights
 from dbkernels.ops._mlp_branch import mlp_branch, mlp_branch_backward
-from dbkernels.ops._path import takes_gpu_path
 from dbkernels.ops._projection import Gradients, as_rows, chunks, project
 from dbkernels.ops._qkv import QKV, add_qkv, project_qkv, project_qkv_backward
 from dbkernels.ops.adaln_norm import adaln_norm_backward, adaln_norm_forward
@@ -42,7 +42,7 @@ class LayerCall(NamedTuple):
     def first(self) -> "LayerCall":
         """The tokens whose result is wanted, (B, N, D), for all that follows the attention."""
         B, T, _ = self.x.shape
-        N, modulation = self.options.tokens, self.modulation
+        N, modulation = self.options.num_queries, self.modulation
         if N is None:
             return self
         if len(modulation) != B:
@@ -55,7 +55,7 @@ class LayerCall(NamedTuple):
         A policy that keeps nothing has no activations, and runs a few samples at a time.
         """
         B, T, D = self.x.shape
-        out, activations = self.x.new_empty((B, self.options.tokens or T, D)), NOTHING
+        out, activations = self.x.new_empty((B, self.options.num_queries or T, D)), NOTHING
         if POLICIES[self.options.recompute].keeps:
             activations = self._write(out)
         else:
@@ -80,7 +80,7 @@ class LayerCall(NamedTuple):
     def _write(self, out: Tensor) -> Activations:
         w, options, first = self.weights, self.options, self.first()
         y, stats1 = self.first_norm(_by_name(self.modulation))
-        qkv = project_qkv(y, w, options.tokens)
+        qkv = project_qkv(y, w, options.num_queries)
         attended, logsumexp = attend(qkv, options.heads, w, self.rotary)
         a = project(attended, w.out_weight, w.out_bias)
 
@@ -122,7 +122,7 @@ class LayerCall(NamedTuple):
             return self._gradients(dout, kept, gradients, owned=owned)
         dx = torch.empty_like(self.x, dtype=dout.dtype)
         dmodulation = torch.empty_like(self.modulation)
-        size = GPU_PART if kept["a"] is not None and takes_gpu_path(dout) else PART
+        size = GPU_PART if kept["a"] is not None and runs_as_on_gpu(dout) else PART
         gradients.parts = len(self._cuts(size)) > 1
         for samples, rows, call in self._parts(dout.dtype, size):
             own = {name: _part(t, samples, len(self.x)) for name, t in kept.items()}
@@ -215,9 +215,13 @@ class LayerCall(NamedTuple):
         owned: bool,
     ) -> Tensor:
         """dx (B, T, D)."""
-        w, tokens, qkv = self.weights, self.options.tokens, QKV(kept.pop("q"), kept.pop("qkv"))
+        w, num_queries, qkv = (
+            self.weights,
+            self.options.num_queries,
+            QKV(kept.pop("q"), kept.pop("qkv")),
+        )
         if qkv.qkv is None:
-            qkv, owned = project_qkv(self.first_norm(mod)[0], w, tokens), True
+            qkv, owned = project_qkv(self.first_norm(mod)[0], w, num_queries), True
         # the norm of queries and keys reads qkv after dqkv has been written
         dqkv = QKV(*(_buffer(t, owned and w.q_weight is None) for t in qkv))
         attended, logsumexp = kept.pop("attended"), kept.pop("logsumexp")
@@ -229,7 +233,7 @@ class LayerCall(NamedTuple):
         dy = project_qkv_backward(dqkv, w)
         dx = adaln_norm_backward(
             self.by_sample(dy),
-            dx1 if tokens is None else None,
+            dx1 if num_queries is None else None,
             self.by_sample(self.x),
             mod.scale1,
             mod.shift1,
@@ -241,8 +245,8 @@ class LayerCall(NamedTuple):
         )
         add_qkv(gradients, dqkv, dy)  # y is written over dy by now
         dx = dx.view(self.x.shape)
-        if tokens is not None:
-            dx[:, :tokens] += dx1.view(len(dx), tokens, dx.shape[-1])
+        if num_queries is not None:
+            dx[:, :num_queries] += dx1.view(len(dx), num_queries, dx.shape[-1])
         return dx
 
 

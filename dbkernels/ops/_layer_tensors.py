@@ -59,7 +59,7 @@ class LayerOptions(NamedTuple):
     mlp: str
     norm: NormOptions
     recompute: str
-    tokens: int | None = None
+    num_queries: int | None = None
     """How many of the first tokens' results are wanted, fewer than there are; None wants all."""
 
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from dbkernels.ops._dry_run_device import runs_as_on_gpu
 from dbkernels.ops._layer_tensors import LayerWeights
 from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops._path import takes_gpu_path
 from dbkernels.ops._projection import Gradients, as_rows, chunks, project
 from dbkernels.ops.gelu import gelu_backward, gelu_forward
 from dbkernels.ops.swiglu import swiglu_backward, swiglu_forward
@@ -76,7 +76,7 @@ def _has_epilogue(rows: Tensor, mlp: str, w: LayerWeights) -> bool:
     of 11 bits. A CPU's op of that name has GELU's other form.
     """
     fits = mlp == "gelu" and w.fc1_bias is not None and rows.dtype == torch.bfloat16
-    return fits and takes_gpu_path(rows)
+    return fits and runs_as_on_gpu(rows)
 
 
 def _chunk(rows: Tensor, temporaries: int) -> int:
@@ -85,6 +85,6 @@ def _chunk(rows: Tensor, temporaries: int) -> int:
     On a GPU those of a chunk together are as large as hidden would be of half of the tokens, which
     the attention's backward needs too, or of 2 CHUNK: few launches are worth more than that saves.
     """
-    if not takes_gpu_path(rows):
+    if not runs_as_on_gpu(rows):
         return CHUNK
     return max(2 * CHUNK, -(-len(rows) // 2)) // temporaries

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dbkernels.ops._dry_run_device import runs_as_on_gpu
 from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops._path import takes_gpu_path
 
 CPU_CHUNK = 1024  # tokens whose operands a CPU holds in float32 beside them
 
@@ -80,14 +80,14 @@ class Gradients:
 
 def sum_dtype(operand: Tensor, wanted: torch.dtype) -> torch.dtype:
     """Of a product or a sum that is cast next: a GPU has it in float32 at once, unrounded."""
-    return wanted if wanted == torch.float32 and takes_gpu_path(operand) else operand.dtype
+    return wanted if wanted == torch.float32 and runs_as_on_gpu(operand) else operand.dtype
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right in their dtype or, where it is narrower, in float32."""
     if left.dtype == dtype:
         return left @ right
-    if takes_gpu_path(left):
+    if runs_as_on_gpu(left):
         return torch.mm(left, right, out_dtype=dtype)
     total = left.new_zeros((len(left), right.shape[1]), dtype=dtype)
     add_product(total, left, right)
@@ -98,7 +98,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, never rounded to less than the total's float32 on the way."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif takes_gpu_path(left):
+    elif runs_as_on_gpu(left):
         total.add_(torch.mm(left, right, out_dtype=total.dtype))
     else:  # a CPU's matmul has no other result than its operands'
         for rows in chunks(len(right), CPU_CHUNK):

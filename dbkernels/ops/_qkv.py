@@ -54,12 +54,14 @@ class QKV(NamedTuple):
             self.qkv.copy_(whole[..., D:])
 
 
-def project_qkv(y: Tensor, w: LayerWeights, tokens: int | None) -> QKV:
+def project_qkv(y: Tensor, w: LayerWeights, num_queries: int | None) -> QKV:
     """Of y (B, T, D), with queries of its first tokens, or None for all."""
-    if tokens is None:
+    if num_queries is None:
         return QKV(None, project(y, w.qkv_weight, w.qkv_bias))
     (q_weight, kv_weight), (q_bias, kv_bias) = _apart(w.qkv_weight), _apart(w.qkv_bias)
-    return QKV(project(first_tokens(y, tokens), q_weight, q_bias), project(y, kv_weight, kv_bias))
+    return QKV(
+        project(first_tokens(y, num_queries), q_weight, q_bias), project(y, kv_weight, kv_bias)
+    )
 
 
 def project_qkv_backward(dqkv: QKV, w: LayerWeights) -> Tensor:

@@ -32,7 +32,7 @@ def register(
     """Register two launchers with the same arguments under `schema`; return the op.
 
     `check` looks at values, and raises before anything is written. It is called where that does not
-    wait for a GPU, and not at the public door: compilers and fake tensors have no values.
+    wait for a GPU, and not in the public function: compilers and fake tensors have no values.
     """
     name = schema.partition("(")[0]
     _ops.append(name)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops._path import rehearsed_processors
+from dbkernels.ops._dry_run_device import dry_run_processors
 
 MAX_D = 16384  # a row lives in the registers of one program
 WARP = 32  # threads
@@ -136,7 +136,7 @@ def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; one for the interpreter, which few programs suit."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return rehearsed_processors() or 1
+    return dry_run_processors() or 1
 
 
 @triton.jit

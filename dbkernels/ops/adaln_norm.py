@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _door
+from dbkernels.ops import _checks
 from dbkernels.ops._norm import (
     NormOptions,
     load_stats,
@@ -226,7 +226,7 @@ class _AdaLNNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        _door.refuse_double_backward("adaln_norm")
+        _checks.refuse_double_backward("adaln_norm")
         x, scale, shift, stats = ctx.saved_tensors
         dscale, dshift = torch.empty_like(scale), torch.empty_like(shift)
         dx = adaln_norm_backward(
@@ -244,7 +244,7 @@ def adaln_norm(
     scale: Tensor,
     shift: Tensor,
     *,
-    norm: _door.Norm = "layer",
+    norm: _checks.Norm = "layer",
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -265,10 +265,10 @@ def adaln_norm(
             among those named.
         RuntimeError: the gradient is differentiated.
     """
-    options = NormOptions(eps, _door.check_norm(norm), _door.result_dtype(dtype, x))
-    _door.check_floats(x=x, scale=scale, shift=shift)
-    _door.check_tokens(x=x)
-    _door.check_modulation(x, scale=scale, shift=shift)
-    samples = _door.as_samples(x, scale)
-    y = _AdaLNNorm.apply(samples, _door.as_rows(scale), _door.as_rows(shift), options)
+    options = NormOptions(eps, _checks.check_norm(norm), _checks.result_dtype(dtype, x))
+    _checks.check_floats(x=x, scale=scale, shift=shift)
+    _checks.check_tokens(x=x)
+    _checks.check_modulation(x, scale=scale, shift=shift)
+    samples = _checks.as_samples(x, scale)
+    y = _AdaLNNorm.apply(samples, _checks.as_rows(scale), _checks.as_rows(shift), options)
     return y.view(x.shape)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _door
+from dbkernels.ops import _checks
 from dbkernels.ops._noise import (
     DRAW,
     DrawArguments,
@@ -128,7 +128,7 @@ class _AddNoise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz):
-        _door.refuse_double_backward("add_noise")
+        _checks.refuse_double_backward("add_noise")
         (sigma,) = ctx.saved_tensors
         return add_noise_backward(dz, sigma, ctx.options, ctx.dtype), None, None, None
 
@@ -166,7 +166,7 @@ def add_noise(
     if scale not in (None, "c_in"):
         raise ValueError(f"scale must be None or c_in, got {scale}")
     check_noise("z0", z0, sigma, sigma_data)
-    dtype = _door.result_dtype(dtype, z0)
+    dtype = _checks.result_dtype(dtype, z0)
     arguments = draw.arguments(*sizes(z0), z0.device)
     options = _Options(scale == "c_in", sigma_data, dtype)
     return _AddNoise.apply(z0.contiguous(), sigma.contiguous(), arguments, options)

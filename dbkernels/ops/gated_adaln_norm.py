@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _door
+from dbkernels.ops import _checks
 from dbkernels.ops._norm import (
     Modulation,
     NormOptions,
@@ -258,7 +258,7 @@ class _GatedAdaLNNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx1, dy):
-        _door.refuse_double_backward("gated_adaln_norm")
+        _checks.refuse_double_backward("gated_adaln_norm")
         x, h, *modulation, stats = ctx.saved_tensors
         dh, dmodulation = torch.empty_like(h), Modulation(*map(torch.empty_like, modulation))
         dx = gated_adaln_norm_backward(
@@ -278,7 +278,7 @@ def gated_adaln_norm(
     scale: Tensor,
     shift: Tensor,
     *,
-    norm: _door.Norm = "layer",
+    norm: _checks.Norm = "layer",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """Add a branch's gated output to the residual stream, normalise and modulate for the next.
@@ -297,11 +297,11 @@ def gated_adaln_norm(
         ValueError: a shape, stride, dtype or device disagrees, D > MAX_D, or norm is unknown.
         RuntimeError: the gradient is differentiated.
     """
-    options = NormOptions(eps, _door.check_norm(norm), h.dtype)
-    _door.check_floats(x=x, h=h, gate=gate, scale=scale, shift=shift)
-    _door.check_tokens(x=x, h=h)
-    _door.check_modulation(x, gate=gate, scale=scale, shift=shift)
-    samples, branch = _door.as_samples(x, gate), _door.as_samples(h, gate)
-    modulation = map(_door.as_rows, (gate, scale, shift))
+    options = NormOptions(eps, _checks.check_norm(norm), h.dtype)
+    _checks.check_floats(x=x, h=h, gate=gate, scale=scale, shift=shift)
+    _checks.check_tokens(x=x, h=h)
+    _checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
+    samples, branch = _checks.as_samples(x, gate), _checks.as_samples(h, gate)
+    modulation = map(_checks.as_rows, (gate, scale, shift))
     x1, y = _GatedAdaLNNorm.apply(samples, branch, *modulation, options)
     return x1.view(x.shape), y.view(x.shape)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _door
+from dbkernels.ops import _checks
 from dbkernels.ops._norm import statistics_dtype
 from dbkernels.ops._register import register
 from dbkernels.ops._sums import segment, sums_of_samples
@@ -163,7 +163,7 @@ class _GatedResidual(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        _door.refuse_double_backward("gated_residual")
+        _checks.refuse_double_backward("gated_residual")
         h, gate = ctx.saved_tensors
         dh, dgate = torch.empty_like(h), torch.empty_like(gate)
         gated_residual_backward(dy.contiguous(), h, gate, dh=dh, dgate=dgate)
@@ -186,8 +186,8 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
         ValueError: a shape, stride, dtype or device disagrees, or D > MAX_D.
         RuntimeError: the gradient is differentiated.
     """
-    _door.check_floats(x=x, h=h, gate=gate)
-    _door.check_tokens(x=x, h=h)
-    _door.check_modulation(x, gate=gate)
-    samples, branch = _door.as_samples(x, gate), _door.as_samples(h, gate)
-    return _GatedResidual.apply(samples, branch, _door.as_rows(gate)).view(x.shape)
+    _checks.check_floats(x=x, h=h, gate=gate)
+    _checks.check_tokens(x=x, h=h)
+    _checks.check_modulation(x, gate=gate)
+    samples, branch = _checks.as_samples(x, gate), _checks.as_samples(h, gate)
+    return _GatedResidual.apply(samples, branch, _checks.as_rows(gate)).view(x.shape)

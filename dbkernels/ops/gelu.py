@@ -17,21 +17,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _door
-from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops._register import register
-from dbkernels.ops._strip import (
+from dbkernels.ops import _checks
+from dbkernels.ops._columns import (
     Share,
     add_bias,
     check_bias,
     chunks,
+    columns,
     launch_backward,
     launch_forward,
     load_bias,
     load_tile,
     same_dtype,
-    strip,
 )
+from dbkernels.ops._norm import statistics_dtype
+from dbkernels.ops._register import register
 from dbkernels.ops._tile import SHARED_OUT
 
 CUBIC = 0.044715
@@ -58,7 +58,7 @@ def _fwd_kernel(
     N, F, rows_per_program,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    cols, first, last = strip(N, F, rows_per_program, BLOCK_F)
+    cols, first, last = columns(N, F, rows_per_program, BLOCK_F)
     bias = load_bias(bias_ptr, cols, cols < F)
 
     for start in range(first, last, BLOCK_N):
@@ -76,7 +76,7 @@ def _bwd_kernel(
     N, F, rows_per_program,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    cols, first, last = strip(N, F, rows_per_program, BLOCK_F)
+    cols, first, last = columns(N, F, rows_per_program, BLOCK_F)
     bias = load_bias(bias_ptr, cols, cols < F)
     dbias = tl.zeros((1, BLOCK_F), tl.float32)
 
@@ -194,7 +194,7 @@ class _Gelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, du):
-        _door.refuse_double_backward("gelu")
+        _checks.refuse_double_backward("gelu")
         h, bias = ctx.saved_tensors
         dh, dbias = torch.empty_like(h), None
         if ctx.needs_input_grad[1]:
@@ -218,7 +218,7 @@ def gelu(h: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: a shape, dtype or device disagrees.
         RuntimeError: the gradient is differentiated.
     """
-    _door.check_floats(h=h, bias=bias)
+    _checks.check_floats(h=h, bias=bias)
     if h.dim() == 0 or h.shape[-1] == 0:
         raise ValueError(f"h must be (..., F) with F at least 1, got {tuple(h.shape)}")
     check_bias(bias, "F", h.shape[-1])

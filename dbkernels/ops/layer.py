@@ -14,11 +14,11 @@ and v are all that is computed and kept.
 import torch
 from torch import Tensor
 
-from dbkernels.ops import _door
+from dbkernels.ops import _checks
 from dbkernels.ops._cast import cast
 from dbkernels.ops._graph import compute_dtype, dtypes_as_they_are, is_last_to_read
 from dbkernels.ops._layer_call import LayerCall
-from dbkernels.ops._layer_door import check_layer, check_options
+from dbkernels.ops._layer_checks import check_layer, check_options
 from dbkernels.ops._layer_tensors import Activations, LayerModulation, LayerOptions, LayerWeights
 from dbkernels.ops._norm import NormOptions
 from dbkernels.ops._projection import Gradients
@@ -54,7 +54,7 @@ class _AdaLNLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, da, dm):
-        _door.refuse_double_backward("adaln_layer")
+        _checks.refuse_double_backward("adaln_layer")
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         owned = is_last_to_read()
@@ -99,11 +99,11 @@ def adaln_layer(
     heads: int,
     rotary: Tensor | None = None,
     mlp: str = "gelu",
-    norm: _door.Norm = "layer",
+    norm: _checks.Norm = "layer",
     eps: float = 1e-6,
     recompute: Recompute = "none",
     stream: ResidualStream | None = None,
-    tokens: int | None = None,
+    num_queries: int | None = None,
 ) -> Tensor:
     """Run one AdaLN layer, keeping for its backward what the policy says.
 
@@ -122,31 +122,31 @@ def adaln_layer(
         eps:         of the norms, in units of x**2
         recompute:   a name of `POLICIES`
         stream:      of the stack that this layer stands in: spares most layers keeping x
-        tokens:      1 to T: the first so many tokens' results alone, for which all T are keys and
+        num_queries: 1 to T: the first so many tokens' results alone, for which all T are keys and
                      values; None is T. What only others need is neither computed nor kept
     Returns:
-        (B, T or tokens, D), dtype of x.
+        (B, T or num_queries, D), dtype of x.
     Raises:
-        ValueError: a shape, dtype or device disagrees, a name is unknown, or tokens is not from 1
-            to T.
+        ValueError: a shape, dtype or device disagrees, a name is unknown, or num_queries is not
+            from 1 to T.
         RuntimeError: the gradient is differentiated.
     """
     check_options(mlp, recompute)
     dtype = compute_dtype(x, weights.qkv_weight)
     options = LayerOptions(
-        heads, mlp, NormOptions(eps, _door.check_norm(norm), dtype), recompute, tokens
+        heads, mlp, NormOptions(eps, _checks.check_norm(norm), dtype), recompute, num_queries
     )
     check_layer(x, modulation, rotary, weights, options)
-    if tokens == x.shape[1]:
-        options = options._replace(tokens=None)
-    x, modulation = x.contiguous(), _door.as_rows(modulation)
+    if num_queries == x.shape[1]:
+        options = options._replace(num_queries=None)
+    x, modulation = x.contiguous(), _checks.as_rows(modulation)
     if modulation.stride(-1) != 1:  # kernels read columns that follow each other
         modulation = modulation.contiguous()
     run = Run(x.detach()) if stream is None else stream.run_to(x)
     out, a, m = _AdaLNLayer.apply(
         options, x, modulation, rotary, *weights, run.start, *run.gates, *run.branches
     )
-    followed = stream is not None and options.tokens is None
+    followed = stream is not None and options.num_queries is None
     if followed and out.requires_grad and {"a", "m"} <= POLICIES[recompute].keeps:
         mod = LayerModulation(*modulation.chunk(6, dim=-1))
         stream.extend(run, out, [mod.gate1, mod.gate2], [a, m])

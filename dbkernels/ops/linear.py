@@ -9,7 +9,7 @@ few rows and 6 D columns, that copy is larger than all else it keeps; casting ag
 import torch
 from torch import Tensor
 
-from dbkernels.ops import _door
+from dbkernels.ops import _checks
 from dbkernels.ops._cast import cast
 from dbkernels.ops._graph import compute_dtype, dtypes_as_they_are
 from dbkernels.ops._projection import as_rows, product, project, sum_dtype
@@ -24,7 +24,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        _door.refuse_double_backward("linear")
+        _checks.refuse_double_backward("linear")
         x, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
         rows, shape, dtypes = as_rows(dy.contiguous()), x.shape, (x.dtype, weight.dtype)
@@ -55,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: a shape, dtype or device disagrees.
         RuntimeError: the gradient is differentiated.
     """
-    _door.check_floats(x=x, weight=weight, bias=bias)
+    _checks.check_floats(x=x, weight=weight, bias=bias)
     if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             "x and weight must be (..., D_in) and (D_out, D_in), "

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _door
+from dbkernels.ops import _checks
 from dbkernels.ops._heads import (
     angles,
     check_heads,
@@ -245,7 +245,7 @@ class _QKNormRotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dqk):
-        _door.refuse_double_backward("qk_norm_rotary")
+        _checks.refuse_double_backward("qk_norm_rotary")
         qkv, q_weight, k_weight, rotary = ctx.saved_tensors
         dq_weight, dk_weight = (
             None if weight is None else torch.empty_like(weight) for weight in (q_weight, k_weight)

@@ -97,7 +97,7 @@ def adaln_layer(
     mlp: str = "gelu",
     norm: str = "layer",
     eps: float = 1e-6,
-    tokens: int | None = None,
+    num_queries: int | None = None,
 ) -> Tensor:
     w, dtype = weights, weights.qkv_weight.dtype
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
@@ -111,7 +111,7 @@ def adaln_layer(
     y = adaln_norm(x, scale2, shift2, norm=norm, eps=eps).to(dtype)
     activation = {"gelu": gelu, "swiglu": swiglu}[mlp]
     h = F.linear(activation(F.linear(y, w.fc1_weight, w.fc1_bias)), w.fc2_weight, w.fc2_bias)
-    return gated_residual(x, h, gate2).to(x.dtype)[:, :tokens]
+    return gated_residual(x, h, gate2).to(x.dtype)[:, :num_queries]
 
 
 def linear_cross_entropy(

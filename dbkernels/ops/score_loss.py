@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _door
+from dbkernels.ops import _checks
 from dbkernels.ops._graph import is_last_to_read
 from dbkernels.ops._noise import (
     DRAW,
@@ -40,7 +40,7 @@ from dbkernels.ops._noise import (
 )
 from dbkernels.ops._norm import statistics_dtype
 from dbkernels.ops._register import register
-from dbkernels.ops._score_door import Reduction, Weight, check_score, error_weight
+from dbkernels.ops._score_checks import Reduction, Weight, check_score, error_weight
 from dbkernels.ops.philox import Draw
 
 
@@ -198,7 +198,7 @@ class _ScoreLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, _):
-        _door.refuse_double_backward("score_loss")
+        _checks.refuse_double_backward("score_loss")
         grads = ctx.saved_tensors
         return *(None if grad is None else _scaled(grad, dloss) for grad in grads), *[None] * 4
 

@@ -1,6 +1,6 @@
 """What the kernels' launchers allocate inside an op: partial sums, which no dispatcher sees.
 
-Their number is that of the launch itself, on the GPU that is rehearsed.
+Their number is that of the launch itself, on the GPU of a dry run.
 """
 
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from collections.abc import Callable
 from torch import Tensor
 from torch._ops import OpOverload
 
+from dbkernels.ops._columns import Share, column_tile, rows_per_column_tile
 from dbkernels.ops._heads import launch
 from dbkernels.ops._noise import noise_launch
-from dbkernels.ops._strip import Share, rows_per_strip, strip_tile
 from dbkernels.ops._tile import Registers, row_launch
 from dbkernels.ops.adaln_norm import BACKWARD_REGISTERS as NORM_REGISTERS
 from dbkernels.ops.gated_adaln_norm import BACKWARD_REGISTERS as GATED_NORM_REGISTERS
@@ -49,10 +49,10 @@ def _of_rows(name: str, registers: Registers, sums: int) -> Callable[[Arguments]
     return elements
 
 
-def _of_strips(share: Share) -> Callable[[Arguments], int]:
+def _of_columns(share: Share) -> Callable[[Arguments], int]:
     def elements(named: Arguments) -> int:
         N, F = named["du"].shape
-        rows = rows_per_strip(N, F, strip_tile(F, share), share, named["h"].device)
+        rows = rows_per_column_tile(N, F, column_tile(F, share), share, named["h"].device)
         return _shared(-(-N // rows), named["dbias"])
 
     return elements
@@ -77,8 +77,8 @@ _ELEMENTS: dict[str, Callable[[Arguments], int]] = {
     "adaln_norm_bwd": _of_rows("x", NORM_REGISTERS, 2),
     "gated_adaln_norm_bwd": _of_rows("x", GATED_NORM_REGISTERS, 3),
     "gated_residual_bwd": _of_rows("dy", GATE_REGISTERS, 1),
-    "gelu_bwd": _of_strips(GELU),
-    "swiglu_bwd": _of_strips(SWIGLU),
+    "gelu_bwd": _of_columns(GELU),
+    "swiglu_bwd": _of_columns(SWIGLU),
     "qk_norm_rotary_bwd": _of_heads,
     "score_loss_fwd": _of_tiles,
 }

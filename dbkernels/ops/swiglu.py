@@ -16,21 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _door
-from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops._register import register
-from dbkernels.ops._strip import (
+from dbkernels.ops import _checks
+from dbkernels.ops._columns import (
     Share,
     add_bias,
     check_bias,
     chunks,
+    columns,
     launch_backward,
     launch_forward,
     load_bias,
     load_tile,
     same_dtype,
-    strip,
 )
+from dbkernels.ops._norm import statistics_dtype
+from dbkernels.ops._register import register
 from dbkernels.ops._tile import SHARED_OUT
 
 FORWARD = Share(rows=4, registers=64)
@@ -46,7 +46,7 @@ def _fwd_kernel(
     N, F, rows_per_program,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    cols, first, last = strip(N, F, rows_per_program, BLOCK_F)
+    cols, first, last = columns(N, F, rows_per_program, BLOCK_F)
     bias_a = load_bias(bias_ptr, cols, cols < F)
     bias_b = load_bias(bias_ptr, F + cols, cols < F)
 
@@ -66,7 +66,7 @@ def _bwd_kernel(
     N, F, rows_per_program,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    cols, first, last = strip(N, F, rows_per_program, BLOCK_F)
+    cols, first, last = columns(N, F, rows_per_program, BLOCK_F)
     bias_a = load_bias(bias_ptr, cols, cols < F)
     bias_b = load_bias(bias_ptr, F + cols, cols < F)
     dbias_a = tl.zeros((1, BLOCK_F), tl.float32)
@@ -189,7 +189,7 @@ class _Swiglu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, du):
-        _door.refuse_double_backward("swiglu")
+        _checks.refuse_double_backward("swiglu")
         h, bias = ctx.saved_tensors
         dh, dbias = torch.empty_like(h), None
         if ctx.needs_input_grad[1]:
@@ -213,7 +213,7 @@ def swiglu(h: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: a shape, dtype or device disagrees.
         RuntimeError: the gradient is differentiated.
     """
-    _door.check_floats(h=h, bias=bias)
+    _checks.check_floats(h=h, bias=bias)
     if h.dim() == 0 or h.shape[-1] == 0 or h.shape[-1] % 2:
         raise ValueError(f"h must be (..., 2 F) with F at least 1, got {tuple(h.shape)}")
     check_bias(bias, "2 F", h.shape[-1])

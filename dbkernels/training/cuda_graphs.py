@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dbkernels.training.part import Part
+from dbkernels.training.param_group import ParamGroup
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -127,15 +127,15 @@ class CudaGraphs:
         self._recorded.clear()
 
 
-def open_cuda_graphs(device: torch.device, parts: Sequence[Part]) -> CudaGraphs:
+def open_cuda_graphs(device: torch.device, groups: Sequence[ParamGroup]) -> CudaGraphs:
     """The graphs of a trainer's steps.
 
     Args:
         device:  to train on
-        parts:   that steps update
+        groups:  that steps update
     Raises:
         ValueError: the device is no NVIDIA GPU.
     """
     if device.type != "cuda":
         raise ValueError(f"cuda_graphs must be run on an NVIDIA GPU, got device {device}")
-    return CudaGraphs(CudaRecorder(device, [part.optimizer for part in parts]))
+    return CudaGraphs(CudaRecorder(device, [group.optimizer for group in groups]))

@@ -28,7 +28,7 @@ def profile_trainer(trainer: Trainer, steps: int) -> dict[str, object]:
         By name; what only a GPU tells, of the first step and of the steady one that peaks highest,
         is None off a GPU.
     """
-    optimizers = [part.optimizer for part in trainer.parts.values()]
+    optimizers = [group.optimizer for group in trainer.groups.values()]
     peaks, seconds, first, steady = [], [], [], []
     for block in trainer.blocks:
         step = partial(trainer.step_block, block)

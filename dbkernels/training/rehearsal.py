@@ -20,13 +20,13 @@ from dbkernels.memory.predict import Prediction, predict
 from dbkernels.memory.trace import Trace
 from dbkernels.memory.workspace import Target
 from dbkernels.models.baseline import Baseline, use_baseline
-from dbkernels.ops._path import rehearse_gpu
+from dbkernels.ops._dry_run_device import dry_run_on_gpu
 from dbkernels.ops.scratch import scratch_bytes
 from dbkernels.training.data import Batch, ImageData, Put, forget_orders
 from dbkernels.training.offload.memory import flat_bytes
 from dbkernels.training.partition import Block
 from dbkernels.training.run import RunConfig
-from dbkernels.training.sharing import SHARED, own_part
+from dbkernels.training.sharing import SHARED, own_group
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import Offload
 
@@ -69,7 +69,7 @@ def rehearse(
 
     Args:
         config:    of the run; its data is not opened, and offload is the answer's, not its own;
-                   ends are rehearsed as if they were not compiled
+                   stem and head count as if they were not compiled
         baseline:  what runs the layers; None is the fused layer
         budget:    of the compiled baseline, as `use_baseline` has it
         target:    the device that is predicted
@@ -82,8 +82,8 @@ def rehearse(
     on_device = replace(config.trainer, offload="none", offload_dir="", prefetch=False)
     # a graph's steps need what they need op by op, but for a cut batch, which it holds as a whole
     on_device = replace(on_device, cuda_graphs=False)
-    # compiled ends keep no more than the same ends op by op, and have no kernels here
-    on_device = replace(on_device, compile_ends=False)
+    # a compiled stem or head keeps no more than op by op, and has no kernels here
+    on_device = replace(on_device, compile_stem_and_head=False)
     config = replace(config, trainer=on_device)
     with _pretending(target):
         trainer = trainer_with(config, "cpu", blank(config), baseline=baseline, budget=budget)
@@ -133,7 +133,7 @@ class _Mode(FakeTensorMode):
 def _pretending(target: Target) -> Iterator[None]:
     forget_orders()
     try:
-        with _Mode(), rehearse_gpu(target.processors) if target.is_gpu else nullcontext():
+        with _Mode(), dry_run_on_gpu(target.processors) if target.is_gpu else nullcontext():
             yield
     finally:
         forget_orders()
@@ -171,8 +171,8 @@ def _follow(trainer: Trainer, block: Block, target: Target) -> Trace:
     return record(
         partial(trainer.advance, block),
         model=_on_device(trainer, block),
-        optimizers=[part.optimizer for part in moved],
-        inputs=[tensor for part in moved for tensor in part.average.values()],
+        optimizers=[group.optimizer for group in moved],
+        inputs=[tensor for group in moved for tensor in group.average.values()],
         device=torch.device("cpu"),
         workspace=partial(_workspace, target),
     )
@@ -188,23 +188,23 @@ def _elsewhere(trainer: Trainer, block: Block) -> list[tuple[str, int]]:
     on_device = _on_device(trainer, block)
     read = {id(tensor) for tensor in (*on_device.parameters(), *on_device.buffers())}
     moved = trainer.moved(block)
-    idle = [part for part in trainer.parts.values() if part not in moved]
-    state = [t for part in idle for t in part.optimizer_tensors().values()]
+    idle = [group for group in trainer.groups.values() if group not in moved]
+    state = [t for group in idle for t in group.optimizer_tensors().values()]
     # copies of what the blocks share have buffers of their own
     every = [*trainer.models.parameters(), *trainer.models.buffers()]
     tensors = {
         "parameters": [tensor for tensor in every if id(tensor) not in read],
         "optimizer": state,
-        "inputs": [t for part in idle for t in part.average.values()],
+        "inputs": [t for group in idle for t in group.average.values()],
     }
     return [(name, t.nbytes) for name, several in tensors.items() for t in several]
 
 
 def _empty(trainer: Trainer, block: Block, slots: int) -> list[tuple[str, int]]:
     """Category and bytes of the slots that a block does not fill."""
-    parts = trainer.parts.items()
-    sizes = {n: flat_bytes(t.nbytes for t in p.tensors()) for n, p in parts if n != SHARED}
-    own = sizes.get(own_part(block), 0)
+    groups = trainer.groups.items()
+    sizes = {n: flat_bytes(t.nbytes for t in p.tensors()) for n, p in groups if n != SHARED}
+    own = sizes.get(own_group(block), 0)
     room = slots * max(sizes.values(), default=0)
     return [("parameters", room - own)] if room > own else []
 

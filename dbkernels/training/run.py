@@ -16,8 +16,8 @@ import torch
 
 from dbkernels.diffusion.gaussian import LogNormal, Scheme
 from dbkernels.models import FAMILIES, DiTConfig, ViTConfig
-from dbkernels.models.ends import compile_ends
 from dbkernels.models.family import Batch
+from dbkernels.models.stem_and_head import compile_stem_and_head
 from dbkernels.ops.philox import Draw
 from dbkernels.training import checkpoint
 from dbkernels.training.augment import drop_labels, mirror, shift
@@ -133,9 +133,9 @@ class RunConfig:
             sigma_data=self.model.sigma_data,
         )
         augment = self._augment()
-        if self.trainer.compile_ends:
+        if self.trainer.compile_stem_and_head:
             for model in (models.model, *models.copies):
-                compile_ends(model, device or next(model.parameters()).device)
+                compile_stem_and_head(model, device or next(model.parameters()).device)
         return Trainer(models, data, objective, self.trainer, augment=augment, device=device)
 
     def _augment(self) -> Augment | None:

@@ -1,7 +1,7 @@
 """What the blocks share, and the copies that make them independent.
 
 The published code of arXiv:2506.14202 trains one stem, table and head with every block's steps; its
-text lets no parameter be shared. Both are here: one setting, read once, when the parts are made.
+text lets no parameter be shared. Both are here: one setting, read once, when the groups are made.
 """
 
 import copy
@@ -16,11 +16,11 @@ from dbkernels.training.partition import Block
 
 Sharing = Literal["joint", "copies"]
 Parameters = dict[str, nn.Parameter]
-SHARED = "shared"  # name of the part that the steps of several blocks update
+SHARED = "shared"  # name of the group that the steps of several blocks update
 
 
-def own_part(block: Block) -> str:
-    """Name of the part that the steps of one block alone update."""
+def own_group(block: Block) -> str:
+    """Name of the group that the steps of one block alone update."""
     return f"block{block.index}"
 
 
@@ -59,20 +59,20 @@ class BlockModels(nn.Module):
         """The model that a block trains and serves with."""
         return self.copies[block.index - 1] if self.copies and block.index else self.model
 
-    def parts(self) -> dict[str, Parameters]:
+    def groups(self) -> dict[str, Parameters]:
         """Trainable parameters by the steps that update them: each block's own, and the shared.
 
-        Every parameter is in one part, under its name in `named_parameters`. A layer that several
+        Every parameter is in one group, under its name in `named_parameters`. A layer that several
         blocks run is shared.
         """
-        reached = {own_part(block): self._reached(block) for block in self.blocks}
+        reached = {own_group(block): self._reached(block) for block in self.blocks}
         times = Counter(name for parameters in reached.values() for name in parameters)
-        parts: dict[str, Parameters] = {part: {} for part in reached}
+        groups: dict[str, Parameters] = {group: {} for group in reached}
         shared: Parameters = {}
-        for part, parameters in reached.items():
+        for group, parameters in reached.items():
             for name, parameter in parameters.items():
-                (parts[part] if times[name] == 1 else shared)[name] = parameter
-        return {**parts, SHARED: shared} if shared else parts
+                (groups[group] if times[name] == 1 else shared)[name] = parameter
+        return {**groups, SHARED: shared} if shared else groups
 
     def _reached(self, block: Block) -> Parameters:
         """The trainable parameters that a step on a block can move."""

@@ -23,13 +23,13 @@ from dbkernels.training.cuda_graphs import open_cuda_graphs
 from dbkernels.training.data import ImageData, batch_indices
 from dbkernels.training.micro_batch import MicroBatch
 from dbkernels.training.offload.offloader import open_offloader
-from dbkernels.training.part import Part
+from dbkernels.training.param_group import ParamGroup
 from dbkernels.training.partition import Block
 from dbkernels.training.pending import Numbers, Pending, Row, Rows
 from dbkernels.training.randomness import stream_seed
 from dbkernels.training.samples import HeldSamples, ReadSamples, Samples
 from dbkernels.training.schedule import learning_rate
-from dbkernels.training.sharing import SHARED, BlockModels, load_weights, own_part
+from dbkernels.training.sharing import SHARED, BlockModels, load_weights, own_group
 from dbkernels.training.staging import Staging
 from dbkernels.training.trainer_config import TrainerConfig
 from dbkernels.training.updater import updater
@@ -77,22 +77,22 @@ class Trainer:
             least=1 if not config.optimizer_in_backward else config.batch_size,
         )
         self.offloader = open_offloader(models, self.device, config)
-        self.parts: dict[str, Part] = {}
-        for name, parameters in self.models.parts().items():
-            self.parts[name] = part = self._part(name, parameters)
+        self.groups: dict[str, ParamGroup] = {}
+        for name, parameters in self.models.groups().items():
+            self.groups[name] = group = self._group(name, parameters)
             if config.offload != "none":
-                self.offloader.adopt(name, part)
-        parts = list(self.parts.values())
-        self.updater = updater(config.optimizer_in_backward, config.clip, parts, self.device)
+                self.offloader.adopt(name, group)
+        groups = list(self.groups.values())
+        self.updater = updater(config.optimizer_in_backward, config.clip, groups, self.device)
         self.staging = Staging(self.device)
-        self.cuda_graphs = open_cuda_graphs(self.device, parts) if config.cuda_graphs else None
+        self.cuda_graphs = open_cuda_graphs(self.device, groups) if config.cuda_graphs else None
         # what a graph reads of a step
         self._held = HeldSamples()
         self._block_step = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def _part(self, name: str, parameters: dict[str, nn.Parameter]) -> Part:
+    def _group(self, name: str, parameters: dict[str, nn.Parameter]) -> ParamGroup:
         config = self.config
-        return Part(
+        return ParamGroup(
             parameters,
             total=self.total_steps if name == SHARED else config.steps,
             weight_decay=config.weight_decay,
@@ -146,9 +146,9 @@ class Trainer:
         row |= {"loss": math.nan, "grad_norm": math.nan, "lr": self._rate(own)}
         numbers = Numbers(self.advance(block))
         if (following := self.block_order.next_block(self.step)) is not None:
-            self.offloader.prefetch(own_part(self.blocks[following]))
-        for part in moved:
-            part.steps += 1
+            self.offloader.prefetch(own_group(self.blocks[following]))
+        for group in moved:
+            group.steps += 1
         self.step += 1
         if self.micro_batch.size != micro_batch:
             row["micro_batch"] = self.micro_batch.size
@@ -166,8 +166,8 @@ class Trainer:
     ) -> FloatingPointError:
         """Count a step that was not finite, and those after it, as if they had not been."""
         self.step = before["step"]
-        for name, part in self.parts.items():
-            part.steps = before["parts"][name]
+        for name, group in self.groups.items():
+            group.steps = before["groups"][name]
         self.updater.go_on()
         # where the loss is finite, a gradient is not, and those before it have been used
         some = self.config.optimizer_in_backward and math.isfinite(loss)
@@ -187,12 +187,12 @@ class Trainer:
             for what an optimizer in the backward had moved by then; nor is anything updated from
             there on, until the step's `Pending.row` has raised.
         """
-        self.offloader.enter(own_part(block))
+        self.offloader.enter(own_group(block))
         moved = self.moved(block)
         # a step that something else cut short, such as a broken image, has left its own
         _drop_gradients(moved)
-        for part in moved:
-            part.prepare(self._rate(part))
+        for group in moved:
+            group.prepare(self._rate(group))
         block_step = moved[0].steps
         indices = batch_indices(
             len(self.data),
@@ -213,10 +213,10 @@ class Trainer:
         """Steps that one graph serves: the same tensors at the same addresses."""
         return block.index, self.offloader.slot, self.micro_batch.size
 
-    def moved(self, block: Block) -> list[Part]:
-        """What a step on a block updates: its own part, and the shared one if there is one."""
-        names = own_part(block), SHARED
-        return [self.parts[name] for name in names if name in self.parts]
+    def moved(self, block: Block) -> list[ParamGroup]:
+        """What a step on a block updates: its own group, and the shared one if there is one."""
+        names = own_group(block), SHARED
+        return [self.groups[name] for name in names if name in self.groups]
 
     def _update(self, block: Block, draw: Draw, samples: Samples) -> tuple[Tensor, Tensor]:
         """What a step runs on the device, once its inputs are there; loss and norm."""
@@ -244,23 +244,23 @@ class Trainer:
             draw = replace(draw, sample=draw.sample + count)
         return total
 
-    def _rate(self, part: Part) -> float:
+    def _rate(self, group: ParamGroup) -> float:
         config = self.config
-        # the shared parts see every block's steps, so their warm-up is as many times longer
-        warmup = config.warmup * part.total // config.steps
+        # the shared groups see every block's steps, so their warm-up is as many times longer
+        warmup = config.warmup * group.total // config.steps
         return learning_rate(
-            part.steps, part.total, lr=config.lr, warmup=warmup, decay=config.decay
+            group.steps, group.total, lr=config.lr, warmup=warmup, decay=config.decay
         )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a checkpoint must hold: weights, their average, optimizer state."""
-        parts = self.parts.values()
+        groups = self.groups.values()
         self.offloader.wait()
         weights = {name: p.detach() for name, p in self.models.named_parameters()}
-        average = {name: tensor for part in parts for name, tensor in part.average.items()}
-        optimizer = {k: v for part in parts for k, v in part.optimizer_tensors().items()}
-        groups = {"model": weights, "ema": average, "optimizer": optimizer}
-        return {group: tensors for group, tensors in groups.items() if tensors}
+        average = {name: tensor for group in groups for name, tensor in group.average.items()}
+        optimizer = {k: v for group in groups for k, v in group.optimizer_tensors().items()}
+        found = {"model": weights, "ema": average, "optimizer": optimizer}
+        return {name: tensors for name, tensors in found.items() if tensors}
 
     def counters(self) -> Counters:
         """The counts of steps, and what was found out on the way, that a checkpoint must hold.
@@ -268,12 +268,12 @@ class Trainer:
         The row of every step that was launched must have been read: one that was not finite counts
         until then.
         """
-        steps = {name: part.steps for name, part in self.parts.items()}
+        steps = {name: group.steps for name, group in self.groups.items()}
         found = {
             "steps_per_swap": self.block_order.steps_per_swap,
             "micro_batch": self.micro_batch.size,
         }
-        return {"step": self.step, "parts": steps, **found}
+        return {"step": self.step, "groups": steps, **found}
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], counters: Counters) -> None:
         """Go on from what `tensors` and `counters` once gave, bit for bit.
@@ -289,9 +289,9 @@ class Trainer:
             )
         self.offloader.settle()
         load_weights(self.models, tensors["model"])
-        for name, part in self.parts.items():
-            steps = counters["parts"][name]
-            part.restore(steps, tensors.get("ema", {}), tensors.get("optimizer", {}))
+        for name, group in self.groups.items():
+            steps = counters["groups"][name]
+            group.restore(steps, tensors.get("ema", {}), tensors.get("optimizer", {}))
         self.step, self.block_order.steps_per_swap = counters["step"], counters["steps_per_swap"]
         self.micro_batch.size = size
         self.updater.go_on()
@@ -308,6 +308,6 @@ def _device(
     return device
 
 
-def _drop_gradients(parts: list[Part]) -> None:
-    for part in parts:
-        part.optimizer.zero_grad()
+def _drop_gradients(groups: list[ParamGroup]) -> None:
+    for group in groups:
+        group.optimizer.zero_grad()

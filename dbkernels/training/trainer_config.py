@@ -36,7 +36,7 @@ class TrainerConfig:
     """Update each parameter as soon as the backward has its gradient, and free the gradient."""
     cuda_graphs: bool = False
     """Replay the steps of each block as one CUDA graph, which takes a GPU."""
-    compile_ends: bool = False
+    compile_stem_and_head: bool = False
     """Compile what runs before and after a block's layers with torch.compile; moves rounding."""
     autocast: bool = False
     """Compute in bfloat16; parameters stay float32."""

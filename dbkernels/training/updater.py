@@ -16,17 +16,17 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from dbkernels.training.part import Part
+from dbkernels.training.param_group import ParamGroup
 
 
 class Updater(Protocol):
-    """What makes of a loss the updates of some parts. Nothing is read back from the device."""
+    """What makes of a loss the updates of some groups. Nothing is read back from the device."""
 
     def backward(self, loss: Tensor) -> None:
         """Differentiate a loss, or a micro-batch's share of one."""
         ...
 
-    def finish(self, loss: Tensor, parts: Sequence[Part]) -> Tensor:
+    def finish(self, loss: Tensor, groups: Sequence[ParamGroup]) -> Tensor:
         """End an update, whose losses sum to `loss`; no gradient is left.
 
         Returns:
@@ -55,16 +55,16 @@ class OptimizerAfterBackward:
         """As `Updater.backward`; gradients add up."""
         loss.backward()
 
-    def finish(self, loss: Tensor, parts: Sequence[Part]) -> Tensor:
+    def finish(self, loss: Tensor, groups: Sequence[ParamGroup]) -> Tensor:
         """As `Updater.finish`."""
-        parameters = [p for part in parts for p in part.parameters.values()]
+        parameters = [p for group in groups for p in group.parameters.values()]
         norm = nn.utils.clip_grad_norm_(parameters, self._clip)
         norm = torch.where(self._finite, norm, torch.nan)
         # in place, where a graph finds it
         self._finite.copy_(torch.isfinite(loss + norm))
-        for part in parts:
-            part.update(where=self._finite)
-            part.move_average(where=self._finite)
+        for group in groups:
+            group.update(where=self._finite)
+            group.move_average(where=self._finite)
         return norm
 
     def go_on(self) -> None:
@@ -79,16 +79,16 @@ class OptimizerInBackward:
     that these parameters are in finds their gradients as ever.
 
     Args:
-        parts:   all that it will ever update
+        groups:  all that it will ever update
         device:  of their updates
     """
 
-    def __init__(self, parts: Sequence[Part], device: torch.device | str):
+    def __init__(self, groups: Sequence[ParamGroup], device: torch.device | str):
         self._finite = _true(device)  # loss and gradients of every update so far
         self._squares, self._updates = torch.zeros(()), False
-        for part in parts:
-            for parameter in part.parameters.values():
-                parameter.register_post_accumulate_grad_hook(partial(self._update, part))
+        for group in groups:
+            for parameter in group.parameters.values():
+                parameter.register_post_accumulate_grad_hook(partial(self._update, group))
 
     def backward(self, loss: Tensor) -> None:
         """As `Updater.backward`, once in an update."""
@@ -100,18 +100,18 @@ class OptimizerInBackward:
         finally:
             self._updates = False
 
-    def _update(self, part: Part, parameter: Tensor) -> None:
+    def _update(self, group: ParamGroup, parameter: Tensor) -> None:
         if not self._updates:
             return
         self._squares += torch.linalg.vector_norm(parameter.grad).square()
-        part.update(where=torch.isfinite(self._squares), only=parameter)
+        group.update(where=torch.isfinite(self._squares), only=parameter)
 
-    def finish(self, loss: Tensor, parts: Sequence[Part]) -> Tensor:
+    def finish(self, loss: Tensor, groups: Sequence[ParamGroup]) -> Tensor:
         """As `Updater.finish`."""
         # in place, where a graph finds it
         self._finite.copy_(torch.isfinite(self._squares))
-        for part in parts:
-            part.move_average(where=self._finite)
+        for group in groups:
+            group.move_average(where=self._finite)
         return self._squares.sqrt()
 
     def go_on(self) -> None:
@@ -124,16 +124,19 @@ def _true(device: torch.device | str) -> Tensor:
 
 
 def updater(
-    optimizer_in_backward: bool, clip: float, parts: Sequence[Part], device: torch.device | str
+    optimizer_in_backward: bool,
+    clip: float,
+    groups: Sequence[ParamGroup],
+    device: torch.device | str,
 ) -> Updater:
     """The updater of a setting.
 
     Args:
         optimizer_in_backward:  whether a parameter is updated as soon as it has its gradient
         clip:    after the backward, as `OptimizerAfterBackward` has it
-        parts:   all that it will ever update
+        groups:  all that it will ever update
         device:  of their updates
     """
     if optimizer_in_backward:
-        return OptimizerInBackward(parts, device)
+        return OptimizerInBackward(groups, device)
     return OptimizerAfterBackward(clip, device)

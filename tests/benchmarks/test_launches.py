@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbkernels.ops import adaln_norm, attention, linear
 from dbkernels.ops._cast import cast
-from dbkernels.ops._path import rehearse_gpu
+from dbkernels.ops._dry_run_device import dry_run_on_gpu
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -18,7 +18,7 @@ def launched(bench):
 
     def count(function, *shapes, dtype=F32, grad=False):
         counter = bench("launches").Launches()
-        with FakeTensorMode(), rehearse_gpu(132):
+        with FakeTensorMode(), dry_run_on_gpu(132):
             tensors = [torch.empty(shape, dtype=dtype, requires_grad=grad) for shape in shapes]
             with counter:
                 function(*tensors)
@@ -179,7 +179,7 @@ def test_what_is_counted_is_what_eager_s_ops_say(bench):
     """Each op of eager's layer under autocast, by what it is for."""
     case = bench("layer_case").LayerCase(2, 64, 32, 2, 128, "autocast")
     player = bench("layer_case").Competitor("eager")
-    with FakeTensorMode(), rehearse_gpu(132):
+    with FakeTensorMode(), dry_run_on_gpu(132):
         inputs = bench("layer_case").make_inputs(case, torch.device("cpu"))
         step = bench("layer_case").LayerStep(player.function(case.H), inputs, True)
         with bench("launches").Launches() as counter:

@@ -34,7 +34,7 @@ def test_the_losses_of_one_noise_agree(noise_case):
     torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-6)
 
 
-def test_both_ends_give_the_networks_input_and_the_predictions_gradient(noise_case):
+def test_before_and_after_the_network_give_its_input_and_the_predictions_gradient(noise_case):
     case = make_case(noise_case, "noise_and_loss")
     inputs = case.inputs()
     for (call,) in case.calls([inputs]).values():

@@ -83,7 +83,7 @@ def test_ways_train_the_same_parameters_with_the_same_state(bench, made):
     first, *others = ({id(p) for p in t.models.parameters()} for t in trainers)
     assert all(each == first for each in others)
     moments = [
-        {id(t) for part in trainer.parts.values() for t in part.optimizer_tensors().values()}
+        {id(t) for group in trainer.groups.values() for t in group.optimizer_tensors().values()}
         for trainer in trainers
     ]
     assert moments[0] == moments[1] == moments[2]
@@ -120,7 +120,7 @@ def test_steps_take_the_blocks_in_turn(bench, made):
     steps.sweep()
     steps()
     assert steps.visited == [0, 1, 2, 0]
-    assert [trainer.parts[f"block{i}"].steps for i in range(3)] == [2, 1, 1]
+    assert [trainer.groups[f"block{i}"].steps for i in range(3)] == [2, 1, 1]
 
 
 def test_policies_of_one_block_with_offload_are_one_trainers(bench, made):

@@ -86,14 +86,14 @@ def test_numbers_and_gradients_are_those_of_the_specification(method, config):
 def test_the_first_tokens_are_taken_of_all(method):
     layer = baseline(randomise(AdaLNLayer(CONFIGS[0])), method)
     x, c = torch.randn(B, T, D, requires_grad=True), torch.randn(B, 7)
-    whole, some = layer(x, c), layer(x, c, tokens=2)
+    whole, some = layer(x, c), layer(x, c, num_queries=2)
     assert torch.equal(some, whole[:, :2])
     # whoever keeps them does not keep the others
     assert some.untyped_storage().nbytes() == B * 2 * D * 4
     (expected,) = torch.autograd.grad(whole[:, :2].square().sum(), x)
     assert torch.equal(torch.autograd.grad(some.square().sum(), x)[0], expected)
     with pytest.raises(ValueError, match="tokens must be an integer from 1 to T = 5, or"):
-        layer(x, c, tokens=0)
+        layer(x, c, num_queries=0)
 
 
 @each_method

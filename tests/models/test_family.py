@@ -133,10 +133,10 @@ def test_a_step_runs_one_end_before_its_layers_and_one_after(family, monkeypatch
 
         return run
 
-    for name in model.ends:
+    for name in model.stem_and_head:
         monkeypatch.setattr(type(model), name, announced(name, getattr(type(model), name)))
     model.losses(DRAW, LEVEL, (0, 1), batch)
-    before, after = model.ends
+    before, after = model.stem_and_head
     assert running == [before, before, "layer", "layer", after, after]
 
 
@@ -152,7 +152,7 @@ class Recurrent(nn.Module):
     """Prelude, core and coda over tokens; the core is run as often as a block's layers say."""
 
     target_parts = ("table",)
-    ends = ()
+    stem_and_head = ()
 
     def __init__(self, words=5, D=16):
         super().__init__()
@@ -228,7 +228,7 @@ def test_a_recurrent_stack_is_trained_and_sampled_unchanged(num_blocks):
     names = {"block0"} if num_blocks == 1 else {"block0", "block1", "shared"}
     assert set(trainer.counters()["parts"]) == names
     if num_blocks == 2:
-        assert "model.layers.1.mlp.fc1.weight" in trainer.parts["shared"].parameters
+        assert "model.layers.1.mlp.fc1.weight" in trainer.groups["shared"].parameters
     batch = data.batch(torch.arange(12), torch.clone)
     z = start(torch.randn(12, 6, 16), 80.0, 0.5)
     # heun's correction magnifies errors by the ratio of neighbouring levels

@@ -39,10 +39,10 @@ def with_gradients(layers, args, run):
 def test_the_first_tokens_of_a_stack_are_the_first_of_all(config, depth, per_token):
     layers = [randomise(AdaLNLayer(config)).double() for _ in range(depth)]
     args = inputs(per_token=per_token)
-    for tokens in (1, T - 1, T):
-        some = with_gradients(layers, args, partial(run_layers, tokens=tokens))
-        whole = with_gradients(layers, args, lambda *a, n=tokens: run_layers(*a)[:, :n])
-        assert some[0].shape == (B, tokens, D)
+    for num_queries in (1, T - 1, T):
+        some = with_gradients(layers, args, partial(run_layers, num_queries=num_queries))
+        whole = with_gradients(layers, args, lambda *a, n=num_queries: run_layers(*a)[:, :n])
+        assert some[0].shape == (B, num_queries, D)
         for actual, expected in zip(some, whole, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
@@ -50,27 +50,29 @@ def test_the_first_tokens_of_a_stack_are_the_first_of_all(config, depth, per_tok
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_layer_gives_the_first_tokens_alone(config):
     layer, args = randomise(AdaLNLayer(config)).double(), inputs()
-    torch.testing.assert_close(layer(*args, tokens=2), layer(*args)[:, :2], rtol=1e-10, atol=1e-10)
-    assert torch.equal(layer(*args, tokens=T), layer(*args))
+    torch.testing.assert_close(
+        layer(*args, num_queries=2), layer(*args)[:, :2], rtol=1e-10, atol=1e-10
+    )
+    assert torch.equal(layer(*args, num_queries=T), layer(*args))
 
 
 def test_only_the_last_layer_leaves_tokens_out():
     layers, shapes = [AdaLNLayer(CONFIGS[0]).double() for _ in range(3)], []
     for layer in layers:
         layer.register_forward_hook(lambda _, args, out: shapes.append(tuple(out.shape)))
-    run_layers(layers, *inputs(), tokens=2)
+    run_layers(layers, *inputs(), num_queries=2)
     assert shapes == [(B, T, D), (B, T, D), (B, 2, D)]
 
 
 def test_no_layer_gives_the_first_tokens_of_x():
     x, c, rotary = inputs()
     assert run_layers([], x, c, rotary) is x
-    assert torch.equal(run_layers([], x, c, rotary, tokens=2), x[:, :2])
+    assert torch.equal(run_layers([], x, c, rotary, num_queries=2), x[:, :2])
 
 
 def test_rejects_more_tokens_than_there_are():
     layer = AdaLNLayer(CONFIGS[0]).double()
-    message = r"tokens must be an integer from 1 to T = 5, or None, got 6"
+    message = r"num_queries must be an integer from 1 to T = 5, or None, got 6"
     for run in (layer, partial(run_layers, []), partial(run_layers, [layer, layer])):
         with pytest.raises(ValueError, match=message):
-            run(*inputs(), tokens=6)
+            run(*inputs(), num_queries=6)

@@ -82,7 +82,7 @@ def written_out(model, z, level, layers, image):
     patches = model.patch(patchify(image, CONFIG.patch))
     token = ((sigma**2 + data**2).rsqrt() * z)[:, None].to(patches)
     x = torch.cat([token, patches], dim=1) + model.positions
-    x = run_layers([model.layers[index] for index in layers], x, c, tokens=1)
+    x = run_layers([model.layers[index] for index in layers], x, c, num_queries=1)
     skip = data**2 / (sigma**2 + data**2)
     out = sigma * data / (sigma**2 + data**2).sqrt()
     D = skip * z + out * model.norm(x[:, 0])

@@ -17,15 +17,15 @@ STEPS = [
 class Branch:
     """Weights and the tensors around the attention of one layer, with queries of some tokens."""
 
-    def __init__(self, *, std=1.0, tokens=None, **options):
+    def __init__(self, *, std=1.0, num_queries=None, **options):
         layer = OneLayer(B, T, D, H, dtypes=(torch.float64,) * 3, **options)
         self.w, self.rotary = layer.weights, layer.options["rotary"]
         self.whole = std * torch.randn(B, T, 3 * D, dtype=torch.float64)
-        self.tokens, self.qkv = tokens, QKV(None, self.whole)
-        if tokens is not None:
-            q, kv = self.whole[:, :tokens, :D], self.whole[..., D:]
+        self.num_queries, self.qkv = num_queries, QKV(None, self.whole)
+        if num_queries is not None:
+            q, kv = self.whole[:, :num_queries, :D], self.whole[..., D:]
             self.qkv = QKV(q.contiguous(), kv.contiguous())
-        self.da = torch.randn(B, tokens or T, D, dtype=torch.float64)
+        self.da = torch.randn(B, num_queries or T, D, dtype=torch.float64)
         self.wanted = [name for name in ATTENTION_WEIGHTS if getattr(self.w, name) is not None]
 
     def attend(self):
@@ -50,17 +50,17 @@ class Branch:
             rotary=self.rotary,
         )  # fmt: skip
         v = leaves["qkv"].unflatten(-1, (3, H, -1))[:, :, 2]
-        attended = reference.attention(q, k, v).flatten(2)[:, : self.tokens]
+        attended = reference.attention(q, k, v).flatten(2)[:, : self.num_queries]
         a = attended @ leaves["out_weight"].T + leaves.get("out_bias", 0)
         grads = torch.autograd.grad(a, list(leaves.values()), self.da)
         return attended.detach(), dict(zip(leaves, grads, strict=True))
 
 
-@pytest.mark.parametrize("tokens", [None, 1, 3])
+@pytest.mark.parametrize("num_queries", [None, 1, 3])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("steps", STEPS, ids=str)
-def test_agrees_with_autograd(steps, bias, tokens):
-    branch = Branch(bias=bias, tokens=tokens, **steps)
+def test_agrees_with_autograd(steps, bias, num_queries):
+    branch = Branch(bias=bias, num_queries=num_queries, **steps)
     attended, logsumexp = branch.attend()
     expected, grads = branch.exact()
     torch.testing.assert_close(attended, expected)
@@ -71,10 +71,10 @@ def test_agrees_with_autograd(steps, bias, tokens):
         torch.testing.assert_close(sums[name], grad)
 
 
-@pytest.mark.parametrize("tokens", [None, 2])
+@pytest.mark.parametrize("num_queries", [None, 2])
 @pytest.mark.parametrize("steps", STEPS, ids=str)
-def test_the_attention_is_computed_again_where_it_was_not_kept(steps, tokens):
-    branch = Branch(tokens=tokens, **steps)
+def test_the_attention_is_computed_again_where_it_was_not_kept(steps, num_queries):
+    branch = Branch(num_queries=num_queries, **steps)
     dqkv, sums = branch.backward(*branch.attend())
     again, sums_again = branch.backward(None, None)
     assert torch.equal(again, dqkv)
@@ -82,10 +82,10 @@ def test_the_attention_is_computed_again_where_it_was_not_kept(steps, tokens):
         assert torch.equal(sums_again[name], grad)
 
 
-@pytest.mark.parametrize("tokens", [None, 2])
+@pytest.mark.parametrize("num_queries", [None, 2])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_without_a_norm_the_gradient_may_be_written_over_qkv(rotated, tokens):
-    branch = Branch(qk_norm=False, rotated=rotated, tokens=tokens)
+def test_without_a_norm_the_gradient_may_be_written_over_qkv(rotated, num_queries):
+    branch = Branch(qk_norm=False, rotated=rotated, num_queries=num_queries)
     attended = branch.attend()
     dqkv, _ = branch.backward(*attended)
     over, _ = branch.backward(*attended, dqkv=branch.qkv)

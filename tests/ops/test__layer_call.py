@@ -9,10 +9,10 @@ from dbkernels.memory.measure import measure_peak
 from dbkernels.ops import POLICIES
 from dbkernels.ops import _layer_call as layer_module
 from dbkernels.ops import _mlp_branch as mlp_module
+from dbkernels.ops._dry_run_device import dry_run_on_gpu
 from dbkernels.ops._layer_call import LayerCall, _buffer
 from dbkernels.ops._layer_tensors import Activations, LayerOptions, LayerWeights
 from dbkernels.ops._norm import NormOptions
-from dbkernels.ops._path import rehearse_gpu
 from dbkernels.ops._projection import Gradients
 
 B, T, D, H = 2, 5, 24, 3
@@ -35,7 +35,7 @@ def kept_by(call, activations):
 def backward(call, kept, *, owned=False):
     """Every gradient, by name."""
     gradients = Gradients(WANTED, call.weights.qkv_weight.dtype)
-    dout = call.x[:, : call.options.tokens].cos()
+    dout = call.x[:, : call.options.num_queries].cos()
     dx, dmodulation = call.backward(dout, kept._asdict(), gradients, owned=owned)
     return {"x": dx, "modulation": dmodulation, **gradients.sums}
 
@@ -277,7 +277,7 @@ def test_a_gpu_makes_again_as_many_tokens_at_once_as_leave_the_peak_where_it_is(
 
     call = layer_call(recompute)
     samples, each = 5, 4096
-    with FakeTensorMode(allow_non_fake_inputs=True), rehearse_gpu(132), Parts() as parts:
+    with FakeTensorMode(allow_non_fake_inputs=True), dry_run_on_gpu(132), Parts() as parts:
         x, modulation = torch.empty(samples, each, D), torch.empty(samples, 6 * D)
         call = call._replace(x=x, modulation=modulation, rotary=None)
         _, activations = call.forward()

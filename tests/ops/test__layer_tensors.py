@@ -39,4 +39,4 @@ def test_activations_come_in_the_order_of_the_forward():
 
 
 def test_a_layer_gives_all_tokens_unless_it_is_told_otherwise():
-    assert LayerOptions(1, "gelu", None, "none").tokens is None
+    assert LayerOptions(1, "gelu", None, "none").num_queries is None

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dbkernels.memory.measure import measure_peak
 from dbkernels.ops import _mlp_branch as module
 from dbkernels.ops import reference
+from dbkernels.ops._dry_run_device import dry_run_on_gpu
 from dbkernels.ops._mlp_branch import ACTIVATIONS, CHUNK, mlp_branch, mlp_branch_backward
-from dbkernels.ops._path import rehearse_gpu
 from dbkernels.ops._projection import Gradients
 
 B, T, D = 2, 5, 24
@@ -152,7 +152,7 @@ class FirstHalf(TorchDispatchMode):
 
 def activations_of_a_gpu(tokens, *, kept, mlp="gelu", bias=True, dtype=BF16):
     w = branch(mlp, bias=bias, dtype=dtype)[0]
-    with FakeTensorMode(allow_non_fake_inputs=True), rehearse_gpu(132), FirstHalf() as seen:
+    with FakeTensorMode(allow_non_fake_inputs=True), dry_run_on_gpu(132), FirstHalf() as seen:
         hidden = torch.empty(tokens, len(w.fc1_weight), dtype=dtype) if kept else None
         mlp_branch(torch.empty(1, tokens, D, dtype=dtype), mlp, w, hidden=hidden)
     return seen.tokens

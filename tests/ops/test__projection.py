@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbkernels.ops import _projection as module
-from dbkernels.ops._path import rehearse_gpu
+from dbkernels.ops._dry_run_device import dry_run_on_gpu
 from dbkernels.ops._projection import Gradients, add_product, as_rows, chunks, project
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
@@ -73,7 +73,7 @@ def test_a_gpu_gives_float32_parameters_gradients_that_were_never_rounded(
     gpu, parameters, expected
 ):
     gradients = Gradients(WANTED, parameters)
-    with FakeTensorMode(), rehearse_gpu(132) if gpu else nullcontext():
+    with FakeTensorMode(), dry_run_on_gpu(132) if gpu else nullcontext():
         x, dy = torch.empty(5, 6, dtype=BF16), torch.empty(5, 4, dtype=BF16)
         gradients.add_projection("fc", dy, x)
     assert {t.dtype for t in gradients.sums.values()} == {expected}
@@ -82,7 +82,7 @@ def test_a_gpu_gives_float32_parameters_gradients_that_were_never_rounded(
 @pytest.mark.parametrize("gpu", [False, True])
 def test_parts_of_products_add_up_in_float32(gpu):
     gradients = Gradients(WANTED, BF16)
-    with FakeTensorMode(), rehearse_gpu(132) if gpu else nullcontext():
+    with FakeTensorMode(), dry_run_on_gpu(132) if gpu else nullcontext():
         x, dy = torch.empty(5, 6, dtype=BF16), torch.empty(5, 4, dtype=BF16)
         for _ in range(2):
             gradients.add_weight("fc", dy, x, part=True)

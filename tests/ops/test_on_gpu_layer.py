@@ -79,16 +79,16 @@ LAYERS = [
 
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_a_layer_is_as_accurate_as_eager_at_each_policy(case, size):
-    recompute, shape, tokens, mlp, norm, dtypes, qk_norm = case
+    recompute, shape, num_queries, mlp, norm, dtypes, qk_norm = case
     T, H, d = cut(shape, size)
     layer = OneLayer(
         2, T, H * d, H, hidden=2 * H * d, mlp=mlp, norm=norm, qk_norm=qk_norm, rotated=qk_norm,
         dtypes=dtypes,
     )  # fmt: skip
-    tokens = tokens and min(tokens, T)
-    result = layer.with_grads(recompute=recompute, tokens=tokens)
-    assert result["out"].shape == (2, tokens or T, H * d)
-    layer.assert_as_accurate_as_eager(result, tokens=tokens)
+    num_queries = num_queries and min(num_queries, T)
+    result = layer.with_grads(recompute=recompute, num_queries=num_queries)
+    assert result["out"].shape == (2, num_queries or T, H * d)
+    layer.assert_as_accurate_as_eager(result, num_queries=num_queries)
 
 
 def test_a_layer_is_as_accurate_as_eager_under_autocast(gpu, size):

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels.ops import LayerWeights, adaln_layer
-from dbkernels.ops._path import rehearse_gpu
+from dbkernels.ops._dry_run_device import dry_run_on_gpu
 from dbkernels.ops._register import use_implementation
 from dbkernels.ops.philox import Draw
 from dbkernels.ops.score_loss import score_loss
@@ -46,7 +46,7 @@ def layer_scratch(mlp="gelu", qk_norm=False, processors=PROCESSORS, samples=B):
     weights = LayerWeights(*(torch.ones(shape, requires_grad=True) for shape in shapes))
     modulation = torch.ones(samples, 6 * D, requires_grad=True)
     x = torch.ones(samples, T, D, requires_grad=True)
-    with rehearse_gpu(processors), Scratch() as scratch:
+    with dry_run_on_gpu(processors), Scratch() as scratch:
         adaln_layer(x, modulation, weights, heads=H, mlp=mlp).sum().backward()
     return scratch
 

@@ -74,5 +74,5 @@ class TrainerRecorder(OpRecorder):
     def moved(self):
         # a block that is still on its way home must arrive there before all is put back
         self.trainer.offloader.wait()
-        parts = self.trainer.parts.values()
-        return [self.trainer.updater._finite, *(t for part in parts for t in part.tensors())]
+        groups = self.trainer.groups.values()
+        return [self.trainer.updater._finite, *(t for group in groups for t in group.tensors())]

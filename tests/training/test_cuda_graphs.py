@@ -17,7 +17,7 @@ ORDER = [0, 1, 0, 2, 0, 1, 1, 2, 2, 0, 1, 2]
 def make_captured(family="vit", **settings):
     """A trainer that replays its steps, and its recorder."""
     recorder = TrainerRecorder()
-    with patch.object(module, "open_cuda_graphs", lambda device, parts: CudaGraphs(recorder)):
+    with patch.object(module, "open_cuda_graphs", lambda device, groups: CudaGraphs(recorder)):
         recorder.trainer = make_trainer(family, cuda_graphs=True, **settings)
     return recorder.trainer, recorder
 
@@ -72,7 +72,7 @@ def test_what_a_step_returned_stays_when_the_next_one_runs():
     for step in range(4):
         kept.append(trainer.advance(block))
         told.append([number.item() for number in kept[-1]])
-        trainer.parts["block0"].steps = trainer.parts["shared"].steps = step + 1
+        trainer.groups["block0"].steps = trainer.groups["shared"].steps = step + 1
     assert [[number.item() for number in numbers] for numbers in kept] == told
     assert len({loss for loss, _ in told}) == 4
 

@@ -55,7 +55,7 @@ def test_nothing_that_is_launched_after_a_step_that_was_not_finite_updates_anyth
     assert equal(everything(trainer), before)
     for each in first:
         each.row()
-    where = f"in block {block.index} at its step {counters['parts'][f'block{block.index}']}"
+    where = f"in block {block.index} at its step {counters['groups'][f'block{block.index}']}"
     with pytest.raises(FloatingPointError, match=f"{where} .*; nothing was updated"):
         pending[0].row()
     assert trainer.counters() == counters

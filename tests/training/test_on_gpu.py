@@ -38,7 +38,7 @@ def test_only_what_is_shared_and_one_block_are_on_the_device(gpu):
     for index in (1, 2):
         trainer.step_block(trainer.blocks[index])
         for name in ("block0", "block1", "block2", "shared"):
-            tensors = trainer.parts[name].tensors()
+            tensors = trainer.groups[name].tensors()
             there = name in (f"block{index}", "shared")
             assert len(on_device(tensors)) == (len(tensors) if there else 0)
     trainer.close()
@@ -60,15 +60,15 @@ def test_locked_pages_are_those_of_torch_and_a_refusal_disturbs_no_later_kernel(
 
 def test_a_captured_graph_survives_a_swap(gpu):
     trainer = make_trainer(gpu, offload="cpu")
-    enter, part = trainer.offloader.enter, trainer.parts["block0"]
+    enter, group = trainer.offloader.enter, trainer.groups["block0"]
     enter("block0")
-    weight = next(iter(part.parameters.values())).detach()
+    weight = next(iter(group.parameters.values())).detach()
     replay, (doubled,) = capture(lambda: (weight * 2,), gpu)
     trainer.step_block(trainer.blocks[0])
     trainer.step_block(trainer.blocks[1])
     enter("block0")
     replay()
-    expected = next(iter(part.parameters.values())).detach() * 2
+    expected = next(iter(group.parameters.values())).detach() * 2
     assert torch.equal(doubled, expected)
 
 

@@ -26,7 +26,7 @@ def test_every_block_is_warmed_up_timed_and_measured():
     trainer = make_trainer(num_blocks=3, steps=100)
     profile_trainer(trainer, steps=4)
     # two to warm up, four timed, one for the allocator's peak and one for the tracker's
-    own = {part.steps for name, part in trainer.parts.items() if name != "shared"}
+    own = {group.steps for name, group in trainer.groups.items() if name != "shared"}
     assert own == {2 + 4 + 1}
 
 
@@ -55,6 +55,6 @@ def test_offloaded_blocks_are_measured_on_the_device():
     row = profile_trainer(trainer, steps=1)
     # on a CPU the blocks off the device are there too, beside the room for the one that is trained
     everything = make_trainer("dit", steps=100)
-    tensors = [t for part in everything.parts.values() for t in part.tensors()]
+    tensors = [t for group in everything.groups.values() for t in group.tensors()]
     assert row["peak_bytes"] > sum(tensor.nbytes for tensor in tensors)
-    assert {part.steps for name, part in trainer.parts.items() if name != "shared"} == {4}
+    assert {group.steps for name, group in trainer.groups.items() if name != "shared"} == {4}

@@ -48,7 +48,7 @@ def go(trainer, machine):
             trainer.offloader.swap_seconds()
             trainer.launch(block)
             trainer.close()
-            machine.read_on_host([t for part in trainer.parts.values() for t in part.tensors()])
+            machine.read_on_host([t for group in trainer.groups.values() for t in group.tensors()])
             trainer.step = 0
 
 

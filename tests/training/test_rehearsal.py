@@ -47,7 +47,7 @@ def real_trainer(config, baseline=None):
 
 
 def resident_bytes(trainer):
-    state = [t for part in trainer.parts.values() for t in part.optimizer_tensors().values()]
+    state = [t for group in trainer.groups.values() for t in group.optimizer_tensors().values()]
     tensors = [*trainer.models.parameters(), *trainer.models.buffers(), *state]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
@@ -110,7 +110,7 @@ def test_fake_tensors_have_the_peak_of_real_ones(baseline, recompute, num_blocks
     config = configured(num_blocks, recompute, autocast=True)
     predicted = rehearse(config, baseline=baseline, target=CPU)["none"]
     trainer = real_trainer(config, baseline)
-    optimizers = [part.optimizer for part in trainer.parts.values()]
+    optimizers = [group.optimizer for group in trainer.groups.values()]
     peaks = [
         measure_peak(lambda b=b: trainer.advance(b), model=trainer.models, optimizers=optimizers)
         for b in trainer.blocks
@@ -128,9 +128,9 @@ def test_fake_tensors_have_the_peak_of_real_ones(baseline, recompute, num_blocks
 def test_all_blocks_on_the_device_add_what_the_step_does_not_touch():
     found = rehearse(configured(4), target=CPU)
     trainer = real_trainer(configured(4))
-    others = [trainer.parts[f"block{index}"] for index in (1, 2, 3)]
-    weights = sum(p.nbytes for part in others for p in part.parameters.values())
-    state = sum(t.nbytes for part in others for t in part.optimizer_tensors().values())
+    others = [trainer.groups[f"block{index}"] for index in (1, 2, 3)]
+    weights = sum(p.nbytes for group in others for p in group.parameters.values())
+    state = sum(t.nbytes for group in others for t in group.optimizer_tensors().values())
     for name, more in {"parameters": weights, "optimizer": state}.items():
         assert found["none"].by_category[name] - found["cpu"].by_category[name] == more
     more = found["none"].peak_allocated_bytes - found["cpu"].peak_allocated_bytes

@@ -32,45 +32,45 @@ def test_copies_freeze_what_makes_the_target_and_joint_trains_it():
 
 @pytest.mark.parametrize("family", ["vit", "dit"])
 @pytest.mark.parametrize("sharing", ["joint", "copies"])
-def test_every_trainable_parameter_is_in_one_part_under_its_own_name(family, sharing):
+def test_every_trainable_parameter_is_in_one_group_under_its_own_name(family, sharing):
     models = make_models(family, sharing=sharing)
-    parts = models.parts()
-    names = [name for parameters in parts.values() for name in parameters]
+    groups = models.groups()
+    names = [name for parameters in groups.values() for name in parameters]
     expected = {name: p for name, p in models.named_parameters() if p.requires_grad}
     assert sorted(names) == sorted(expected)
-    for parameters in parts.values():
+    for parameters in groups.values():
         assert all(expected[name] is p for name, p in parameters.items())
 
 
 def test_joint_blocks_own_their_layers_and_share_the_rest():
-    parts = make_models(sharing="joint").parts()
-    assert set(parts) == {"block0", "block1", "block2", SHARED}
+    groups = make_models(sharing="joint").groups()
+    assert set(groups) == {"block0", "block1", "block2", SHARED}
     for index in range(3):
-        assert all(name.startswith(f"model.layers.{index}.") for name in parts[f"block{index}"])
-    assert not any("layers" in name for name in parts[SHARED])
+        assert all(name.startswith(f"model.layers.{index}.") for name in groups[f"block{index}"])
+    assert not any("layers" in name for name in groups[SHARED])
 
 
 def test_copies_leave_nothing_shared():
-    parts = make_models(sharing="copies").parts()
-    assert set(parts) == {"block0", "block1", "block2"}
-    assert "model.patch.weight" in parts["block0"]
-    assert "copies.0.patch.weight" in parts["block1"]
-    assert "copies.1.patch.weight" in parts["block2"]
-    assert "model.layers.1.norm1.weight" in parts["block1"]
+    groups = make_models(sharing="copies").groups()
+    assert set(groups) == {"block0", "block1", "block2"}
+    assert "model.patch.weight" in groups["block0"]
+    assert "copies.0.patch.weight" in groups["block1"]
+    assert "copies.1.patch.weight" in groups["block2"]
+    assert "model.layers.1.norm1.weight" in groups["block1"]
 
 
 @pytest.mark.parametrize("sharing", ["joint", "copies"])
 def test_one_block_shares_nothing_and_trains_everything(sharing):
     models = make_models(num_blocks=1, sharing=sharing)
-    assert list(models.parts()) == ["block0"]
-    assert len(models.parts()["block0"]) == len(list(models.parameters()))
+    assert list(models.groups()) == ["block0"]
+    assert len(models.groups()["block0"]) == len(list(models.parameters()))
 
 
 def test_a_layer_of_several_blocks_is_shared():
     models = BlockModels(ViT(VIT), partition([0, 1, 1, 2], 2, PRIOR), "joint")
-    parts = models.parts()
-    assert any(name.startswith("model.layers.1.") for name in parts[SHARED])
-    assert all(name.startswith("model.layers.0.") for name in parts["block0"])
+    groups = models.groups()
+    assert any(name.startswith("model.layers.1.") for name in groups[SHARED])
+    assert all(name.startswith("model.layers.0.") for name in groups["block0"])
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,10 @@ def test_joint_blocks_depend_on_the_order():
     assert not equal(*results)
 
 
-def test_run_gives_every_block_its_steps_and_the_shared_parts_all():
+def test_run_gives_every_block_its_steps_and_the_shared_groups_all():
     trainer = make_trainer(steps=3)
     trainer.run()
-    assert {name: part.steps for name, part in trainer.parts.items()} == {
+    assert {name: group.steps for name, group in trainer.groups.items()} == {
         "block0": 3,
         "block1": 3,
         "block2": 3,
@@ -72,13 +72,13 @@ def test_run_gives_every_block_its_steps_and_the_shared_parts_all():
     assert trainer.step == trainer.total_steps == 9
 
 
-def test_shared_parts_warm_up_over_the_steps_of_all_blocks():
+def test_shared_groups_warm_up_over_the_steps_of_all_blocks():
     trainer = make_trainer(steps=4, warmup=2, decay="cosine")
     rates = {"block0": [], "shared": []}
     for step in range(12):
         trainer.step_block(trainer.blocks[step % 3])
         for name in rates:
-            rates[name].append(trainer.parts[name].optimizer.param_groups[0]["lr"])
+            rates[name].append(trainer.groups[name].optimizer.param_groups[0]["lr"])
     assert rates["block0"][0] == pytest.approx(1e-2 / 3)
     assert rates["shared"][0] == pytest.approx(1e-2 / 7)
     assert max(rates["shared"]) == pytest.approx(1e-2)
@@ -116,7 +116,7 @@ def test_clipping_bounds_the_gradient_of_one_update(clip):
     moments = [
         state["exp_avg"]
         for name in ("block0", "shared")
-        for state in trainer.parts[name].optimizer.state.values()
+        for state in trainer.groups[name].optimizer.state.values()
     ]
     # the first moment of Adam is a tenth of the gradient after one step
     norm = torch.stack([moment.norm() for moment in moments]).norm().item() * 10
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(value):
     with pytest.raises(FloatingPointError, match=message):
         trainer.step_block(trainer.blocks[1])
     assert equal(weights(trainer), before)
-    assert trainer.step == trainer.parts["block1"].steps == 0
+    assert trainer.step == trainer.groups["block1"].steps == 0
     assert all(p.grad is None for p in trainer.models.parameters())
 
 
@@ -194,7 +194,7 @@ def test_the_devices_share_of_a_step_counts_nothing():
     trainer = make_trainer()
     loss, norm = trainer.advance(trainer.blocks[1])
     assert loss.shape == norm.shape == () and loss > 0 and norm > 0
-    assert trainer.step == 0 and not any(part.steps for part in trainer.parts.values())
+    assert trainer.step == 0 and not any(group.steps for group in trainer.groups.values())
 
 
 def short_of_memory(fits):

@@ -7,7 +7,7 @@ from training.tiny import PRIOR, equal, make_trainer, weights
 
 from dbkernels.memory.measure import measure_peak
 from dbkernels.models import ViT, ViTConfig
-from dbkernels.training.part import Part
+from dbkernels.training.param_group import ParamGroup
 from dbkernels.training.partition import partition
 from dbkernels.training.sharing import BlockModels
 from dbkernels.training.trainer import Trainer
@@ -16,16 +16,16 @@ from dbkernels.training.updater import OptimizerAfterBackward, OptimizerInBackwa
 IN_BACKWARD = {"optimizer_in_backward": True, "clip": 0.0}
 
 
-def make_parts(count=2):
+def make_groups(count=2):
     torch.manual_seed(2)
     return [
-        Part({f"w{i}": nn.Parameter(torch.randn(3))}, total=8, weight_decay=0.1, ema=0.5)
+        ParamGroup({f"w{i}": nn.Parameter(torch.randn(3))}, total=8, weight_decay=0.1, ema=0.5)
         for i in range(count)
     ]
 
 
-def tensors(parts):
-    return [tensor.detach().clone() for part in parts for tensor in part.tensors()]
+def tensors(groups):
+    return [tensor.detach().clone() for group in groups for tensor in group.tensors()]
 
 
 @pytest.mark.parametrize("family", ["vit", "dit"])
@@ -70,7 +70,7 @@ def test_a_step_with_the_optimizer_in_the_backward_peaks_lower_by_all_but_one_la
         trainer = deep_trainer(**settings)
         step = partial(trainer.step_block, trainer.blocks[0])
         step()
-        optimizers = [part.optimizer for part in trainer.parts.values()]
+        optimizers = [group.optimizer for group in trainer.groups.values()]
         peaks[name] = measure_peak(step, model=trainer.models, optimizers=optimizers)
     layer = sum(p.nbytes for p in trainer.models.model.layers[0].parameters())
     assert 6 * layer < peaks["after"].total_bytes - peaks["inside"].total_bytes < 8 * layer
@@ -101,40 +101,40 @@ NOT_FINITE = {
 @pytest.mark.parametrize("name", NOT_FINITE)
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_after_the_backward_nothing_is_updated_where_loss_or_gradient_is_not_finite(name, clip):
-    parts = make_parts()
-    before, after = tensors(parts), OptimizerAfterBackward(clip, "cpu")
-    for part in parts:
-        part.prepare(0.1)
-    ours = [next(iter(part.parameters.values())) for part in parts]
+    groups = make_groups()
+    before, after = tensors(groups), OptimizerAfterBackward(clip, "cpu")
+    for group in groups:
+        group.prepare(0.1)
+    ours = [next(iter(group.parameters.values())) for group in groups]
     loss = ours[0].sum() + NOT_FINITE[name](ours[1])
     after.backward(loss)
-    norm = after.finish(loss.detach(), parts)
+    norm = after.finish(loss.detach(), groups)
     assert torch.isfinite(loss) == ("loss" not in name)
     assert not torch.isfinite(loss + norm)
-    assert all(map(torch.equal, tensors(parts), before))
+    assert all(map(torch.equal, tensors(groups), before))
     assert all(weight.grad is None for weight in ours)
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_updates_that_follow_one_that_was_not_finite_move_nothing_until_they_are_to(in_backward):
-    parts = make_parts(1)
-    each = updater(in_backward, 0.0, parts, "cpu")
-    weight = next(iter(parts[0].parameters.values()))
+    groups = make_groups(1)
+    each = updater(in_backward, 0.0, groups, "cpu")
+    weight = next(iter(groups[0].parameters.values()))
 
     def update(factor):
-        parts[0].prepare(0.1)
+        groups[0].prepare(0.1)
         loss = weight.sum() * factor
         each.backward(loss)
-        return each.finish(loss.detach(), parts)
+        return each.finish(loss.detach(), groups)
 
-    before = tensors(parts)
+    before = tensors(groups)
     update(torch.nan)
     for _ in range(2):
         assert torch.isnan(update(1.0))
-        assert all(map(torch.equal, tensors(parts), before))
+        assert all(map(torch.equal, tensors(groups), before))
     each.go_on()
     assert torch.isfinite(update(1.0))
-    assert not any(map(torch.equal, tensors(parts), before))
+    assert not any(map(torch.equal, tensors(groups), before))
 
 
 @pytest.mark.parametrize("name", NOT_FINITE)
@@ -152,22 +152,22 @@ def test_a_step_updated_after_the_backward_is_refused_and_moves_nothing(name, se
 
 
 def test_from_a_gradient_on_that_is_not_finite_nothing_moves():
-    parts = make_parts(3)
-    first, broken, last = (next(iter(part.parameters.values())) for part in parts)
-    before = tensors(parts)
-    inside = OptimizerInBackward(parts, "cpu")
-    for part in parts:
-        part.prepare(0.1)
+    groups = make_groups(3)
+    first, broken, last = (next(iter(group.parameters.values())) for group in groups)
+    before = tensors(groups)
+    inside = OptimizerInBackward(groups, "cpu")
+    for group in groups:
+        group.prepare(0.1)
     zero = torch.zeros(3, requires_grad=True)
     # the backward meets the parameters of the last summand first
     loss = last.sum() + (broken * 0 + zero).sqrt().sum() * 0 + first.sum()
     assert torch.isfinite(loss)
     inside.backward(loss)
-    norm = inside.finish(loss.detach(), parts)
+    norm = inside.finish(loss.detach(), groups)
     assert not torch.isfinite(norm)
-    after = tensors(parts)
+    after = tensors(groups)
     moved = [not torch.equal(was, now) for was, now in zip(before, after, strict=True)]
-    count = len(parts[0].tensors())
+    count = len(groups[0].tensors())
     assert [any(moved[i * count : (i + 1) * count]) for i in range(3)] == [True, False, False]
     # no average moves
     assert not any(moved[count - 1 :: count])
@@ -196,14 +196,14 @@ def test_a_batch_that_was_cut_is_not_gone_on_with():
 
 def test_both_return_the_norm_of_the_whole_gradient():
     for in_backward in (False, True):
-        parts = make_parts()
-        each = updater(in_backward, 0.0, parts, "cpu")
-        for part in parts:
-            part.prepare(0.1)
-        a, b = (next(iter(part.parameters.values())) for part in parts)
+        groups = make_groups()
+        each = updater(in_backward, 0.0, groups, "cpu")
+        for group in groups:
+            group.prepare(0.1)
+        a, b = (next(iter(group.parameters.values())) for group in groups)
         loss = (3 * a).sum() + (4 * b).sum()
         each.backward(loss)
-        norm = each.finish(loss.detach(), parts)
+        norm = each.finish(loss.detach(), groups)
         torch.testing.assert_close(norm, torch.tensor(75.0).sqrt())
         assert a.grad is None and b.grad is None
 
@@ -218,8 +218,8 @@ def test_a_backward_of_someone_else_updates_nothing():
 
 
 def test_the_setting_names_the_updater():
-    assert isinstance(updater(False, 1.0, make_parts(), "cpu"), OptimizerAfterBackward)
-    assert isinstance(updater(True, 0.0, make_parts(), "cpu"), OptimizerInBackward)
+    assert isinstance(updater(False, 1.0, make_groups(), "cpu"), OptimizerAfterBackward)
+    assert isinstance(updater(True, 0.0, make_groups(), "cpu"), OptimizerInBackward)
 
 
 def test_out_of_memory_with_the_optimizer_in_the_backward_is_not_tried_again():

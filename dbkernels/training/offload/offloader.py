@@ -26,21 +26,21 @@ from dbkernels.training.offload.memory import (
     flat_bytes,
     views,
 )
-from dbkernels.training.part import Part, tensor_sizes
+from dbkernels.training.param_group import ParamGroup, tensor_sizes
 from dbkernels.training.sharing import SHARED, BlockModels
 from dbkernels.training.trainer_config import TrainerConfig
 
 
 def open_offloader(models: BlockModels, device: torch.device, config: TrainerConfig) -> "Offloader":
-    """The offloader that a configuration asks for; it has adopted no part yet.
+    """The offloader that a configuration asks for; it has adopted no group yet.
 
     Raises:
         ValueError: the disk has no room for the blocks.
     """
     memory: OffloadMemory = CpuMemory(device)
     if config.offload == "disk":
-        parts = models.parts().items()
-        own = [p for name, part in parts if name != SHARED for p in part.values()]
+        groups = models.groups().items()
+        own = [p for name, group in groups if name != SHARED for p in group.values()]
         size = flat_bytes(tensor_sizes(own, config.ema))
         memory = DiskMemory(Path(config.offload_dir), size, device)
     return Offloader(models, device, memory, prefetch=config.prefetch)
@@ -77,12 +77,12 @@ class Offloader:
         """Which slot the current block lies in."""
         return self._slot
 
-    def adopt(self, name: str, part: Part) -> None:
-        """Take charge of a part: a block's own goes home, the shared one to the device."""
+    def adopt(self, name: str, group: ParamGroup) -> None:
+        """Take charge of a group: a block's own goes home, the shared one to the device."""
         if name == SHARED:
-            self._shared = part.tensors()
+            self._shared = group.tensors()
         else:
-            tensors = part.tensors()
+            tensors = group.tensors()
             home = self._memory.room(flat_bytes(tensor.nbytes for tensor in tensors))
             self._blocks[name] = _Flat(tensors, home)
 

@@ -46,8 +46,8 @@ def test_copies_beside_the_steps_hold_up_only_who_joins_or_waits():
     assert ran == [(0, False), (1, False)]
 
 
-@pytest.mark.parametrize("door", ["join", "wait", "submit"])
-def test_a_copy_that_failed_beside_the_steps_raises_later(door):
+@pytest.mark.parametrize("call", ["join", "wait", "submit"])
+def test_a_copy_that_failed_beside_the_steps_raises_later(call):
     copy_stream = CopyStream(CPU, beside=True)
 
     def broken():
@@ -61,7 +61,7 @@ def test_a_copy_that_failed_beside_the_steps_raises_later(door):
         "submit": lambda: copy_stream.submit(list),
     }
     with pytest.raises(OSError, match="no such disk"):
-        calls[door]()
+        calls[call]()
 
 
 def test_copies_follow_the_steps_on_a_stream_of_their_own(monkeypatch):

@@ -12,7 +12,7 @@ from training.tiny import equal, make_trainer
 
 from dbkernels.training.offload.memory import CpuMemory
 from dbkernels.training.offload.offloader import Offloader, _Flat
-from dbkernels.training.part import Part
+from dbkernels.training.param_group import ParamGroup
 
 SETTINGS = {"ema": 0.9, "warmup": 1, "decay": "cosine"}
 
@@ -38,7 +38,7 @@ def same(trainer, other):
 
 
 def addresses(trainer, name):
-    return [tensor.data_ptr() for tensor in trainer.parts[name].tensors()]
+    return [tensor.data_ptr() for tensor in trainer.groups[name].tensors()]
 
 
 def slot_range(trainer, index=0):
@@ -82,14 +82,14 @@ def test_gives_the_same_bits_when_the_blocks_come_in_another_order(prefetch):
 def test_blocks_of_equal_layers_have_the_same_addresses_at_every_turn():
     trainer = block_by_block()
     rows = {trainer.step_block(trainer.blocks[0])["block"]: addresses(trainer, "block0")}
-    objects = {name: [id(t) for t in part.tensors()] for name, part in trainer.parts.items()}
+    objects = {name: [id(t) for t in group.tensors()] for name, group in trainer.groups.items()}
     shared = addresses(trainer, "shared")
     for index in (1, 2, 0, 1, 2):
         trainer.step_block(trainer.blocks[index])
         rows[index] = addresses(trainer, f"block{index}")
         assert rows[index] == rows[0]
         assert addresses(trainer, "shared") == shared
-    assert objects == {n: [id(t) for t in part.tensors()] for n, part in trainer.parts.items()}
+    assert objects == {n: [id(t) for t in group.tensors()] for n, group in trainer.groups.items()}
 
 
 def test_only_the_trained_block_lies_in_the_slot():
@@ -105,7 +105,7 @@ def test_the_slot_is_as_large_as_one_block_and_never_replaced():
     trainer = block_by_block()
     steps(trainer, 1)
     (slot,) = trainer.offloader._slots
-    own = sum(-(-t.nbytes // 512) * 512 for t in trainer.parts["block0"].tensors())
+    own = sum(-(-t.nbytes // 512) * 512 for t in trainer.groups["block0"].tensors())
     assert slot.nbytes == own
     homes = [flat.home.nbytes for flat in trainer.offloader._blocks.values()]
     assert homes == [own] * 3
@@ -130,48 +130,48 @@ def test_prefetching_takes_a_second_slot_and_fills_it_before_the_turn():
     assert threading.active_count() == before
 
 
-def two_parts():
-    """Blocks of unequal size, and a shared part."""
+def two_groups():
+    """Blocks of unequal size, and a shared group."""
     models = nn.Module()
     models.small, models.large = nn.Linear(2, 2), nn.Linear(50, 40)
     models.shared = nn.Linear(3, 3)
     models.register_buffer("table", torch.randn(3))
-    parts = {
-        name: Part(dict(part.named_parameters()), total=1, weight_decay=0.0, ema=0.5)
-        for name, part in models.named_children()
+    groups = {
+        name: ParamGroup(dict(group.named_parameters()), total=1, weight_decay=0.0, ema=0.5)
+        for name, group in models.named_children()
     }
-    return models, parts
+    return models, groups
 
 
 @pytest.fixture
 def adopted():
-    models, parts = two_parts()
+    models, groups = two_groups()
     device = torch.device("cpu")
     offloader = Offloader(models, device, CpuMemory(device), prefetch=False)
-    for name, part in parts.items():
-        offloader.adopt(name, part)
-    return offloader, parts
+    for name, group in groups.items():
+        offloader.adopt(name, group)
+    return offloader, groups
 
 
 def test_the_slot_holds_the_largest_block(adopted):
-    offloader, parts = adopted
+    offloader, groups = adopted
     offloader.enter("small")
     with torch.no_grad():
-        parts["small"].parameters["weight"].fill_(3.0)
-    expected = [tensor.clone() for tensor in parts["large"].tensors()]
+        groups["small"].parameters["weight"].fill_(3.0)
+    expected = [tensor.clone() for tensor in groups["large"].tensors()]
     offloader.enter("large")
-    assert all(map(torch.equal, parts["large"].tensors(), expected))
+    assert all(map(torch.equal, groups["large"].tensors(), expected))
     offloader.enter("small")
-    assert (parts["small"].parameters["weight"] == 3.0).all()
+    assert (groups["small"].parameters["weight"] == 3.0).all()
 
 
 def test_a_block_off_the_device_can_be_written(adopted):
-    offloader, parts = adopted
+    offloader, groups = adopted
     offloader.enter("small")
     with torch.no_grad():
-        parts["large"].parameters["bias"].fill_(7.0)
+        groups["large"].parameters["bias"].fill_(7.0)
     offloader.enter("large")
-    assert (parts["large"].parameters["bias"] == 7.0).all()
+    assert (groups["large"].parameters["bias"] == 7.0).all()
 
 
 def test_what_a_prefetched_slot_holds_is_dropped_when_all_is_settled():
@@ -179,10 +179,10 @@ def test_what_a_prefetched_slot_holds_is_dropped_when_all_is_settled():
     steps(trainer, 1)
     trainer.offloader.settle()
     with torch.no_grad():
-        for parameter in trainer.parts["block1"].parameters.values():
+        for parameter in trainer.groups["block1"].parameters.values():
             parameter.fill_(2.0)
     trainer.offloader.enter("block1")
-    assert all((p == 2.0).all() for p in trainer.parts["block1"].parameters.values())
+    assert all((p == 2.0).all() for p in trainer.groups["block1"].parameters.values())
 
 
 def test_leaves_alone_what_it_was_not_given(adopted):
@@ -199,9 +199,9 @@ def test_entering_again_copies_nothing(adopted, monkeypatch):
 
 
 def test_tensors_that_were_moved_meanwhile_are_refused(adopted):
-    offloader, parts = adopted
+    offloader, groups = adopted
     offloader.enter("small")
-    weight = parts["large"].parameters["weight"]
+    weight = groups["large"].parameters["weight"]
     weight.data = weight.data.clone()
     with pytest.raises(ValueError, match="the tensors of large must be where training left them"):
         offloader.enter("large")
@@ -278,11 +278,11 @@ def test_what_a_step_writes_is_copied_after_the_step(adopted, monkeypatch):
 
 
 def test_times_the_way_off_the_device_and_back(adopted):
-    offloader, parts = adopted
+    offloader, groups = adopted
     offloader.enter("large")
-    before = [tensor.clone() for tensor in parts["large"].tensors()]
+    before = [tensor.clone() for tensor in groups["large"].tensors()]
     assert 0 < offloader.swap_seconds() < 1
-    assert all(map(torch.equal, parts["large"].tensors(), before))
+    assert all(map(torch.equal, groups["large"].tensors(), before))
     assert offloader._current == "large"
 
 

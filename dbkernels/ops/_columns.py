@@ -1,7 +1,7 @@
 """How (N, F) is cut for ops that work element by element and have one bias per column.
 
-A program owns a strip of BLOCK_F columns and walks down its share of the rows. A thread keeps its
-columns, so sums over rows stay in its registers until the end.
+A program owns BLOCK_F columns and walks down its share of the rows. A thread keeps its columns, so
+sums over rows stay in its registers until the end.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ CHUNK = 2**17  # elements of plain torch's temporaries, times threads: a core's 
 
 
 @dataclass(frozen=True)
-class StripTile:
+class ColumnTile:
     """The tile of a kernel that works on columns, BLOCK_N rows at a time."""
 
     BLOCK_N: int
@@ -38,23 +38,25 @@ class Share:
     """Of a thread; the compiler is held to them, and what it makes does not spill."""
 
 
-def strip_tile(F: int, share: Share) -> StripTile:
+def column_tile(F: int, share: Share) -> ColumnTile:
     """The tile with the fewest idle lanes; among equals, the widest."""
     warps = min((1, 2, 4), key=lambda warps: (triton.cdiv(F, LANES * warps) * warps, -warps))
-    return StripTile(BLOCK_N=share.rows, BLOCK_F=LANES * warps, num_warps=warps)
+    return ColumnTile(BLOCK_N=share.rows, BLOCK_F=LANES * warps, num_warps=warps)
 
 
-def rows_per_strip(N: int, F: int, tile: StripTile, share: Share, device: torch.device) -> int:
+def rows_per_column_tile(
+    N: int, F: int, tile: ColumnTile, share: Share, device: torch.device
+) -> int:
     """Rows of one program."""
-    tiles, strips = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(F, tile.BLOCK_F)
-    each = tiles_per_program(tiles, share.registers, tile.num_warps, device, beside=strips)
+    tiles, column_tiles = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(F, tile.BLOCK_F)
+    each = tiles_per_program(tiles, share.registers, tile.num_warps, device, beside=column_tiles)
     return each * tile.BLOCK_N
 
 
 def launch_forward(kernel, share: Share, h: Tensor, bias: Tensor | None, u: Tensor) -> None:
     N, F = u.shape
-    tile = strip_tile(F, share)
-    rows = rows_per_strip(N, F, tile, share, h.device)
+    tile = column_tile(F, share)
+    rows = rows_per_column_tile(N, F, tile, share, h.device)
     grid = (triton.cdiv(F, tile.BLOCK_F), triton.cdiv(N, rows))
     kernel[grid](h, bias, u, N, F, rows, **asdict(tile), maxnreg=share.registers)
 
@@ -70,8 +72,8 @@ def launch_backward(
     dbias: Tensor | None,
 ) -> None:
     N, F = du.shape
-    tile = strip_tile(F, share)
-    rows = rows_per_strip(N, F, tile, share, h.device)
+    tile = column_tile(F, share)
+    rows = rows_per_column_tile(N, F, tile, share, h.device)
     grid = (triton.cdiv(F, tile.BLOCK_F), triton.cdiv(N, rows))
     options = {**asdict(tile), "maxnreg": share.registers}
     if dbias is None or grid[1] == 1:
@@ -82,7 +84,7 @@ def launch_backward(
 
 
 @triton.jit
-def strip(N, F, rows_per_program, BLOCK_F: tl.constexpr):
+def columns(N, F, rows_per_program, BLOCK_F: tl.constexpr):
     """The columns of a program (1, BLOCK_F), its first row, and the row after its last."""
     cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     first = tl.program_id(1).to(tl.int64) * rows_per_program

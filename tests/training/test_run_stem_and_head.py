@@ -1,4 +1,4 @@
-"""Runs whose ends are compiled."""
+"""Runs whose stem and head are compiled."""
 
 from dataclasses import asdict, replace
 
@@ -11,7 +11,7 @@ from training.tiny import DIT, PRIOR, VIT, equal, weights
 
 import dbkernels.training.run as run_module
 from dbkernels.memory.workspace import target_named
-from dbkernels.models import ends
+from dbkernels.models import stem_and_head
 from dbkernels.training.log import read_log
 from dbkernels.training.rehearsal import rehearse
 from dbkernels.training.run import PartitionConfig, RunConfig, load_run, train
@@ -34,7 +34,7 @@ def source(tmp_path):
 
 
 def make_config(source, family="vit", **trainer):
-    settings = {"steps": 3, "batch_size": 4, "lr": 1e-2, "compile_ends": True, **trainer}
+    settings = {"steps": 3, "batch_size": 4, "lr": 1e-2, "compile_stem_and_head": True, **trainer}
     return RunConfig(
         family=family,
         model=VIT if family == "vit" else DIT,
@@ -50,7 +50,7 @@ def make_config(source, family="vit", **trainer):
 
 
 def plain(config):
-    return replace(config, trainer=replace(config.trainer, compile_ends=False))
+    return replace(config, trainer=replace(config.trainer, compile_stem_and_head=False))
 
 
 def test_a_run_has_the_losses_of_a_plain_one_and_resumes_to_the_same_bits(tmp_path, source):
@@ -77,7 +77,7 @@ def test_a_run_has_the_losses_of_a_plain_one_and_resumes_to_the_same_bits(tmp_pa
         ("dit", {"accumulate": 2}),
     ],
 )
-def test_each_copy_trains_its_own_ends_wherever_it_lies(
+def test_each_copy_trains_its_own_stem_and_head_wherever_it_lies(
     tmp_path, source, family, settings, monkeypatch
 ):
     dynamo_alone(monkeypatch)
@@ -94,14 +94,16 @@ def test_a_loaded_run_compiles_nothing(tmp_path, source, monkeypatch):
     dynamo_alone(monkeypatch)
     config = make_config(source, steps=1)
     train(config, tmp_path / "run", device="cpu")
-    monkeypatch.setattr(ends, "_missing", lambda device: "anything")
+    monkeypatch.setattr(stem_and_head, "_missing", lambda device: "anything")
     loaded, models = load_run(tmp_path / "run", device="cpu")
     assert loaded == config and not vars(models.model).keys() & {"stem", "cross_entropy"}
 
 
-def test_ends_are_compiled_for_the_device_that_trains(source, monkeypatch):
+def test_stem_and_head_are_compiled_for_the_device_that_trains(source, monkeypatch):
     devices = []
-    monkeypatch.setattr(run_module, "compile_ends", lambda model, device: devices.append(device))
+    monkeypatch.setattr(
+        run_module, "compile_stem_and_head", lambda model, device: devices.append(device)
+    )
     config = make_config(source, sharing="copies", offload="cpu")
     config.trainer_on("meta", None)
     config.trainer_of(config.build("cpu"), None)
@@ -109,9 +111,9 @@ def test_ends_are_compiled_for_the_device_that_trains(source, monkeypatch):
 
 
 def test_a_run_without_a_compiler_stops_before_it_begins(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(ends, "_missing", lambda device: f"something for {device}")
+    monkeypatch.setattr(stem_and_head, "_missing", lambda device: f"something for {device}")
     config = make_config(source)
-    with pytest.raises(ValueError, match="compile_ends needs something for cpu, got none"):
+    with pytest.raises(ValueError, match="compile_stem_and_head needs something for cpu, got none"):
         train(config, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
@@ -119,12 +121,14 @@ def test_a_run_without_a_compiler_stops_before_it_begins(tmp_path, source, monke
 def test_a_run_cannot_change_its_mind(tmp_path, source):
     config = make_config(source, steps=1)
     train(plain(config), tmp_path / "run", device="cpu")
-    with pytest.raises(ValueError, match=r"1 settings differ .*trainer.compile_ends: saved False"):
+    with pytest.raises(
+        ValueError, match=r"1 settings differ .*trainer.compile_stem_and_head: saved False"
+    ):
         train(config, tmp_path / "run", device="cpu", resume="latest")
 
 
-def test_a_prediction_is_that_of_plain_ends(source, monkeypatch):
-    monkeypatch.setattr(ends, "_missing", lambda device: "anything")
+def test_a_prediction_is_that_of_plain_stem_and_head(source, monkeypatch):
+    monkeypatch.setattr(stem_and_head, "_missing", lambda device: "anything")
     target = target_named("cpu")
     config = make_config(source)
     predictions = [

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dbkernels.training.schedule import average_decay
 
 
-class Part:
+class ParamGroup:
     """One block's own parameters, or those that all blocks share.
 
     The optimizer's state exists from the start, in tensors that are never replaced: what holds
@@ -19,7 +19,7 @@ class Part:
         parameters:    by name
         total:         updates that they will have had at the end of the run
         weight_decay:  of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)
-        ema:           decay of the moving average, counted in this part's own steps; 0 for none
+        ema:           decay of the moving average, counted in this group's own steps; 0 for none
         device:        of the updates; None is where the parameters are
         captured:      whether updates are recorded in a graph, which reads the rate on the device
     """
@@ -117,7 +117,7 @@ def _fresh_state(parameter: nn.Parameter) -> dict[str, Tensor]:
 
 
 def tensor_sizes(parameters: Iterable[nn.Parameter], ema: float) -> list[int]:
-    """Bytes of each of a part's tensors, in no order, before there is the part."""
+    """Bytes of each of a group's tensors, in no order, before there is the group."""
     step = torch.zeros(()).nbytes
     moments_and_average = 3 if ema else 2
     return [

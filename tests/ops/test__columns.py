@@ -3,9 +3,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dbkernels.ops import _strip, _tile
+from dbkernels.ops import _columns, _tile
+from dbkernels.ops._columns import ColumnTile, Share, column_tile, rows_per_column_tile
 from dbkernels.ops._register import use_implementation
-from dbkernels.ops._strip import Share, StripTile, rows_per_strip, strip_tile
 
 CPU = torch.device("cpu")
 FORWARD, BACKWARD = Share(4, 64), Share(2, 96)
@@ -13,47 +13,47 @@ FORWARD, BACKWARD = Share(4, 64), Share(2, 96)
 
 @pytest.mark.parametrize("F", [512, 4 * 384, 4 * 768, 4 * 1024, 4 * 1152, 6144, 16384])
 def test_no_lane_of_a_common_width_is_idle(F):
-    assert F % strip_tile(F, FORWARD).BLOCK_F == 0
+    assert F % column_tile(F, FORWARD).BLOCK_F == 0
 
 
 @pytest.mark.parametrize("F", [1, 255, 257, 1000, 2731, 16385])
 def test_fewer_than_256_lanes_of_any_width_are_idle(F):
-    tile = strip_tile(F, FORWARD)
+    tile = column_tile(F, FORWARD)
     assert 0 <= triton.cdiv(F, tile.BLOCK_F) * tile.BLOCK_F - F < 256
 
 
 def test_each_thread_reads_16_bytes_of_bfloat16_of_each_row_at_once():
-    assert strip_tile(100, BACKWARD) == StripTile(BLOCK_N=2, BLOCK_F=256, num_warps=1)
-    assert strip_tile(1536, BACKWARD) == StripTile(BLOCK_N=2, BLOCK_F=512, num_warps=2)
-    assert strip_tile(4096, FORWARD) == StripTile(BLOCK_N=4, BLOCK_F=1024, num_warps=4)
+    assert column_tile(100, BACKWARD) == ColumnTile(BLOCK_N=2, BLOCK_F=256, num_warps=1)
+    assert column_tile(1536, BACKWARD) == ColumnTile(BLOCK_N=2, BLOCK_F=512, num_warps=2)
+    assert column_tile(4096, FORWARD) == ColumnTile(BLOCK_N=4, BLOCK_F=1024, num_warps=4)
 
 
 @pytest.mark.parametrize("N", [1, 7, 1000, 2**31])
 @pytest.mark.parametrize("F", [40, 1536, 16384])
 def test_programs_fill_the_device_in_one_wave_and_cover_the_rows_in_whole_tiles(N, F, monkeypatch):
     monkeypatch.setattr(_tile, "processors", lambda device: 132)
-    tile = strip_tile(F, BACKWARD)
-    rows = rows_per_strip(N, F, tile, BACKWARD, CPU)
-    strips, splits = triton.cdiv(F, tile.BLOCK_F), triton.cdiv(N, rows)
+    tile = column_tile(F, BACKWARD)
+    rows = rows_per_column_tile(N, F, tile, BACKWARD, CPU)
+    column_tiles, splits = triton.cdiv(F, tile.BLOCK_F), triton.cdiv(N, rows)
     assert rows % tile.BLOCK_N == 0 and rows >= tile.BLOCK_N
     fit = 132 * _tile.programs_per_processor(96, tile.num_warps)
-    assert splits * strips <= fit
+    assert splits * column_tiles <= fit
     # the limit of a grid's second axis
     assert splits < 2**16
     if N == 2**31:
-        assert splits * strips >= 0.45 * fit
+        assert splits * column_tiles >= 0.45 * fit
 
 
 def test_fewer_registers_bring_more_programs(monkeypatch):
     monkeypatch.setattr(_tile, "processors", lambda device: 2)
-    tile = strip_tile(512, Share(4, 64))
-    assert rows_per_strip(4096, 512, tile, Share(4, 64), CPU) == 128  # 16 programs of 2 warps
-    assert rows_per_strip(4096, 512, tile, Share(4, 128), CPU) == 256
+    tile = column_tile(512, Share(4, 64))
+    assert rows_per_column_tile(4096, 512, tile, Share(4, 64), CPU) == 128  # 16 programs of 2 warps
+    assert rows_per_column_tile(4096, 512, tile, Share(4, 128), CPU) == 256
 
 
 @triton.jit
-def _strip_kernel(cols_ptr, rows_ptr, N, F, rows_per_program, BLOCK_F: tl.constexpr):
-    cols, first, last = _strip.strip(N, F, rows_per_program, BLOCK_F)
+def _columns_kernel(cols_ptr, rows_ptr, N, F, rows_per_program, BLOCK_F: tl.constexpr):
+    cols, first, last = _columns.columns(N, F, rows_per_program, BLOCK_F)
     tl.store(cols_ptr + cols, cols, mask=cols < F)
     tl.store(rows_ptr + 2 * tl.program_id(1), first)
     tl.store(rows_ptr + 2 * tl.program_id(1) + 1, last)
@@ -63,16 +63,16 @@ def test_rows_beyond_32_bits_have_their_own_number():
     cols, rows = torch.zeros(40, dtype=torch.int64), torch.zeros(4, 2, dtype=torch.int64)
     N, rows_per_program = 3 * 2**30 + 5, 2**30
     with use_implementation("triton"):
-        _strip_kernel[(3, 4)](cols, rows, N, 40, rows_per_program, BLOCK_F=16)
+        _columns_kernel[(3, 4)](cols, rows, N, 40, rows_per_program, BLOCK_F=16)
     assert cols.tolist() == list(range(40))
     assert rows.tolist() == [[i * 2**30, min((i + 1) * 2**30, N)] for i in range(4)]
 
 
 def test_chunks_cover_the_rows_once(monkeypatch):
-    monkeypatch.setattr(_strip, "CHUNK", 8)
+    monkeypatch.setattr(_columns, "CHUNK", 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     h, du = torch.arange(33.0).view(11, 3), torch.arange(11.0).view(11, 1).bfloat16()
-    parts = list(_strip.chunks(2, h.bfloat16(), du, None))
+    parts = list(_columns.chunks(2, h.bfloat16(), du, None))
     assert [part[0].shape for part in parts] == [(5, 3), (5, 3), (1, 3)]
     assert torch.equal(torch.cat([part[1] for part in parts]), du)
     for h_rows, _, none, *scratch in parts:
@@ -81,12 +81,12 @@ def test_chunks_cover_the_rows_once(monkeypatch):
 
 
 def test_a_chunk_has_a_row_however_wide(monkeypatch):
-    monkeypatch.setattr(_strip, "CHUNK", 1)
-    assert len(list(_strip.chunks(1, torch.zeros(3, 5)))) == 3
+    monkeypatch.setattr(_columns, "CHUNK", 1)
+    assert len(list(_columns.chunks(1, torch.zeros(3, 5)))) == 3
 
 
 def test_scratch_is_no_larger_than_the_tensor():
-    ((_, scratch),) = _strip.chunks(1, torch.zeros(3, 5))
+    ((_, scratch),) = _columns.chunks(1, torch.zeros(3, 5))
     assert scratch.untyped_storage().nbytes() == 3 * 5 * 4
 
 
@@ -97,22 +97,22 @@ def test_the_bias_is_added_in_float32_to_a_copy(dtype):
         torch.tensor([2.0**-12, 0]),
         torch.empty(1, 2),
     )
-    _strip.add_bias(h, bias, x)
+    _columns.add_bias(h, bias, x)
     assert x.tolist() == [[1 + 2.0**-12, 2]]
-    _strip.add_bias(h, bias.to(dtype), x)
+    _columns.add_bias(h, bias.to(dtype), x)
     assert x.tolist() == [[1 + 2.0**-12, 2]]
-    _strip.add_bias(h, None, x)
+    _columns.add_bias(h, None, x)
     assert x.tolist() == [[1, 2]] and x.data_ptr() != h.data_ptr()
 
 
 def test_a_result_is_its_own_scratch_where_it_is_exact():
     out, scratch = torch.empty(1), torch.empty(1)
-    assert _strip.same_dtype(out, scratch) is out
-    assert _strip.same_dtype(out.bfloat16(), scratch) is scratch
+    assert _columns.same_dtype(out, scratch) is out
+    assert _columns.same_dtype(out.bfloat16(), scratch) is scratch
 
 
 def test_a_bias_of_another_width_is_refused():
-    _strip.check_bias(None, "F", 5)
-    _strip.check_bias(torch.zeros(5), "F", 5)
+    _columns.check_bias(None, "F", 5)
+    _columns.check_bias(torch.zeros(5), "F", 5)
     with pytest.raises(ValueError, match=r"bias must be \(2 F,\) = \(6,\), got \(5,\)"):
-        _strip.check_bias(torch.zeros(5), "2 F", 6)
+        _columns.check_bias(torch.zeros(5), "2 F", 6)

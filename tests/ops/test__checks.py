@@ -1,57 +1,57 @@
 import pytest
 import torch
 
-from dbkernels.ops import _door
+from dbkernels.ops import _checks
 from dbkernels.ops._register import use_implementation
 from dbkernels.ops._tile import MAX_D
 
 
 def test_knows_which_norm_subtracts_the_mean():
-    assert _door.check_norm("layer") is True and _door.check_norm("rms") is False
+    assert _checks.check_norm("layer") is True and _checks.check_norm("rms") is False
     with pytest.raises(ValueError, match="norm must be layer or rms, got batch"):
-        _door.check_norm("batch")
+        _checks.check_norm("batch")
 
 
-@pytest.mark.parametrize("dtype", _door.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", _checks.DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["triton", "torch"])
 def test_takes_the_dtypes_of_training(name, dtype):
     with use_implementation(name):
-        _door.check_floats(x=torch.empty(1, dtype=dtype), bias=None, h=torch.empty(1))
+        _checks.check_floats(x=torch.empty(1, dtype=dtype), bias=None, h=torch.empty(1))
 
 
 def test_only_plain_torch_takes_float64():
     x = torch.empty(1, dtype=torch.float64)
     with use_implementation("torch"):
-        _door.check_floats(x=x)
+        _checks.check_floats(x=x)
     message = "x must be one of float32, bfloat16, float16, got torch.float64"
     with use_implementation("triton"), pytest.raises(ValueError, match=message):
-        _door.check_floats(x=x)
+        _checks.check_floats(x=x)
 
 
 def test_names_the_tensor_whose_dtype_is_refused():
     message = "h must be one of float32, bfloat16, float16, .*got torch.int64"
     with pytest.raises(ValueError, match=message):
-        _door.check_floats(x=torch.empty(1), h=torch.empty(1, dtype=torch.int64))
+        _checks.check_floats(x=torch.empty(1), h=torch.empty(1, dtype=torch.int64))
 
 
 def test_a_result_has_the_dtype_that_was_asked_for_or_that_of_what_goes_in():
     x = torch.empty(1, dtype=torch.float16)
-    assert _door.result_dtype(None, x) == torch.float16
-    assert _door.result_dtype(torch.bfloat16, x) == torch.bfloat16
+    assert _checks.result_dtype(None, x) == torch.float16
+    assert _checks.result_dtype(torch.bfloat16, x) == torch.bfloat16
     message = "dtype must be one of float32, bfloat16, float16, got torch.float64"
     with use_implementation("triton"), pytest.raises(ValueError, match=message):
-        _door.result_dtype(torch.float64, x)
+        _checks.result_dtype(torch.float64, x)
 
 
 def test_refuses_two_devices():
     message = "x and h must be on one device, got c.*, meta"
     with pytest.raises(ValueError, match=message):
-        _door.check_floats(x=torch.empty(1), gate=None, h=torch.empty(1, device="meta"))
+        _checks.check_floats(x=torch.empty(1), gate=None, h=torch.empty(1, device="meta"))
 
 
 def test_takes_tokens_up_to_the_widest_row():
-    _door.check_tokens(x=torch.empty(2, 3, 1), h=torch.empty(2, 3, 1))
-    _door.check_tokens(x=torch.empty(0, 3, MAX_D))
+    _checks.check_tokens(x=torch.empty(2, 3, 1), h=torch.empty(2, 3, 1))
+    _checks.check_tokens(x=torch.empty(0, 3, MAX_D))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_takes_tokens_up_to_the_widest_row():
 def test_refuses_what_is_not_tokens(shapes, message):
     names = ("x", "h")[: len(shapes)]
     with pytest.raises(ValueError, match=message):
-        _door.check_tokens(**dict(zip(names, map(torch.empty, shapes), strict=True)))
+        _checks.check_tokens(**dict(zip(names, map(torch.empty, shapes), strict=True)))
 
 
 def slices(*shape):
@@ -77,8 +77,8 @@ def slices(*shape):
 @pytest.mark.parametrize("shape", [(2, 8), (2, 3, 8)])
 def test_takes_slices_of_a_modulation_per_sample_or_per_token(shape):
     gate, scale, shift, *_ = slices(*shape)
-    _door.check_modulation(torch.empty(2, 3, 8), gate=gate, scale=scale, shift=shift)
-    _door.check_modulation(torch.empty(2, 3, 8), gate=gate)
+    _checks.check_modulation(torch.empty(2, 3, 8), gate=gate, scale=scale, shift=shift)
+    _checks.check_modulation(torch.empty(2, 3, 8), gate=gate)
 
 
 ONE_TENSOR = "scale and shift must be slices of one modulation tensor: equal dtypes, equal strides"
@@ -97,27 +97,27 @@ ONE_TENSOR = "scale and shift must be slices of one modulation tensor: equal dty
 )
 def test_refuses_a_modulation_that_a_kernel_cannot_address(scale, shift, message):
     with pytest.raises(ValueError, match=message):
-        _door.check_modulation(torch.empty(2, 3, 8), scale=scale, shift=shift)
+        _checks.check_modulation(torch.empty(2, 3, 8), scale=scale, shift=shift)
 
 
 def test_a_token_with_its_own_modulation_is_a_sample():
     x = torch.randn(3, 2, 8).transpose(0, 1)
     per_sample, per_token = slices(2, 8)[1], slices(2, 3, 8)[1]
-    assert torch.equal(_door.as_samples(x, per_sample), x)
-    assert torch.equal(_door.as_samples(x, per_token), x.reshape(6, 1, 8))
-    assert _door.as_samples(x, per_sample).is_contiguous()
-    assert _door.as_rows(per_sample).shape == (2, 8)
-    assert _door.as_rows(per_token).shape == (6, 8)
+    assert torch.equal(_checks.as_samples(x, per_sample), x)
+    assert torch.equal(_checks.as_samples(x, per_token), x.reshape(6, 1, 8))
+    assert _checks.as_samples(x, per_sample).is_contiguous()
+    assert _checks.as_rows(per_sample).shape == (2, 8)
+    assert _checks.as_rows(per_token).shape == (6, 8)
 
 
 def test_a_modulation_is_never_copied():
     for modulation in (slices(2, 8)[1], slices(2, 3, 8)[1]):
-        assert _door.as_rows(modulation).data_ptr() == modulation.data_ptr()
+        assert _checks.as_rows(modulation).data_ptr() == modulation.data_ptr()
 
 
 def test_refuses_a_gradient_that_would_be_differentiated():
     message = "adaln_norm has no second derivative: call backward without create_graph=True"
     with pytest.raises(RuntimeError, match=message):
-        _door.refuse_double_backward("adaln_norm")
+        _checks.refuse_double_backward("adaln_norm")
     with torch.no_grad():
-        _door.refuse_double_backward("adaln_norm")
+        _checks.refuse_double_backward("adaln_norm")

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dbkernels.ops import _door
+from dbkernels.ops import _checks
 from dbkernels.ops._heads import check_rotary
 from dbkernels.ops._layer_tensors import LayerOptions, LayerWeights
 from dbkernels.ops._mlp_branch import ACTIVATIONS
@@ -27,8 +27,8 @@ def check_layer(
     options: LayerOptions,
 ) -> None:
     """Shapes, dtypes and devices of one call."""
-    _door.check_floats(x=x, modulation=modulation, rotary=rotary, **weights._asdict())
-    _door.check_tokens(x=x)
+    _checks.check_floats(x=x, modulation=modulation, rotary=rotary, **weights._asdict())
+    _checks.check_tokens(x=x)
     B, T, D = x.shape
     if tuple(modulation.shape) not in ((B, 6 * D), (B, T, 6 * D)):
         raise ValueError(
@@ -38,7 +38,7 @@ def check_layer(
     if options.heads < 1 or D % options.heads:
         raise ValueError(f"heads must divide D = {D}, got {options.heads}")
     check_head_width(x.device, D // options.heads)
-    check_first(options.tokens, T)
+    check_first(options.num_queries, T)
     if rotary is not None:
         check_rotary(rotary, T, D // options.heads)
     _check_weights(D, weights, options)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dbkernels.ops._score_door import check_score, error_weight
+from dbkernels.ops._score_checks import check_score, error_weight
 
 SIGMA = torch.tensor([0.1, 0.5, 80.0], device="cpu").double()
 C_OUT2 = SIGMA**2 * 0.25 / (SIGMA**2 + 0.25)

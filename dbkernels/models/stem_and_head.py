@@ -1,9 +1,9 @@
 """What a block's step runs before and after its layers, fused by torch.compile.
 
-Such an end is a string of small ops, each a launch and a pass over memory. The layers are no part
-of it, and neither is what would cost a compiled run its bits or its time: rows of a table, whose
-gradient compiled code adds up in no fixed order on a GPU, and noise, which is told a step that
-compiled code would take for a constant.
+The stem and the head are strings of small ops, each a launch and a pass over memory. They leave out
+the layers, and what would cost a compiled run its bits or its time: rows of a table, whose gradient
+compiled code adds up in no fixed order on a GPU, and noise, which is told a step that compiled code
+would take for a constant.
 
 It is for GPUs, where launches cost most. On a CPU it saves no time, and the gradient of a bias
 rounds more: there compiled code adds rows one after another, which torch adds in groups.
@@ -23,8 +23,8 @@ from dbkernels.models.compiled import own_code
 from dbkernels.models.family import Family
 
 
-def compile_ends(model: Family, device: torch.device | str) -> None:
-    """Compile a family's ends for where a gradient is asked for; elsewhere they run as they were.
+def compile_stem_and_head(model: Family, device: torch.device | str) -> None:
+    """Compile a family's stem and head for where a gradient is asked for, and nowhere else.
 
     They are compiled when they first run, for that shape and dtype. A copy that is made of the
     model later has its own parameters and the same code.
@@ -37,8 +37,8 @@ def compile_ends(model: Family, device: torch.device | str) -> None:
     """
     missing = _missing(torch.device(device))
     if missing is not None:
-        raise ValueError(f"compile_ends needs {missing}, got none")
-    for name in model.ends:
+        raise ValueError(f"compile_stem_and_head needs {missing}, got none")
+    for name in model.stem_and_head:
         plain = getattr(type(model), name)
         # of two kernels none is chosen by its time, which would make a run's bits a matter of luck
         options = {"deterministic": True}

@@ -10,7 +10,7 @@ from torch._inductor import config, cpp_builder
 from training.tiny import DIT, VIT
 
 from dbkernels.models import FAMILIES, embed
-from dbkernels.models.ends import compile_ends
+from dbkernels.models.stem_and_head import compile_stem_and_head
 from dbkernels.ops import Draw
 
 LEVEL = torch.tensor([0.05, 0.4, 2.0, 40.0])
@@ -83,13 +83,13 @@ def in_float64(model, name, inputs, monkeypatch):
 
 
 @both
-def test_compiled_ends_are_as_accurate_as_plain_ones(family, monkeypatch):
+def test_compiled_stems_and_heads_are_as_accurate_as_plain_ones(family, monkeypatch):
     model = make_model(family)
     fused = copy.deepcopy(model)
-    compile_ends(fused, "cpu")
-    ends = inputs_of(family)
-    assert set(ends) == set(model.ends)
-    for name, inputs in ends.items():
+    compile_stem_and_head(fused, "cpu")
+    stem_and_head = inputs_of(family)
+    assert set(stem_and_head) == set(model.stem_and_head)
+    for name, inputs in stem_and_head.items():
         exact = in_float64(model, name, inputs, monkeypatch)
         plain, compiled = (run_end(m, name, inputs) for m in (model, fused))
         assert plain.keys() == compiled.keys() == exact.keys()
@@ -104,7 +104,7 @@ def test_code_is_made_by_the_compiler_and_for_the_one_shape(family, monkeypatch)
     asked = []
     monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how) or function)
     model = make_model(family)
-    compile_ends(model, "cpu")
+    compile_stem_and_head(model, "cpu")
     how = {"fullgraph": True, "dynamic": False, "options": {"deterministic": True}}
     assert asked == [how, how]
 
@@ -113,7 +113,7 @@ def test_code_is_made_by_the_compiler_and_for_the_one_shape(family, monkeypatch)
 def test_every_block_and_every_step_runs_the_same_code(family, monkeypatch):
     dynamo_alone(monkeypatch)
     model = make_model(family)
-    compile_ends(model, "cpu")
+    compile_stem_and_head(model, "cpu")
     for index, layers in enumerate([(0,), (1,), (2,), (0, 1), (1, 2)]):
         step(model, layers, draw=Draw(seed=3, step=index))
     assert compiled_graphs() == 2
@@ -123,7 +123,7 @@ def test_every_block_and_every_step_runs_the_same_code(family, monkeypatch):
 def test_half_a_batch_is_compiled_once_more(family, monkeypatch):
     dynamo_alone(monkeypatch)
     model, batch = make_model(family), make_batch()
-    compile_ends(model, "cpu")
+    compile_stem_and_head(model, "cpu")
     half = {name: tensor[:2] for name, tensor in batch.items()}
     for each in (batch, half, half, batch, half):
         step(model, batch=each)
@@ -136,7 +136,7 @@ def test_a_step_runs_the_same_ops_on_the_same_parameters(family, monkeypatch):
     model, batch = make_model(family), make_batch()
     fused = copy.deepcopy(model)
     names = list(model.state_dict())
-    compile_ends(fused, "cpu")
+    compile_stem_and_head(fused, "cpu")
     assert list(fused.state_dict()) == names
     assert torch.equal(step(fused, batch=batch), step(model, batch=batch))
     grads = [{n: p.grad for n, p in m.named_parameters()} for m in (model, fused)]
@@ -149,7 +149,7 @@ def test_a_step_runs_the_same_ops_on_the_same_parameters(family, monkeypatch):
 def test_without_a_gradient_nothing_is_compiled_and_no_bit_differs(family):
     model, batch = make_model(family), make_batch()
     fused = copy.deepcopy(model)
-    compile_ends(fused, "cpu")
+    compile_stem_and_head(fused, "cpu")
     z = torch.randn_like(model.target(batch))
     with torch.no_grad():
         for count in range(1, 5):
@@ -165,7 +165,7 @@ def test_without_a_gradient_nothing_is_compiled_and_no_bit_differs(family):
 def test_a_copy_has_its_own_parameters_and_the_same_code(family, monkeypatch):
     dynamo_alone(monkeypatch)
     model, batch = make_model(family), make_batch()
-    compile_ends(model, "cpu")
+    compile_stem_and_head(model, "cpu")
     step(model, batch=batch)
     model.zero_grad()
     other = copy.deepcopy(model)
@@ -183,7 +183,7 @@ def test_each_model_has_code_of_its_own_so_that_no_number_of_them_is_too_many(mo
     with torch._dynamo.config.patch(recompile_limit=1):
         for count in (1, 2, 3):
             model = make_model("vit")
-            compile_ends(model, "cpu")
+            compile_stem_and_head(model, "cpu")
             step(model, batch=batch)
             assert compiled_graphs() == 2 * count
 
@@ -204,9 +204,11 @@ def no_compiler(monkeypatch):
 @pytest.mark.parametrize(("device", "kind"), [("cpu", r"a C\+\+"), ("cuda", "a C")])
 def test_rejects_a_machine_without_a_compiler(device, kind, no_compiler):
     model = make_model("dit")
-    with pytest.raises(ValueError, match=f"compile_ends needs {kind} compiler: .*, got none"):
-        compile_ends(model, device)
-    assert not vars(model).keys() & set(model.ends)
+    with pytest.raises(
+        ValueError, match=f"compile_stem_and_head needs {kind} compiler: .*, got none"
+    ):
+        compile_stem_and_head(model, device)
+    assert not vars(model).keys() & set(model.stem_and_head)
 
 
 @pytest.mark.parametrize("name", ["gcc", "clang"])
@@ -215,13 +217,13 @@ def test_a_gpus_code_needs_either_c_compiler_or_the_one_that_is_named(
 ):
     with monkeypatch.context() as patch:
         patch.setenv("CC", "my-compiler")
-        compile_ends(make_model("dit"), "cuda")
+        compile_stem_and_head(make_model("dit"), "cuda")
     (tmp_path / name).write_text("#!/bin/sh\n")
     (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    compile_ends(make_model("dit"), "cuda")
+    compile_stem_and_head(make_model("dit"), "cuda")
     with pytest.raises(ValueError, match=r"a C\+\+ compiler"):
-        compile_ends(make_model("dit"), "cpu")
+        compile_stem_and_head(make_model("dit"), "cpu")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -229,5 +231,5 @@ def test_rejects_a_python_without_headers(device, tmp_path, monkeypatch):
     places = []
     monkeypatch.setattr(sysconfig, "get_path", lambda *asked: places.append(asked) or str(tmp_path))
     with pytest.raises(ValueError, match=r"needs the headers of Python \(Python.h\), got none"):
-        compile_ends(make_model("vit"), device)
+        compile_stem_and_head(make_model("vit"), device)
     assert places == [("include", "posix_prefix")]
