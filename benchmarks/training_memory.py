@@ -19,8 +19,8 @@ from dbkernels.memory.measure import record
 from dbkernels.memory.predict import Prediction
 from dbkernels.memory.trace import CATEGORIES, Trace
 from dbkernels.memory.workspace import Target, target_of
+from dbkernels.training.dry_run import dry_run
 from dbkernels.training.partition import Block
-from dbkernels.training.rehearsal import rehearse
 from dbkernels.training.trainer import Trainer
 
 Figures = dict[str, object]
@@ -203,7 +203,7 @@ def _mapping(count: int) -> Iterator[Callable[..., Iterator[dict[str, Figures]]]
 
 
 def with_all(way: Way) -> Way:
-    """The way of which a rehearsal tells both what all blocks need and what one needs."""
+    """The way of which a dry run tells both what all blocks need and what one needs."""
     return replace(way, offload="none", launch="ops")
 
 
@@ -211,7 +211,7 @@ def predict(case: TrainingCase, way: Way, target: Target) -> dict[str, Predictio
     """By what is on the device: all blocks, or one."""
     config = case.config(with_all(way))
     budget = 1.0 if way.budget is None else way.budget
-    return rehearse(config, baseline=way.baseline, budget=budget, target=target)
+    return dry_run(config, baseline=way.baseline, budget=budget, target=target)
 
 
 def figures_of(case: TrainingCase, target: Target, way: Way) -> dict[str, Figures]:

@@ -18,9 +18,9 @@ from rehearsal import rehearsing
 from training_case import TrainingCase, Way
 from training_memory import Figures, figures_of, with_all
 
-from dbkernels.cli.rehearsed import made_up
+from dbkernels.cli.preset_run import made_up
 from dbkernels.memory.workspace import target_of
-from dbkernels.training.rehearsal import trainer_with
+from dbkernels.training.dry_run import trainer_with
 
 Task = tuple[TrainingCase, Way]
 

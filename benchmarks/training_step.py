@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from training_case import TrainingCase, Way
 
-from dbkernels.cli.rehearsed import made_up
+from dbkernels.cli.preset_run import made_up
 from dbkernels.models.baseline import use_baseline
 from dbkernels.training.partition import Block
 from dbkernels.training.run import RunConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from dbkernels.cli.preset_run import preset_run
 from dbkernels.cli.profile_rows import METHODS, OFFLOAD, Case, configured, predicted
-from dbkernels.cli.rehearsed import rehearsed_run
 from dbkernels.cli.shape import PRESETS
 from dbkernels.memory.budget import (
     GROWTH,
@@ -70,7 +70,7 @@ def held(path: Path) -> list[Held]:
     budgets = read_budgets(path)
     for index, budget in enumerate(budgets, 1):
         _check_settings(budget.settings, f"row {index} of {path}")
-    # one rehearsal tells of both choices of what is on the device
+    # one dry run tells of both choices of what is on the device
     known: dict[tuple, dict[str, Prediction]] = {}
     found = []
     for budget in budgets:
@@ -175,7 +175,7 @@ def _case(settings: Settings) -> Case:
 
 
 def _config(settings: Settings) -> RunConfig:
-    run = rehearsed_run(
+    run = preset_run(
         settings["family"],
         settings["preset"],
         batch=settings["batch"],

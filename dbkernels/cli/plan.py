@@ -19,7 +19,7 @@ from dbkernels.memory.workspace import target_named
 class Plan:
     """Say what limits a run, and which ways of training fit a device, the fastest first.
 
-    All of it is predicted, peak memory by rehearsing the steps and time by a stated formula; no
+    All of it is predicted, peak memory by dry runs of the steps and time by a stated formula; no
     GPU is needed.
     """
 
@@ -63,7 +63,7 @@ class Plan:
 def _nothing_fits(question: Question, found: Answer) -> str:
     """One sentence: the smallest plan, what it needs, and what would fit instead."""
     least = found.smallest
-    needed = least.need.peak_bytes + question.context
+    needed = least.estimate.peak_bytes + question.context
     instead = "no preset of the family fits"
     if found.largest:
         instead = f"the largest preset of the family that fits is {found.largest}"

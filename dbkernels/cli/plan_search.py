@@ -7,11 +7,11 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 
-from dbkernels.cli.rehearsed import rehearsed_run
+from dbkernels.cli.preset_run import preset_run
 from dbkernels.cli.shape import PRESETS
 from dbkernels.memory.workspace import Target, target_named
 from dbkernels.ops.recompute import Recompute, policies_of
-from dbkernels.training.need import Need, need
+from dbkernels.training.estimate import Estimate, estimate
 from dbkernels.training.plan import (
     CONTEXT,
     SPEEDS,
@@ -56,7 +56,7 @@ class Question:
 
     def config(self, preset: str) -> RunConfig:
         """The run of one of the family's presets."""
-        return rehearsed_run(self.family, preset, batch=self.batch, autocast=self.autocast)
+        return preset_run(self.family, preset, batch=self.batch, autocast=self.autocast)
 
     @property
     def policies(self) -> tuple[Recompute, ...]:
@@ -105,12 +105,12 @@ def answer(question: Question, advance: Callable[[int], None]) -> Answer:
     fits = (
         preset
         for preset, several in zip(presets, least, strict=True)
-        if min(need.peak_bytes for need in several.values()) <= question.limit
+        if min(estimate.peak_bytes for estimate in several.values()) <= question.limit
     )
     return Answer(
         whole=found[0].whole,
         plans=plans,
-        smallest=min((each.smallest for each in found), key=lambda p: p.need.peak_bytes),
+        smallest=min((each.smallest for each in found), key=lambda p: p.estimate.peak_bytes),
         largest=next(fits, None),
         outside=outside_layers(least[presets.index(question.preset)], depth),
     )
@@ -136,7 +136,7 @@ def _found(question: Question, num_blocks: int) -> Found:
     speed = SPEEDS[question.target]
     return plans_of(
         num_blocks,
-        partial(need, config=config, target=target),
+        partial(estimate, config=config, target=target),
         batch=question.batch,
         limit=question.limit,
         seconds=partial(speed.seconds, autocast=question.autocast),
@@ -144,11 +144,11 @@ def _found(question: Question, num_blocks: int) -> Found:
     )
 
 
-def _least(question: Question, preset: str) -> dict[str, Need]:
+def _least(question: Question, preset: str) -> dict[str, Estimate]:
     """The least that a preset needs."""
     config = question.config(preset)
     setting = smallest_setting(config.model.depth, question.policies)
-    return need(setting, config, _target(question))
+    return estimate(setting, config, _target(question))
 
 
 def _target(question: Question) -> Target:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from dbkernels.cli.plan_search import Answer, Question
 from dbkernels.memory.budget import in_words
-from dbkernels.training.need import STATE
+from dbkernels.training.estimate import STATE
 from dbkernels.training.plan import FREE, OP_SECONDS, SHARE, Plan, shares
 
 Row = dict[str, object]
@@ -18,10 +18,10 @@ def rows(question: Question, found: Answer) -> Iterator[Row]:
     """What limits end to end and the fastest plan, every plan, and the largest preset."""
     common = {**asdict(question), "context": question.context}
     for name, plan in (("end to end", found.whole), ("fastest plan", found.plans[0])):
-        parts = shares(plan.need, found.outside)
+        parts = shares(plan.estimate, found.outside)
         limit = max((part for part in parts if part != FREE), key=parts.__getitem__)
         row = {"row": "limit", "of": name, "limit": limit, "by_category": parts}
-        yield {**common, **row, "peak_reserved_bytes": plan.need.peak_bytes}
+        yield {**common, **row, "peak_reserved_bytes": plan.estimate.peak_bytes}
     for plan in found.plans:
         yield {**common, **_plan_row(plan, question, found.whole)}
     yield {**common, "row": "preset", "largest": found.largest}
@@ -35,9 +35,9 @@ def _plan_row(plan: Plan, question: Question, whole: Plan) -> Row:
         "recompute": setting.recompute,
         "offload": plan.offload,
         "micro_batch": setting.micro_batch,
-        "peak_reserved_bytes": plan.need.peak_bytes,
-        "by_category": plan.need.by_category,
-        "flops": plan.need.flops,
+        "peak_reserved_bytes": plan.estimate.peak_bytes,
+        "by_category": plan.estimate.by_category,
+        "flops": plan.estimate.flops,
         "seconds_per_sweep": plan.seconds,
         "relative_time": plan.seconds / whole.seconds,
         "command": _command(plan, question),

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from dbkernels.cli import budgets
 from dbkernels.cli.device import pick_device
+from dbkernels.cli.preset_run import preset_run
 from dbkernels.cli.profile_measured import measured
 from dbkernels.cli.profile_rows import (
     METHODS,
@@ -21,7 +22,6 @@ from dbkernels.cli.profile_rows import (
     rows,
 )
 from dbkernels.cli.profile_tables import measured_table, not_measured, predicted_tables
-from dbkernels.cli.rehearsed import rehearsed_run
 from dbkernels.cli.shape import FamilyName
 from dbkernels.memory.picture import draw
 from dbkernels.memory.timeline import write_timeline
@@ -133,7 +133,7 @@ class Profile:
         return cases(methods, list(counts), check_recompute(self.recompute))
 
     def _config(self) -> RunConfig:
-        return rehearsed_run(
+        return preset_run(
             self.family,
             self.preset,
             batch=self.batch,

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 
 from dbkernels.cli.out_of_memory import out_of_memory
+from dbkernels.cli.preset_run import made_up
 from dbkernels.cli.profile_rows import Case, configured, run_by
-from dbkernels.cli.rehearsed import made_up
+from dbkernels.training.dry_run import trainer_with
 from dbkernels.training.performance import profile_trainer
-from dbkernels.training.rehearsal import trainer_with
 from dbkernels.training.run import RunConfig
 from dbkernels.training.trainer_config import Offload
 

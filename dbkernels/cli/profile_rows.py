@@ -12,7 +12,7 @@ from dbkernels.memory.predict import Prediction
 from dbkernels.memory.workspace import Target
 from dbkernels.models.baseline import Baseline
 from dbkernels.ops.recompute import POLICIES, Recompute
-from dbkernels.training.rehearsal import rehearse
+from dbkernels.training.dry_run import dry_run
 from dbkernels.training.run import RunConfig
 from dbkernels.training.trainer_config import Offload
 
@@ -30,7 +30,7 @@ BASELINES: dict[Method, Baseline | None] = {
     "block_fused": None,
 }
 BLOCKWISE = ("block_stock", "block_fused")
-ALONE = 150  # layers that one process rehearses in the time that another takes to start
+ALONE = 150  # layers of dry runs in the time that another process takes to start
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def configured(case: Case, config: RunConfig) -> RunConfig:
 
 
 def run_by(case: Case, budget: float) -> dict[str, Baseline | float | None]:
-    """What runs a case's layers, as `trainer_with` and `rehearse` are told."""
+    """What runs a case's layers, as `trainer_with` and `dry_run` are told."""
     baseline = BASELINES[case.method]
     return {"baseline": baseline, "budget": budget if baseline == "compiled" else 1.0}
 
@@ -75,7 +75,7 @@ def predicted(
 ) -> dict[Offload, Prediction]:
     """A case's prediction for everything on the device, and for one block on it."""
     ways = run_by(case, budget)
-    return rehearse(configured(case, config), **ways, target=target)
+    return dry_run(configured(case, config), **ways, target=target)
 
 
 def rows(

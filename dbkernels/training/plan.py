@@ -16,11 +16,11 @@ from functools import partial
 
 from dbkernels.memory.trace import CATEGORIES
 from dbkernels.ops.recompute import POLICIES, Recompute
-from dbkernels.training.need import STATE, Need, Setting
+from dbkernels.training.estimate import STATE, Estimate, Setting
 from dbkernels.training.schedule import fewest_steps_per_swap
 from dbkernels.training.trainer_config import Offload
 
-Predictor = Callable[[Setting], dict[Offload, Need]]
+Predictor = Callable[[Setting], dict[Offload, Estimate]]
 
 SHARE = 0.5  # of a peak that a step reaches
 OP_SECONDS = 5e-6  # to launch an op, and for a GPU to fill and drain
@@ -43,11 +43,11 @@ class Speed:
     bfloat16: float
     link: float
 
-    def seconds(self, need: Need, num_blocks: int, *, autocast: bool) -> float:
+    def seconds(self, estimate: Estimate, num_blocks: int, *, autocast: bool) -> float:
         """Of a sweep, by the formula above."""
         peak = self.bfloat16 if autocast else self.float32
-        working = need.flops / (SHARE * peak) + need.ops * OP_SECONDS
-        swapping = need.swapped / (SHARE * self.link)
+        working = estimate.flops / (SHARE * peak) + estimate.ops * OP_SECONDS
+        swapping = estimate.swapped / (SHARE * self.link)
         return working + swapping / fewest_steps_per_swap(
             working / num_blocks, swapping / num_blocks
         )
@@ -68,7 +68,7 @@ class Plan:
 
     setting: Setting
     offload: Offload
-    need: Need
+    estimate: Estimate
     seconds: float  # of a sweep
 
 
@@ -94,7 +94,7 @@ def plans_of(
     *,
     batch: int,
     limit: int,
-    seconds: Callable[[Need, int], float],
+    seconds: Callable[[Estimate, int], float],
     policies: Sequence[Recompute],
 ) -> Found:
     """The fastest plans of one number of blocks.
@@ -108,7 +108,7 @@ def plans_of(
         predict:     what a setting needs; asked once for each
         batch:       samples of a step
         limit:       bytes that a plan may take
-        seconds:     (need, num_blocks) -> of a sweep
+        seconds:     (estimate, num_blocks) -> of a sweep
         policies:    to choose from, as `policies_of` gives them
     """
     known: dict[Setting, dict[Offload, Plan]] = {}
@@ -117,8 +117,8 @@ def plans_of(
         setting = Setting(num_blocks, recompute, micro_batch)
         if setting not in known:
             known[setting] = {
-                name: Plan(setting, name, need, seconds(need, num_blocks))
-                for name, need in predict(setting).items()
+                name: Plan(setting, name, estimate, seconds(estimate, num_blocks))
+                for name, estimate in predict(setting).items()
             }
         return known[setting][offload]
 
@@ -129,7 +129,7 @@ def plans_of(
         _fastest(partial(planned, offload=offload), batch, limit, policies) for offload in offloads
     ]
     every = [plan for plans in known.values() for plan in plans.values()]
-    smallest = min(every, key=lambda plan: plan.need.peak_bytes)
+    smallest = min(every, key=lambda plan: plan.estimate.peak_bytes)
     return Found(whole, [plan for plan in best if plan], smallest)
 
 
@@ -138,9 +138,9 @@ def _fastest(
 ) -> Plan | None:
     """The fastest plan that fits of all policies and micro-batches; None where there is none."""
     whole = planned("none", batch)
-    if whole.need.peak_bytes <= limit:
+    if whole.estimate.peak_bytes <= limit:
         return whole
-    if planned(policies[-1], 1).need.peak_bytes > limit:
+    if planned(policies[-1], 1).estimate.peak_bytes > limit:
         return None
     sizes = [size for size in range(1, batch + 1) if batch % size == 0]
     best: Plan | None = None
@@ -176,7 +176,7 @@ def _largest(sizes: Sequence[int], planned: Callable[[int], Plan], limit: int) -
     place = high - 1
     while high - low > 1:
         plan = planned(sizes[place])
-        if plan.need.peak_bytes <= limit:
+        if plan.estimate.peak_bytes <= limit:
             best, low = plan, place
         else:
             high = place
@@ -186,8 +186,8 @@ def _largest(sizes: Sequence[int], planned: Callable[[int], Plan], limit: int) -
 
 def _guess(plan: Plan, sizes: Sequence[int], limit: int) -> int:
     """Index of the largest size that fits if what grows with it were all in proportion."""
-    growing = sum(plan.need.by_category[name] for name in GROWING)
-    room = limit - (plan.need.peak_bytes - growing)
+    growing = sum(plan.estimate.by_category[name] for name in GROWING)
+    room = limit - (plan.estimate.peak_bytes - growing)
     return bisect_right(sizes, plan.setting.micro_batch * room / max(1, growing)) - 1
 
 
@@ -196,7 +196,7 @@ def smallest_setting(depth: int, policies: Sequence[Recompute]) -> Setting:
     return Setting(depth, policies[-1], 1)
 
 
-def outside_layers(several: dict[Offload, Need], num_blocks: int) -> dict[str, int]:
+def outside_layers(several: dict[Offload, Estimate], num_blocks: int) -> dict[str, int]:
     """Bytes of the stem and the head, which no number of blocks divides: each of STATE.
 
     Args:
@@ -207,7 +207,7 @@ def outside_layers(several: dict[Offload, Need], num_blocks: int) -> dict[str, i
     return {name: one[name] - (every[name] - one[name]) // (num_blocks - 1) for name in STATE}
 
 
-def shares(need: Need, outside: dict[str, int]) -> dict[str, int]:
+def shares(estimate: Estimate, outside: dict[str, int]) -> dict[str, int]:
     """What fills a device at the peak, in bytes that add up to it.
 
     Args:
@@ -217,6 +217,6 @@ def shares(need: Need, outside: dict[str, int]) -> dict[str, int]:
         Each of CATEGORIES without the stem's and the head's share of STATE; that share; and what
         the allocator holds free.
     """
-    layers = {name: need.by_category[name] - outside.get(name, 0) for name in CATEGORIES}
-    free = need.peak_bytes - sum(need.by_category.values())
+    layers = {name: estimate.by_category[name] - outside.get(name, 0) for name in CATEGORIES}
+    free = estimate.peak_bytes - sum(estimate.by_category.values())
     return {**layers, "stem_and_head": sum(outside.values()), FREE: free}

@@ -99,7 +99,7 @@ def test_a_gpu_that_is_not_there_is_predicted(training):
         assert sum(row["by_category"].values()) == row["peak_allocated_bytes"]
 
 
-def test_one_rehearsal_tells_both_what_all_blocks_need_and_one(training, bench):
+def test_one_dry_run_tells_what_all_blocks_need_and_what_one_needs(training, bench):
     options = training.Options(
         **SMALL,
         target="h100",

@@ -197,7 +197,7 @@ def test_a_compilers_choice_is_not_held(tmp_path):
     assert not (tmp_path / "b.json").exists()
 
 
-def test_with_and_without_offload_take_one_rehearsal(written, tmp_path, monkeypatch):
+def test_with_and_without_offload_take_one_dry_run(written, tmp_path, monkeypatch):
     calls, real = [], module._predicted
     monkeypatch.setattr(module, "_predicted", lambda s: calls.append(s["recompute"]) or real(s))
     written()

@@ -19,7 +19,7 @@ def plan(cli, monkeypatch):
 
 @pytest.fixture
 def quick(plan, monkeypatch):
-    monkeypatch.setattr(module, "need", reckoned)
+    monkeypatch.setattr(module, "estimate", reckoned)
     return plan
 
 
@@ -62,9 +62,9 @@ def test_a_smaller_preset_that_fits_is_named(quick, monkeypatch):
     def wide(setting, config, target):
         grown = config.model.width * 2**20
         found = reckoned(setting, config, target)
-        return {k: module.Need(**{**vars(v), "peak_bytes": grown}) for k, v in found.items()}
+        return {k: module.Estimate(**{**vars(v), "peak_bytes": grown}) for k, v in found.items()}
 
-    monkeypatch.setattr(module, "need", wide)
+    monkeypatch.setattr(module, "estimate", wide)
     outcome = quick("--family", "dit", "--preset", "XL/2", "--memory", "800MiB", "--target", "cpu")
     assert "; the largest preset of the family that fits is B/2" in outcome.err
 

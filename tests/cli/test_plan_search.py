@@ -5,12 +5,12 @@ from cli.plans import MiB, in_turn, reckoned
 
 import dbkernels.cli.plan_search as module
 from dbkernels.cli.plan_search import Question, answer
-from dbkernels.training.need import Setting
+from dbkernels.training.estimate import Setting
 
 
 @pytest.fixture
 def ask(monkeypatch):
-    monkeypatch.setattr(module, "need", reckoned)
+    monkeypatch.setattr(module, "estimate", reckoned)
     monkeypatch.setattr(module, "_run", in_turn)
 
     def asked(memory, preset="digits", target="cpu", family="dit", autocast=False):
@@ -35,13 +35,13 @@ def test_plans_of_every_number_of_blocks_come_the_fastest_first(ask):
 def test_end_to_end_is_what_others_are_measured_by(ask):
     found, _ = ask(400)
     assert found.whole.setting == Setting(1, "none", 64)
-    assert found.whole.need.peak_bytes > 400 * MiB
+    assert found.whole.estimate.peak_bytes > 400 * MiB
 
 
 def test_a_gpu_leaves_room_for_its_context(ask):
     on_cpu, on_gpu = (ask(800, target=name)[0] for name in ("cpu", "h100"))
-    assert max(plan.need.peak_bytes for plan in on_cpu.plans) > 288 * MiB
-    assert max(plan.need.peak_bytes for plan in on_gpu.plans) <= 288 * MiB
+    assert max(plan.estimate.peak_bytes for plan in on_cpu.plans) > 288 * MiB
+    assert max(plan.estimate.peak_bytes for plan in on_gpu.plans) <= 288 * MiB
 
 
 def test_where_nothing_fits_the_smallest_plan_and_a_smaller_preset_are_told(ask):
@@ -58,9 +58,9 @@ def test_the_largest_preset_has_the_widest_and_most_layers(ask, monkeypatch):
     def wide(setting, config, target):
         found = reckoned(setting, config, target)
         grown = config.model.width * MiB
-        return {k: module.Need(**{**vars(v), "peak_bytes": grown}) for k, v in found.items()}
+        return {k: module.Estimate(**{**vars(v), "peak_bytes": grown}) for k, v in found.items()}
 
-    monkeypatch.setattr(module, "need", wide)
+    monkeypatch.setattr(module, "estimate", wide)
     assert [ask(memory)[0].largest for memory in (1151, 1024, 400, 64)] == [
         "L/2",
         "L/2",

@@ -11,7 +11,7 @@ from dbkernels.cli.plan_tables import rows, show
 
 @pytest.fixture
 def planned(monkeypatch, capsys):
-    monkeypatch.setattr(module, "need", reckoned)
+    monkeypatch.setattr(module, "estimate", reckoned)
     monkeypatch.setattr(module, "_run", in_turn)
 
     def found(memory, autocast=False):

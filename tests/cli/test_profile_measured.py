@@ -6,9 +6,9 @@ import torch
 from cli.runs import killed, process_id
 
 from dbkernels.cli import profile_measured
+from dbkernels.cli.preset_run import preset_run
 from dbkernels.cli.profile_measured import KILLED, attempted, measured, taken
 from dbkernels.cli.profile_rows import Case
-from dbkernels.cli.rehearsed import rehearsed_run
 
 CASE = Case("block_fused", 6, "qkv")
 CPU = {"budget": 1.0, "steps": 1, "device": torch.device("cpu")}
@@ -16,7 +16,7 @@ CPU = {"budget": 1.0, "steps": 1, "device": torch.device("cpu")}
 
 @pytest.fixture
 def config():
-    return rehearsed_run("vit", "digits", batch=4, autocast=False)
+    return preset_run("vit", "digits", batch=4, autocast=False)
 
 
 def test_a_case_has_a_process_of_its_own_also_after_one_that_was_killed(config, monkeypatch):

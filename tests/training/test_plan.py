@@ -3,7 +3,7 @@ import pytest
 from dbkernels.memory.trace import CATEGORIES
 from dbkernels.memory.workspace import TARGETS
 from dbkernels.ops.recompute import POLICIES
-from dbkernels.training.need import Need, Setting
+from dbkernels.training.estimate import Estimate, Setting
 from dbkernels.training.plan import (
     FREE,
     SPEEDS,
@@ -35,7 +35,7 @@ class Predictor:
         grown = policy.units * layers * samples // (1 + policy.narrow) + 5 * samples
         pieces = BATCH // setting.micro_batch
         return {
-            offload: Need(
+            offload: Estimate(
                 peak_bytes=30 * held + 10 + grown,
                 by_category=parts(parameters=10 * held, optimizer=20 * held, temporaries=grown),
                 flops=self.flops[setting.recompute],
@@ -50,8 +50,8 @@ def parts(**sizes):
     return {**dict.fromkeys(CATEGORIES, 0), **sizes}
 
 
-def seconds(need, num_blocks):
-    return need.flops + need.ops + need.swapped
+def seconds(estimate, num_blocks):
+    return estimate.flops + estimate.ops + estimate.swapped
 
 
 def plans(num_blocks, limit, flops=EVEN):
@@ -67,11 +67,11 @@ def tried_out(num_blocks, limit, flops):
     predict, best = Predictor(flops), []
     for offload in ("none",) if num_blocks == 1 else ("none", "cpu"):
         fitting = [
-            (seconds(need, num_blocks), setting)
+            (seconds(estimate, num_blocks), setting)
             for recompute in POLICIES
             for size in (1, 2, 4, 8, 16, 32, 64)
             for setting in [Setting(num_blocks, recompute, size)]
-            if (need := predict(setting)[offload]).peak_bytes <= limit
+            if (estimate := predict(setting)[offload]).peak_bytes <= limit
         ]
         best += [(min(time for time, _ in fitting), offload)] if fitting else []
     return best
@@ -84,7 +84,7 @@ def test_finds_the_fastest_that_fits_and_asks_for_each_once(num_blocks, limit, f
     found, predict = plans(num_blocks, limit, flops)
     best = [(plan.seconds, plan.offload) for plan in found.fitting]
     assert best == tried_out(num_blocks, limit, flops)
-    assert all(plan.need.peak_bytes <= limit for plan in found.fitting)
+    assert all(plan.estimate.peak_bytes <= limit for plan in found.fitting)
     assert all(plan.setting.num_blocks == num_blocks for plan in found.fitting)
     assert len(set(predict.asked)) == len(predict.asked)
 
@@ -119,16 +119,16 @@ def test_one_block_has_one_way_of_being_on_the_device():
 
 def test_time_is_operations_and_calls_and_swaps():
     speed = Speed(float32=2e12, bfloat16=2e13, link=2e9)
-    need = Need(0, {}, flops=10**12, ops=1000)
-    assert speed.seconds(need, 4, autocast=False) == pytest.approx(1.005)
-    assert speed.seconds(need, 4, autocast=True) == pytest.approx(0.105)
+    estimate = Estimate(0, {}, flops=10**12, ops=1000)
+    assert speed.seconds(estimate, 4, autocast=False) == pytest.approx(1.005)
+    assert speed.seconds(estimate, 4, autocast=True) == pytest.approx(0.105)
 
 
 def test_swaps_take_a_twentieth_of_the_time():
     speed = Speed(float32=2e12, bfloat16=2e12, link=2e9)
-    need = Need(0, {}, flops=10**12, ops=0, swapped=10**10)
-    assert speed.seconds(need, 4, autocast=False) == pytest.approx(1 / 0.95, rel=0.001)
-    small = Need(0, {}, flops=10**12, ops=0, swapped=10**6)
+    estimate = Estimate(0, {}, flops=10**12, ops=0, swapped=10**10)
+    assert speed.seconds(estimate, 4, autocast=False) == pytest.approx(1 / 0.95, rel=0.001)
+    small = Estimate(0, {}, flops=10**12, ops=0, swapped=10**6)
     assert speed.seconds(small, 4, autocast=False) == pytest.approx(1.001)
 
 
@@ -141,12 +141,12 @@ def test_the_smallest_setting_has_a_layer_in_each_block():
 
 
 def test_stem_and_head_are_what_no_number_of_blocks_divides():
-    everything = Need(0, parts(parameters=70, optimizer=140, temporaries=9), 0, 0)
-    one = Need(0, parts(parameters=25, optimizer=50, temporaries=9), 0, 0)
+    everything = Estimate(0, parts(parameters=70, optimizer=140, temporaries=9), 0, 0)
+    one = Estimate(0, parts(parameters=25, optimizer=50, temporaries=9), 0, 0)
     outside = outside_layers({"none": everything, "cpu": one}, 4)
     assert outside == {"parameters": 10, "optimizer": 20}
-    need = Need(250, everything.by_category, 0, 0)
-    found = shares(need, outside)
+    estimate = Estimate(250, everything.by_category, 0, 0)
+    found = shares(estimate, outside)
     assert found["parameters"] == 60 and found["optimizer"] == 120 and found["temporaries"] == 9
     assert found["stem_and_head"] == 30 and found[FREE] == 31
-    assert sum(found.values()) == need.peak_bytes
+    assert sum(found.values()) == estimate.peak_bytes

@@ -12,8 +12,8 @@ from training.tiny import DIT, PRIOR, VIT, equal, weights
 import dbkernels.training.run as run_module
 from dbkernels.memory.workspace import target_named
 from dbkernels.models import stem_and_head
+from dbkernels.training.dry_run import dry_run
 from dbkernels.training.log import read_log
-from dbkernels.training.rehearsal import rehearse
 from dbkernels.training.run import PartitionConfig, RunConfig, load_run, train
 from dbkernels.training.trainer_config import TrainerConfig
 
@@ -132,7 +132,7 @@ def test_a_prediction_is_that_of_plain_stem_and_head(source, monkeypatch):
     target = target_named("cpu")
     config = make_config(source)
     predictions = [
-        {name: asdict(p) for name, p in rehearse(c, target=target).items()}
+        {name: asdict(p) for name, p in dry_run(c, target=target).items()}
         for c in (config, plain(config))
     ]
     assert predictions[0] == predictions[1]

@@ -2,16 +2,16 @@ from dataclasses import replace
 
 import pytest
 
-from dbkernels.cli.rehearsed import rehearsed_run
+from dbkernels.cli.preset_run import preset_run
 from dbkernels.memory.workspace import target_named
-from dbkernels.training.need import Setting, need
-from dbkernels.training.rehearsal import rehearse
+from dbkernels.training.dry_run import dry_run
+from dbkernels.training.estimate import Setting, estimate
 
 H100 = target_named("h100")
 
 
 def tiny(batch=8):
-    config = rehearsed_run("dit", "digits", batch=batch, autocast=False)
+    config = preset_run("dit", "digits", batch=batch, autocast=False)
     return replace(config, model=replace(config.model, depth=4, width=32, heads=2))
 
 
@@ -26,8 +26,8 @@ def trained(**changes):
 
 @pytest.mark.parametrize("pieces", [1, 2, 4, 8])
 def test_two_micro_batches_tell_of_all(pieces):
-    found = need(Setting(2, "none", 8 // pieces), tiny(), H100)
-    for offload, step in rehearse(trained(accumulate=pieces), target=H100).items():
+    found = estimate(Setting(2, "none", 8 // pieces), tiny(), H100)
+    for offload, step in dry_run(trained(accumulate=pieces), target=H100).items():
         assert found[offload].peak_bytes == step.peak_reserved_bytes
         assert found[offload].flops == 2 * step.flops
         # what clips the gradient and updates is counted with every micro-batch
@@ -38,14 +38,14 @@ def test_two_micro_batches_tell_of_all(pieces):
 
 def test_a_policy_takes_the_place_of_the_runs_own():
     everything, nothing = (
-        need(Setting(1, recompute, 8), tiny(), H100)["none"] for recompute in ("none", "layer")
+        estimate(Setting(1, recompute, 8), tiny(), H100)["none"] for recompute in ("none", "layer")
     )
     assert nothing.by_category["saved_activations"] < everything.by_category["saved_activations"]
     assert nothing.flops > everything.flops
 
 
 def test_a_sweep_swaps_every_layer_in_and_out():
-    found = need(Setting(4, "none", 8), tiny(), H100)
+    found = estimate(Setting(4, "none", 8), tiny(), H100)
     model = tiny().build("cpu").model
     layers = sum(p.nbytes for p in model.layers.parameters())
     assert found["none"].swapped == 0
@@ -55,5 +55,5 @@ def test_a_sweep_swaps_every_layer_in_and_out():
 
 
 def test_end_to_end_swaps_nothing():
-    found = need(Setting(1, "none", 8), tiny(), H100)
+    found = estimate(Setting(1, "none", 8), tiny(), H100)
     assert found["none"] == found["cpu"]

@@ -1,6 +1,6 @@
 import pytest
 
-from dbkernels.cli.rehearsed import made_up, rehearsed_run
+from dbkernels.cli.preset_run import made_up, preset_run
 from dbkernels.models import dit
 from dbkernels.training.run import read_config
 
@@ -8,7 +8,7 @@ from dbkernels.training.run import read_config
 def test_settings_are_those_of_train(trained, tmp_path):
     trained("dit", "out")
     config, made = (
-        rehearsed_run("dit", "S/2", batch=8, autocast=True),
+        preset_run("dit", "S/2", batch=8, autocast=True),
         read_config(tmp_path / "out"),
     )
     assert (config.model, config.trainer.batch_size) == (dit.PRESETS["S/2"], 8)
@@ -19,7 +19,7 @@ def test_settings_are_those_of_train(trained, tmp_path):
 
 def test_an_optimizer_in_the_backward_does_not_clip():
     after, inside = (
-        rehearsed_run("dit", "S/2", batch=8, autocast=True, optimizer_in_backward=each).trainer
+        preset_run("dit", "S/2", batch=8, autocast=True, optimizer_in_backward=each).trainer
         for each in (False, True)
     )
     assert (after.optimizer_in_backward, after.clip) == (False, 1.0)
@@ -27,7 +27,7 @@ def test_an_optimizer_in_the_backward_does_not_clip():
 
 
 def test_made_up_samples_fill_one_batch_and_are_the_same_every_time():
-    config = rehearsed_run("dit", "S/2", batch=3, autocast=False)
+    config = preset_run("dit", "S/2", batch=3, autocast=False)
     first, again = made_up(config), made_up(config)
     assert first.images.shape == (3, 4, 32, 32) and first.num_classes == 1000
     assert (first.images == again.images).all() and (first.labels == again.labels).all()
@@ -36,6 +36,6 @@ def test_made_up_samples_fill_one_batch_and_are_the_same_every_time():
 
 def test_rejects():
     with pytest.raises(ValueError, match="preset of vit must be one of cifar100, digits, got XL"):
-        rehearsed_run("vit", "XL", batch=8, autocast=False)
+        preset_run("vit", "XL", batch=8, autocast=False)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        rehearsed_run("vit", "digits", batch=0, autocast=False)
+        preset_run("vit", "digits", batch=0, autocast=False)

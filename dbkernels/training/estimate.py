@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from dbkernels.memory.predict import Prediction
 from dbkernels.memory.workspace import Target
 from dbkernels.ops.recompute import Recompute
-from dbkernels.training.rehearsal import rehearse
+from dbkernels.training.dry_run import dry_run
 from dbkernels.training.run import RunConfig
 from dbkernels.training.trainer_config import Offload
 
@@ -34,7 +34,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Need:
+class Estimate:
     """What a setting needs of a device.
 
     Args:
@@ -52,7 +52,7 @@ class Need:
     swapped: int = 0
 
 
-def need(setting: Setting, config: RunConfig, target: Target) -> dict[Offload, Need]:
+def estimate(setting: Setting, config: RunConfig, target: Target) -> dict[Offload, Estimate]:
     """What a setting of a run needs, for all blocks on the device and for one block on it.
 
     Args:
@@ -70,8 +70,8 @@ def need(setting: Setting, config: RunConfig, target: Target) -> dict[Offload, N
             config.trainer, batch_size=followed * setting.micro_batch, accumulate=followed
         ),
     )
-    found = rehearse(run, target=target)
-    both = {name: _need(p, setting.num_blocks, pieces / followed) for name, p in found.items()}
+    found = dry_run(run, target=target)
+    both = {name: _estimate(p, setting.num_blocks, pieces / followed) for name, p in found.items()}
     elsewhere = sum(
         both["none"].by_category[name] - both["cpu"].by_category[name] for name in STATE
     )
@@ -81,8 +81,8 @@ def need(setting: Setting, config: RunConfig, target: Target) -> dict[Offload, N
     return both
 
 
-def _need(prediction: Prediction, num_blocks: int, times: float) -> Need:
-    return Need(
+def _estimate(prediction: Prediction, num_blocks: int, times: float) -> Estimate:
+    return Estimate(
         peak_bytes=prediction.peak_reserved_bytes,
         by_category=prediction.by_category,
         flops=round(num_blocks * times * prediction.flops),

@@ -12,7 +12,7 @@ from dbkernels.memory.workspace import TARGETS, MiB
 from dbkernels.models import DiTConfig, ViTConfig
 from dbkernels.ops._register import registered
 from dbkernels.training.data import batch_indices
-from dbkernels.training.rehearsal import BlankData, blank, rehearse, trainer_with
+from dbkernels.training.dry_run import BlankData, blank, dry_run, trainer_with
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer import TrainerConfig
 
@@ -93,7 +93,7 @@ def test_the_prediction_is_what_the_cpus_allocator_sees(
     baseline, recompute, num_blocks, autocast, hollow_ops
 ):
     config = configured(num_blocks, recompute, autocast=autocast)
-    predicted = rehearse(config, baseline=baseline, target=CPU)["none"].peak_allocated_bytes
+    predicted = dry_run(config, baseline=baseline, target=CPU)["none"].peak_allocated_bytes
     # a bfloat16 matmul of oneDNN has buffers inside, which no GPU has
     with torch.backends.mkldnn.flags(enabled=False):
         trainer = real_trainer(config, baseline)
@@ -108,7 +108,7 @@ def test_the_prediction_is_what_the_cpus_allocator_sees(
 @pytest.mark.parametrize("baseline, recompute, num_blocks", ROWS)
 def test_fake_tensors_have_the_peak_of_real_ones(baseline, recompute, num_blocks):
     config = configured(num_blocks, recompute, autocast=True)
-    predicted = rehearse(config, baseline=baseline, target=CPU)["none"]
+    predicted = dry_run(config, baseline=baseline, target=CPU)["none"]
     trainer = real_trainer(config, baseline)
     optimizers = [group.optimizer for group in trainer.groups.values()]
     peaks = [
@@ -126,7 +126,7 @@ def test_fake_tensors_have_the_peak_of_real_ones(baseline, recompute, num_blocks
 
 
 def test_all_blocks_on_the_device_add_what_the_step_does_not_touch():
-    found = rehearse(configured(4), target=CPU)
+    found = dry_run(configured(4), target=CPU)
     trainer = real_trainer(configured(4))
     others = [trainer.groups[f"block{index}"] for index in (1, 2, 3)]
     weights = sum(p.nbytes for group in others for p in group.parameters.values())
@@ -139,7 +139,7 @@ def test_all_blocks_on_the_device_add_what_the_step_does_not_touch():
 
 
 def test_end_to_end_everything_is_touched():
-    found = rehearse(configured(1), target=CPU)
+    found = dry_run(configured(1), target=CPU)
     assert found["none"] == found["cpu"]
 
 
@@ -152,13 +152,13 @@ def test_one_block_on_the_device_has_its_layers_and_what_is_no_layer(model, shar
     layer = sum(p.nbytes for p in network.layers[0].parameters())
     shared = sum(p.nbytes for p in network.parameters()) - 4 * layer
     buffers = sum(b.nbytes for b in network.buffers())
-    found = rehearse(config, target=CPU)["cpu"].by_category["parameters"]
+    found = dry_run(config, target=CPU)["cpu"].by_category["parameters"]
     assert found == layer + shared + buffers
 
 
 def test_averages_of_the_weights_are_there_too():
     without, with_them = (
-        rehearse(configured(2, ema=ema), target=CPU)["none"].peak_allocated_bytes
+        dry_run(configured(2, ema=ema), target=CPU)["none"].peak_allocated_bytes
         for ema in (0.0, 0.9)
     )
     trainer = trainer_with(configured(2), "cpu", blank(configured(2)))
@@ -169,7 +169,7 @@ def test_averages_of_the_weights_are_there_too():
 @pytest.mark.parametrize("model", [DIT, VIT], ids=["dit", "vit"])
 def test_copies_of_what_the_blocks_share_are_all_there(model):
     config = configured(4, model=model, sharing="copies", ema=0.9)
-    predicted = rehearse(config, target=CPU)["none"].by_category
+    predicted = dry_run(config, target=CPU)["none"].by_category
     trainer = trainer_with(config, "cpu", blank(config))
     tensors = [*trainer.models.parameters(), *trainer.models.buffers()]
     assert predicted["parameters"] == sum(tensor.nbytes for tensor in tensors)
@@ -178,16 +178,16 @@ def test_copies_of_what_the_blocks_share_are_all_there(model):
 def test_tells_the_same_of_a_run_whose_blocks_are_offloaded():
     config = configured(2)
     offloaded = replace(config.trainer, offload="cpu")
-    found = rehearse(replace(config, trainer=offloaded), target=CPU)
-    assert found == rehearse(config, target=CPU)
+    found = dry_run(replace(config, trainer=offloaded), target=CPU)
+    assert found == dry_run(config, target=CPU)
 
 
 @pytest.mark.parametrize(("split", "more"), [("2,2", 2), ("1,3", 3)])
 def test_a_second_slot_has_room_for_the_largest_block(split, more):
     config = configured(2, split=split, ema=0.9)
-    without = rehearse(config, target=CPU)
+    without = dry_run(config, target=CPU)
     ahead = replace(config.trainer, offload="cpu", prefetch=True)
-    found = rehearse(replace(config, trainer=ahead), target=CPU)
+    found = dry_run(replace(config, trainer=ahead), target=CPU)
     trainer = trainer_with(config, "cpu", blank(config))
     layer = sum(p.nbytes for p in trainer.models.model.layers[0].parameters())
     grown = found["cpu"].peak_allocated_bytes - without["cpu"].peak_allocated_bytes
@@ -210,9 +210,9 @@ def test_blocks_of_equal_shapes_have_equal_peaks():
 @pytest.mark.parametrize("split", ["1,3", "3,1", "2,1,1", "1,1,2"])
 def test_the_costliest_block_counts_wherever_it_is(split):
     sizes = split.split(",")
-    found = rehearse(configured(len(sizes), split=split), target=CPU)
-    whole = rehearse(configured(1), target=CPU)["none"].flops
-    rest = whole - rehearse(configured(4), target=CPU)["none"].flops
+    found = dry_run(configured(len(sizes), split=split), target=CPU)
+    whole = dry_run(configured(1), target=CPU)["none"].flops
+    rest = whole - dry_run(configured(4), target=CPU)["none"].flops
     # a layer's share, as many times as the longest block has layers
     assert found["none"].flops == whole - (4 - int(max(sizes))) * rest // 3
 
@@ -222,7 +222,7 @@ def test_the_costliest_block_counts_wherever_it_is(split):
 
 def test_a_gpu_has_workspaces_and_kernels_with_partial_sums():
     config = configured(2, autocast=True, batch_size=2)
-    predicted = rehearse(config, target=H100)["cpu"]
+    predicted = dry_run(config, target=H100)["cpu"]
     trace = predicted.trace
     names = {
         trace.name(event.op).partition("dbkernels::")[2]
@@ -239,10 +239,10 @@ def test_a_gpu_has_workspaces_and_kernels_with_partial_sums():
 
 def test_leaves_no_fake_order_behind():
     config = configured(2)
-    rehearse(config, target=CPU)
+    dry_run(config, target=CPU)
     indices = batch_indices(8, 8, seed=config.trainer.seed, block=0, step=0)
     assert type(indices) is torch.Tensor and sorted(indices.tolist()) == list(range(8))
-    rehearse(config, target=CPU)
+    dry_run(config, target=CPU)
 
 
 def test_blank_data_has_the_shapes_of_a_batch():
@@ -254,9 +254,9 @@ def test_blank_data_has_the_shapes_of_a_batch():
 
 def test_rejects_a_budget_that_nothing_asks_for():
     with pytest.raises(ValueError, match=r"budget must be 1 for stock, got 0\.5"):
-        rehearse(configured(1), baseline="stock", budget=0.5, target=CPU)
+        dry_run(configured(1), baseline="stock", budget=0.5, target=CPU)
 
 
 def test_reads_no_data():
     assert not Path(configured(1).data).exists()
-    assert rehearse(configured(1), target=CPU)
+    assert dry_run(configured(1), target=CPU)

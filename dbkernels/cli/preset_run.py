@@ -1,4 +1,4 @@
-"""The configuration of a run that is only rehearsed, or run on samples that are made up."""
+"""The configuration of a dry run of a preset, or of a run on made-up samples."""
 
 import torch
 
@@ -10,7 +10,7 @@ from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer_config import TrainerConfig
 
 
-def rehearsed_run(
+def preset_run(
     family: str, name: str, *, batch: int, autocast: bool, optimizer_in_backward: bool = False
 ) -> RunConfig:
     """A run of a preset with the settings that `train` has by default.

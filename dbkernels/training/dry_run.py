@@ -62,7 +62,7 @@ def blank(config: RunConfig) -> BlankData:
     return BlankData(shape, model.num_classes, config.trainer.batch_size)
 
 
-def rehearse(
+def dry_run(
     config: RunConfig, *, baseline: Baseline | None = None, budget: float = 1.0, target: Target
 ) -> dict[Offload, Prediction]:
     """Predict a step of a run's costliest block.
