@@ -202,8 +202,12 @@ def _elsewhere(trainer: Trainer, block: Block) -> list[tuple[str, int]]:
 
 def _empty(trainer: Trainer, block: Block, slots: int) -> list[tuple[str, int]]:
     """Category and bytes of the slots that a block does not fill."""
-    groups = trainer.groups.items()
-    sizes = {n: flat_bytes(t.nbytes for t in p.tensors()) for n, p in groups if n != SHARED}
+    frozen = trainer.models.frozen()
+    sizes = {
+        name: flat_bytes(t.nbytes for t in (*group.tensors(), *frozen[name]))
+        for name, group in trainer.groups.items()
+        if name != SHARED
+    }
     own = sizes.get(own_group(block), 0)
     room = slots * max(sizes.values(), default=0)
     return [("parameters", room - own)] if room > own else []

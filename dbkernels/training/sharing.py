@@ -74,6 +74,26 @@ class BlockModels(nn.Module):
                 (groups[group] if times[name] == 1 else shared)[name] = parameter
         return {**groups, SHARED: shared} if shared else groups
 
+    def frozen(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that no step updates, of the layers that one block alone runs, by its group.
+
+        One that several blocks read is in none.
+        """
+        found = {
+            own_group(block): {
+                id(p): p
+                for index in block.layers
+                for p in self.model.layers[index].parameters()
+                if not p.requires_grad
+            }
+            for block in self.blocks
+        }
+        times = Counter(key for parameters in found.values() for key in parameters)
+        return {
+            group: [p for key, p in parameters.items() if times[key] == 1]
+            for group, parameters in found.items()
+        }
+
     def _reached(self, block: Block) -> Parameters:
         """The trainable parameters that a step on a block can move."""
         model = self.of(block)

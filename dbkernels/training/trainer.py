@@ -78,10 +78,11 @@ class Trainer:
         )
         self.offloader = open_offloader(models, self.device, config)
         self.groups: dict[str, ParamGroup] = {}
+        frozen = self.models.frozen()
         for name, parameters in self.models.groups().items():
             self.groups[name] = group = self._group(name, parameters)
             if config.offload != "none":
-                self.offloader.adopt(name, group)
+                self.offloader.adopt(name, group, frozen.get(name, ()))
         groups = list(self.groups.values())
         self.updater = updater(config.optimizer_in_backward, config.clip, groups, self.device)
         self.staging = Staging(self.device)

@@ -1,3 +1,5 @@
+import operator
+
 import pytest
 import torch
 from training.tiny import PRIOR, VIT, make_models
@@ -92,3 +94,19 @@ def test_loading_rejects_weights_of_another_model():
         load_weights(models, {"model.head.bias": torch.zeros(4)})
     with pytest.raises(ValueError, match="weight neck must be no such parameter"):
         load_weights(models, {"neck": torch.zeros(4)})
+
+
+@pytest.mark.parametrize("sharing", ["joint", "copies"])
+def test_frozen_parameters_are_those_of_layers_that_one_block_runs(sharing):
+    models = make_models(sharing=sharing)
+    assert models.frozen() == {"block0": [], "block1": [], "block2": []}
+    for layer in models.model.layers:
+        layer.mlp.requires_grad_(False)
+    for index, (name, parameters) in enumerate(models.frozen().items()):
+        expected = list(models.model.layers[index].mlp.parameters())
+        assert name == f"block{index}" and len(parameters) == len(expected) > 0
+        assert all(map(operator.is_, parameters, expected))
+    # one that two blocks read travels with neither
+    models.model.layers[0].mlp.fc1.weight = models.model.layers[1].mlp.fc1.weight
+    sizes = [len(parameters) for parameters in models.frozen().values()]
+    assert sizes == [len(expected) - 1, len(expected) - 1, len(expected)]

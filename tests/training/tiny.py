@@ -39,11 +39,17 @@ def make_models(family="vit", num_blocks=3, sharing="joint"):
     return BlockModels(model, partition(3, num_blocks, PRIOR), sharing)
 
 
-def make_trainer(family="vit", num_blocks=3, sharing="joint", objective=None, **config):
+def make_trainer(
+    family="vit", num_blocks=3, sharing="joint", objective=None, frozen=None, **config
+):
+    """A trainer at its first step; parameters with `frozen` in their names are not trained."""
     settings = {"steps": 4, "batch_size": 4, "lr": 1e-2, "sharing": sharing, **config}
     weighting = "none" if family == "vit" else "edm"
     step = partial(gaussian_step, prior=PRIOR, weighting=weighting, sigma_data=0.5)
     models = make_models(family, num_blocks, sharing)
+    for name, parameter in models.named_parameters():
+        if frozen and frozen in name:
+            parameter.requires_grad_(False)
     return Trainer(models, make_data(), objective or step, TrainerConfig(**settings))
 
 

@@ -76,7 +76,7 @@ class CpuMemory:
         weakref.finalize(self, _unpin, self._pinned)
 
     def room(self, nbytes: int) -> Tensor:
-        """As `Rest.room`."""
+        """As `OffloadMemory.room`."""
         # pages of its own: those that two buffers share could be locked for one of them alone
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
@@ -94,11 +94,11 @@ class CpuMemory:
         return buffer
 
     def load(self, home: Tensor, slot: Tensor) -> None:
-        """As `Rest.load`."""
+        """As `OffloadMemory.load`."""
         slot.copy_(home, non_blocking=True)
 
     def store(self, slot: Tensor, home: Tensor) -> None:
-        """As `Rest.store`."""
+        """As `OffloadMemory.store`."""
         home.copy_(slot, non_blocking=True)
 
 
@@ -145,14 +145,14 @@ class DiskMemory:
         self._staging = _Staging(min(nbytes, STAGING_BYTES), device)
 
     def room(self, nbytes: int) -> Tensor:
-        """As `Rest.room`."""
+        """As `OffloadMemory.room`."""
         with tempfile.TemporaryFile(dir=self._directory) as file:
             # a hole that the disk cannot fill later would kill the process
             os.posix_fallocate(file.fileno(), 0, nbytes)
             return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
 
     def load(self, home: Tensor, slot: Tensor) -> None:
-        """As `Rest.load`."""
+        """As `OffloadMemory.load`."""
         for source, target in zip(_pieces(home), _pieces(slot), strict=True):
             staged = self._staging.next(len(source))
             staged.copy_(source)
@@ -160,7 +160,7 @@ class DiskMemory:
             self._staging.mark()
 
     def store(self, slot: Tensor, home: Tensor) -> None:
-        """As `Rest.store`."""
+        """As `OffloadMemory.store`."""
         for source, target in zip(_pieces(slot), _pieces(home), strict=True):
             staged = self._staging.next(len(source))
             staged.copy_(source)

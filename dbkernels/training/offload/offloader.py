@@ -1,8 +1,9 @@
 """Which blocks are on the device.
 
 The device holds what the blocks share, and the parameters, optimizer state and moving average of
-the block that is being trained, in one flat buffer: the slot. Each other block is at home, in host
-memory or on disk (`memory`). A parameter stays the same object wherever it lies, so a block at home
+the block that is being trained, in one flat buffer: the slot. Frozen parameters of its layers lie
+there too, and are never copied back. Each other block is at home, in host memory or on disk
+(`memory`). A parameter stays the same object wherever it lies, so a block at home
 can be read, saved and restored as ever.
 
 The slot is never replaced, and blocks of equal layers lie in it at the same addresses. A captured
@@ -10,6 +11,7 @@ CUDA graph of a block is therefore valid whenever the block is on the device. Wi
 are two slots and a block may lie in either, so each block needs a graph for each slot.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -41,7 +43,8 @@ def open_offloader(models: BlockModels, device: torch.device, config: TrainerCon
     if config.offload == "disk":
         groups = models.groups().items()
         own = [p for name, group in groups if name != SHARED for p in group.values()]
-        size = flat_bytes(tensor_sizes(own, config.ema))
+        frozen = [p.nbytes for parameters in models.frozen().values() for p in parameters]
+        size = flat_bytes([*tensor_sizes(own, config.ema), *frozen])
         memory = DiskMemory(Path(config.offload_dir), size, device)
     return Offloader(models, device, memory, prefetch=config.prefetch)
 
@@ -77,14 +80,18 @@ class Offloader:
         """Which slot the current block lies in."""
         return self._slot
 
-    def adopt(self, name: str, group: ParamGroup) -> None:
-        """Take charge of a group: a block's own goes home, the shared one to the device."""
+    def adopt(self, name: str, group: ParamGroup, frozen: Sequence[Tensor] = ()) -> None:
+        """Take charge of a group: a block's own goes home, the shared one to the device.
+
+        Args:
+            name:    of the group
+            group:   that is updated
+            frozen:  what only the steps of this group read, and none updates
+        """
         if name == SHARED:
             self._shared = group.tensors()
         else:
-            tensors = group.tensors()
-            home = self._memory.room(flat_bytes(tensor.nbytes for tensor in tensors))
-            self._blocks[name] = _Flat(tensors, home)
+            self._blocks[name] = _Flat(group.tensors(), frozen, self._memory)
 
     def enter(self, name: str) -> None:
         """Have a block on the device for the steps that follow, and take the one there home."""
@@ -144,7 +151,7 @@ class Offloader:
             self._copy_stream.follow()
 
     def _move_common(self, device: torch.device | str) -> None:
-        """Move all that is no block's own: frozen parameters and buffers too."""
+        """Move all that is no block's own, buffers too."""
         own = {id(tensor) for flat in self._blocks.values() for tensor in flat.tensors}
         every = [*self._models.parameters(), *self._models.buffers(), *self._shared]
         for tensor in every:
@@ -172,17 +179,20 @@ class Offloader:
         return self._copy_stream.submit(partial(self._memory.load, home, slot[: len(home)]))
 
     def _store(self) -> None:
-        home, slot = self._blocks[self._current].home, self._slots[self._slot]
-        copy = partial(self._memory.store, slot[: len(home)], home)
+        flat, slot = self._blocks[self._current], self._slots[self._slot]
+        size = flat.updated_bytes
+        copy = partial(self._memory.store, slot[:size], flat.home[:size])
         self._copy_stream.submit(copy, after_steps=True)
 
 
 class _Flat:
     """A block's own tensors, which all lie in one buffer: at home, or in a slot."""
 
-    def __init__(self, tensors: list[Tensor], home: Tensor):
-        self.tensors, self.home = tensors, home
-        for tensor, view in zip(tensors, views(home, tensors), strict=True):
+    def __init__(self, updated: Sequence[Tensor], frozen: Sequence[Tensor], memory: OffloadMemory):
+        self.tensors = [*updated, *frozen]
+        self.updated_bytes = flat_bytes(tensor.nbytes for tensor in updated)
+        self.home = memory.room(flat_bytes(tensor.nbytes for tensor in self.tensors))
+        for tensor, view in zip(self.tensors, views(self.home, self.tensors), strict=True):
             view.copy_(tensor.detach())
             tensor.data = view
 

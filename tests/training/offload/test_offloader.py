@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from training.tiny import equal, make_trainer
 
-from dbkernels.training.offload.memory import CpuMemory
+from dbkernels.training.offload.memory import CpuMemory, flat_bytes
 from dbkernels.training.offload.offloader import Offloader, _Flat
 from dbkernels.training.param_group import ParamGroup
 
@@ -112,6 +112,39 @@ def test_the_slot_is_as_large_as_one_block_and_never_replaced():
     address = slot.data_ptr()
     steps(trainer, 5)
     assert [slot.data_ptr() for slot in trainer.offloader._slots] == [address]
+
+
+def frozen_addresses(trainer, name):
+    return [parameter.data_ptr() for parameter in trainer.models.frozen()[name]]
+
+
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_frozen_layers_travel_with_their_block(tmp_path, disk, prefetch):
+    whole = make_trainer(frozen="mlp", **SETTINGS)
+    where = tmp_path if disk else None
+    swapped = block_by_block(tmp_path=where, prefetch=prefetch, frozen="mlp")
+    for index in (1, 0, 2, 2, 1):
+        row = whole.step_block(whole.blocks[index])
+        assert swapped.step_block(swapped.blocks[index]) == row
+        for name in ("block0", "block1", "block2"):
+            lies = slot_range(swapped, swapped.offloader.slot)
+            inside = {address in lies for address in frozen_addresses(swapped, name)}
+            assert inside == {name == f"block{index}"}
+    assert same(swapped, whole)
+    swapped.close()
+    assert same(swapped, whole)
+
+
+def test_what_is_frozen_is_never_copied_back():
+    trainer = block_by_block(frozen="mlp")
+    trainer.step_block(trainer.blocks[0])
+    flat = trainer.offloader._blocks["block0"]
+    frozen = flat_bytes(p.nbytes for p in trainer.models.frozen()["block0"])
+    assert 0 < frozen == len(flat.home) - flat.updated_bytes
+    flat.home[flat.updated_bytes :] = 7
+    trainer.step_block(trainer.blocks[1])
+    assert (flat.home[flat.updated_bytes :] == 7).all()
 
 
 def test_prefetching_takes_a_second_slot_and_fills_it_before_the_turn():
