@@ -117,7 +117,7 @@ def jobs(sizes: Sizes) -> list[Job]:
     headline += ("cpu", "--offload-at", "3", "--beside", "--early")
     ops = ("benchmarks/ops.py", "--json", "--impls", "fused", "eager", "--stream", "same")
     ops += ("float32", "--beside", "--rounds", str(sizes.op_rounds), *sizes.more)
-    ops += ("--D", *map(str, sizes.widths), *sizes.more_of_ops)
+    ops += ("--dim", *map(str, sizes.widths), *sizes.more_of_ops)
     graphs = (*training, "--preset", *sizes.graphs, "--methods", "end_to_end", "block_fused")
     graphs += ("--num-blocks", "3", "--recompute", "none", "--offload", "none")
     graphs += ("--launch", *sizes.launch)

@@ -36,7 +36,7 @@ def count(case: LayerCase, player: Competitor, target: Target) -> LayerLaunches:
         return LayerLaunches(None, None)
     with FakeTensorMode(), dry_run_on_gpu(target.processors):
         inputs = make_inputs(case, torch.device("cpu"))
-        step = LayerStep(player.function(case.H), inputs, case.autocast)
+        step = LayerStep(player.function(case.num_heads), inputs, case.autocast)
         with Launches() as forward:
             out = step.forward()
         with Launches() as backward:

@@ -187,7 +187,7 @@ def test_saved_storages_count_once_and_parameters_not_at_all(bench):
 )
 def test_what_is_saved_is_what_the_forward_leaves_alive(bench, small_case, impl, recompute):
     measure, (case, inputs) = bench("measure"), small_case
-    run = bench("layer_case").Competitor(impl, recompute).function(case.H)
+    run = bench("layer_case").Competitor(impl, recompute).function(case.num_heads)
     with torch.no_grad():
         run(inputs.x, inputs.modulation, inputs.weights)
 

@@ -14,7 +14,7 @@ SMALL = {"family": "vit", "preset": ("tiny",), "device": "cpu", "threads": 1, "b
 @pytest.fixture(scope="module")
 def training(bench):
     """`benchmarks/training.py`, with a preset of 5 layers."""
-    tiny = replace(vit.PRESETS["digits"], width=16, depth=5, heads=2, mlp_hidden=64)
+    tiny = replace(vit.PRESETS["digits"], dim=16, depth=5, num_heads=2, mlp_hidden=64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(vit.PRESETS, "tiny", tiny)
         patch.setattr(bench("machine"), "COPY_BYTES", 2**16)
