@@ -1,14 +1,20 @@
-"""Launches of one layer on a GPU, forward and backward, on fake tensors of the case's shapes."""
+"""Launches of one layer on a GPU, forward and backward, on fake tensors of the case's shapes.
+
+`python benchmarks/layer_launches.py` prints those of plain torch and of each rung, and times none.
+"""
 
 from dataclasses import dataclass
 
 import torch
+from command import parsed
 from launches import Launches
-from layer_case import Competitor, LayerCase, LayerStep, make_inputs
+from layer_case import Competitor, LayerCase, LayerStep, competitors, make_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbkernels.memory.workspace import Target, target_named, target_of
 from dbkernels.ops._path import rehearse_gpu
+
+DTYPES = ("float32", "bfloat16", "float16", "autocast")
 
 
 @dataclass(frozen=True)
@@ -42,3 +48,37 @@ def count(case: LayerCase, player: Competitor, target: Target) -> LayerLaunches:
         with Launches() as backward:
             torch.autograd.grad(out, inputs.leaves, inputs.dout)
     return LayerLaunches(forward.total, backward.total)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Count the kernels that a GPU launches for one AdaLN layer, without a GPU."""
+
+    B: int = 64  # samples
+    T: int = 256  # tokens of a sample
+    D: int = 1152  # width
+    H: int = 16  # heads
+    dtype: str = "autocast"  # float32, bfloat16, float16, or autocast
+    target: str = "h100"  # or a100, h200, b200
+
+    def __post_init__(self):
+        for name in ("B", "T", "D", "H"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.D % self.H:
+            raise ValueError(f"H must divide D = {self.D}, got {self.H}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        target_named(self.target)
+
+
+def main(options: Options) -> None:
+    case = LayerCase(options.B, options.T, options.D, options.H, 4 * options.D, options.dtype)
+    for player in competitors(("eager", "checkpointed", "fused"), (), mixed=case.autocast):
+        found = count(case, player, target_named(options.target))
+        name = " ".join(filter(None, (player.impl, player.rung)))
+        print(f"{name:<16} {found.launches_forward:>3} + {found.launches_backward}")
+
+
+if __name__ == "__main__":
+    main(parsed(Options))
