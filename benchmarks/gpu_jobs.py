@@ -91,7 +91,8 @@ def jobs(sizes: Sizes) -> list[Job]:
     counts = [str(count) for count in sizes.num_blocks]
     build = ("setup.py", "build_ext", "--inplace")
     # a name comes as soon as its test has failed, and is kept where the rest is cut off
-    tests = ("-m", "pytest", "-v", "--tb=short", "-m", "gpu", *sizes.tests, *marked())
+    tests = ("-m", "pytest", "-p", "xdist.plugin", "-v", "--tb=short", "-m", "gpu")
+    tests += (*sizes.tests, *marked())
     training = ("benchmarks/training.py", "--json", "--family", "dit", "--dtype", "autocast")
     training += (
         "--batch",

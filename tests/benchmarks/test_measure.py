@@ -43,6 +43,7 @@ class FakeGpu:
         patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         patch.setattr(torch.cuda, "synchronize", lambda *_: None)
         patch.setattr(torch.cuda, "current_stream", lambda *_: "stream")
+        patch.setattr(torch.cuda, "default_stream", lambda *_: "default")
         patch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
         patch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
         patch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
@@ -130,6 +131,13 @@ def test_what_cannot_be_captured_is_timed_by_events(bench, gpu, monkeypatch):
         raise RuntimeError("a value was read back")
 
     monkeypatch.setattr(FakeGraph, "__enter__", refused)
+    run, timing = bench("measure")._CudaClock(CPU, capture=True).ready(lambda: "result")
+    assert (run(), timing) == ("result", "cuda events")
+
+
+def test_nothing_is_captured_on_the_default_stream(bench, gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: "default")
+    monkeypatch.delattr(torch.cuda, "CUDAGraph")
     run, timing = bench("measure")._CudaClock(CPU, capture=True).ready(lambda: "result")
     assert (run(), timing) == ("result", "cuda events")
 
