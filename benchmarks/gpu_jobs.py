@@ -91,7 +91,8 @@ def jobs(sizes: Sizes) -> list[Job]:
     counts = [str(count) for count in sizes.num_blocks]
     build = ("setup.py", "build_ext", "--inplace")
     # a name comes as soon as its test has failed, and is kept where the rest is cut off
-    tests = ("-m", "pytest", "-v", "--tb=short", "-m", "gpu", *sizes.tests, *marked())
+    tests = ("-m", "pytest", "-p", "xdist.plugin", "-v", "--tb=short", "-m", "gpu")
+    tests += (*sizes.tests, *marked())
     training = ("benchmarks/training.py", "--json", "--family", "dit", "--dtype", "autocast")
     training += (
         "--batch",
@@ -117,7 +118,7 @@ def jobs(sizes: Sizes) -> list[Job]:
     headline += ("cpu", "--offload-at", "3", "--beside", "--early")
     ops = ("benchmarks/ops.py", "--json", "--impls", "fused", "eager", "--stream", "same")
     ops += ("float32", "--beside", "--rounds", str(sizes.op_rounds), *sizes.more)
-    ops += ("--D", *map(str, sizes.widths), *sizes.more_of_ops)
+    ops += ("--dim", *map(str, sizes.widths), *sizes.more_of_ops)
     graphs = (*training, "--preset", *sizes.graphs, "--methods", "end_to_end", "block_fused")
     graphs += ("--num-blocks", "3", "--recompute", "none", "--offload", "none")
     graphs += ("--launch", *sizes.launch)

@@ -89,15 +89,15 @@ def _preset(name: str) -> tuple[float, float]:
 def _step(name: str) -> float:
     """Of one step end to end, with its update."""
     model = PRESETS[name]
-    D = model.width
+    D = model.dim
     tokens = (model.image_size // model.patch) ** 2
-    layer = LayerCase(GPU.batch, tokens, D, model.heads, model.mlp_ratio * D, "bfloat16")
+    layer = LayerCase(GPU.batch, tokens, D, model.num_heads, model.mlp_ratio * D, "bfloat16")
     return model.depth * layer.flops / FLOPS + ADAM * _parameters(name) / COPY
 
 
 def _parameters(name: str) -> float:
     model = PRESETS[name]
-    return PARAMETERS * model.depth * model.width**2
+    return PARAMETERS * model.depth * model.dim**2
 
 
 def _kernels() -> float:

@@ -58,9 +58,9 @@ class Options:
 
     B: int | None = None  # samples
     T: int | None = None  # tokens of a sample
-    D: int | None = None  # width
-    H: int | None = None  # heads; 64 wide where only D is given
-    hidden: int | None = None  # width of the MLP's hidden layer; 4 D where it is not given
+    dim: int | None = None  # of the residual stream
+    num_heads: int | None = None  # 64 wide each where only dim is given
+    hidden: int | None = None  # width of the MLP's hidden layer; 4 dim where it is not given
     dtype: tuple[Dtype, ...] = ()  # of everything, or autocast: float32 that computes in bfloat16
     impls: tuple[Impl, ...] = IMPLS  # competitors, in the order of the table
     budgets: tuple[float, ...] = (0.9, 0.5, 0.4, 0.2)  # of compiled_budget, from 0 to 1
@@ -70,27 +70,29 @@ class Options:
     json: bool = False  # one object to a line instead of a table
 
     def __post_init__(self):
-        for name in ("B", "T", "D", "H", "hidden", "threads"):
+        for name in ("B", "T", "dim", "num_heads", "hidden", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.rounds is not None and self.rounds < 2:
             raise ValueError(f"rounds must be at least 2, got {self.rounds}")
-        if self.H is not None and self.D is None:
-            raise ValueError("H must be given together with D, got H alone")
-        if self.D is not None and self.D % self.heads(self.D):
-            raise ValueError(f"H must divide D = {self.D}, got {self.heads(self.D)}")
+        if self.num_heads is not None and self.dim is None:
+            raise ValueError("num_heads must be given together with dim, got num_heads alone")
+        if self.dim is not None and self.dim % self.heads_of(self.dim):
+            raise ValueError(
+                f"num_heads must divide dim = {self.dim}, got {self.heads_of(self.dim)}"
+            )
         for budget in self.budgets:
             if not 0 <= budget <= 1:
                 raise ValueError(f"budgets must be from 0 to 1, got {budget}")
         pick_device(self.device)
 
-    def heads(self, D: int) -> int:
-        return self.H or max(D // 64, 1)
+    def heads_of(self, D: int) -> int:
+        return self.num_heads or max(D // 64, 1)
 
     def cases(self) -> list[LayerCase]:
         defaults = DEFAULTS[pick_device(self.device).type]
-        widths = defaults.widths if self.D is None else ((self.D, self.heads(self.D)),)
+        widths = defaults.widths if self.dim is None else ((self.dim, self.heads_of(self.dim)),)
         B, T = self.B or defaults.B, self.T or defaults.T
         return [
             LayerCase(B, T, D, H, self.hidden or 4 * D, dtype)
@@ -110,7 +112,8 @@ def rows_of(case: LayerCase, options: Options) -> list[dict[str, object]]:
     with measure.own_stream(device):
         inputs = make_inputs(case, device)
         steps = {
-            player: LayerStep(player.function(case.H), inputs, case.autocast) for player in players
+            player: LayerStep(player.function(case.num_heads), inputs, case.autocast)
+            for player in players
         }
         # before any is captured, whose memory would stay; compiled once for this and for the clock
         weighed = [weigh(case, step, device) for step in steps.values()]

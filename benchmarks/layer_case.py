@@ -28,21 +28,21 @@ class LayerCase:
 
     B: int
     T: int
-    D: int
-    H: int
+    dim: int
+    num_heads: int
     hidden: int
     dtype: str  # of everything; autocast is parameters and stream of float32, compute in bfloat16
 
     @property
     def unit_bytes(self) -> int:
         """Of D elements per token."""
-        return self.B * self.T * self.D * self.compute_dtype.itemsize
+        return self.B * self.T * self.dim * self.compute_dtype.itemsize
 
     @property
     def flops(self) -> int:
         """Of forward and backward, as three forwards; what is computed again does not count."""
-        projections = 2 * self.D * (4 * self.D + 2 * self.hidden)
-        return 3 * self.B * self.T * (projections + 4 * self.T * self.D)
+        projections = 2 * self.dim * (4 * self.dim + 2 * self.hidden)
+        return 3 * self.B * self.T * (projections + 4 * self.T * self.dim)
 
     @property
     def autocast(self) -> bool:
@@ -75,10 +75,10 @@ class Competitor:
             return " + ".join(sorted({implementation(device, op) for op in ops}))
         return "inductor" if self.impl.startswith("compiled") else "torch"
 
-    def function(self, heads: int) -> Callable[[Tensor, Tensor, LayerWeights], Tensor]:
+    def function(self, num_heads: int) -> Callable[[Tensor, Tensor, LayerWeights], Tensor]:
         if self.impl == "fused":
-            return partial(adaln_layer, heads=heads, recompute=self.recompute)
-        eager = partial(reference.adaln_layer, heads=heads)
+            return partial(adaln_layer, num_heads=num_heads, recompute=self.recompute)
+        eager = partial(reference.adaln_layer, num_heads=num_heads)
         budget = 1.0 if self.budget is None else self.budget
         return by_method(eager, METHODS[self.impl], budget=budget)
 
@@ -119,7 +119,7 @@ class LayerInputs(NamedTuple):
 
 def make_inputs(case: LayerCase, device: torch.device) -> LayerInputs:
     """Drawn on the device: x of unit variance, and gates and scales away from 0."""
-    B, T, D, F = case.B, case.T, case.D, case.hidden
+    B, T, D, F = case.B, case.T, case.dim, case.hidden
     random = torch.Generator(device).manual_seed(0)
     drawn = {"generator": random, "device": device}
 

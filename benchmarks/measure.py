@@ -185,7 +185,9 @@ class _CudaClock:
 
     def ready(self, call: Call) -> tuple[Call, str]:
         _warm_up(call, WARM_UP_MS["cuda"], synchronise=torch.cuda.synchronize)
-        if not self.capture:
+        # the default stream refuses a capture, and a capture that fails may leave torch's generator
+        # as in one: every random number after it raises
+        if not self.capture or torch.cuda.current_stream() == torch.cuda.default_stream():
             return call, "cuda events"
         graph = torch.cuda.CUDAGraph()
         try:

@@ -46,7 +46,7 @@ class OpCase(NamedTuple):
     """One op at one width."""
 
     op: str
-    D: int
+    dim: int
     impls: tuple[str, ...]
     device: torch.device
     mixed: bool = False  # the residual stream is float32 and all else bfloat16, as in autocast
@@ -67,7 +67,7 @@ class OpCase(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the residual stream that the op works on, or beside."""
-        return B, T, self.D
+        return B, T, self.dim
 
     def inputs(self) -> list[Tensor]:
         """Of unit variance, drawn on the device, with the shapes and strides of the report's."""
@@ -82,7 +82,7 @@ class OpCase(NamedTuple):
 
     @property
     def _shapes(self) -> Shapes:
-        return Shapes(self.D, B, torch.float32 if self.mixed else DTYPE)
+        return Shapes(self.dim, B, torch.float32 if self.mixed else DTYPE)
 
     def _of_dtype(self, like: Tensor) -> Tensor:
         """A tensor of the report's in the dtype of this case, its strides as they are."""
@@ -96,8 +96,8 @@ class OpCase(NamedTuple):
             # a norm's result is for a branch
             of_branch = self.mixed and self.op == "adaln_norm"
             op = partial(op, dtype=self.dtype) if of_branch else op
-            return _on_tensors(op, self.op, self.D)
-        eager = _on_tensors(getattr(reference, self.op), self.op, self.D)
+            return _on_tensors(op, self.op, self.dim)
+        eager = _on_tensors(getattr(reference, self.op), self.op, self.dim)
         if self.mixed and self.op != "gated_residual":
             eager = partial(_for_a_branch, eager, self.dtype)
         # a backward that is timed alone runs often on one forward

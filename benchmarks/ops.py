@@ -48,7 +48,7 @@ class Options:
     """
 
     op: tuple[str, ...] = (*INPUTS, *PASSES)  # such as adaln_norm
-    D: tuple[int, ...] = ()  # model widths, of the ops within a layer
+    dim: tuple[int, ...] = ()  # of the model; of the ops within a layer
     impls: tuple[Literal["fused", "eager", "compiled"], ...] = ("fused", "eager", "compiled")
     # of the residual stream: that of all else; or float32 beside bfloat16, of the ops that have one
     stream: tuple[Literal["same", "float32"], ...] = ("same",)
@@ -63,9 +63,9 @@ class Options:
         for name in self.op:
             if name not in INPUTS and name not in PASSES:
                 raise ValueError(f"op must be one of {', '.join((*INPUTS, *PASSES))}, got {name}")
-        for D in self.D:
+        for D in self.dim:
             if D < HEAD_DIM or D % HEAD_DIM:
-                raise ValueError(f"D must be a multiple of {HEAD_DIM}, got {D}")
+                raise ValueError(f"dim must be a multiple of {HEAD_DIM}, got {D}")
         if self.rounds is not None and self.rounds < 2:
             raise ValueError(f"rounds must be at least 2, got {self.rounds}")
         for name in ("threads", "samples"):
@@ -76,7 +76,7 @@ class Options:
 
     def tables(self, device: torch.device) -> Iterator[list[Case]]:
         """The cases, by width and then by shape."""
-        for D in self.D or WIDTHS[device.type]:
+        for D in self.dim or WIDTHS[device.type]:
             for mixed in (stream == "float32" for stream in self.stream):
                 asked = [op for op in self.op if op in (STREAM if mixed else INPUTS)]
                 yield [OpCase(op, D, self.impls, device, mixed) for op in asked]

@@ -19,7 +19,7 @@ from torch.fx.graph import _BoxedCodeGen
 from dbkernels.models import dit
 
 PRESET = "rehearsal"
-SMALL = replace(dit.PRESETS["digits"], width=32, depth=3, heads=2)
+SMALL = replace(dit.PRESETS["digits"], dim=32, depth=3, num_heads=2)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from show_training import timeline_table, training_about, training_case, trainin
 
 Row = dict[str, object]
 
-SHOWN = ("B", "T", "D", "H", "hidden")  # of a case
+SHOWN = ("B", "T", "dim", "num_heads", "hidden")  # of a case
 
 
 def emit(rows: Iterable[Row], *, as_json: bool) -> None:

@@ -30,7 +30,7 @@ from machine import machine
 from rehearsal import rehearsing, small_preset
 from show import emit
 from training_case import METHODS, TrainingCase, Way, ways
-from training_prepare import Preparation, preparing
+from training_prepare import Preparation, candidates, preparing
 from training_rows import Row, measured_rows, predicted_rows
 
 from dbkernels.cli.device import pick_device
@@ -174,7 +174,8 @@ def rows_of(
         yield from predicted_rows(case, every, target, about)
         return
     if options.nearest is not None:
-        every += [way for way in [ready.nearest(case, options.nearest)] if way not in every]
+        nearest = ready.nearest(case, options.nearest)
+        every += [nearest] if nearest and nearest not in every else []
         ready.compile(case, every)
     rounds = options.rounds or ROUNDS[device.type]
     early = options.early and options.json
@@ -191,6 +192,8 @@ def run(options: Options, ready: Preparation | None) -> None:
     measured = [case for case in options.cases() if options.target_of(case) is None]
     for case in measured if ready else ():
         ready.compile(case, options.ways(case))
+        if options.nearest is not None:  # which is waited for before anything else
+            ready.predict(case, candidates(options.nearest))
         ready.predict(case, options.ways(case))
     for case in options.cases():
         emit(rows_of(case, options, ready, failed), as_json=options.json)

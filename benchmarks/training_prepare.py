@@ -5,11 +5,12 @@ Triton and the compiler made for it is then on disk, and takes the benchmark no 
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -32,6 +33,8 @@ BUDGETS = (0.9, 0.6, 0.5, 0.4, 0.3, 0.2)
 class Preparation:
     """Predictions to come, and kernels that are being compiled.
 
+    What fails here costs a row its prediction, or its first step the time of a compiler: no row.
+
     Args:
         pool:    of processes
         device:  that the steps will run on
@@ -47,36 +50,54 @@ class Preparation:
         target = target_of(self._device)
         for way in map(with_all, every):
             if (case, way) not in self._predictions:
-                task = self._pool.submit(figures_of, case, target, way)
-                self._predictions[case, way] = task
+                self._predictions[case, way] = self._submit(figures_of, case, target, way)
 
     def compile(self, case: TrainingCase, every: Sequence[Way]) -> None:
         """Begin to compile what the layers of some ways need."""
         for way in every:
             alone = replace(with_all(way), num_blocks=1, optimizer_in_backward=False)
             if (case, alone) not in self._compiling:
-                task = self._pool.submit(compile_alone, case, alone, self._device)
+                task = self._submit(compile_alone, case, alone, self._device)
                 self._compiling[case, alone] = task
 
-    def figures(self, case: TrainingCase, way: Way) -> Figures:
-        """What is predicted of one way."""
-        return self._predictions[case, with_all(way)].result()[way.offload]
+    def figures(self, case: TrainingCase, way: Way) -> Figures | None:
+        """What is predicted of one way; None, and the reason on stderr, where nothing could be."""
+        try:
+            return self._predictions[case, with_all(way)].result()[way.offload]
+        except Exception as error:  # whatever it is, the way itself may well run
+            print(f"{case.preset}, {way.name} was not predicted: {error!r}", file=sys.stderr)
+            return None
 
-    def nearest(self, case: TrainingCase, recompute: str) -> Way:
+    def nearest(self, case: TrainingCase, recompute: str) -> Way | None:
         """The compiled way whose predicted peak is nearest to that of the fused layers end to end.
 
         Args:
             case:       what is trained
             recompute:  of the fused layers
+        Returns:
+            None where the peaks could not be predicted.
         """
-        fused = Way("block_fused", 1, recompute)
-        every = {budget: Way("compiled", budget=budget) for budget in BUDGETS}
-        self.predict(case, [fused, *every.values()])
-        goal = self._peak(case, fused)
-        return min(every.values(), key=lambda way: abs(self._peak(case, way) - goal))
+        fused, *every = candidates(recompute)
+        self.predict(case, [fused, *every])
+        goal, *peaks = (self._peak(case, way) for way in (fused, *every))
+        if goal is None:
+            return None
+        far = {
+            w: abs(peak - goal) for w, peak in zip(every, peaks, strict=True) if peak is not None
+        }
+        return min(far, key=far.get, default=None)
 
-    def _peak(self, case: TrainingCase, way: Way) -> int:
-        return self.figures(case, way)["peak_allocated_bytes"]
+    def _peak(self, case: TrainingCase, way: Way) -> int | None:
+        figures = self.figures(case, way)
+        return figures and figures["peak_allocated_bytes"]
+
+    def _submit(self, function: Callable[..., object], *arguments: object) -> Future:
+        try:
+            return self._pool.submit(function, *arguments)
+        except BrokenExecutor as error:  # a process has died, and the pool takes nothing any more
+            failed = Future()
+            failed.set_exception(error)
+            return failed
 
     def wait(self) -> None:
         """Return when no other process works; says what could not be compiled."""
@@ -85,6 +106,14 @@ class Preparation:
             if error := task.exception():
                 print(f"{way.name} was not compiled beside: {error!r}", file=sys.stderr)
         self._compiling.clear()
+
+
+def candidates(recompute: str) -> list[Way]:
+    """The fused layers end to end, and the compiled ways of which one comes nearest to them."""
+    return [
+        Way("block_fused", 1, recompute),
+        *(Way("compiled", budget=budget) for budget in BUDGETS),
+    ]
 
 
 @contextmanager
@@ -125,6 +154,7 @@ def compile_alone(case: TrainingCase, way: Way, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         del trainer
+        gc.collect()  # what is in a cycle would keep its memory, which others need
         torch.cuda.empty_cache()
 
 

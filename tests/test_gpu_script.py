@@ -56,6 +56,14 @@ def test_a_job_that_fails_is_named_and_the_others_run(gpu_sh):
     assert "about" in done.stdout.splitlines()[0]  # the estimate
 
 
+@pytest.mark.parametrize(("patience", "limit"), [(None, 900), ("2", 1800)])
+def test_whoever_has_more_minutes_says_so(gpu_sh, monkeypatch, patience, limit):
+    if patience:
+        monkeypatch.setenv("PATIENCE", patience)
+    done = gpu_sh("--rehearse", "kernels", stub=STUB.replace("exit 3", "exit 124"))
+    assert f"kernels/kernels.jsonl\tcut off at its limit of {limit} s" in done.stdout
+
+
 def test_a_rehearsal_leaves_nothing_among_the_results(gpu_sh):
     before = sorted((ROOT / "benchmarks" / "results").rglob("*"))
     assert gpu_sh("--rehearse", "rest", stub=STUB.replace("S/2", "none")).returncode == 0

@@ -74,7 +74,7 @@ def test_every_suite_and_case_has_a_section(page):
     for heading in (
         "ViT cifar100, batch 64, float32, on AMD EPYC",
         "DiT-S/2, batch 64, float32, on NVIDIA H100 80GB HBM3",
-        "B = 4, T = 256, D = 384, H = 6, hidden = 1536, float32, on AMD EPYC",
+        "B = 4, T = 256, dim = 384, num_heads = 6, hidden = 1536, float32, on AMD EPYC",
         "4 x 256 x 384, float32, on AMD EPYC",
     ):
         assert f">{heading}</h3>" in page

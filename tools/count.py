@@ -86,7 +86,7 @@ def make_step() -> Callable[[], object]:
 
     config = RunConfig(
         family="dit",
-        model=DiTConfig(width=16, depth=3, heads=2, image_size=4, channels=1, num_classes=3),
+        model=DiTConfig(dim=16, depth=3, num_heads=2, image_size=4, channels=1, num_classes=3),
         data="",
         weighting="edm",
         label_drop=0.0,

@@ -7,6 +7,7 @@
 # kernels the ops; rest is graphs and a profile. No name means all, in less than eight minutes. Each
 # job has a limit of time and writes its rows as they come, so a cut loses no more than its own; the
 # end is a table, and 1 where a part failed. Rows go to $OUT, or else benchmarks/results/<device>.
+# PATIENCE=2 doubles the limits, for whoever has the minutes and asks for few parts.
 #
 # python3 needs what tools/gpu_wheels.sh does not fetch; the rest is installed from .whl. Where no
 # git is, DBKERNELS_COMMIT names the commit. A rehearsal needs no GPU: the same programs run on a
@@ -29,6 +30,7 @@ if compgen -G '.whl/*.whl' >/dev/null && [ -z "$rehearse" ]; then
         --target "$scratch/site" .whl/*.whl 2>"$scratch/said" || true
 fi
 export PYTHONPATH=$PWD:$scratch/site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 # of whatever else is installed there
 missing=$("$python" -c '
 from importlib.util import find_spec
 needed = ["torch", "triton", "numpy", "scipy", "safetensors", "PIL", "rich", "ninja", "pytest",
@@ -62,9 +64,9 @@ fi
 
 failed=""
 while IFS=$'\t' read -r -u 3 part file seconds command; do
-    begin=$SECONDS status=0
+    begin=$SECONDS status=0 seconds=$((seconds * ${PATIENCE:-1}))
     # the shell words of gpu_jobs.py; an interrupt lets a program say what it has so far
-    eval "timeout --signal=INT --kill-after=5 $seconds \"\$python\" $command" \
+    eval "timeout --signal=INT --kill-after=10 $seconds \"\$python\" $command" \
         >"$out/$file" 2>"$scratch/said" || status=$?
     case $status in
     0) how=done ;;

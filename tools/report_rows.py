@@ -60,7 +60,7 @@ SUITES = {
         "python benchmarks/timeline.py",
     ),
     "layer": Suite(
-        ("B", "T", "D", "H", "hidden", "dtype"),
+        ("B", "T", "dim", "num_heads", "hidden", "dtype"),
         ("impl", "recompute", "budget"),
         ("median_ms", "p20_ms", "p80_ms", "peak_bytes", "saved_units", "achieved_tflops"),
         "median_ms",

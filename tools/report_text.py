@@ -40,7 +40,7 @@ def case_text(row: Row) -> str:
         return f"{family}{join}{row['preset']}, batch {row['batch']}, {row['dtype']}"
     if row["suite"] == "ops":
         return f"{' x '.join(str(size) for size in row['shape'])}, {row['dtype']}"
-    sizes = (f"{name} = {row[name]}" for name in ("B", "T", "D", "H", "hidden"))
+    sizes = (f"{name} = {row[name]}" for name in ("B", "T", "dim", "num_heads", "hidden"))
     return f"{', '.join(sizes)}, {row['dtype']}"
 
 

@@ -8,7 +8,7 @@ source tools/setup.sh
 # ends here, with the reason, where a kernel spills registers or its accesses are narrow
 .venv/bin/python tools/kernel_report.py >/dev/null
 # and as the Triton of a GPU machine compiles them, which is not that of torch here
-bash tools/other_triton.sh 3.6.0 --arch 90 >/dev/null
+bash tools/other_triton.sh 3.6.0 --arch 90 --D 128 384 768 1024 1152 1536 4096 >/dev/null
 # what a GPU's few minutes are for, on this CPU
 PYTHON=.venv/bin/python bash tools/gpu.sh --rehearse
 exec .venv/bin/python -m pytest "$@"

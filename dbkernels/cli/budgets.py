@@ -238,8 +238,9 @@ def _name(each: Held) -> str:
     settings = each.budget.settings
     how = settings["recompute"] or settings["method"].replace("_", " ")
     compute = " bf16" if settings["autocast"] else ""
-    early = " optimizer in backward" if settings["optimizer_in_backward"] else ""
+    early = " in-backward" if settings["optimizer_in_backward"] else ""
+    offload = "" if settings["offload"] == "none" else f", offload {settings['offload']}"
     return (
         f"{settings['family']} {settings['preset']} {settings['batch']}{compute}{early} "
-        f"{settings['target']}, {settings['num_blocks']} x {how}, offload {settings['offload']}"
+        f"{settings['target']}, {settings['num_blocks']} x {how}{offload}"
     )

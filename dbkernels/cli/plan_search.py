@@ -128,7 +128,7 @@ def _run(jobs: list[partial]) -> Iterator[tuple[int, object]]:
 
 def _size(question: Question, preset: str) -> int:
     model = question.config(preset).model
-    return model.depth * model.width**2
+    return model.depth * model.dim**2
 
 
 def _found(question: Question, num_blocks: int) -> Found:

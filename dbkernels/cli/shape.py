@@ -23,7 +23,7 @@ def preset(family: str, name: str) -> ViTConfig | DiTConfig:
 
 
 def resized(config: ViTConfig | DiTConfig, sizes: dict[str, int]) -> ViTConfig | DiTConfig:
-    """The configuration with other sizes; a ViT's MLP keeps its ratio to the width.
+    """The configuration with other sizes; a ViT's MLP keeps its ratio to dim.
 
     Args:
         config:  to start from
@@ -35,8 +35,8 @@ def resized(config: ViTConfig | DiTConfig, sizes: dict[str, int]) -> ViTConfig |
         if size < 0:
             raise ValueError(f"{name} must be positive, or 0 for the preset's, got {size}")
     sizes = {name: size for name, size in sizes.items() if size}
-    if "width" in sizes and isinstance(config, ViTConfig):
-        sizes = {**sizes, "mlp_hidden": config.mlp_hidden * sizes["width"] // config.width}
+    if "dim" in sizes and isinstance(config, ViTConfig):
+        sizes = {**sizes, "mlp_hidden": config.mlp_hidden * sizes["dim"] // config.dim}
     return replace(config, **sizes)
 
 

@@ -58,11 +58,11 @@ class Train:
     """Sizes of the model; vit: cifar100, digits; dit: S/2, B/2, L/2, XL/2, digits."""
     patch: int = 0
     """Pixels, or cells of a latent, per side of a patch; 0 keeps the preset's."""
-    width: int = 0
+    dim: int = 0
     """Width of the residual stream; 0 keeps the preset's."""
     depth: int = 0
     """Number of layers; 0 keeps the preset's."""
-    heads: int = 0
+    num_heads: int = 0
     """Attention heads; 0 keeps the preset's."""
     recompute: Recompute = "none"
     """What a layer's backward computes again instead of keeping it: more saves more memory."""
@@ -95,7 +95,7 @@ class Train:
         prior, trainer = LogNormal(**asdict(self.prior)), TrainerConfig(**asdict(self.trainer))
         if not self.data:
             raise ValueError("data must be digits or a path, got an empty text")
-        sizes = {k: getattr(self, k) for k in ("patch", "width", "depth", "heads")}
+        sizes = {k: getattr(self, k) for k in ("patch", "dim", "depth", "num_heads")}
         model = fitted(resized(preset(self.family, self.preset), sizes), open_data(self.data))
         automatic = DEFAULT_WEIGHTING[self.family]
         return RunConfig(

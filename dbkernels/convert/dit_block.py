@@ -26,12 +26,12 @@ _PARTS = {
 }
 
 
-def layer_from_dit_block(state: Mapping[str, Tensor], heads: int) -> AdaLNLayer:
+def layer_from_dit_block(state: Mapping[str, Tensor], num_heads: int) -> AdaLNLayer:
     """An AdaLNLayer that computes what a DiT block with these weights does.
 
     Args:
-        state:  state dict of one block, with the names of the published DiT
-        heads:  of its attention; a state dict does not tell
+        state:      state dict of one block, with the names of the published DiT
+        num_heads:  of its attention; a state dict does not tell
     Returns:
         A layer of its own memory, in the dtype and on the device of the state's tensors.
     Raises:
@@ -42,8 +42,8 @@ def layer_from_dit_block(state: Mapping[str, Tensor], heads: int) -> AdaLNLayer:
             raise ValueError(f"a DiT block has {name}, got {', '.join(state) or 'nothing'}")
     qkv, modulation = state["attn.qkv.weight"], state["adaLN_modulation.1.weight"]
     config = LayerConfig(
-        D=qkv.shape[1],
-        H=heads,
+        dim=qkv.shape[1],
+        num_heads=num_heads,
         mlp_hidden=len(state["mlp.fc1.weight"]),
         cond_dim=modulation.shape[1],
         qk_norm="attn.q_norm.weight" in state,

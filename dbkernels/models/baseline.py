@@ -49,7 +49,7 @@ class BaselineLayer(AdaLNLayer):
         with torch.device("meta"):  # weights that are replaced at once: no memory, no random draw
             super().__init__(layer.config)
             # the fused layer's own keeps no rounded copy of its weight, as plain torch does
-            modulation = nn.Linear(layer.config.cond_dim, 6 * layer.config.D)
+            modulation = nn.Linear(layer.config.cond_dim, 6 * layer.config.dim)
         modulation.weight, modulation.bias = layer.modulation.weight, layer.modulation.bias
         for name, module in (*layer.named_children(), ("modulation", modulation)):
             setattr(self, name, module)
@@ -78,7 +78,7 @@ def stock_layer(layer: AdaLNLayer, x: Tensor, c: Tensor, rotary: Tensor | None) 
         x,
         layer._modulation(c),
         layer._weights(),
-        heads=config.H,
+        num_heads=config.num_heads,
         rotary=rotary,
         mlp=config.mlp,
         norm=config.norm,

@@ -36,12 +36,12 @@ from dbkernels.ops.score_loss import score_loss_
 class DiTConfig:
     """A diffusion transformer."""
 
-    width: int
+    dim: int
     """Of the residual stream and of the condition."""
     depth: int
     """Number of layers."""
-    heads: int
-    """Of the attention; divides width."""
+    num_heads: int
+    """Of the attention; divides dim."""
     image_size: int = 32
     """Pixels, or cells of the latent; square."""
     patch: int = 2
@@ -51,7 +51,7 @@ class DiTConfig:
     num_classes: int = 1000
     """Labels are 0 to num_classes - 1; num_classes itself means "no label"."""
     mlp_ratio: int = 4
-    """Width of the MLP's hidden layer over the width."""
+    """Width of the MLP's hidden layer over dim."""
     sigma_data: float = 0.5
     """Standard deviation of the data that the preconditioning assumes."""
     recompute: Recompute = "none"
@@ -70,9 +70,9 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
-        D, pixels = config.width, config.channels * config.patch**2
+        D, pixels = config.dim, config.channels * config.patch**2
         layer = LayerConfig(
-            D, config.heads, config.mlp_ratio * D, cond_dim=D, recompute=config.recompute
+            D, config.num_heads, config.mlp_ratio * D, cond_dim=D, recompute=config.recompute
         )
         self.patch = nn.Linear(pixels, D)
         positions = grid_positions(config.image_size // config.patch, D)
@@ -140,9 +140,9 @@ class DiT(nn.Module):
 
 
 PRESETS = {
-    "S/2": DiTConfig(width=384, depth=12, heads=6),
-    "B/2": DiTConfig(width=768, depth=12, heads=12),
-    "L/2": DiTConfig(width=1024, depth=24, heads=16),
-    "XL/2": DiTConfig(width=1152, depth=28, heads=16),
-    "digits": DiTConfig(width=64, depth=12, heads=4, image_size=8, channels=1, num_classes=10),
+    "S/2": DiTConfig(dim=384, depth=12, num_heads=6),
+    "B/2": DiTConfig(dim=768, depth=12, num_heads=12),
+    "L/2": DiTConfig(dim=1024, depth=24, num_heads=16),
+    "XL/2": DiTConfig(dim=1152, depth=28, num_heads=16),
+    "digits": DiTConfig(dim=64, depth=12, num_heads=4, image_size=8, channels=1, num_classes=10),
 }

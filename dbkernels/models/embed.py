@@ -25,16 +25,16 @@ def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, channels, side * patch, side * patch)
 
 
-def sinusoid(value: Tensor, width: int, max_period: float = MAX_PERIOD) -> Tensor:
-    """Cosines, then sines, of a number at `width / 2` geometric frequencies.
+def sinusoid(value: Tensor, dim: int, max_period: float = MAX_PERIOD) -> Tensor:
+    """Cosines, then sines, of a number at `dim / 2` geometric frequencies.
 
     Args:
         value:  (...)  float32
-        width:  even
+        dim:    even
     Returns:
-        (..., width) float32.
+        (..., dim) float32.
     """
-    half = width // 2
+    half = dim // 2
     exponent = torch.arange(half, device=value.device, dtype=torch.float32) / half
     angle = value.float()[..., None] * max_period**-exponent
     return torch.cat([angle.cos(), angle.sin()], dim=-1)

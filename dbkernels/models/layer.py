@@ -28,9 +28,9 @@ from dbkernels.ops.stream import ResidualStream
 class LayerConfig:
     """One AdaLN layer."""
 
-    D: int
+    dim: int
     """Width of the residual stream."""
-    H: int
+    num_heads: int
     """Number of heads."""
     mlp_hidden: int
     """Width of the MLP's hidden layer."""
@@ -62,14 +62,14 @@ class AdaLNLayer(nn.Module):
     and bias, attention.q_norm and attention.k_norm with weight.
 
     Raises:
-        ValueError: D is not a multiple of H, or norm, mlp or recompute is unknown.
+        ValueError: dim is not a multiple of num_heads, or norm, mlp or recompute is unknown.
     """
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        if config.D % config.H:
+        if config.dim % config.num_heads:
             raise ValueError(
-                f"the width must be a multiple of the heads, got {config.D} and {config.H}"
+                f"dim must be a multiple of num_heads, got {config.dim} and {config.num_heads}"
             )
         if config.recompute not in POLICIES:
             raise ValueError(
@@ -78,7 +78,7 @@ class AdaLNLayer(nn.Module):
         self.config = config
         self.norm1, self.norm2 = make_norm(config), make_norm(config)
         self.attention, self.mlp = Attention(config), MLP(config)
-        self.modulation = Projection(config.cond_dim, 6 * config.D)
+        self.modulation = Projection(config.cond_dim, 6 * config.dim)
         initialise_linear(self.modulation, nn.init.zeros_)
 
     def initialise(self, initialise_weight: Callable[[Tensor], object]) -> None:
@@ -115,7 +115,7 @@ class AdaLNLayer(nn.Module):
             x,
             self._modulation(c),
             self._weights(),
-            heads=config.H,
+            num_heads=config.num_heads,
             rotary=rotary,
             mlp=config.mlp,
             norm=config.norm,
@@ -160,7 +160,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        D, d = config.D, config.D // config.H
+        D, d = config.dim, config.dim // config.num_heads
         self.qkv = nn.Linear(D, 3 * D, bias=config.bias)
         self.out = nn.Linear(D, D, bias=config.bias)
         if config.qk_norm:
@@ -176,8 +176,8 @@ class MLP(nn.Module):
         if config.mlp not in ("gelu", "swiglu"):
             raise ValueError(f"mlp must be one of gelu, swiglu, got {config.mlp}")
         first = config.mlp_hidden * (2 if config.mlp == "swiglu" else 1)
-        self.fc1 = nn.Linear(config.D, first, bias=config.bias)
-        self.fc2 = nn.Linear(config.mlp_hidden, config.D, bias=config.bias)
+        self.fc1 = nn.Linear(config.dim, first, bias=config.bias)
+        self.fc2 = nn.Linear(config.mlp_hidden, config.dim, bias=config.bias)
 
 
 def run_layers(
@@ -212,7 +212,7 @@ def make_norm(config: LayerConfig) -> nn.Module:
     norms = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
     if config.norm not in norms:
         raise ValueError(f"norm must be one of {', '.join(norms)}, got {config.norm}")
-    return norms[config.norm](config.D, eps=config.eps, elementwise_affine=config.affine)
+    return norms[config.norm](config.dim, eps=config.eps, elementwise_affine=config.affine)
 
 
 def _fold(scale: Tensor, shift: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:

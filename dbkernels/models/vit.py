@@ -37,12 +37,12 @@ class ViTConfig:
     """Of the image."""
     num_classes: int
     """Labels are 0 to num_classes - 1."""
-    width: int
+    dim: int
     """Of the residual stream; also of the label's embedding."""
     depth: int
     """Number of layers."""
-    heads: int
-    """Of the attention; divides width."""
+    num_heads: int
+    """Of the attention; divides dim."""
     mlp_hidden: int
     """Width of the MLP's hidden layer."""
     cond_dim: int
@@ -59,7 +59,7 @@ class ViTConfig:
 
 
 class ViT(nn.Module):
-    """The classification family: z is (B, width), a prediction is logits (B, num_classes)."""
+    """The classification family: z is (B, dim), a prediction is logits (B, num_classes)."""
 
     target_parts = ("label_table",)
     stem_and_head = ("stem", "cross_entropy")
@@ -67,10 +67,10 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = config
-        D, tokens = config.width, (config.image_size // config.patch) ** 2
+        D, tokens = config.dim, (config.image_size // config.patch) ** 2
         layer = LayerConfig(
             D,
-            config.heads,
+            config.num_heads,
             config.mlp_hidden,
             config.cond_dim,
             affine=config.affine,
@@ -99,11 +99,11 @@ class ViT(nn.Module):
         return F.normalize(self.label_table.weight.float(), dim=-1)
 
     def target(self, batch: Batch) -> Tensor:
-        """The label's embedding at unit length, (B, width); its gradient reaches the table."""
+        """The label's embedding at unit length, (B, dim); its gradient reaches the table."""
         return self._unit_table()[batch["label"]]
 
     def denoise(self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
-        """Logits (B, num_classes) from z (B, width) at sigma (B,), given batch["image"]."""
+        """Logits (B, num_classes) from z (B, dim) at sigma (B,), given batch["image"]."""
         return self.tail(*self._answer(z, level, layers, batch), z, level)
 
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
@@ -141,7 +141,7 @@ class ViT(nn.Module):
         return F.cross_entropy(logits.float(), label, reduction="none")
 
     def estimate(self, prediction: Tensor) -> Tensor:
-        """The expected embedding under the logits, (B, width); unit rows, as in training."""
+        """The expected embedding under the logits, (B, dim); unit rows, as in training."""
         return prediction.float().softmax(-1) @ self._unit_table()
 
 
@@ -151,9 +151,9 @@ PRESETS = {
         patch=4,
         channels=3,
         num_classes=100,
-        width=128,
+        dim=128,
         depth=12,
-        heads=4,
+        num_heads=4,
         mlp_hidden=3072,
         cond_dim=21,
     ),
@@ -162,9 +162,9 @@ PRESETS = {
         patch=2,
         channels=1,
         num_classes=10,
-        width=64,
+        dim=64,
         depth=12,
-        heads=4,
+        num_heads=4,
         mlp_hidden=256,
         cond_dim=32,
     ),

@@ -81,7 +81,7 @@ class LayerCall(NamedTuple):
         w, options, first = self.weights, self.options, self.first()
         y, stats1 = self.first_norm(_by_name(self.modulation))
         qkv = project_qkv(y, w, options.num_queries)
-        attended, logsumexp = attend(qkv, options.heads, w, self.rotary)
+        attended, logsumexp = attend(qkv, options.num_heads, w, self.rotary)
         a = project(attended, w.out_weight, w.out_bias)
 
         # nothing else sees x1, so the layer's output takes its place
@@ -226,7 +226,7 @@ class LayerCall(NamedTuple):
         dqkv = QKV(*(_buffer(t, owned and w.q_weight is None) for t in qkv))
         attended, logsumexp = kept.pop("attended"), kept.pop("logsumexp")
         attention_branch_backward(
-            da, qkv, attended, logsumexp, self.options.heads, w, self.rotary,
+            da, qkv, attended, logsumexp, self.options.num_heads, w, self.rotary,
             dqkv=dqkv, gradients=gradients,
         )  # fmt: skip
         del attended

@@ -35,19 +35,19 @@ def check_layer(
             f"modulation must be (B, 6 D) = ({B}, {6 * D}) or (B, T, 6 D) = ({B}, {T}, {6 * D}), "
             f"got {tuple(modulation.shape)}"
         )
-    if options.heads < 1 or D % options.heads:
-        raise ValueError(f"heads must divide D = {D}, got {options.heads}")
-    check_head_width(x.device, D // options.heads)
+    if options.num_heads < 1 or D % options.num_heads:
+        raise ValueError(f"num_heads must divide D = {D}, got {options.num_heads}")
+    check_head_width(x.device, D // options.num_heads)
     check_first(options.num_queries, T)
     if rotary is not None:
-        check_rotary(rotary, T, D // options.heads)
+        check_rotary(rotary, T, D // options.num_heads)
     _check_weights(D, weights, options)
 
 
 def _check_weights(D: int, w: LayerWeights, options: LayerOptions) -> None:
     if (w.q_weight is None) != (w.k_weight is None):
         raise ValueError("q_weight and k_weight must be given together, got one of them")
-    first, hidden, d = len(w.fc1_weight), w.fc2_weight.shape[-1], D // options.heads
+    first, hidden, d = len(w.fc1_weight), w.fc2_weight.shape[-1], D // options.num_heads
     expected = LayerWeights(
         (3 * D, D), (3 * D,), (D, D), (D,),
         (2 * hidden if options.mlp == "swiglu" else hidden, D), (first,), (D, hidden), (D,),

@@ -55,7 +55,7 @@ class LayerModulation(NamedTuple):
 class LayerOptions(NamedTuple):
     """What a layer is told beside its tensors."""
 
-    heads: int
+    num_heads: int
     mlp: str
     norm: NormOptions
     recompute: str

@@ -85,13 +85,19 @@ def sum_dtype(operand: Tensor, wanted: torch.dtype) -> torch.dtype:
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right in their dtype or, where it is narrower, in float32."""
-    if left.dtype == dtype:
-        return left @ right
-    if runs_as_on_gpu(left):
-        return torch.mm(left, right, out_dtype=dtype)
-    total = left.new_zeros((len(left), right.shape[1]), dtype=dtype)
-    add_product(total, left, right)
-    return total
+    out = left.new_empty((len(left), right.shape[1]), dtype=dtype)
+    write_product(out, left, right)
+    return out
+
+
+def write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out = left @ right, as `product` of the dtype of out."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    elif runs_as_on_gpu(left):
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        add_product(out.zero_(), left, right)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

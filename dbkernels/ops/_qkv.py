@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dbkernels.ops._layer_tensors import LayerWeights
 from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops._projection import Gradients, as_rows, product, project, sum_dtype
+from dbkernels.ops._projection import Gradients, as_rows, project, sum_dtype, write_product
 from dbkernels.ops.first_tokens import first_tokens
 
 
@@ -79,12 +79,14 @@ def add_qkv(gradients: Gradients, dqkv: QKV, y: Tensor) -> None:
     if dqkv.q is None:
         gradients.add_projection("qkv", dqkv.qkv, y)
         return
-    N = dqkv.q.shape[1]
+    _, N, D = dqkv.q.shape
     dq, dkv = as_rows(dqkv.q), as_rows(dqkv.qkv)
     if "qkv_weight" in gradients.wanted:
-        of_queries = product(dq.T, as_rows(first_tokens(y, N)), statistics_dtype(y))
-        of_others = product(dkv.T, as_rows(y), statistics_dtype(y))
-        gradients.add("qkv_weight", torch.cat([of_queries, of_others]))
+        # whole from the start: its parts beside it would be the step's highest moment
+        total = y.new_empty((3 * D, D), dtype=statistics_dtype(y))
+        write_product(total[:D], dq.T, as_rows(first_tokens(y, N)))
+        write_product(total[D:], dkv.T, as_rows(y))
+        gradients.add("qkv_weight", total)
     if "qkv_bias" in gradients.wanted:
         dtype = sum_dtype(dq, gradients.dtype)
         sums = [part.sum(0, dtype=dtype) for part in (dq, dkv)]

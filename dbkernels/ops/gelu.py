@@ -39,7 +39,7 @@ SLOPE = 2 * math.sqrt(2 / math.pi)  # of 2 * z at 0
 # a kernel reads no other kind of global
 _CUBIC, _SLOPE = tl.constexpr(CUBIC), tl.constexpr(SLOPE)
 
-FORWARD = Share(rows=4, registers=72)
+FORWARD = Share(rows=4, registers=88)
 BACKWARD = Share(rows=2, registers=96)
 
 # kernels

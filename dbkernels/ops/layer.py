@@ -96,7 +96,7 @@ def adaln_layer(
     modulation: Tensor,
     weights: LayerWeights,
     *,
-    heads: int,
+    num_heads: int,
     rotary: Tensor | None = None,
     mlp: str = "gelu",
     norm: _checks.Norm = "layer",
@@ -115,8 +115,8 @@ def adaln_layer(
         modulation:  (B, 6 D) per sample or (B, T, 6 D) per token: shift, scale and gate of the
                      attention branch, then of the MLP
         weights:     of one dtype, as `LayerWeights` tells their shapes
-        heads:       divides D
-        rotary:      (2, T, D / heads) cosines and sines, float32; None does not rotate
+        num_heads:   divides D
+        rotary:      (2, T, D / num_heads) cosines and sines, float32; None does not rotate
         mlp:         "gelu" (tanh) or "swiglu"
         norm:        "layer", or "rms", which does not subtract the mean
         eps:         of the norms, in units of x**2
@@ -134,7 +134,7 @@ def adaln_layer(
     check_options(mlp, recompute)
     dtype = compute_dtype(x, weights.qkv_weight)
     options = LayerOptions(
-        heads, mlp, NormOptions(eps, _checks.check_norm(norm), dtype), recompute, num_queries
+        num_heads, mlp, NormOptions(eps, _checks.check_norm(norm), dtype), recompute, num_queries
     )
     check_layer(x, modulation, rotary, weights, options)
     if num_queries == x.shape[1]:

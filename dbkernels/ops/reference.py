@@ -92,7 +92,7 @@ def adaln_layer(
     modulation: Tensor,
     weights: LayerWeights,
     *,
-    heads: int,
+    num_heads: int,
     rotary: Tensor | None = None,
     mlp: str = "gelu",
     norm: str = "layer",
@@ -103,8 +103,8 @@ def adaln_layer(
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
     y = adaln_norm(x, scale1, shift1, norm=norm, eps=eps).to(dtype)
     qkv = F.linear(y, w.qkv_weight, w.qkv_bias)
-    q, k = qk_norm_rotary(qkv, heads, q_weight=w.q_weight, k_weight=w.k_weight, rotary=rotary)
-    v = qkv.unflatten(-1, (3, heads, -1))[:, :, 2]
+    q, k = qk_norm_rotary(qkv, num_heads, q_weight=w.q_weight, k_weight=w.k_weight, rotary=rotary)
+    v = qkv.unflatten(-1, (3, num_heads, -1))[:, :, 2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     x = gated_residual(x, F.linear(h, w.out_weight, w.out_bias), gate1).to(x.dtype)

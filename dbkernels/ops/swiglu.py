@@ -34,7 +34,7 @@ from dbkernels.ops._register import register
 from dbkernels.ops._tile import SHARED_OUT
 
 FORWARD = Share(rows=4, registers=64)
-BACKWARD = Share(rows=2, registers=112)
+BACKWARD = Share(rows=2, registers=128)
 
 # kernels
 

@@ -65,7 +65,7 @@ def classify(
         return models.of(block_at(models.blocks, level)).estimate(logits[-1])
 
     image = batch["image"]
-    noise = normals(draw, len(image), config.width, image.device)
+    noise = normals(draw, len(image), config.dim, image.device)
     euler(denoiser, start(noise, levels[0], config.sigma_data), levels)
     return logits
 

@@ -29,7 +29,9 @@ def bench():
 @pytest.fixture(scope="session")
 def layer_rows():
     """The lines that a small case of `benchmarks/layer.py` prints."""
-    sizes = "--B 2 --T 32 --D 64 --H 2 --hidden 256 --dtype float32 --device cpu --threads 1"
+    sizes = (
+        "--B 2 --T 32 --dim 64 --num-heads 2 --hidden 256 --dtype float32 --device cpu --threads 1"
+    )
     command = [sys.executable, str(ROOT / "benchmarks" / "layer.py"), "--json", "--rounds", "2"]
     command += [*sizes.split(), "--impls", "eager", "fused", "checkpointed"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -40,5 +42,5 @@ def layer_rows():
 @pytest.fixture
 def small_case(bench):
     """A layer and its inputs."""
-    case = bench("layer_case").LayerCase(B=2, T=8, D=16, H=2, hidden=64, dtype="float32")
+    case = bench("layer_case").LayerCase(B=2, T=8, dim=16, num_heads=2, hidden=64, dtype="float32")
     return case, bench("layer_case").make_inputs(case, torch.device("cpu"))

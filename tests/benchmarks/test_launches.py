@@ -181,7 +181,7 @@ def test_what_is_counted_is_what_eager_s_ops_say(bench):
     player = bench("layer_case").Competitor("eager")
     with FakeTensorMode(), dry_run_on_gpu(132):
         inputs = bench("layer_case").make_inputs(case, torch.device("cpu"))
-        step = bench("layer_case").LayerStep(player.function(case.H), inputs, True)
+        step = bench("layer_case").LayerStep(player.function(case.num_heads), inputs, True)
         with bench("launches").Launches() as counter:
             step.forward()
     found = Counter()

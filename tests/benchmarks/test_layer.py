@@ -11,7 +11,9 @@ CEILINGS = {"copy_gbps", "matmul_tflops"}
 def test_competitors_compute_the_same_gradients(bench, small_case):
     layer_case, (case, inputs) = bench("layer_case"), small_case
     players = layer_case.competitors(("eager", "fused", "checkpointed"), (), mixed=False)
-    steps = [layer_case.LayerStep(player.function(case.H), inputs, False) for player in players]
+    steps = [
+        layer_case.LayerStep(player.function(case.num_heads), inputs, False) for player in players
+    ]
     eager, *others = (step() for step in steps)
     assert len(others) == 6 and all(gradient.abs().max() > 0 for gradient in eager)
     for gradients in others:
@@ -49,7 +51,7 @@ def test_each_budget_compiles_for_itself(bench, small_case, monkeypatch):
     monkeypatch.setattr(inductor, "compile_fx", compile_fx)
     layer_case, (case, inputs) = bench("layer_case"), small_case
     for player in layer_case.competitors(("compiled_budget", "compiled"), (0.9, 0.2), mixed=False):
-        layer_case.LayerStep(player.function(case.H), inputs, False).forward()
+        layer_case.LayerStep(player.function(case.num_heads), inputs, False).forward()
     assert budgets == [0.9, 0.2, 1.0]
 
 
@@ -63,7 +65,7 @@ def test_autocast_has_the_policy_that_rounds_and_units_of_what_it_computes_in(be
     assert {t.dtype for t in (inputs.x, inputs.dout, *inputs.parameters)} == {torch.float32}
     assert inputs.modulation.dtype == torch.bfloat16
     fused, eager = (
-        layer_case.LayerStep(player.function(case.H), inputs, True)
+        layer_case.LayerStep(player.function(case.num_heads), inputs, True)
         for player in (players[0], layer_case.Competitor("eager"))
     )
     assert fused.forward().dtype == eager.forward().dtype == torch.float32
@@ -121,7 +123,13 @@ def test_prints_a_line_for_every_policy_and_competitor(bench, layer_rows):
     assert names == ["eager", "none", "attention", "mlp", "qkv", "layer", "checkpointed"]
     for row in layer_rows:
         assert row.keys() >= MEASURED | MACHINE | CEILINGS | {"saved_units", "achieved_tflops"}
-        assert (row["B"], row["T"], row["D"], row["H"], row["hidden"]) == (2, 32, 64, 2, 256)
+        assert (row["B"], row["T"], row["dim"], row["num_heads"], row["hidden"]) == (
+            2,
+            32,
+            64,
+            2,
+            256,
+        )
         assert (row["dtype"], row["threads"], row["budget"]) == ("float32", 1, None)
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["implementation"] == (fused if row["recompute"] else "torch")
@@ -169,8 +177,8 @@ def test_a_table_shows_launches_where_they_were_counted(bench, layer_rows, capsy
     [
         ({"B": 0}, "B must be at least 1, got 0"),
         ({"rounds": 1}, "rounds must be at least 2, got 1"),
-        ({"H": 2}, "H must be given together with D, got H alone"),
-        ({"D": 64, "H": 3}, "H must divide D = 64, got 3"),
+        ({"num_heads": 2}, "num_heads must be given together with dim, got num_heads alone"),
+        ({"dim": 64, "num_heads": 3}, "num_heads must divide dim = 64, got 3"),
         ({"budgets": (0.5, 1.5)}, "budgets must be from 0 to 1, got 1.5"),
         ({"device": "tpu"}, "device must be auto, cpu or cuda, got tpu"),
     ],
@@ -182,7 +190,7 @@ def test_layer_refuses_options_in_a_sentence(bench, options, message):
 
 def test_options_change_the_case_that_the_device_has(bench):
     options = bench("layer").Options
-    (case,) = options(D=128, T=32, dtype=("float32",), device="cpu").cases()
-    assert (case.T, case.D, case.H, case.hidden) == (32, 128, 2, 512)
+    (case,) = options(dim=128, T=32, dtype=("float32",), device="cpu").cases()
+    assert (case.T, case.dim, case.num_heads, case.hidden) == (32, 128, 2, 512)
     cases = options(hidden=8, dtype=("float16", "float32"), device="cpu").cases()
     assert [(case.dtype, case.hidden) for case in cases] == [("float16", 8), ("float32", 8)]

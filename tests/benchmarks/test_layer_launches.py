@@ -58,3 +58,25 @@ def test_a_checkpointed_layer_launches_its_forward_twice(counted):
     forward, backward = counted(VIT, "bfloat16", "checkpointed")
     eager = counted(VIT, "bfloat16", "eager")
     assert forward == eager[0] and eager[1] < backward <= eager[1] + forward
+
+
+def test_the_counts_are_printed_without_timing_anything(bench, capsys):
+    module = bench("layer_launches")
+    module.main(module.Options(B=2, T=5, dim=32, num_heads=2))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["eager", "28", "+", "56"]
+    assert [line.split()[:2] for line in lines[2:4]] == [["fused", "none"], ["fused", "attention"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"B": 0}, "B must be at least 1, got 0"),
+        ({"dim": 30, "num_heads": 4}, "num_heads must divide dim = 30, got 4"),
+        ({"dtype": "float8"}, "dtype must be one of float32, .*, got float8"),
+        ({"target": "v100"}, "v100"),
+    ],
+)
+def test_options_that_name_no_layer_are_refused(bench, options, message):
+    with pytest.raises(ValueError, match=message):
+        bench("layer_launches").Options(**options)

@@ -67,11 +67,11 @@ def test_a_table_has_a_row_for_each_competitor_and_its_ratio_to_eager(bench, lay
 
 def test_a_file_of_results_is_shown_case_by_case(bench, layer_rows, tmp_path, capsys):
     path = tmp_path / "layer.jsonl"
-    rows = [*layer_rows, *({**row, "D": 65} for row in layer_rows)]
+    rows = [*layer_rows, *({**row, "dim": 65} for row in layer_rows)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     bench("show").main([str(path)])
     out = capsys.readouterr().out
-    assert out.count("D = 64") == out.count("D = 65") == 1
+    assert out.count("dim = 64") == out.count("dim = 65") == 1
 
 
 def test_the_folder_of_results_is_told_to_other_programs(bench):

@@ -43,6 +43,7 @@ class FakeGpu:
         patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         patch.setattr(torch.cuda, "synchronize", lambda *_: None)
         patch.setattr(torch.cuda, "current_stream", lambda *_: "stream")
+        patch.setattr(torch.cuda, "default_stream", lambda *_: "default")
         patch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
         patch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
         patch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
@@ -134,6 +135,13 @@ def test_what_cannot_be_captured_is_timed_by_events(bench, gpu, monkeypatch):
     assert (run(), timing) == ("result", "cuda events")
 
 
+def test_nothing_is_captured_on_the_default_stream(bench, gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: "default")
+    monkeypatch.delattr(torch.cuda, "CUDAGraph")
+    run, timing = bench("measure")._CudaClock(CPU, capture=True).ready(lambda: "result")
+    assert (run(), timing) == ("result", "cuda events")
+
+
 @pytest.mark.parametrize(("moved", "count"), [(100, 21), (2048, 1), (2047, 2), (10**6, 1)])
 def test_so_many_copies_move_twice_what_the_cache_holds(bench, gpu, moved, count):
     assert bench("measure").rotations(torch.device("cuda"), moved) == count
@@ -187,7 +195,7 @@ def test_saved_storages_count_once_and_parameters_not_at_all(bench):
 )
 def test_what_is_saved_is_what_the_forward_leaves_alive(bench, small_case, impl, recompute):
     measure, (case, inputs) = bench("measure"), small_case
-    run = bench("layer_case").Competitor(impl, recompute).function(case.H)
+    run = bench("layer_case").Competitor(impl, recompute).function(case.num_heads)
     with torch.no_grad():
         run(inputs.x, inputs.modulation, inputs.weights)
 

@@ -50,7 +50,7 @@ def test_every_copy_of_the_inputs_has_a_call_and_the_ceiling_too(ops, bench, mon
 
 
 def test_a_float32_stream_is_a_table_of_the_ops_that_have_one(ops):
-    options = ops.Options(op=("gelu", "adaln_norm"), D=(64,), stream=("float32",), device="cpu")
+    options = ops.Options(op=("gelu", "adaln_norm"), dim=(64,), stream=("float32",), device="cpu")
     ((case,), *_) = options.tables(CPU)
     assert (case.op, case.dtype_name) == ("adaln_norm", "bfloat16 on a float32 stream")
 
@@ -63,7 +63,7 @@ def test_one_function_is_compiled_for_a_case(ops, bench, monkeypatch):
 
 
 def test_a_tables_cases_share_a_width_or_a_shape(ops):
-    options = ops.Options(op=("gelu", "score_loss", "swiglu"), D=(64, 128), device="cpu")
+    options = ops.Options(op=("gelu", "score_loss", "swiglu"), dim=(64, 128), device="cpu")
     tables = [[(case.op, case.shape) for case in cases] for cases in options.tables(CPU)]
     assert tables == [
         [("gelu", (2, 8, 64)), ("swiglu", (2, 8, 64))],
@@ -93,7 +93,7 @@ def test_a_row_says_where_it_ran_and_by_which_command(ops, capsys, monkeypatch):
     ("options", "message"),
     [
         ({"op": ("norm",)}, "op must be one of adaln_norm, .*, got norm"),
-        ({"D": (96,)}, "D must be a multiple of 64, got 96"),
+        ({"dim": (96,)}, "dim must be a multiple of 64, got 96"),
         ({"rounds": 1}, "rounds must be at least 2, got 1"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
     ],

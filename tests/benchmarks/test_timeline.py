@@ -14,7 +14,7 @@ SMALL = {"family": "vit", "preset": "tiny", "device": "cpu", "batch": 4, "num_bl
 @pytest.fixture(scope="module")
 def timeline(bench):
     """`benchmarks/timeline.py`, with a preset of 4 layers."""
-    tiny = replace(vit.PRESETS["digits"], width=16, depth=4, heads=2, mlp_hidden=64)
+    tiny = replace(vit.PRESETS["digits"], dim=16, depth=4, num_heads=2, mlp_hidden=64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(vit.PRESETS, "tiny", tiny)
         yield bench("timeline")

@@ -1,5 +1,8 @@
 import json
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -14,7 +17,7 @@ SMALL = {"family": "vit", "preset": ("tiny",), "device": "cpu", "threads": 1, "b
 @pytest.fixture(scope="module")
 def training(bench):
     """`benchmarks/training.py`, with a preset of 5 layers."""
-    tiny = replace(vit.PRESETS["digits"], width=16, depth=5, heads=2, mlp_hidden=64)
+    tiny = replace(vit.PRESETS["digits"], dim=16, depth=5, num_heads=2, mlp_hidden=64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(vit.PRESETS, "tiny", tiny)
         patch.setattr(bench("machine"), "COPY_BYTES", 2**16)
@@ -176,6 +179,42 @@ def test_the_budget_is_the_one_whose_peak_is_nearest(training, bench, monkeypatc
     monkeypatch.setattr(prepare.Preparation, "predict", lambda *_: None)
     way = prepare.Preparation(None, torch.device("cpu")).nearest(None, "none")
     assert (way.method, way.budget) == ("compiled", 0.5)
+
+
+@pytest.fixture
+def unready(bench):
+    """A preparation whose processes die with their first task."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(os._exit, 1).exception()
+        yield bench("training_prepare").Preparation(pool, torch.device("cpu"))
+
+
+def test_without_predictions_ways_are_measured_all_the_same(training, unready, capfd):
+    options = training.Options(
+        **SMALL, methods=("end_to_end",), num_blocks=(1,), optimizer_in_backward=(False,), rounds=2,
+        beside=True, nearest="none",
+    )  # fmt: skip
+    (case,) = options.cases()
+    unready.compile(case, options.ways(case))
+    unready.predict(case, options.ways(case))
+    (row,) = rows_by(training, options, unready)
+    assert row["memory"] == "measured" and row["step_ms"] > 0
+    assert row["predicted_peak_allocated_bytes"] is None
+    told = capfd.readouterr().err
+    assert "end to end in 1 block was not predicted: BrokenProcessPool" in told
+    assert "was not compiled beside: BrokenProcessPool" in told
+
+
+def test_what_is_waited_for_first_is_predicted_first(training, bench, monkeypatch):
+    asked = []
+    ready = bench("training_prepare").Preparation(None, torch.device("cpu"))
+    monkeypatch.setattr(ready, "_submit", lambda f, *rest: asked.append((f.__name__, rest)))
+    monkeypatch.setattr(training, "emit", lambda *_, **__: None)
+    options = training.Options(**SMALL, num_blocks=(1, 2), beside=True, nearest="none")
+    training.run(options, ready)
+    ways = [rest[-1] for name, rest in asked if name == "figures_of"]
+    known = bench("training_prepare").candidates("none")
+    assert ways[: len(known)] == known and len(ways) == len(set(ways))
 
 
 def test_what_was_predicted_stands_beside_and_nothing_runs_while_steps_are_timed(

@@ -12,7 +12,7 @@ IN_BACKWARD = (False, True)
 @pytest.fixture
 def made(bench, monkeypatch):
     """Makes trainers of one tiny case, by their ways; the first owns what the others train."""
-    tiny = replace(dit.PRESETS["digits"], width=16, depth=4, heads=2)
+    tiny = replace(dit.PRESETS["digits"], dim=16, depth=4, num_heads=2)
     monkeypatch.setitem(dit.PRESETS, "tiny", tiny)
     case = bench("training_case").TrainingCase("dit", "tiny", 4, "float32")
 
@@ -74,7 +74,7 @@ def test_only_fused_layers_are_launched_as_graphs(bench):
         ("block_fused", "graph"),
     ]
     config = case.TrainingCase("vit", "digits", 4, "float32").config
-    assert [config(way).trainer.graphs for way in every] == [False, False, True]
+    assert [config(way).trainer.cuda_graphs for way in every] == [False, False, True]
 
 
 def test_ways_train_the_same_parameters_with_the_same_state(bench, made):

@@ -11,9 +11,9 @@ import numpy as np
 SIZES = [
     "--depth",
     "3",
-    "--width",
+    "--dim",
     "16",
-    "--heads",
+    "--num-heads",
     "2",
     "--steps",
     "2",

@@ -60,7 +60,7 @@ def test_a_memory_that_nothing_fits_gets_the_smallest_plan_and_what_it_needs(qui
 
 def test_a_smaller_preset_that_fits_is_named(quick, monkeypatch):
     def wide(setting, config, target):
-        grown = config.model.width * 2**20
+        grown = config.model.dim * 2**20
         found = reckoned(setting, config, target)
         return {k: module.Estimate(**{**vars(v), "peak_bytes": grown}) for k, v in found.items()}
 

@@ -57,7 +57,7 @@ def test_the_largest_preset_has_the_widest_and_most_layers(ask, monkeypatch):
 
     def wide(setting, config, target):
         found = reckoned(setting, config, target)
-        grown = config.model.width * MiB
+        grown = config.model.dim * MiB
         return {k: module.Estimate(**{**vars(v), "peak_bytes": grown}) for k, v in found.items()}
 
     monkeypatch.setattr(module, "estimate", wide)

@@ -9,7 +9,7 @@ from dbkernels.ops.recompute import POLICIES, policies_of
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer import TrainerConfig
 
-TINY = DiTConfig(width=16, depth=4, heads=2, image_size=4, channels=1, num_classes=3)
+TINY = DiTConfig(dim=16, depth=4, num_heads=2, image_size=4, channels=1, num_classes=3)
 CONFIG = RunConfig(
     family="dit",
     model=TINY,

@@ -22,21 +22,21 @@ def test_an_unknown_preset_is_told_the_known_ones():
 
 def test_zero_keeps_the_presets_sizes():
     config = vit.PRESETS["cifar100"]
-    assert resized(config, {"patch": 0, "width": 0, "depth": 0, "heads": 0}) == config
+    assert resized(config, {"patch": 0, "dim": 0, "depth": 0, "num_heads": 0}) == config
 
 
 def test_a_vit_keeps_the_ratio_of_its_mlp():
     config = vit.PRESETS["cifar100"]
-    narrow = resized(config, {"width": config.width // 4, "depth": 2, "heads": 0})
-    assert (narrow.width, narrow.depth, narrow.heads) == (config.width // 4, 2, config.heads)
+    narrow = resized(config, {"dim": config.dim // 4, "depth": 2, "num_heads": 0})
+    assert (narrow.dim, narrow.depth, narrow.num_heads) == (config.dim // 4, 2, config.num_heads)
     assert narrow.mlp_hidden == config.mlp_hidden // 4
 
 
 def test_a_dit_takes_its_sizes():
-    assert resized(dit.PRESETS["digits"], {"width": 16, "heads": 2}).width == 16
+    assert resized(dit.PRESETS["digits"], {"dim": 16, "num_heads": 2}).dim == 16
 
 
-@pytest.mark.parametrize("name", ["patch", "width", "depth", "heads"])
+@pytest.mark.parametrize("name", ["patch", "dim", "depth", "num_heads"])
 def test_a_negative_size_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be positive, or 0 for the preset's, got -2"):
         resized(dit.PRESETS["digits"], {name: -2})

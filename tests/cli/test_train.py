@@ -39,8 +39,8 @@ def weights_of(directory, step):
         ("--data wide.npz", "images must be square, got 8 x 6"),
         ("--patch 3", "the patch must divide the image size, got 3 and 8"),
         ("--preset huge", "preset of vit must be one of cifar100, digits, got huge"),
-        ("--heads 3", "the width must be a multiple of the heads, got 16 and 3"),
-        ("--heads -1", "heads must be positive, or 0 for the preset's, got -1"),
+        ("--num-heads 3", "dim must be a multiple of num_heads, got 16 and 3"),
+        ("--num-heads -1", "num_heads must be positive, or 0 for the preset's, got -1"),
         ("--label-drop 0.1", "label_drop must be 0 for vit, got 0.1"),
         ("--shift -1", "shift must be at least 0 pixels, got -1"),
         ("--save-every -1", "save_every must be at least 0, got -1"),
@@ -111,7 +111,7 @@ def test_flags_reach_the_configuration(trained, tmp_path):
     assert config["prior"]["sigma_max"] == 40.0 and config["prior"]["sigma_min"] == 0.002
     trainer = {"steps": 2, "batch_size": 8, "lr": 0.01, "seed": 7, "ema": 0.5}
     assert trainer.items() <= config["trainer"].items()
-    sizes = {"patch": 4, "width": 16, "depth": 3, "heads": 2, "image_size": 8, "num_classes": 3}
+    sizes = {"patch": 4, "dim": 16, "depth": 3, "num_heads": 2, "image_size": 8, "num_classes": 3}
     assert sizes.items() <= config["model"].items()
     assert (config["label_drop"], config["mirror"]) == (0.1, True)
 

@@ -47,7 +47,7 @@ class PublishedBlock(nn.Module):
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"bias": False}], ids=str)
 def test_a_converted_block_computes_the_same(options):
     block = randomise(PublishedBlock(**options)).double()
-    layer = layer_from_dit_block(block.state_dict(), heads=H)
+    layer = layer_from_dit_block(block.state_dict(), num_heads=H)
     x, c = torch.randn(B, T, D).double() + 1, torch.randn(B, 7).double()
     for actual, expected in zip(with_grads(layer, x, c), with_grads(block, x, c), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
@@ -56,7 +56,7 @@ def test_a_converted_block_computes_the_same(options):
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"bias": False}], ids=str)
 def test_there_and_back_is_the_same_bits(options):
     block = randomise(PublishedBlock(**options))
-    state = dit_block_from_layer(layer_from_dit_block(block.state_dict(), heads=H))
+    state = dit_block_from_layer(layer_from_dit_block(block.state_dict(), num_heads=H))
     assert state.keys() == block.state_dict().keys()
     for name, tensor in block.state_dict().items():
         assert torch.equal(state[name], tensor), name
@@ -64,7 +64,7 @@ def test_there_and_back_is_the_same_bits(options):
 
 def test_the_layer_has_memory_and_dtype_of_its_own():
     block = randomise(PublishedBlock()).bfloat16()
-    layer = layer_from_dit_block(block.state_dict(), heads=H)
+    layer = layer_from_dit_block(block.state_dict(), num_heads=H)
     block.mlp["fc1"].weight.data.zero_()
     assert layer.mlp.fc1.weight.dtype == torch.bfloat16 and layer.mlp.fc1.weight.any()
 
@@ -82,7 +82,7 @@ def test_other_weights_are_refused(change, message):
     state = PublishedBlock().state_dict()
     change(state)
     with pytest.raises(ValueError, match=message):
-        layer_from_dit_block(state, heads=H)
+        layer_from_dit_block(state, num_heads=H)
 
 
 @pytest.mark.parametrize("options", [{"norm": "rms"}, {"affine": True}, {"mlp": "swiglu"}], ids=str)

@@ -1,6 +1,6 @@
 """The recorded runs by key: the one place of these tests that knows the package's names.
 
-A key never changes; what it is called in the package may. A run is tiny: 20 steps, width 32,
+A key never changes; what it is called in the package may. A run is tiny: 20 steps, dim 32,
 depth 3, the digits of 8 x 8 pixels, the settings of its key and the defaults for the rest.
 """
 
@@ -40,14 +40,14 @@ def _config(family: str) -> RunConfig:
             patch=2,
             channels=1,
             num_classes=10,
-            width=32,
+            dim=32,
             depth=3,
-            heads=2,
+            num_heads=2,
             mlp_hidden=64,
             cond_dim=16,
         )
     else:
-        model = DiTConfig(width=32, depth=3, heads=2, image_size=8, channels=1, num_classes=10)
+        model = DiTConfig(dim=32, depth=3, num_heads=2, image_size=8, channels=1, num_classes=10)
     return RunConfig(
         family=family,
         model=model,

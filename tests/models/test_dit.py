@@ -14,9 +14,9 @@ from dbkernels.ops import Draw, adaln_norm, add_noise, normals, score_loss
 
 # 9 patches of 12 numbers, a width of 8
 CONFIG = DiTConfig(
-    width=8,
+    dim=8,
     depth=2,
-    heads=2,
+    num_heads=2,
     image_size=6,
     channels=3,
     num_classes=4,
@@ -193,4 +193,4 @@ def test_rejects_a_patch_that_does_not_divide_the_image():
 
 def test_rejects_a_width_without_positions():
     with pytest.raises(ValueError, match="a width that 4 divides, got 6"):
-        DiT(replace(CONFIG, width=6))
+        DiT(replace(CONFIG, dim=6))

@@ -93,7 +93,7 @@ def test_the_final_modulation_is_shift_then_scale():
 
 
 def vit(**options):
-    base = {"num_classes": 3, "width": 8, "depth": 1, "heads": 1, "mlp_hidden": 8, "cond_dim": 4}
+    base = {"num_classes": 3, "dim": 8, "depth": 1, "num_heads": 1, "mlp_hidden": 8, "cond_dim": 4}
     return ViTConfig(channels=1, **base, **options)
 
 

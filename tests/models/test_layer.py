@@ -11,7 +11,7 @@ from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.models.rotary import rotary_table
 
 B, T, D, H = 3, 5, 12, 3
-CONFIG = LayerConfig(D=D, H=H, mlp_hidden=20, cond_dim=7)
+CONFIG = LayerConfig(dim=D, num_heads=H, mlp_hidden=20, cond_dim=7)
 OPTIONS = [
     LayerConfig(D, H, 20, 7, norm, affine, mlp, qk_norm, bias, eps=0.01)
     for norm, affine, mlp, qk_norm, bias in product(
@@ -255,7 +255,7 @@ def test_empty_batch():
     [
         ({"norm": "batch"}, "norm must be one of layer, rms, got batch"),
         ({"mlp": "relu"}, "mlp must be one of gelu, swiglu, got relu"),
-        ({"H": 5}, "width must be a multiple of the heads, got 12 and 5"),
+        ({"num_heads": 5}, "dim must be a multiple of num_heads, got 12 and 5"),
     ],
 )
 def test_rejects(options, message):

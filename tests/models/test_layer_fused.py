@@ -13,7 +13,7 @@ from dbkernels.models.layer import AdaLNLayer, LayerConfig
 from dbkernels.models.rotary import rotary_table
 
 B, T, D, H = 2, 5, 24, 3
-CONFIG = LayerConfig(D=D, H=H, mlp_hidden=40, cond_dim=7, affine=True, qk_norm=True)
+CONFIG = LayerConfig(dim=D, num_heads=H, mlp_hidden=40, cond_dim=7, affine=True, qk_norm=True)
 PROJECTIONS = ["attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2"]
 
 

@@ -19,9 +19,9 @@ CONFIG = ViTConfig(
     patch=2,
     channels=3,
     num_classes=5,
-    width=8,
+    dim=8,
     depth=2,
-    heads=2,
+    num_heads=2,
     mlp_hidden=10,
     cond_dim=6,
     sigma_data=0.7,
@@ -186,7 +186,7 @@ def test_the_last_layer_keeps_of_one_token_all_but_keys_and_values():
 
 
 def test_the_last_layers_tokens_are_not_kept_for_the_one_that_answers():
-    model, x = make_model(), 5 * CONFIG.width
+    model, x = make_model(), 5 * CONFIG.dim
     fused = kept_widths(model, (0,)).count(x)
     use_baseline(model, "checkpointed")
     assert fused == kept_widths(model, (0,)).count(x) == 1

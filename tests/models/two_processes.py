@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dbkernels.models.layer import AdaLNLayer, LayerConfig
 
-CONFIG = LayerConfig(D=24, H=3, mlp_hidden=40, cond_dim=7, qk_norm=True)
+CONFIG = LayerConfig(dim=24, num_heads=3, mlp_hidden=40, cond_dim=7, qk_norm=True)
 WORLD = 2
 
 

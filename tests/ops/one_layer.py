@@ -65,7 +65,7 @@ class OneLayer:
             if (bias or "bias" not in name) and (qk_norm or name not in ("q_weight", "k_weight")):
                 self.tensors[name] = weight.to(dtype)
         rotary = rotary_table(torch.arange(T), d) if rotated else None
-        self.options = {"heads": H, "mlp": mlp, "norm": norm, "rotary": rotary}
+        self.options = {"num_heads": H, "mlp": mlp, "norm": norm, "rotary": rotary}
 
     @property
     def weights(self):

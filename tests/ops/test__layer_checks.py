@@ -12,7 +12,7 @@ def changed(change, **options):
     """A layer with some of its tensors and options replaced."""
     layer = OneLayer(rotated=True, **options)
     for name, value in change.items():
-        (layer.options if name in ("heads", "mlp", "rotary") else layer.tensors)[name] = value
+        (layer.options if name in ("num_heads", "mlp", "rotary") else layer.tensors)[name] = value
     return layer
 
 
@@ -32,11 +32,11 @@ def changed(change, **options):
         ),
         ({"modulation": torch.zeros(1, 144)}, r"modulation must be .* got \(1, 144\)"),
         ({"modulation": torch.zeros(2, 4, 144)}, r"modulation must be .* got \(2, 4, 144\)"),
-        ({"heads": 0}, "heads must divide D = 24, got 0"),
-        ({"heads": 5}, "heads must divide D = 24, got 5"),
+        ({"num_heads": 0}, "num_heads must divide D = 24, got 0"),
+        ({"num_heads": 5}, "num_heads must divide D = 24, got 5"),
         ({"rotary": torch.zeros(2, 4, 8)}, r"rotary must be \(2, T, d\) = \(2, 5, 8\)"),
         ({"rotary": torch.zeros(2, 5, 8, device="meta")}, "must be on one device, got"),
-        ({"heads": 24}, "the head width must be even to be rotated, got 1"),
+        ({"num_heads": 24}, "the head width must be even to be rotated, got 1"),
         ({"q_weight": None}, "q_weight and k_weight must be given together, got one of them"),
         ({"k_weight": None}, "q_weight and k_weight must be given together, got one of them"),
         ({"qkv_weight": torch.zeros(24, 72)}, r"qkv_weight must be \(72, 24\), got \(24, 72\)"),
@@ -84,4 +84,4 @@ def test_rejects_heads_that_a_gpu_has_no_kernel_for(d):
         weights = LayerWeights(
             torch.empty(3 * d, d), None, square, None, square, None, square, None
         )
-        adaln_layer(x, modulation, weights, heads=1)
+        adaln_layer(x, modulation, weights, num_heads=1)

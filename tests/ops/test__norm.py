@@ -15,8 +15,8 @@ def _norm_kernel(
     """One row, stored with its idle lanes."""
     every_lane = BLOCK_D * PIECES
     here = tl.full((1, 1), 1, tl.int1)
-    x = _norm.load_vector(x_ptr, 0, D, BLOCK_D, PIECES)
-    g = _norm.load_vector(g_ptr, 0, D, BLOCK_D, PIECES)
+    x = _norm.load_vector(x_ptr, 0, D, 1, BLOCK_D, PIECES)
+    g = _norm.load_vector(g_ptr, 0, D, 1, BLOCK_D, PIECES)
     x_hat, mean, rstd = _norm.normalise_row(x, D, eps, CENTRED, BLOCK_D, PIECES)
     dx = _norm.normalise_row_backward(g, x_hat, rstd, D, CENTRED, PIECES)
     for piece in tl.static_range(PIECES):

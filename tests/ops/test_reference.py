@@ -116,10 +116,12 @@ def test_a_layer_with_open_gates_is_what_torch_calls_a_transformer_layer():
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
     x, (modulation, weights) = 2 + tokens(2, 3, 8), wrapped(layer)
-    y = reference.adaln_layer(x, modulation.expand(2, -1), weights, heads=2, eps=EPS)
+    y = reference.adaln_layer(x, modulation.expand(2, -1), weights, num_heads=2, eps=EPS)
     torch.testing.assert_close(y, layer(x))
     each = modulation.expand(2, 3, -1)
-    torch.testing.assert_close(reference.adaln_layer(x, each, weights, heads=2, eps=EPS), layer(x))
+    torch.testing.assert_close(
+        reference.adaln_layer(x, each, weights, num_heads=2, eps=EPS), layer(x)
+    )
 
 
 @pytest.mark.parametrize(("gate", "open_part"), [(2, "attention"), (5, "mlp")])

@@ -47,7 +47,7 @@ def layer_scratch(mlp="gelu", qk_norm=False, processors=PROCESSORS, samples=B):
     modulation = torch.ones(samples, 6 * D, requires_grad=True)
     x = torch.ones(samples, T, D, requires_grad=True)
     with dry_run_on_gpu(processors), Scratch() as scratch:
-        adaln_layer(x, modulation, weights, heads=H, mlp=mlp).sum().backward()
+        adaln_layer(x, modulation, weights, num_heads=H, mlp=mlp).sum().backward()
     return scratch
 
 

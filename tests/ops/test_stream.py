@@ -26,7 +26,7 @@ def make_stack(depth=DEPTH, per_token=False):
 
 def run(x, layers, stream, recompute="none"):
     for modulation, weights in layers:
-        x = adaln_layer(x, modulation, weights, heads=H, recompute=recompute, stream=stream)
+        x = adaln_layer(x, modulation, weights, num_heads=H, recompute=recompute, stream=stream)
     return x
 
 

@@ -12,9 +12,9 @@ from dbkernels.training.sharing import BlockModels
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import TrainerConfig
 
-DIT = DiTConfig(width=64, depth=3, heads=2, image_size=4, channels=1, num_classes=3)
+DIT = DiTConfig(dim=64, depth=3, num_heads=2, image_size=4, channels=1, num_classes=3)
 VIT = ViTConfig(
-    image_size=4, patch=2, channels=1, num_classes=3, width=64, depth=3, heads=2, mlp_hidden=256,
+    image_size=4, patch=2, channels=1, num_classes=3, dim=64, depth=3, num_heads=2, mlp_hidden=256,
     cond_dim=32,
 )  # fmt: skip
 IN_BACKWARD = {"optimizer_in_backward": True, "clip": 0.0}

@@ -16,8 +16,8 @@ from dbkernels.training.dry_run import BlankData, blank, dry_run, trainer_with
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer import TrainerConfig
 
-DIT = DiTConfig(width=64, depth=4, heads=4, image_size=8, channels=4, num_classes=10)
-VIT = ViTConfig(8, 2, 1, 10, width=16, depth=4, heads=2, mlp_hidden=32, cond_dim=8)
+DIT = DiTConfig(dim=64, depth=4, num_heads=4, image_size=8, channels=4, num_classes=10)
+VIT = ViTConfig(8, 2, 1, 10, dim=16, depth=4, num_heads=2, mlp_hidden=32, cond_dim=8)
 CPU, H100 = TARGETS["cpu"], TARGETS["h100"]
 
 

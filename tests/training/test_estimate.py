@@ -12,7 +12,7 @@ H100 = target_named("h100")
 
 def tiny(batch=8):
     config = preset_run("dit", "digits", batch=batch, autocast=False)
-    return replace(config, model=replace(config.model, depth=4, width=32, heads=2))
+    return replace(config, model=replace(config.model, depth=4, dim=32, num_heads=2))
 
 
 def trained(**changes):

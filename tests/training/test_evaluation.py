@@ -27,7 +27,7 @@ class Known(nn.Module):
     """A classifier whose answers are given; the first pixel of an image is its label."""
 
     target_parts = ()
-    config = SimpleNamespace(width=2, sigma_data=0.5)
+    config = SimpleNamespace(dim=2, sigma_data=0.5)
 
     def __init__(self, logits=None, loss=None):
         super().__init__()

@@ -46,7 +46,7 @@ def spied(models, monkeypatch):
 @sharings
 def test_a_level_is_predicted_by_the_model_and_the_layers_that_serve_it(sharing, monkeypatch):
     models, batch = ready("vit", sharing), make_images()
-    z = torch.randn(5, VIT.width)
+    z = torch.randn(5, VIT.dim)
     for level, index in ((80.0, 0), (0.6, 0), (LEVELS[1], 1), (0.3, 1), (0.1, 2), (0.002, 2)):
         model = models.of(models.blocks[index])
         expected = model.denoise(z, torch.full((5,), level), (index,), batch)
@@ -73,7 +73,7 @@ def test_classifying_crosses_from_block_to_block_on_unit_rows():
     models, batch = ready("vit"), make_images()
     model = models.model
     rows = model.label_table.weight / model.label_table.weight.norm(dim=1, keepdim=True)
-    z = unit_noise(5, VIT.width) * (80**2 + VIT.sigma_data**2) ** 0.5
+    z = unit_noise(5, VIT.dim) * (80**2 + VIT.sigma_data**2) ** 0.5
     expected = []
     for i, level in enumerate(LEVELS):
         block = next(b for b in reversed(models.blocks) if level <= b.noise.high)

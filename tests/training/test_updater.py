@@ -56,7 +56,7 @@ def test_in_the_backward_gradients_are_gone_before_the_next_layers_are_there():
 def deep_trainer(**settings):
     """Of eight layers in one block, whose gradients outweigh all else."""
     config = ViTConfig(
-        image_size=4, patch=2, channels=1, num_classes=3, width=64, depth=8, heads=2,
+        image_size=4, patch=2, channels=1, num_classes=3, dim=64, depth=8, num_heads=2,
         mlp_hidden=256, cond_dim=64,
     )  # fmt: skip
     tiny = make_trainer(num_blocks=1, **settings)

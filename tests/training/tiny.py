@@ -13,15 +13,15 @@ from dbkernels.training.sharing import BlockModels
 from dbkernels.training.trainer import Trainer, TrainerConfig
 
 PRIOR = LogNormal()
-DIT = DiTConfig(width=16, depth=3, heads=2, image_size=4, channels=1, num_classes=3)
+DIT = DiTConfig(dim=16, depth=3, num_heads=2, image_size=4, channels=1, num_classes=3)
 VIT = ViTConfig(
     image_size=4,
     patch=2,
     channels=1,
     num_classes=3,
-    width=16,
+    dim=16,
     depth=3,
-    heads=2,
+    num_heads=2,
     mlp_hidden=32,
     cond_dim=8,
 )
