@@ -1,6 +1,6 @@
 """Launches of one layer on a GPU, forward and backward, on fake tensors of the case's shapes.
 
-`python benchmarks/layer_launches.py` prints those of plain torch and of each policy, and times none.
+`python benchmarks/layer_launches.py` prints those of plain torch and of each policy, and no time.
 """
 
 from dataclasses import dataclass

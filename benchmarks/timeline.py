@@ -44,7 +44,7 @@ class Options:
     num_blocks: int = 4  # of block_stock and block_fused
     recompute: str = "layer"  # of block_fused
     budget: float = 0.5  # of activation memory, of compiled
-    offload: str = "cpu"  # of block_fused: all blocks are on the device, or one block
+    offload: str = "cpu"  # of block_fused; none has all blocks on the device
     optimizer_in_backward: bool = False  # of all methods that are shown
     target: str = "auto"  # a100, h100, ...; auto is the GPU that is here, or else an H100
     device: str = "auto"  # auto, cpu or cuda; auto is an NVIDIA GPU where there is one

@@ -63,8 +63,8 @@ class Options:
     recompute: tuple[str, ...] = ()  # of block_fused; all that differ
     budgets: tuple[float, ...] = (1.0, 0.5, 0.2)  # of activation memory, of compiled
     nearest: str | None = None  # one more, its peak nearest to the fused layers' at this policy
-    offload: tuple[str, ...] = ()  # of block_fused: all blocks are on the device, or one block
-    offload_at: tuple[int, ...] = ()  # one block, of these numbers of blocks; all where none is
+    offload: tuple[str, ...] = ()  # of block_fused; none has all blocks on the device
+    offload_at: tuple[int, ...] = ()  # numbers of blocks to offload at; without any, all
     optimizer_in_backward: tuple[bool, ...] = (False, True)  # where memory is the aim
     launch: tuple[str, ...] = ("ops",)  # of block_fused: op by op, or a step as one CUDA graph
     rounds: int | None = None  # in each of which every way has one step

@@ -34,7 +34,7 @@ class Way:
     num_blocks: int = 1
     recompute: str | None = None  # of the fused layer
     budget: float | None = None  # of activation memory, 1 is all; for compiled
-    offload: str = "none"  # what is on the device: all blocks, or one block
+    offload: str = "none"  # none has all blocks on the device, cpu one
     optimizer_in_backward: bool = False  # parameters are updated as their gradients come
     launch: str = "ops"  # one by one, or the step as one CUDA graph
 

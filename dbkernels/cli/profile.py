@@ -51,7 +51,7 @@ class Profile:
     recompute: str = ",".join(POLICIES)
     """What the fused layer's backward computes again: from most memory to most arithmetic."""
     offload: str = ",".join(OFFLOAD)
-    """What is on the device: all blocks with their optimizers' state, or one block at a time."""
+    """none: all blocks and their optimizers' state are on the device; cpu: one block at a time."""
     budget: float = 0.5
     """Share of its activations that the compiled baseline may keep."""
     autocast: bool = False

@@ -39,7 +39,7 @@ def measured(
 
     Args:
         case:      to run
-        offload:   what is on the device
+        offload:   none has all blocks on the device, cpu one
         config:    of a run; number of blocks, policy and offload are those above
         budget:    of activation memory, of the compiled baseline
         steps:     that are timed, of every block

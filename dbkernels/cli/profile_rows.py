@@ -91,7 +91,7 @@ def rows(
     Args:
         todo:      cases
         config:    of a run; number of blocks and policy are the cases'
-        offload:   what is on the device
+        offload:   none has all blocks on the device, cpu one
         budget:    of activation memory, of the compiled baseline
         target:    the device that is predicted
     """

@@ -127,12 +127,12 @@ def _distinct(rows: list[Row]) -> list[Row]:
 
 
 def _offload(row: Row) -> str:
-    """What is on the device; end to end there is no other block."""
+    """none or cpu; nothing end to end, where there is no other block."""
     return row["offload"] if row["method"].startswith("block") else ""
 
 
 def _blocks(row: Row) -> str:
-    return ", ".join(filter(None, [str(row["num_blocks"]), _offload(row)]))
+    return f"{row['num_blocks']}{', offload' if _offload(row) == 'cpu' else ''}"
 
 
 def _name(row: Row) -> str:

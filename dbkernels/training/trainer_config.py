@@ -47,7 +47,7 @@ class TrainerConfig:
     steps_per_swap: int = 1
     """Steps of a block in a row; 0 measures how many keep swaps below 5 % of the time."""
     offload: Offload = "none"
-    """Where the blocks are that are not being trained: none leaves all on the device; cpu, disk."""
+    """Where the blocks are that are not being trained: none leaves all on the device."""
     offload_dir: str = ""
     """Directory of their files for offload disk; the files are gone when the run ends."""
     prefetch: bool = False

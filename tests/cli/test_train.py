@@ -202,7 +202,7 @@ def test_a_run_with_offload_is_the_same_run(trained, tmp_path):
 def test_a_disk_too_small_for_the_blocks_is_one_sentence(trained, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=9000))
-    flags = "--offload cpu --offload-dir off"
+    flags = "--offload disk --offload-dir off"
     assert refused(trained("vit", "out", *flags.split()), "offload_dir must have 0.0")
     assert not (tmp_path / "out").exists()
 

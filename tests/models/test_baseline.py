@@ -92,7 +92,7 @@ def test_the_first_tokens_are_taken_of_all(method):
     assert some.untyped_storage().nbytes() == B * 2 * D * 4
     (expected,) = torch.autograd.grad(whole[:, :2].square().sum(), x)
     assert torch.equal(torch.autograd.grad(some.square().sum(), x)[0], expected)
-    with pytest.raises(ValueError, match="tokens must be an integer from 1 to T = 5, or"):
+    with pytest.raises(ValueError, match="num_queries must be an integer from 1 to T = 5, or"):
         layer(x, c, num_queries=0)
 
 

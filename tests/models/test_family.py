@@ -226,7 +226,7 @@ def test_a_recurrent_stack_is_trained_and_sampled_unchanged(num_blocks):
     trainer = Trainer(models, data, STEP, config)
     trainer.run()
     names = {"block0"} if num_blocks == 1 else {"block0", "block1", "shared"}
-    assert set(trainer.counters()["parts"]) == names
+    assert set(trainer.counters()["groups"]) == names
     if num_blocks == 2:
         assert "model.layers.1.mlp.fc1.weight" in trainer.groups["shared"].parameters
     batch = data.batch(torch.arange(12), torch.clone)

@@ -27,7 +27,7 @@ def test_the_others_have_no_gradient():
 @pytest.mark.parametrize("check", [lambda n: check_first(n, 5), lambda n: first_tokens(X, n)])
 @pytest.mark.parametrize("tokens", [0, -1, 6, 2.0, "2"])
 def test_rejects_what_is_no_number_of_tokens(tokens, check):
-    message = f"tokens must be an integer from 1 to T = 5, or None, got {tokens}"
+    message = f"num_queries must be an integer from 1 to T = 5, or None, got {tokens}"
     with pytest.raises(ValueError, match=message):
         check(tokens)
 

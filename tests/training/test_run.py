@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -328,3 +329,25 @@ def test_a_checkpoint_of_another_version_is_refused(source, tmp_path, monkeypatc
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"step-\d+ must have version 1, got 2"):
         train(config, tmp_path, device="cpu", resume="latest")
+
+
+# stopped after 2 of its 4 steps, and never written again
+VERSION_1 = Path(__file__).parent / "version_1"
+
+
+def test_a_run_of_version_1_is_read():
+    config = read_config(VERSION_1)
+    assert json.loads((VERSION_1 / "config.json").read_text())["version"] == 1
+    assert (config.family, config.model.dim, config.model.recompute) == ("vit", 8, "qkv")
+    assert (config.trainer.offload, config.trainer.steps_per_swap) == ("cpu", 2)
+    _, models = load_run(VERSION_1, averaged=False, device="cpu")
+    tensors, state = checkpoint.load(checkpoint.latest(VERSION_1 / "checkpoints"))
+    assert equal(dict(models.named_parameters()), tensors["model"])
+    assert state["version"] == 1 and state["counters"]["groups"]["block1"] == 2
+
+
+def test_a_run_of_version_1_goes_on(tmp_path):
+    directory = shutil.copytree(VERSION_1, tmp_path / "run")
+    trainer = train(read_config(directory), directory, device="cpu", resume="latest")
+    assert trainer.step == trainer.total_steps == 4
+    assert [row["step"] for row in read_log(directory / "log.jsonl")] == [0, 1, 2, 3]
