@@ -18,7 +18,7 @@ from dbkernels.models.dit import PRESETS
 # stated, in seconds
 START = 10.0  # of a process: imports, and a CUDA context
 NVCC = 20.0  # for one file of csrc on one architecture; there is a core for each
-TRITON = 1.0  # to compile one kernel; it takes about 0.3 of a core here
+TRITON = 1.0  # to compile one kernel; at most 0.7 of a core were seen
 INDUCTOR = 35.0  # to compile a layer, forward and backward, in one thread
 PREDICTION = 6.0  # of a step of 28 layers on fake tensors
 COLLECT = 0.3  # of the garbage collector, before memory is measured
