@@ -41,8 +41,8 @@ HOST_FLAGS = "-fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapp
 LINKER_WORDS = ("-z", "defs", "--exclude-libs", "ALL", "--no-as-needed")
 # libtorch itself for libtorch_cuda, which it brings where there is one
 LIBS = ("-ltorch", "-ltorch_cpu", "-lc10")
-X86_FLAGS = "-march=x86-64-v3"  # AVX2 and FMA, which _compiled asks the processor for
-TOOLS = runpy.run_path(str(ROOT / PACKAGE / "_toolchain.py"))
+X86_FLAGS = "-march=x86-64-v3"  # AVX2 and FMA, which backend/library.py asks the processor for
+TOOLS = runpy.run_path(str(ROOT / PACKAGE / "backend" / "toolchain.py"))
 
 WITHOUT_LIBRARY = (
     "Every op still runs, on a CPU in plain torch and on an NVIDIA GPU in Triton, which needs a C "

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dbkernels.ops.scratch import scratch_bytes
+from dbkernels.ops.backend.scratch import scratch_bytes
 
 _aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dbkernels.models.baseline import by_method
 from dbkernels.ops import LayerWeights, adaln_layer, implementation, reference
-from dbkernels.ops.recompute import policies_of
+from dbkernels.ops.layer.recompute import policies_of
 
 FUSED_OPS = ("adaln_norm", "gated_adaln_norm", "gated_residual", "gelu")  # of the case's layer
 IMPLS = ("eager", "fused", "compiled", "compiled_budget", "checkpointed")

@@ -23,7 +23,7 @@ from dbkernels.cli.device import pick_device
 from dbkernels.cli.shape import FamilyName
 from dbkernels.memory.levels import levels
 from dbkernels.memory.workspace import Target, target_named, target_of
-from dbkernels.ops.recompute import POLICIES
+from dbkernels.ops.layer.recompute import POLICIES
 
 Row = dict[str, object]
 

@@ -1,10 +1,10 @@
 """Train deep residual transformers one block at a time."""
 
+from dbkernels.data.images import open_data
 from dbkernels.diffusion.gaussian import LogNormal, cdf_grid
 from dbkernels.memory.measure import measure_peak
 from dbkernels.models import AdaLNLayer, DiT, LayerConfig, ViT
 from dbkernels.ops.philox import Draw
-from dbkernels.training.data import open_data
 from dbkernels.training.inference import classify, generate
 from dbkernels.training.objective import gaussian_step
 from dbkernels.training.partition import Block, block_at, partition

@@ -2,12 +2,12 @@
 
 import torch
 
-from dbkernels.ops import _compiled
+from dbkernels.ops.backend import library
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the tensors in tests/ops
 
 
 def implementations(op: str) -> list[str]:
     """Triton and plain torch, and compiled code where it was built; op by name: add_noise_fwd."""
-    compiled = [_compiled.NAMES[DEVICE.type]] if _compiled.serves(op, DEVICE) else []
+    compiled = [library.NAMES[DEVICE.type]] if library.serves(op, DEVICE) else []
     return ["triton", "torch", *compiled]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dbkernels.ops import _compiled, _toolchain
+from dbkernels.ops.backend import library, toolchain
 
 ROOT = Path(__file__).parents[1]
 LIBRARY, NOTE = "libdbkernels.so", "libdbkernels.txt"
-OPS = Path("dbkernels", "ops")
+OPS, TOOLCHAIN = Path("dbkernels", "ops"), Path("backend", "toolchain.py")
 IN_PLACE = ("build_ext", "--inplace")
 HIDE_TORCH = """if True:
     import runpy, sys
@@ -29,9 +29,10 @@ def checkout(tmp_path):
     (checkout / OPS).mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
-    for name in ("dbkernels/__init__.py", "dbkernels/ops/__init__.py"):
-        (checkout / name).touch()
-    shutil.copy(ROOT / OPS / "_toolchain.py", checkout / OPS)
+    (checkout / OPS / "backend").mkdir()
+    for name in ("__init__.py", "ops/__init__.py", "ops/backend/__init__.py"):
+        (checkout / "dbkernels" / name).touch()
+    shutil.copy(ROOT / OPS / TOOLCHAIN, checkout / OPS / TOOLCHAIN)
     csrc = checkout / "csrc"
     csrc.mkdir()
     (csrc / "answer.h").write_text("constexpr int answer = 41;\n")
@@ -80,8 +81,8 @@ def note_of(folder):
 def test_builds_a_library_that_knows_its_sources(checkout, build):
     done = build(*IN_PLACE)
     assert done.returncode == 0, done.stdout + done.stderr
-    manifest = _compiled.read_manifest(checkout / OPS / LIBRARY)
-    assert manifest == _compiled.Manifest(_toolchain.digest(checkout / "csrc"), 0, ())
+    manifest = library.read_manifest(checkout / OPS / LIBRARY)
+    assert manifest == library.Manifest(toolchain.digest(checkout / "csrc"), 0, ())
     assert len(list((checkout / OPS).glob("_maths*.so"))) == 1
     reason, cost = note_of(checkout).splitlines()
     assert reason == "CUDA kernels were left out: no nvcc was found that works."
@@ -113,7 +114,7 @@ def test_installs_in_plain_python_where_something_is_missing(
 ):
     done = build("build", "--build-lib", "out", script=script, **environment)
     assert done.returncode == 0, done.stderr
-    assert (checkout / "out" / OPS / "_toolchain.py").exists()
+    assert (checkout / "out" / OPS / TOOLCHAIN).exists()
     assert not list((checkout / "out").rglob("*.so"))
     cost = "Every op still runs, on a CPU in plain torch and on an NVIDIA GPU in Triton, "
     note = [
@@ -161,7 +162,7 @@ def test_code_for_gpus_that_does_not_compile_costs_no_code_for_cpus(checkout, bu
     (checkout / "csrc" / "op.cu").write_text("\n")
     done = build(*IN_PLACE, CUDA_HOME=fake_nvcc)
     assert done.returncode == 0
-    assert _compiled.read_manifest(checkout / OPS / LIBRARY).cuda == 0
+    assert library.read_manifest(checkout / OPS / LIBRARY).cuda == 0
     left_out = "CUDA kernels were left out: the compiler failed with: nvcc: error: unsupported host"
     assert note_of(checkout).startswith(left_out)
 
@@ -204,6 +205,6 @@ def test_the_sources_are_part_of_a_source_archive(checkout, build):
 
 def test_code_that_fails_here_is_not_passed_over():
     """Without a library the tests of csrc are not collected, so a failure must show by itself."""
-    library = _compiled.library()
-    assert not library.broken, library.reason
-    assert "the compiler failed" not in (library.reason or "")
+    found = library.library()
+    assert not found.broken, found.reason
+    assert "the compiler failed" not in (found.reason or "")

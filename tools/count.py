@@ -78,9 +78,9 @@ def make_step() -> Callable[[], object]:
     # what counts lines alone needs neither torch nor a package that works
     import torch
 
+    from dbkernels.data.images import ImageData
     from dbkernels.diffusion.gaussian import LogNormal
     from dbkernels.models import DiTConfig
-    from dbkernels.training.data import ImageData
     from dbkernels.training.run import PartitionConfig, RunConfig
     from dbkernels.training.trainer_config import TrainerConfig
 

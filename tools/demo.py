@@ -17,11 +17,11 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
+from dbkernels.data.images import open_data
 from dbkernels.diffusion.gaussian import LogNormal, cdf_grid
 from dbkernels.memory.measure import MEASURED
 from dbkernels.models import dit, vit
 from dbkernels.ops import Draw
-from dbkernels.training.data import open_data
 from dbkernels.training.evaluation import (
     block_losses,
     evaluate_classifier,

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbkernels.training.data import ImageData, batch_indices
+from dbkernels.data.images import ImageData, batch_indices
 from dbkernels.training.evaluation import batches
 
 FEATURES = 32

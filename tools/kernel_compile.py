@@ -19,7 +19,7 @@ from kernel_cases import LAUNCHERS, B, Case, Shapes, T
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dbkernels.ops import _sums
+from dbkernels.ops.backend import sums
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, an H100 or H200, and a B200
 WARP = 32  # threads
@@ -64,10 +64,10 @@ def record(case: Case, shapes: Shapes, arch: int) -> tuple[object, Launch]:
     """The kernel of a case, and its launch by its launcher on tensors without data."""
     op = importlib.import_module(f"dbkernels.ops.{case.op}")
     launcher, kernel_name = LAUNCHERS[case.direction]
-    module = _sums if kernel_name == "_sum_kernel" else op
+    module = sums if kernel_name == "_sum_kernel" else op
     kernel, launches = getattr(module, kernel_name), {}
     with ExitStack() as stack:
-        for each, name in ((op, kernel_name), (_sums, "_sum_kernel"), (op, "_bwd_kernel")):
+        for each, name in ((op, kernel_name), (sums, "_sum_kernel"), (op, "_bwd_kernel")):
             if hasattr(each, name):
                 stack.enter_context(mock.patch.object(each, name, _Recorder(name, launches)))
         stack.enter_context(_processors(PROCESSORS[arch]))

@@ -9,7 +9,7 @@ from functools import cache
 
 from kernel_compile import USAGE, cuobjdump, spills
 
-from dbkernels.ops import _compiled
+from dbkernels.ops.backend import library
 
 _ARCH = re.compile(r"^arch = sm_(\d+)")
 _FUNCTION = re.compile(r"^ Function (\w+):")
@@ -33,10 +33,10 @@ class LibraryRow:
 
 def library_rows() -> list[LibraryRow]:
     """By kernel and architecture; none where the library does not serve or is without CUDA."""
-    library = _compiled.library()
-    if library.reason is not None or not library.manifest.cuda:
+    loaded = library.library()
+    if loaded.reason is not None or not loaded.manifest.cuda:
         return []
-    return sorted(read_usage(cuobjdump(_compiled.PATH)), key=lambda row: (row.kernel, row.arch))
+    return sorted(read_usage(cuobjdump(library.PATH)), key=lambda row: (row.kernel, row.arch))
 
 
 def read_usage(text: str) -> Iterator[LibraryRow]:

@@ -32,7 +32,7 @@ from kernel_waves import BATCHES, wave_efficiency
 from rich.console import Console
 from rich.table import Table
 
-from dbkernels.ops._tile import MAX_D, programs_per_processor
+from dbkernels.ops.backend.tile import MAX_D, programs_per_processor
 
 LIBRARY = "library"  # among the kernels, for all of CUDA
 # peak memory bandwidth in bytes/s, from the makers' data sheets

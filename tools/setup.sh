@@ -12,7 +12,7 @@ else
 fi
 
 stamp=.venv/.dbkernels-installed
-wanted="$torch $(cat pyproject.toml setup.py tools/setup.sh dbkernels/ops/_toolchain.py csrc/* | cksum)"
+wanted="$torch $(cat pyproject.toml setup.py tools/setup.sh dbkernels/ops/backend/toolchain.py csrc/* | cksum)"
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
         echo "dbkernels needs Python 3.10 or newer, got $("$python" --version 2>&1)" >&2

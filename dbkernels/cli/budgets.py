@@ -22,7 +22,7 @@ from dbkernels.memory.budget import (
 from dbkernels.memory.predict import Prediction
 from dbkernels.memory.trace import CATEGORIES
 from dbkernels.memory.workspace import target_named
-from dbkernels.ops.recompute import POLICIES
+from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.training.run import RunConfig
 from dbkernels.training.trainer_config import Offload
 

@@ -14,7 +14,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from dbkernels.ops import _compiled, _register, _toolchain
+from dbkernels.ops.backend import library, register, toolchain
 
 Report = dict[str, object]
 
@@ -42,16 +42,16 @@ class Doctor:
 
 def examine() -> Report:
     """Everything that the screen says, as one JSON object."""
-    reason, broken, manifest = _compiled.library()
-    gpu, nvcc = _gpu(), _toolchain.nvcc()
+    reason, broken, manifest = library.library()
+    gpu, nvcc = _gpu(), toolchain.nvcc()
     could_serve = reason is not None or bool(gpu and gpu["reason"] and nvcc)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "gpu": gpu,
-        "compiler": _version(_toolchain.compiler()),
-        "triton_compiler": _version(_toolchain.c_compiler()),
+        "compiler": _version(toolchain.compiler()),
+        "triton_compiler": _version(toolchain.c_compiler()),
         "nvcc": _version([nvcc] if nvcc else None),
         "library": {
             "loaded": reason is None,
@@ -60,7 +60,7 @@ def examine() -> Report:
             "architectures": [] if manifest is None else list(manifest.architectures),
             "fix": _fix() if could_serve else None,
         },
-        "ops": {op: _implementations(op) for op in _register.registered()},
+        "ops": {op: _implementations(op) for op in register.registered()},
     }
 
 
@@ -106,10 +106,10 @@ def _library_words(library: Report) -> str:
 
 
 def _implementations(op: str) -> dict[str, str]:
-    cuda = _register.implementation("cuda", op)
-    if not torch.cuda.is_available() and _compiled.has_kernel(op, "cuda"):
+    cuda = register.implementation("cuda", op)
+    if not torch.cuda.is_available() and library.has_kernel(op, "cuda"):
         cuda = "cuda"
-    return {"cpu": _register.implementation("cpu", op), "cuda": cuda}
+    return {"cpu": register.implementation("cpu", op), "cuda": cuda}
 
 
 def _gpu() -> Report | None:
@@ -119,7 +119,7 @@ def _gpu() -> Report | None:
     return {
         "name": torch.cuda.get_device_name(),
         "sm": f"{major}{minor}",
-        "reason": _compiled.cuda_reason(torch.device("cuda")),
+        "reason": library.cuda_reason(torch.device("cuda")),
     }
 
 
@@ -134,14 +134,14 @@ def _version(command: list[str] | None) -> str | None:
 
 def _fix() -> str | None:
     """The command that builds the library; None where the processor could not run it."""
-    if not _compiled.processor_serves():
+    if not library.processor_serves():
         return None
     python = shlex.quote(sys.executable)
     steps = []
     if find_spec("ninja") is None or find_spec("setuptools") is None:
         steps.append(f"{python} -m pip install ninja 'setuptools>=77'")
-    if (_compiled.CSRC / "library.cpp").exists():
-        checkout = shlex.quote(str(_compiled.CSRC.parent))
+    if (library.CSRC / "library.cpp").exists():
+        checkout = shlex.quote(str(library.CSRC.parent))
         steps.append(f"cd {checkout} && {python} setup.py build_ext --inplace")
     else:
         pip = "-m pip install --no-build-isolation --no-deps --force-reinstall"

@@ -15,8 +15,8 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
+from dbkernels.data.images import ImageData, open_data
 from dbkernels.diffusion.gaussian import cdf_grid
-from dbkernels.training.data import ImageData, open_data
 from dbkernels.training.evaluation import block_losses, evaluate_classifier, loss_at
 from dbkernels.training.run import RunConfig, load_run
 

@@ -10,7 +10,7 @@ from functools import partial
 from dbkernels.cli.preset_run import preset_run
 from dbkernels.cli.shape import PRESETS
 from dbkernels.memory.workspace import Target, target_named
-from dbkernels.ops.recompute import Recompute, policies_of
+from dbkernels.ops.layer.recompute import Recompute, policies_of
 from dbkernels.training.estimate import Estimate, estimate
 from dbkernels.training.plan import (
     CONTEXT,

@@ -4,8 +4,8 @@ import torch
 
 from dbkernels.cli.shape import preset
 from dbkernels.cli.train import DEFAULT_WEIGHTING
+from dbkernels.data.images import ImageData
 from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.training.data import ImageData
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer_config import TrainerConfig
 

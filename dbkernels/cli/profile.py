@@ -26,7 +26,7 @@ from dbkernels.cli.shape import FamilyName
 from dbkernels.memory.picture import draw
 from dbkernels.memory.timeline import write_timeline
 from dbkernels.memory.workspace import Target, target_named, target_of
-from dbkernels.ops.recompute import POLICIES
+from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.training.run import RunConfig
 
 

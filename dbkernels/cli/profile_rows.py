@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from dbkernels.memory.predict import Prediction
 from dbkernels.memory.workspace import Target
 from dbkernels.models.baseline import Baseline
-from dbkernels.ops.recompute import POLICIES, Recompute
+from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.training.dry_run import dry_run
 from dbkernels.training.run import RunConfig
 from dbkernels.training.trainer_config import Offload

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Literal
 
+from dbkernels.data.images import ImageData
 from dbkernels.models import DiTConfig, ViTConfig, dit, vit
-from dbkernels.training.data import ImageData
 
 FamilyName = Literal["vit", "dit"]
 PRESETS = {"vit": vit.PRESETS, "dit": dit.PRESETS}

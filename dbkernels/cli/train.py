@@ -12,9 +12,9 @@ from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.shape import FamilyName, fitted, preset, resized
+from dbkernels.data.images import open_data
 from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.ops.recompute import Recompute
-from dbkernels.training.data import open_data
+from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.training.pending import Row
 from dbkernels.training.run import PartitionConfig, RunConfig, train
 from dbkernels.training.trainer import Trainer

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from dbkernels.models.compiled import compiled
 from dbkernels.models.layer import AdaLNLayer
 from dbkernels.ops import reference
-from dbkernels.ops.first_tokens import first_tokens
-from dbkernels.ops.stream import ResidualStream
+from dbkernels.ops.layer.first_tokens import first_tokens
+from dbkernels.ops.layer.stream import ResidualStream
 
 Baseline = Literal["stock", "checkpointed", "selective", "compiled"]
 

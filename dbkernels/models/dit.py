@@ -27,8 +27,8 @@ from dbkernels.models.family import Batch
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, run_layers
 from dbkernels.ops.adaln_norm import adaln_norm
 from dbkernels.ops.add_noise import add_noise
+from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.ops.philox import Draw
-from dbkernels.ops.recompute import Recompute
 from dbkernels.ops.score_loss import score_loss_
 
 

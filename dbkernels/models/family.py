@@ -5,9 +5,8 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from dbkernels.data.images import Batch
 from dbkernels.ops.philox import Draw
-
-Batch = dict[str, Tensor]
 
 
 class Family(Protocol):

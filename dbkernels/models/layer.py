@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.ops.affine import fold_affine
-from dbkernels.ops.first_tokens import first_tokens
-from dbkernels.ops.layer import LayerWeights, adaln_layer
-from dbkernels.ops.linear import linear
-from dbkernels.ops.recompute import POLICIES, Recompute
-from dbkernels.ops.stream import ResidualStream
+from dbkernels.ops.layer.first_tokens import first_tokens
+from dbkernels.ops.layer.function import LayerWeights, adaln_layer
+from dbkernels.ops.layer.linear import linear
+from dbkernels.ops.layer.recompute import POLICIES, Recompute
+from dbkernels.ops.layer.stream import ResidualStream
 
 
 @dataclass(frozen=True)

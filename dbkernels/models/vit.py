@@ -21,8 +21,8 @@ from dbkernels.models.embed import FinalModulation, NoiseEmbedding, check_patch,
 from dbkernels.models.family import Batch
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm, run_layers
 from dbkernels.ops.add_noise import add_noise
+from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.ops.philox import Draw
-from dbkernels.ops.recompute import Recompute
 
 
 @dataclass(frozen=True)

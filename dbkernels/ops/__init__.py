@@ -1,22 +1,22 @@
 """Fused arithmetic of AdaLN layers on tensors, with its gradients."""
 
-from dbkernels.ops._layer_tensors import LayerWeights
-from dbkernels.ops._register import implementation, use_implementation
 from dbkernels.ops.adaln_norm import adaln_norm
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.affine import fold_affine
 from dbkernels.ops.attention import attention
+from dbkernels.ops.backend.register import implementation, use_implementation
 from dbkernels.ops.gated_adaln_norm import gated_adaln_norm
 from dbkernels.ops.gated_residual import gated_residual
 from dbkernels.ops.gelu import gelu
-from dbkernels.ops.layer import adaln_layer
-from dbkernels.ops.linear import linear
+from dbkernels.ops.layer.function import adaln_layer
+from dbkernels.ops.layer.linear import linear
+from dbkernels.ops.layer.recompute import POLICIES
+from dbkernels.ops.layer.stream import ResidualStream
+from dbkernels.ops.layer.tensors import LayerWeights
 from dbkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dbkernels.ops.philox import Draw, normals, uniforms
 from dbkernels.ops.qk_norm_rotary import qk_norm_rotary
-from dbkernels.ops.recompute import POLICIES
 from dbkernels.ops.score_loss import score_loss, score_loss_
-from dbkernels.ops.stream import ResidualStream
 from dbkernels.ops.swiglu import swiglu
 
 __all__ = [

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _checks
-from dbkernels.ops._tile import LANES, WARPS, tiles_per_program
+from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.tile import LANES, WARPS, tiles_per_program
 
 MAX_HEAD_DIM = 1024  # both halves of a head live in the registers of one program
 
@@ -128,7 +128,7 @@ def check_heads(
         raise ValueError("q_weight and k_weight must be given together, got one of them")
     if q_weight is None and rotary is None:
         raise ValueError("give q_weight and k_weight, rotary, or all three: else there is no work")
-    _checks.check_floats(qkv=qkv, q_weight=q_weight, k_weight=k_weight, rotary=rotary)
+    checks.check_floats(qkv=qkv, q_weight=q_weight, k_weight=k_weight, rotary=rotary)
     T, d = qkv.shape[1], qkv.shape[2] // (3 * heads)
     if d > MAX_HEAD_DIM:
         raise ValueError(f"the head width must be 1 to {MAX_HEAD_DIM}, got {d}")

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _checks
 from dbkernels.ops._philox import NORMALS, WORD, normal_tile, normals_at
-from dbkernels.ops._tile import LANES
+from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.tile import LANES
 
 NOISE, SIGMA = 0, 1  # streams: independent numbers of one step and sample
 MAX_ELEMENTS = NORMALS * 2**32
@@ -116,7 +116,7 @@ def check_noise(name: str, z0: Tensor, sigma: Tensor, sigma_data: float) -> None
     """(B, ...) with a level for each sample, and no more elements than there are counters."""
     if z0.dim() == 0:
         raise ValueError(f"{name} must be (B, ...), got a scalar")
-    _checks.check_floats(**{name: z0})
+    checks.check_floats(**{name: z0})
     if sigma.shape != z0.shape[:1] or sigma.dtype != torch.float32 or sigma.device != z0.device:
         raise ValueError(
             f"sigma must be ({z0.shape[0]},) torch.float32 on {z0.device}, "

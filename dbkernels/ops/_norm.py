@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops._tile import load_vector, mean_row, mul_rows
+from dbkernels.ops.backend.tile import load_vector, mean_row, mul_rows
 
 
 class NormOptions(NamedTuple):

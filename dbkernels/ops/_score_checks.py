@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dbkernels.ops import _checks
 from dbkernels.ops._norm import statistics_dtype
+from dbkernels.ops.backend import checks
 
 Weight = Literal["edm", "none"] | Tensor
 Reduction = Literal["mean", "sum", "none"]
@@ -16,7 +16,7 @@ def check_score(
     prediction: Tensor, z0: Tensor, weight: Weight, reduction: str, mask: Tensor | None
 ) -> None:
     """Raises ValueError where `score_loss` says so."""
-    _checks.check_floats(prediction=prediction, z0=z0)
+    checks.check_floats(prediction=prediction, z0=z0)
     if prediction.shape != z0.shape:
         raise ValueError(
             f"prediction must have the shape of z0 = {tuple(z0.shape)}, "

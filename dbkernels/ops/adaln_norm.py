@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _checks
 from dbkernels.ops._norm import (
     NormOptions,
     load_stats,
@@ -29,9 +28,10 @@ from dbkernels.ops._norm import (
     statistics_dtype,
     store_stats,
 )
-from dbkernels.ops._register import register
-from dbkernels.ops._sums import segment, sums_of_samples
-from dbkernels.ops._tile import (
+from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.register import register
+from dbkernels.ops.backend.sums import segment, sums_of_samples
+from dbkernels.ops.backend.tile import (
     SHARED_OUT,
     add_rows,
     load_row,
@@ -226,7 +226,7 @@ class _AdaLNNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        _checks.refuse_double_backward("adaln_norm")
+        checks.refuse_double_backward("adaln_norm")
         x, scale, shift, stats = ctx.saved_tensors
         dscale, dshift = torch.empty_like(scale), torch.empty_like(shift)
         dx = adaln_norm_backward(
@@ -244,7 +244,7 @@ def adaln_norm(
     scale: Tensor,
     shift: Tensor,
     *,
-    norm: _checks.Norm = "layer",
+    norm: checks.Norm = "layer",
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -265,10 +265,10 @@ def adaln_norm(
             among those named.
         RuntimeError: the gradient is differentiated.
     """
-    options = NormOptions(eps, _checks.check_norm(norm), _checks.result_dtype(dtype, x))
-    _checks.check_floats(x=x, scale=scale, shift=shift)
-    _checks.check_tokens(x=x)
-    _checks.check_modulation(x, scale=scale, shift=shift)
-    samples = _checks.as_samples(x, scale)
-    y = _AdaLNNorm.apply(samples, _checks.as_rows(scale), _checks.as_rows(shift), options)
+    options = NormOptions(eps, checks.check_norm(norm), checks.result_dtype(dtype, x))
+    checks.check_floats(x=x, scale=scale, shift=shift)
+    checks.check_tokens(x=x)
+    checks.check_modulation(x, scale=scale, shift=shift)
+    samples = checks.as_samples(x, scale)
+    y = _AdaLNNorm.apply(samples, checks.as_rows(scale), checks.as_rows(shift), options)
     return y.view(x.shape)

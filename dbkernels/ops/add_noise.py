@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _checks
 from dbkernels.ops._noise import (
     DRAW,
     DrawArguments,
@@ -29,7 +28,8 @@ from dbkernels.ops._noise import (
     tile_of_sample,
 )
 from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops._register import register
+from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.register import register
 from dbkernels.ops.philox import Draw
 
 
@@ -128,7 +128,7 @@ class _AddNoise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz):
-        _checks.refuse_double_backward("add_noise")
+        checks.refuse_double_backward("add_noise")
         (sigma,) = ctx.saved_tensors
         return add_noise_backward(dz, sigma, ctx.options, ctx.dtype), None, None, None
 
@@ -166,7 +166,7 @@ def add_noise(
     if scale not in (None, "c_in"):
         raise ValueError(f"scale must be None or c_in, got {scale}")
     check_noise("z0", z0, sigma, sigma_data)
-    dtype = _checks.result_dtype(dtype, z0)
+    dtype = checks.result_dtype(dtype, z0)
     arguments = draw.arguments(*sizes(z0), z0.device)
     options = _Options(scale == "c_in", sigma_data, dtype)
     return _AddNoise.apply(z0.contiguous(), sigma.contiguous(), arguments, options)

@@ -12,8 +12,8 @@ flash kernel; a CPU has one for every dtype.
 import torch
 from torch import Tensor
 
-from dbkernels.ops import _checks
 from dbkernels.ops._norm import statistics_dtype
+from dbkernels.ops.backend import checks
 
 _aten = torch.ops.aten
 
@@ -79,7 +79,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        _checks.refuse_double_backward("attention")
+        checks.refuse_double_backward("attention")
         return attention_backward(dout.contiguous(), *ctx.saved_tensors)
 
 
@@ -119,7 +119,7 @@ def _check(q, k, v):
             f"q, k and v must be (B, T, H, d) alike, "
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    _checks.check_floats(q=q, k=k, v=v)
+    checks.check_floats(q=q, k=k, v=v)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     check_head_width(q.device, q.shape[-1])

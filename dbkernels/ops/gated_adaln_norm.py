@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _checks
 from dbkernels.ops._norm import (
     Modulation,
     NormOptions,
@@ -33,9 +32,10 @@ from dbkernels.ops._norm import (
     statistics_dtype,
     store_stats,
 )
-from dbkernels.ops._register import register
-from dbkernels.ops._sums import segment, sums_of_samples
-from dbkernels.ops._tile import (
+from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.register import register
+from dbkernels.ops.backend.sums import segment, sums_of_samples
+from dbkernels.ops.backend.tile import (
     SHARED_OUT,
     add_rows,
     load_row,
@@ -258,7 +258,7 @@ class _GatedAdaLNNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx1, dy):
-        _checks.refuse_double_backward("gated_adaln_norm")
+        checks.refuse_double_backward("gated_adaln_norm")
         x, h, *modulation, stats = ctx.saved_tensors
         dh, dmodulation = torch.empty_like(h), Modulation(*map(torch.empty_like, modulation))
         dx = gated_adaln_norm_backward(
@@ -278,7 +278,7 @@ def gated_adaln_norm(
     scale: Tensor,
     shift: Tensor,
     *,
-    norm: _checks.Norm = "layer",
+    norm: checks.Norm = "layer",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """Add a branch's gated output to the residual stream, normalise and modulate for the next.
@@ -297,11 +297,11 @@ def gated_adaln_norm(
         ValueError: a shape, stride, dtype or device disagrees, D > MAX_D, or norm is unknown.
         RuntimeError: the gradient is differentiated.
     """
-    options = NormOptions(eps, _checks.check_norm(norm), h.dtype)
-    _checks.check_floats(x=x, h=h, gate=gate, scale=scale, shift=shift)
-    _checks.check_tokens(x=x, h=h)
-    _checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
-    samples, branch = _checks.as_samples(x, gate), _checks.as_samples(h, gate)
-    modulation = map(_checks.as_rows, (gate, scale, shift))
+    options = NormOptions(eps, checks.check_norm(norm), h.dtype)
+    checks.check_floats(x=x, h=h, gate=gate, scale=scale, shift=shift)
+    checks.check_tokens(x=x, h=h)
+    checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
+    samples, branch = checks.as_samples(x, gate), checks.as_samples(h, gate)
+    modulation = map(checks.as_rows, (gate, scale, shift))
     x1, y = _GatedAdaLNNorm.apply(samples, branch, *modulation, options)
     return x1.view(x.shape), y.view(x.shape)

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _checks
 from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops._register import register
-from dbkernels.ops._sums import segment, sums_of_samples
-from dbkernels.ops._tile import (
+from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.register import register
+from dbkernels.ops.backend.sums import segment, sums_of_samples
+from dbkernels.ops.backend.tile import (
     SHARED_OUT,
     load_row,
     load_vector,
@@ -163,7 +163,7 @@ class _GatedResidual(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        _checks.refuse_double_backward("gated_residual")
+        checks.refuse_double_backward("gated_residual")
         h, gate = ctx.saved_tensors
         dh, dgate = torch.empty_like(h), torch.empty_like(gate)
         gated_residual_backward(dy.contiguous(), h, gate, dh=dh, dgate=dgate)
@@ -186,8 +186,8 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
         ValueError: a shape, stride, dtype or device disagrees, or D > MAX_D.
         RuntimeError: the gradient is differentiated.
     """
-    _checks.check_floats(x=x, h=h, gate=gate)
-    _checks.check_tokens(x=x, h=h)
-    _checks.check_modulation(x, gate=gate)
-    samples, branch = _checks.as_samples(x, gate), _checks.as_samples(h, gate)
-    return _GatedResidual.apply(samples, branch, _checks.as_rows(gate)).view(x.shape)
+    checks.check_floats(x=x, h=h, gate=gate)
+    checks.check_tokens(x=x, h=h)
+    checks.check_modulation(x, gate=gate)
+    samples, branch = checks.as_samples(x, gate), checks.as_samples(h, gate)
+    return _GatedResidual.apply(samples, branch, checks.as_rows(gate)).view(x.shape)

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _checks
-from dbkernels.ops._columns import (
+from dbkernels.ops._norm import statistics_dtype
+from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.columns import (
     Share,
     add_bias,
     check_bias,
@@ -30,9 +31,8 @@ from dbkernels.ops._columns import (
     load_tile,
     same_dtype,
 )
-from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops._register import register
-from dbkernels.ops._tile import SHARED_OUT
+from dbkernels.ops.backend.register import register
+from dbkernels.ops.backend.tile import SHARED_OUT
 
 CUBIC = 0.044715
 SLOPE = 2 * math.sqrt(2 / math.pi)  # of 2 * z at 0
@@ -194,7 +194,7 @@ class _Gelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, du):
-        _checks.refuse_double_backward("gelu")
+        checks.refuse_double_backward("gelu")
         h, bias = ctx.saved_tensors
         dh, dbias = torch.empty_like(h), None
         if ctx.needs_input_grad[1]:
@@ -218,7 +218,7 @@ def gelu(h: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: a shape, dtype or device disagrees.
         RuntimeError: the gradient is differentiated.
     """
-    _checks.check_floats(h=h, bias=bias)
+    checks.check_floats(h=h, bias=bias)
     if h.dim() == 0 or h.shape[-1] == 0:
         raise ValueError(f"h must be (..., F) with F at least 1, got {tuple(h.shape)}")
     check_bias(bias, "F", h.shape[-1])

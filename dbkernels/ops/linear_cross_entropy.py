@@ -18,9 +18,9 @@ import torch
 import triton
 from torch import Tensor
 
-from dbkernels.ops import _checks
-from dbkernels.ops._graph import compute_dtype, dtypes_as_they_are, is_last_to_read
-from dbkernels.ops._projection import add_product, chunks
+from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.graph import compute_dtype, dtypes_as_they_are, is_last_to_read
+from dbkernels.ops.layer.projection import add_product, chunks
 from dbkernels.ops.softmax_gradient import empty_logits, softmax_gradient
 
 Reduction = Literal["mean", "sum", "none"]
@@ -116,7 +116,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
-        _checks.refuse_double_backward("linear_cross_entropy")
+        checks.refuse_double_backward("linear_cross_entropy")
         owned = is_last_to_read()
         gradients = (
             None if gradient is None else _scaled(gradient, dloss, owned).to(dtype)
@@ -136,7 +136,7 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
-        _checks.refuse_double_backward("linear_cross_entropy")
+        checks.refuse_double_backward("linear_cross_entropy")
         x, weight, bias, target, scale = ctx.saved_tensors
         scale = _where_counted(scale * dloss, target, ctx.head.ignore_index)
         with dtypes_as_they_are(x.device.type):
@@ -213,7 +213,7 @@ def linear_cross_entropy(
 def _check(x, weight, target, bias, token_weight, reduction):
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction}")
-    _checks.check_floats(x=x, weight=weight, bias=bias, token_weight=token_weight)
+    checks.check_floats(x=x, weight=weight, bias=bias, token_weight=token_weight)
     if target.dtype != torch.int64 or target.device != x.device:
         raise ValueError(
             f"target must be int64 on {x.device}, got {target.dtype} on {target.device}"

@@ -30,8 +30,8 @@ from dbkernels.ops._noise import (
     tile_of_sample,
 )
 from dbkernels.ops._philox import philox, philox_words
-from dbkernels.ops._register import register
-from dbkernels.ops._tile import LANES
+from dbkernels.ops.backend.register import register
+from dbkernels.ops.backend.tile import LANES
 
 LIMITS = {"seed": 2**64, "step": 2**56, "sample": 2**32}
 

@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _checks
 from dbkernels.ops._heads import (
     angles,
     check_heads,
@@ -34,8 +33,9 @@ from dbkernels.ops._heads import (
     store_halves,
 )
 from dbkernels.ops._norm import normalise, rms_norm_backward, statistics_dtype
-from dbkernels.ops._register import register
-from dbkernels.ops._sums import Segments, partial_sums
+from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.register import register
+from dbkernels.ops.backend.sums import Segments, partial_sums
 
 # of a thread: the compiler is held to them, and what it makes does not spill
 FORWARD_REGISTERS = 64
@@ -245,7 +245,7 @@ class _QKNormRotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dqk):
-        _checks.refuse_double_backward("qk_norm_rotary")
+        checks.refuse_double_backward("qk_norm_rotary")
         qkv, q_weight, k_weight, rotary = ctx.saved_tensors
         dq_weight, dk_weight = (
             None if weight is None else torch.empty_like(weight) for weight in (q_weight, k_weight)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dbkernels.ops._layer_tensors import LayerWeights
+from dbkernels.ops.layer.tensors import LayerWeights
 
 
 def normalise(x: Tensor, norm: str, eps: float) -> Tensor:

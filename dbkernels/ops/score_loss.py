@@ -23,8 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _checks
-from dbkernels.ops._graph import is_last_to_read
 from dbkernels.ops._noise import (
     DRAW,
     DrawArguments,
@@ -39,8 +37,10 @@ from dbkernels.ops._noise import (
     tile_of_sample,
 )
 from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops._register import register
 from dbkernels.ops._score_checks import Reduction, Weight, check_score, error_weight
+from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.graph import is_last_to_read
+from dbkernels.ops.backend.register import register
 from dbkernels.ops.philox import Draw
 
 
@@ -198,7 +198,7 @@ class _ScoreLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, _):
-        _checks.refuse_double_backward("score_loss")
+        checks.refuse_double_backward("score_loss")
         grads = ctx.saved_tensors
         return *(None if grad is None else _scaled(grad, dloss) for grad in grads), *[None] * 4
 

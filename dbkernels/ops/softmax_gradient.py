@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops._columns import chunks, same_dtype
-from dbkernels.ops._register import register
+from dbkernels.ops.backend.columns import chunks, same_dtype
+from dbkernels.ops.backend.register import register
 
 LINE = 64  # elements: 128 bytes of bfloat16
 MAX_BLOCK = 8192  # columns of a tile

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops import _checks
-from dbkernels.ops._columns import (
+from dbkernels.ops._norm import statistics_dtype
+from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.columns import (
     Share,
     add_bias,
     check_bias,
@@ -29,9 +30,8 @@ from dbkernels.ops._columns import (
     load_tile,
     same_dtype,
 )
-from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops._register import register
-from dbkernels.ops._tile import SHARED_OUT
+from dbkernels.ops.backend.register import register
+from dbkernels.ops.backend.tile import SHARED_OUT
 
 FORWARD = Share(rows=4, registers=64)
 BACKWARD = Share(rows=2, registers=128)
@@ -189,7 +189,7 @@ class _Swiglu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, du):
-        _checks.refuse_double_backward("swiglu")
+        checks.refuse_double_backward("swiglu")
         h, bias = ctx.saved_tensors
         dh, dbias = torch.empty_like(h), None
         if ctx.needs_input_grad[1]:
@@ -213,7 +213,7 @@ def swiglu(h: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: a shape, dtype or device disagrees.
         RuntimeError: the gradient is differentiated.
     """
-    _checks.check_floats(h=h, bias=bias)
+    checks.check_floats(h=h, bias=bias)
     if h.dim() == 0 or h.shape[-1] == 0 or h.shape[-1] % 2:
         raise ValueError(f"h must be (..., 2 F) with F at least 1, got {tuple(h.shape)}")
     check_bias(bias, "2 F", h.shape[-1])

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dbkernels.data.images import Batch, ImageData, Put, forget_orders
 from dbkernels.memory.measure import record
 from dbkernels.memory.predict import Prediction, predict
 from dbkernels.memory.trace import Trace
 from dbkernels.memory.workspace import Target
 from dbkernels.models.baseline import Baseline, use_baseline
-from dbkernels.ops._dry_run_device import dry_run_on_gpu
-from dbkernels.ops.scratch import scratch_bytes
-from dbkernels.training.data import Batch, ImageData, Put, forget_orders
+from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu
+from dbkernels.ops.backend.scratch import scratch_bytes
 from dbkernels.training.offload.memory import flat_bytes
 from dbkernels.training.partition import Block
 from dbkernels.training.run import RunConfig

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from dbkernels.memory.predict import Prediction
 from dbkernels.memory.workspace import Target
-from dbkernels.ops.recompute import Recompute
+from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.training.dry_run import dry_run
 from dbkernels.training.run import RunConfig
 from dbkernels.training.trainer_config import Offload

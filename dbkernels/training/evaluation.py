@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dbkernels.data.images import ImageData
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.models.family import Batch
 from dbkernels.ops.philox import Draw
-from dbkernels.training.data import ImageData
+from dbkernels.ops.randomness import stream_seed
 from dbkernels.training.inference import classify
 from dbkernels.training.partition import block_at
-from dbkernels.training.randomness import stream_seed
 from dbkernels.training.sharing import BlockModels
 from dbkernels.training.staging import Staging
 

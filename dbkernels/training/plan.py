@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dbkernels.memory.trace import CATEGORIES
-from dbkernels.ops.recompute import POLICIES, Recompute
+from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.training.estimate import STATE, Estimate, Setting
 from dbkernels.training.schedule import fewest_steps_per_swap
 from dbkernels.training.trainer_config import Offload

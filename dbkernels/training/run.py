@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
+from dbkernels.data.augment import drop_labels, mirror, shift
+from dbkernels.data.images import ImageData, open_data
 from dbkernels.diffusion.gaussian import LogNormal, Scheme
 from dbkernels.models import FAMILIES, DiTConfig, ViTConfig
 from dbkernels.models.family import Batch
 from dbkernels.models.stem_and_head import compile_stem_and_head
 from dbkernels.ops.philox import Draw
 from dbkernels.training import checkpoint
-from dbkernels.training.augment import drop_labels, mirror, shift
-from dbkernels.training.data import ImageData, open_data
 from dbkernels.training.log import RunLog
 from dbkernels.training.objective import Weighting, gaussian_step
 from dbkernels.training.partition import Block, partition

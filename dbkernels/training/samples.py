@@ -5,8 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from dbkernels.data.images import ImageData, Put
 from dbkernels.models.family import Batch
-from dbkernels.training.data import ImageData, Put
 
 
 class Samples(Protocol):

@@ -16,17 +16,17 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from dbkernels.data.images import ImageData, batch_indices
 from dbkernels.models.family import Batch
 from dbkernels.ops.philox import Draw
+from dbkernels.ops.randomness import stream_seed
 from dbkernels.training.block_order import BlockOrder
 from dbkernels.training.cuda_graphs import open_cuda_graphs
-from dbkernels.training.data import ImageData, batch_indices
 from dbkernels.training.micro_batch import MicroBatch
 from dbkernels.training.offload.offloader import open_offloader
 from dbkernels.training.param_group import ParamGroup
 from dbkernels.training.partition import Block
 from dbkernels.training.pending import Numbers, Pending, Row, Rows
-from dbkernels.training.randomness import stream_seed
 from dbkernels.training.samples import HeldSamples, ReadSamples, Samples
 from dbkernels.training.schedule import learning_rate
 from dbkernels.training.sharing import SHARED, BlockModels, load_weights, own_group

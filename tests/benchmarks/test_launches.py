@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbkernels.ops import adaln_norm, attention, linear
-from dbkernels.ops._cast import cast
-from dbkernels.ops._dry_run_device import dry_run_on_gpu
+from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu
+from dbkernels.ops.layer.cast import cast
 
 F32, BF16 = torch.float32, torch.bfloat16
 

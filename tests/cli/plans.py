@@ -1,7 +1,7 @@
 """A model that is easy to reckon with, in place of dry runs."""
 
 from dbkernels.memory.trace import CATEGORIES
-from dbkernels.ops.recompute import POLICIES
+from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.training.estimate import Estimate
 
 MiB = 2**20

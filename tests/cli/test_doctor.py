@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from dbkernels.cli import doctor
-from dbkernels.ops import _compiled, _toolchain
-from dbkernels.ops._register import registered
+from dbkernels.ops.backend import library as compiled
+from dbkernels.ops.backend import toolchain
+from dbkernels.ops.backend.register import registered
 
-MANIFEST = _compiled.Manifest("0" * 64, 13, (80, 90))
+MANIFEST = compiled.Manifest("0" * 64, 13, (80, 90))
 
 
 @pytest.fixture
@@ -17,16 +18,16 @@ def machine(monkeypatch):
     def pretend(
         library, *, gpu_reason="none", kernels=(), compiler=("c++",), nvcc=None, c_compiler="gcc"
     ):
-        monkeypatch.setattr(_compiled, "library", lambda: library)
-        monkeypatch.setattr(_compiled, "serves", lambda op, device: (op, device.type) in kernels)
-        monkeypatch.setattr(_compiled, "has_kernel", lambda op, kind: (op, kind) in kernels)
-        monkeypatch.setattr(_compiled, "cuda_reason", lambda device: gpu_reason)
+        monkeypatch.setattr(compiled, "library", lambda: library)
+        monkeypatch.setattr(compiled, "serves", lambda op, device: (op, device.type) in kernels)
+        monkeypatch.setattr(compiled, "has_kernel", lambda op, kind: (op, kind) in kernels)
+        monkeypatch.setattr(compiled, "cuda_reason", lambda device: gpu_reason)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu_reason != "none")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
-        monkeypatch.setattr(_toolchain, "compiler", lambda: compiler and list(compiler))
-        monkeypatch.setattr(_toolchain, "c_compiler", lambda: c_compiler and [c_compiler])
-        monkeypatch.setattr(_toolchain, "nvcc", lambda: nvcc)
+        monkeypatch.setattr(toolchain, "compiler", lambda: compiler and list(compiler))
+        monkeypatch.setattr(toolchain, "c_compiler", lambda: c_compiler and [c_compiler])
+        monkeypatch.setattr(toolchain, "nvcc", lambda: nvcc)
         monkeypatch.setattr(doctor, "_version", lambda command: command and f"{command[0]} 12.2")
 
     return pretend
@@ -44,7 +45,7 @@ def cells(outcome, op):
 
 def test_names_what_is_here_and_what_runs_each_op(cli, machine):
     kernels = {("gelu_fwd", "cpu"), ("gelu_bwd", "cpu"), ("swiglu_fwd", "cpu")}
-    machine(_compiled.Library(None, manifest=MANIFEST), kernels=kernels | {("gelu_fwd", "cuda")})
+    machine(compiled.Library(None, manifest=MANIFEST), kernels=kernels | {("gelu_fwd", "cuda")})
     outcome = cli("doctor")
     assert outcome.code == 0 and max(map(len, outcome.out.splitlines())) <= 80
     assert line(outcome, "torch") == torch.__version__
@@ -58,7 +59,7 @@ def test_names_what_is_here_and_what_runs_each_op(cli, machine):
 
 
 def test_says_what_a_missing_library_costs_and_the_command_that_builds_it(cli, machine):
-    machine(_compiled.Library("It was left out: no compiler."), compiler=None)
+    machine(compiled.Library("It was left out: no compiler."), compiler=None)
     outcome = cli("doctor")
     assert outcome.code == 0
     assert line(outcome, "compiled library") == "It was left out: no compiler."
@@ -70,7 +71,7 @@ def test_says_what_a_missing_library_costs_and_the_command_that_builds_it(cli, m
 
 @pytest.mark.parametrize("c_compiler", ["gcc", None])
 def test_says_that_triton_needs_a_c_compiler_where_there_is_none(cli, machine, c_compiler):
-    machine(_compiled.Library(None, manifest=MANIFEST), c_compiler=c_compiler)
+    machine(compiled.Library(None, manifest=MANIFEST), c_compiler=c_compiler)
     outcome = cli("doctor")
     assert line(outcome, "C compiler") == ("gcc 12.2" if c_compiler else "none")
     assert ("no op\nruns in Triton on a GPU" in outcome.out) == (c_compiler is None)
@@ -78,8 +79,8 @@ def test_says_that_triton_needs_a_c_compiler_where_there_is_none(cli, machine, c
 
 
 def test_an_installation_without_sources_is_built_by_pip(cli, machine, monkeypatch, tmp_path):
-    machine(_compiled.Library("It was left out: no compiler."))
-    monkeypatch.setattr(_compiled, "CSRC", tmp_path / "csrc")
+    machine(compiled.Library("It was left out: no compiler."))
+    monkeypatch.setattr(compiled, "CSRC", tmp_path / "csrc")
     fix = json.loads(cli("doctor", "--json").out)["library"]["fix"]
     assert fix.endswith(
         "-m pip install --no-build-isolation --no-deps --force-reinstall path/to/the/checkout"
@@ -87,28 +88,28 @@ def test_an_installation_without_sources_is_built_by_pip(cli, machine, monkeypat
 
 
 def test_what_the_build_needs_is_installed_first(cli, machine, monkeypatch):
-    machine(_compiled.Library("It was left out: ninja is not here."))
+    machine(compiled.Library("It was left out: ninja is not here."))
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     fix = json.loads(cli("doctor", "--json").out)["library"]["fix"]
     assert " -m pip install ninja 'setuptools>=77' && cd " in fix
 
 
 def test_a_processor_that_could_not_run_it_gets_no_command(cli, machine, monkeypatch):
-    machine(_compiled.Library("This processor has no AVX2.", manifest=MANIFEST))
-    monkeypatch.setattr(_compiled, "processor_serves", lambda: False)
+    machine(compiled.Library("This processor has no AVX2.", manifest=MANIFEST))
+    monkeypatch.setattr(compiled, "processor_serves", lambda: False)
     outcome = cli("doctor")
     assert outcome.code == 0 and "To build it" not in outcome.out
 
 
 def test_a_library_that_is_there_and_does_not_serve_ends_with_1(cli, machine):
-    machine(_compiled.Library("libdbkernels.so does not load: [x].", True, MANIFEST))
+    machine(compiled.Library("libdbkernels.so does not load: [x].", True, MANIFEST))
     outcome = cli("doctor")
     assert outcome.code == 1
     assert line(outcome, "compiled library") == "broken: libdbkernels.so does not load: [x]."
 
 
 def test_a_gpu_that_the_library_does_not_serve_is_explained(cli, machine):
-    library = _compiled.Library(None, manifest=MANIFEST._replace(cuda=0, architectures=()))
+    library = compiled.Library(None, manifest=MANIFEST._replace(cuda=0, architectures=()))
     machine(library, gpu_reason="CUDA kernels were left out: no nvcc was found.", nvcc="nvcc")
     outcome = cli("doctor")
     assert line(outcome, "NVIDIA GPU") == "H100, sm_90"
@@ -118,7 +119,7 @@ def test_a_gpu_that_the_library_does_not_serve_is_explained(cli, machine):
 
 
 def test_a_gpu_that_is_served_needs_no_command(cli, machine):
-    machine(_compiled.Library(None, manifest=MANIFEST), gpu_reason=None, nvcc="nvcc")
+    machine(compiled.Library(None, manifest=MANIFEST), gpu_reason=None, nvcc="nvcc")
     report = json.loads(cli("doctor", "--json").out)
     assert report["gpu"] == {"name": "H100", "sm": "90", "reason": None}
     assert report["library"]["fix"] is None

@@ -5,7 +5,7 @@ from dbkernels.cli.profile_rows import METHODS, OFFLOAD, Case, cases, configured
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.memory.workspace import TARGETS
 from dbkernels.models import DiTConfig
-from dbkernels.ops.recompute import POLICIES, policies_of
+from dbkernels.ops.layer.recompute import POLICIES, policies_of
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer import TrainerConfig
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from dbkernels.cli.shape import fitted, preset, resized
+from dbkernels.data.images import ImageData
 from dbkernels.models import dit, vit
-from dbkernels.training.data import ImageData
 
 
 def data_of(shape, num_classes=7):

@@ -6,7 +6,7 @@ from threads import with_threads
 
 from dbkernels.ops import _maths, add_noise, score_loss
 from dbkernels.ops._noise import NOISE
-from dbkernels.ops._register import use_implementation
+from dbkernels.ops.backend.register import use_implementation
 from dbkernels.ops.philox import Draw, normals, uniforms
 
 DRAW = Draw(seed=2**64 - 9, step=2**40 + 3, sample=2**32 - 40)

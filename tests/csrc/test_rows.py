@@ -7,7 +7,7 @@ from threads import with_threads
 
 from dbkernels import ops
 from dbkernels.ops import reference
-from dbkernels.ops._register import use_implementation
+from dbkernels.ops.backend.register import use_implementation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 raw = torch.ops.dbkernels

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dbkernels.data.images import open_data
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.models import DiTConfig, ViTConfig
 from dbkernels.ops import implementation, use_implementation
-from dbkernels.training.data import open_data
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer_config import TrainerConfig
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from dbkernels.ops import _tile
 from dbkernels.ops._heads import angles, head_tile, launch, queries_and_keys, rotate
+from dbkernels.ops.backend import tile
 
 
 @pytest.mark.parametrize("d", [1, 2, 7, 32, 64, 72, 96, 128, 256, 1024])
@@ -16,7 +16,7 @@ def test_a_tile_gives_every_thread_eight_lanes_of_each_half(d):
 @pytest.mark.parametrize("registers", [64, 128])
 @pytest.mark.parametrize(("B", "T"), [(1, 1), (3, 50), (2, 1000)])
 def test_one_wave_of_programs_shares_all_tokens(B, T, registers, monkeypatch):
-    monkeypatch.setattr(_tile, "processors", lambda device: 3)
+    monkeypatch.setattr(tile, "processors", lambda device: 3)
     asked = launch(torch.empty(B, T, 3 * 2 * 8), 2, registers)
     assert asked.options["HEAD_DIM"] == 8 and asked.options["maxnreg"] == registers
     assert 0 <= asked.programs * asked.tokens_per_program - B * T < asked.tokens_per_program

@@ -3,8 +3,7 @@ import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
 from implementations import implementations
 
-from dbkernels.ops import _tile, reference
-from dbkernels.ops._register import use_implementation
+from dbkernels.ops import reference
 from dbkernels.ops.adaln_norm import (
     NormOptions,
     _backward_op,
@@ -13,6 +12,8 @@ from dbkernels.ops.adaln_norm import (
     adaln_norm_backward,
     adaln_norm_forward,
 )
+from dbkernels.ops.backend import tile
+from dbkernels.ops.backend.register import use_implementation
 
 # (1, 1, 1) smallest; 7 and 11 leave a ragged last split; 64, 257 and 1152 leave masked lanes;
 # 257 has three tiles to a program, 1152 three pieces to a row
@@ -87,7 +88,7 @@ def test_x_the_modulation_and_the_result_may_differ_in_dtype(x_dtype, modulation
 
 @pytest.mark.parametrize("processors", [1, 2, 100])
 def test_any_number_of_programs_shares_the_samples(processors, monkeypatch):
-    monkeypatch.setattr(_tile, "processors", lambda device: processors)
+    monkeypatch.setattr(tile, "processors", lambda device: processors)
     assert_accurate(inputs(1, 21, 40, offset=3.0))
     assert_accurate(inputs(2, 21, 40, torch.bfloat16))
     assert_accurate(inputs(9, 5, 40))
@@ -215,7 +216,7 @@ def test_backward_may_write_y_over_its_gradient(dtype):
 
 @pytest.mark.parametrize("processors", [1, 100])
 def test_backward_writes_its_sums_into_slices(processors, monkeypatch):
-    monkeypatch.setattr(_tile, "processors", lambda device: processors)
+    monkeypatch.setattr(tile, "processors", lambda device: processors)
     dy, _, saved, _, sums = backward_inputs()
     adaln_norm_backward(dy, None, *saved, y=None, **sums)
     dmodulation = torch.zeros(2, 4 * 65)

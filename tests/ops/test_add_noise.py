@@ -6,7 +6,6 @@ from accuracy import assert_as_accurate_as_eager, with_grads
 from implementations import implementations
 
 from dbkernels.ops import _noise, reference
-from dbkernels.ops._register import use_implementation
 from dbkernels.ops.add_noise import (
     _forward_op,
     _forward_triton,
@@ -14,6 +13,7 @@ from dbkernels.ops.add_noise import (
     add_noise,
     add_noise_backward,
 )
+from dbkernels.ops.backend.register import use_implementation
 from dbkernels.ops.philox import Draw, normals
 
 DRAW = Draw(seed=2**64 - 9, step=2**40 + 3, sample=5)

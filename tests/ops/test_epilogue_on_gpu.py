@@ -6,7 +6,7 @@ from accuracy import assert_as_accurate_as_eager
 from ops.one_layer import OneLayer
 
 from dbkernels.ops import LayerWeights, reference
-from dbkernels.ops._mlp_branch import mlp_branch
+from dbkernels.ops.layer.mlp_branch import mlp_branch
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16

@@ -3,9 +3,10 @@ import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
 from implementations import implementations
 
-from dbkernels.ops import _tile, reference
-from dbkernels.ops._register import use_implementation
+from dbkernels.ops import reference
 from dbkernels.ops.adaln_norm import adaln_norm
+from dbkernels.ops.backend import tile
+from dbkernels.ops.backend.register import use_implementation
 from dbkernels.ops.gated_adaln_norm import gated_adaln_norm
 
 # (1, 1, 1) smallest; 7 and 5 leave a ragged last split and a ragged last tile; 48, 257 and 1152
@@ -118,7 +119,7 @@ def test_a_gradient_of_the_stream_alone_is_that_of_the_residual(dtype):
 
 @pytest.mark.parametrize("processors", [1, 2, 100])
 def test_any_number_of_programs_shares_the_samples(processors, monkeypatch):
-    monkeypatch.setattr(_tile, "processors", lambda device: processors)
+    monkeypatch.setattr(tile, "processors", lambda device: processors)
     assert_accurate(inputs(1, 21, 40, offset=3.0))
     assert_accurate(inputs(2, 21, 40, torch.bfloat16), norm="rms")
     assert_accurate(inputs(9, 5, 40))

@@ -5,9 +5,10 @@ import torch
 from accuracy import assert_as_accurate_as_eager
 from implementations import implementations
 
-from dbkernels.ops import _tile, reference
+from dbkernels.ops import reference
 from dbkernels.ops._norm import Modulation, NormOptions
-from dbkernels.ops._register import use_implementation
+from dbkernels.ops.backend import tile
+from dbkernels.ops.backend.register import use_implementation
 from dbkernels.ops.gated_adaln_norm import (
     _backward_op,
     _forward_op,
@@ -89,7 +90,7 @@ def test_backward_may_write_over_h_and_over_its_gradient(dtype, x_dtype):
 
 @pytest.mark.parametrize("processors", [1, 100])
 def test_backward_writes_its_sums_into_slices(processors, monkeypatch):
-    monkeypatch.setattr(_tile, "processors", lambda device: processors)
+    monkeypatch.setattr(tile, "processors", lambda device: processors)
     dy, dx1, saved, _ = backward_inputs()
     expected = backward(dy, dx1, saved)[3:]
     whole = torch.zeros(2, 6 * 65)

@@ -3,8 +3,9 @@ import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
 from implementations import implementations
 
-from dbkernels.ops import _tile, reference
-from dbkernels.ops._register import use_implementation
+from dbkernels.ops import reference
+from dbkernels.ops.backend import tile
+from dbkernels.ops.backend.register import use_implementation
 from dbkernels.ops.gated_residual import (
     _backward_op,
     _forward_op,
@@ -82,7 +83,7 @@ def test_rounds_each_result_once(x_dtype, h_dtype, gate_dtype):
 
 @pytest.mark.parametrize("processors", [1, 2, 100])
 def test_any_number_of_programs_shares_the_samples(processors, monkeypatch):
-    monkeypatch.setattr(_tile, "processors", lambda device: processors)
+    monkeypatch.setattr(tile, "processors", lambda device: processors)
     assert_accurate(*inputs(1, 21, 40, offset=3.0))
     assert_accurate(*inputs(2, 21, 40, torch.bfloat16))
     assert_accurate(*inputs(9, 5, 40))
@@ -191,7 +192,7 @@ def test_backward_may_write_over_h(dtype, x_dtype):
 
 @pytest.mark.parametrize("processors", [1, 100])
 def test_backward_writes_its_sum_into_a_slice(processors, monkeypatch):
-    monkeypatch.setattr(_tile, "processors", lambda device: processors)
+    monkeypatch.setattr(tile, "processors", lambda device: processors)
     dy, h, gate = inputs(2, 7, 65)
     dh, dgate, whole = torch.empty_like(h), torch.empty(2, 65), torch.zeros(2, 3 * 65)
     gated_residual_backward(dy, h, gate, dh=dh, dgate=dgate)

@@ -8,7 +8,8 @@ from ops.one_layer import EVERY_POLICY, SAME_BITS, OneLayer, assert_same_bits, s
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from dbkernels.ops import _layer_call, adaln_layer, reference
+from dbkernels.ops import adaln_layer, reference
+from dbkernels.ops.layer import passes
 
 BF16 = torch.bfloat16
 
@@ -221,7 +222,7 @@ def test_each_tensor_dies_with_its_last_use(monkeypatch):
     held, gone = {}, {}
 
     def watch(name, *, args, ask):
-        original = getattr(_layer_call, name)
+        original = getattr(passes, name)
 
         def watched(*given, **options):
             gone[name] = [what for what in ask if held[what].expired()]
@@ -229,7 +230,7 @@ def test_each_tensor_dies_with_its_last_use(monkeypatch):
                 held[what] = StorageWeakRef(given[place].untyped_storage())
             return original(*given, **options)
 
-        monkeypatch.setattr(_layer_call, name, watched)
+        monkeypatch.setattr(passes, name, watched)
 
     watch("mlp_branch_backward", args={"dm": 0, "hidden": 2}, ask=[])
     watch("gated_adaln_norm_backward", args={}, ask=["dm", "hidden"])

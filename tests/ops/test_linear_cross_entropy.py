@@ -6,7 +6,7 @@ from accuracy import assert_as_accurate_as_eager, with_grads
 from ops.one_head import DTYPES, LEADING, NAMES, REDUCTIONS, TILE, D, V, inputs, module, op, targets
 
 from dbkernels.ops import linear_cross_entropy, reference
-from dbkernels.ops._register import use_implementation
+from dbkernels.ops.backend.register import use_implementation
 
 
 @pytest.fixture(params=["triton", "torch"], autouse=True)

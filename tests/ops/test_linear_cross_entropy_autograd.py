@@ -9,7 +9,7 @@ from ops.one_head import DTYPES, LEADING, REDUCTIONS, TILE, inputs, module, op, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels.ops import linear_cross_entropy
-from dbkernels.ops._register import use_implementation
+from dbkernels.ops.backend.register import use_implementation
 
 
 @pytest.fixture(params=["triton", "torch"], autouse=True)

@@ -7,7 +7,7 @@ from scipy import stats
 
 from dbkernels.ops import _noise
 from dbkernels.ops._philox import philox
-from dbkernels.ops._register import use_implementation
+from dbkernels.ops.backend.register import use_implementation
 from dbkernels.ops.philox import Draw, _forward_op, _uniform_op, normals, uniforms
 
 DRAWS = [Draw(0, 0), Draw(2**64 - 1, 2**56 - 1, 2**32 - 3), Draw(12345678901234567890, 77, 3)]

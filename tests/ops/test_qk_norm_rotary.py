@@ -4,7 +4,7 @@ from accuracy import assert_as_accurate_as_eager, with_grads
 from implementations import implementations
 
 from dbkernels.ops import reference
-from dbkernels.ops._register import use_implementation
+from dbkernels.ops.backend.register import use_implementation
 from dbkernels.ops.qk_norm_rotary import (
     _backward_op,
     _forward_op,

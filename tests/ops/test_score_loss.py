@@ -7,7 +7,7 @@ from implementations import implementations
 from ops.score_case import DRAW, DTYPES, SIGMA, inputs, noise_like, results
 
 from dbkernels.ops import _noise, add_noise, reference
-from dbkernels.ops._register import use_implementation
+from dbkernels.ops.backend.register import use_implementation
 from dbkernels.ops.philox import Draw
 from dbkernels.ops.score_loss import _forward_op, _forward_triton, score_loss, score_loss_
 

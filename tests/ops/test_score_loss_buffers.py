@@ -5,7 +5,7 @@ import torch
 from implementations import implementations
 from ops.score_case import DRAW, DTYPES, inputs, results
 
-from dbkernels.ops._register import use_implementation
+from dbkernels.ops.backend.register import use_implementation
 from dbkernels.ops.score_loss import score_loss, score_loss_
 
 

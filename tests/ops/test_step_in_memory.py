@@ -7,8 +7,8 @@ from ops.score_case import inputs, results
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbkernels.ops import add_noise, score_loss
-from dbkernels.ops._register import use_implementation
 from dbkernels.ops.add_noise import _forward_torch as noise_in_torch
+from dbkernels.ops.backend.register import use_implementation
 from dbkernels.ops.philox import Draw, _forward_op, _uniform_op, normals, uniforms
 from dbkernels.ops.philox import _forward_torch as normals_in_torch
 from dbkernels.ops.philox import _uniform_torch as uniforms_in_torch

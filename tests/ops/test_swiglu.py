@@ -3,8 +3,9 @@ import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
 from implementations import implementations
 
-from dbkernels.ops import _columns, _tile, reference
-from dbkernels.ops._register import use_implementation
+from dbkernels.ops import reference
+from dbkernels.ops.backend import columns, tile
+from dbkernels.ops.backend.register import use_implementation
 from dbkernels.ops.swiglu import _backward_op, _forward_op, swiglu, swiglu_backward, swiglu_forward
 
 # (1, 2) smallest; 7 and 37 leave a ragged last tile of rows; all but 1024 leave masked columns;
@@ -64,14 +65,14 @@ def test_rounds_once(dtype):
 
 @pytest.mark.parametrize("processors", [1, 2, 100])
 def test_any_number_of_programs_shares_the_rows(processors, monkeypatch):
-    monkeypatch.setattr(_tile, "processors", lambda device: processors)
+    monkeypatch.setattr(tile, "processors", lambda device: processors)
     assert_accurate(*inputs(21, 40))
     assert_accurate(*inputs(21, 300, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 21])
 def test_any_number_of_chunks_shares_the_rows(rows, monkeypatch):
-    monkeypatch.setattr(_columns, "CHUNK", rows * 40 // torch.get_num_threads())
+    monkeypatch.setattr(columns, "CHUNK", rows * 40 // torch.get_num_threads())
     assert_accurate(*inputs(21, 40))
     assert_accurate(*inputs(21, 40, dtype=torch.bfloat16))
 
@@ -183,7 +184,7 @@ def test_backward_writes_u_again(dtype):
 def test_backward_may_write_over_its_inputs_in_some_rows_of_a_tensor(
     dtype, bias_given, monkeypatch
 ):
-    monkeypatch.setattr(_columns, "CHUNK", 4 * 300)
+    monkeypatch.setattr(columns, "CHUNK", 4 * 300)
     h, bias = inputs(33, 300, dtype=dtype)
     du = torch.randn_like(h[:, :150])
     bias = bias if bias_given else None

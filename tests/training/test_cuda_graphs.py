@@ -8,7 +8,7 @@ from training.recorded import OpRecorder, TrainerRecorder
 from training.tiny import equal, make_trainer
 
 import dbkernels.training.trainer as module
-from dbkernels.training.augment import mirror, shift
+from dbkernels.data.augment import mirror, shift
 from dbkernels.training.cuda_graphs import CudaGraphs, open_cuda_graphs
 
 ORDER = [0, 1, 0, 2, 0, 1, 1, 2, 2, 0, 1, 2]

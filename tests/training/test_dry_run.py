@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dbkernels.data.images import batch_indices
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.memory.measure import MEASURED, measure_peak
 from dbkernels.memory.workspace import TARGETS, MiB
 from dbkernels.models import DiTConfig, ViTConfig
-from dbkernels.ops._register import registered
-from dbkernels.training.data import batch_indices
+from dbkernels.ops.backend.register import registered
 from dbkernels.training.dry_run import BlankData, blank, dry_run, trainer_with
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer import TrainerConfig

@@ -10,8 +10,8 @@ from models.tiny import randomise
 from torch import nn
 from training.tiny import PRIOR, make_data, make_models
 
+from dbkernels.data.images import ImageData
 from dbkernels.diffusion.gaussian import cdf_grid
-from dbkernels.training.data import ImageData
 from dbkernels.training.evaluation import (
     batches,
     block_losses,

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from training.tiny import equal, make_trainer
 
 import dbkernels.training.trainer as module
-from dbkernels.training.augment import mirror, shift
+from dbkernels.data.augment import mirror, shift
 from dbkernels.training.block_order import BlockOrder
 
 # a value that is read, and a tensor that is made of numbers of the host: on a GPU both would wait

@@ -2,7 +2,7 @@ import pytest
 
 from dbkernels.memory.trace import CATEGORIES
 from dbkernels.memory.workspace import TARGETS
-from dbkernels.ops.recompute import POLICIES
+from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.training.estimate import Estimate, Setting
 from dbkernels.training.plan import (
     FREE,

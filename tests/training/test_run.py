@@ -9,8 +9,8 @@ import torch
 from training.tiny import DIT, PRIOR, VIT, equal, weights
 
 import dbkernels.training.run as run_module
+from dbkernels.data.images import open_data
 from dbkernels.training import checkpoint
-from dbkernels.training.data import open_data
 from dbkernels.training.log import read_log
 from dbkernels.training.run import (
     PartitionConfig,

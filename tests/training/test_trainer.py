@@ -4,8 +4,8 @@ import pytest
 import torch
 from training.tiny import equal, make_trainer, weights
 
+from dbkernels.data.augment import mirror, shift
 from dbkernels.models import AdaLNLayer
-from dbkernels.training.augment import mirror, shift
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import TrainerConfig
 

@@ -4,9 +4,9 @@ from functools import partial
 
 import torch
 
+from dbkernels.data.images import ImageData
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.models import DiT, DiTConfig, ViT, ViTConfig
-from dbkernels.training.data import ImageData
 from dbkernels.training.objective import gaussian_step
 from dbkernels.training.partition import partition
 from dbkernels.training.sharing import BlockModels

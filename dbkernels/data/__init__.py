@@ -1,0 +1,1 @@
+"""Data from local files; knows no model and no trainer."""

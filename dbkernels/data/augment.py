@@ -1,0 +1,64 @@
+"""Random changes of a batch, each a function of the draw of its step, sample by sample.
+
+A sample's change does not depend on the samples beside it, so a batch may be cut anywhere.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dbkernels.data.images import Batch
+from dbkernels.ops.philox import Draw, uniforms
+from dbkernels.ops.randomness import stream_seed
+
+DROP, MIRROR, ROWS, COLUMNS = range(4)  # what a number is for; each purpose has a stream of its own
+
+
+def drop_labels(batch: Batch, draw: Draw, *, share: float, null: int) -> Batch:
+    """Replace a share of the labels by "no label", so that guidance has both to subtract.
+
+    Ho & Salimans 2022 (arXiv:2207.12598), algorithm 1.
+
+    Args:
+        batch:  "label" (B,) int64, among others
+        draw:   of the batch's samples
+        share:  probability of each label to be dropped
+        null:   what stands for "no label"
+    """
+    label = batch["label"]
+    # a number may be 1 and is never 0
+    dropped = _numbers(draw, DROP, label) <= share
+    return {**batch, "label": torch.where(dropped, null, label)}
+
+
+def mirror(batch: Batch, draw: Draw) -> Batch:
+    """Mirror each image left to right, or not, with equal probability; "image" (B, C, H, W)."""
+    image = batch["image"]
+    mirrored = (_numbers(draw, MIRROR, image) <= 0.5)[:, None, None, None]
+    return {**batch, "image": torch.where(mirrored, image.flip(-1), image)}
+
+
+def shift(batch: Batch, draw: Draw, *, pixels: int) -> Batch:
+    """Move each image by up to `pixels` along both axes; its border is repeated where it leaves.
+
+    Args:
+        batch:   "image" (B, C, H, W), among others
+        draw:    of the batch's samples
+        pixels:  largest move, in pixels or in cells of a latent
+    """
+    image = batch["image"]
+    B, _, H, W = image.shape
+    moves = (_numbers(draw, axis, image)[:, None] for axis in (ROWS, COLUMNS))
+    down, right = (((2 * pixels + 1) * move).ceil().long() - pixels - 1 for move in moves)
+    rows = (torch.arange(H, device=image.device) + down).clamp(0, H - 1)  # (B, H)
+    columns = (torch.arange(W, device=image.device) + right).clamp(0, W - 1)  # (B, W)
+    samples = torch.arange(B, device=image.device)[:, None, None]
+    moved = image.movedim(1, -1)[samples, rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
+    return {**batch, "image": moved.movedim(-1, 1).contiguous()}
+
+
+def _numbers(draw: Draw, purpose: int, like: Tensor) -> Tensor:
+    """(B,) uniform in (0, 1], independent of the noise and of the numbers of other purposes."""
+    own = replace(draw, seed=stream_seed(draw.seed, purpose))
+    return uniforms(own, len(like), like.device)

@@ -1,0 +1,193 @@
+"""Labelled images from local files, and the order in which the blocks see them.
+
+What `open_data` reads; nothing is downloaded, written or unpickled:
+
+    source                  train                       test
+    "digits"                scikit-learn's digits       a stratified fifth of them, held out
+    folder of images        train/<class>/*.png ...     test/<class>/ or val/<class>/
+    folder of CIFAR files   data_batch_1.bin ...        test_batch.bin; CIFAR-100: train, test
+    name.npz                images, labels              test_images, test_labels
+    name.npy (latents)      name.npy, name_labels.npy   name_test.npy, name_test_labels.npy
+
+Images stay on disk: arrays are memory-mapped, image files decoded per batch. Only the digits and
+the smaller compressed .npz files are held in memory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dbkernels.data.cifar import find_cifar, read_cifar
+from dbkernels.data.formats import Arrays, Images, read_digits, read_latents, read_npz
+from dbkernels.data.image_folder import read_folder
+from dbkernels.ops.randomness import generator
+
+Batch = dict[str, Tensor]  # "image": (B, C, H, W) float32; "label": (B,) int64
+Put = Callable[[Tensor], Tensor]  # brings a tensor of the host to where it is used
+
+# ends the key of the sample order, so that no other user of (seed, block, step) shares its stream
+_ORDER_STREAM = 1
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """One split of a data set: images read when they are asked for, and all of its labels.
+
+    Pixels (uint8) leave in [-1, 1], floating-point images as they are stored.
+    """
+
+    images: Images  # (N, C, H, W)
+    labels: Tensor  # (N,) int64, each in [0, num_classes)
+    num_classes: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.images.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor, put: Put = lambda tensor: tensor) -> Batch:
+        """Read some samples.
+
+        Args:
+            indices:  (B,) int64, each in [0, len(self)); repeats are allowed
+            put:      brings what was read to where the batch is wanted, such as `Staging.put`
+        Returns:
+            "image", (B, C, H, W) float32, and "label", (B,) int64.
+        Raises:
+            ValueError: the indices are malformed, an image file cannot be used, or a
+                floating-point image is not finite in float32.
+        """
+        indices = self._checked(indices)
+        pixels = self.images[indices.numpy()]
+        if pixels.dtype == np.uint8:
+            # as bytes, a quarter of what they are in float32
+            image = _scaled(put(torch.from_numpy(np.ascontiguousarray(pixels))))
+        else:
+            image = put(_finite(pixels, indices))
+        return {"image": image, "label": put(self.labels[indices])}
+
+    def _checked(self, indices: Tensor) -> Tensor:
+        if indices.ndim != 1 or indices.dtype != torch.int64:
+            raise ValueError(
+                f"indices must be (B,) int64, got {tuple(indices.shape)} {indices.dtype}"
+            )
+        indices = indices.cpu()
+        outside = indices[(indices < 0) | (indices >= len(self))]
+        if len(outside):
+            raise ValueError(f"indices must be in [0, {len(self)}), got {outside[0].item()}")
+        return indices
+
+
+def _scaled(pixels: Tensor) -> Tensor:
+    # the subtraction is exact, so one rounding is left and every device gives the same bits
+    return pixels.to(torch.float32).sub_(127.5).mul_(1 / 127.5)
+
+
+def _finite(values: np.ndarray, indices: Tensor) -> Tensor:
+    with np.errstate(over="ignore"):  # a float64 past float32 becomes inf, and is reported below
+        image = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    finite = image.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise ValueError(f"images must be finite in float32, sample {indices[~finite][0]} is not")
+    return image
+
+
+def open_data(
+    source: str | Path, split: Literal["train", "test"] = "train", num_classes: int | None = None
+) -> ImageData:
+    """Open one split of a local data set; the table above lists the sources.
+
+    Args:
+        source:       "digits", or the path of a folder, an .npz or an .npy file
+        split:        "train" or "test"
+        num_classes:  bound on the labels; None takes the format's own count, else the number of
+                      class folders, else one more than the largest label of either split
+    Returns:
+        The split, with its labels checked and its images read when they are asked for.
+    Raises:
+        ValueError: the source, its split, its images or its labels cannot be used.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    arrays = _read(source, split)
+    shape, dtype, labels = arrays.images.shape, arrays.images.dtype, arrays.labels
+    if 0 in shape:
+        raise ValueError(f"the {split} images of {source} are empty: shape {tuple(shape)}")
+    if dtype != np.uint8 and dtype.kind != "f":
+        raise ValueError(f"images must be uint8 or floating point, got {dtype} in {source}")
+    if len(labels) != shape[0]:
+        raise ValueError(
+            f"{source} must have one label per {split} image: "
+            f"{shape[0]} images, {len(labels)} labels"
+        )
+    bound = arrays.num_classes if num_classes is None else num_classes
+    if labels.max() >= bound:
+        raise ValueError(f"labels must be in [0, {bound}), got {labels.max()} in {source}")
+    return ImageData(arrays.images, torch.from_numpy(labels), bound)
+
+
+def _read(source: str | Path, split: str) -> Arrays:
+    if source == "digits":
+        return read_digits(split)
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"data source {source} does not exist: expected 'digits' or a path")
+    if path.is_dir():
+        cifar = find_cifar(path)
+        return read_cifar(*cifar, split) if cifar else read_folder(path, split)
+    readers = {".npz": read_npz, ".npy": read_latents}
+    if path.suffix not in readers:
+        raise ValueError(f"unknown format {path.name}: expected a folder, an .npz or an .npy file")
+    return readers[path.suffix](path, split)
+
+
+def batch_indices(count: int, batch_size: int, *, seed: int, block: int, step: int) -> Tensor:
+    """Name the samples of one step of one block, with nothing remembered between calls.
+
+    A block sees one permutation of the samples after another, one per epoch. Batches run across
+    their ends: no sample is dropped, and each is seen once per epoch.
+
+    Args:
+        count:       samples in the data set
+        batch_size:  samples per step; may exceed count
+        seed:        of the run
+        block:       each block has an order of its own
+        step:        of this block, from 0
+    Returns:
+        (batch_size,) int64 on the CPU, for ImageData.batch.
+    Raises:
+        ValueError: count or batch_size is below 1, or step is negative.
+    """
+    if count < 1 or batch_size < 1 or step < 0:
+        raise ValueError(
+            "expected count >= 1, batch_size >= 1 and step >= 0, "
+            f"got {count}, {batch_size} and {step}"
+        )
+    first, pieces = step * batch_size, []
+    stop = first + batch_size
+    while first < stop:
+        epoch, offset = divmod(first, count)
+        piece = _permutation(count, seed, block, epoch)[offset : offset + stop - first]
+        pieces.append(piece)
+        first += len(piece)
+    return torch.cat(pieces)  # a copy, so the caller cannot write into the cache
+
+
+# a few blocks in flight, each perhaps between two epochs
+@lru_cache(maxsize=8)
+def _permutation(count: int, seed: int, block: int, epoch: int) -> Tensor:
+    order = generator("cpu", seed, block, epoch, _ORDER_STREAM)
+    return torch.randperm(count, generator=order)
+
+
+def forget_orders() -> None:
+    """Drop the orders that are kept: those made under a fake mode serve no run, nor the reverse."""
+    _permutation.cache_clear()

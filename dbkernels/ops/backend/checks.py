@@ -1,0 +1,108 @@
+"""What the public functions of this room refuse, with the name, the expected and the got."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dbkernels.ops.backend.register import implementation
+from dbkernels.ops.backend.tile import MAX_D
+
+Norm = Literal["layer", "rms"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_norm(norm: str) -> bool:
+    """Whether the norm subtracts the mean."""
+    if norm not in ("layer", "rms"):
+        raise ValueError(f"norm must be layer or rms, got {norm}")
+    return norm == "layer"
+
+
+def check_floats(**tensors: Tensor | None) -> None:
+    """One device, and dtypes that its kernels take; None is a tensor that was not given."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    devices = {str(tensor.device) for tensor in given.values()}
+    if len(devices) > 1:
+        raise ValueError(f"{_list(given)} must be on one device, got {', '.join(sorted(devices))}")
+    for name, tensor in given.items():
+        _check_dtype(name, tensor.dtype, tensor.device)
+
+
+def result_dtype(dtype: torch.dtype | None, like: Tensor) -> torch.dtype:
+    """What was asked for, which kernels must be able to write; None is the dtype of a tensor."""
+    if dtype is None:
+        return like.dtype
+    _check_dtype("dtype", dtype, like.device)
+    return dtype
+
+
+def check_tokens(**tensors: Tensor) -> None:
+    """(B, T, D) each, one shape, a width that a row's tile can hold."""
+    first = next(iter(tensors.values()))
+    if first.dim() != 3 or not _one_shape(tensors):
+        raise ValueError(f"{_list(tensors)} must be (B, T, D), got {_shapes(tensors)}")
+    if not 1 <= first.shape[-1] <= MAX_D:
+        raise ValueError(f"D must be 1 to {MAX_D}, got {first.shape[-1]}")
+
+
+def check_modulation(x: Tensor, **tensors: Tensor) -> None:
+    """Per sample (B, D) or per token (B, T, D), and all of them alike."""
+    B, T, D = x.shape
+    first = next(iter(tensors.values()))
+    if not _one_shape(tensors) or tuple(first.shape) not in ((B, D), (B, T, D)):
+        raise ValueError(
+            f"{_list(tensors)} must be (B, D) = ({B}, {D}) or (B, T, D) = ({B}, {T}, {D}), "
+            f"got {_shapes(tensors)}"
+        )
+    if first.stride(-1) != 1 or any(
+        tensor.stride() != first.stride() or tensor.dtype != first.dtype
+        for tensor in tensors.values()
+    ):
+        raise ValueError(
+            f"{_list(tensors)} must be slices of one modulation tensor: equal dtypes, equal "
+            "strides, the last 1, got "
+            + _list(f"{tensor.dtype} {tensor.stride()}" for tensor in tensors.values())
+        )
+
+
+def as_samples(x: Tensor, modulation: Tensor) -> Tensor:
+    """x as (B, T, D) with one row of the modulation to a sample: per token, a token is a sample."""
+    return x.contiguous().reshape(-1, 1, x.shape[-1]) if modulation.dim() == 3 else x.contiguous()
+
+
+def as_rows(modulation: Tensor) -> Tensor:
+    """(B, D) or (B, T, D) as (samples, D)."""
+    return modulation.reshape(-1, modulation.shape[-1])
+
+
+def refuse_double_backward(op: str) -> None:
+    """Gradients are written by kernels that autograd cannot see into."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op} has no second derivative: call backward without create_graph=True"
+        )
+
+
+def _check_dtype(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    if dtype in DTYPES:
+        return
+    # plain torch also runs in float64, which is how a gradient is checked by differences
+    dtypes = (*DTYPES, torch.float64) if implementation(device) == "torch" else DTYPES
+    if dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be one of {names}, got {dtype}")
+
+
+def _one_shape(tensors: dict[str, Tensor]) -> bool:
+    # no set of shapes: torch 2.11 cannot compile one of sizes that vary
+    first = next(iter(tensors.values()))
+    return all(tensor.shape == first.shape for tensor in tensors.values())
+
+
+def _shapes(tensors: dict[str, Tensor]) -> str:
+    return _list(map(str, sorted({tuple(tensor.shape) for tensor in tensors.values()})))
+
+
+def _list(names) -> str:
+    return " and ".join(names)

@@ -1,0 +1,147 @@
+"""Give the launchers of an op one name that the compiler can see, and choose which of them runs.
+
+An op writes into tensors that its caller allocated and returns nothing: what a step allocates is
+then visible to whoever counts it, and a fake implementation has nothing to do.
+
+Its schema is written once, beside its launchers. Compiled code implements the op of the same name
+in the namespace dbkernels_compiled, and need not be there.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal, get_args
+
+import torch
+import triton
+from torch import Tensor
+
+from dbkernels.ops.backend import library
+
+Implementation = Literal["cpp", "cuda", "triton", "torch"]
+NAMES: tuple[Implementation, ...] = get_args(Implementation)
+
+_LIBRARY = torch.library.Library("dbkernels", "DEF")
+_COMPILED = torch.library.Library("dbkernels_compiled", "DEF")
+_asked_for: list[Implementation] = []
+_ops: list[str] = []
+
+
+def register(
+    schema: str, *, triton: Callable, torch_: Callable, check: Callable | None = None
+) -> Callable:
+    """Register two launchers with the same arguments under `schema`; return the op.
+
+    `check` looks at values, and raises before anything is written. It is called where that does not
+    wait for a GPU, and not in the public function: compilers and fake tensors have no values.
+    """
+    name = schema.partition("(")[0]
+    _ops.append(name)
+    _COMPILED.define(schema.replace("SymInt", "int"))
+    compiled = getattr(torch.ops.dbkernels_compiled, name).default
+    launchers = {"triton": triton, "torch": torch_, "cpp": compiled, "cuda": compiled}
+    reads = [argument.alias_info is None for argument in compiled._schema.arguments]
+
+    def launch(*args):
+        device = args[0].device
+        if check is not None and device.type == "cpu":
+            check(*args)
+        chosen = _choose(name, device, float64=_float64_is_chosen(args, reads))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            launchers[chosen](*args)
+
+    _LIBRARY.define(schema)
+    # torch.library.custom_op does the same for about three times the host time per call
+    _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dbkernels::{name}", lambda *args: None, lib=_LIBRARY)
+    return getattr(torch.ops.dbkernels, name).default
+
+
+def registered() -> tuple[str, ...]:
+    """The ops by name, such as gelu_fwd."""
+    return tuple(_ops)
+
+
+def implementation(device: torch.device | str, op: str | None = None) -> Implementation:
+    """What runs an op on a device: what was asked for, else compiled code where there is some.
+
+    Args:
+        device:  of the op's tensors, which are not float64: plain torch alone takes those
+        op:      by name, such as gelu_fwd; None is one without compiled code
+    Raises:
+        ValueError: there is no such op.
+    """
+    if _asked_for:
+        return _asked_for[-1]
+    device = torch.device(device)
+    if op is not None:
+        if op not in _ops:
+            raise ValueError(f"op must be one of {', '.join(_ops)}, got {op}")
+        if library.serves(op, device):
+            return library.NAMES[device.type]
+    return "triton" if device.type == "cuda" else "torch"
+
+
+@contextmanager
+def use_implementation(name: Implementation) -> Iterator[None]:
+    """Run the ops of this process by name; for tests, benchmarks and the search for a fault.
+
+    Args:
+        name:  "cpp" or "cuda", compiled for a CPU or a GPU, and then an op that has no such code
+               raises RuntimeError; "triton"; "torch", which is plain torch
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: nothing here runs it: no GPU, no compiled library, no interpreter of Triton.
+    """
+    if name not in NAMES:
+        raise ValueError(f"implementation must be one of {', '.join(NAMES)}, got {name}")
+    reason = _why_not(name)
+    if reason is not None:
+        raise RuntimeError(f"implementation {name} {reason}")
+    _asked_for.append(name)
+    try:
+        yield
+    finally:
+        _asked_for.pop()
+
+
+def _why_not(name: Implementation) -> str | None:
+    """Why an implementation cannot run here at all."""
+    if name == "triton" and not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+        return (
+            "needs an NVIDIA GPU, or TRITON_INTERPRET=1 in the environment before dbkernels is "
+            "imported"
+        )
+    reason = library.library().reason if name == "cpp" else None
+    if name == "cuda":
+        reason = library.cuda_reason(torch.device("cuda"))
+    return None if reason is None else f"cannot run: {reason}"
+
+
+def _choose(op: str, device: torch.device, *, float64: bool) -> Implementation:
+    """The implementation of one call, which exists."""
+    chosen = implementation(device, op)
+    if chosen in ("triton", "torch"):
+        return chosen
+    if not _asked_for:
+        return "torch" if float64 else chosen
+    there = [library.NAMES[device.type]] if library.serves(op, device) else []
+    if chosen not in there:
+        raise RuntimeError(
+            f"{op} has no implementation {chosen} on {device.type}, "
+            f"it has {', '.join([*there, 'triton', 'torch'])}"
+        )
+    return chosen
+
+
+def _float64_is_chosen(args: tuple, reads: list[bool]) -> bool:
+    """Whether a tensor is float64 and one that is read has floats.
+
+    An op that reads none, at most integers, has float64 in its output by its meaning and not by its
+    caller's choice.
+    """
+    if not any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
+        return False
+    return any(
+        read and isinstance(arg, Tensor) and arg.is_floating_point()
+        for arg, read in zip(args, reads, strict=True)
+    )

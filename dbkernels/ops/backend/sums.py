@@ -1,0 +1,101 @@
+"""Sums that several programs share: each writes its own part, and one launch adds the parts up.
+
+A program holds rows of one sample, or runs of rows of several; a run within a sample is a segment,
+and has a row of each sum for itself. No atomics: every run of a kernel gives the same bits.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dbkernels.ops.backend.tile import RowLaunch
+
+MOST = 3  # sums of one kernel
+BLOCK_D = 128  # columns of a program, one 16-byte load to a thread of a warp
+BLOCK_S = 16  # segments that are loaded together
+
+
+class Segments(NamedTuple):
+    """Which rows of which samples a program holds."""
+
+    T: int
+    """Rows of a sample."""
+    rows: int
+    """Of a program."""
+    count: int
+    """Of segments, for all samples."""
+
+
+@triton.jit
+def segment(batch, samples_are_shared):
+    """The row of this program's sums of a sample; the sample itself where no program shares it.
+
+    From one segment to the next either the program or the sample goes on, so no two have one row.
+    """
+    return batch + tl.program_id(0) * samples_are_shared
+
+
+@triton.jit
+def _sum_kernel(
+    parts_ptr, out0_ptr, out1_ptr, out2_ptr,  # (sums, segments, D), (B, D) each
+    T, D, stride, rows_per_program, segments,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(0).to(tl.int64)
+    first = batch * T // rows_per_program + batch
+    last = ((batch + 1) * T - 1) // rows_per_program + batch
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    out, mask = batch * stride + cols, cols < D
+
+    total = _sum_rows(parts_ptr, first, last, cols, D, BLOCK_S, BLOCK_D)
+    tl.store(out0_ptr + out, total, mask=mask)
+    if out1_ptr is not None:
+        parts_ptr += segments.to(tl.int64) * D
+        total = _sum_rows(parts_ptr, first, last, cols, D, BLOCK_S, BLOCK_D)
+        tl.store(out1_ptr + out, total, mask=mask)
+    if out2_ptr is not None:
+        parts_ptr += segments.to(tl.int64) * D
+        total = _sum_rows(parts_ptr, first, last, cols, D, BLOCK_S, BLOCK_D)
+        tl.store(out2_ptr + out, total, mask=mask)
+
+
+@triton.jit
+def _sum_rows(ptr, first, last, cols, D, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of rows first to last, (1, BLOCK_D)."""
+    total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for start in range(first, last + 1, BLOCK_S):
+        row = start + tl.arange(0, BLOCK_S)[:, None]
+        total += tl.load(ptr + row * D + cols, mask=(row <= last) & (cols < D), other=0.0)
+    return tl.sum(total, axis=0)[None, :]
+
+
+@contextmanager
+def partial_sums(segments: Segments, *outs: Tensor) -> Iterator[list[Tensor]]:
+    """Where segments write their sums (segments, D) each; added into outs (B, D) at the end.
+
+    The outs have equal strides, and are written in their own dtype.
+    """
+    B, D = outs[0].shape
+    parts = torch.empty((len(outs), segments.count, D), dtype=torch.float32, device=outs[0].device)
+    yield list(parts)
+    grid = B, triton.cdiv(D, BLOCK_D)
+    _sum_kernel[grid](
+        parts, *outs, *(None for _ in range(MOST - len(outs))),
+        segments.T, D, outs[0].stride(0), segments.rows, segments.count, BLOCK_S, BLOCK_D,
+    )  # fmt: skip
+
+
+@contextmanager
+def sums_of_samples(launch: RowLaunch, T: int, *outs: Tensor) -> Iterator[list[Tensor]]:
+    """Where the programs of a launch write the sums of samples, outs (B, D) themselves if alone."""
+    if not launch.samples_are_shared:
+        yield list(outs)
+        return
+    segments = Segments(T, launch.rows, launch.segments(len(outs[0])))
+    with partial_sums(segments, *outs) as sums:
+        yield sums

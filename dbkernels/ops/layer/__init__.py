@@ -1,0 +1,1 @@
+"""A whole transformer layer as one autograd function."""

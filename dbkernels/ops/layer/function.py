@@ -1,0 +1,153 @@
+"""A whole AdaLN layer as one autograd function, with a chosen set of what it keeps.
+
+    y1 = (1 + scale1) * norm(x) + shift1,     a = attention(y1),    x1 = x + gate1 * a
+    y2 = (1 + scale2) * norm(x1) + shift2,    m = mlp(y2),          out = x1 + gate2 * m
+
+Peebles & Xie 2023 (arXiv:2212.09748), section 3.2, adaLN-Zero. Of all that this makes, the backward
+needs only x, q, k, v, the attention's result, a, the MLP's pre-activation and m: the rest are
+elementwise functions of those within a row. `recompute` tells what less can be kept.
+
+Where a sequence's first tokens alone are read, the others are only keys and values: of them x, k
+and v are all that is computed and kept.
+"""
+
+import torch
+from torch import Tensor
+
+from dbkernels.ops._norm import NormOptions
+from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.graph import compute_dtype, dtypes_as_they_are, is_last_to_read
+from dbkernels.ops.layer.cast import cast
+from dbkernels.ops.layer.checks import check_layer, check_options
+from dbkernels.ops.layer.passes import LayerCall
+from dbkernels.ops.layer.projection import Gradients
+from dbkernels.ops.layer.recompute import POLICIES, Recompute
+from dbkernels.ops.layer.stream import ResidualStream, Run
+from dbkernels.ops.layer.tensors import Activations, LayerModulation, LayerOptions, LayerWeights
+
+WEIGHTS, ACTIVATIONS = len(LayerWeights._fields), len(Activations._fields)
+
+# autograd
+
+
+class _AdaLNLayer(torch.autograd.Function):
+    """(out, a, m), the last two None if nothing is kept.
+
+    The run that led to x follows the weights: its start, gates, then branches.
+    """
+
+    @staticmethod
+    def forward(ctx, options, x, modulation, rotary, *rest):
+        weights, run = rest[:WEIGHTS], rest[WEIGHTS:]
+        call = LayerCall(x, modulation, rotary, _in_branches(weights, options), options)
+        out, activations = call.forward()
+        keeps = POLICIES[options.recompute].keeps
+        kept = (t if name in keeps else None for name, t in activations._asdict().items())
+        if POLICIES[options.recompute].narrow:
+            run = (call.narrowed(),)
+        ctx.save_for_backward(modulation, rotary, *weights, *kept, *run)
+        branches = activations.a, activations.m
+        ctx.mark_non_differentiable(*(branch for branch in branches if branch is not None))
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        return out, *branches
+
+    @staticmethod
+    def backward(ctx, dout, da, dm):
+        checks.refuse_double_backward("adaln_layer")
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
+        owned = is_last_to_read()
+        modulation, rotary, *saved = ctx.saved_tensors
+        weights, saved = LayerWeights(*saved[:WEIGHTS]), saved[WEIGHTS:]
+        kept = dict(zip(Activations._fields, saved[:ACTIVATIONS], strict=True))
+        start, *links = saved[ACTIVATIONS:]
+        if owned:
+            # nothing but kept holds what the forward kept, so each tensor dies with its last use
+            ctx.maybe_clear_saved_tensors()
+        del saved
+        x = Run(start, links[: len(links) // 2], links[len(links) // 2 :]).x()
+        wanted = dict(zip(LayerWeights._fields, ctx.needs_input_grad[4:], strict=False))
+        names = [name for name in wanted if wanted[name]]
+        gradients = Gradients(frozenset(names), weights.qkv_weight.dtype)
+        weights = _in_branches(weights, ctx.options)
+        call = LayerCall(x, modulation, rotary, weights, ctx.options)
+        with dtypes_as_they_are(dout.device.type):
+            dx, dmodulation = call.backward(dout.contiguous(), kept, gradients, owned=owned)
+        dweights = cast([gradients.sums.get(name) for name in wanted], gradients.dtype)
+        run = len(ctx.needs_input_grad) - 4 - WEIGHTS
+        return None, dx, dmodulation, None, *dweights, *(None,) * run
+
+
+def _in_branches(weights, options: LayerOptions) -> LayerWeights:
+    """In the dtype of the branches, once in a forward and again in its backward.
+
+    Kept from one to the other, the copies would take 2 bytes for each parameter of a block at the
+    peak of its step. To read 4 bytes and write 2 again costs far less than that memory is worth.
+    """
+    return LayerWeights(*cast(weights, options.norm.dtype))
+
+
+# public
+
+
+def adaln_layer(
+    x: Tensor,
+    modulation: Tensor,
+    weights: LayerWeights,
+    *,
+    num_heads: int,
+    rotary: Tensor | None = None,
+    mlp: str = "gelu",
+    norm: checks.Norm = "layer",
+    eps: float = 1e-6,
+    recompute: Recompute = "none",
+    stream: ResidualStream | None = None,
+    num_queries: int | None = None,
+) -> Tensor:
+    """Run one AdaLN layer, keeping for its backward what the policy says.
+
+    The branches run in the dtype of the weights, or in autocast's; the residual stream keeps that
+    of x. The backward writes over what it kept, unless it is told to retain the graph.
+
+    Args:
+        x:           (B, T, D)  residual stream: float32, bfloat16 or float16
+        modulation:  (B, 6 D) per sample or (B, T, 6 D) per token: shift, scale and gate of the
+                     attention branch, then of the MLP
+        weights:     of one dtype, as `LayerWeights` tells their shapes
+        num_heads:   divides D
+        rotary:      (2, T, D / num_heads) cosines and sines, float32; None does not rotate
+        mlp:         "gelu" (tanh) or "swiglu"
+        norm:        "layer", or "rms", which does not subtract the mean
+        eps:         of the norms, in units of x**2
+        recompute:   a name of `POLICIES`
+        stream:      of the stack that this layer stands in: spares most layers keeping x
+        num_queries: 1 to T: the first so many tokens' results alone, for which all T are keys and
+                     values; None is T. What only others need is neither computed nor kept
+    Returns:
+        (B, T or num_queries, D), dtype of x.
+    Raises:
+        ValueError: a shape, dtype or device disagrees, a name is unknown, or num_queries is not
+            from 1 to T.
+        RuntimeError: the gradient is differentiated.
+    """
+    check_options(mlp, recompute)
+    dtype = compute_dtype(x, weights.qkv_weight)
+    options = LayerOptions(
+        num_heads, mlp, NormOptions(eps, checks.check_norm(norm), dtype), recompute, num_queries
+    )
+    check_layer(x, modulation, rotary, weights, options)
+    if num_queries == x.shape[1]:
+        options = options._replace(num_queries=None)
+    x, modulation = x.contiguous(), checks.as_rows(modulation)
+    if modulation.stride(-1) != 1:  # kernels read columns that follow each other
+        modulation = modulation.contiguous()
+    run = Run(x.detach()) if stream is None else stream.run_to(x)
+    out, a, m = _AdaLNLayer.apply(
+        options, x, modulation, rotary, *weights, run.start, *run.gates, *run.branches
+    )
+    followed = stream is not None and options.num_queries is None
+    if followed and out.requires_grad and {"a", "m"} <= POLICIES[recompute].keeps:
+        mod = LayerModulation(*modulation.chunk(6, dim=-1))
+        stream.extend(run, out, [mod.gate1, mod.gate2], [a, m])
+    return out

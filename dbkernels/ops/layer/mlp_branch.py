@@ -1,0 +1,90 @@
+"""The MLP branch of a layer, in chunks of tokens: its widest tensors exist a part at a time."""
+
+import torch
+from torch import Tensor
+
+from dbkernels.ops._norm import statistics_dtype
+from dbkernels.ops.backend.dry_run_device import runs_as_on_gpu
+from dbkernels.ops.gelu import gelu_backward, gelu_forward
+from dbkernels.ops.layer.projection import Gradients, as_rows, chunks, project
+from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.ops.swiglu import swiglu_backward, swiglu_forward
+
+CHUNK = 8192  # tokens: enough of them to fill a GPU with one matmul
+_addmm_gelu = torch.ops.aten._addmm_activation
+ACTIVATIONS = {"gelu": (gelu_forward, gelu_backward), "swiglu": (swiglu_forward, swiglu_backward)}
+
+
+def mlp_branch(y: Tensor, mlp: str, w: LayerWeights, *, hidden: Tensor | None) -> Tensor:
+    """The MLP's output, over y (B, T, D); writes hidden (B * T, F) where it is given."""
+    activate, _ = ACTIVATIONS[mlp]
+    rows = as_rows(y)
+    epilogue = hidden is None and _has_epilogue(rows, mlp, w)
+    for chunk in chunks(len(rows), _chunk(rows, 2 if hidden is None and not epilogue else 1)):
+        if epilogue:
+            u = _addmm_gelu(w.fc1_bias, rows[chunk], w.fc1_weight.T, use_gelu=True)
+        else:
+            kept = None if hidden is None else hidden[chunk]
+            u = activate(project(rows[chunk], w.fc1_weight, out=kept), w.fc1_bias)
+        project(u, w.fc2_weight, w.fc2_bias, out=rows[chunk])
+        del u  # or the next chunk's would stand beside it
+    return y
+
+
+def mlp_branch_backward(
+    dm: Tensor,
+    y: Tensor | None,
+    hidden: Tensor | None,
+    mlp: str,
+    w: LayerWeights,
+    *,
+    dhidden: Tensor | None,
+    gradients: Gradients,
+) -> Tensor:
+    """dy (B, T, D), from the gradient of the MLP's output.
+
+    With hidden, dhidden is written, which may be hidden itself, and the gradient of fc1's weight is
+    left to the caller, who has y later. Without, hidden is computed again from y. dy is written
+    over dm, a chunk at a time.
+    """
+    _, activate_backward = ACTIVATIONS[mlp]
+    rows = as_rows(dm)
+    size = _chunk(rows, 2 if hidden is None else 1)
+    part = len(rows) > size
+    gradients.add_bias("fc2", dm)
+    for chunk in chunks(len(rows), size):
+        h = project(as_rows(y)[chunk], w.fc1_weight) if hidden is None else hidden[chunk]
+        dh = h if hidden is None else dhidden[chunk]
+        u = project(rows[chunk], w.fc2_weight.T)  # du, until the activation is written over it
+        dbias = h.new_empty(h.shape[1], dtype=statistics_dtype(h))
+        activate_backward(h, u, w.fc1_bias, dh=dh, u=u, dbias=dbias)
+        gradients.add_weight("fc2", rows[chunk], u, part=part)
+        if "fc1_bias" in gradients.wanted:
+            gradients.add("fc1_bias", dbias)
+        if hidden is None:
+            gradients.add_weight("fc1", dh, as_rows(y)[chunk], part=part)
+        project(dh, w.fc1_weight.T, out=rows[chunk])
+        del h, dh, u, dbias
+    return dm
+
+
+def _has_epilogue(rows: Tensor, mlp: str, w: LayerWeights) -> bool:
+    """Whether fc1 can give its activation alone, for those who do not keep its pre-activation.
+
+    cuBLASLt adds the bias and takes GELU in its tanh form before it rounds and writes: one launch
+    less, and 4 F bytes less to move for a token. Only for bfloat16: the tanh may be the hardware's,
+    of 11 bits. A CPU's op of that name has GELU's other form.
+    """
+    fits = mlp == "gelu" and w.fc1_bias is not None and rows.dtype == torch.bfloat16
+    return fits and runs_as_on_gpu(rows)
+
+
+def _chunk(rows: Tensor, temporaries: int) -> int:
+    """Tokens of a chunk, of those in rows, each of which has so many temporaries of hidden's width.
+
+    On a GPU those of a chunk together are as large as hidden would be of half of the tokens, which
+    the attention's backward needs too, or of 2 CHUNK: few launches are worth more than that saves.
+    """
+    if not runs_as_on_gpu(rows):
+        return CHUNK
+    return max(2 * CHUNK, -(-len(rows) // 2)) // temporaries

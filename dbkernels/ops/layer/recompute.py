@@ -1,0 +1,58 @@
+"""What a layer's backward computes again: from most memory to most arithmetic.
+
+A unit is D elements per token in the dtype of the branches. Counts are for a residual stream of
+that dtype and a hidden layer of 4 D; logsumexp and the statistics of two norms add H + 4 float32
+numbers per token where they are kept, and a condition of each token adds its modulation, 6 D.
+Tokens whose result is not asked for count x, k and v alone.
+
+On a CPU all policies give the same bits, except the last one where the stream is wider than the
+branches, as in autocast: it keeps x in the branches' dtype, and its backward runs the layer on
+that. What the norms make of x is rounded to that dtype in any case. On a GPU policies without
+`hidden` take GELU of what bfloat16 has not rounded yet, and sum gradients in other parts.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dbkernels.ops.layer.tensors import Activations
+
+Recompute = Literal["none", "attention", "mlp", "qkv", "layer", "layer_narrow"]
+
+
+@dataclass(frozen=True)
+class RecomputePolicy:
+    """One choice of what a layer keeps for its backward and what it computes again."""
+
+    keeps: frozenset[str]
+    """Names of `Activations`; the layer's input x is always kept."""
+    units: int
+    """D elements per token."""
+    recomputes: str
+    """What the backward computes again, beside norms, modulation and activation."""
+    narrow: bool = False
+    """Whether x is kept in the dtype of the branches where that is narrower."""
+
+
+_ALL = frozenset(Activations._fields)
+
+POLICIES: dict[Recompute, RecomputePolicy] = {
+    "none": RecomputePolicy(_ALL, 11, "nothing"),
+    "attention": RecomputePolicy(_ALL - {"attended", "logsumexp"}, 10, "the attention"),
+    "mlp": RecomputePolicy(_ALL - {"hidden"}, 7, "fc1"),
+    "qkv": RecomputePolicy(
+        _ALL - {"hidden", "q", "qkv"}, 4, "fc1 and the projection to q, k and v"
+    ),
+    "layer": RecomputePolicy(frozenset(), 1, "everything"),
+    "layer_narrow": RecomputePolicy(
+        frozenset(), 1, "everything, from x in the branches' dtype", narrow=True
+    ),
+}
+
+
+def policies_of(*, mixed: bool) -> tuple[Recompute, ...]:
+    """The policies that differ, from most memory to least.
+
+    Args:
+        mixed:  whether the stream is wider than the branches, as in autocast
+    """
+    return tuple(recompute for recompute, policy in POLICIES.items() if mixed or not policy.narrow)

@@ -1,0 +1,88 @@
+import math
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dbkernels.ops import LayerWeights, adaln_layer
+from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu
+from dbkernels.ops.backend.register import use_implementation
+from dbkernels.ops.backend.scratch import scratch_bytes
+from dbkernels.ops.philox import Draw
+from dbkernels.ops.score_loss import score_loss
+
+B, T, D, H, FLOAT32 = 2, 64, 32, 2, 4
+PROCESSORS = 132
+
+
+class Scratch(TorchDispatchMode):
+    """Scratch of each op, by name: what is counted, and what its launcher allocates."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.allocated = {}, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("dbkernels::")
+        if size := scratch_bytes(func, args):
+            self.bytes[name] = size
+        if func.namespace != "dbkernels":
+            return func(*args, **(kwargs or {}))
+        # nothing else in a launcher makes a tensor by this name
+        with patch.object(torch, "empty", wraps=torch.empty) as empty:
+            func(*args)
+        if empty.called:
+            shapes = (call.args[0] for call in empty.call_args_list)
+            self.allocated[name] = FLOAT32 * sum(map(math.prod, shapes))
+
+
+def layer_scratch(mlp="gelu", qk_norm=False, processors=PROCESSORS, samples=B):
+    hidden = 4 * D
+    shapes = [(3 * D, D), (3 * D,), (D, D), (D,), (hidden, D), (hidden,), (D, hidden), (D,)]
+    if mlp == "swiglu":
+        shapes[4:6] = [(2 * hidden, D), (2 * hidden,)]
+    shapes += [(D // H,)] * 2 if qk_norm else []
+    weights = LayerWeights(*(torch.ones(shape, requires_grad=True) for shape in shapes))
+    modulation = torch.ones(samples, 6 * D, requires_grad=True)
+    x = torch.ones(samples, T, D, requires_grad=True)
+    with dry_run_on_gpu(processors), Scratch() as scratch:
+        adaln_layer(x, modulation, weights, num_heads=H, mlp=mlp).sum().backward()
+    return scratch
+
+
+def test_programs_that_share_a_sample_have_sums_of_their_own():
+    found = layer_scratch().bytes
+    # more programs than rows: each has one tile of 4 rows, and each sample may begin within one
+    segments = B * T // 4 + B - 1
+    assert found["adaln_norm_bwd"] == FLOAT32 * segments * D * 2
+    assert found["gated_adaln_norm_bwd"] == FLOAT32 * segments * D * 3
+    assert found["gated_residual_bwd"] == FLOAT32 * segments * D
+
+
+def test_forwards_and_ops_of_others_have_none():
+    assert all(name.endswith("_bwd") for name in layer_scratch().bytes)
+    assert scratch_bytes(torch.ops.aten.mm.default, (torch.ones(2, 2), torch.ones(2, 2))) == 0
+
+
+def test_with_a_program_to_each_sample_there_is_nothing_to_add_up():
+    # 4 programs of one processor
+    assert "gated_adaln_norm_bwd" in layer_scratch(processors=1, samples=3).bytes
+    assert "gated_adaln_norm_bwd" not in layer_scratch(processors=1, samples=4).bytes
+
+
+@pytest.mark.parametrize("processors", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"mlp": "swiglu", "qk_norm": True}], ids=str)
+def test_a_layer_s_launchers_allocate_what_is_counted(options, processors):
+    with use_implementation("triton"):
+        scratch = layer_scratch(**options, processors=processors)
+    assert scratch.bytes == scratch.allocated
+
+
+@pytest.mark.parametrize("elements", [1024, 1025, 3000])
+def test_the_score_loss_allocates_what_is_counted(elements):
+    z0 = torch.ones(3, elements)
+    with use_implementation("triton"), Scratch() as scratch:
+        score_loss(z0, z0, torch.ones(3), Draw(0, 0), sigma_data=0.5)
+    expected = {"score_loss_fwd": FLOAT32 * 3 * -(-elements // 1024)} if elements > 1024 else {}
+    assert scratch.bytes == scratch.allocated == expected
