@@ -91,11 +91,13 @@ def draw_on(device: torch.device) -> ops.Draw:
 
 
 def _noise(draw: ops.Draw, z0: Tensor, sigma: Tensor) -> tuple[Tensor, None]:
-    return ops.add_noise(z0, sigma, draw, scale="c_in", sigma_data=SIGMA_DATA), None
+    p = c_in(sigma, SIGMA_DATA)
+    return ops.add_noise(z0, p, sigma * p, draw), None
 
 
 def _loss(draw: ops.Draw, prediction: Tensor, z: None, z0: Tensor, sigma: Tensor) -> Tensor:
-    return ops.score_loss(prediction, z0, sigma, draw, sigma_data=SIGMA_DATA)[0]
+    p = c_in(sigma, SIGMA_DATA)
+    return ops.score_loss(prediction, z0, sigma * p / SIGMA_DATA, -SIGMA_DATA * p, draw)[0]
 
 
 def _eager_noise(z0: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

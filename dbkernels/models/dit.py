@@ -29,7 +29,7 @@ from dbkernels.ops.adaln_norm import adaln_norm
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.ops.philox import Draw
-from dbkernels.ops.score_loss import score_loss_
+from dbkernels.ops.score_loss import score_loss
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,12 @@ class DiT(nn.Module):
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Squared error of the denoised image, mean over the elements of each sample, (B,)."""
         z0, sigma_data = batch["image"], self.config.sigma_data
-        scaled = add_noise(z0, level, draw, scale="c_in", sigma_data=sigma_data)
-        F = self._network(scaled, level, layers, batch)
-        losses, _ = score_loss_(
-            F, z0, level, draw, sigma_data=sigma_data, weight="none", reduction="none"
+        p = c_in(level, sigma_data)
+        F = self._network(add_noise(z0, p, level * p, draw), level, layers, batch)
+        alpha, beta = level * p / sigma_data, -sigma_data * p
+        weight = c_out(level, sigma_data).square()
+        losses, _ = score_loss(
+            F, z0, alpha, beta, draw, weight=weight, reduction="none", inplace=True
         )
         return losses
 

@@ -108,7 +108,7 @@ class ViT(nn.Module):
 
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Cross-entropy of each sample, (B,), in nats."""
-        z = add_noise(self.target(batch), level, draw)
+        z = add_noise(self.target(batch), torch.ones_like(level), level, draw)
         answer, c = self._answer(z, level, layers, batch)
         return self.cross_entropy(answer, c, z, level, batch["label"])
 

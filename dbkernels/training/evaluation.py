@@ -11,8 +11,7 @@ from torch import Tensor
 from dbkernels.data.images import ImageData
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.models.family import Batch
-from dbkernels.ops.philox import Draw
-from dbkernels.ops.randomness import stream_seed
+from dbkernels.ops.philox import Draw, stream_seed
 from dbkernels.training.inference import classify
 from dbkernels.training.partition import block_at
 from dbkernels.training.sharing import BlockModels

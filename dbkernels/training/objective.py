@@ -41,7 +41,7 @@ def gaussian_step(
         A float32 scalar.
     """
     some = next(iter(batch.values()))
-    sigma = sigma_at(prior, block.trained_noise, uniforms(draw, len(some), some.device))
+    sigma = sigma_at(prior, block.trained_noise, uniforms(draw, len(some), device=some.device))
     losses = model.losses(draw, sigma, block.layers, batch)
     mean_weight = mean_edm_weight(prior, block.trained_noise, sigma_data)
     return weigh(losses, edm_weight(sigma, sigma_data), weighting, mean_weight)

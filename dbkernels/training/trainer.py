@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from dbkernels.data.images import ImageData, batch_indices
 from dbkernels.models.family import Batch
-from dbkernels.ops.philox import Draw
-from dbkernels.ops.randomness import stream_seed
+from dbkernels.ops.philox import Draw, stream_seed
 from dbkernels.training.block_order import BlockOrder
 from dbkernels.training.cuda_graphs import open_cuda_graphs
 from dbkernels.training.micro_batch import MicroBatch

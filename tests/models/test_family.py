@@ -37,7 +37,7 @@ def make_batch():
 
 
 def noisy(model, batch):
-    return add_noise(model.target(batch), LEVEL, DRAW)
+    return add_noise(model.target(batch), torch.ones_like(LEVEL), LEVEL, DRAW)
 
 
 def test_the_families_have_names():
@@ -177,7 +177,8 @@ class Recurrent(nn.Module):
         return self.head(c_skip(sigma, 0.5) * z + c_out(sigma, 0.5) * self.norm(x))
 
     def losses(self, draw, level, layers, batch):
-        logits = self.denoise(add_noise(self.target(batch), level, draw), level, layers, batch)
+        z = add_noise(self.target(batch), torch.ones_like(level), level, draw)
+        logits = self.denoise(z, level, layers, batch)
         return F.cross_entropy(logits.mT, batch["answer"], reduction="none").mean(1)
 
     def estimate(self, prediction):
