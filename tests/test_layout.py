@@ -7,6 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "dbkernels"
 FLOOR = {
+    "whole_file": -1,
     "ops": 0,
     "diffusion": 0,
     "memory": 0,

@@ -15,8 +15,8 @@ from dbkernels.ops.philox import Draw
 from dbkernels.ops.randomness import stream_seed
 from dbkernels.training.inference import classify
 from dbkernels.training.partition import block_at
+from dbkernels.training.pending import Staging
 from dbkernels.training.sharing import BlockModels
-from dbkernels.training.staging import Staging
 
 LEVELS_PER_BLOCK = 8  # quantiles of each block's interval at which its loss is read
 EVALUATION_KEY = 2**62 + 1  # keeps evaluation's streams apart from training's

@@ -22,17 +22,22 @@ from dbkernels.ops.philox import Draw
 from dbkernels.ops.randomness import stream_seed
 from dbkernels.training.block_order import BlockOrder
 from dbkernels.training.cuda_graphs import open_cuda_graphs
-from dbkernels.training.micro_batch import MicroBatch
 from dbkernels.training.offload.offloader import open_offloader
-from dbkernels.training.param_group import ParamGroup
+from dbkernels.training.param_group import ParamGroup, learning_rate, updater
 from dbkernels.training.partition import Block
-from dbkernels.training.pending import Numbers, Pending, Row, Rows
-from dbkernels.training.samples import HeldSamples, ReadSamples, Samples
-from dbkernels.training.schedule import learning_rate
+from dbkernels.training.pending import (
+    HeldSamples,
+    MicroBatch,
+    Numbers,
+    Pending,
+    ReadSamples,
+    Row,
+    Rows,
+    Samples,
+    Staging,
+)
 from dbkernels.training.sharing import SHARED, BlockModels, load_weights, own_group
-from dbkernels.training.staging import Staging
 from dbkernels.training.trainer_config import TrainerConfig
-from dbkernels.training.updater import updater
 
 Objective = Callable[[nn.Module, Block, Batch, Draw], Tensor]
 Augment = Callable[[Batch, Draw], Batch]
@@ -69,7 +74,14 @@ class Trainer:
         self.data, self.objective, self.config, self.augment = data, objective, config, augment
         self.device = _device(models, config, device)
         self.step = 0
-        self.block_order = BlockOrder(config, len(self.blocks))
+        self.block_order = BlockOrder(
+            len(self.blocks),
+            steps=config.steps,
+            order=config.order,
+            seed=config.seed,
+            steps_per_swap=config.steps_per_swap,
+            swaps=config.offload != "none",
+        )
         self.micro_batch = MicroBatch(
             config.batch_size // config.accumulate,
             config.batch_size,

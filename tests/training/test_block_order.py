@@ -3,11 +3,11 @@ from itertools import pairwise
 import pytest
 
 from dbkernels.training.block_order import TIMED_STEPS, BlockOrder
-from dbkernels.training.trainer_config import TrainerConfig
 
 
-def block_order(num_blocks=3, steps=40, **settings):
-    return BlockOrder(TrainerConfig(steps=steps, **{"offload": "cpu", **settings}), num_blocks)
+def block_order(num_blocks=3, **settings):
+    defaults = {"steps": 40, "order": "shuffled", "seed": 0, "steps_per_swap": 1, "swaps": True}
+    return BlockOrder(num_blocks, **defaults | settings)
 
 
 def never():
@@ -40,7 +40,7 @@ def test_a_given_length_stays_and_times_no_swap():
 
 
 def test_nothing_is_timed_where_nothing_is_swapped():
-    plan = block_order(steps_per_swap=0, offload="none")
+    plan = block_order(steps_per_swap=0, swaps=False)
     assert plan.steps_per_swap == 1 and not plan.timed(1, 1.0, never)
 
 

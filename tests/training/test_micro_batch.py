@@ -3,7 +3,7 @@ import weakref
 import pytest
 import torch
 
-from dbkernels.training.micro_batch import MicroBatch
+from dbkernels.training.pending import MicroBatch
 
 
 class Memory:

@@ -1,7 +1,7 @@
 import torch
 from training.tiny import make_data
 
-from dbkernels.training.samples import HeldSamples, ReadSamples
+from dbkernels.training.pending import HeldSamples, ReadSamples
 
 INDICES = torch.tensor([3, 1, 4, 1, 5])
 

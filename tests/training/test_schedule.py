@@ -3,13 +3,22 @@ from functools import partial
 
 import pytest
 
-from dbkernels.training.schedule import (
-    average_decay,
-    block_index,
-    fewest_steps_per_swap,
-    learning_rate,
-    steps_left,
-)
+from dbkernels.training.block_order import BlockOrder, fewest_steps_per_swap
+from dbkernels.training.param_group import average_decay, learning_rate
+
+
+def block_index(step, num_blocks, *, steps, order, seed, steps_per_swap=1):
+    made = BlockOrder(
+        num_blocks, steps=steps, order=order, seed=seed, steps_per_swap=steps_per_swap, swaps=True
+    )
+    return made.block(step)
+
+
+def steps_left(step, num_blocks, *, steps, order, steps_per_swap):
+    made = BlockOrder(
+        num_blocks, steps=steps, order=order, seed=0, steps_per_swap=steps_per_swap, swaps=True
+    )
+    return made._turn(step)[2]
 
 
 def test_constant_rate_after_a_linear_warm_up():

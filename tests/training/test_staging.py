@@ -4,7 +4,7 @@ import pytest
 import torch
 from training.tiny import make_data
 
-from dbkernels.training.staging import Staging
+from dbkernels.training.pending import Staging
 
 
 def test_a_tensor_that_is_where_it_is_wanted_is_not_copied():

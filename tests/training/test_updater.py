@@ -7,11 +7,15 @@ from training.tiny import PRIOR, equal, make_trainer, weights
 
 from dbkernels.memory.measure import measure_peak
 from dbkernels.models import ViT, ViTConfig
-from dbkernels.training.param_group import ParamGroup
+from dbkernels.training.param_group import (
+    OptimizerAfterBackward,
+    OptimizerInBackward,
+    ParamGroup,
+    updater,
+)
 from dbkernels.training.partition import partition
 from dbkernels.training.sharing import BlockModels
 from dbkernels.training.trainer import Trainer
-from dbkernels.training.updater import OptimizerAfterBackward, OptimizerInBackward, updater
 
 IN_BACKWARD = {"optimizer_in_backward": True, "clip": 0.0}
 

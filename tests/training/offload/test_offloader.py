@@ -360,7 +360,7 @@ def test_a_swap_that_was_cut_short_loses_nothing(monkeypatch, call, following, p
     for index in (following, 1, 0):
         row = whole.step_block(whole.blocks[index])
         assert swapped.step_block(swapped.blocks[index]) == row
-        slot = slot_range(swapped, swapped.offloader._slot)
+        slot = slot_range(swapped, swapped.offloader.slot)
         assert all(address in slot for address in addresses(swapped, f"block{index}"))
     assert same(swapped, whole)
 
