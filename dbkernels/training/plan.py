@@ -16,8 +16,8 @@ from functools import partial
 
 from dbkernels.memory.trace import CATEGORIES
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
+from dbkernels.training.block_order import fewest_steps_per_swap
 from dbkernels.training.estimate import STATE, Estimate, Setting
-from dbkernels.training.schedule import fewest_steps_per_swap
 from dbkernels.training.trainer_config import Offload
 
 Predictor = Callable[[Setting], dict[Offload, Estimate]]

@@ -37,7 +37,9 @@ def configured(num_blocks=2, recompute="none", model=DIT, split="", sharing="joi
         label_drop=0.0,
         mirror=False,
         shift=0,
-        partition=PartitionConfig(num_blocks=num_blocks, split=split),
+        partition=PartitionConfig(
+            num_blocks=num_blocks, split=split, sharing=settings.pop("sharing", "joint")
+        ),
         prior=LogNormal(),
         trainer=TrainerConfig(**settings),
     )
