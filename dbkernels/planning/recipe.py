@@ -1,0 +1,238 @@
+"""One way to train one model: what profile, plan, budgets, benchmarks and a dry run describe."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+
+from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.memory.workspace import TARGETS, Target, target_named
+from dbkernels.models.baseline import Baseline, use_baseline
+from dbkernels.ops.layer.recompute import POLICIES, Recompute
+from dbkernels.planning.families import WEIGHTING, Blank, ImageData, ModelConfig, preset
+from dbkernels.training.run import PartitionConfig, RunConfig
+from dbkernels.training.sharing import Sharing
+from dbkernels.training.trainer import Trainer
+from dbkernels.training.trainer_config import Offload, TrainerConfig
+
+Method = Literal[
+    "end_to_end", "checkpointed", "selective", "compiled", "block_stock", "block_fused"
+]
+METHODS: tuple[Method, ...] = get_args(Method)
+BASELINES: dict[Method, Baseline | None] = {
+    "end_to_end": "stock",
+    "checkpointed": "checkpointed",
+    "selective": "selective",
+    "compiled": "compiled",
+    "block_stock": "stock",
+    "block_fused": None,
+}
+BLOCKWISE = ("block_stock", "block_fused")
+OFFLOAD: tuple[Offload, ...] = ("none", "cpu")  # disk needs of the device what cpu does
+STEPS = 10**6  # of a run that nobody ends
+Settings = dict[str, str | int | bool | None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model, how it is trained, and the device that trains it.
+
+    Raises:
+        ValueError: settings contradict each other, or no block could be made of the model.
+    """
+
+    family: str
+    preset: str
+    """Name of the sizes of the model in a row; empty where they have no name."""
+    model: ModelConfig
+    """The recipe's recompute takes the place of its own."""
+    batch_size: int = 128
+    """Samples of a step, which are made up."""
+    accumulate: int = 1
+    """Parts that a batch is cut into."""
+    method: Method = "block_fused"
+    """What runs the layers: all but block_fused run plain torch."""
+    num_blocks: int = 1
+    """1 trains end to end."""
+    split: str = ""
+    """Layers per block, as `PartitionConfig` has them; empty splits evenly."""
+    recompute: Recompute | None = "none"
+    """Of the fused layer; None for plain torch."""
+    budget: float | None = None
+    """Share of its activations that compiled may keep, from 0 to 1; None for the other methods."""
+    offload: Offload = "none"
+    prefetch: bool = False
+    sharing: Sharing = "joint"
+    ema: float = 0.0
+    optimizer_in_backward: bool = False
+    """Without clipping, whose norm would be known too late."""
+    autocast: bool = False
+    """Compute in bfloat16; parameters stay float32."""
+    cuda_graphs: bool = False
+    compile_stem_and_head: bool = False
+    data_parallel: int = 1
+    """Devices that share a batch."""
+    device: Target = TARGETS["h100"]
+    """That trains, or that is predicted."""
+
+    def __post_init__(self):
+        _require("method", self.method, METHODS)
+        _require("offload", self.offload, OFFLOAD)
+        policies = tuple(POLICIES) if self.method == "block_fused" else (None,)
+        _require(f"recompute of {self.method}", self.recompute, policies)
+        if self.budget is not None and self.method != "compiled":
+            raise ValueError(f"budget must be None for {self.method}, got {self.budget}")
+        if self.budget is not None and not 0 <= self.budget <= 1:
+            raise ValueError(f"budget must be from 0 to 1, got {self.budget}")
+        if self.num_blocks != 1 and self.method not in BLOCKWISE:
+            raise ValueError(f"num_blocks must be 1 for {self.method}, got {self.num_blocks}")
+        if self.data_parallel != 1:
+            raise ValueError(f"data_parallel must be 1, got {self.data_parallel}")
+        config = self.config()
+        config.partition.blocks(config.model.depth, config.prior)
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of one backward."""
+        return self.batch_size // self.accumulate
+
+    @property
+    def baseline(self) -> Baseline | None:
+        """What runs the layers in plain torch; None is the fused layer."""
+        return BASELINES[self.method]
+
+    def config(self) -> RunConfig:
+        """The run, with the settings that `train` has by default; its data is made up."""
+        return RunConfig(
+            family=self.family,
+            model=replace(self.model, recompute=self.recompute or self.model.recompute),
+            data="made up",
+            weighting=WEIGHTING[self.family],
+            label_drop=0.0,
+            mirror=False,
+            shift=0,
+            partition=PartitionConfig(num_blocks=self.num_blocks, split=self.split),
+            prior=LogNormal(),
+            trainer=TrainerConfig(
+                steps=STEPS,
+                batch_size=self.batch_size,
+                clip=0.0 if self.optimizer_in_backward else 1.0,
+                ema=self.ema,
+                accumulate=self.accumulate,
+                optimizer_in_backward=self.optimizer_in_backward,
+                cuda_graphs=self.cuda_graphs,
+                compile_stem_and_head=self.compile_stem_and_head,
+                autocast=self.autocast,
+                sharing=self.sharing,
+                offload=self.offload,
+                prefetch=self.prefetch,
+            ),
+        )
+
+    def trainer(self, device: torch.device | str, data: Blank | ImageData) -> Trainer:
+        """A trainer at its first step.
+
+        Args:
+            device:  of this machine
+            data:    as `made_up` or `Blank` gives it
+        """
+        config = self.config()
+        models = config.build(config.home(device))
+        if self.baseline is not None:
+            budget = 1.0 if self.budget is None else self.budget
+            use_baseline(models.model, self.baseline, budget=budget)
+        return config.trainer_of(models, data, device=device)
+
+    def settings(self) -> Settings:
+        """What a row of JSON and a budget say of it."""
+        return {
+            "family": self.family,
+            "preset": self.preset,
+            "batch": self.batch_size,
+            "autocast": self.autocast,
+            "optimizer_in_backward": self.optimizer_in_backward,
+            "target": self.device.name,
+            "method": self.method,
+            "num_blocks": self.num_blocks,
+            "recompute": self.recompute,
+            "offload": self.offload,
+        }
+
+
+def of_preset(family: str, name: str) -> Recipe:
+    """A preset of a family, every setting the default.
+
+    Raises:
+        ValueError: there is no such family or preset.
+    """
+    return Recipe(family, name, preset(family, name))
+
+
+def of_settings(settings: Settings) -> Recipe:
+    """The recipe that `Recipe.settings` describes.
+
+    Raises:
+        ValueError: the recipe could not be.
+    """
+    return replace(
+        of_preset(settings["family"], settings["preset"]),
+        batch_size=settings["batch"],
+        autocast=settings["autocast"],
+        optimizer_in_backward=settings["optimizer_in_backward"],
+        device=target_named(settings["target"]),
+        method=settings["method"],
+        num_blocks=settings["num_blocks"],
+        recompute=settings["recompute"],
+        offload=settings["offload"],
+    )
+
+
+def every_way(
+    recipe: Recipe,
+    *,
+    methods: Sequence[Method],
+    num_blocks: Sequence[int],
+    policies: Sequence[Recompute],
+    budget: float,
+    offload: Sequence[Offload],
+) -> list[Recipe]:
+    """A recipe in every way that there is to train it, in the order of what is given.
+
+    Args:
+        recipe:      which has the settings that all share
+        methods:     end to end comes once, block by block for each number of blocks
+        num_blocks:  of block_stock and block_fused
+        policies:    of block_fused
+        budget:      of compiled
+        offload:     of all
+    """
+    found = [
+        replace(
+            recipe,
+            method=method,
+            num_blocks=count,
+            recompute=policy,
+            budget=budget if method == "compiled" else None,
+            offload=place,
+        )
+        for method in methods
+        for count in (num_blocks if method in BLOCKWISE else (1,))
+        for policy in (policies if method == "block_fused" else (None,))
+        for place in offload
+    ]
+    # one block of plain torch is end to end
+    twice = "end_to_end" in methods
+    return [
+        each
+        for each in found
+        if not (twice and each.method == "block_stock" and each.num_blocks == 1)
+    ]
+
+
+def _require(name: str, value: object, known: Sequence[object]) -> None:
+    if value not in known:
+        names, got = (
+            ", ".join("null" if v is None else str(v) for v in vs) for vs in (known, [value])
+        )
+        raise ValueError(f"{name} must be of {names}, got {got}")
