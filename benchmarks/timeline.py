@@ -21,8 +21,8 @@ from training_memory import predict
 
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.shape import FamilyName
-from dbkernels.memory.levels import levels
-from dbkernels.memory.workspace import Target, target_named, target_of
+from dbkernels.memory.allocator import Target, target_named, target_of
+from dbkernels.memory.timeline import levels
 from dbkernels.ops.layer.recompute import POLICIES
 
 Row = dict[str, object]

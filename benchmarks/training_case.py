@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from layer_case import Competitor
 
-from dbkernels.cli.profile_rows import BASELINES, BLOCKWISE
 from dbkernels.cli.shape import preset
 from dbkernels.cli.train import DEFAULT_WEIGHTING
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.models.baseline import Baseline
+from dbkernels.planning.recipe import BASELINES, BLOCKWISE
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer_config import TrainerConfig
 

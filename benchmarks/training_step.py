@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from training_case import TrainingCase, Way
 
-from dbkernels.cli.preset_run import made_up
 from dbkernels.models.baseline import use_baseline
+from dbkernels.planning.families import made_up
 from dbkernels.training.partition import Block
 from dbkernels.training.run import RunConfig
 from dbkernels.training.sharing import BlockModels, own_group
@@ -42,7 +42,7 @@ def make_trainer(
     if way.baseline is not None:
         budget = 1.0 if way.budget is None else way.budget
         use_baseline(models.model, way.baseline, budget=budget)
-    trainer = config.trainer_of(models, made_up(config), device=device)
+    trainer = config.trainer_of(models, made_up(config.model, case.batch), device=device)
     if owner is not None:
         _lend_state(owner, trainer)
     return trainer

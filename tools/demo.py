@@ -22,6 +22,7 @@ from dbkernels.diffusion.gaussian import LogNormal, cdf_grid
 from dbkernels.memory.measure import MEASURED
 from dbkernels.models import dit, vit
 from dbkernels.ops import Draw
+from dbkernels.planning.measure import profile_trainer
 from dbkernels.training.evaluation import (
     block_losses,
     evaluate_classifier,
@@ -30,7 +31,6 @@ from dbkernels.training.evaluation import (
 )
 from dbkernels.training.inference import generate
 from dbkernels.training.log import read_log
-from dbkernels.training.performance import profile_trainer
 from dbkernels.training.run import PartitionConfig, RunConfig, load_run, train
 from dbkernels.training.trainer import TrainerConfig
 

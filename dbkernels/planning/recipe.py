@@ -1,13 +1,14 @@
 """One way to train one model: what profile, plan, budgets, benchmarks and a dry run describe."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 
 from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.memory.workspace import TARGETS, Target, target_named
+from dbkernels.memory.allocator import TARGETS, Target, target_named
 from dbkernels.models.baseline import Baseline, use_baseline
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.planning.families import WEIGHTING, Blank, ImageData, ModelConfig, preset
@@ -32,6 +33,18 @@ BLOCKWISE = ("block_stock", "block_fused")
 OFFLOAD: tuple[Offload, ...] = ("none", "cpu")  # disk needs of the device what cpu does
 STEPS = 10**6  # of a run that nobody ends
 Settings = dict[str, str | int | bool | None]
+SETTINGS = {  # of a recipe in a row, and what each may be
+    "family": str,
+    "preset": str,
+    "batch": int,
+    "autocast": bool,
+    "optimizer_in_backward": bool,
+    "target": str,
+    "method": str,
+    "num_blocks": int,
+    "recompute": str | None,
+    "offload": str,
+}
 
 
 @dataclass(frozen=True)
@@ -146,18 +159,8 @@ class Recipe:
 
     def settings(self) -> Settings:
         """What a row of JSON and a budget say of it."""
-        return {
-            "family": self.family,
-            "preset": self.preset,
-            "batch": self.batch_size,
-            "autocast": self.autocast,
-            "optimizer_in_backward": self.optimizer_in_backward,
-            "target": self.device.name,
-            "method": self.method,
-            "num_blocks": self.num_blocks,
-            "recompute": self.recompute,
-            "offload": self.offload,
-        }
+        other = {"batch": self.batch_size, "target": self.device.name}
+        return {name: other[name] if name in other else getattr(self, name) for name in SETTINGS}
 
 
 def of_preset(family: str, name: str) -> Recipe:
@@ -172,20 +175,20 @@ def of_preset(family: str, name: str) -> Recipe:
 def of_settings(settings: Settings) -> Recipe:
     """The recipe that `Recipe.settings` describes.
 
+    Args:
+        settings:  from a file, so that they may be anything
     Raises:
-        ValueError: the recipe could not be.
+        ValueError: a name is missing or unknown, or a value is none that it may have.
     """
-    return replace(
-        of_preset(settings["family"], settings["preset"]),
-        batch_size=settings["batch"],
-        autocast=settings["autocast"],
-        optimizer_in_backward=settings["optimizer_in_backward"],
-        device=target_named(settings["target"]),
-        method=settings["method"],
-        num_blocks=settings["num_blocks"],
-        recompute=settings["recompute"],
-        offload=settings["offload"],
-    )
+    require_names("settings", settings, SETTINGS)
+    for name, kind in SETTINGS.items():
+        value = settings[name]
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+            kind = getattr(kind, "__name__", kind)
+            raise ValueError(f"{name} must be {kind}, got {shortened(value)}")
+    others = {name: value for name, value in settings.items() if name not in ("batch", "target")}
+    recipe, device = of_preset(settings["family"], settings["preset"]), settings["target"]
+    return replace(recipe, batch_size=settings["batch"], device=target_named(device), **others)
 
 
 def every_way(
@@ -207,7 +210,9 @@ def every_way(
         budget:      of compiled
         offload:     of all
     """
-    found = [
+    # one block of plain torch is end to end
+    twice = ("block_stock", 1) if "end_to_end" in methods else None
+    return [
         replace(
             recipe,
             method=method,
@@ -220,19 +225,24 @@ def every_way(
         for count in (num_blocks if method in BLOCKWISE else (1,))
         for policy in (policies if method == "block_fused" else (None,))
         for place in offload
-    ]
-    # one block of plain torch is end to end
-    twice = "end_to_end" in methods
-    return [
-        each
-        for each in found
-        if not (twice and each.method == "block_stock" and each.num_blocks == 1)
+        if (method, count) != twice
     ]
 
 
-def _require(name: str, value: object, known: Sequence[object]) -> None:
+def require_names(name: str, value: object, known: Collection[str]) -> None:
+    """Raise ValueError unless a value is a dictionary with all known names and no more."""
+    if not isinstance(value, dict) or set(value) != set(known):
+        got = ", ".join(value) or "nothing" if isinstance(value, dict) else shortened(value)
+        raise ValueError(f"{name} must have {', '.join(known)} and no more, got {got}")
+
+
+def shortened(value: object) -> str:
+    """A value of JSON, or its beginning."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _require(name: str, value: object, known: Sequence[str | None]) -> None:
     if value not in known:
-        names, got = (
-            ", ".join("null" if v is None else str(v) for v in vs) for vs in (known, [value])
-        )
-        raise ValueError(f"{name} must be of {names}, got {got}")
+        *names, got = ("null" if each is None else str(each) for each in (*known, value))
+        raise ValueError(f"{name} must be of {', '.join(names)}, got {got}")

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from dbkernels.cli.train import Train
-from dbkernels.memory.workspace import TARGETS
+from dbkernels.memory.allocator import TARGETS
 from dbkernels.models import DiTConfig, dit
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.planning.families import PRESETS, Blank, made_up
