@@ -65,7 +65,7 @@ class Plan:
 def _nothing_fits(recipe: Recipe, memory: int, answer: search.Answer) -> str:
     """One sentence: the smallest plan, what it needs, and what would fit instead."""
     least = answer.smallest.recipe
-    needed = answer.smallest.estimate.peak_bytes + search.context_bytes(recipe.device)
+    needed = answer.smallest.peak_bytes + search.context_bytes(recipe.device)
     instead = "no preset of the family fits"
     if answer.largest:
         instead = f"the largest preset of the family that fits is {answer.largest}"
@@ -83,10 +83,10 @@ def rows_of(recipe: Recipe, memory: int, answer: search.Answer) -> Iterator[Row]
     common = {name: recipe.settings()[name] for name in asked}
     common |= {"memory": memory, "context": search.context_bytes(recipe.device)}
     for name, plan in (("end to end", answer.whole), ("fastest plan", answer.plans[0])):
-        parts = search.shares(plan.estimate, answer.outside)
+        parts = search.shares(plan, answer.outside)
         limit = max((part for part in parts if part != search.FREE), key=parts.__getitem__)
         row = {"row": "limit", "of": name, "limit": limit, "by_category": parts}
-        yield {**common, **row, "peak_reserved_bytes": plan.estimate.peak_bytes}
+        yield {**common, **row, "peak_reserved_bytes": plan.peak_bytes}
     for plan in answer.plans:
         yield {
             **common,
@@ -95,9 +95,9 @@ def rows_of(recipe: Recipe, memory: int, answer: search.Answer) -> Iterator[Row]
             "recompute": plan.recipe.recompute,
             "offload": plan.recipe.offload,
             "micro_batch": plan.recipe.micro_batch,
-            "peak_reserved_bytes": plan.estimate.peak_bytes,
-            "by_category": plan.estimate.by_category,
-            "flops": plan.estimate.flops,
+            "peak_reserved_bytes": plan.peak_bytes,
+            "by_category": plan.by_category,
+            "flops": plan.flops,
             "seconds_per_sweep": plan.seconds,
             "relative_time": plan.seconds / answer.whole.seconds,
             "command": _command(plan.recipe),

@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -150,7 +149,6 @@ def _follow(trainer: Trainer, block: Block, target: Target) -> Trace:
         model=_on_device(trainer, block),
         optimizers=[group.optimizer for group in moved],
         inputs=[tensor for group in moved for tensor in group.average.values()],
-        device=torch.device("cpu"),
         workspace=partial(_workspace, target),
     )
 

@@ -8,12 +8,11 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from functools import partial
 
 import torch
 
-from dbkernels.memory.measure import DevicePeak, device_peak, measure_peak, out_of_memory
+from dbkernels.memory.measure import allocator_peak, measure_peak, out_of_memory
 from dbkernels.planning.families import made_up
 from dbkernels.planning.pool import processes
 from dbkernels.planning.recipe import Recipe
@@ -115,13 +114,17 @@ def profile_trainer(trainer: Trainer, steps: int) -> Figures:
     }
 
 
-def _on_gpu(step: Callable[[], object], device: torch.device) -> list[DevicePeak]:
+def _on_gpu(step: Callable[[], object], device: torch.device) -> list[Figures]:
     """The peak of a step that is run on a GPU; nothing, and no step, off it."""
-    return [device_peak(step, device)] if device.type == "cuda" else []
+    if device.type != "cuda":
+        return []
+    with allocator_peak(device) as found:
+        step()
+    return [found]
 
 
-def _highest(peaks: list[DevicePeak]) -> dict[str, int | None] | None:
-    return asdict(max(peaks, key=lambda peak: peak.allocated_bytes)) if peaks else None
+def _highest(peaks: list[Figures]) -> Figures | None:
+    return max(peaks, key=lambda peak: peak["allocated_bytes"], default=None)
 
 
 def _timed(step: Callable[[], object], device: torch.device) -> float:

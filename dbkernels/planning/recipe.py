@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -17,11 +16,7 @@ from dbkernels.training.sharing import Sharing
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import Offload, TrainerConfig
 
-Method = Literal[
-    "end_to_end", "checkpointed", "selective", "compiled", "block_stock", "block_fused"
-]
-METHODS: tuple[Method, ...] = get_args(Method)
-BASELINES: dict[Method, Baseline | None] = {
+BASELINES: dict[str, Baseline | None] = {  # what runs the layers; None is the fused layer
     "end_to_end": "stock",
     "checkpointed": "checkpointed",
     "selective": "selective",
@@ -29,6 +24,7 @@ BASELINES: dict[Method, Baseline | None] = {
     "block_stock": "stock",
     "block_fused": None,
 }
+METHODS = tuple(BASELINES)
 BLOCKWISE = ("block_stock", "block_fused")
 OFFLOAD: tuple[Offload, ...] = ("none", "cpu")  # disk needs of the device what cpu does
 STEPS = 10**6  # of a run that nobody ends
@@ -64,7 +60,7 @@ class Recipe:
     """Samples of a step, which are made up."""
     accumulate: int = 1
     """Parts that a batch is cut into."""
-    method: Method = "block_fused"
+    method: str = "block_fused"
     """What runs the layers: all but block_fused run plain torch."""
     num_blocks: int = 1
     """1 trains end to end."""
@@ -110,13 +106,10 @@ class Recipe:
         """Samples of one backward."""
         return self.batch_size // self.accumulate
 
-    @property
-    def baseline(self) -> Baseline | None:
-        """What runs the layers in plain torch; None is the fused layer."""
-        return BASELINES[self.method]
-
     def config(self) -> RunConfig:
         """The run, with the settings that `train` has by default; its data is made up."""
+        names = [field.name for field in fields(TrainerConfig)]
+        same = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return RunConfig(
             family=self.family,
             model=replace(self.model, recompute=self.recompute or self.model.recompute),
@@ -128,18 +121,7 @@ class Recipe:
             partition=PartitionConfig(num_blocks=self.num_blocks, split=self.split),
             prior=LogNormal(),
             trainer=TrainerConfig(
-                steps=STEPS,
-                batch_size=self.batch_size,
-                clip=0.0 if self.optimizer_in_backward else 1.0,
-                ema=self.ema,
-                accumulate=self.accumulate,
-                optimizer_in_backward=self.optimizer_in_backward,
-                cuda_graphs=self.cuda_graphs,
-                compile_stem_and_head=self.compile_stem_and_head,
-                autocast=self.autocast,
-                sharing=self.sharing,
-                offload=self.offload,
-                prefetch=self.prefetch,
+                steps=STEPS, clip=0.0 if self.optimizer_in_backward else 1.0, **same
             ),
         )
 
@@ -150,11 +132,11 @@ class Recipe:
             device:  of this machine
             data:    as `made_up` or `Blank` gives it
         """
-        config = self.config()
+        config, baseline = self.config(), BASELINES[self.method]
         models = config.build(config.home(device))
-        if self.baseline is not None:
+        if baseline is not None:
             budget = 1.0 if self.budget is None else self.budget
-            use_baseline(models.model, self.baseline, budget=budget)
+            use_baseline(models.model, baseline, budget=budget)
         return config.trainer_of(models, data, device=device)
 
     def settings(self) -> Settings:
@@ -194,7 +176,7 @@ def of_settings(settings: Settings) -> Recipe:
 def every_way(
     recipe: Recipe,
     *,
-    methods: Sequence[Method],
+    methods: Sequence[str],
     num_blocks: Sequence[int],
     policies: Sequence[Recompute],
     budget: float,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training.tiny import make_trainer
 
-from dbkernels.memory.measure import MEASURED, DevicePeak
+from dbkernels.memory.measure import MEASURED
 from dbkernels.planning import measure as module
 from dbkernels.planning.measure import KILLED, attempted, figures_of, measured, profile_trainer
 from dbkernels.planning.pool import results
@@ -51,7 +51,7 @@ def test_a_gpu_tells_of_the_first_step_and_of_a_steady_one(monkeypatch):
 
     def device_peak(step, device):
         step()
-        return [DevicePeak(next(answers), 0, 0, 0, None)]
+        return [{"allocated_bytes": next(answers)}]
 
     # the only device here, under another name
     monkeypatch.setattr(module, "_on_gpu", device_peak)
