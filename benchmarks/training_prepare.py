@@ -19,9 +19,9 @@ from rehearsal import rehearsing
 from training_case import TrainingCase, Way
 from training_memory import Figures, figures_of, with_all
 
+from dbkernels.data.made_up import MadeUpData
 from dbkernels.memory.allocator import target_of
 from dbkernels.models.baseline import use_baseline
-from dbkernels.planning.families import made_up
 
 Task = tuple[TrainingCase, Way]
 
@@ -152,7 +152,9 @@ def compile_alone(case: TrainingCase, way: Way, device: torch.device) -> None:
     models = config.build(config.home(device))
     if way.baseline is not None:
         use_baseline(models.model, way.baseline, budget=budget)
-    trainer = config.trainer_of(models, made_up(config.model, case.batch), device=device)
+    trainer = config.trainer_of(
+        models, MadeUpData(config.model.fields(), case.batch), device=device
+    )
     trainer.step_block(trainer.blocks[0])
     if device.type == "cuda":
         torch.cuda.synchronize(device)

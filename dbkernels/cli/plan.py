@@ -3,14 +3,17 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dbkernels.cli.shape import FamilyName
 from dbkernels.cli.table import table
+from dbkernels.cli.train import FAMILY_HELP, PRESET_HELP
 from dbkernels.memory.allocator import target_named
 from dbkernels.memory.units import bytes_from, in_words
+from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName
 from dbkernels.planning import search
 from dbkernels.planning.estimate import OP_SECONDS, SHARE, STATE
 from dbkernels.planning.recipe import Recipe, of_preset
@@ -28,10 +31,8 @@ class Plan:
 
     memory: str
     """Memory of the device: a number and one of KiB, MiB, GiB, TiB, such as 24GiB."""
-    family: FamilyName = "vit"
-    """vit classifies images; dit generates them."""
-    preset: str = "digits"
-    """Sizes of the model; vit: cifar100, digits; dit: S/2, B/2, L/2, XL/2, digits."""
+    family: Annotated[FamilyName, tyro.conf.arg(help=FAMILY_HELP)] = DEFAULT_FAMILY
+    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "digits"
     batch: int = 128
     """Samples of a step; a plan may cut them into micro-batches."""
     autocast: bool = False

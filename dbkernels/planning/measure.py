@@ -13,7 +13,6 @@ from functools import partial
 import torch
 
 from dbkernels.memory.measure import allocator_peak, measure_peak, out_of_memory
-from dbkernels.planning.families import made_up
 from dbkernels.planning.pool import processes
 from dbkernels.planning.recipe import Recipe
 from dbkernels.training.trainer import Trainer
@@ -55,7 +54,7 @@ def attempted(work: Callable[[], Figures]) -> Figures:
 
 def figures_of(recipe: Recipe, device: torch.device, steps: int) -> Figures:
     """As `measured`, in this process, where memory may run out."""
-    trainer = recipe.trainer(device, made_up(recipe.model, recipe.batch_size))
+    trainer = recipe.trainer(device)
     found = profile_trainer(trainer, steps)
     fits = trainer.micro_batch.size
     if fits < recipe.micro_batch:
@@ -98,7 +97,7 @@ def profile_trainer(trainer: Trainer, steps: int) -> Figures:
         # apart from the tracker, under which autograd adds gradients up in new storages
         steady += _on_gpu(step, trainer.device)
         peaks.append(
-            measure_peak(step, model=trainer.models, optimizers=optimizers, device=trainer.device)
+            measure_peak(step, model=trainer.blocks, optimizers=optimizers, device=trainer.device)
         )
     worst = max(peaks, key=lambda peak: peak.total_bytes)
     return {

@@ -6,13 +6,14 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.data.made_up import MadeUpData
 from dbkernels.memory.allocator import TARGETS, Target, target_named
 from dbkernels.models.baseline import Baseline, use_baseline
+from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
-from dbkernels.planning.families import WEIGHTING, Blank, ImageData, ModelConfig, preset
+from dbkernels.training.diffusion_blocks import Sharing
+from dbkernels.training.partition import partition
 from dbkernels.training.run import PartitionConfig, RunConfig
-from dbkernels.training.sharing import Sharing
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import Offload, TrainerConfig
 
@@ -64,8 +65,8 @@ class Recipe:
     """What runs the layers: all but block_fused run plain torch."""
     num_blocks: int = 1
     """1 trains end to end."""
-    split: str = ""
-    """Layers per block, as `PartitionConfig` has them; empty splits evenly."""
+    split: tuple[int, ...] | None = None
+    """Layers per block, the noisiest block first; None splits evenly."""
     recompute: Recompute | None = "none"
     """Of the fused layer; None for plain torch."""
     budget: float | None = None
@@ -99,7 +100,7 @@ class Recipe:
         if self.data_parallel != 1:
             raise ValueError(f"data_parallel must be 1, got {self.data_parallel}")
         config = self.config()
-        config.partition.blocks(config.model.depth, config.prior)
+        partition(self.model.depth, self.num_blocks, config.prior, split=self.split)
 
     @property
     def micro_batch(self) -> int:
@@ -108,36 +109,33 @@ class Recipe:
 
     def config(self) -> RunConfig:
         """The run, with the settings that `train` has by default; its data is made up."""
+        entry, split = family_named(self.family), ",".join(map(str, self.split or ()))
         names = [field.name for field in fields(TrainerConfig)]
         same = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return RunConfig(
             family=self.family,
             model=replace(self.model, recompute=self.recompute or self.model.recompute),
             data="made up",
-            weighting=WEIGHTING[self.family],
+            weighting=entry.weighting,
             label_drop=0.0,
             mirror=False,
             shift=0,
-            partition=PartitionConfig(num_blocks=self.num_blocks, split=self.split),
-            prior=LogNormal(),
+            partition=PartitionConfig(self.num_blocks, split=split, sharing=self.sharing),
+            prior=entry.process,
             trainer=TrainerConfig(
                 steps=STEPS, clip=0.0 if self.optimizer_in_backward else 1.0, **same
             ),
         )
 
-    def trainer(self, device: torch.device | str, data: Blank | ImageData) -> Trainer:
-        """A trainer at its first step.
-
-        Args:
-            device:  of this machine
-            data:    as `made_up` or `Blank` gives it
-        """
+    def trainer(self, device: torch.device | str) -> Trainer:
+        """A trainer at its first step, on a device of this machine; its data is made up."""
         config, baseline = self.config(), BASELINES[self.method]
-        models = config.build(config.home(device))
+        blocks = config.build(config.home(device))
         if baseline is not None:
             budget = 1.0 if self.budget is None else self.budget
-            use_baseline(models.model, baseline, budget=budget)
-        return config.trainer_of(models, data, device=device)
+            use_baseline(blocks.model, baseline, budget=budget)
+        data = MadeUpData(self.model.fields(), self.batch_size)
+        return config.trainer_of(blocks, data, device=device)
 
     def settings(self) -> Settings:
         """What a row of JSON and a budget say of it."""
@@ -151,7 +149,7 @@ def of_preset(family: str, name: str) -> Recipe:
     Raises:
         ValueError: there is no such family or preset.
     """
-    return Recipe(family, name, preset(family, name))
+    return Recipe(family, name, family_named(family).model.preset(name))
 
 
 def of_settings(settings: Settings) -> Recipe:

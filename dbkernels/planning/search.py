@@ -7,9 +7,9 @@ from functools import partial
 
 from dbkernels.memory.allocator import Target
 from dbkernels.memory.tracker import CATEGORIES
+from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute, policies_of
 from dbkernels.planning.estimate import STATE, Estimate, estimate
-from dbkernels.planning.families import PRESETS, ModelConfig
 from dbkernels.planning.pool import results
 from dbkernels.planning.recipe import Recipe
 from dbkernels.training.trainer_config import Offload
@@ -70,7 +70,7 @@ def search(recipe: Recipe, memory: int) -> Answer:
     """
     limit, depth = memory - context_bytes(recipe.device), recipe.model.depth
     counts = [count for count in range(1, depth + 1) if depth % count == 0]
-    presets = PRESETS[recipe.family]
+    presets = family_named(recipe.family).model.presets
     by_size = sorted(presets, key=lambda name: _size(presets[name]), reverse=True)
     least = [_smallest(replace(recipe, preset=name, model=presets[name])) for name in by_size]
     jobs = [partial(plans_of, replace(recipe, num_blocks=n), estimate, limit) for n in counts]
