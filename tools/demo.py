@@ -22,9 +22,9 @@ from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.memory.measure import MEASURED
 from dbkernels.models import FAMILIES
 from dbkernels.ops import Draw
+from dbkernels.planning.measure import profile_trainer
 from dbkernels.training.evaluation import frechet_distance
 from dbkernels.training.log import read_log
-from dbkernels.training.performance import profile_trainer
 from dbkernels.training.run import PartitionConfig, RunConfig, load_run, train
 from dbkernels.training.trainer import TrainerConfig
 

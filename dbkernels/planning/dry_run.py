@@ -1,96 +1,101 @@
-"""A step of a run on fake tensors: what it will need, before there is a machine to run it on.
+"""What a step of a recipe will need, before there is a machine to run it on.
 
 A trainer is built as for a real run, under FakeTensorMode, which allocates and computes nothing,
 and one step of it is followed.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbkernels.data.images import forget_orders
-from dbkernels.data.made_up import Data, MadeUpData
-from dbkernels.memory.measure import record
-from dbkernels.memory.predict import Prediction, predict
-from dbkernels.memory.trace import Trace
-from dbkernels.memory.workspace import Target
-from dbkernels.models.baseline import Baseline, use_baseline
+from dbkernels.memory.allocator import Target
+from dbkernels.memory.measure import Prediction, predict, record
+from dbkernels.memory.tracker import Trace
 from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu
 from dbkernels.ops.backend.scratch import scratch_bytes
+from dbkernels.planning.pool import results
+from dbkernels.planning.recipe import OFFLOAD, Recipe
 from dbkernels.training.diffusion_blocks import SHARED, own_group
 from dbkernels.training.offload.memory import flat_bytes
 from dbkernels.training.partition import Block
-from dbkernels.training.run import RunConfig
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import Offload
 
+ALONE = 150  # layers of dry runs in the time that another process takes to start
+FIGURES = (  # of a prediction, in a row
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "by_category",
+    "saved_bytes",
+    "at",
+    "flops",
+)
 
-def dry_run(
-    config: RunConfig, *, baseline: Baseline | None = None, budget: float = 1.0, target: Target
-) -> dict[Offload, Prediction]:
-    """Predict a step of a run's costliest block.
+
+def predicted(recipes: Sequence[Recipe]) -> Iterator[Prediction]:
+    """What a step of each recipe's costliest block needs, in order, as it is found.
+
+    The predictions are bare: what happened op after op stays in the process that followed it.
+    """
+    layers = sum(recipe.model.depth // recipe.num_blocks for recipe in recipes) // len(OFFLOAD)
+    # one dry run tells of both choices of what is on the device
+    keys = [replace(recipe, offload="cpu") for recipe in recipes]
+    jobs = [partial(_bare, key) for key in dict.fromkeys(keys)]
+    stream = results(jobs, "predicting", most=None if layers > ALONE else 1)
+    found: dict[Recipe, dict[Offload, Prediction]] = {}
+    for recipe, key in zip(recipes, keys, strict=True):
+        if key not in found:
+            found[key] = next(stream)
+        yield found[key][recipe.offload]
+
+
+def row(recipe: Recipe, prediction: Prediction) -> dict[str, object]:
+    """A recipe and its prediction, for JSON."""
+    return {**recipe.settings(), **{name: getattr(prediction, name) for name in FIGURES}}
+
+
+def _bare(recipe: Recipe) -> dict[Offload, Prediction]:
+    return {name: prediction.bare() for name, prediction in dry_run(recipe).items()}
+
+
+def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
+    """Predict a step of a recipe's costliest block.
 
     Args:
-        config:    of the run; its data is not opened, and offload is the answer's, not its own;
-                   stem and head count as if they were not compiled
-        baseline:  what runs the layers; None is the fused layer
-        budget:    of the compiled baseline, as `use_baseline` has it
-        target:    the device that is predicted
+        recipe:  whose stem and head count as if they were not compiled; its offload is the
+                 answer's
     Returns:
         By what is on the device: all blocks with their optimizers' state, or only what the step
         updates or reads and the rest of the slots, the other blocks being on the host.
     """
-    slots = 1 + config.trainer.prefetch
-    # host and device are one memory here, in which blocks off the device would count
-    on_device = replace(config.trainer, offload="none", offload_dir="", prefetch=False)
-    # a graph's steps need what they need op by op, but for a cut batch, which it holds as a whole
-    on_device = replace(on_device, cuda_graphs=False)
-    # a compiled stem or head keeps no more than op by op, and has no kernels here
-    on_device = replace(on_device, compile_stem_and_head=False)
-    config = replace(config, trainer=on_device)
-    data = MadeUpData(config.model.fields(), config.trainer.batch_size)
-    with _pretending(target):
-        trainer = trainer_with(config, "cpu", data, baseline=baseline, budget=budget)
+    slots = 1 + recipe.prefetch
+    # host and device are one memory here, in which blocks off the device would count; a graph's
+    # steps need what they need op by op, but for a cut batch, which it holds as a whole; a compiled
+    # stem or head keeps no more than op by op, and has no kernels here
+    plain = {"cuda_graphs": False, "compile_stem_and_head": False}
+    recipe = replace(recipe, offload="none", prefetch=False, **plain)
+    with _pretending(recipe.device):
+        trainer = recipe.trainer("cpu")
         blocks = _costliest(trainer)
-        traces = [_follow(trainer, block, target) for block in blocks]
-        beside = {
-            "none": [_elsewhere(trainer, block) for block in blocks],
-            "cpu": [_empty(trainer, block, slots) for block in blocks],
-        }
+        traces = [_follow(trainer, block, recipe.device) for block in blocks]
+        found: dict[Offload, list[Prediction]] = {place: [] for place in OFFLOAD}
+        for block, trace in zip(blocks, traces, strict=True):
+            for place, more in (
+                ("none", _elsewhere(trainer, block)),
+                ("cpu", _empty(trainer, block, slots)),
+            ):
+                found[place].append(predict(trace.beside(more), recipe.device))
     return {
-        place: _worst([t.beside(more) for t, more in zip(traces, others, strict=True)], target)
-        for place, others in beside.items()
+        place: max(several, key=lambda prediction: prediction.peak_allocated_bytes)
+        for place, several in found.items()
     }
-
-
-def trainer_with(
-    config: RunConfig,
-    device: torch.device | str,
-    data: Data,
-    *,
-    baseline: Baseline | None = None,
-    budget: float = 1.0,
-) -> Trainer:
-    """A trainer at its first step, whose layers a baseline may run.
-
-    Args:
-        config:    of the run
-        device:    to train on
-        data:      in place of the config's
-        baseline:  None is the fused layer
-        budget:    of the compiled baseline, as `use_baseline` has it
-    """
-    models = config.build(config.home(device))
-    if baseline is not None:
-        use_baseline(models.model, baseline, budget=budget)
-    return config.trainer_of(models, data, device=device)
 
 
 class _Mode(FakeTensorMode):
@@ -112,18 +117,17 @@ def _pretending(target: Target) -> Iterator[None]:
 
 def _costliest(trainer: Trainer) -> list[Block]:
     """Blocks of which one needs the most: no block that runs some of another's ops, or the same."""
-    shapes = [_shapes(trainer, block) for block in trainer.blocks]
+    # how often a step on each block reads a parameter of each shape
+    shapes = [
+        Counter(tuple(p.shape) for p in _on_device(trainer, block).parameters())
+        for block in trainer.blocks
+    ]
     return [
         block
         for i, block in enumerate(trainer.blocks)
         if not any(shapes[i] < other or shapes[i] == other for other in shapes[:i])
         and not any(shapes[i] < other for other in shapes[i + 1 :])
     ]
-
-
-def _shapes(trainer: Trainer, block: Block) -> Counter:
-    """How often a step on a block reads a parameter of each shape."""
-    return Counter(tuple(p.shape) for p in _on_device(trainer, block).parameters())
 
 
 def _on_device(trainer: Trainer, block: Block) -> nn.Module:
@@ -144,7 +148,6 @@ def _follow(trainer: Trainer, block: Block, target: Target) -> Trace:
         model=_on_device(trainer, block),
         optimizers=[group.optimizer for group in moved],
         inputs=[tensor for group in moved for tensor in group.average.values()],
-        device=torch.device("cpu"),
         workspace=partial(_workspace, target),
     )
 
@@ -160,15 +163,13 @@ def _elsewhere(trainer: Trainer, block: Block) -> list[tuple[str, int]]:
     read = {id(tensor) for tensor in (*on_device.parameters(), *on_device.buffers())}
     moved = trainer.moved(block)
     idle = [group for group in trainer.groups.values() if group not in moved]
-    state = [t for group in idle for t in group.optimizer_tensors().values()]
     # copies of what the blocks share have buffers of their own
     every = [*trainer.blocks.parameters(), *trainer.blocks.buffers()]
-    tensors = {
-        "parameters": [tensor for tensor in every if id(tensor) not in read],
-        "optimizer": state,
-        "inputs": [t for group in idle for t in group.average.values()],
-    }
-    return [(name, t.nbytes) for name, several in tensors.items() for t in several]
+    tensors = [("parameters", tensor) for tensor in every if id(tensor) not in read]
+    for group in idle:
+        tensors += [("optimizer", tensor) for tensor in group.optimizer_tensors().values()]
+        tensors += [("inputs", tensor) for tensor in group.average.values()]
+    return [(name, tensor.nbytes) for name, tensor in tensors]
 
 
 def _empty(trainer: Trainer, block: Block, slots: int) -> list[tuple[str, int]]:
@@ -182,10 +183,3 @@ def _empty(trainer: Trainer, block: Block, slots: int) -> list[tuple[str, int]]:
     own = sizes.get(own_group(block), 0)
     room = slots * max(sizes.values(), default=0)
     return [("parameters", room - own)] if room > own else []
-
-
-def _worst(traces: list[Trace], target: Target) -> Prediction:
-    return max(
-        (predict(trace, target) for trace in traces),
-        key=lambda prediction: prediction.peak_allocated_bytes,
-    )
