@@ -135,7 +135,7 @@ class DiT(Presets, nn.Module):
 
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Squared error of the denoised image, mean over the elements of each sample, (B,)."""
-        return self._score(draw, level, torch.ones_like(level), layers, batch)[1]
+        return self._score(draw, level, torch.ones_like(level).double(), layers, batch)[1]
 
     def _score(
         self, draw: Draw, level: Tensor, scale: Tensor, layers: Sequence[int], batch: Batch
@@ -144,7 +144,7 @@ class DiT(Presets, nn.Module):
         z0, prediction = batch["image"], self.prediction
         F = self._network(add_noise(z0, *prediction.input(level), draw), level, layers, batch)
         # an error of the image is of_F times one of F
-        weight = scale * prediction.estimate(level)[1].square()
+        weight = (scale * prediction.estimate(level.double())[1].square()).float()
         target = prediction.target(level)
         return score_loss(F, z0, *target, draw, weight=weight, reduction="sum", inplace=True)
 

@@ -77,8 +77,8 @@ class Family(Protocol):
     ) -> Tensor:
         """Sum over the levels of scale times the loss at the level, () float32.
 
-        Some layers denoise the target with the noise that `draw` names. Level and scale have
-        `level_shape`.
+        Some layers denoise the target with the noise that `draw` names. Level, float32, and scale,
+        float64, have `level_shape`.
         """
         ...
 

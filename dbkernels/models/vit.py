@@ -150,7 +150,7 @@ class ViT(Presets, nn.Module):
         self, draw: Draw, level: Tensor, scale: Tensor, layers: Sequence[int], batch: Batch
     ) -> Tensor:
         """Sum of scale (B,) times the cross-entropy of each sample, in nats."""
-        return (scale * self.losses(draw, level, layers, batch)).sum()
+        return (scale.float() * self.losses(draw, level, layers, batch)).sum()
 
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Cross-entropy of each sample, (B,), in nats."""

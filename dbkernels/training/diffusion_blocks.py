@@ -178,7 +178,9 @@ class DiffusionBlocks(BlockInference):
         model = self.of(block)
         shape, device = model.level_shape(batch), next(iter(batch.values())).device
         level = self.process.level_at(block.trained_noise, uniforms(draw, *shape, device=device))
-        return model.loss(draw, level, self._scale(block, level), block.layers, batch)
+        # a weight over its own inverse is then 1 when it is rounded
+        scale = self._scale(block, level.double())
+        return model.loss(draw, level, scale, block.layers, batch)
 
     def _scale(self, block: Block, level: Tensor) -> Tensor:
         """What the loss at each level counts for in the block's loss."""

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from dbkernels.ops.randomness import stream_seed
+from dbkernels.ops.philox import stream_seed
 
 Decay = Literal["constant", "cosine"]
 Order = Literal["shuffled", "sequential"]

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from dbkernels.data.images import Batch, batch_indices
 from dbkernels.data.made_up import Data
 from dbkernels.models import stem_and_head
-from dbkernels.ops.philox import Draw
-from dbkernels.ops.randomness import stream_seed
+from dbkernels.ops.philox import Draw, stream_seed
 from dbkernels.training.block_order import BlockOrder
 from dbkernels.training.cuda_graphs import open_cuda_graphs
 from dbkernels.training.diffusion_blocks import (
