@@ -229,7 +229,7 @@ def _in_rows(labels: Tensor) -> Tensor:
 def _means(losses: list[float]) -> list[float]:
     """Means over runs of steps, few enough to store."""
     parts = torch.tensor(losses).split(-(-len(losses) // POINTS))
-    return [round(float(part.mean()), 4) for part in parts]
+    return [float(f"{part.mean():.4g}") for part in parts]
 
 
 if __name__ == "__main__":

@@ -183,6 +183,8 @@ def learning_section(rows: Sequence[Row]) -> Section:
             style = {"marker": "o", "color": colours[0], "label": blocks_text(row["num_blocks"])}
             steps = [str(step + 1) for step in range(len(row["accuracy"]))]
             panels["accuracy"].plot(steps, row["accuracy"], **style)
+    lowest = min((share for row in rows for share in row.get("accuracy", ())), default=0)
+    panels["accuracy"].set_ylim(min(0.9, lowest), 1)
     for name, axes in panels.items():
         is_loss = name in FAMILIES
         axes.set_yscale("log" if is_loss else "linear")

@@ -7,7 +7,7 @@ from report_rows import Row, is_plain, is_predicted
 
 Table = list[list[str]]
 MISSING = "–"
-FAMILIES = {"dit": "DiT", "vit": "ViT"}
+FAMILIES = {"vit": "ViT", "dit": "DiT"}
 LONG = {
     "end_to_end": "eager",
     "compiled": "torch.compile",
