@@ -103,11 +103,13 @@ class DiT(nn.Module):
 
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Squared error of the denoised image, mean over the elements of each sample, (B,)."""
-        z0, sigma_data = batch["image"], self.config.sigma_data
-        p = c_in(level, sigma_data)
-        F = self._network(add_noise(z0, p, level * p, draw), level, layers, batch)
-        alpha, beta = level * p / sigma_data, -sigma_data * p
-        weight = c_out(level, sigma_data).square()
+        z0, sigma_data, sigma = batch["image"], self.config.sigma_data, level.double()
+        p, q = c_in(sigma, sigma_data), sigma * c_in(sigma, sigma_data)
+        alpha, beta = q / sigma_data, -sigma_data * p
+        # in float64 and rounded once, or their errors add up to those of the loss
+        coefficients = p, q, alpha, beta, c_out(sigma, sigma_data).square()
+        p, q, alpha, beta, weight = (each.float() for each in coefficients)
+        F = self._network(add_noise(z0, p, q, draw), level, layers, batch)
         losses, _ = score_loss(
             F, z0, alpha, beta, draw, weight=weight, reduction="none", inplace=True
         )

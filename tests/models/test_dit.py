@@ -90,13 +90,13 @@ def test_loss_and_gradients_have_the_bits_of_the_equations_written_out(autocast)
     image, data = batch["image"], CONFIG.sigma_data
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         losses = model.losses(draw, LEVEL, (0, 1), batch)
-        p = (LEVEL**2 + data**2).rsqrt()
-        scaled = add_noise(image, p, LEVEL * p, draw)
+        sigma, p = LEVEL.double(), (LEVEL.double() ** 2 + data**2).rsqrt()
+        alpha, beta = (sigma * p / data).float(), (-data * p).float()
+        scaled = add_noise(image, p.float(), (sigma * p).float(), draw)
         network = written_out(model, scaled, LEVEL, (0, 1), batch["label"])
-        weight = (LEVEL * data / (LEVEL**2 + data**2).sqrt()).square()
-        expected, _ = score_loss(
-            network, image, LEVEL * p / data, -data * p, draw, weight=weight, reduction="none"
-        )
+        weight = (sigma * data / (sigma**2 + data**2).sqrt()).square().float()
+        settings = {"weight": weight, "reduction": "none"}
+        expected, _ = score_loss(network, image, alpha, beta, draw, **settings)
     assert torch.equal(losses, expected)
     parameters = list(model.parameters())
     grads = (torch.autograd.grad(each.mean(), parameters) for each in (losses, expected))
