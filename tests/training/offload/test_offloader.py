@@ -115,7 +115,7 @@ def test_the_slot_is_as_large_as_one_block_and_never_replaced():
 
 
 def frozen_addresses(trainer, name):
-    return [parameter.data_ptr() for parameter in trainer.models.frozen()[name]]
+    return [parameter.data_ptr() for parameter in trainer.blocks.frozen()[name]]
 
 
 @pytest.mark.parametrize("disk", [False, True])
@@ -140,7 +140,7 @@ def test_what_is_frozen_is_never_copied_back():
     trainer = block_by_block(frozen="mlp")
     trainer.step_block(trainer.blocks[0])
     flat = trainer.offloader._blocks["block0"]
-    frozen = flat_bytes(p.nbytes for p in trainer.models.frozen()["block0"])
+    frozen = flat_bytes(p.nbytes for p in trainer.blocks.frozen()["block0"])
     assert 0 < frozen == len(flat.home) - flat.updated_bytes
     flat.home[flat.updated_bytes :] = 7
     trainer.step_block(trainer.blocks[1])
