@@ -1,6 +1,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from dbkernels.ops.backend.register import registered
 
 TOOLS = Path(__file__).parents[1] / "tools"
 KEYS = {"kernel", "arch", "D", "registers", "stack_bytes", "local_bytes", "shared_bytes"}
@@ -166,9 +169,9 @@ def test_a_symbol_is_left_as_it_is_where_nothing_reads_it(tool, monkeypatch):
 @pytest.mark.parametrize(("cuda", "reason"), [(0, None), (13, "stale")])
 def test_a_library_without_cuda_or_that_does_not_serve_has_no_rows(tool, monkeypatch, cuda, reason):
     library = tool("kernel_library")
-    compiled = library._compiled
-    manifest = compiled.Manifest("0" * 64, cuda, (90,))
-    monkeypatch.setattr(compiled, "library", lambda: compiled.Library(reason, manifest=manifest))
+    backend = library.library
+    manifest = backend.Manifest("0" * 64, cuda, (90,))
+    monkeypatch.setattr(backend, "library", lambda: backend.Library(reason, manifest=manifest))
     assert library.library_rows() == []
 
 
@@ -217,16 +220,17 @@ def test_a_refused_option_reaches_the_command_line_without_a_traceback():
 
 
 def test_every_kernel_of_the_ops_is_reported(tool):
-    cases = tool("kernel_cases").ENTRIES
-    launchers = tool("kernel_cases").LAUNCHERS
-    kernels = set()
-    for path in (TOOLS.parent / "dbkernels" / "ops").glob("[!_]*.py"):
-        for kernel in launchers.values():
-            if f"def {kernel[1]}(" in path.read_text():
-                kernels.add((path.stem, kernel))
-    # which several ops launch after their own
-    kernels.add(("gated_adaln_norm", launchers["sum"]))
-    assert kernels == {(case.op, launchers[case.direction]) for case in cases}
+    cases, compiler = tool("kernel_cases"), tool("kernel_compile")
+    ops = TOOLS.parent / "dbkernels" / "ops"
+    written = {
+        (path.stem, name)
+        for path in ops.rglob("*.py")
+        for name in re.findall(r"^@triton.jit.*\ndef (\w+_kernel)\($", path.read_text(), re.M)
+    }
+    kernels = [compiler.record(case, cases.Shapes(384), 90)[0].fn for case in cases.ENTRIES]
+    assert written == {(fn.__module__.split(".")[-1], fn.__name__) for fn in kernels}
+    by_direction = {name for name in registered() if name.endswith(("_fwd", "_bwd"))}
+    assert by_direction <= cases.CASES.keys()
 
 
 @pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32], ids=str)
@@ -261,7 +265,7 @@ def test_partial_sums_are_read_once_and_their_totals_written(tool):
 
 
 def test_a_wave_that_is_not_full_leaves_processors_idle(tool):
-    waves = tool("kernel_waves")
+    waves = tool("kernel_report")
     assert waves._load(132, 90, 4) == 1
     assert waves._load(133, 90, 4) == 2
     assert waves._load(4 * 132, 90, 4) == 4

@@ -1,16 +1,17 @@
 """How each kernel of dbkernels/ops is launched, for the report on what the compiler made of it.
 
-An entry names an op, a direction, and the arguments of that direction's launcher at given shapes.
-The launcher itself then says what the kernel is given, so tiles and grids are written nowhere
-twice.
+A case names an op and a direction, and what the arguments in the schema of that op look like. The
+launcher itself then says what the kernel is given, so tiles and grids are written nowhere twice.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from dbkernels.ops.activations import GELU, SWIGLU
 from dbkernels.ops.softmax_gradient import empty_logits
 
 B, T = 32, 256  # at which bytes and time floors are stated
@@ -23,6 +24,7 @@ LAUNCHERS = {
     "fwd": ("_forward_triton", "_fwd_kernel"),
     "bwd": ("_backward_triton", "_bwd_kernel"),
     "sum": ("_backward_triton", "_sum_kernel"),  # of what the programs of a bwd share
+    "uniform": ("_uniform_triton", "_uniform_kernel"),
     "grad": ("_gradient_triton", "_gradient_kernel"),
 }
 
@@ -38,66 +40,88 @@ class Shapes:
     def empty(self, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def residual(self, count: int = 1) -> tuple[Tensor, ...]:
-        """(B, T, D) each, of the residual stream or its gradient."""
-        shape = self.B, T, self.D
-        return tuple(self.empty(*shape, dtype=self.stream) for _ in range(count))
+    def tokens(self, width: int = 1, dtype: torch.dtype = DTYPE) -> Tensor:
+        """(B, T, width D), of a branch where no dtype is given."""
+        return self.empty(self.B, T, width * self.D, dtype=dtype)
 
-    def tokens(self, count: int = 1, *, width: int = 1) -> tuple[Tensor, ...]:
-        """(B, T, width D) each, of a branch."""
-        return tuple(self.empty(self.B, T, width * self.D) for _ in range(count))
-
-    def rows(self, F: int, count: int = 1) -> tuple[Tensor, ...]:
-        return tuple(self.empty(self.B * T, F) for _ in range(count))
-
-    def modulation(self, count: int) -> tuple[Tensor, ...]:
-        """(B, D) each, side by side; a gradient's are the same."""
-        return self.empty(self.B, MODULATIONS * self.D).chunk(MODULATIONS, dim=1)[:count]
-
-    def stats(self) -> Tensor:
-        return self.empty(self.B, T, 2, dtype=torch.float32)
-
-    def scalars(self) -> Tensor:
-        return self.empty(self.B * T, dtype=torch.float32)
-
-    def levels(self) -> Tensor:
-        return self.empty(self.B, dtype=torch.float32)
-
-    def draw(self) -> tuple[int, Tensor, int]:
-        """Seed, step and sample; not what a compiler would specialise for."""
-        return 7, self.empty(dtype=torch.int64), 7
-
-    def head_weights(self) -> tuple[Tensor, Tensor]:
-        return self.empty(HEAD_DIM), self.empty(HEAD_DIM)
-
-    def rotary(self) -> Tensor:
-        return self.empty(2, T, HEAD_DIM, dtype=torch.float32)
+    def floats(self, *shape: int) -> Tensor:
+        return self.empty(*shape, dtype=torch.float32)
 
     @property
-    def heads(self) -> int:
-        return self.D // HEAD_DIM
+    def draw(self) -> dict[str, object]:
+        """What a compiler would not specialise for."""
+        return {"seed": 7, "step": self.empty(dtype=torch.int64), "sample": 7}
 
-    @property
-    def gated_mlp_width(self) -> int:
-        """As many parameters as mlp_width gives, rounded up to whole 128-byte lines of bfloat16."""
-        return -(-8 * self.D // (3 * 64)) * 64
+
+def _modulated(s: Shapes, *, of_branch: str) -> dict[str, object]:
+    """Rows of the residual stream, but for some of a branch; and modulation, side by side."""
+    row_names = ("x", "x1", "y", "h", "dx", "dx1", "dy", "dh", "dres")
+    tensors = {
+        name: s.tokens(dtype=DTYPE if name in of_branch.split() else s.stream) for name in row_names
+    }
+    slices = s.empty(s.B, MODULATIONS * s.D).chunk(MODULATIONS, dim=1)
+    for name, part in zip(("gate", "scale", "shift"), slices, strict=False):
+        tensors |= {name: part, f"d{name}": part}
+    return tensors | {"stats": s.floats(s.B, T, 2), "eps": 1e-6, "centred": True}
+
+
+_norm = partial(_modulated, of_branch="y dy h dh")
+_residual = partial(_modulated, of_branch="h dh")
+
+
+def _activation(s: Shapes, *, halves: int) -> dict[str, object]:
+    # with halves, as many parameters as without, rounded up to whole 128-byte lines of bfloat16
+    F = 4 * s.D if halves == 1 else -(-8 * s.D // (3 * 64)) * 64
+    wide, u, bias = s.empty(s.B * T, halves * F), s.empty(s.B * T, F), s.empty(halves * F)
+    return {"h": wide, "dh": wide, "u": u, "du": u, "bias": bias, "dbias": bias}
+
+
+def _heads(s: Shapes) -> dict[str, object]:
+    H = s.D // HEAD_DIM
+    weights = ("q_weight", "k_weight", "dq_weight", "dk_weight")
+    return {
+        **{name: s.empty(HEAD_DIM) for name in weights},
+        **{name: s.tokens(3) for name in ("qkv", "dqkv")},
+        **{"qk": s.empty(s.B, T, 2, H, HEAD_DIM), "rotary": s.floats(2, T, HEAD_DIM)},
+        **{"heads": H, "eps": 1e-6},
+    }
+
+
+def _logits(s: Shapes) -> dict[str, object]:
+    return {
+        "logits": empty_logits(s.B * T, VOCABULARY, DTYPE, "meta"),
+        "target": s.empty(s.B * T, dtype=torch.int64),
+        **{"scale": s.floats(s.B * T), "nll": s.floats(s.B * T)},
+        **{"V": VOCABULARY, "ignore_index": -100},
+    }
+
+
+def _noise(s: Shapes) -> dict[str, object]:
+    return {
+        **{name: s.tokens() for name in ("z0", "z", "prediction", "dprediction", "dz0")},
+        **{name: s.floats(s.B) for name in ("p", "q", "alpha", "beta", "weight", "losses")},
+        **{"mask": s.empty(s.B, T, s.D, dtype=torch.bool), "normals": s.floats(s.B, T * s.D)},
+        **{"uniforms": s.empty(s.B, T, dtype=torch.float64), **s.draw, "r": 1.0},
+    }
 
 
 @dataclass(frozen=True)
 class Case:
     """One kernel with everything that it can be asked for at once."""
 
-    op: str  # its module in dbkernels.ops
+    op: str
     direction: str  # of LAUNCHERS
-    arguments: Callable[[Shapes], tuple]  # of the launcher
+    tensors: Callable[[Shapes], dict[str, object]]  # by their names in the schema, and scalars
+    raw: str | None = None  # name of the registered op, where it is not that of the case
+    module: str | None = None  # in dbkernels.ops, where it is not called as the op
+    first: tuple = ()  # what its launcher is given before the arguments of the schema
     # how often the bytes of an argument cross the memory bus, where that is not once
     passes: dict[str, float] = field(default_factory=dict)
     multiple: int = 1  # of which D must be one
     timed: bool = True  # by the benchmark of ops; not where only a part of an op with matmuls
-    # whether it works on whole rows of a residual stream, whose dtype may be another
+    # whether it works on whole rows of a residual stream, whose dtype may be another. A warp then
+    # moves two whole lines of memory at once, and a thread holds half as much of a row
     of_stream: bool = False
-    # bytes that a thread moves of a row at once, at least, where its width allows
-    access_bytes: int = 16
 
     @property
     def name(self) -> str:
@@ -107,132 +131,41 @@ class Case:
     def streams(self) -> tuple[torch.dtype, ...]:
         return STREAMS if self.of_stream else (DTYPE,)
 
+    @property
+    def access_bytes(self) -> int:
+        """That a thread moves of a row at once, at least, where its width allows."""
+        return 8 if self.of_stream else 16
 
-# a warp then moves two whole lines of memory at once, and a thread holds half as much of a row
-ROWS = {"of_stream": True, "access_bytes": 8}
-
-
-def _adaln_norm_bwd(s: Shapes) -> tuple:
-    return (
-        *(*s.tokens(), *s.residual(2), *s.modulation(2), s.stats()),
-        *(*s.residual(), *s.tokens(), *s.modulation(2), True),
-    )
-
-
-def _gated_adaln_norm_bwd(s: Shapes) -> tuple:
-    return (
-        *(*s.tokens(), *s.residual(2), *s.tokens(), *s.modulation(3), s.stats()),
-        *(*s.residual(), *s.tokens(2), *s.modulation(3), True),
-    )
+    def arguments(self, shapes: Shapes) -> tuple:
+        """Of the launcher, in the order of the schema."""
+        tensors = self.tensors(shapes)
+        schema = getattr(torch.ops.dbkernels, self.raw or self.name).default._schema
+        return tuple(tensors[argument.name] for argument in schema.arguments)
 
 
-def _gated_residual_bwd(s: Shapes) -> tuple:
-    return (*s.residual(), *s.tokens(), *s.modulation(1), *s.tokens(), *s.modulation(1))
-
-
-def _swiglu_bwd(s: Shapes) -> tuple:
-    F = s.gated_mlp_width
-    bias = s.empty(2 * F)
-    return (*s.rows(2 * F), *s.rows(F), bias, *s.rows(2 * F), *s.rows(F), bias)
-
-
+_gelu = partial(Case, "gelu", module="activations", first=(GELU,))
+_swiglu = partial(Case, "swiglu", module="activations", first=(SWIGLU,))
+# the values stay where they are, a table says every angle twice, and the gradient is written over
+_HEADS = {"passes": {"qkv_ptr": 2 / 3, "dqkv_ptr": 4 / 3, "table_ptr": 1 / 2}, "multiple": HEAD_DIM}
+_LOGITS = {"passes": {"logits_ptr": 3}, "raw": "softmax_gradient"}  # read twice, then written
 ENTRIES = [
-    Case(
-        "adaln_norm",
-        "fwd",
-        lambda s: (*s.residual(), *s.modulation(2), *s.tokens(), s.stats(), 1e-6, True),
-        **ROWS,
-    ),
-    Case("adaln_norm", "bwd", _adaln_norm_bwd, **ROWS),
-    Case(
-        "gated_adaln_norm",
-        "fwd",
-        lambda s: (
-            *(*s.residual(), *s.tokens(), *s.modulation(3), *s.residual(), *s.tokens()),
-            *(s.stats(), 1e-6, True),
-        ),
-        **ROWS,
-    ),
-    Case("gated_adaln_norm", "bwd", _gated_adaln_norm_bwd, **ROWS),
-    Case("gated_adaln_norm", "sum", _gated_adaln_norm_bwd, timed=False),
-    Case(
-        "gated_residual",
-        "fwd",
-        lambda s: (*s.residual(), *s.tokens(), *s.modulation(1), *s.residual()),
-        **ROWS,
-    ),
-    Case("gated_residual", "bwd", _gated_residual_bwd, **ROWS),
-    Case("gelu", "fwd", lambda s: (*s.rows(4 * s.D), s.empty(4 * s.D), *s.rows(4 * s.D))),
-    Case(
-        "gelu",
-        "bwd",
-        lambda s: (
-            *(*s.rows(4 * s.D, 2), s.empty(4 * s.D), *s.rows(4 * s.D, 2)),
-            s.empty(4 * s.D),
-        ),
-    ),
-    Case(
-        "swiglu",
-        "fwd",
-        lambda s: (
-            *(*s.rows(2 * s.gated_mlp_width), s.empty(2 * s.gated_mlp_width)),
-            *s.rows(s.gated_mlp_width),
-        ),
-    ),
-    Case("swiglu", "bwd", _swiglu_bwd),
-    Case(
-        "qk_norm_rotary",
-        "fwd",
-        lambda s: (
-            *(*s.tokens(width=3), *s.head_weights(), s.rotary()),
-            *(s.empty(s.B, T, 2, s.heads, HEAD_DIM), s.heads, 1e-6),
-        ),
-        # the values stay where they are, and a table says every angle twice
-        passes={"qkv_ptr": 2 / 3, "table_ptr": 1 / 2},
-        multiple=HEAD_DIM,
-    ),
-    Case(
-        "qk_norm_rotary",
-        "bwd",
-        lambda s: (
-            *(*s.tokens(2, width=3), *s.head_weights(), s.rotary()),
-            *(*s.head_weights(), s.heads, 1e-6),
-        ),
-        # the gradient is written over
-        passes={"qkv_ptr": 2 / 3, "dqkv_ptr": 4 / 3, "table_ptr": 1 / 2},
-        multiple=HEAD_DIM,
-    ),
-    Case(
-        "softmax_gradient",
-        "grad",
-        lambda s: (
-            empty_logits(s.B * T, VOCABULARY, DTYPE, "meta"),
-            s.empty(s.B * T, dtype=torch.int64),
-            *(s.scalars(), s.scalars(), VOCABULARY, -100),
-        ),
-        passes={"logits_ptr": 3},  # read twice, then written
-        timed=False,
-    ),
-    Case(
-        "philox",
-        "fwd",
-        lambda s: (s.empty(s.B, T * s.D, dtype=torch.float32), *s.draw()),
-        timed=False,
-    ),
-    Case(
-        "add_noise",
-        "fwd",
-        lambda s: (*s.tokens(), s.levels(), s.levels(), *s.tokens(), *s.draw()),
-        timed=False,
-    ),
-    Case(
-        "score_loss",
-        "fwd",
-        lambda s: (
-            *(*s.tokens(2), s.levels(), s.levels(), s.levels()),
-            *(s.empty(s.B, T, s.D, dtype=torch.bool), *s.tokens(2), s.levels(), *s.draw(), 1.0),
-        ),
-        timed=False,
-    ),
+    Case("adaln_norm", "fwd", _norm, of_stream=True),
+    Case("adaln_norm", "bwd", _norm, of_stream=True),
+    Case("gated_adaln_norm", "fwd", _norm, of_stream=True),
+    Case("gated_adaln_norm", "bwd", _norm, of_stream=True),
+    Case("gated_adaln_norm", "sum", _norm, raw="gated_adaln_norm_bwd", timed=False),
+    Case("gated_residual", "fwd", _residual, of_stream=True),
+    Case("gated_residual", "bwd", _residual, of_stream=True),
+    _gelu("fwd", partial(_activation, halves=1)),
+    _gelu("bwd", partial(_activation, halves=1)),
+    _swiglu("fwd", partial(_activation, halves=2)),
+    _swiglu("bwd", partial(_activation, halves=2)),
+    Case("qk_norm_rotary", "fwd", _heads, **_HEADS),
+    Case("qk_norm_rotary", "bwd", _heads, **_HEADS),
+    Case("softmax_gradient", "grad", _logits, timed=False, **_LOGITS),
+    Case("philox", "fwd", _noise, raw="philox_normal", timed=False),
+    Case("philox", "uniform", _noise, raw="philox_uniform", timed=False),
+    Case("add_noise", "fwd", _noise, timed=False),
+    Case("score_loss", "fwd", _noise, timed=False),
 ]
 CASES = {case.name: case for case in ENTRIES}

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -19,8 +19,6 @@ from kernel_cases import LAUNCHERS, B, Case, Shapes, T
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dbkernels.ops.backend import sums
-
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, an H100 or H200, and a B200
 WARP = 32  # threads
 DEFAULT_WARPS = 4  # of a program whose launcher names none
@@ -29,6 +27,7 @@ POINTER = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
@@ -62,17 +61,20 @@ class Compiled:
 
 def record(case: Case, shapes: Shapes, arch: int) -> tuple[object, Launch]:
     """The kernel of a case, and its launch by its launcher on tensors without data."""
-    op = importlib.import_module(f"dbkernels.ops.{case.op}")
+    op = importlib.import_module(f"dbkernels.ops.{case.module or case.op}")
     launcher, kernel_name = LAUNCHERS[case.direction]
-    module = sums if kernel_name == "_sum_kernel" else op
-    kernel, launches = getattr(module, kernel_name), {}
+    launches, count = {}, PROCESSORS[arch]
     with ExitStack() as stack:
-        for each, name in ((op, kernel_name), (sums, "_sum_kernel"), (op, "_bwd_kernel")):
-            if hasattr(each, name):
-                stack.enter_context(mock.patch.object(each, name, _Recorder(name, launches)))
-        stack.enter_context(_processors(PROCESSORS[arch]))
-        getattr(op, launcher)(*case.arguments(shapes))
-    grid, args, options = launches[kernel_name]
+        for module in [m for name, m in sys.modules.items() if name.startswith("dbkernels.ops.")]:
+            for name in {name for _, name in LAUNCHERS.values()} & vars(module).keys():
+                recorder = _Recorder(getattr(module, name), launches)
+                stack.enter_context(mock.patch.object(module, name, recorder))
+            # launchers share work among the processors of a device; tensors without data have none
+            if hasattr(module, "processors"):
+                patch = mock.patch.object(module, "processors", lambda device: count)
+                stack.enter_context(patch)
+        getattr(op, launcher)(*case.first, *case.arguments(shapes))
+    kernel, grid, args, options = launches[kernel_name]
     warps, registers = options.pop("num_warps", DEFAULT_WARPS), options.pop("maxnreg", None)
     bound = inspect.signature(kernel.fn).bind(*args, **options)
     return kernel, Launch(dict(bound.arguments), math.prod(grid), warps, registers)
@@ -81,12 +83,12 @@ def record(case: Case, shapes: Shapes, arch: int) -> tuple[object, Launch]:
 class _Recorder:
     """Stands for a kernel and notes how it is launched."""
 
-    def __init__(self, name: str, launches: dict[str, tuple]):
-        self._name, self._launches = name, launches
+    def __init__(self, kernel, launches: dict[str, tuple]):
+        self._kernel, self._launches = kernel, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
         def note(*args, **options):
-            self._launches[self._name] = grid, args, options
+            self._launches[self._kernel.__name__] = self._kernel, grid, args, options
 
         return note
 
@@ -147,17 +149,6 @@ def spills(where: str, stack_bytes: int, local_bytes: int) -> Iterator[str]:
             f"{where} spills registers: {stack_bytes} bytes of stack and {local_bytes} of local "
             "memory to a thread"
         )
-
-
-@contextmanager
-def _processors(count):
-    """Launchers share work among the processors of a device; tensors without data have none."""
-    with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("dbkernels.ops.") and hasattr(module, "processors"):
-                patch = mock.patch.object(module, "processors", lambda device: count)
-                stack.enter_context(patch)
-        yield
 
 
 def _type_of(value, special: bool) -> str:

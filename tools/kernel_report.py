@@ -13,14 +13,15 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain
 from typing import Literal
 from unittest import mock
 
 import torch
 import tyro
-from kernel_cases import CASES, DTYPE, B, Shapes, T
+from kernel_cases import CASES, DTYPE, B, Case, Shapes, T
 from kernel_compile import (
+    PROCESSORS,
     bytes_moved,
     compile_launch,
     record,
@@ -28,7 +29,6 @@ from kernel_compile import (
     spills,
 )
 from kernel_library import LibraryRow, library_rows
-from kernel_waves import BATCHES, wave_efficiency
 from rich.console import Console
 from rich.table import Table
 
@@ -42,6 +42,10 @@ PEAK = {
     "H200-SXM-141GB": 4800e9,
     "B200-SXM": 8000e9,
 }
+
+BATCHES = (8, 32, 64, 128, 256)  # samples
+# how kernels call the rows, or tokens, of a program
+SHARES = ("rows_per_program", "tokens_per_program")
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Row:
     local_bytes: int
     shared_bytes: int
     programs_per_processor: int  # that fit at once
-    wave_efficiency: dict[int, float]  # of a full device, by B; see kernel_waves
+    wave_efficiency: dict[int, float]  # of a full device, by B; see wave_efficiency
     widest_load_bytes: int
     widest_store_bytes: int
     row_access_bytes: int | None  # the narrowest to a row of bfloat16 that 16 bytes divide
@@ -149,6 +153,36 @@ def row_of(name: str, arch: int, D: int, stream: torch.dtype) -> Row:
     )
 
 
+def wave_efficiency(case: Case, shapes: Shapes, arch: int, fit: int) -> float:
+    """How evenly a launch fills a device, from 0 to 1: what its programs do, over what it could.
+
+    Programs start in waves, as many at a time as fit; in one wave that is not full, each processor
+    has as near the same number as there can be. The device waits for the one that has most to do.
+
+    Args:
+        case:    the kernel
+        shapes:  it is launched at
+        arch:    10 times the compute capability
+        fit:     programs that fit one processor
+    """
+    _, launch = record(case, shapes, arch)
+    each = next((launch.arguments[name] for name in SHARES if name in launch.arguments), None)
+    full = 1.0
+    if each is not None and "segments" not in launch.arguments:
+        # the last program may have fewer rows than the others
+        rows = shapes.B * T
+        full = rows / (each * -(-rows // each))
+    return full * launch.programs / (PROCESSORS[arch] * _load(launch.programs, arch, fit))
+
+
+def _load(programs: int, arch: int, fit: int) -> int:
+    """Programs one after another and side by side on the processor that has most."""
+    count = PROCESSORS[arch]
+    if programs <= fit * count:
+        return -(-programs // count)
+    return fit * -(-programs // (fit * count))
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -165,41 +199,22 @@ def report(options: Options) -> Iterator[Row]:
             yield from rows
 
 
-def table(rows: list[Row]) -> Table:
-    columns = ("kernel", "arch", "stream", "D", "warps", "registers", "stack", "local", "shared")
-    launched = ("fit", *(f"B {B}" for B in BATCHES))
-    accesses = ("load", "store", "row", "moved")
-    title = (
-        f"{rows[0].dtype}, B = {B}, T = {T}; widths in bytes, shares of full waves, floors in µs"
-    )
-    table = Table(*columns, *launched, *accesses, *(n.split("-")[0] for n in PEAK), title=title)
+def table(rows: list[Row] | list[LibraryRow], title: str) -> Table:
+    """A line to a row; what is by number of samples or by product has a column to each."""
+    table = Table(title=title)
+    for column in _cells(rows[0]):
+        table.add_column(column)
     for row in rows:
-        values = asdict(row) | {"arch": f"sm_{row.arch}", "hbm_bytes": f"{row.hbm_bytes:,}"}
-        floors, waves = values.pop("floor_us"), values.pop("wave_efficiency")
-        values.pop("dtype"), values.pop("least_access_bytes")
-        cells = [str(value) for value in values.values()]
-        at = len(columns) + 1
-        cells[at:at] = (f"{share:.2f}" for share in waves.values())
-        table.add_row(*cells, *(f"{us:.1f}" for us in floors.values()))
+        table.add_row(*_cells(row).values())
     return table
 
 
-def library_table(rows: list[LibraryRow]) -> Table:
-    """A line to a kernel: its registers on each architecture, and the most of everything else."""
-    architectures = sorted({row.arch for row in rows})
-    table = Table(title="CUDA kernels of the compiled library; registers, then widths in bytes")
-    for name in ("kernel", *(f"sm_{arch}" for arch in architectures), "stack", "local", "shared"):
-        table.add_column(name)
-    for kernel, of in groupby(rows, lambda row: row.kernel):
-        of_kernel = list(of)
-        registers = {row.arch: str(row.registers) for row in of_kernel}
-        most = (
-            max(getattr(row, f"{name}_bytes") for row in of_kernel)
-            for name in ("stack", "local", "shared")
-        )
-        cells = (registers.get(arch, "") for arch in architectures)
-        table.add_row(kernel, *cells, *map(str, most))
-    return table
+def _cells(row: Row | LibraryRow) -> dict[str, str]:
+    values = asdict(row) | {"arch": f"sm_{row.arch}"}
+    by_product, by_batch = values.pop("floor_us", {}), values.pop("wave_efficiency", {})
+    cells = {name.removesuffix("_bytes").replace("_", " "): str(v) for name, v in values.items()}
+    cells |= {f"B {B}": f"{share:.2f}" for B, share in by_batch.items()}
+    return cells | {name.partition("-")[0]: f"{us:.1f}" for name, us in by_product.items()}
 
 
 def main() -> None:
@@ -209,10 +224,11 @@ def main() -> None:
         rows.append(row)
         if options.json:
             print(json.dumps(asdict(row)), flush=True)
-    for kind, make in {Row: table, LibraryRow: library_table}.items():
+    of_triton = f"{_short(DTYPE)}, B = {B}, T = {T}; bytes, shares of full waves, floors in µs"
+    for kind, title in {Row: of_triton, LibraryRow: "CUDA kernels of the compiled library"}.items():
         of_kind = [row for row in rows if isinstance(row, kind)]
         if of_kind and not options.json:
-            Console(width=200).print(make(of_kind))
+            Console(width=200).print(table(of_kind, title))
     faults = [fault for row in rows for fault in row.faults()]
     for fault in faults:
         print(fault, file=sys.stderr)

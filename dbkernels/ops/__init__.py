@@ -1,5 +1,6 @@
 """Fused arithmetic of AdaLN layers on tensors, with its gradients."""
 
+from dbkernels.ops.activations import gelu, swiglu
 from dbkernels.ops.adaln_norm import adaln_norm
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.affine import fold_affine
@@ -7,7 +8,6 @@ from dbkernels.ops.attention import attention
 from dbkernels.ops.backend.register import implementation, use_implementation
 from dbkernels.ops.gated_adaln_norm import gated_adaln_norm
 from dbkernels.ops.gated_residual import gated_residual
-from dbkernels.ops.gelu import gelu
 from dbkernels.ops.layer.function import adaln_layer
 from dbkernels.ops.layer.linear import linear
 from dbkernels.ops.layer.recompute import POLICIES
@@ -17,7 +17,6 @@ from dbkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dbkernels.ops.philox import Draw, normals, uniforms
 from dbkernels.ops.qk_norm_rotary import qk_norm_rotary
 from dbkernels.ops.score_loss import score_loss
-from dbkernels.ops.swiglu import swiglu
 
 __all__ = [
     "POLICIES",

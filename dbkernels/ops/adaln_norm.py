@@ -1,191 +1,307 @@
 """Layer norm or RMS norm and its modulation by a condition, in one pass over x.
 
-    y[b, t] = (1 + scale[b]) * x_hat[b, t] + shift[b],    x_hat of `_norm`
+    y[b, t] = (1 + scale[b]) * x_hat[b, t] + shift[b]
+    x_hat   = (x - mean) * rstd,    rstd = 1 / sqrt(mean((x - mean)**2) + eps)
 
-Peebles & Xie 2023 (arXiv:2212.09748), section 3.2, adaLN-Zero.
+Peebles & Xie 2023 (arXiv:2212.09748), section 3.2, adaLN-Zero. RMS norm has a mean of 0.
 
-Backward, with dx of `_norm` for g = (1 + scale) * dy:
+Backward, with g = (1 + scale) * dy and every mean over D:
 
+    dx     = rstd * (g - mean(g) - x_hat * mean(g * x_hat)),    without mean(g) for RMS norm
     dscale = sum_t dy * x_hat
     dshift = sum_t dy
+
+The kernels serve `gated_adaln_norm` too: where there is an h they first add a branch, gate * h.
 """
+
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops._norm import (
-    NormOptions,
-    load_stats,
-    load_weight,
-    normalise,
-    normalise_backward,
-    normalise_row,
-    normalise_row_backward,
-    standardise,
-    standardise_row,
-    statistics_dtype,
-    store_stats,
-)
-from dbkernels.ops.backend import checks
+from dbkernels.ops.backend import checks, tile
+from dbkernels.ops.backend.checks import statistics_dtype
 from dbkernels.ops.backend.register import register
 from dbkernels.ops.backend.sums import segment, sums_of_samples
-from dbkernels.ops.backend.tile import (
-    SHARED_OUT,
-    add_rows,
-    load_row,
-    load_vector,
-    mul_add_rows,
-    mul_rows,
-    row_launch,
-    rows_of_program,
-    rows_of_sample,
-    store_row,
-    store_vector,
-    sum_over_rows,
-    zero_row,
-)
 
 # of a thread, by RowTile.shape: the compiler is held to them, and what it makes does not spill
 FORWARD_REGISTERS = {(4, 1): 40, (4, 2): 48, (4, 3): 64, (8, 1): 64, (8, 2): 64, (8, 3): 128}
 BACKWARD_REGISTERS = {(4, 1): 72, (4, 2): 80, (4, 3): 96, (8, 1): 128, (8, 2): 64, (8, 3): 255}
 
+
+class NormOptions(NamedTuple):
+    """What a conditioned norm is told beside its tensors."""
+
+    eps: float
+    centred: bool
+    dtype: torch.dtype
+
+
 # kernels
 
 
-@triton.jit(do_not_specialize=SHARED_OUT)
+@triton.jit
+def _normalise_row(x, D, eps, CENTRED: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
+    """x_hat, mean and rstd of rows that hold 0 past D; x_hat holds 0 there too."""
+    mean = tile.mean_row(x, D, PIECES) if CENTRED else tl.zeros((x[0].shape[0], 1), tl.float32)
+    x_centred = ()
+    for piece in tl.static_range(PIECES):
+        cols = piece * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+        # lanes past D hold -mean here, which would count towards the variance
+        x_centred += (tl.where(cols < D, x[piece] - mean, 0.0),)
+    rstd = 1 / tl.sqrt(tile.mean_row(tile.mul_rows(x_centred, x_centred, PIECES), D, PIECES) + eps)
+    return _standardise_row(x_centred, 0.0, rstd, PIECES), mean, rstd
+
+
+@triton.jit
+def _standardise_row(x, mean, rstd, PIECES: tl.constexpr):
+    x_hat = ()
+    for piece in tl.static_range(PIECES):
+        x_hat += ((x[piece] - mean) * rstd,)
+    return x_hat
+
+
+@triton.jit
+def _normalise_row_backward(g, x_hat, rstd, D, CENTRED: tl.constexpr, PIECES: tl.constexpr):
+    """dx of rows; g must hold 0 past D."""
+    g_mean = tile.mean_row(g, D, PIECES) if CENTRED else 0.0
+    gx_mean = tile.mean_row(tile.mul_rows(g, x_hat, PIECES), D, PIECES)
+    dx = ()
+    for piece in tl.static_range(PIECES):
+        dx += (rstd * (g[piece] - g_mean - x_hat[piece] * gx_mean),)
+    return dx
+
+
+@triton.jit
+def _load_weight(
+    scale_ptr, start, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr
+):  # fmt: skip
+    """1 + scale, for all rows of a tile."""
+    scale = tile.load_vector(scale_ptr, start, D, BLOCK_T, BLOCK_D, PIECES)
+    weight = ()
+    for piece in tl.static_range(PIECES):
+        weight += (1 + scale[piece],)
+    return weight
+
+
+@triton.jit(do_not_specialize=tile.SHARED_OUT)
 def _fwd_kernel(
-    x_ptr, scale_ptr, shift_ptr,  # (B*T, D), (B, D), (B, D)
-    y_ptr, stats_ptr,             # (B*T, D), (B*T, 2)
+    x_ptr, h_ptr, gate_ptr, scale_ptr, shift_ptr,  # (B*T, D) twice, (B, D) three times
+    x1_ptr, y_ptr, stats_ptr,                      # (B*T, D) twice, (B*T, 2)
     rows, T, D, stride_mod, rows_per_program, eps,
     CENTRED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    first, last = rows_of_program(rows, rows_per_program)
+    first, last = tile.rows_of_program(rows, rows_per_program)
     for batch in range(first // T, tl.cdiv(last, T)):
-        weight = load_weight(scale_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
-        shift = load_vector(shift_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+        if h_ptr is not None:
+            gate = tile.load_vector(gate_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+        weight = _load_weight(scale_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+        shift = tile.load_vector(shift_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
 
-        begin, end = rows_of_sample(batch, first, last, T)
+        begin, end = tile.rows_of_sample(batch, first, last, T)
         for start in range(begin, end, BLOCK_T):
             t = start + tl.arange(0, BLOCK_T)[:, None]
             row, mask = batch * T + t, t < end
-            x = load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            x = tile.load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            if h_ptr is not None:
+                h = tile.load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
+                x = tile.mul_add_rows(gate, h, x, PIECES)
 
-            x_hat, mean, rstd = normalise_row(x, D, eps, CENTRED, BLOCK_D, PIECES)
-            y = mul_add_rows(weight, x_hat, shift, PIECES)
+            x_hat, mean, rstd = _normalise_row(x, D, eps, CENTRED, BLOCK_D, PIECES)
+            y = tile.mul_add_rows(weight, x_hat, shift, PIECES)
 
-            store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
-            store_stats(stats_ptr, row, mask, mean, rstd)
+            if x1_ptr is not None:
+                tile.store_row(x1_ptr, row * D, mask, x, D, BLOCK_D, PIECES)
+            tile.store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
+            tl.store(stats_ptr + 2 * row, mean, mask=mask)
+            tl.store(stats_ptr + 2 * row + 1, rstd, mask=mask)
 
 
-@triton.jit(do_not_specialize=SHARED_OUT)
+@triton.jit(do_not_specialize=tile.SHARED_OUT)
 def _bwd_kernel(
-    dy_ptr, dres_ptr, x_ptr, scale_ptr, shift_ptr, stats_ptr,
-    dx_ptr, y_ptr, dscale_ptr, dshift_ptr,  # (B*T, D) twice, (B or segments, D) twice
+    dy_ptr, dres_ptr, x_ptr, h_ptr, gate_ptr, scale_ptr, shift_ptr, stats_ptr,
+    dx_ptr, dh_ptr, y_ptr, dgate_ptr, dscale_ptr, dshift_ptr,  # sums are (B or segments, D)
     rows, T, D, stride_mod, stride_sums, samples_are_shared, rows_per_program,
     CENTRED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    first, last = rows_of_program(rows, rows_per_program)
+    first, last = tile.rows_of_program(rows, rows_per_program)
     for batch in range(first // T, tl.cdiv(last, T)):
-        weight = load_weight(scale_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
-        dscale = zero_row(BLOCK_T, BLOCK_D, PIECES)
-        dshift = zero_row(BLOCK_T, BLOCK_D, PIECES)
+        if h_ptr is not None:
+            gate = tile.load_vector(gate_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+            dgate = tile.zero_row(BLOCK_T, BLOCK_D, PIECES)
+        weight = _load_weight(scale_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+        dscale = tile.zero_row(BLOCK_T, BLOCK_D, PIECES)
+        dshift = tile.zero_row(BLOCK_T, BLOCK_D, PIECES)
 
-        begin, end = rows_of_sample(batch, first, last, T)
+        begin, end = tile.rows_of_sample(batch, first, last, T)
         for start in range(begin, end, BLOCK_T):
             t = start + tl.arange(0, BLOCK_T)[:, None]
             row, mask = batch * T + t, t < end
-            x = load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
-            dy = load_row(dy_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            x = tile.load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            if h_ptr is not None:
+                h = tile.load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            dy = tile.load_row(dy_ptr, row * D, mask, D, BLOCK_D, PIECES)
             if dres_ptr is not None:
-                dres = load_row(dres_ptr, row * D, mask, D, BLOCK_D, PIECES)
-            mean, rstd = load_stats(stats_ptr, row, mask)
+                dres = tile.load_row(dres_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            mean = tl.load(stats_ptr + 2 * row, mask=mask, other=0.0)
+            rstd = tl.load(stats_ptr + 2 * row + 1, mask=mask, other=0.0)
 
-            x_hat = standardise_row(x, mean, rstd, PIECES)
-            dscale = mul_add_rows(dy, x_hat, dscale, PIECES)
-            dshift = add_rows(dy, dshift, PIECES)
+            if h_ptr is not None:
+                x = tile.mul_add_rows(gate, h, x, PIECES)
+            x_hat = _standardise_row(x, mean, rstd, PIECES)
+            dscale = tile.mul_add_rows(dy, x_hat, dscale, PIECES)
+            dshift = tile.add_rows(dy, dshift, PIECES)
             if y_ptr is not None:
-                shift = load_vector(shift_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
-                y = mul_add_rows(weight, x_hat, shift, PIECES)
-                store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
+                shift = tile.load_vector(shift_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+                y = tile.mul_add_rows(weight, x_hat, shift, PIECES)
+                tile.store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
 
             # dy is 0 past D, so every mean and sum sees real lanes only
-            g = mul_rows(weight, dy, PIECES)
-            dx = normalise_row_backward(g, x_hat, rstd, D, CENTRED, PIECES)
+            g = tile.mul_rows(weight, dy, PIECES)
+            dx = _normalise_row_backward(g, x_hat, rstd, D, CENTRED, PIECES)
             if dres_ptr is not None:
-                dx = add_rows(dx, dres, PIECES)
-            store_row(dx_ptr, row * D, mask, dx, D, BLOCK_D, PIECES)
+                dx = tile.add_rows(dx, dres, PIECES)
+            if h_ptr is not None:
+                # from L1 this time: in registers until here, h would cost a program to a processor
+                h = tile.load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
+                dgate = tile.mul_add_rows(dx, h, dgate, PIECES)
+            tile.store_row(dx_ptr, row * D, mask, dx, D, BLOCK_D, PIECES)
+            if h_ptr is not None:
+                tile.store_row(
+                    dh_ptr, row * D, mask, tile.mul_rows(gate, dx, PIECES), D, BLOCK_D, PIECES
+                )
 
         out = segment(batch, samples_are_shared) * stride_sums
-        store_vector(dscale_ptr, out, sum_over_rows(dscale, PIECES), D, BLOCK_D, PIECES)
-        store_vector(dshift_ptr, out, sum_over_rows(dshift, PIECES), D, BLOCK_D, PIECES)
+        if h_ptr is not None:
+            tile.store_vector(dgate_ptr, out, tile.sum_over_rows(dgate, PIECES), D, BLOCK_D, PIECES)
+        tile.store_vector(dscale_ptr, out, tile.sum_over_rows(dscale, PIECES), D, BLOCK_D, PIECES)
+        tile.store_vector(dshift_ptr, out, tile.sum_over_rows(dshift, PIECES), D, BLOCK_D, PIECES)
 
 
 # launchers: they write into tensors of their caller
 
 
-def _forward_triton(x, scale, shift, y, stats, eps, centred):
-    B, T, D = x.shape
-    launch = row_launch(x, FORWARD_REGISTERS)
+def launch_forward(registers, branch, x, scale, shift, y, stats, eps, centred):
+    """The branch has h, its gate and x1, or None of each."""
+    (h, gate, x1), (B, T, D) = branch, x.shape
+    launch = tile.row_launch(x, registers)
     _fwd_kernel[(launch.programs,)](
-        x, scale, shift, y, stats,
+        x, h, gate, scale, shift, x1, y, stats,
         B * T, T, D, scale.stride(0), launch.rows, eps, centred, **launch.options,
     )  # fmt: skip
 
 
-def _forward_torch(x, scale, shift, y, stats, eps, centred):
-    x_hat, statistics = normalise(x, eps, centred)
-    stats.copy_(statistics)
-    torch.addcmul(shift[:, None], x_hat, 1 + scale[:, None].to(x_hat.dtype), out=y)
-
-
-def _backward_triton(dy, dres, x, scale, shift, stats, dx, y, dscale, dshift, centred):
-    B, T, D = x.shape
-    launch = row_launch(x, BACKWARD_REGISTERS)
-    with sums_of_samples(launch, T, dscale, dshift) as sums:
+def launch_backward(
+    registers, branch, dy, dres, x, scale, shift, stats, dx, y, dscale, dshift, centred
+):
+    """The branch has h, its gate, dh and dgate, or None of each."""
+    (h, gate, dh, dgate), (B, T, D) = branch, x.shape
+    launch = tile.row_launch(x, registers)
+    outs = [dscale, dshift] if h is None else [dgate, dscale, dshift]
+    with sums_of_samples(launch, T, *outs) as sums:
+        dgate, dscale, dshift = [None, *sums][-3:]
         _bwd_kernel[(launch.programs,)](
-            dy, dres, x, scale, shift, stats, dx, y, *sums,
-            B * T, T, D, scale.stride(0), sums[0].stride(0), launch.samples_are_shared, launch.rows,
+            dy, dres, x, h, gate, scale, shift, stats, dx, dh, y, dgate, dscale, dshift,
+            B * T, T, D, scale.stride(0), dscale.stride(0), launch.samples_are_shared, launch.rows,
             centred, **launch.options,
         )  # fmt: skip
 
 
-def _backward_torch(dy, dres, x, scale, shift, stats, dx, y, dscale, dshift, centred):
+def forward_torch(branch, x, scale, shift, y, stats, eps, centred):
+    h, gate, x1 = branch
+    if h is not None:
+        x = torch.addcmul(x.to(stats.dtype), gate[:, None], h)
+    x_hat, statistics = normalise(x, eps, centred)
+    if x1 is not None:
+        x1.copy_(x)
+    stats.copy_(statistics)
+    torch.addcmul(shift[:, None], x_hat, 1 + scale[:, None].to(x_hat.dtype), out=y)
+
+
+def backward_torch(branch, dy, dres, x, scale, shift, stats, dx, y, dscale, dshift, centred):
+    h, gate, dh, dgate = branch
     x, dy = x.to(stats.dtype), dy.to(stats.dtype)
-    x_hat = standardise(x, stats)
+    if h is not None:
+        h = h.to(stats.dtype)
+        x = torch.addcmul(x, gate[:, None], h)
+    mean, rstd = stats.split(1, dim=-1)
+    x_hat = (x - mean).mul_(rstd)
     dscale.copy_((dy * x_hat).sum(1))
     dshift.copy_(dy.sum(1))
     weight = 1 + scale[:, None].to(stats.dtype)
-    grad = normalise_backward(weight * dy, x, x_hat, stats, centred)
-    dx.copy_(grad if dres is None else grad.add_(dres))
+    grad = _normalise_backward(weight * dy, x, x_hat, stats, centred)
     if y is not None:
         torch.addcmul(shift[:, None], x_hat, weight, out=y)
+    if dres is not None:
+        grad += dres
+    dx.copy_(grad)
+    if h is not None:
+        dgate.copy_((grad * h).sum(1))
+        torch.mul(grad, gate[:, None], out=dh)
 
 
+def normalise(x: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
+    """x_hat, and mean and rstd side by side (..., 2), in at least float32."""
+    x = x.to(statistics_dtype(x))
+    if centred:
+        x_hat, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    else:
+        rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        x_hat, mean = x * rstd, torch.zeros_like(rstd)
+    return x_hat, torch.cat([mean, rstd], dim=-1)
+
+
+def _normalise_backward(g: Tensor, x: Tensor, x_hat: Tensor, stats: Tensor, centred: bool):
+    """dx in the dtype of g, x and x_hat, which is that of stats."""
+    mean, rstd = (t.contiguous() for t in stats.split(1, dim=-1))
+    if not centred:
+        return rms_norm_backward(g, x_hat, rstd)
+    # one pass, where sums and products would take six
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        g, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
+    )
+    return dx
+
+
+def rms_norm_backward(g: Tensor, x_hat: Tensor, rstd: Tensor) -> Tensor:
+    """dx in the dtype of g; rstd is (..., 1)."""
+    mean = (g * x_hat).mean(-1, keepdim=True)
+    return torch.addcmul(g, x_hat, mean, value=-1).mul_(rstd)
+
+
+_forward_triton = partial(launch_forward, FORWARD_REGISTERS, [None] * 3)
+_backward_triton = partial(launch_backward, BACKWARD_REGISTERS, [None] * 4)
 _forward_op = register(
     "adaln_norm_fwd(Tensor x, Tensor scale, Tensor shift, Tensor(a!) y, Tensor(b!) stats,"
     " float eps, bool centred) -> ()",
     triton=_forward_triton,
-    torch_=_forward_torch,
+    torch_=partial(forward_torch, [None] * 3),
 )
 _backward_op = register(
     "adaln_norm_bwd(Tensor dy, Tensor? dres, Tensor x, Tensor scale, Tensor shift, Tensor stats,"
     " Tensor(a!) dx, Tensor(b!)? y, Tensor(c!) dscale, Tensor(d!) dshift, bool centred) -> ()",
     triton=_backward_triton,
-    torch_=_backward_torch,
+    torch_=partial(backward_torch, [None] * 4),
 )
 
 
 # allocation and autograd
 
 
+def empty_results(x: Tensor, options: NormOptions) -> tuple[Tensor, Tensor]:
+    """y and its statistics (B, T, 2), for x (B, T, D)."""
+    stats = torch.empty((*x.shape[:2], 2), dtype=statistics_dtype(x), device=x.device)
+    return torch.empty_like(x, dtype=options.dtype), stats
+
+
 def adaln_norm_forward(
     x: Tensor, scale: Tensor, shift: Tensor, options: NormOptions
 ) -> tuple[Tensor, Tensor]:
     """y (B, T, D) and its statistics (B, T, 2), from contiguous x and (B, D) modulation."""
-    y = torch.empty_like(x, dtype=options.dtype)
-    stats = torch.empty((*x.shape[:2], 2), dtype=statistics_dtype(x), device=x.device)
+    y, stats = empty_results(x, options)
     if x.numel():
         _forward_op(x, scale, shift, y, stats, options.eps, options.centred)
     return y, stats

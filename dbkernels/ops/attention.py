@@ -12,8 +12,8 @@ flash kernel; a CPU has one for every dtype.
 import torch
 from torch import Tensor
 
-from dbkernels.ops._norm import statistics_dtype
 from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.checks import statistics_dtype
 
 _aten = torch.ops.aten
 

@@ -14,24 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops.backend import checks
+from dbkernels.ops.backend import checks, tile
+from dbkernels.ops.backend.checks import statistics_dtype
 from dbkernels.ops.backend.register import register
 from dbkernels.ops.backend.sums import segment, sums_of_samples
-from dbkernels.ops.backend.tile import (
-    SHARED_OUT,
-    load_row,
-    load_vector,
-    mul_add_rows,
-    mul_rows,
-    row_launch,
-    rows_of_program,
-    rows_of_sample,
-    store_row,
-    store_vector,
-    sum_over_rows,
-    zero_row,
-)
 
 # of a thread, by RowTile.shape: the compiler is held to them, and what it makes does not spill
 FORWARD_REGISTERS = {(4, 1): 40, (4, 2): 40, (4, 3): 48, (8, 1): 64, (8, 2): 64, (8, 3): 128}
@@ -40,55 +26,55 @@ BACKWARD_REGISTERS = {(4, 1): 48, (4, 2): 56, (4, 3): 72, (8, 1): 64, (8, 2): 64
 # kernels
 
 
-@triton.jit(do_not_specialize=SHARED_OUT)
+@triton.jit(do_not_specialize=tile.SHARED_OUT)
 def _fwd_kernel(
     x_ptr, h_ptr, gate_ptr,  # (B*T, D) twice, (B, D)
     y_ptr,                   # (B*T, D)
     rows, T, D, stride_mod, rows_per_program,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    first, last = rows_of_program(rows, rows_per_program)
+    first, last = tile.rows_of_program(rows, rows_per_program)
     for batch in range(first // T, tl.cdiv(last, T)):
-        gate = load_vector(gate_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+        gate = tile.load_vector(gate_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
 
-        begin, end = rows_of_sample(batch, first, last, T)
+        begin, end = tile.rows_of_sample(batch, first, last, T)
         for start in range(begin, end, BLOCK_T):
             t = start + tl.arange(0, BLOCK_T)[:, None]
             row, mask = batch * T + t, t < end
-            x = load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
-            h = load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            x = tile.load_row(x_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            h = tile.load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
 
-            y = mul_add_rows(gate, h, x, PIECES)
+            y = tile.mul_add_rows(gate, h, x, PIECES)
 
-            store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
+            tile.store_row(y_ptr, row * D, mask, y, D, BLOCK_D, PIECES)
 
 
-@triton.jit(do_not_specialize=SHARED_OUT)
+@triton.jit(do_not_specialize=tile.SHARED_OUT)
 def _bwd_kernel(
     dy_ptr, h_ptr, gate_ptr,  # (B*T, D) twice, (B, D)
     dh_ptr, dgate_ptr,        # (B*T, D), (B or segments, D)
     rows, T, D, stride_mod, stride_sums, samples_are_shared, rows_per_program,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    first, last = rows_of_program(rows, rows_per_program)
+    first, last = tile.rows_of_program(rows, rows_per_program)
     for batch in range(first // T, tl.cdiv(last, T)):
-        gate = load_vector(gate_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
-        dgate = zero_row(BLOCK_T, BLOCK_D, PIECES)
+        gate = tile.load_vector(gate_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
+        dgate = tile.zero_row(BLOCK_T, BLOCK_D, PIECES)
 
-        begin, end = rows_of_sample(batch, first, last, T)
+        begin, end = tile.rows_of_sample(batch, first, last, T)
         for start in range(begin, end, BLOCK_T):
             t = start + tl.arange(0, BLOCK_T)[:, None]
             row, mask = batch * T + t, t < end
-            dy = load_row(dy_ptr, row * D, mask, D, BLOCK_D, PIECES)
-            h = load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            dy = tile.load_row(dy_ptr, row * D, mask, D, BLOCK_D, PIECES)
+            h = tile.load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
 
-            dgate = mul_add_rows(dy, h, dgate, PIECES)
-            dh = mul_rows(gate, dy, PIECES)
+            dgate = tile.mul_add_rows(dy, h, dgate, PIECES)
+            dh = tile.mul_rows(gate, dy, PIECES)
 
-            store_row(dh_ptr, row * D, mask, dh, D, BLOCK_D, PIECES)
+            tile.store_row(dh_ptr, row * D, mask, dh, D, BLOCK_D, PIECES)
 
         out = segment(batch, samples_are_shared) * stride_sums
-        store_vector(dgate_ptr, out, sum_over_rows(dgate, PIECES), D, BLOCK_D, PIECES)
+        tile.store_vector(dgate_ptr, out, tile.sum_over_rows(dgate, PIECES), D, BLOCK_D, PIECES)
 
 
 # launchers: they write into tensors of their caller
@@ -96,7 +82,7 @@ def _bwd_kernel(
 
 def _forward_triton(x, h, gate, y):
     B, T, D = x.shape
-    launch = row_launch(x, FORWARD_REGISTERS)
+    launch = tile.row_launch(x, FORWARD_REGISTERS)
     _fwd_kernel[(launch.programs,)](
         x, h, gate, y, B * T, T, D, gate.stride(0), launch.rows, **launch.options
     )
@@ -108,7 +94,7 @@ def _forward_torch(x, h, gate, y):
 
 def _backward_triton(dy, h, gate, dh, dgate):
     B, T, D = dy.shape
-    launch = row_launch(dy, BACKWARD_REGISTERS)
+    launch = tile.row_launch(dy, BACKWARD_REGISTERS)
     with sums_of_samples(launch, T, dgate) as (sums,):
         _bwd_kernel[(launch.programs,)](
             dy, h, gate, dh, sums,

@@ -20,28 +20,62 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops._heads import (
-    angles,
-    check_heads,
-    launch,
-    load_angles,
-    load_halves,
-    load_head_weights,
-    queries_and_keys,
-    reciprocal_rms,
-    rotate,
-    store_halves,
-)
-from dbkernels.ops._norm import normalise, rms_norm_backward, statistics_dtype
+from dbkernels.ops.adaln_norm import normalise, rms_norm_backward
 from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.checks import statistics_dtype
 from dbkernels.ops.backend.register import register
-from dbkernels.ops.backend.sums import Segments, partial_sums
+from dbkernels.ops.backend.sums import sums_of_all
+from dbkernels.ops.backend.tile import LANES, WARPS, tiles_per_program
 
+MAX_HEAD_DIM = 1024  # both halves of a head live in the registers of one program
 # of a thread: the compiler is held to them, and what it makes does not spill
 FORWARD_REGISTERS = 64
 BACKWARD_REGISTERS = 80
 
 # kernels: a program takes the queries (part 0) or the keys (part 1) of a run of tokens
+
+
+@triton.jit
+def _load_halves(ptr, start, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Heads at start (BLOCK_T, 1) by halves, as float32; 0 past a half and where mask is off."""
+    half: tl.constexpr = (HEAD_DIM + 1) // 2
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    a = tl.load(ptr + start + cols, mask=mask & (cols < half), other=0.0)
+    b = tl.load(ptr + start + half + cols, mask=mask & (cols < HEAD_DIM - half), other=0.0)
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@triton.jit
+def _store_halves(ptr, start, mask, a, b, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    half: tl.constexpr = (HEAD_DIM + 1) // 2
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(ptr + start + cols, a, mask=mask & (cols < half))
+    tl.store(ptr + start + half + cols, b, mask=mask & (cols < HEAD_DIM - half))
+
+
+@triton.jit
+def _load_head_weights(
+    part, q_weight_ptr, k_weight_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    mask = tl.full((1, 1), 1, tl.int1)
+    q_a, q_b = _load_halves(q_weight_ptr, 0, mask, HEAD_DIM, BLOCK_D)
+    k_a, k_b = _load_halves(k_weight_ptr, 0, mask, HEAD_DIM, BLOCK_D)
+    return tl.where(part == 0, q_a, k_a), tl.where(part == 0, q_b, k_b)
+
+
+@triton.jit
+def _load_angles(table_ptr, t, mask, T, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Cosine and sine of each pair; the second half of a table repeats the first."""
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    mask = mask & (cols < HEAD_DIM // 2)
+    cos = tl.load(table_ptr + t.to(tl.int64) * HEAD_DIM + cols, mask=mask, other=0.0)
+    sin = tl.load(table_ptr + (t.to(tl.int64) + T) * HEAD_DIM + cols, mask=mask, other=0.0)
+    return cos, sin
+
+
+@triton.jit
+def _reciprocal_rms(a, b, eps, HEAD_DIM: tl.constexpr):
+    return 1 / tl.sqrt(tl.sum(a * a + b * b, axis=1)[:, None] / HEAD_DIM + eps)
 
 
 @triton.jit(do_not_specialize=["tokens", "T", "tokens_per_program"])
@@ -55,24 +89,24 @@ def _fwd_kernel(
     heads = tl.minimum(tokens - first, tokens_per_program).to(tl.int32) * H
     first_t = (first % T).to(tl.int32)
     if q_weight_ptr is not None:
-        weight_a, weight_b = load_head_weights(part, q_weight_ptr, k_weight_ptr, HEAD_DIM, BLOCK_D)
+        weight_a, weight_b = _load_head_weights(part, q_weight_ptr, k_weight_ptr, HEAD_DIM, BLOCK_D)
 
     for start in range(0, heads, BLOCK_T):
         head = start + tl.arange(0, BLOCK_T)[:, None]
         token, mask = first + head // H, head < heads
         x_start = ((3 * token + part) * H + head % H) * HEAD_DIM
-        a, b = load_halves(qkv_ptr, x_start, mask, HEAD_DIM, BLOCK_D)
+        a, b = _load_halves(qkv_ptr, x_start, mask, HEAD_DIM, BLOCK_D)
 
         if q_weight_ptr is not None:
-            rstd = reciprocal_rms(a, b, eps, HEAD_DIM)
+            rstd = _reciprocal_rms(a, b, eps, HEAD_DIM)
             a, b = a * rstd * weight_a, b * rstd * weight_b
         if table_ptr is not None:
             t = (first_t + head // H) % T
-            cos, sin = load_angles(table_ptr, t, mask, T, HEAD_DIM, BLOCK_D)
+            cos, sin = _load_angles(table_ptr, t, mask, T, HEAD_DIM, BLOCK_D)
             a, b = a * cos - b * sin, b * cos + a * sin
 
         y_start = ((2 * token + part) * H + head % H) * HEAD_DIM
-        store_halves(qk_ptr, y_start, mask, a, b, HEAD_DIM, BLOCK_D)
+        _store_halves(qk_ptr, y_start, mask, a, b, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["tokens", "T", "tokens_per_program"])
@@ -86,7 +120,7 @@ def _bwd_kernel(
     heads = tl.minimum(tokens - first, tokens_per_program).to(tl.int32) * H
     first_t = (first % T).to(tl.int32)
     if q_weight_ptr is not None:
-        weight_a, weight_b = load_head_weights(part, q_weight_ptr, k_weight_ptr, HEAD_DIM, BLOCK_D)
+        weight_a, weight_b = _load_head_weights(part, q_weight_ptr, k_weight_ptr, HEAD_DIM, BLOCK_D)
         dweight_a = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
         dweight_b = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
 
@@ -94,32 +128,32 @@ def _bwd_kernel(
         head = start + tl.arange(0, BLOCK_T)[:, None]
         mask = head < heads
         x_start = ((3 * (first + head // H) + part) * H + head % H) * HEAD_DIM
-        a, b = load_halves(dqkv_ptr, x_start, mask, HEAD_DIM, BLOCK_D)
+        a, b = _load_halves(dqkv_ptr, x_start, mask, HEAD_DIM, BLOCK_D)
 
         if table_ptr is not None:
             t = (first_t + head // H) % T
-            cos, sin = load_angles(table_ptr, t, mask, T, HEAD_DIM, BLOCK_D)
+            cos, sin = _load_angles(table_ptr, t, mask, T, HEAD_DIM, BLOCK_D)
             a, b = a * cos + b * sin, b * cos - a * sin
         if q_weight_ptr is not None:
-            x_a, x_b = load_halves(qkv_ptr, x_start, mask, HEAD_DIM, BLOCK_D)
-            rstd = reciprocal_rms(x_a, x_b, eps, HEAD_DIM)
+            x_a, x_b = _load_halves(qkv_ptr, x_start, mask, HEAD_DIM, BLOCK_D)
+            rstd = _reciprocal_rms(x_a, x_b, eps, HEAD_DIM)
             x_a, x_b = x_a * rstd, x_b * rstd
             dweight_a, dweight_b = dweight_a + a * x_a, dweight_b + b * x_b
             a, b = a * weight_a, b * weight_b
             mean = tl.sum(a * x_a + b * x_b, axis=1)[:, None] / HEAD_DIM
             a, b = rstd * (a - x_a * mean), rstd * (b - x_b * mean)
 
-        store_halves(dqkv_ptr, x_start, mask, a, b, HEAD_DIM, BLOCK_D)
+        _store_halves(dqkv_ptr, x_start, mask, a, b, HEAD_DIM, BLOCK_D)
 
     if q_weight_ptr is not None:
         # each program owns one row of partial sums: no atomics, so every run gives the same bits
         dweight_a = tl.sum(dweight_a, axis=0)[None, :]
         dweight_b = tl.sum(dweight_b, axis=0)[None, :]
         out, mask = tl.program_id(0) * HEAD_DIM, tl.full((1, 1), 1, tl.int1)
-        store_halves(
+        _store_halves(
             dq_weight_ptr, out, mask & (part == 0), dweight_a, dweight_b, HEAD_DIM, BLOCK_D
         )  # fmt: skip
-        store_halves(
+        _store_halves(
             dk_weight_ptr, out, mask & (part == 1), dweight_a, dweight_b, HEAD_DIM, BLOCK_D
         )  # fmt: skip
 
@@ -127,21 +161,36 @@ def _bwd_kernel(
 # launchers: they write into tensors of their caller
 
 
+def head_launch(qkv: Tensor, heads: int, registers: int) -> tuple[int, int, dict]:
+    """Programs to share the tokens of qkv (B, T, 3 D) in one wave, tokens of each, and options.
+
+    A tile has BLOCK_T heads by BLOCK_D lanes for each half of a head, 8 of each half to a thread.
+    No two threads hold one element, so a tile may be stored over what it was loaded from.
+    """
+    tokens, d = qkv.shape[0] * qkv.shape[1], qkv.shape[2] // (3 * heads)
+    lanes = triton.next_power_of_2(triton.cdiv(d, 2))
+    block = {"BLOCK_T": LANES * WARPS // lanes, "BLOCK_D": lanes}
+    # queries and keys have programs of their own
+    each = tiles_per_program(tokens, registers, WARPS, qkv.device, beside=2)
+    options = {"HEAD_DIM": d, **block, "num_warps": WARPS, "maxnreg": registers}
+    return triton.cdiv(tokens, each), each, options
+
+
 def _forward_triton(qkv, q_weight, k_weight, rotary, qk, heads, eps):
     B, T, _ = qkv.shape
-    programs, each, options = launch(qkv, heads, FORWARD_REGISTERS)
+    programs, each, options = head_launch(qkv, heads, FORWARD_REGISTERS)
     _fwd_kernel[(programs, 2)](
         qkv, q_weight, k_weight, rotary, qk, B * T, T, heads, each, eps, **options
     )
 
 
 def _forward_torch(qkv, q_weight, k_weight, rotary, qk, heads, eps):
-    x = queries_and_keys(qkv, heads).to(statistics_dtype(qkv))
+    x = _queries_and_keys(qkv, heads).to(statistics_dtype(qkv))
     if q_weight is not None:
         x = normalise(x, eps, centred=False)[0] * torch.stack([q_weight, k_weight])[:, None]
     if rotary is not None:
-        cos, sin = angles(rotary)
-        x = rotate(x, cos, sin)
+        cos, sin = _angles(rotary)
+        x = _rotate(x, cos, sin)
     qk.copy_(x)
 
 
@@ -149,35 +198,39 @@ def _backward_triton(
     dqkv, qkv, q_weight, k_weight, rotary, dq_weight, dk_weight, heads, eps
 ):  # fmt: skip
     B, T, _ = dqkv.shape
-    programs, each, options = launch(dqkv, heads, BACKWARD_REGISTERS)
-
-    def run(dq_sums, dk_sums):
+    programs, each, options = head_launch(dqkv, heads, BACKWARD_REGISTERS)
+    with sums_of_all(B * T, each, dq_weight, dk_weight) as sums:
         _bwd_kernel[(programs, 2)](
-            dqkv, qkv, q_weight, k_weight, rotary, dq_sums, dk_sums,
-            B * T, T, heads, each, eps, **options,
-        )  # fmt: skip
-
-    if q_weight is None or programs == 1:
-        run(dq_weight, dk_weight)
-        return
-    segments = Segments(B * T, each, programs)
-    with partial_sums(segments, dq_weight[None], dk_weight[None]) as sums:
-        run(*sums)
+            dqkv, qkv, q_weight, k_weight, rotary, *sums, B * T, T, heads, each, eps, **options
+        )
 
 
 def _backward_torch(dqkv, qkv, q_weight, k_weight, rotary, dq_weight, dk_weight, heads, eps):
-    dx = queries_and_keys(dqkv, heads)
+    dx = _queries_and_keys(dqkv, heads)
     g = dx.to(statistics_dtype(dqkv))
     if rotary is not None:
-        cos, sin = angles(rotary)
-        g = rotate(g, cos, -sin)
+        cos, sin = _angles(rotary)
+        g = _rotate(g, cos, -sin)
     if q_weight is not None:
-        x_hat, stats = normalise(queries_and_keys(qkv, heads), eps, centred=False)
+        x_hat, stats = normalise(_queries_and_keys(qkv, heads), eps, centred=False)
         for dweight, sums in zip((dq_weight, dk_weight), (g * x_hat).sum((0, 1, 3)), strict=True):
             dweight.copy_(sums)
         g = g * torch.stack([q_weight, k_weight])[:, None]
         g = rms_norm_backward(g, x_hat, stats[..., 1:])
     dx.copy_(g)
+
+
+def _queries_and_keys(qkv: Tensor, heads: int) -> Tensor:
+    return qkv.unflatten(-1, (3, heads, -1))[:, :, :2]  # (B, T, 2, H, d)
+
+
+def _angles(rotary: Tensor) -> Tensor:
+    return rotary[:, :, None, None, : rotary.shape[-1] // 2]  # (2, T, 1, 1, d/2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 _forward_op = register(
@@ -291,8 +344,48 @@ def qk_norm_rotary(
             rotary requires a gradient, one weight is given alone, or there is nothing to do.
         RuntimeError: the gradient is differentiated.
     """
-    check_heads(qkv, heads, q_weight, k_weight, rotary)
+    _check_heads(qkv, heads, q_weight, k_weight, rotary)
     qkv, q_weight, k_weight, rotary = (
         None if x is None else x.contiguous() for x in (qkv, q_weight, k_weight, rotary)
     )
     return _QKNormRotary.apply(qkv, q_weight, k_weight, rotary, heads, eps).unbind(2)
+
+
+def _check_heads(
+    qkv: Tensor,
+    heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rotary: Tensor | None,
+) -> None:
+    """One shape of head, and something to do with it."""
+    if qkv.dim() != 3 or heads < 1 or qkv.shape[2] < 1 or qkv.shape[2] % (3 * heads):
+        raise ValueError(
+            f"qkv must be (B, T, 3 D) with D a multiple of heads, got {tuple(qkv.shape)} "
+            f"and {heads} heads"
+        )
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("q_weight and k_weight must be given together, got one of them")
+    if q_weight is None and rotary is None:
+        raise ValueError("give q_weight and k_weight, rotary, or all three: else there is no work")
+    checks.check_floats(qkv=qkv, q_weight=q_weight, k_weight=k_weight, rotary=rotary)
+    T, d = qkv.shape[1], qkv.shape[2] // (3 * heads)
+    if d > MAX_HEAD_DIM:
+        raise ValueError(f"the head width must be 1 to {MAX_HEAD_DIM}, got {d}")
+    for name, weight in {"q_weight": q_weight, "k_weight": k_weight}.items():
+        if weight is not None and weight.shape != (d,):
+            raise ValueError(f"{name} must be (d,) = ({d},), got {tuple(weight.shape)}")
+    if rotary is not None:
+        check_rotary(rotary, T, d)
+
+
+def check_rotary(rotary: Tensor, T: int, d: int) -> None:
+    if d % 2:
+        raise ValueError(f"the head width must be even to be rotated, got {d}")
+    if rotary.shape != (2, T, d) or rotary.dtype != torch.float32:
+        raise ValueError(
+            f"rotary must be (2, T, d) = (2, {T}, {d}) of torch.float32, "
+            f"got {tuple(rotary.shape)} of {rotary.dtype}"
+        )
+    if rotary.requires_grad:
+        raise ValueError("rotary must not require a gradient: none is computed for it")

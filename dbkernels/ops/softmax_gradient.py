@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops.backend.columns import chunks, same_dtype
+from dbkernels.ops.activations import chunks, same_dtype
 from dbkernels.ops.backend.register import register
 
 LINE = 64  # elements: 128 bytes of bfloat16

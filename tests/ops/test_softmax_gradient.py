@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate_as_eager
 
-from dbkernels.ops import softmax_gradient
-from dbkernels.ops.backend import columns
+from dbkernels.ops import activations, softmax_gradient
 from dbkernels.ops.backend.register import use_implementation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -65,7 +64,7 @@ def test_as_accurate_as_eager(shape, dtype):
 def test_any_number_of_rows_is_done_at_once(rows, monkeypatch):
     padded, target, scale = inputs(9, 37, torch.bfloat16)
     expected = run(padded, target, scale, 37)
-    monkeypatch.setattr(columns, "CHUNK", rows * 64 // torch.get_num_threads())
+    monkeypatch.setattr(activations, "CHUNK", rows * 64 // torch.get_num_threads())
     for now, before in zip(run(padded, target, scale, 37), expected, strict=True):
         torch.testing.assert_close(now, before)
 

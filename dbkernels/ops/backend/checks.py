@@ -37,6 +37,11 @@ def result_dtype(dtype: torch.dtype | None, like: Tensor) -> torch.dtype:
     return dtype
 
 
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """float32; float64 for the float64 that plain torch also takes."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def check_tokens(**tensors: Tensor) -> None:
     """(B, T, D) each, one shape, a width that a row's tile can hold."""
     first = next(iter(tensors.values()))

@@ -8,16 +8,14 @@ from collections.abc import Callable
 from torch import Tensor
 from torch._ops import OpOverload
 
-from dbkernels.ops._heads import launch
+from dbkernels.ops.activations import GELU, SWIGLU, Share, column_launch
 from dbkernels.ops.adaln_norm import BACKWARD_REGISTERS as NORM_REGISTERS
-from dbkernels.ops.backend.columns import Share, column_tile, rows_per_column_tile
 from dbkernels.ops.backend.tile import Registers, row_launch
 from dbkernels.ops.gated_adaln_norm import BACKWARD_REGISTERS as GATED_NORM_REGISTERS
 from dbkernels.ops.gated_residual import BACKWARD_REGISTERS as GATE_REGISTERS
-from dbkernels.ops.gelu import BACKWARD as GELU
 from dbkernels.ops.philox import noise_launch
 from dbkernels.ops.qk_norm_rotary import BACKWARD_REGISTERS as HEAD_REGISTERS
-from dbkernels.ops.swiglu import BACKWARD as SWIGLU
+from dbkernels.ops.qk_norm_rotary import head_launch
 
 FLOAT32 = 4  # bytes: of a partial sum
 Arguments = dict[str, Tensor | None]
@@ -51,15 +49,14 @@ def _of_rows(name: str, registers: Registers, sums: int) -> Callable[[Arguments]
 
 def _of_columns(share: Share) -> Callable[[Arguments], int]:
     def elements(named: Arguments) -> int:
-        N, F = named["du"].shape
-        rows = rows_per_column_tile(N, F, column_tile(F, share), share, named["h"].device)
-        return _shared(-(-N // rows), named["dbias"])
+        (_, programs), *_ = column_launch(named["du"], share)
+        return _shared(programs, named["dbias"])
 
     return elements
 
 
 def _of_heads(named: Arguments) -> int:
-    programs = launch(named["dqkv"], named["heads"], HEAD_REGISTERS).programs
+    programs, *_ = head_launch(named["dqkv"], named["heads"], HEAD_REGISTERS)
     return _shared(programs, named["dq_weight"]) + _shared(programs, named["dk_weight"])
 
 
@@ -77,8 +74,8 @@ _ELEMENTS: dict[str, Callable[[Arguments], int]] = {
     "adaln_norm_bwd": _of_rows("x", NORM_REGISTERS, 2),
     "gated_adaln_norm_bwd": _of_rows("x", GATED_NORM_REGISTERS, 3),
     "gated_residual_bwd": _of_rows("dy", GATE_REGISTERS, 1),
-    "gelu_bwd": _of_columns(GELU),
-    "swiglu_bwd": _of_columns(SWIGLU),
+    "gelu_bwd": _of_columns(GELU.backward),
+    "swiglu_bwd": _of_columns(SWIGLU.backward),
     "qk_norm_rotary_bwd": _of_heads,
     "score_loss_fwd": _of_tiles,
 }

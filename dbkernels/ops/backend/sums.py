@@ -99,3 +99,18 @@ def sums_of_samples(launch: RowLaunch, T: int, *outs: Tensor) -> Iterator[list[T
     segments = Segments(T, launch.rows, launch.segments(len(outs[0])))
     with partial_sums(segments, *outs) as sums:
         yield sums
+
+
+@contextmanager
+def sums_of_all(rows: int, rows_per_program: int, *outs: Tensor | None) -> Iterator[list]:
+    """Where programs write sums over all rows, outs (D,) themselves if one program has them.
+
+    None is a sum that nobody asked for, and then there is none.
+    """
+    programs = triton.cdiv(rows, rows_per_program)
+    if programs == 1 or outs[0] is None:
+        yield list(outs)
+        return
+    segments = Segments(rows, rows_per_program, programs)
+    with partial_sums(segments, *(out[None] for out in outs)) as sums:
+        yield sums

@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from dbkernels.ops._heads import check_rotary
+from dbkernels.ops.activations import ACTIVATIONS
 from dbkernels.ops.attention import check_head_width
 from dbkernels.ops.backend import checks
 from dbkernels.ops.layer.first_tokens import check_first
-from dbkernels.ops.layer.mlp_branch import ACTIVATIONS
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.ops.layer.tensors import LayerOptions, LayerWeights
+from dbkernels.ops.qk_norm_rotary import check_rotary
 
 
 def check_options(mlp: str, recompute: str) -> None:

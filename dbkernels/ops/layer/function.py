@@ -14,7 +14,7 @@ and v are all that is computed and kept.
 import torch
 from torch import Tensor
 
-from dbkernels.ops._norm import NormOptions
+from dbkernels.ops.adaln_norm import NormOptions
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.graph import compute_dtype, dtypes_as_they_are, is_last_to_read
 from dbkernels.ops.layer.cast import cast

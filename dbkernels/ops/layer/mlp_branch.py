@@ -3,21 +3,18 @@
 import torch
 from torch import Tensor
 
-from dbkernels.ops._norm import statistics_dtype
+from dbkernels.ops.activations import activation_backward, activation_forward
+from dbkernels.ops.backend.checks import statistics_dtype
 from dbkernels.ops.backend.dry_run_device import runs_as_on_gpu
-from dbkernels.ops.gelu import gelu_backward, gelu_forward
 from dbkernels.ops.layer.projection import Gradients, as_rows, chunks, project
 from dbkernels.ops.layer.tensors import LayerWeights
-from dbkernels.ops.swiglu import swiglu_backward, swiglu_forward
 
 CHUNK = 8192  # tokens: enough of them to fill a GPU with one matmul
 _addmm_gelu = torch.ops.aten._addmm_activation
-ACTIVATIONS = {"gelu": (gelu_forward, gelu_backward), "swiglu": (swiglu_forward, swiglu_backward)}
 
 
 def mlp_branch(y: Tensor, mlp: str, w: LayerWeights, *, hidden: Tensor | None) -> Tensor:
     """The MLP's output, over y (B, T, D); writes hidden (B * T, F) where it is given."""
-    activate, _ = ACTIVATIONS[mlp]
     rows = as_rows(y)
     epilogue = hidden is None and _has_epilogue(rows, mlp, w)
     for chunk in chunks(len(rows), _chunk(rows, 2 if hidden is None and not epilogue else 1)):
@@ -25,7 +22,7 @@ def mlp_branch(y: Tensor, mlp: str, w: LayerWeights, *, hidden: Tensor | None) -
             u = _addmm_gelu(w.fc1_bias, rows[chunk], w.fc1_weight.T, use_gelu=True)
         else:
             kept = None if hidden is None else hidden[chunk]
-            u = activate(project(rows[chunk], w.fc1_weight, out=kept), w.fc1_bias)
+            u = activation_forward(mlp, project(rows[chunk], w.fc1_weight, out=kept), w.fc1_bias)
         project(u, w.fc2_weight, w.fc2_bias, out=rows[chunk])
         del u  # or the next chunk's would stand beside it
     return y
@@ -47,7 +44,6 @@ def mlp_branch_backward(
     left to the caller, who has y later. Without, hidden is computed again from y. dy is written
     over dm, a chunk at a time.
     """
-    _, activate_backward = ACTIVATIONS[mlp]
     rows = as_rows(dm)
     size = _chunk(rows, 2 if hidden is None else 1)
     part = len(rows) > size
@@ -57,7 +53,7 @@ def mlp_branch_backward(
         dh = h if hidden is None else dhidden[chunk]
         u = project(rows[chunk], w.fc2_weight.T)  # du, until the activation is written over it
         dbias = h.new_empty(h.shape[1], dtype=statistics_dtype(h))
-        activate_backward(h, u, w.fc1_bias, dh=dh, u=u, dbias=dbias)
+        activation_backward(mlp, h, u, w.fc1_bias, dh=dh, u=u, dbias=dbias)
         gradients.add_weight("fc2", rows[chunk], u, part=part)
         if "fc1_bias" in gradients.wanted:
             gradients.add("fc1_bias", dbias)

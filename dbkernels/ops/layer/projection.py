@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dbkernels.ops._norm import statistics_dtype
+from dbkernels.ops.backend.checks import statistics_dtype
 from dbkernels.ops.backend.dry_run_device import runs_as_on_gpu
 
 CPU_CHUNK = 1024  # tokens whose operands a CPU holds in float32 beside them

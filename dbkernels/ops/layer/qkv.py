@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dbkernels.ops._norm import statistics_dtype
+from dbkernels.ops.backend.checks import statistics_dtype
 from dbkernels.ops.layer.first_tokens import first_tokens
 from dbkernels.ops.layer.projection import Gradients, as_rows, project, sum_dtype, write_product
 from dbkernels.ops.layer.tensors import LayerWeights

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dbkernels.ops._norm import Modulation, NormOptions
+from dbkernels.ops.adaln_norm import NormOptions
+from dbkernels.ops.gated_adaln_norm import Modulation
 
 
 class LayerWeights(NamedTuple):

@@ -6,9 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels.memory.measure import measure_peak
 from dbkernels.ops import reference
+from dbkernels.ops.activations import ACTIVATIONS
 from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu
 from dbkernels.ops.layer import mlp_branch as module
-from dbkernels.ops.layer.mlp_branch import ACTIVATIONS, CHUNK, mlp_branch, mlp_branch_backward
+from dbkernels.ops.layer.mlp_branch import CHUNK, mlp_branch, mlp_branch_backward
 from dbkernels.ops.layer.projection import Gradients
 
 B, T, D = 2, 5, 24

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels.memory.measure import measure_peak
 from dbkernels.ops import POLICIES
-from dbkernels.ops._norm import NormOptions
+from dbkernels.ops.adaln_norm import NormOptions
 from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu
 from dbkernels.ops.layer import mlp_branch as mlp_module
 from dbkernels.ops.layer import passes as layer_module

@@ -1,0 +1,323 @@
+"""What all ops over rows promise, in every implementation: an op is an entry of `row_ops`."""
+
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from accuracy import assert_as_accurate_as_eager
+from implementations import implementations
+from ops.row_ops import (
+    BF16,
+    DTYPES,
+    F32,
+    ROW_OPS,
+    ROW_OPS_BY_NAME,
+    by_heads,
+    modulated,
+    opcheck_calls,
+    outputs_of,
+    projected,
+    results,
+)
+
+from dbkernels.ops.backend import tile
+from dbkernels.ops.backend.register import use_implementation
+
+TOKENS = {"x", "h", "qkv"}  # arguments with a row to a token
+OF_SAMPLES = TOKENS | {"gate", "scale", "shift"}
+STRIDED = {
+    "zero": lambda dy: dy[:1, :1, :1].expand_as(dy),
+    "transposed": lambda dy: dy.transpose(0, 1).contiguous().transpose(0, 1),
+    "every second": lambda dy: torch.stack([dy, -dy], -1)[..., 0],
+}
+
+
+@pytest.fixture(
+    params=[(op, name) for op in ROW_OPS for name in implementations(f"{op.name}_fwd")],
+    ids=lambda param: f"{param[0].name}-{param[1]}",
+)
+def op(request):
+    with use_implementation(request.param[1]):
+        yield request.param[0]
+
+
+def assert_accurate(op, where, args, options):
+    actual = results(op.fused, args, **options)
+    eager = results(op.specification, args, **options)
+    exact = results(op.specification, [a.double() for a in args], **options)
+    outputs = len(actual) - len(args)
+    names = [*(f"output {i}" for i in range(outputs)), *(f"d{name}" for name in op.arguments)]
+    assert [a.dtype for a in actual[outputs:]] == [a.dtype for a in args]
+    for name, *values in zip(names, actual, eager, exact, strict=False):
+        assert_as_accurate_as_eager(f"{name} of {op.name} {where}", *values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_as_accurate_as_eager(op, dtype):
+    for shape, variant in [*product(op.shapes, op.variants), *op.corners]:
+        args, options = op.inputs(shape, dtype, **variant)
+        assert_accurate(op, f"at {shape}, {variant}", args, options)
+
+
+def assert_rounded_once(op, args, options):
+    upstream = [torch.randn_like(y) for y in outputs_of(op.fused, args, **options)]
+    actual = results(op.fused, args, lambda outputs: upstream, **options)
+    doubles = [a.double() for a in args]
+    exact = results(
+        op.specification, doubles, lambda outputs: [g.double() for g in upstream], **options
+    )
+    assert [a.dtype for a in actual[-len(args) :]] == [a.dtype for a in args]
+    names = [*("y" for _ in upstream), *op.arguments]
+    for name, got, value in zip(names, actual, exact, strict=True):
+        rtol, atol = (1e-5, 1e-5) if name == "bias" else op.rounding
+        half = 1.01 * torch.finfo(got.dtype).eps / 2
+        torch.testing.assert_close(got.double(), value, rtol=half + rtol, atol=atol)
+
+
+def test_each_result_is_rounded_once_whatever_its_dtype(op):
+    norms = [{"norm": "layer"}, {"norm": "rms"}] if op.stats else [{}]
+    for dtypes, norm in product(op.mixed, norms):
+        # of a float32 h the sum with a bias is rounded, too
+        exact = op.make is not projected or dtypes[0] != F32
+        if op.stats:
+            args, options = op.inputs((2, 7, 72), offset=3.0, eps=0.1, **norm)
+        else:
+            args, options = op.inputs(offset=30.0 if exact and op.make is not by_heads else 0.0)
+        args = [a.to(dtype) for a, dtype in zip(args, dtypes, strict=True)]
+        if exact:
+            assert_rounded_once(op, args, options)
+        else:
+            assert_accurate(op, f"of {dtypes}", args, options)
+
+
+@pytest.mark.parametrize("processors", [1, 2, 100])
+def test_any_number_of_programs_shares_the_samples(op, processors, monkeypatch):
+    monkeypatch.setattr(tile, "processors", lambda device: processors)
+    width = op.small[2:]
+    for shape, dtype in (((1, 21), F32), ((2, 21), BF16), ((9, 5), F32), ((2, 9), BF16)):
+        # 300: two tiles of columns
+        shape = (*shape, *((300,) if op.make is projected and dtype == BF16 else width))
+        args, options = op.inputs(shape, dtype)
+        assert_accurate(op, f"at {shape} on {processors} processors", args, options)
+
+
+def test_tokens_do_not_see_each_other(op):
+    rotated = {} if op.make is not by_heads else {"rotated": False}
+    args, options = op.inputs((1, 13, 40) if op.make is projected else None, **rotated)
+    order = torch.randperm(args[0].shape[1])
+    shuffled = [
+        a[:, order] if name in TOKENS else a for name, a in zip(op.arguments, args, strict=True)
+    ]
+    before = outputs_of(op.fused, args, **options)
+    for y, y_there in zip(before, outputs_of(op.fused, shuffled, **options), strict=True):
+        assert torch.equal(y_there, y[:, order])
+
+
+def test_samples_do_not_see_each_other(op):
+    args, options = op.inputs()
+    before = [r.clone() for r in results(op.fused, args, **options)]
+    outputs = len(before) - len(args)
+    of_samples = [*range(outputs)]
+    of_samples += [outputs + i for i, name in enumerate(op.arguments) if name in OF_SAMPLES]
+    for i, name in enumerate(op.arguments):
+        if name in OF_SAMPLES:
+            changed = [a.clone() if at == i and name in TOKENS else a for at, a in enumerate(args)]
+            changed[i][1] += torch.randn_like(changed[i][1])
+            after = results(op.fused, changed, **options)
+            assert all(torch.equal(before[r][0], after[r][0]) for r in of_samples), name
+            last = outputs - 1
+            assert not torch.equal(before[last][1], after[last][1]), name
+
+
+def test_same_bits_every_run(op):
+    for shape in (op.small, op.shapes[-1]):
+        args, options = op.inputs(shape)
+        first, second = (results(op.fused, args, **options) for _ in range(2))
+        assert all(map(torch.equal, first, second))
+
+
+def test_arguments_may_have_any_strides(op):
+    args, options = op.inputs()
+    expected = results(op.fused, args, **options)
+    for strided in (STRIDED["transposed"], STRIDED["every second"]):
+        given = [
+            strided(a)
+            if name in TOKENS
+            # modulation is in slices, and says so where it is not
+            else a
+            if name in OF_SAMPLES
+            else a.repeat_interleave(2)[::2]
+            for name, a in zip(op.arguments, args, strict=True)
+        ]
+        assert all(map(torch.equal, results(op.fused, given, **options), expected))
+
+
+@pytest.mark.parametrize("strided", STRIDED.values(), ids=STRIDED)
+def test_an_incoming_gradient_may_have_any_strides(op, strided):
+    args, options = op.inputs()
+    for output in range(len(outputs_of(op.fused, args, **options))):
+
+        def upstream(outputs, change, output=output):
+            torch.manual_seed(output)
+            random = [torch.randn_like(y) for y in outputs]
+            random[output] = change(random[output])
+            return random
+
+        expected = results(
+            op.fused, args, partial(upstream, change=lambda dy: strided(dy).clone().contiguous()),
+            **options,
+        )  # fmt: skip
+        actual = results(op.fused, args, partial(upstream, change=strided), **options)
+        assert all(map(torch.equal, actual, expected))
+
+
+def test_changes_none_of_its_arguments(op):
+    args, options = op.inputs()
+    before = [a.clone() for a in args]
+    results(op.fused, args, **options)
+    assert all(map(torch.equal, args, before))
+
+
+def test_keeps_arguments_and_at_most_two_numbers_a_token(op):
+    args, options = op.inputs()
+    leaves = {
+        name: a.requires_grad_()
+        for name, a in zip(op.arguments, args, strict=True)
+        if op.kept is None or name in op.kept or a.requires_grad_() is None
+    }
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda kept: kept):
+        outputs_of(op.fused, args, **options)
+    expected = [a.data_ptr() for a in leaves.values()]
+    if options.get("rotary") is not None:
+        expected.append(options["rotary"].data_ptr())
+    assert {t.data_ptr() for t in kept[: len(expected)]} == set(expected)
+    stats = [((2, 9, 2), F32)] if op.stats else []
+    assert [(t.shape, t.dtype) for t in kept[len(expected) :]] == stats
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("leading", [(0, 5), (2, 0)], ids=str)
+def test_an_empty_batch_has_zero_gradients(op, leading, per_token):
+    variant = {"per_token": per_token} if op.make is modulated else {}
+    args, options = op.inputs((*leading, *op.small[2:]), **variant)
+    values = results(op.fused, args, **options)
+    outputs = values[: len(values) - len(args)]
+    assert all(y.shape[:2] == leading for y in outputs)
+    for grad, arg in zip(values[len(outputs) :], args, strict=True):
+        assert torch.equal(grad, torch.zeros_like(arg))
+
+
+def test_is_made_of_well_formed_torch_ops(op):
+    for variant in op.optional:
+        args, options = op.inputs((2, 3, *op.small[2:]), **variant)
+        opcheck_calls(lambda args=args, options=options: results(op.fused, args, **options))
+
+
+# dynamic: sizes that vary from call to call, as the last batch of an epoch does
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(op, dynamic):
+    per_token = [{"per_token": True}] if op.make is modulated and dynamic else []
+    for variant in [*op.optional, *per_token]:
+        args, options = op.inputs(**variant)
+        torch.compiler.reset()
+        fused = partial(op.fused, **options)
+        compiled = torch.compile(fused, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        actual, expected = results(compiled, args), results(fused, args)
+        assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("op", ROW_OPS, ids=lambda op: op.name)
+def test_plain_torch_agrees_with_differences_in_float64(op):
+    with use_implementation("torch"):
+        for norm in ({"norm": "layer", "eps": 0.1}, {"norm": "rms", "eps": 0.1}):
+            shape = (2, 3, *((2, 4) if op.make is by_heads else (6,)))
+            args, options = op.inputs(shape, **(norm if op.stats else {}))
+            args = [a.double().requires_grad_() for a in args]
+            assert torch.autograd.gradcheck(partial(op.fused, **options), args)
+            if not op.stats:
+                break
+
+
+def test_refuses_a_second_derivative(op):
+    args, options = op.inputs()
+    args = [a.requires_grad_() for a in args]
+    y = outputs_of(op.fused, args, **options)[0]
+    with pytest.raises(RuntimeError, match=f"{op.name} has no second derivative"):
+        torch.autograd.grad(y.sum(), args, create_graph=True)
+
+
+def test_eps_is_one_millionth_of_a_unit_of_variance(op):
+    if op.stats:
+        args, _ = op.inputs()
+        args = [1e-3 * a if name in TOKENS else a for name, a in zip(op.arguments, args)]  # noqa: B905
+        actual, expected = outputs_of(op.fused, args), outputs_of(op.specification, args, eps=1e-6)
+        torch.testing.assert_close(actual, expected)
+
+
+SHORT = lambda a: a[:, :4]  # noqa: E731
+LONG, META = torch.Tensor.long, partial(torch.Tensor.to, device="meta")
+REJECTED = [
+    ("adaln_norm", "x", lambda x: x[0], r"x must be \(B, T, D\), got \(9, 40\)"),
+    ("adaln_norm", "scale", lambda scale: scale[:1], r"must be \(B, D\) = \(2, 40\)"),
+    ("gated_residual", "h", SHORT, r"got \(2, 4, 40\) and \(2, 9, 40\)"),
+    ("gated_residual", "gate", lambda gate: gate[:1], r"gate must be \(B, D\) = \(2, 40\) or \(B"),
+    (
+        "gated_residual",
+        "gate",
+        lambda g: g.repeat(1, 2)[:, ::2],
+        "gate must be slices of one modul",
+    ),
+    (
+        "gated_residual",
+        "x",
+        lambda x: x[0],
+        r"x and h must be \(B, T, D\), got \(2, 9, 40\) and \(9",
+    ),
+    ("gated_adaln_norm", "x", lambda x: x[0], r"x and h must be \(B, T, D\), got \(2, 9, 40\) and"),
+    ("gated_adaln_norm", "h", SHORT, r"x and h must be \(B, T, D\), got \(2, 4, 40\) and \(2, 9"),
+    (
+        "gated_adaln_norm",
+        "gate",
+        lambda g: g[:1],
+        r"gate and scale and shift must be \(B, D\) = \(2",
+    ),
+    ("gated_adaln_norm", "scale", lambda scale: scale[:, None], r"or \(B, T, D\) = \(2, 9, 40\)"),
+    ("gelu", "h", lambda h: h[0, 0, 0], r"h must be \(..., F\) with F at least 1, got \(\)"),
+    ("gelu", "h", lambda h: h[..., :0], r"h must be \(..., F\) with F at least 1, got \(2, 9, 0\)"),
+    ("gelu", "bias", lambda bias: bias[:4], r"bias must be \(F,\) = \(40,\), got \(4,\)"),
+    ("gelu", "bias", lambda bias: bias[None], r"bias must be \(F,\) = \(40,\), got \(1, 40\)"),
+    ("swiglu", "h", lambda h: h[0, 0, 0], r"h must be \(..., 2 F\) with F at least 1, got \(\)"),
+    ("swiglu", "h", lambda h: h[..., :0], r"with F at least 1, got \(2, 9, 0\)"),
+    ("swiglu", "h", lambda h: h[..., :7], r"with F at least 1, got \(2, 9, 7\)"),
+    ("swiglu", "bias", lambda bias: bias[:4], r"bias must be \(2 F,\) = \(40,\), got \(4,\)"),
+    ("swiglu", "bias", lambda bias: bias[None], r"bias must be \(2 F,\) = \(40,\), got \(1, 40\)"),
+    *(
+        (op.name, name, change, message)
+        for op in ROW_OPS
+        if op.make is modulated and op.stats
+        for name, change, message in (
+            (op.arguments[-2], torch.Tensor.contiguous, "slices of one modulation"),
+            ("shift", torch.Tensor.half, "slices of one modulation"),
+        )
+    ),
+    *(
+        (op.name, name, change, message)
+        for op in ROW_OPS
+        if op.make is not by_heads
+        for name in op.arguments
+        for change, message in (
+            (LONG, f"{name} must be one of float32"),
+            (META, f"{' and '.join(op.arguments)} must be on one device"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "change", "message"), REJECTED)
+def test_rejects(name, argument, change, message):
+    op = ROW_OPS_BY_NAME[name]
+    args = dict(zip(op.arguments, op.inputs()[0], strict=True))
+    with pytest.raises(ValueError, match=message):
+        op.fused(*(args | {argument: change(args[argument])}).values())
