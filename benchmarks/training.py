@@ -34,8 +34,8 @@ from training_prepare import Preparation, candidates, preparing
 from training_rows import Row, measured_rows, predicted_rows
 
 from dbkernels.cli.device import pick_device
-from dbkernels.cli.shape import FamilyName
 from dbkernels.memory.workspace import Target, target_named, target_of
+from dbkernels.models.registry import FamilyName
 from dbkernels.ops.layer.recompute import POLICIES, policies_of
 
 DTYPES = ("float32", "autocast")

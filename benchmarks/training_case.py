@@ -7,10 +7,9 @@ import torch
 from layer_case import Competitor
 
 from dbkernels.cli.profile_rows import BASELINES, BLOCKWISE
-from dbkernels.cli.shape import preset
-from dbkernels.cli.train import DEFAULT_WEIGHTING
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.models.baseline import Baseline
+from dbkernels.models.registry import family_named
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer_config import TrainerConfig
 
@@ -137,7 +136,7 @@ class TrainingCase:
     @property
     def depth(self) -> int:
         """Number of layers."""
-        return preset(self.family, self.preset).depth
+        return family_named(self.family).model.preset(self.preset).depth
 
     def config(self, way: Way, depth: int | None = None) -> RunConfig:
         """A run that trains the model in one way, all other things being equal.
@@ -146,13 +145,13 @@ class TrainingCase:
             way:    how
             depth:  layers of a model that is shallower, but else the same
         """
-        model = preset(self.family, self.preset)
+        model = family_named(self.family).model.preset(self.preset)
         model = replace(model, depth=depth or model.depth)
         return RunConfig(
             family=self.family,
             model=replace(model, recompute=way.recompute or model.recompute),
             data="made up",
-            weighting=DEFAULT_WEIGHTING[self.family],
+            weighting=family_named(self.family).weighting,
             label_drop=0.0,
             mirror=False,
             shift=0,

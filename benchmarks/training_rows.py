@@ -15,7 +15,7 @@ from training_prepare import Preparation, predicted_peak
 from training_step import Steps, make_steps, step_times
 
 from dbkernels.memory.workspace import Target, target_of
-from dbkernels.training.sharing import SHARED
+from dbkernels.training.diffusion_blocks import SHARED
 from dbkernels.training.trainer import Trainer
 
 Row = dict[str, object]

@@ -15,9 +15,9 @@ from training_case import TrainingCase, Way
 
 from dbkernels.cli.preset_run import made_up
 from dbkernels.models.baseline import use_baseline
+from dbkernels.training.diffusion_blocks import DiffusionBlocks, own_group
 from dbkernels.training.partition import Block
 from dbkernels.training.run import RunConfig
-from dbkernels.training.sharing import BlockModels, own_group
 from dbkernels.training.trainer import Trainer
 
 
@@ -38,7 +38,7 @@ def make_trainer(
             models = config.build(config.home(device))
     else:
         models = _without_parameters(config)
-        _lend(owner.models.model, models.model)
+        _lend(owner.blocks.model, models.model)
     if way.baseline is not None:
         budget = 1.0 if way.budget is None else way.budget
         use_baseline(models.model, way.baseline, budget=budget)
@@ -81,7 +81,7 @@ def shares(way: Way) -> bool:
     return way.offload == "none"
 
 
-def _without_parameters(config: RunConfig) -> BlockModels:
+def _without_parameters(config: RunConfig) -> DiffusionBlocks:
     with torch.device("meta"):
         return config.build("meta")
 
@@ -119,7 +119,7 @@ class Steps:
         self.trainer, self.recompute = trainer, recompute
         self.visited: list[int] = []  # the block of each call
         self._last: list[int] = [] if beside is None else beside._last  # the trainer's own
-        layers = trainer.models.model.layers
+        layers = trainer.blocks.model.layers
         self._configs = [
             (each, replace(each.config, recompute=recompute)) for each in layers if recompute
         ]

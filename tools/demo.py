@@ -18,17 +18,11 @@ from rich.table import Table
 from torch import Tensor
 
 from dbkernels.data.images import open_data
-from dbkernels.diffusion.gaussian import LogNormal, cdf_grid
+from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.memory.measure import MEASURED
-from dbkernels.models import dit, vit
+from dbkernels.models import FAMILIES
 from dbkernels.ops import Draw
-from dbkernels.training.evaluation import (
-    block_losses,
-    evaluate_classifier,
-    frechet_distance,
-    loss_at,
-)
-from dbkernels.training.inference import generate
+from dbkernels.training.evaluation import frechet_distance
 from dbkernels.training.log import read_log
 from dbkernels.training.performance import profile_trainer
 from dbkernels.training.run import PartitionConfig, RunConfig, load_run, train
@@ -93,9 +87,9 @@ class Demo:
     def _config(self, family: str, num_blocks: int) -> RunConfig:
         return RunConfig(
             family=family,
-            model={"vit": vit, "dit": dit}[family].PRESETS["digits"],
+            model=FAMILIES[family].model.preset("digits"),
             data="digits",
-            weighting={"vit": "none", "dit": "edm"}[family],
+            weighting=FAMILIES[family].weighting,
             label_drop={"vit": 0.0, "dit": 0.1}[family],
             mirror=False,
             shift=0,
@@ -114,7 +108,7 @@ class Demo:
         measured = profile_trainer(
             config.trainer_on("cpu", open_data(config.data)), steps=min(TIMED_STEPS, total)
         )
-        blocks = config.partition.blocks(config.model.depth, config.prior)
+        blocks = config.build("cpu")
         return {
             **measured,
             "name": name,
@@ -138,16 +132,14 @@ class Demo:
 
     def _classify(self, num_blocks: int, folder: Path, progress: Progress) -> dict:
         result = self._train("vit", num_blocks, folder, progress)
-        config, models = load_run(Path(result["run"]), device="cpu")
-        data = open_data("digits", "test")
-        grid = cdf_grid(config.prior, LEVELS["vit"])
-        evaluated = evaluate_classifier(models, data, grid, seed=0)
+        _, blocks = load_run(Path(result["run"]), device="cpu")
+        evaluated = blocks.evaluate(open_data("digits", "test"), levels=LEVELS["vit"])
         return {
             **result,
             "levels": evaluated.levels,
-            "accuracy": evaluated.accuracy,
-            "ce_at_sigma_max": loss_at(models, data, config.prior.sigma_max, seed=0),
-            "ce_by_block": block_losses(models, data, config.prior, seed=0),
+            "accuracy": evaluated.metrics["accuracy"],
+            "ce_at_sigma_max": evaluated.loss_at_most_noise,
+            "ce_by_block": evaluated.block_losses,
         }
 
     def _generation(self, folder: Path, progress: Progress) -> dict:
@@ -158,10 +150,10 @@ class Demo:
         runs = []
         for num_blocks in NUM_BLOCKS:
             result = self._train("dit", num_blocks, folder, progress)
-            config, models = load_run(Path(result["run"]), device="cpu")
+            config, blocks = load_run(Path(result["run"]), device="cpu")
             asked = torch.arange(10).repeat_interleave(self.per_class)
-            levels = cdf_grid(config.prior, LEVELS["dit"])
-            made = generate(models, asked, levels, Draw(0, step=0), guidance=GUIDANCE)
+            levels = config.prior.grid(LEVELS["dit"])
+            made = blocks.sample({"label": asked}, levels, Draw(0, step=0), guidance=GUIDANCE)
             shown = torch.arange(len(asked)).view(10, -1)[:, :SHOWN_PER_CLASS].flatten()
             runs.append(
                 {

@@ -61,5 +61,5 @@ def features_of(model: DigitClassifier, images: Tensor) -> Tensor:
 
 def all_images(data: ImageData) -> tuple[Tensor, Tensor]:
     """Every image and label of a small data set."""
-    (batch,) = batches(data, len(data), "cpu")
+    ((batch, _),) = batches(data, len(data), "cpu")
     return batch["image"], batch["label"]

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from dbkernels.cli.preset_run import preset_run
 from dbkernels.cli.profile_rows import METHODS, OFFLOAD, Case, configured, predicted
-from dbkernels.cli.shape import PRESETS
 from dbkernels.memory.budget import (
     GROWTH,
     Budget,
@@ -22,7 +21,9 @@ from dbkernels.memory.budget import (
 from dbkernels.memory.predict import Prediction
 from dbkernels.memory.trace import CATEGORIES
 from dbkernels.memory.workspace import target_named
+from dbkernels.models.registry import FAMILIES
 from dbkernels.ops.layer.recompute import POLICIES
+from dbkernels.training.partition import partition
 from dbkernels.training.run import RunConfig
 from dbkernels.training.trainer_config import Offload
 
@@ -150,7 +151,7 @@ def _check_settings(settings: Settings, where: str) -> None:
             names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
             raise ValueError(f"{name} in {where} must be {names}, got {json.dumps(settings[name])}")
     where = f"{where}, which is stale,"
-    _require("family", settings["family"], PRESETS, where)
+    _require("family", settings["family"], FAMILIES, where)
     _require("method", settings["method"], HELD, where)
     _require("offload", settings["offload"], OFFLOAD, where)
     fused = settings["method"] == "block_fused"
@@ -158,7 +159,7 @@ def _check_settings(settings: Settings, where: str) -> None:
     try:
         target_named(settings["target"])
         config = _config(settings)
-        config.partition.blocks(config.model.depth, config.prior)
+        partition(config.model.depth, config.partition.num_blocks, config.prior)
     except ValueError as error:
         raise ValueError(f"{where} must be of what there is: {error}") from None
 

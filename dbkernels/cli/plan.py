@@ -10,9 +10,9 @@ from rich.progress import Progress
 
 from dbkernels.cli.plan_search import Answer, Question, answer
 from dbkernels.cli.plan_tables import rows, show
-from dbkernels.cli.shape import FamilyName, preset
 from dbkernels.memory.budget import bytes_from, in_words
 from dbkernels.memory.workspace import target_named
+from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName, family_named
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Plan:
 
     memory: str
     """Memory of the device: a number and one of KiB, MiB, GiB, TiB, such as 24GiB."""
-    family: FamilyName = "vit"
+    family: FamilyName = DEFAULT_FAMILY
     """vit classifies images; dit generates them."""
     preset: str = "digits"
     """Sizes of the model; vit: cifar100, digits; dit: S/2, B/2, L/2, XL/2, digits."""
@@ -55,7 +55,7 @@ class Plan:
         memory = bytes_from(self.memory)
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
-        preset(self.family, self.preset)
+        family_named(self.family).model.preset(self.preset)
         target = target_named(self.target)
         return Question(self.family, self.preset, self.batch, self.autocast, target.name, memory)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from dbkernels.cli.preset_run import preset_run
-from dbkernels.cli.shape import PRESETS
 from dbkernels.memory.workspace import Target, target_named
+from dbkernels.models.registry import FAMILIES
 from dbkernels.ops.layer.recompute import Recompute, policies_of
 from dbkernels.training.estimate import Estimate, estimate
 from dbkernels.training.plan import (
@@ -92,7 +92,9 @@ def answer(question: Question, advance: Callable[[int], None]) -> Answer:
     """
     depth = question.config(question.preset).model.depth
     counts = [count for count in range(1, depth + 1) if depth % count == 0]
-    presets = sorted(PRESETS[question.family], key=partial(_size, question), reverse=True)
+    presets = sorted(
+        FAMILIES[question.family].model.presets, key=partial(_size, question), reverse=True
+    )
     jobs = [partial(_found, question, count) for count in counts]
     jobs += [partial(_least, question, preset) for preset in presets]
     results: dict[int, Found | dict] = {}

@@ -1,11 +1,8 @@
 """The configuration of a dry run of a preset, or of a run on made-up samples."""
 
-import torch
-
-from dbkernels.cli.shape import preset
-from dbkernels.cli.train import DEFAULT_WEIGHTING
-from dbkernels.data.images import ImageData
+from dbkernels.data.made_up import MadeUpData
 from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.models.registry import family_named
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer_config import TrainerConfig
 
@@ -26,9 +23,9 @@ def preset_run(
     """
     return RunConfig(
         family=family,
-        model=preset(family, name),
+        model=family_named(family).model.preset(name),
         data="made up",
-        weighting=DEFAULT_WEIGHTING[family],
+        weighting=family_named(family).weighting,
         label_drop=0.0,
         mirror=False,
         shift=0,
@@ -44,11 +41,6 @@ def preset_run(
     )
 
 
-def made_up(config: RunConfig) -> ImageData:
+def made_up(config: RunConfig) -> MadeUpData:
     """As many samples as one batch of a run has, of unit variance; the same ones every time."""
-    model, count = config.model, config.trainer.batch_size
-    random = torch.Generator().manual_seed(0)
-    shape = (count, model.channels, model.image_size, model.image_size)
-    images = torch.randn(shape, generator=random).numpy()
-    labels = torch.randint(model.num_classes, (count,), generator=random)
-    return ImageData(images, labels, model.num_classes)
+    return MadeUpData(config.model.fields(), config.trainer.batch_size)

@@ -17,16 +17,16 @@ from dbkernels.cli.profile_rows import (
     cases,
     check_names,
     check_recompute,
-    configured,
     predicted,
     rows,
 )
 from dbkernels.cli.profile_tables import measured_table, not_measured, predicted_tables
-from dbkernels.cli.shape import FamilyName
 from dbkernels.memory.picture import draw
 from dbkernels.memory.timeline import write_timeline
 from dbkernels.memory.workspace import Target, target_named, target_of
+from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName
 from dbkernels.ops.layer.recompute import POLICIES
+from dbkernels.training.partition import partition
 from dbkernels.training.run import RunConfig
 
 
@@ -38,7 +38,7 @@ class Profile:
     device and with one. With --measure the same steps are run for real beside it.
     """
 
-    family: FamilyName = "vit"
+    family: FamilyName = DEFAULT_FAMILY
     """vit classifies images; dit generates them."""
     preset: str = "digits"
     """Sizes of the model; vit: cifar100, digits; dit: S/2, B/2, L/2, XL/2, digits."""
@@ -94,7 +94,7 @@ class Profile:
         offload = check_names("offload", self.offload, OFFLOAD)
         todo, config, target = self._cases(), self._config(), self._target()
         for case in todo:
-            configured(case, config).partition.blocks(config.model.depth, config.prior)
+            partition(config.model.depth, case.num_blocks, config.prior)
         if self.timeline or self.picture:
             self._show(todo, offload, config, target)
         common = {

@@ -26,7 +26,7 @@ from torch import Tensor
 from dbkernels.data.cifar import find_cifar, read_cifar
 from dbkernels.data.formats import Arrays, Images, read_digits, read_latents, read_npz
 from dbkernels.data.image_folder import read_folder
-from dbkernels.ops.randomness import generator
+from dbkernels.ops.philox import generator
 
 Batch = dict[str, Tensor]  # of images: "image" (B, C, H, W) float32 and "label" (B,) int64
 Put = Callable[[Tensor], Tensor]  # brings a tensor of the host to where it is used

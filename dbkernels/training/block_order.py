@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from dbkernels.ops.randomness import stream_seed
+from dbkernels.ops.philox import stream_seed
 
 Order = Literal["shuffled", "sequential"]
 SWAP_SHARE = 0.05

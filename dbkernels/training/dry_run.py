@@ -7,15 +7,16 @@ and one step of it is followed.
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dbkernels.data.images import Batch, ImageData, Put, forget_orders
+from dbkernels.data.images import Data, forget_orders
+from dbkernels.data.made_up import MadeUpData
 from dbkernels.memory.measure import record
 from dbkernels.memory.predict import Prediction, predict
 from dbkernels.memory.trace import Trace
@@ -23,43 +24,12 @@ from dbkernels.memory.workspace import Target
 from dbkernels.models.baseline import Baseline, use_baseline
 from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu
 from dbkernels.ops.backend.scratch import scratch_bytes
+from dbkernels.training.diffusion_blocks import SHARED, own_group
 from dbkernels.training.offload.memory import flat_bytes
 from dbkernels.training.partition import Block
 from dbkernels.training.run import RunConfig
-from dbkernels.training.sharing import SHARED, own_group
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import Offload
-
-
-@dataclass(frozen=True)
-class BlankData:
-    """Samples of the right shape, of which nothing is filled in.
-
-    Args:
-        image_shape:  (C, H, W)
-        num_classes:  labels are 0 to num_classes - 1
-        count:        samples
-    """
-
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def batch(self, indices: Tensor, put: Put = lambda tensor: tensor) -> Batch:
-        """As `ImageData.batch`."""
-        image = torch.empty(len(indices), *self.image_shape)
-        label = torch.zeros(len(indices), dtype=torch.int64)
-        return {"image": put(image), "label": put(label)}
-
-
-def blank(config: RunConfig) -> BlankData:
-    """As many blank samples as one batch of a run has."""
-    model = config.model
-    shape = (model.channels, model.image_size, model.image_size)
-    return BlankData(shape, model.num_classes, config.trainer.batch_size)
 
 
 def dry_run(
@@ -85,8 +55,9 @@ def dry_run(
     # a compiled stem or head keeps no more than op by op, and has no kernels here
     on_device = replace(on_device, compile_stem_and_head=False)
     config = replace(config, trainer=on_device)
+    data = MadeUpData(config.model.fields(), config.trainer.batch_size)
     with _pretending(target):
-        trainer = trainer_with(config, "cpu", blank(config), baseline=baseline, budget=budget)
+        trainer = trainer_with(config, "cpu", data, baseline=baseline, budget=budget)
         blocks = _costliest(trainer)
         traces = [_follow(trainer, block, target) for block in blocks]
         beside = {
@@ -102,7 +73,7 @@ def dry_run(
 def trainer_with(
     config: RunConfig,
     device: torch.device | str,
-    data: BlankData | ImageData,
+    data: Data,
     *,
     baseline: Baseline | None = None,
     budget: float = 1.0,
@@ -157,7 +128,7 @@ def _shapes(trainer: Trainer, block: Block) -> Counter:
 
 def _on_device(trainer: Trainer, block: Block) -> nn.Module:
     """What a step on a block reads: its layers, and what is no layer."""
-    model, read = trainer.models.of(block), nn.Module()
+    model, read = trainer.blocks.of(block), nn.Module()
     idle = (layer for i, layer in enumerate(model.layers) if i not in block.layers)
     left_out = {id(parameter) for layer in idle for parameter in layer.parameters()}
     read.own = nn.ParameterList(p for p in model.parameters() if id(p) not in left_out)
@@ -191,7 +162,7 @@ def _elsewhere(trainer: Trainer, block: Block) -> list[tuple[str, int]]:
     idle = [group for group in trainer.groups.values() if group not in moved]
     state = [t for group in idle for t in group.optimizer_tensors().values()]
     # copies of what the blocks share have buffers of their own
-    every = [*trainer.models.parameters(), *trainer.models.buffers()]
+    every = [*trainer.blocks.parameters(), *trainer.blocks.buffers()]
     tensors = {
         "parameters": [tensor for tensor in every if id(tensor) not in read],
         "optimizer": state,
@@ -202,7 +173,7 @@ def _elsewhere(trainer: Trainer, block: Block) -> list[tuple[str, int]]:
 
 def _empty(trainer: Trainer, block: Block, slots: int) -> list[tuple[str, int]]:
     """Category and bytes of the slots that a block does not fill."""
-    frozen = trainer.models.frozen()
+    frozen = trainer.blocks.frozen()
     sizes = {
         name: flat_bytes(t.nbytes for t in (*group.tensors(), *frozen[name]))
         for name, group in trainer.groups.items()

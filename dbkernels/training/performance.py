@@ -41,7 +41,7 @@ def profile_trainer(trainer: Trainer, steps: int) -> dict[str, object]:
         # apart from the tracker, under which autograd adds gradients up in new storages
         steady += _on_gpu(step, trainer.device)
         peak = measure_peak(
-            step, model=trainer.models, optimizers=optimizers, device=trainer.device
+            step, model=trainer.blocks, optimizers=optimizers, device=trainer.device
         )
         peaks.append(peak)
     worst = max(peaks, key=lambda peak: peak.total_bytes)

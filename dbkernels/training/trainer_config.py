@@ -6,7 +6,6 @@ from typing import Literal
 
 from dbkernels.training.block_order import Order
 from dbkernels.training.param_group import Decay
-from dbkernels.training.sharing import Sharing
 
 Offload = Literal["none", "cpu", "disk"]
 
@@ -41,8 +40,6 @@ class TrainerConfig:
     """Compile what runs before and after a block's layers with torch.compile; moves rounding."""
     autocast: bool = False
     """Compute in bfloat16; parameters stay float32."""
-    sharing: Sharing = "joint"
-    """What the stem and head are: joint, trained by all blocks, or copies, one for each block."""
     order: Order = "shuffled"
     """Shuffled trains every block once in each sweep; sequential finishes one after another."""
     steps_per_swap: int = 1

@@ -77,7 +77,7 @@ def test_a_smaller_preset_that_fits_is_named(quick, monkeypatch):
             for text in ("24GB", "24G", "a lot", "0", "0GiB", "24 Gib")
         ),
         (["--memory=-24GiB"], "memory must be a positive number and one of KiB, MiB, GiB, TiB"),
-        (["--preset", "huge"], "preset of vit must be one of cifar100, digits, got huge"),
+        (["--preset", "huge"], "preset of ViT must be one of cifar100, digits, got huge"),
         (["--batch", "0"], "batch must be at least 1, got 0"),
         (["--target", "tpu"], "target must be one of cpu, a100, h100, h200, b200, got tpu"),
     ],

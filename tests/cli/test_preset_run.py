@@ -35,7 +35,7 @@ def test_made_up_samples_fill_one_batch_and_are_the_same_every_time():
 
 
 def test_rejects():
-    with pytest.raises(ValueError, match="preset of vit must be one of cifar100, digits, got XL"):
+    with pytest.raises(ValueError, match="preset of ViT must be one of cifar100, digits, got XL"):
         preset_run("vit", "XL", batch=8, autocast=False)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         preset_run("vit", "digits", batch=0, autocast=False)

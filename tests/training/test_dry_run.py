@@ -7,18 +7,23 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dbkernels.data.images import batch_indices
+from dbkernels.data.made_up import MadeUpData
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.memory.measure import MEASURED, measure_peak
 from dbkernels.memory.workspace import TARGETS, MiB
 from dbkernels.models import DiTConfig, ViTConfig
 from dbkernels.ops.backend.register import registered
-from dbkernels.training.dry_run import BlankData, blank, dry_run, trainer_with
+from dbkernels.training.dry_run import dry_run, trainer_with
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer import TrainerConfig
 
 DIT = DiTConfig(dim=64, depth=4, num_heads=4, image_size=8, channels=4, num_classes=10)
 VIT = ViTConfig(8, 2, 1, 10, dim=16, depth=4, num_heads=2, mlp_hidden=32, cond_dim=8)
 CPU, H100 = TARGETS["cpu"], TARGETS["h100"]
+
+
+def made_up(config):
+    return MadeUpData(config.model.fields(), config.trainer.batch_size)
 
 
 def configured(num_blocks=2, recompute="none", model=DIT, split="", sharing="joint", **trainer):
@@ -40,7 +45,7 @@ def configured(num_blocks=2, recompute="none", model=DIT, split="", sharing="joi
 
 def real_trainer(config, baseline=None):
     """A trainer in its steady state, on blank data: its numbers are not read."""
-    trainer = trainer_with(config, "cpu", blank(config), baseline=baseline)
+    trainer = trainer_with(config, "cpu", made_up(config), baseline=baseline)
     for block in trainer.blocks:
         trainer.advance(block)
     return trainer
@@ -48,7 +53,7 @@ def real_trainer(config, baseline=None):
 
 def resident_bytes(trainer):
     state = [t for group in trainer.groups.values() for t in group.optimizer_tensors().values()]
-    tensors = [*trainer.models.parameters(), *trainer.models.buffers(), *state]
+    tensors = [*trainer.blocks.parameters(), *trainer.blocks.buffers(), *state]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
@@ -112,7 +117,7 @@ def test_fake_tensors_have_the_peak_of_real_ones(baseline, recompute, num_blocks
     trainer = real_trainer(config, baseline)
     optimizers = [group.optimizer for group in trainer.groups.values()]
     peaks = [
-        measure_peak(lambda b=b: trainer.advance(b), model=trainer.models, optimizers=optimizers)
+        measure_peak(lambda b=b: trainer.advance(b), model=trainer.blocks, optimizers=optimizers)
         for b in trainer.blocks
     ]
     worst = max(peaks, key=lambda peak: peak.total_bytes)
@@ -147,8 +152,8 @@ def test_end_to_end_everything_is_touched():
 @pytest.mark.parametrize("model", [DIT, VIT], ids=["dit", "vit"])
 def test_one_block_on_the_device_has_its_layers_and_what_is_no_layer(model, sharing):
     config = configured(4, model=model, sharing=sharing)
-    trainer = trainer_with(config, "cpu", blank(config))
-    network = trainer.models.model
+    trainer = trainer_with(config, "cpu", made_up(config))
+    network = trainer.blocks.model
     layer = sum(p.nbytes for p in network.layers[0].parameters())
     shared = sum(p.nbytes for p in network.parameters()) - 4 * layer
     buffers = sum(b.nbytes for b in network.buffers())
@@ -161,8 +166,8 @@ def test_averages_of_the_weights_are_there_too():
         dry_run(configured(2, ema=ema), target=CPU)["none"].peak_allocated_bytes
         for ema in (0.0, 0.9)
     )
-    trainer = trainer_with(configured(2), "cpu", blank(configured(2)))
-    weights = sum(p.nbytes for p in trainer.models.parameters())
+    trainer = trainer_with(configured(2), "cpu", made_up(configured(2)))
+    weights = sum(p.nbytes for p in trainer.blocks.parameters())
     assert weights <= with_them - without <= 1.01 * weights
 
 
@@ -170,8 +175,8 @@ def test_averages_of_the_weights_are_there_too():
 def test_copies_of_what_the_blocks_share_are_all_there(model):
     config = configured(4, model=model, sharing="copies", ema=0.9)
     predicted = dry_run(config, target=CPU)["none"].by_category
-    trainer = trainer_with(config, "cpu", blank(config))
-    tensors = [*trainer.models.parameters(), *trainer.models.buffers()]
+    trainer = trainer_with(config, "cpu", made_up(config))
+    tensors = [*trainer.blocks.parameters(), *trainer.blocks.buffers()]
     assert predicted["parameters"] == sum(tensor.nbytes for tensor in tensors)
 
 
@@ -188,8 +193,8 @@ def test_a_second_slot_has_room_for_the_largest_block(split, more):
     without = dry_run(config, target=CPU)
     ahead = replace(config.trainer, offload="cpu", prefetch=True)
     found = dry_run(replace(config, trainer=ahead), target=CPU)
-    trainer = trainer_with(config, "cpu", blank(config))
-    layer = sum(p.nbytes for p in trainer.models.model.layers[0].parameters())
+    trainer = trainer_with(config, "cpu", made_up(config))
+    layer = sum(p.nbytes for p in trainer.blocks.model.layers[0].parameters())
     grown = found["cpu"].peak_allocated_bytes - without["cpu"].peak_allocated_bytes
     # weights, average and both moments; the tensors of a slot are aligned
     assert 4 * more * layer <= grown <= 1.02 * 4 * more * layer
@@ -202,7 +207,7 @@ def test_a_second_slot_has_room_for_the_largest_block(split, more):
 def test_blocks_of_equal_shapes_have_equal_peaks():
     trainer = real_trainer(configured(4))
     peaks = [
-        measure_peak(lambda b=b: trainer.advance(b), model=trainer.models) for b in trainer.blocks
+        measure_peak(lambda b=b: trainer.advance(b), model=trainer.blocks) for b in trainer.blocks
     ]
     assert len({peak.total_bytes for peak in peaks}) == 1
 
@@ -243,13 +248,6 @@ def test_leaves_no_fake_order_behind():
     indices = batch_indices(8, 8, seed=config.trainer.seed, block=0, step=0)
     assert type(indices) is torch.Tensor and sorted(indices.tolist()) == list(range(8))
     dry_run(config, target=CPU)
-
-
-def test_blank_data_has_the_shapes_of_a_batch():
-    data = BlankData((3, 4, 5), 10, 7)
-    batch = data.batch(torch.arange(2))
-    assert len(data) == 7 and batch["image"].shape == (2, 3, 4, 5)
-    assert batch["label"].tolist() == [0, 0] and batch["image"].dtype == torch.float32
 
 
 def test_rejects_a_budget_that_nothing_asks_for():

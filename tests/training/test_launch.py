@@ -17,6 +17,7 @@ import dbkernels.training.trainer as module
 from dbkernels.data.augment import mirror, shift
 from dbkernels.training import checkpoint, run
 from dbkernels.training.block_order import BlockOrder
+from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.log import read_log
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer import Trainer
@@ -158,15 +159,15 @@ def broken_at(step, value):
     """An objective that is not finite at a step of the run: its loss, or its gradient alone."""
     inner, calls = make_trainer("dit").objective, []
 
-    def objective(model, block, batch, draw):
+    def objective(blocks, block, batch, draw):
         calls.append(draw)
-        loss = inner(model, block, batch, draw)
+        loss = inner(blocks, block, batch, draw)
         if len(calls) != step + 1:
             return loss
         if value == "loss":
             return loss + math.inf
         # the square root of 0 has no slope that could be multiplied by 0
-        return loss + (model.head.weight * 0).sqrt().sum() * 0
+        return loss + (blocks.model.head.weight * 0).sqrt().sum() * 0
 
     return objective
 
@@ -261,15 +262,15 @@ def saved(directory):
 
 def fail(monkeypatch, step, error):
     """Have a launch of a run fail, or its loss where the error is None."""
-    inner, calls = run.gaussian_step, []
+    inner, calls = DiffusionBlocks.loss, []
 
-    def objective(*arguments, **settings):
+    def objective(*arguments):
         calls.append(1)
         if len(calls) > step and error is not None:
             raise error
-        return inner(*arguments, **settings) + (math.inf if len(calls) == step + 1 else 0)
+        return inner(*arguments) + (math.inf if len(calls) == step + 1 else 0)
 
-    monkeypatch.setattr(run, "gaussian_step", objective)
+    monkeypatch.setattr(DiffusionBlocks, "loss", objective)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("broken image")])

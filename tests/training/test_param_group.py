@@ -1,15 +1,17 @@
 """What a step does to parameters: rate, average, optimizer after the backward and in it."""
 
 import math
+from dataclasses import asdict
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from training.tiny import PRIOR, equal, make_trainer, weights
+from training.tiny import equal, make_trainer, weights
 
 from dbkernels.memory.measure import measure_peak
 from dbkernels.models import ViT, ViTConfig
+from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.param_group import (
     OptimizerAfterBackward,
     OptimizerInBackward,
@@ -19,8 +21,6 @@ from dbkernels.training.param_group import (
     tensor_sizes,
     updater,
 )
-from dbkernels.training.partition import partition
-from dbkernels.training.sharing import BlockModels
 from dbkernels.training.trainer import Trainer
 
 IN_BACKWARD = {"optimizer_in_backward": True, "clip": 0.0}
@@ -200,9 +200,9 @@ def test_in_the_backward_gradients_are_gone_before_the_next_layers_are_there():
     trainer, alive = make_trainer(num_blocks=1, **IN_BACKWARD), []
 
     def count(*_):
-        alive.append(sum(p.grad is not None for p in trainer.models.parameters()))
+        alive.append(sum(p.grad is not None for p in trainer.blocks.parameters()))
 
-    for layer in trainer.models.model.layers:
+    for layer in trainer.blocks.model.layers:
         layer.register_full_backward_pre_hook(count)
     trainer.step_block(trainer.blocks[0])
     assert alive == [0, 0, 0]
@@ -215,8 +215,7 @@ def deep_trainer(**settings):
         mlp_hidden=256, cond_dim=64,
     )  # fmt: skip
     tiny = make_trainer(num_blocks=1, **settings)
-    models = BlockModels(ViT(config), partition(8, 1, PRIOR), "joint")
-    return Trainer(models, tiny.data, tiny.objective, tiny.config)
+    return Trainer(DiffusionBlocks(ViT(config), 1), tiny.data, **asdict(tiny.config))
 
 
 def test_a_step_with_the_optimizer_in_the_backward_peaks_lower_by_all_but_one_layers_gradients():
@@ -226,8 +225,8 @@ def test_a_step_with_the_optimizer_in_the_backward_peaks_lower_by_all_but_one_la
         step = partial(trainer.step_block, trainer.blocks[0])
         step()
         optimizers = [group.optimizer for group in trainer.groups.values()]
-        peaks[name] = measure_peak(step, model=trainer.models, optimizers=optimizers)
-    layer = sum(p.nbytes for p in trainer.models.model.layers[0].parameters())
+        peaks[name] = measure_peak(step, model=trainer.blocks, optimizers=optimizers)
+    layer = sum(p.nbytes for p in trainer.blocks.model.layers[0].parameters())
     assert 6 * layer < peaks["after"].total_bytes - peaks["inside"].total_bytes < 8 * layer
     assert peaks["inside"].by_category["gradients"] <= 1.1 * layer
 
@@ -250,7 +249,7 @@ def test_updates_return_the_norm_of_the_whole_gradient_and_leave_none(in_backwar
 def test_a_backward_of_someone_else_updates_nothing():
     trainer = make_trainer(**IN_BACKWARD)
     trainer.step_block(trainer.blocks[0])
-    before, weight = weights(trainer), trainer.models.model.head.weight
+    before, weight = weights(trainer), trainer.blocks.model.head.weight
     weight.sum().backward()
     assert equal(weights(trainer), before) and torch.equal(weight.grad, torch.ones_like(weight))
 
@@ -289,8 +288,8 @@ def test_after_the_backward_nothing_is_updated_where_loss_or_gradient_is_not_fin
     [(s, name) for s in SETTINGS for name in NOT_FINITE if s != IN_BACKWARD or "loss" in name],
 )
 def test_a_step_that_is_not_finite_is_refused_and_moves_nothing(settings, name):
-    def objective(model, block, batch, draw):
-        return NOT_FINITE[name](model.head.weight)
+    def objective(blocks, block, batch, draw):
+        return NOT_FINITE[name](blocks.model.head.weight)
 
     trainer = make_trainer(objective=objective, ema=0.9, **settings)
     before = weights(trainer), {k: v.clone() for k, v in trainer.tensors()["ema"].items()}
@@ -341,9 +340,10 @@ def test_in_the_backward_nothing_moves_from_a_gradient_on_that_is_not_finite():
 
 
 def test_in_the_backward_a_gradient_that_is_not_finite_says_that_parameters_moved():
-    def objective(model, block, batch, draw):
+    def objective(blocks, block, batch, draw):
         zero = torch.zeros(3, requires_grad=True)
-        return model.head.bias.sum() + (model.head.weight.sum() * 0 + zero).sqrt().sum() * 0
+        head = blocks.model.head
+        return head.bias.sum() + (head.weight.sum() * 0 + zero).sqrt().sum() * 0
 
     trainer = make_trainer(objective=objective, **IN_BACKWARD)
     with pytest.raises(FloatingPointError, match="; parameters with earlier gradients were upd"):
@@ -365,7 +365,7 @@ def test_a_batch_that_was_cut_is_not_gone_on_with():
 def test_out_of_memory_with_the_optimizer_in_the_backward_is_not_tried_again():
     calls = []
 
-    def objective(model, block, batch, draw):
+    def objective(blocks, block, batch, draw):
         calls.append(len(batch["label"]))
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -18,7 +18,7 @@ def test_the_costliest_blocks_peak_and_the_time_of_all():
     assert row["seconds_per_sweep"] == pytest.approx(2 * row["seconds_per_step"])
     assert row["first_step"] is None and row["steady_step"] is None
     # two of three layers
-    weights = sum(p.nbytes for p in trainer.models.parameters())
+    weights = sum(p.nbytes for p in trainer.blocks.parameters())
     assert row["by_category"]["parameters"] >= weights
 
 

@@ -20,6 +20,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks
 from dbkernels.training.offload.copy_stream import CopyStream
 from dbkernels.training.offload.memory import (
     CpuMemory,
@@ -29,12 +30,11 @@ from dbkernels.training.offload.memory import (
     views,
 )
 from dbkernels.training.param_group import AllOnDevice, ParamGroup, tensor_sizes
-from dbkernels.training.sharing import SHARED, BlockModels
 from dbkernels.training.trainer_config import TrainerConfig
 
 
 def open_offloader(
-    models: BlockModels, device: torch.device, config: TrainerConfig
+    models: DiffusionBlocks, device: torch.device, config: TrainerConfig
 ) -> "Offloader | AllOnDevice":
     """The offloader that a configuration asks for; it has adopted no group yet.
 

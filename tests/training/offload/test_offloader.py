@@ -87,7 +87,7 @@ def test_frozen_layers_travel_with_their_block(tmp_path, disk, prefetch):
     for index in (1, 0, 2, 2, 1):
         assert_same_steps(swapped, whole, [index])
         for name in BLOCKS:
-            frozen = [parameter.data_ptr() for parameter in swapped.models.frozen()[name]]
+            frozen = [parameter.data_ptr() for parameter in swapped.blocks.frozen()[name]]
             assert in_slot(swapped, frozen) == (name == f"block{index}")
     swapped.close()
     assert_same(swapped, whole)
@@ -97,7 +97,7 @@ def test_what_is_frozen_is_never_copied_back():
     trainer = swapping(frozen="mlp")
     trainer.step_block(trainer.blocks[0])
     flat = trainer.offloader._blocks["block0"]
-    frozen = flat_bytes(p.nbytes for p in trainer.models.frozen()["block0"])
+    frozen = flat_bytes(p.nbytes for p in trainer.blocks.frozen()["block0"])
     assert 0 < frozen == len(flat.home) - flat.updated_bytes
     flat.home[flat.updated_bytes :] = 7
     trainer.step_block(trainer.blocks[1])
