@@ -17,9 +17,10 @@ FLOOR = {
     "data": 1,
     "models": 2,
     "training": 3,
-    "convert": 3,
-    "cli": 4,
-    "__main__": 5,
+    "convert": 4,
+    "planning": 4,
+    "cli": 5,
+    "__main__": 6,
 }
 
 

@@ -42,8 +42,8 @@ class PartitionConfig:
     num_blocks: int = 3
     """Number of blocks; 1 trains end to end."""
     layers: str = ""
-    """Indices of layers in running order, comma separated; one may repeat. The first ones meet the
-    most noise. Empty runs each once, in order."""
+    """Indices of layers in running order, comma separated, the first for the most noise; one may
+    repeat. Empty runs each once."""
     split: str = ""
     """Layers per block, comma separated, the noisiest block first; empty splits evenly."""
     scheme: Scheme = "equal_probability"

@@ -87,11 +87,20 @@ def test_steps_are_launched_without_a_wait_and_their_rows_read_late(family, sett
     trainer.augment = plain.augment = augment
     trainer.data = data = Data(trainer.data)
     with NoWaiting():
-        pending = [trainer.launch(trainer.next_block()) for _ in range(trainer.total_steps)]
-    assert data.put == trainer.total_steps * 2 * settings.get("accumulate", 1)
-    rows = [plain.step_block(plain.next_block()) for _ in range(plain.total_steps)]
+        pending = [trainer.launch(trainer.next_block()) for _ in range(5)]
+    assert data.put == 5 * 2 * settings.get("accumulate", 1)
+    rows = [plain.step_block(plain.next_block()) for _ in range(5)]
     assert [each.row() for each in pending] == rows
     assert_same(trainer, plain)
+
+
+@pytest.mark.parametrize("settings", [{}, IN_BACKWARD, {"accumulate": 2}, {"offload": "cpu"}])
+def test_rows_that_are_read_late_are_those_that_are_read_at_once(settings):
+    late, early = (make_trainer("dit", ema=0.9, **settings) for _ in range(2))
+    pending = [late.launch(late.next_block()) for _ in range(late.total_steps)]
+    rows = [early.step_block(early.next_block()) for _ in range(early.total_steps)]
+    assert [each.row() for each in pending] == rows
+    assert_same(late, early)
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,7 @@ def deep_trainer(**settings):
         mlp_hidden=256, cond_dim=64,
     )  # fmt: skip
     tiny = make_trainer(num_blocks=1, **settings)
+
     return Trainer(DiffusionBlocks(ViT(config), 1), tiny.data, **asdict(tiny.config))
 
 
