@@ -29,7 +29,6 @@ from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import Offload
 
 ALONE = 150  # layers of dry runs in the time that another process takes to start
-PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes", "by_category")
 
 
 def predicted(recipes: Sequence[Recipe]) -> Iterator[Prediction]:
@@ -51,10 +50,9 @@ def predicted(recipes: Sequence[Recipe]) -> Iterator[Prediction]:
 
 def row(recipe: Recipe, prediction: Prediction) -> dict[str, object]:
     """A recipe and its prediction, for JSON."""
-    return {
-        **recipe.settings(),
-        **{name: getattr(prediction, name) for name in (*PEAKS, "saved_bytes", "at", "flops")},
-    }
+    peaks = ("peak_allocated_bytes", "peak_reserved_bytes", "by_category")
+    names = (*peaks, "saved_bytes", "at", "flops")
+    return recipe.settings() | {name: getattr(prediction, name) for name in names}
 
 
 def _bare(recipe: Recipe) -> dict[Offload, Prediction]:
