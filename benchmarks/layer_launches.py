@@ -11,7 +11,7 @@ from launches import Launches
 from layer_case import Competitor, LayerCase, LayerStep, competitors, make_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dbkernels.memory.workspace import Target, target_named, target_of
+from dbkernels.memory.allocator import Target, target_named, target_of
 from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu
 
 DTYPES = ("float32", "bfloat16", "float16", "autocast")

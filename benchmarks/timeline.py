@@ -20,8 +20,8 @@ from training_case import METHODS, TrainingCase, Way, ways
 from training_memory import predict
 
 from dbkernels.cli.device import pick_device
-from dbkernels.memory.levels import levels
-from dbkernels.memory.workspace import Target, target_named, target_of
+from dbkernels.memory.allocator import Target, target_named, target_of
+from dbkernels.memory.timeline import levels
 from dbkernels.models.registry import FamilyName
 from dbkernels.ops.layer.recompute import POLICIES
 

@@ -34,7 +34,7 @@ from training_prepare import Preparation, candidates, preparing
 from training_rows import Row, measured_rows, predicted_rows
 
 from dbkernels.cli.device import pick_device
-from dbkernels.memory.workspace import Target, target_named, target_of
+from dbkernels.memory.allocator import Target, target_named, target_of
 from dbkernels.models.registry import FamilyName
 from dbkernels.ops.layer.recompute import POLICIES, policies_of
 

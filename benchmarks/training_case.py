@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from layer_case import Competitor
 
-from dbkernels.cli.profile_rows import BASELINES, BLOCKWISE
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.models.baseline import Baseline
 from dbkernels.models.registry import family_named
+from dbkernels.planning.recipe import BASELINES, BLOCKWISE
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer_config import TrainerConfig
 

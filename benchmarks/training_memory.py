@@ -15,11 +15,11 @@ from torch import Tensor
 from training_case import TrainingCase, Way
 from training_step import Steps
 
-from dbkernels.memory.measure import record
-from dbkernels.memory.predict import Prediction
-from dbkernels.memory.trace import CATEGORIES, Trace
-from dbkernels.memory.workspace import Target, target_of
-from dbkernels.training.dry_run import dry_run
+from dbkernels.memory.allocator import Target, target_of
+from dbkernels.memory.measure import Prediction, record
+from dbkernels.memory.tracker import CATEGORIES, Trace
+from dbkernels.planning.dry_run import dry_run
+from dbkernels.planning.recipe import of_preset
 from dbkernels.training.partition import Block
 from dbkernels.training.trainer import Trainer
 
@@ -209,9 +209,18 @@ def with_all(way: Way) -> Way:
 
 def predict(case: TrainingCase, way: Way, target: Target) -> dict[str, Prediction]:
     """By what is on the device: all blocks, or one."""
-    config = case.config(with_all(way))
-    budget = 1.0 if way.budget is None else way.budget
-    return dry_run(config, baseline=way.baseline, budget=budget, target=target)
+    recipe = replace(
+        of_preset(case.family, case.preset),
+        batch_size=case.batch,
+        autocast=case.dtype == "autocast",
+        method=way.method,
+        num_blocks=way.num_blocks,
+        recompute=way.recompute,
+        budget=way.budget,
+        optimizer_in_backward=way.optimizer_in_backward,
+        device=target,
+    )
+    return dry_run(recipe)
 
 
 def figures_of(case: TrainingCase, target: Target, way: Way) -> dict[str, Figures]:

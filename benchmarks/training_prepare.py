@@ -19,9 +19,9 @@ from rehearsal import rehearsing
 from training_case import TrainingCase, Way
 from training_memory import Figures, figures_of, with_all
 
-from dbkernels.cli.preset_run import made_up
-from dbkernels.memory.workspace import target_of
-from dbkernels.training.dry_run import trainer_with
+from dbkernels.data.made_up import MadeUpData
+from dbkernels.memory.allocator import target_of
+from dbkernels.models.baseline import use_baseline
 
 Task = tuple[TrainingCase, Way]
 
@@ -149,7 +149,12 @@ def compile_alone(case: TrainingCase, way: Way, device: torch.device) -> None:
     """
     config = case.config(way, depth=1)
     budget = 1.0 if way.budget is None else way.budget
-    trainer = trainer_with(config, device, made_up(config), baseline=way.baseline, budget=budget)
+    models = config.build(config.home(device))
+    if way.baseline is not None:
+        use_baseline(models.model, way.baseline, budget=budget)
+    trainer = config.trainer_of(
+        models, MadeUpData(config.model.fields(), case.batch), device=device
+    )
     trainer.step_block(trainer.blocks[0])
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -14,7 +14,7 @@ from training_memory import Figures, predicted, weigh
 from training_prepare import Preparation, predicted_peak
 from training_step import Steps, make_steps, step_times
 
-from dbkernels.memory.workspace import Target, target_of
+from dbkernels.memory.allocator import Target, target_of
 from dbkernels.training.diffusion_blocks import SHARED
 from dbkernels.training.trainer import Trainer
 

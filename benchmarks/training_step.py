@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from training_case import TrainingCase, Way
 
-from dbkernels.cli.preset_run import made_up
+from dbkernels.data.made_up import MadeUpData
 from dbkernels.models.baseline import use_baseline
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, own_group
 from dbkernels.training.partition import Block
@@ -42,7 +42,9 @@ def make_trainer(
     if way.baseline is not None:
         budget = 1.0 if way.budget is None else way.budget
         use_baseline(models.model, way.baseline, budget=budget)
-    trainer = config.trainer_of(models, made_up(config), device=device)
+    trainer = config.trainer_of(
+        models, MadeUpData(config.model.fields(), case.batch), device=device
+    )
     if owner is not None:
         _lend_state(owner, trainer)
     return trainer

@@ -10,15 +10,17 @@ from dbkernels.models import FAMILIES
 
 PACKAGE = Path(__file__).parents[1] / "dbkernels"
 FLOOR = {
+    "whole_file": -1,
     "ops": 0,
     "diffusion": 0,
     "memory": 0,
     "data": 1,
     "models": 2,
     "training": 3,
-    "convert": 3,
-    "cli": 4,
-    "__main__": 5,
+    "convert": 4,
+    "planning": 4,
+    "cli": 5,
+    "__main__": 6,
 }
 
 

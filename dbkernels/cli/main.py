@@ -11,11 +11,11 @@ from rich.console import Console
 from dbkernels.cli.bench import Bench
 from dbkernels.cli.doctor import Doctor
 from dbkernels.cli.evaluate import Evaluate
-from dbkernels.cli.out_of_memory import out_of_memory
 from dbkernels.cli.plan import Plan
 from dbkernels.cli.profile import Profile
 from dbkernels.cli.sample import Sample
 from dbkernels.cli.train import Train
+from dbkernels.memory.measure import out_of_memory
 
 Verb = (
     Annotated[Train, tyro.conf.subcommand("train")]

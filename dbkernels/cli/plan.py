@@ -1,18 +1,24 @@
 """`python -m dbkernels plan`."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated
 
+import tyro
 from rich.console import Console
-from rich.progress import Progress
+from rich.table import Table
 
-from dbkernels.cli.plan_search import Answer, Question, answer
-from dbkernels.cli.plan_tables import rows, show
-from dbkernels.memory.budget import bytes_from, in_words
-from dbkernels.memory.workspace import target_named
-from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName, family_named
+from dbkernels.cli.table import table
+from dbkernels.cli.train import FAMILY_HELP, PRESET_HELP
+from dbkernels.memory.allocator import target_named
+from dbkernels.memory.units import bytes_from, in_words
+from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName
+from dbkernels.planning import search
+from dbkernels.planning.estimate import OP_SECONDS, SHARE, STATE
+from dbkernels.planning.recipe import Recipe, of_preset
+
+Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,8 @@ class Plan:
 
     memory: str
     """Memory of the device: a number and one of KiB, MiB, GiB, TiB, such as 24GiB."""
-    family: FamilyName = DEFAULT_FAMILY
-    """vit classifies images; dit generates them."""
-    preset: str = "digits"
-    """Sizes of the model; vit: cifar100, digits; dit: S/2, B/2, L/2, XL/2, digits."""
+    family: Annotated[FamilyName, tyro.conf.arg(help=FAMILY_HELP)] = DEFAULT_FAMILY
+    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "digits"
     batch: int = 128
     """Samples of a step; a plan may cut them into micro-batches."""
     autocast: bool = False
@@ -39,45 +43,148 @@ class Plan:
     """Print one JSON object a line instead of tables."""
 
     def run(self) -> None:
-        question = self._question()
-        with _progress() as advance:
-            found = answer(question, advance)
-        if not found.plans:
-            raise ValueError(_nothing_fits(question, found))
-        found_rows = list(rows(question, found))
-        if self.json:
-            for row in found_rows:
-                print(json.dumps(row))
-        else:
-            show(question, found_rows, Console(highlight=False))
-
-    def _question(self) -> Question:
         memory = bytes_from(self.memory)
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
-        family_named(self.family).model.preset(self.preset)
-        target = target_named(self.target)
-        return Question(self.family, self.preset, self.batch, self.autocast, target.name, memory)
+        recipe = replace(
+            of_preset(self.family, self.preset),
+            batch_size=self.batch,
+            autocast=self.autocast,
+            device=target_named(self.target),
+        )
+        answer = search.search(recipe, memory)
+        if not answer.plans:
+            raise ValueError(_nothing_fits(recipe, memory, answer))
+        rows = list(rows_of(recipe, memory, answer))
+        if self.json:
+            for row in rows:
+                print(json.dumps(row))
+        else:
+            show(rows, Console(highlight=False))
 
 
-def _nothing_fits(question: Question, found: Answer) -> str:
+def _nothing_fits(recipe: Recipe, memory: int, answer: search.Answer) -> str:
     """One sentence: the smallest plan, what it needs, and what would fit instead."""
-    least = found.smallest
-    needed = least.estimate.peak_bytes + question.context
+    least = answer.smallest.recipe
+    needed = answer.smallest.peak_bytes + search.context_bytes(recipe.device)
     instead = "no preset of the family fits"
-    if found.largest:
-        instead = f"the largest preset of the family that fits is {found.largest}"
+    if answer.largest:
+        instead = f"the largest preset of the family that fits is {answer.largest}"
     return (
-        f"memory must be at least {in_words(needed)} for {question.family} {question.preset} at "
-        f"batch {question.batch}, got {in_words(question.memory)}: that is its smallest plan, "
-        f"num_blocks {least.setting.num_blocks}, offload {least.offload}, recompute "
-        f"{least.setting.recompute}, micro-batch {least.setting.micro_batch}; {instead}"
+        f"memory must be at least {in_words(needed)} for {recipe.family} {recipe.preset} at "
+        f"batch {recipe.batch_size}, got {in_words(memory)}: that is its smallest plan, "
+        f"num_blocks {least.num_blocks}, offload {least.offload}, recompute {least.recompute}, "
+        f"micro-batch {least.micro_batch}; {instead}"
     )
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[int], None]]:
-    """A bar on stderr that goes when all is done."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("predicting", total=None)
-        yield lambda total: progress.update(task, advance=1, total=total)
+def rows_of(recipe: Recipe, memory: int, answer: search.Answer) -> Iterator[Row]:
+    """What limits end to end and the fastest plan, every plan, and the largest preset."""
+    asked = ("family", "preset", "batch", "autocast", "target")
+    common = {name: recipe.settings()[name] for name in asked}
+    common |= {"memory": memory, "context": search.context_bytes(recipe.device)}
+    for name, plan in (("end to end", answer.whole), ("fastest plan", answer.plans[0])):
+        parts = search.shares(plan, answer.outside)
+        limit = max((part for part in parts if part != search.FREE), key=parts.__getitem__)
+        row = {"row": "limit", "of": name, "limit": limit, "by_category": parts}
+        yield {**common, **row, "peak_reserved_bytes": plan.peak_bytes}
+    for plan in answer.plans:
+        yield {
+            **common,
+            "row": "plan",
+            "num_blocks": plan.recipe.num_blocks,
+            "recompute": plan.recipe.recompute,
+            "offload": plan.recipe.offload,
+            "micro_batch": plan.recipe.micro_batch,
+            "peak_reserved_bytes": plan.peak_bytes,
+            "by_category": plan.by_category,
+            "flops": plan.flops,
+            "seconds_per_sweep": plan.seconds,
+            "relative_time": plan.seconds / answer.whole.seconds,
+            "command": _command(plan.recipe),
+        }
+    yield {**common, "row": "preset", "largest": answer.largest}
+
+
+def _command(recipe: Recipe) -> str:
+    flags = [
+        f"train {recipe.family} --preset {recipe.preset} --batch-size {recipe.batch_size}",
+        f"--num-blocks {recipe.num_blocks} --recompute {recipe.recompute}",
+    ]
+    if recipe.accumulate > 1:
+        flags.append(f"--accumulate {recipe.accumulate}")
+    if recipe.offload == "cpu":
+        flags.append("--offload cpu --steps-per-swap 0")
+    if recipe.autocast:
+        flags.append("--autocast")
+    return " ".join(["python -m dbkernels", *flags])
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """Print the rows as a screen of 80 columns."""
+    limits = [row for row in rows if row["row"] == "limit"]
+    plans = [row for row in rows if row["row"] == "plan"]
+    whole, best = limits
+    compute = "bfloat16" if whole["autocast"] else "float32"
+    run = f"{whole['family']} {whole['preset']}, batch {whole['batch']}, {compute} compute"
+    fits = whole["peak_reserved_bytes"] <= whole["memory"] - whole["context"]
+    left = f"; {in_words(whole['context'])} are left to CUDA's context" if whole["context"] else ""
+    first, second = plans[0]["command"].split(" --num-blocks")
+    console.print(f"{run}, on {whole['target']} with {in_words(whole['memory'])}", style="bold")
+    console.print(
+        f"End to end with nothing computed again it needs {_needed(whole)}, and "
+        f"{'fits' if fits else 'does not fit'}: {_words(whole['limit'])} limit this run. "
+        f"The fastest plan needs {_needed(best)}."
+    )
+    console.print("\nwhat fills the device at the predicted peak")
+    console.print(_limits(limits))
+    console.print("\nplans that fit, the fastest first")
+    console.print(_plans(plans))
+    console.print(
+        f"peak: what the allocator takes{left}\n"
+        "time: of an update of every layer, 1.00 being end to end with nothing computed\n"
+        f"again; by operations at {SHARE:.0%} of the device's peak, {OP_SECONDS * 1e6:.0f} us an "
+        "op, and swaps\nboth are predicted, not measured\n"
+    )
+    console.print(f"Largest preset of {whole['family']} that fits at all: {rows[-1]['largest']}.")
+    console.print("To train by the first of them, with --data and --out of your own:")
+    console.print(f"  {first} \\\n    --num-blocks{second}", soft_wrap=True)
+
+
+def _needed(row: Row) -> str:
+    part = row["by_category"][row["limit"]] / row["peak_reserved_bytes"]
+    return f"{in_words(row['peak_reserved_bytes'])}, {part:.0%} of it {_words(row['limit'])}"
+
+
+def _limits(limits: list[Row]) -> Table:
+    shown = table("", *(column for row in limits for column in (row["of"], "")))
+    sizes = limits[0]["by_category"]
+    for name in sorted(sizes, key=sizes.get, reverse=True):
+        cells: list[str] = []
+        for row in limits:
+            size = row["by_category"][name]
+            share = f"{size / row['peak_reserved_bytes']:.0%}"
+            cells += [in_words(size), share] if size else ["", ""]
+        if any(cells):
+            shown.add_row(_words(name), *cells)
+    return shown
+
+
+def _words(category: str) -> str:
+    words = category.replace("_", " ")
+    return f"{words} of the layers" if category in STATE else words
+
+
+def _plans(plans: list[Row]) -> Table:
+    columns = ("blocks", "recompute", "on the device", "micro-batch", "peak", "time")
+    shown = table(*columns, names=3)
+    for row in plans:
+        shown.add_row(
+            str(row["num_blocks"]),
+            row["recompute"],
+            "all blocks" if row["offload"] == "none" else "one block",
+            str(row["micro_batch"]),
+            in_words(row["peak_reserved_bytes"]),
+            f"{row['relative_time']:.2f}",
+        )
+    return shown

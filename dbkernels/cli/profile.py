@@ -1,33 +1,31 @@
 """`python -m dbkernels profile`."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 
-from dbkernels.cli import budgets
 from dbkernels.cli.device import pick_device
-from dbkernels.cli.preset_run import preset_run
-from dbkernels.cli.profile_measured import measured
-from dbkernels.cli.profile_rows import (
-    METHODS,
-    OFFLOAD,
-    Case,
-    cases,
-    check_names,
-    check_recompute,
-    predicted,
-    rows,
+from dbkernels.cli.profile_tables import (
+    budget_tables,
+    measured_table,
+    not_measured,
+    predicted_tables,
 )
-from dbkernels.cli.profile_tables import measured_table, not_measured, predicted_tables
-from dbkernels.memory.picture import draw
-from dbkernels.memory.timeline import write_timeline
-from dbkernels.memory.workspace import Target, target_named, target_of
+from dbkernels.cli.train import FAMILY_HELP, PRESET_HELP
+from dbkernels.memory.allocator import Target, target_named, target_of
+from dbkernels.memory.timeline import draw, write_timeline
 from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName
 from dbkernels.ops.layer.recompute import POLICIES
-from dbkernels.training.partition import partition
-from dbkernels.training.run import RunConfig
+from dbkernels.planning import budgets
+from dbkernels.planning.budgets import GROWTH, Budget
+from dbkernels.planning.dry_run import dry_run, predicted, row
+from dbkernels.planning.measure import measured
+from dbkernels.planning.recipe import METHODS, OFFLOAD, Recipe, every_way, of_preset
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,8 @@ class Profile:
     device and with one. With --measure the same steps are run for real beside it.
     """
 
-    family: FamilyName = DEFAULT_FAMILY
-    """vit classifies images; dit generates them."""
-    preset: str = "digits"
-    """Sizes of the model; vit: cifar100, digits; dit: S/2, B/2, L/2, XL/2, digits."""
+    family: Annotated[FamilyName, tyro.conf.arg(help=FAMILY_HELP)] = DEFAULT_FAMILY
+    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "digits"
     batch: int = 128
     """Samples of a step; made up, of the preset's shape."""
     num_blocks: str = "1,2,3,4,6"
@@ -83,7 +79,7 @@ class Profile:
         if self.update and not self.check:
             raise ValueError("update must come with check and its file, got none")
         if self.check:
-            budgets.check(self.check, update=self.update, as_json=self.json)
+            self._check(self.check)
             return
         if self.batch < 1 or self.steps < 1:
             raise ValueError(
@@ -91,54 +87,46 @@ class Profile:
             )
         if not 0 <= self.budget <= 1:
             raise ValueError(f"budget must be from 0 to 1, got {self.budget}")
-        offload = check_names("offload", self.offload, OFFLOAD)
-        todo, config, target = self._cases(), self._config(), self._target()
-        for case in todo:
-            partition(config.model.depth, case.num_blocks, config.prior)
+        recipes = self._recipes()
         if self.timeline or self.picture:
-            self._show(todo, offload, config, target)
-        common = {
-            "family": self.family,
-            "preset": self.preset,
-            "batch": self.batch,
-            "autocast": self.autocast,
-            "optimizer_in_backward": self.optimizer_in_backward,
-            "target": target.name,
-        }
-        found, predictions = [], rows(todo, config, offload, budget=self.budget, target=target)
-        # no step is timed while another process predicts
-        for row in list(predictions) if self.measure else predictions:
-            found.append({**common, **row})
-            if self.measure:
-                found[-1] |= self._measured(row, config)
+            self._show(recipes)
+        predictions = predicted(recipes)
+        if self.measure:
+            # no step is timed while another process predicts
+            predictions = list(predictions)
+        rows, held = [], []
+        for recipe, found in zip(recipes, predictions, strict=True):
+            held.append(Budget(recipe, found.peak_allocated_bytes, found.by_category))
+            rows.append(row(recipe, found) | (self._measured(recipe) if self.measure else {}))
             if self.json:
-                print(json.dumps(found[-1]), flush=True)
+                print(json.dumps(rows[-1]), flush=True)
         if self.write:
-            budgets.write(self.write, found)
+            budgets.add(self.write, held)
         if not self.json:
-            tables = measured_table(found) if self.measure else predicted_tables(found)
-            for table in tables:
-                Console().print(table)
-            for sentence in not_measured(found):
-                Console(highlight=False).print(sentence, markup=False)
+            _print(*([measured_table(rows)] if self.measure else predicted_tables(rows)))
+            _print(*not_measured(rows))
 
-    def _cases(self) -> list[Case]:
+    def _recipes(self) -> list[Recipe]:
         try:
             counts = dict.fromkeys(int(count) for count in self.num_blocks.split(","))
         except ValueError:
             raise ValueError(
                 f"num_blocks must be whole numbers with commas between, got {self.num_blocks}"
             ) from None
-        methods = check_names("methods", self.methods, METHODS)
-        return cases(methods, list(counts), check_recompute(self.recompute))
-
-    def _config(self) -> RunConfig:
-        return preset_run(
-            self.family,
-            self.preset,
-            batch=self.batch,
+        recipe = replace(
+            of_preset(self.family, self.preset),
+            batch_size=self.batch,
             autocast=self.autocast,
             optimizer_in_backward=self.optimizer_in_backward,
+            device=self._target(),
+        )
+        return every_way(
+            recipe,
+            methods=_names("methods", self.methods, METHODS),
+            num_blocks=list(counts),
+            policies=_names("recompute", self.recompute, tuple(POLICIES)),
+            budget=self.budget,
+            offload=_names("offload", self.offload, OFFLOAD),
         )
 
     def _target(self) -> Target:
@@ -148,32 +136,59 @@ class Profile:
             return target_named(self.target)
         return target_of(pick_device(self.device)) if self.measure else target_named("h100")
 
-    def _show(self, todo: list[Case], offload: list[str], config: RunConfig, target: Target):
-        if len(todo) * len(offload) != 1:
+    def _show(self, recipes: list[Recipe]) -> None:
+        if len(recipes) != 1:
             raise ValueError(
                 "timeline and picture show one step: methods, num_blocks, recompute and offload "
-                f"must leave, got {len(todo) * len(offload)}"
+                f"must leave, got {len(recipes)}"
             )
-        case = todo[0]
-        prediction = predicted(case, config, budget=self.budget, target=target)[offload[0]]
+        (recipe,) = recipes
+        prediction = dry_run(recipe)[recipe.offload]
         if self.timeline:
             write_timeline(self.timeline, prediction)
         if self.picture:
-            recompute = f", recompute {case.recompute}" if case.recompute else ""
-            title = f"{self.family} {self.preset}, batch {self.batch}: {case.method}{recompute}"
-            draw(self.picture, prediction, title=f"{title}, {_blocks(case.num_blocks)}")
+            recompute = f", recompute {recipe.recompute}" if recipe.recompute else ""
+            blocks = f"{recipe.num_blocks} block{'s' if recipe.num_blocks > 1 else ''}"
+            run = f"{self.family} {self.preset}, batch {self.batch}"
+            title = f"{run}: {recipe.method}{recompute}, {blocks}"
+            draw(self.picture, prediction, title=title)
 
-    def _measured(self, row: dict[str, object], config: RunConfig) -> dict[str, object]:
-        """What the row's steps take for real, under names of their own; nothing if they cannot."""
+    def _measured(self, recipe: Recipe) -> dict[str, object]:
+        """What the recipe's steps take for real; nothing if they cannot tell."""
         device = pick_device(self.device)
         # a CPU's memory also holds the blocks off the device, and the tracker sees no compiled code
-        unseen = row["method"] == "compiled" or row["offload"] == "cpu"
-        if unseen and device.type == "cpu":
-            return {}
-        case = Case(row["method"], row["num_blocks"], row["recompute"])
-        settings = {"budget": self.budget, "steps": self.steps, "device": device}
-        return measured(case, row["offload"], config, **settings)
+        unseen = recipe.method == "compiled" or recipe.offload == "cpu"
+        return {} if unseen and device.type == "cpu" else measured(recipe, device, self.steps)
+
+    def _check(self, path: Path) -> None:
+        """Compare a file's budgets with the peaks of now, and print both."""
+        found = budgets.hold(path)
+        if self.json:
+            for each in found:
+                print(json.dumps(each.row()))
+        else:
+            _print(*budget_tables(found, updated=self.update))
+        exceeded = sum(each.exceeded for each in found)
+        if self.update:
+            budgets.write(path, [each.now for each in found])
+        elif exceeded:
+            raise ValueError(
+                f"a peak must grow by at most {GROWTH:.0%} of its budget in {path}, got "
+                f"{max(each.growth for each in found):+.1%}, and {exceeded} of {len(found)} too "
+                "high; add --update where that is meant"
+            )
 
 
-def _blocks(count: int) -> str:
-    return f"{count} block{'s' if count > 1 else ''}"
+def _print(*parts: object) -> None:
+    console = Console(highlight=False)
+    for part in parts:
+        console.print(part, markup=False)
+
+
+def _names(flag: str, text: str, known: Sequence[str]) -> list[str]:
+    """Names with commas between, each of which must be known; what is said twice counts once."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{flag} must be of {', '.join(known)}, got {name}")
+    return names

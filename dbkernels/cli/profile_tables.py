@@ -1,10 +1,13 @@
-"""The rows of `python -m dbkernels profile` as tables that fit a terminal."""
+"""The rows of `python -m dbkernels profile`, and budgets, as tables that fit a terminal."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rich.table import Table
 
-from dbkernels.memory.trace import CATEGORIES
+from dbkernels.cli.table import table
+from dbkernels.memory.tracker import CATEGORIES
+from dbkernels.memory.units import UNITS, in_words, three_digits, unit_of
+from dbkernels.planning.budgets import GROWTH, Held
 
 FEW = 12  # rows that are shown one below the other
 OP = 24  # letters of an op's name that have room
@@ -23,54 +26,43 @@ Row = dict[str, object]
 
 def predicted_tables(rows: list[Row]) -> Iterator[Table]:
     """Peaks and operations by number of blocks, and where rows are few, what the peaks are."""
-    first, rows = rows[0], _distinct(rows)
+    rows = _distinct(rows)
+    first, unit = rows[0], _unit(rows)
     compute = "bfloat16" if first["autocast"] else "float32"
     title = f"{first['family']} {first['preset']}, batch {first['batch']}, {compute} compute"
     title += ",\noptimizer in backward" if first["optimizer_in_backward"] else ""
-    size, unit = _unit(rows)
-
-    def bytes_of(name: str) -> Callable[[Row], str]:
-        return lambda row: _short(row[name] / size)
-
     for name in ("allocated", "reserved"):
         caption = f"{title}\npredicted peak {name}, {unit}, on {first['target']}"
-        yield _by_blocks(rows, caption, bytes_of(f"peak_{name}_bytes"))
-    yield _by_blocks(
-        [row for row in rows if row["offload"] == rows[0]["offload"]],
-        "operations of a step, 10^9",
-        lambda row: _short(row["flops"] / 1e9),
-    )
+        yield _by_blocks(rows, caption, f"peak_{name}_bytes", UNITS[unit])
+    once = [row for row in rows if row["offload"] == first["offload"]]
+    yield _by_blocks(once, "operations of a step, 10^9", "flops", 10**9)
     if len(rows) <= FEW:
-        yield _by_category(rows, size, unit)
+        yield _by_category(rows, unit)
 
 
-def _by_blocks(rows: list[Row], title: str, cell: Callable[[Row], str]) -> Table:
+def _by_blocks(rows: list[Row], title: str, name: str, unit: int) -> Table:
     """A column for each number of blocks, so that the table stays narrow."""
     counts = sorted({row["num_blocks"] for row in rows})
-    table = _table(title)
-    table.add_column("number of blocks")
-    table.add_column("offload")
-    for count in counts:
-        table.add_column(str(count), justify="right")
-    lines: dict[tuple[str, str], dict[int, Row]] = {}
+    shown = table(
+        "number of blocks", "offload", *map(str, counts), names=2, title=title, width=TITLE
+    )
+    lines: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows:
-        lines.setdefault((_name(row), _offload(row)), {})[row["num_blocks"]] = row
-    for (name, offload), line in lines.items():
-        cells = (cell(line[count]) if count in line else "" for count in counts)
-        table.add_row(name, offload, *cells)
-    return table
+        line = lines.setdefault((_name(row), _offload(row)), {})
+        line[row["num_blocks"]] = three_digits(row[name] / unit)
+    for names, line in lines.items():
+        shown.add_row(*names, *(line.get(count, "") for count in counts))
+    return shown
 
 
-def _by_category(rows: list[Row], size: int, unit: str) -> Table:
+def _by_category(rows: list[Row], unit: str) -> Table:
     """A row for each of a few: what is alive at its peak, and below it the op."""
-    table = _table(f"what is alive at the peak, {unit}, and the op")
-    table.add_column("")
-    for name in CATEGORIES:
-        table.add_column(SHORT[name], justify="right")
+    title = f"what is alive at the peak, {unit}, and the op"
+    shown = table("", *(SHORT[name] for name in CATEGORIES), title=title, width=TITLE)
     for row in rows:
-        sizes = (_short(row["by_category"][category] / size) for category in CATEGORIES)
-        table.add_row(f"{_name(row)}, {_blocks(row)}\n  {_op(row['at'])}", *sizes)
-    return table
+        sizes = (three_digits(row["by_category"][name] / UNITS[unit]) for name in CATEGORIES)
+        shown.add_row(f"{_name(row)}, {_blocks(row)}\n  {_op(row['at'])}", *sizes)
+    return shown
 
 
 def _op(at: str) -> str:
@@ -80,29 +72,21 @@ def _op(at: str) -> str:
     return f"{phase}: {name[:OP]}" if op else phase
 
 
-def measured_table(rows: list[Row]) -> Iterator[Table]:
-    """Predicted beside measured; empty where nothing was."""
+def measured_table(rows: list[Row]) -> Table:
+    """Predicted beside measured, with nothing of what was not measured."""
     rows = _distinct(rows)
-    size, unit = _unit(rows)
-    table = _table(f"peak allocated of a step, {unit}, and its time without swaps, ms")
-    table.add_column("")
-    table.add_column("blocks")
-    for name in ("predicted", "measured", "off by", "step", "sweep"):
-        table.add_column(name, justify="right")
+    unit = _unit(rows)
+    title = f"peak allocated of a step, {unit}, and its time without swaps, ms"
+    columns = ("predicted", "measured", "off by", "step", "sweep")
+    shown = table("", "blocks", *columns, names=2, title=title, width=TITLE)
     for row in rows:
-        predicted = _short(row["peak_allocated_bytes"] / size)
-        table.add_row(_name(row), _blocks(row), predicted, *_measured(row, size))
-    yield table
-
-
-def _measured(row: Row, size: int) -> list[str]:
-    """Peak, what the prediction is off by, and the times; nothing of what was not measured."""
-    if "measured_allocated_bytes" not in row:
-        return []
-    measured = row["measured_allocated_bytes"]
-    seconds = (row[f"seconds_per_{name}"] for name in ("step", "sweep"))
-    off_by = f"{row['peak_allocated_bytes'] / measured - 1:+.1%}"
-    return [_short(measured / size), off_by, *(_short(each * 1e3) for each in seconds)]
+        predicted, measured = row["peak_allocated_bytes"], row.get("measured_allocated_bytes")
+        cells = [three_digits(predicted / UNITS[unit])]
+        if measured is not None:
+            cells += [three_digits(measured / UNITS[unit]), f"{predicted / measured - 1:+.1%}"]
+            cells += [three_digits(row[f"seconds_per_{of}"] * 1e3) for of in ("step", "sweep")]
+        shown.add_row(_name(row), _blocks(row), *cells)
+    return shown
 
 
 def not_measured(rows: list[Row]) -> Iterator[str]:
@@ -112,10 +96,50 @@ def not_measured(rows: list[Row]) -> Iterator[str]:
             yield f"{_name(row)}, {_blocks(row)} was not measured: {row['not_measured']}"
 
 
-def _unit(rows: list[Row]) -> tuple[int, str]:
-    """What sizes are told in: bytes of it, and its name."""
-    largest = max((row["peak_allocated_bytes"] for row in rows), default=0)
-    return (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+def budget_tables(found: list[Held], *, updated: bool) -> Iterator[Table | str]:
+    """Budgets beside the peaks of now, and by category those that have changed."""
+    yield "predicted peaks beside their budgets"
+    shown = table("", "budget", "now", "change")
+    for each in found:
+        sizes = (of.peak_allocated_bytes for of in (each.budget, each.now))
+        shown.add_row(_settings(each), *map(in_words, sizes), f"{each.growth:+.1%}")
+    yield shown
+    for each in found:
+        if abs(each.growth) > GROWTH:
+            yield f"\n{_settings(each)}, by category at the peak"
+            yield _difference(each)
+    lower = sum(each.growth < -GROWTH for each in found)
+    if updated:
+        yield "The peaks of now are the budgets from here on."
+    elif lower:
+        yield f"{lower} of the budgets may be lowered: add --update."
+
+
+def _difference(each: Held) -> Table:
+    shown = table("", "budget", "now", "difference")
+    for category in CATEGORIES:
+        old, new = (of.by_category[category] for of in (each.budget, each.now))
+        change = f"{'-' if new < old else '+'}{in_words(abs(new - old))}" if new != old else ""
+        sizes = (in_words(size) if size else "" for size in (old, new))
+        shown.add_row(category.replace("_", " "), *sizes, change)
+    return shown
+
+
+def _settings(each: Held) -> str:
+    """All of a budget's settings that a row of a table has room for."""
+    row = each.budget.recipe.settings()
+    compute = " bf16" if row["autocast"] else ""
+    early = " in-backward" if row["optimizer_in_backward"] else ""
+    offload = "" if row["offload"] == "none" else f", offload {row['offload']}"
+    return (
+        f"{row['family']} {row['preset']} {row['batch']}{compute}{early} {row['target']}, "
+        f"{row['num_blocks']} x {row['recompute'] or row['method'].replace('_', ' ')}{offload}"
+    )
+
+
+def _unit(rows: list[Row]) -> str:
+    """What all sizes are told in."""
+    return unit_of(max(row["peak_allocated_bytes"] for row in rows))
 
 
 def _distinct(rows: list[Row]) -> list[Row]:
@@ -138,12 +162,3 @@ def _blocks(row: Row) -> str:
 def _name(row: Row) -> str:
     name = row["method"].replace("_", " ").replace("block ", "")
     return f"{name} {row['recompute']}" if row["recompute"] else name
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, show_edge=False, title_justify="left", min_width=TITLE)
-
-
-def _short(value: float) -> str:
-    """Three digits, or all of those before the point."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"

@@ -1,7 +1,6 @@
 """`python -m dbkernels sample`."""
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +17,7 @@ from dbkernels.diffusion.samplers import Sampler
 from dbkernels.models.registry import family_named
 from dbkernels.ops.philox import Draw
 from dbkernels.training.run import load_run
+from dbkernels.whole_file import whole_file
 
 ENLARGE_TO = 64  # pixels; smaller images are drawn this large in the picture
 
@@ -97,13 +97,11 @@ class Sample:
 
 def write_images(images: Tensor, path: Path, per_row: int) -> None:
     """Write images in [-1, 1] (N, C, H, W) as a grid or as they are, whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
+    with whole_file(path) as file:
         if path.suffix == ".npy":
             np.save(file, images.numpy(), allow_pickle=False)
         else:
             picture(images, per_row).save(file, format="PNG")
-    os.replace(temporary, path)
 
 
 def picture(images: Tensor, per_row: int) -> Image.Image:

@@ -1,17 +1,34 @@
-"""Where the CUDA caching allocator puts storages, and how much it takes from the driver for them.
+"""What a device takes for a run beside the bytes of its tensors: segments, and workspaces of ops.
 
-The rules of c10/cuda/CUDACachingAllocator.cpp with its defaults, for one stream: sizes are rounded
-up to a multiple of MIN_BLOCK and served from the smallest free block that holds them. Where there
-is none, a segment is taken from the driver: SMALL_SEGMENT for a small request, LARGE_SEGMENT for a
-middling one, else the request itself rounded up to ROUND_LARGE. A block that is much too large is
-split; neighbours that are free are merged. Segments are never given back.
+Segments. The rules of c10/cuda/CUDACachingAllocator.cpp with its defaults, for one stream: sizes
+are rounded up to a multiple of MIN_BLOCK and served from the smallest free block that holds them.
+Where there is none, a segment is taken from the driver: SMALL_SEGMENT for a small request,
+LARGE_SEGMENT for a middling one, else the request itself rounded up to ROUND_LARGE. A block that is
+much too large is split; neighbours that are free are merged. Segments are never given back.
+
+cuBLAS: one workspace to a handle, kept for good; a step has two handles, one to the thread of the
+forward and one to that of the backward. PyTorch's aten/src/ATen/cuda/CublasHandlePool.cpp chooses
+the size by compute capability: 32 MiB from Hopper on, before it 8 MiB and 128 KiB. cublasLt, for
+matmuls with a bias, had one of its own of 1 MiB beside each; builds that share the two have less.
+
+Flash attention's backward (Dao et al. 2022, arXiv:2205.14135; csrc/flash_attn/flash_api.cpp): the
+gradient of the queries in float32, heads rounded up to a multiple of 32 elements (of 64 from 128
+on) and tokens to one of 128, and the row sums of dout * out in float32.
+
+The memory-efficient kernel's backward in float32 (aten's transformers/cuda/attention_backward.cu):
+the product dout * out and its row sums.
 """
 
-import bisect
-from collections.abc import Iterable
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from dbkernels.memory.trace import Event
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from dbkernels.memory.tracker import Event
 
 MiB = 2**20
 MIN_BLOCK = 512
@@ -20,86 +37,76 @@ SMALL_SEGMENT = 2 * MiB
 LARGE_SEGMENT = 20 * MiB
 OWN_SEGMENT = 10 * MiB  # a request from here on has a segment of its own
 ROUND_LARGE = 2 * MiB
+HANDLES = 2  # one to the forward's thread, one to the backward's
+FLOAT32 = 4  # bytes
+CUBLASLT = MiB
+_aten = torch.ops.aten
 
 
-@dataclass
-class Block:
-    """Part of a segment, in the list of all of its parts."""
+class Block(NamedTuple):
+    """Part of a segment that is in use."""
 
     address: int
     size: int  # bytes, a multiple of MIN_BLOCK
     small: bool  # of the pool of small blocks
-    free: bool = False
-    before: "Block | None" = None
-    after: "Block | None" = None
 
 
 class CachingAllocator:
     """One device with one stream. Addresses are counted from 0, segment after segment."""
 
     def __init__(self) -> None:
-        self.segments: list[Block] = []  # first block of each
+        self.segments: dict[int, int] = {}  # bytes of each, by its first address
         self.reserved_bytes = 0
         # free blocks by pool, as (size, address), so that the first that fits is the best
         self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-        self._blocks: dict[int, Block] = {}
+        self._ends: dict[int, int] = {}  # of each free block, by its address
+        self._starts: dict[int, int] = {}  # of each free block, by its end
 
     def allocate(self, size: int) -> Block:
         """A block of at least `size` bytes, size > 0."""
         size = _round_up(size, MIN_BLOCK)
         small = size <= SMALL
-        free = self._free[small]
-        place = bisect.bisect_left(free, (size, 0))
-        if place < len(free):
-            block = self._blocks[free.pop(place)[1]]
-            block.free = False
-        else:
-            block = self._segment(size, small)
-        rest = block.size - size
+        if bisect_left(self._free[small], (size, 0)) == len(self._free[small]):
+            self._add_segment(size, small)
+        _, start = self._free[small][bisect_left(self._free[small], (size, 0))]
+        end = self._take(start, small)
+        rest = end - start - size
         if rest >= MIN_BLOCK if small else rest > SMALL:
-            self._split(block, size)
-        return block
+            end = start + size
+            self._give(end, end + rest, small)
+        return Block(start, end - start, small)
 
     def free(self, block: Block) -> None:
-        """Give a block back; free neighbours become one block with it."""
-        before, after = block.before, block.after
-        if after and after.free:
-            self._forget(after)
-            block.size, block.after = block.size + after.size, after.after
-            if after.after:
-                after.after.before = block
-        if before and before.free:
-            self._forget(before)
-            before.size, before.after = before.size + block.size, block.after
-            if block.after:
-                block.after.before = before
-            del self._blocks[block.address]
-            block = before
-            self._blocks[block.address] = block
-        block.free = True
-        bisect.insort(self._free[block.small], (block.size, block.address))
+        """Give a block back; free neighbours of the same segment become one block with it."""
+        start, end = block.address, block.address + block.size
+        if end in self._ends and end not in self.segments:
+            end = self._take(end, block.small)
+        if start in self._starts and start not in self.segments:
+            start = self._starts[start]
+            self._take(start, block.small)
+        self._give(start, end, block.small)
 
-    def _segment(self, size: int, small: bool) -> Block:
+    def _add_segment(self, size: int, small: bool) -> None:
         if small:
-            taken = SMALL_SEGMENT
+            size = SMALL_SEGMENT
         else:
-            taken = LARGE_SEGMENT if size < OWN_SEGMENT else _round_up(size, ROUND_LARGE)
-        block = self._blocks[self.reserved_bytes] = Block(self.reserved_bytes, taken, small)
-        self.segments.append(block)
-        self.reserved_bytes += taken
-        return block
+            size = LARGE_SEGMENT if size < OWN_SEGMENT else _round_up(size, ROUND_LARGE)
+        start = self.reserved_bytes
+        self.segments[start] = size
+        self.reserved_bytes += size
+        self._give(start, self.reserved_bytes, small)
 
-    def _split(self, block: Block, size: int) -> None:
-        rest = Block(block.address + size, block.size - size, block.small, True, block, block.after)
-        if block.after:
-            block.after.before = rest
-        block.size, block.after = size, rest
-        self._blocks[rest.address] = rest
-        bisect.insort(self._free[rest.small], (rest.size, rest.address))
+    def _give(self, start: int, end: int, small: bool) -> None:
+        self._ends[start], self._starts[end] = end, start
+        insort(self._free[small], (end - start, start))
 
-    def _forget(self, block: Block) -> None:
-        self._free[block.small].remove((block.size, block.address))
-        del self._blocks[block.address]
+    def _take(self, start: int, small: bool) -> int:
+        """The end of a free block that is free no more."""
+        end = self._ends.pop(start)
+        del self._starts[end]
+        free = self._free[small]
+        del free[bisect_left(free, (end - start, start))]
+        return end
 
 
 @dataclass(frozen=True)
@@ -127,29 +134,106 @@ def place(events: Iterable[Event]) -> Placement:
 
     A storage that changes its size moves: its new block is there before its old one is freed.
     """
-    allocator, blocks, sizes = CachingAllocator(), {}, {}
-    placed: list[Event] = []
-    addresses: list[int] = []
-
-    def log(event: Event, block: Block, sign: int) -> None:
-        placed.append(replace(event, delta_bytes=sign * block.size))
-        addresses.append(block.address)
-
+    allocator = CachingAllocator()
+    blocks: dict[int, Block] = {}
+    sizes: dict[int, int] = {}
+    placed: list[tuple[Event, int]] = []  # event and address
     for event in events:
         old = blocks.pop(event.storage, None)
         size = sizes[event.storage] = sizes.get(event.storage, 0) + event.delta_bytes
         if size:
-            blocks[event.storage] = allocator.allocate(size)
-            log(event, blocks[event.storage], 1)
+            new = blocks[event.storage] = allocator.allocate(size)
+            placed.append((replace(event, delta_bytes=new.size), new.address))
         if old:
-            log(event, old, -1)
+            placed.append((replace(event, delta_bytes=-old.size), old.address))
             allocator.free(old)
-    starts = [block.address for block in allocator.segments]
-    ends = [*starts[1:], allocator.reserved_bytes]
-    # where there is no segment, the end of the last is left over
-    segments = [(start, end - start) for start, end in zip(starts, ends, strict=False)]
-    return Placement(placed, addresses, segments)
+    events, addresses = ([each[i] for each in placed] for i in (0, 1))
+    return Placement(events, addresses, list(allocator.segments.items()))
 
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device whose memory is predicted.
+
+    Args:
+        name:        as the command line has it
+        processors:  streaming multiprocessors; 0 for a CPU
+        cublas:      bytes of one cuBLAS workspace
+    """
+
+    name: str
+    processors: int = 0
+    cublas: int = 0
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it has the caching allocator and the workspaces of CUDA."""
+        return self.processors > 0
+
+    @property
+    def resident(self) -> list[tuple[str, int]]:
+        """Workspaces that are there through the whole step: category and bytes of each."""
+        sizes = (self.cublas, CUBLASLT) * HANDLES if self.is_gpu else ()
+        return [("workspaces", size) for size in sizes]
+
+    def workspace(self, func: OpOverload, args: tuple, kwargs: dict) -> int:
+        """Bytes that one call of an op allocates inside itself and frees again."""
+        formula = _FORMULAS.get(func) if self.is_gpu else None
+        return 0 if formula is None else formula(*args[:2])
+
+
+def _flash_backward(dout: Tensor, q: Tensor) -> int:
+    B, H, T, d = q.shape
+    width = _round_up(d, 32 if d <= 128 else 64)
+    return FLOAT32 * B * H * _round_up(T, 128) * (width + 1)
+
+
+def _efficient_backward(dout: Tensor, q: Tensor) -> int:
+    B, H, T, d = q.shape
+    return FLOAT32 * B * H * T * (d + 1)
+
+
+def _backward_of_either(dout: Tensor, q: Tensor) -> int:
+    """On a CPU one op stands for the two that a GPU has, by dtype."""
+    return (_efficient_backward if q.dtype == torch.float32 else _flash_backward)(dout, q)
+
+
+_FORMULAS: dict[OpOverload, Callable[[Tensor, Tensor], int]] = {
+    _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _backward_of_either,
+}
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("cpu"),
+        Target("a100", processors=108, cublas=2 * 4 * MiB + 128 * 2**10),
+        Target("h100", processors=132, cublas=32 * MiB),
+        Target("h200", processors=132, cublas=32 * MiB),
+        Target("b200", processors=148, cublas=32 * MiB),
+    )
+}
+
+
+def target_named(name: str) -> Target:
+    """A target of the table.
+
+    Raises:
+        ValueError: the table has no such name.
+    """
+    if name not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {name}")
+    return TARGETS[name]
+
+
+def target_of(device: torch.device) -> Target:
+    """The device of this machine as a target."""
+    if device.type == "cpu":
+        return TARGETS["cpu"]
+    properties = torch.cuda.get_device_properties(device)
+    like = TARGETS["h100" if properties.major >= 9 else "a100"]
+    return Target(properties.name, properties.multi_processor_count, like.cublas)

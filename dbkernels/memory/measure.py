@@ -1,24 +1,30 @@
-"""The peak of any callable, by category, on a CPU or a GPU.
+"""The peak of a step by category: measured on a CPU or a GPU, or predicted from fake tensors.
 
 Lifetimes come from the tracker; this file tells it what the tensors are for. A gradient may be
-freed before the callable returns, so each is named in the moment it is accumulated, and again
-when an optimizer is about to use it.
+freed before the step returns, so each is named in the moment it is accumulated, and again when an
+optimizer is about to use it.
+
+A prediction takes no GPU, and no memory of the step's size. What the dispatcher does not see is
+added: workspaces by a table, and the rules of the caching allocator.
 """
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_iter
 
-from dbkernels.memory.trace import CATEGORIES, WORKSPACES, Trace
-from dbkernels.memory.tracker import Tracker, Workspace
+from dbkernels.memory.allocator import Placement, Target, place
+from dbkernels.memory.tracker import CATEGORIES, WORKSPACES, Trace, Tracker, Workspace
 
 MEASURED = CATEGORIES[:WORKSPACES]  # what an op allocates inside itself is not seen
+CPU = torch.device("cpu")
+HOST = "DefaultCPUAllocator: "  # torch has no class for a host that is out of memory
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,9 @@ class Peak:
     at: str  # phase and op, such as "backward: aten::mm"; "start" before the first op
     allocated_bytes: int | None = None  # the CUDA allocator's own peak; None off CUDA
     reserved_bytes: int | None = None  # what that allocator took from the driver; None off CUDA
+
+    def __post_init__(self):
+        assert sum(self.by_category.values()) == self.total_bytes
 
 
 def measure_peak(
@@ -59,26 +68,17 @@ def measure_peak(
     Raises:
         ValueError: optimizers or inputs is no sequence, or the device is not told.
     """
-    check_owners(optimizers, inputs)
     device = _only_device(model, inputs) if device is None else _indexed(device)
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    trace = record(step, model=model, optimizers=optimizers, inputs=inputs, device=device)
-    allocated = reserved = None
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        allocated = torch.cuda.max_memory_allocated(device)
-        reserved = torch.cuda.max_memory_reserved(device)
+    with allocator_peak(device) if device.type == "cuda" else nullcontext({}) as own:
+        trace = record(step, model=model, optimizers=optimizers, inputs=inputs, device=device)
     peak = trace.peak()
     return Peak(
         total_bytes=peak.total_bytes,
         by_category=dict(zip(MEASURED, peak.by_category, strict=False)),
         saved_bytes=trace.saved,
         at=trace.name(peak.op),
-        allocated_bytes=allocated,
-        reserved_bytes=reserved,
+        allocated_bytes=own.get("allocated_bytes"),
+        reserved_bytes=own.get("reserved_bytes"),
     )
 
 
@@ -86,16 +86,20 @@ def record(
     step: Callable[[], object],
     *,
     model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    inputs: Sequence[Tensor],
-    device: torch.device,
+    optimizers: Sequence[Optimizer] = (),
+    inputs: Sequence[Tensor] = (),
+    device: torch.device = CPU,
     workspace: Workspace | None = None,
 ) -> Trace:
     """Run `step` once and log every storage of a device, each under what it is for.
 
     Args as those of `measure_peak`; the device as its tensors name it, and the workspace as that of
     `Tracker`.
+
+    Raises:
+        ValueError: optimizers or inputs is no sequence.
     """
+    _check_owners(optimizers, inputs)
     tracker = Tracker(device, workspace)
     tracker.tag(inputs, "inputs")
     _tag_state(tracker, model, optimizers)
@@ -105,18 +109,13 @@ def record(
     return tracker.trace()
 
 
-def check_owners(optimizers: Sequence[Optimizer], inputs: Sequence[Tensor]) -> None:
-    """Raise ValueError unless these are sequences of what they are named for."""
-    _check_sequence("optimizers", optimizers, Optimizer)
-    _check_sequence("inputs", inputs, Tensor)
-
-
-def _check_sequence(name: str, values: Sequence, kind: type) -> None:
-    got = None if isinstance(values, Sequence) else type(values).__name__
-    if got is None:
-        got = next((f"a {type(v).__name__} in it" for v in values if not isinstance(v, kind)), None)
-    if got is not None:
-        raise ValueError(f"{name} must be a sequence of {kind.__name__}, got {got}")
+def _check_owners(optimizers: Sequence[Optimizer], inputs: Sequence[Tensor]) -> None:
+    for name, values, kind in (("optimizers", optimizers, Optimizer), ("inputs", inputs, Tensor)):
+        known = isinstance(values, Sequence)
+        wrong = [type(v).__name__ for v in values if not isinstance(v, kind)] if known else []
+        if wrong or not known:
+            got = f"a {wrong[0]} in it" if known else type(values).__name__
+            raise ValueError(f"{name} must be a sequence of {kind.__name__}, got {got}")
 
 
 def _only_device(model: nn.Module, inputs: Sequence[Tensor]) -> torch.device:
@@ -173,3 +172,118 @@ def _naming_gradients(
             stack.callback(optimizer.register_step_pre_hook(before_step).remove)
             stack.callback(optimizer.register_step_post_hook(after_step).remove)
         yield
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One step on one device, as it will be."""
+
+    peak_allocated_bytes: int  # of blocks of the caching allocator; on a CPU, of storages
+    peak_reserved_bytes: int  # what that allocator takes from the driver; on a CPU, the same again
+    by_category: dict[str, int]  # bytes of each of CATEGORIES at the peak; sums to allocated
+    saved_bytes: int  # of storages held for the backward, at their own highest
+    at: str  # phase and op of the peak; "start" before the first op
+    flops: int  # of matmuls and attention
+    ops: int  # calls of ops
+    trace: Trace | None = field(repr=False, compare=False)  # with the workspaces that stay
+    placement: Placement | None = field(repr=False, compare=False)  # None on a CPU
+
+    def __post_init__(self):
+        assert sum(self.by_category.values()) == self.peak_allocated_bytes
+
+    @property
+    def blocks(self) -> Trace:
+        """The trace with the bytes that the allocator gave, in place of those asked for."""
+        return _placed(self.trace, self.placement)
+
+    def bare(self) -> "Prediction":
+        """The same without all that happened before, which is too large to pass on."""
+        return replace(self, trace=None, placement=None)
+
+
+def predict(trace: Trace, target: Target) -> Prediction:
+    """What a run needs on a target.
+
+    Args:
+        trace:   recorded with the target's workspaces
+        target:  the device that is predicted
+    """
+    trace = trace.beside(target.resident)
+    placement = place(trace.events) if target.is_gpu else None
+    peak = _placed(trace, placement).peak()
+    return Prediction(
+        peak_allocated_bytes=peak.total_bytes,
+        peak_reserved_bytes=peak.total_bytes if placement is None else placement.reserved_bytes,
+        by_category=dict(zip(CATEGORIES, peak.by_category, strict=True)),
+        saved_bytes=trace.saved,
+        # on a CPU's fake tensors its own attention stands for a GPU's, of the same shapes
+        at=trace.name(peak.op).replace("_for_cpu", "" if target.is_gpu else "_for_cpu"),
+        flops=trace.flops,
+        ops=len(trace.ops),
+        trace=trace,
+        placement=placement,
+    )
+
+
+def _placed(trace: Trace, placement: Placement | None) -> Trace:
+    return trace if placement is None else replace(trace, events=placement.events)
+
+
+@contextmanager
+def allocator_peak(device: torch.device) -> Iterator[dict[str, int | None]]:
+    """What a GPU's allocator and its driver say of the work within; its statistics are reset.
+
+    Args:
+        device:  an NVIDIA GPU
+    Returns:
+        A dictionary that is filled when the work is done, with the highest of
+
+            allocated_bytes  of tensors
+            active_bytes     of tensors, and of what other streams have yet to let go of
+            reserved_bytes   that the allocator took from the driver
+            retries          allocations that succeeded only after it had given its cache back
+            process_bytes    that the driver counts to this process, its context too; None where it
+                             does not tell
+    """
+    found: dict[str, int | None] = {}
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+    yield found
+    torch.cuda.synchronize(device)
+    stats = torch.cuda.memory_stats(device)
+    for name in ("allocated_bytes", "active_bytes", "reserved_bytes"):
+        found[name] = stats[f"{name}.all.peak"]
+    found["retries"] = stats.get("num_alloc_retries", 0) - retries
+    found["process_bytes"] = process_bytes(device)
+
+
+def process_bytes(device: torch.device) -> int | None:
+    """Bytes of a GPU that the driver counts to this process, context and kernels included.
+
+    None without nvidia-ml-py (the extra `gpu`), or where the driver hides the process, as in some
+    containers.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return None
+    return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What an error says, if it says that a device or the host has no memory left; else None."""
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return text or "out of memory"
+    if isinstance(error, RuntimeError) and HOST in text:
+        return text.partition(HOST)[2]
+    return None

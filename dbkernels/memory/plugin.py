@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from dbkernels.memory.budget import require_within
-from dbkernels.memory.predict import Prediction
+from dbkernels.memory.measure import Prediction
 
 
 @pytest.fixture

@@ -1,14 +1,21 @@
-"""The birth and death of every storage of one device, in a trace.
+"""What a run did to the memory of one device: births, changes of size and deaths of storages.
+
+live(e) = sum of the bytes of the storages that are alive after event e
+peak    = max over e of live(e)
 
 Storages are counted, not tensors: a view adds nothing and a shared storage counts once. What a
 storage was for is settled when the run is over, so a buffer that begins as a temporary of the
 backward and ends as a parameter's gradient is a gradient all its life. Only sizes and lifetimes
 are read, so fake tensors do as well as real ones.
+
+Floating-point operations are counted beside, by torch's own formulas: a multiplication and an
+addition are two, elementwise ops are none.
 """
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,23 +23,100 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from dbkernels.memory.flops import flops
-from dbkernels.memory.trace import (
-    CATEGORIES,
-    INPUTS,
-    SAVED,
-    START,
-    TEMPORARIES,
-    WORKSPACES,
-    Event,
-    Trace,
+# a storage with several uses is counted under the first of them; buffers are parameters
+CATEGORIES = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "inputs",
+    "saved_activations",
+    "temporaries",
+    "workspaces",
 )
+INPUTS, SAVED, TEMPORARIES, WORKSPACES = 3, 4, 5, 6  # indices into CATEGORIES
+START = -1  # stands for the op before the first
 
-Workspace = Callable[[OpOverload, tuple, dict], int]
-
-
+Workspace = Callable[[OpOverload, tuple, dict], int]  # bytes that an op allocates inside itself
 _DEVICE_OF = torch.ops.prim.device.default
+_aten = torch.ops.aten
+# ops that torch's table of formulas lacks, and those that take as many operations
+_LIKE = {
+    _aten.addmm_: _aten.addmm,
+    _aten._addmm_activation: _aten.addmm,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    """A storage that was born, changed its size or died."""
+
+    op: int  # index into Trace.ops, or START
+    storage: int  # index into Trace.categories
+    delta_bytes: int
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What was alive after one event."""
+
+    total_bytes: int
+    by_category: tuple[int, ...]  # bytes of each of CATEGORIES
+    op: int  # of the event
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One run, with each storage under the first of its uses.
+
+    Args:
+        ops:         phase and name of each op, such as "backward: aten::mm"
+        events:      in order of time
+        categories:  of each storage, an index into CATEGORIES
+        saved:       highest bytes that were held for the backward; no parameters, no inputs
+        flops:       floating-point operations of matmuls, convolutions and attention
+    """
+
+    ops: Sequence[str]
+    events: Sequence[Event]
+    categories: Sequence[int]
+    saved: int = 0
+    flops: int = 0
+
+    def moments(self) -> Iterator[Moment]:
+        """What was alive after each event."""
+        live, by_category = 0, [0] * len(CATEGORIES)
+        for event in self.events:
+            live += event.delta_bytes
+            by_category[self.categories[event.storage]] += event.delta_bytes
+            yield Moment(live, tuple(by_category), event.op)
+
+    def peak(self) -> Moment:
+        """The first of the moments with the most bytes; of nothing at all, if there was no more."""
+        nothing = Moment(0, (0,) * len(CATEGORIES), START)
+        return max(self.moments(), key=lambda moment: moment.total_bytes, default=nothing)
+
+    def name(self, op: int) -> str:
+        """Phase and name of an op; "start" before the first."""
+        return "start" if op == START else self.ops[op]
+
+    def beside(self, storages: Iterable[tuple[str, int]]) -> "Trace":
+        """The same run with more that is there from the start to the end.
+
+        Args:
+            storages:  category and bytes of each
+        """
+        storages, first = list(storages), len(self.categories)
+        categories = [CATEGORIES.index(category) for category, _ in storages]
+        births = [Event(START, first + i, size) for i, (_, size) in enumerate(storages)]
+        return replace(
+            self, events=[*births, *self.events], categories=[*self.categories, *categories]
+        )
 
 
 class _Saved:
@@ -227,3 +311,10 @@ def _tensors(tree: object) -> Iterator[Tensor]:
             yield from _tensors(branch)
     elif isinstance(tree, dict):
         yield from _tensors(tuple(tree.values()))
+
+
+def flops(func: OpOverload, args: tuple, kwargs: dict, out: object) -> int:
+    """Floating-point operations of one call of an op; 0 for an op without a formula."""
+    packet = func.overloadpacket
+    formula = flop_registry.get(_LIKE.get(packet, packet))
+    return 0 if formula is None else formula(*args, **kwargs, out_val=out)

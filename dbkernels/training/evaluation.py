@@ -11,7 +11,7 @@ from torch import Tensor
 from dbkernels.data.images import Batch
 from dbkernels.data.made_up import Data
 from dbkernels.ops.philox import Draw, stream_seed
-from dbkernels.training.staging import Staging
+from dbkernels.training.pending import Staging
 
 LEVELS_PER_BLOCK = 8  # quantiles of each block's interval at which its loss is read
 EVALUATION_KEY = 2**62 + 1  # keeps evaluation's streams apart from training's

@@ -6,7 +6,6 @@
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,6 +28,7 @@ from dbkernels.training.log import RunLog
 from dbkernels.training.pending import Row, Rows
 from dbkernels.training.trainer import Augment, Trainer
 from dbkernels.training.trainer_config import TrainerConfig
+from dbkernels.whole_file import write_whole
 
 # settings of the trainer that a run may change on its way, for its bits stay the same; without
 # clipping from its start it may also move the optimizer into the backward
@@ -43,8 +43,8 @@ class PartitionConfig:
     num_blocks: int = 3
     """Number of blocks; 1 trains end to end."""
     layers: str = ""
-    """Indices of layers in running order, comma separated; one may repeat. The first ones meet the
-    most noise. Empty runs each once, in order."""
+    """Indices of layers in running order, comma separated, the first for the most noise; one may
+    repeat. Empty runs each once."""
     split: str = ""
     """Layers per block, comma separated, the noisiest block first; empty splits evenly."""
     scheme: Scheme = "equal_probability"
@@ -156,9 +156,10 @@ class RunConfig:
 def write_config(config: RunConfig, directory: Path) -> None:
     """Write config.json, whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / "config.json.tmp"
-    temporary.write_text(json.dumps({"version": VERSION, **asdict(config)}, indent=2) + "\n")
-    os.replace(temporary, directory / "config.json")
+    write_whole(
+        directory / "config.json",
+        json.dumps({"version": VERSION, **asdict(config)}, indent=2) + "\n",
+    )
 
 
 def read_config(directory: Path) -> RunConfig:

@@ -20,7 +20,7 @@ from dbkernels.data.images import Batch, batch_indices
 from dbkernels.data.made_up import Data
 from dbkernels.models import stem_and_head
 from dbkernels.ops.philox import Draw, stream_seed
-from dbkernels.training.block_order import BlockOrder
+from dbkernels.training.block_order import BlockOrder, Order
 from dbkernels.training.cuda_graphs import open_cuda_graphs
 from dbkernels.training.diffusion_blocks import (
     SHARED,
@@ -28,16 +28,21 @@ from dbkernels.training.diffusion_blocks import (
     load_weights,
     own_group,
 )
-from dbkernels.training.micro_batch import MicroBatch
 from dbkernels.training.offload.offloader import open_offloader
-from dbkernels.training.param_group import ParamGroup
+from dbkernels.training.param_group import Decay, ParamGroup, learning_rate, updater
 from dbkernels.training.partition import Block
-from dbkernels.training.pending import Numbers, Pending, Row, Rows
-from dbkernels.training.samples import HeldSamples, ReadSamples, Samples
-from dbkernels.training.schedule import Decay, Order, learning_rate
-from dbkernels.training.staging import Staging
+from dbkernels.training.pending import (
+    HeldSamples,
+    MicroBatch,
+    Numbers,
+    Pending,
+    ReadSamples,
+    Row,
+    Rows,
+    Samples,
+    Staging,
+)
 from dbkernels.training.trainer_config import Offload, TrainerConfig
-from dbkernels.training.updater import updater
 
 Objective = Callable[[DiffusionBlocks, Block, Batch, Draw], Tensor]
 Augment = Callable[[Batch, Draw], Batch]
@@ -119,7 +124,14 @@ class Trainer:
             for model in (blocks.model, *blocks.copies):
                 stem_and_head.compile_stem_and_head(model, self.device)
         self.step = 0
-        self.block_order = BlockOrder(config, len(self.blocks))
+        self.block_order = BlockOrder(
+            len(self.blocks),
+            steps=config.steps,
+            order=config.order,
+            seed=config.seed,
+            steps_per_swap=config.steps_per_swap,
+            swaps=config.offload != "none",
+        )
         self.micro_batch = MicroBatch(
             config.batch_size // config.accumulate,
             config.batch_size,

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from dbkernels.training.schedule import Decay, Order
+from dbkernels.training.block_order import Order
+from dbkernels.training.param_group import Decay
 
 Offload = Literal["none", "cpu", "disk"]
 

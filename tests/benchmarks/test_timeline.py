@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dbkernels.memory.trace import CATEGORIES
+from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.models import vit
 
 SMALL = {"family": "vit", "preset": "tiny", "device": "cpu", "batch": 4, "num_blocks": 2}

@@ -1,8 +1,6 @@
 """Runs of the command line for its tests: tiny data, tiny models, and what was printed."""
 
 import fcntl
-import os
-import signal
 import time
 from typing import NamedTuple
 
@@ -67,13 +65,3 @@ def until(condition, seconds=30):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def process_id(case, *rest, **settings):
-    """In the place of what measures a case."""
-    return {"case": case, "process": os.getpid()}
-
-
-def killed(*case, **settings):
-    """Likewise, where the host kills the process."""
-    os.kill(os.getpid(), signal.SIGKILL)

@@ -6,6 +6,7 @@ import torch
 from cli.runs import refused
 
 from dbkernels.cli.bench import Bench
+from dbkernels.cli.device import pick_device
 from dbkernels.cli.doctor import Doctor
 from dbkernels.cli.evaluate import Evaluate
 from dbkernels.cli.plan import Plan
@@ -140,3 +141,28 @@ def test_a_fault_of_ours_keeps_its_traceback(cli, monkeypatch, error):
     monkeypatch.setattr(Profile, "run", fail)
     with pytest.raises(type(error), match="ours"):
         cli("profile")
+
+
+# the device
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_auto_takes_a_gpu_where_there_is_one_and_the_cpu_can_be_named(has_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert pick_device("auto").type == ("cuda" if has_gpu else "cpu")
+    assert pick_device("cpu") == torch.device("cpu")
+    for name in ("tpu", "cuda:x", "mps", "meta", ""):
+        with pytest.raises(ValueError, match=f"device must be auto, cpu or cuda, got {name}"):
+            pick_device(name)
+
+
+def test_cuda_is_never_replaced_by_the_cpu_or_another_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(ValueError, match=f"device {name} needs an NVIDIA GPU"):
+            pick_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="device cuda:2 must be below cuda:2 on this machine"):
+        pick_device("cuda:2")

@@ -1,18 +1,19 @@
 import json
 
 import pytest
-from cli.plans import in_turn, reckoned
 from cli.runs import refused
+from planning.reckoned import in_turn, reckoned, wide
 
-import dbkernels.cli.plan_search as module
+from dbkernels.planning import search as module
 
 
 @pytest.fixture
 def plan(cli, monkeypatch):
-    monkeypatch.setattr(module, "_run", in_turn)
+    """Plans for a batch of 64 of the digits; more flags may follow."""
+    monkeypatch.setattr(module, "results", in_turn)
 
-    def run(*flags):
-        return cli("plan", *flags)
+    def run(memory, *flags):
+        return cli("plan", "--memory", memory, "--batch", "64", *flags)
 
     return run
 
@@ -20,15 +21,29 @@ def plan(cli, monkeypatch):
 @pytest.fixture
 def quick(plan, monkeypatch):
     monkeypatch.setattr(module, "estimate", reckoned)
-    return plan
+
+    def run(memory, *flags):
+        return plan(memory, "--family", "dit", "--target", "cpu", *flags)
+
+    return run
+
+
+@pytest.fixture
+def planned(quick):
+    """All rows, and the plans among them."""
+
+    def found(memory, *flags):
+        every = [json.loads(line) for line in quick(memory, *flags, "--json").out.splitlines()]
+        return every, [row for row in every if row["row"] == "plan"]
+
+    return found
 
 
 def test_a_plan_of_a_preset_is_a_command_that_train_takes(plan, cli):
-    outcome = plan("--memory", "120 MiB", "--target", "cpu", "--batch", "4", "--json")
+    outcome = plan("120 MiB", "--target", "cpu", "--batch", "4", "--json")
     every = [json.loads(line) for line in outcome.out.splitlines()]
     plans = [row for row in every if row["row"] == "plan"]
-    assert outcome.code == 0
-    assert len(plans) == 11
+    assert outcome.code == 0 and len(plans) == 11
     assert plans[0]["relative_time"] == 1.0 and plans[0]["num_blocks"] == 1
     assert all(row["peak_reserved_bytes"] <= 120 * 2**20 for row in plans)
     assert every[-1]["largest"] == "cifar100"
@@ -37,11 +52,61 @@ def test_a_plan_of_a_preset_is_a_command_that_train_takes(plan, cli):
     assert trained.code == 0, trained.err
 
 
-def test_the_screen_is_whole(quick):
-    outcome = quick("--memory", "2GiB", "--family", "dit")
+def test_rows_carry_the_question_and_what_limits_is_the_largest_share(planned, quick):
+    every, plans = planned("1000MiB")
+    assert [row["row"] for row in every] == ["limit"] * 2 + ["plan"] * len(plans) + ["preset"]
+    assert all(row["memory"] == 1000 * 2**20 and row["preset"] == "digits" for row in every)
+    assert every[-1]["largest"] == "XL/2"
+    whole, best, *_ = every
+    assert (whole["of"], whole["limit"]) == ("end to end", "saved_activations")
+    for row in (whole, best):
+        assert sum(row["by_category"].values()) == row["peak_reserved_bytes"]
+        assert row["by_category"]["stem_and_head"] == 16 * 2**20
+    assert planned("60MiB")[0][1]["limit"] == "optimizer"
+    assert "of it optimizer of the layers" in quick("60MiB").out.replace("\n", " ")
+
+
+def test_the_screen_fits_and_leads_with_what_limits(planned, quick):
+    _, plans = planned("1000MiB")
+    text = quick("1000MiB").out
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in text
+    assert lines[0] == "dit digits, batch 64, float32 compute, on cpu with 1000 MiB"
+    said = " ".join(lines[1:4])
+    assert "it needs 8.62 GiB" in said and "does not fit: saved activations limit this run" in said
+    at = next(i for i, line in enumerate(lines) if line.strip().startswith("blocks"))
+    for row, line in zip(plans, lines[at + 2 :], strict=False):
+        count, recompute, offload, micro_batch, peak, time = (c.strip() for c in line.split("│"))
+        assert (int(count), recompute) == (row["num_blocks"], row["recompute"])
+        assert offload == {"none": "all blocks", "cpu": "one block"}[row["offload"]]
+        assert int(micro_batch) == row["micro_batch"] and peak.endswith("iB")
+        assert time == f"{row['relative_time']:.2f}"
+    assert "Largest preset of dit that fits at all: XL/2." in lines
+    assert "not measured" in text
+    assert "and fits: saved activations limit" in " ".join(quick("100000MiB").out.split())
+
+
+def test_a_gpu_keeps_memory_for_its_context(quick):
+    outcome = quick("2GiB", "--target", "h100", "--batch", "128")
     assert outcome.code == 0
     assert outcome.out.startswith("dit digits, batch 128, float32 compute, on h100 with 2.00 GiB\n")
     assert "512 MiB are left to CUDA's context" in outcome.out
+
+
+def test_the_command_has_every_choice_that_differs_from_the_defaults(planned, quick):
+    _, plans = planned("150MiB", "--autocast")
+    one = next(row for row in plans if row["offload"] == "cpu")
+    start = "python -m dbkernels train dit --preset digits --batch-size 64"
+    cut = 64 // one["micro_batch"]
+    middle = f"--num-blocks {one['num_blocks']} --recompute {one['recompute']}"
+    assert cut > 1
+    end = "--offload cpu --steps-per-swap 0 --autocast"
+    assert one["command"] == f"{start} {middle} --accumulate {cut} {end}"
+    first = plans[0]["command"].split(" --num-blocks")
+    text = quick("150MiB", "--autocast").out
+    assert f"  {first[0]} \\\n    --num-blocks{first[1]}\n" in text
+    _, (*_, whole) = planned("1000000MiB")
+    assert "--accumulate" not in whole["command"]
 
 
 def test_a_memory_that_nothing_fits_gets_the_smallest_plan_and_what_it_needs(quick):
@@ -51,37 +116,42 @@ def test_a_memory_that_nothing_fits_gets_the_smallest_plan_and_what_it_needs(qui
         "smallest plan, num_blocks 28, offload cpu, recompute layer, micro-batch 1; "
         "no preset of the family fits"
     )
-    flags = ("--family", "dit", "--preset", "XL/2", "--batch", "32")
-    outcome = quick(*flags, "--memory", "50MiB")
-    assert outcome.code == 1 and outcome.err.splitlines()[-1] == f"error: {message}"
-    assert outcome.out == ""
-    assert quick(*flags, "--memory", "560MiB").code == 0
+    flags = ("--preset", "XL/2", "--batch", "32", "--target", "h100")
+    outcome = quick("50MiB", *flags)
+    assert (outcome.code, outcome.out, outcome.err) == (1, "", f"error: {message}\n")
+    assert quick("560MiB", *flags).code == 0
 
 
 def test_a_smaller_preset_that_fits_is_named(quick, monkeypatch):
-    def wide(setting, config, target):
-        grown = config.model.dim * 2**20
-        found = reckoned(setting, config, target)
-        return {k: module.Estimate(**{**vars(v), "peak_bytes": grown}) for k, v in found.items()}
-
     monkeypatch.setattr(module, "estimate", wide)
-    outcome = quick("--family", "dit", "--preset", "XL/2", "--memory", "800MiB", "--target", "cpu")
+    outcome = quick("800MiB", "--preset", "XL/2")
     assert "; the largest preset of the family that fits is B/2" in outcome.err
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "memory, flags, message",
     [
         *(
-            (["--memory", text], f"such as 24GiB, got {text}\n")
+            (text, [], f"such as 24GiB, got {text}\n")
             for text in ("24GB", "24G", "a lot", "0", "0GiB", "24 Gib")
         ),
-        (["--memory=-24GiB"], "memory must be a positive number and one of KiB, MiB, GiB, TiB"),
-        (["--preset", "huge"], "preset of ViT must be one of cifar100, digits, got huge"),
-        (["--batch", "0"], "batch must be at least 1, got 0"),
-        (["--target", "tpu"], "target must be one of cpu, a100, h100, h200, b200, got tpu"),
+        (
+            "1GiB",
+            ["--preset", "huge"],
+            "preset of DiT must be one of S/2, B/2, L/2, XL/2, digits, got huge",
+        ),
+        ("1GiB", ["--batch", "0"], "batch must be at least 1, got 0"),
+        (
+            "1GiB",
+            ["--target", "tpu"],
+            "target must be one of cpu, a100, h100, h200, b200, got tpu",
+        ),
     ],
 )
-def test_rejects(quick, flags, message):
-    memory = [] if "--memory" in flags[0] else ["--memory", "1GiB"]
-    assert refused(quick(*memory, *flags), message)
+def test_rejects(quick, memory, flags, message):
+    assert refused(quick(memory, *flags), message)
+
+
+def test_a_negative_memory_is_refused(cli):
+    message = "memory must be a positive number and one of KiB, MiB, GiB, TiB"
+    assert refused(cli("plan", "--memory=-24GiB"), message)

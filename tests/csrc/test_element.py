@@ -97,6 +97,13 @@ def test_logarithm_is_right_to_its_last_places():
     assert _maths.logarithm(1.0) == 0
 
 
+def test_a_uniform_is_exact_to_its_ends():
+    words = [0, 2**32 - 1, *torch.randint(2**32, (100,)).tolist()]
+    for x0, x1 in zip(words, words[::-1], strict=True):
+        assert _maths.uniform(x0, x1) == ((x0 >> 5) * 2**26 + (x1 >> 6) + 0.5) * 2.0**-53
+    assert _maths.uniform(0, 0) == 2.0**-54 and _maths.uniform(2**32 - 1, 2**32 - 1) == 1
+
+
 # a coefficient that is small, great, negative and none
 @pytest.mark.parametrize("a", [0.0, 1.0, -0.002, 80.0])
 @pytest.mark.parametrize("b", [0.0, -1.0, 0.5, 80.0])

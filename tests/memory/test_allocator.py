@@ -1,10 +1,24 @@
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from dbkernels.memory.allocator import CachingAllocator, MiB, place
-from dbkernels.memory.trace import Event
+from dbkernels.memory.allocator import (
+    TARGETS,
+    CachingAllocator,
+    MiB,
+    place,
+    target_named,
+    target_of,
+)
+from dbkernels.memory.tracker import Event
+
+aten = torch.ops.aten
+FLASH = aten._scaled_dot_product_flash_attention_backward.default
+EFFICIENT = aten._scaled_dot_product_efficient_attention_backward.default
+OF_A_CPU = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def births(*sizes):
@@ -56,21 +70,20 @@ def test_a_large_block_keeps_up_to_a_mebibyte_that_is_left_over():
     assert blocks(9 * MiB, 10 * MiB - 512) == [9 * MiB, 10 * MiB - 512]
 
 
-def test_the_smallest_free_block_that_fits_is_taken():
+@pytest.mark.parametrize(
+    "sizes, freed, taken",
+    [
+        ((6, 3, 4, 2), (0, 2), 2),  # the smallest free block that fits
+        ((4, 3, 4, 2), (2, 0), 0),  # of equal ones that with the lowest address
+    ],
+)
+def test_the_best_free_block_is_taken(sizes, freed, taken):
     allocator = CachingAllocator()
-    wide, gap, narrow, end = (allocator.allocate(size * MiB) for size in (6, 3, 4, 2))
-    for block in (wide, narrow):
-        allocator.free(block)
-    assert allocator.allocate(4 * MiB).address == narrow.address
-    assert (gap.address, end.address) == (6 * MiB, 13 * MiB)
-
-
-def test_equal_blocks_are_taken_from_the_lowest_address():
-    allocator = CachingAllocator()
-    taken = [allocator.allocate(2 * MiB) for _ in range(5)]
-    for block in (taken[2], taken[0]):
-        allocator.free(block)
-    assert allocator.allocate(2 * MiB).address == 0
+    blocks = [allocator.allocate(size * MiB) for size in sizes]
+    for index in freed:
+        allocator.free(blocks[index])
+    assert allocator.allocate(4 * MiB).address == blocks[taken].address
+    assert [block.address for block in blocks[2:]] == [(sizes[0] + 3) * MiB, (sizes[0] + 7) * MiB]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 0, 2)])
@@ -150,5 +163,63 @@ def test_freed_memory_is_one_block_to_a_segment_again(seed):
             alive[event.storage] = allocator.allocate(event.delta_bytes)
         else:
             allocator.free(alive.pop(event.storage))
-    assert all(block.free and block.after is None for block in allocator.segments)
-    assert sum(block.size for block in allocator.segments) == allocator.reserved_bytes
+    before = allocator.reserved_bytes
+    # a small segment serves two of the largest of small requests
+    whole = sorted(size for size in allocator.segments.values() if size != 2 * MiB)
+    whole += [MiB] * 2 * (len(allocator.segments) - len(whole))
+    assert [allocator.allocate(size).size for size in whole] == whole
+    assert allocator.reserved_bytes == before
+
+
+# what ops allocate inside themselves
+
+
+def used(func, shape, dtype=torch.bfloat16, target="h100"):
+    q = torch.empty(shape, dtype=dtype, device="meta")
+    return TARGETS[target].workspace(func, (q, q, q, q, q), {"scale": None})
+
+
+@pytest.mark.parametrize(
+    "shape, elements",
+    [
+        ((2, 3, 256, 72), 2 * 3 * 256 * (96 + 1)),  # heads of 72 take 96 lanes
+        ((2, 3, 200, 64), 2 * 3 * 256 * (64 + 1)),  # and 200 tokens 256 rows
+        ((1, 1, 128, 128), 128 * (128 + 1)),
+        ((1, 1, 128, 130), 128 * (192 + 1)),
+    ],
+)
+@pytest.mark.parametrize("func", [FLASH, OF_A_CPU])
+def test_flash_attention_adds_up_the_gradient_of_queries_in_float32(func, shape, elements):
+    assert used(func, shape) == 4 * elements
+
+
+@pytest.mark.parametrize("func", [EFFICIENT, OF_A_CPU])
+def test_float32_takes_the_memory_efficient_kernel(func):
+    assert used(func, (2, 3, 200, 72), torch.float32) == 4 * 2 * 3 * 200 * (72 + 1)
+
+
+def test_other_ops_and_a_cpu_use_nothing_unseen():
+    assert used(aten.mm.default, (2, 3, 256, 72)) == 0
+    assert used(OF_A_CPU, (2, 3, 256, 72), target="cpu") == 0
+    assert TARGETS["cpu"].resident == []
+
+
+def test_cublas_has_a_workspace_to_each_of_two_threads():
+    for name, cublas in {"a100": 2**23 + 2**17, "h100": 32 * MiB, "b200": 32 * MiB}.items():
+        sizes = [size for category, size in TARGETS[name].resident if category == "workspaces"]
+        assert sum(sizes) == 2 * (cublas + MiB)
+
+
+def test_a_target_is_named():
+    assert target_named("h100") is TARGETS["h100"]
+    with pytest.raises(ValueError, match=r"target must be one of cpu, a100, .*, got v100"):
+        target_named("v100")
+
+
+def test_a_device_of_this_machine_is_a_target(monkeypatch):
+    assert target_of(torch.device("cpu")) is TARGETS["cpu"]
+    for major, cublas in ((8, 2**23 + 2**17), (9, 32 * MiB), (12, 32 * MiB)):
+        card = SimpleNamespace(name="card", major=major, multi_processor_count=77)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        target = target_of(torch.device("cuda"))
+        assert (target.name, target.processors, target.cublas) == ("card", 77, cublas)

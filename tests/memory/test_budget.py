@@ -1,26 +1,10 @@
-import json
-
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dbkernels.memory.budget import (
-    Budget,
-    bytes_from,
-    in_words,
-    read_budgets,
-    require_within,
-    write_budgets,
-)
-from dbkernels.memory.trace import CATEGORIES
-
-PARTS = {name: i for i, name in enumerate(CATEGORIES, 1)}
-ROW = {
-    "settings": {"preset": "S/2", "recompute": None},
-    "peak_allocated_bytes": sum(PARTS.values()),
-    "by_category": PARTS,
-}
+from dbkernels.memory.budget import require_within
+from dbkernels.memory.units import bytes_from, in_words
 
 
 @pytest.mark.parametrize(
@@ -64,58 +48,7 @@ def test_bytes_in_words_have_three_digits(size, words):
     assert in_words(size) == words
 
 
-def test_growth_is_a_share_of_the_budget():
-    budget, now = Budget({}, 200, {}), Budget({}, 203, {})
-    assert budget.growth(now) == pytest.approx(0.015)
-    assert now.growth(budget) < 0
-
-
-def test_what_is_written_is_read_again(tmp_path):
-    budgets = [Budget(**ROW), Budget({"preset": "XL/2"}, **{k: ROW[k] for k in list(ROW)[1:]})]
-    write_budgets(tmp_path / "budgets.json", budgets)
-    assert read_budgets(tmp_path / "budgets.json") == budgets
-    assert [path.name for path in tmp_path.iterdir()] == ["budgets.json"]
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("{", "file must be JSON, got Expecting"),
-        ("[]", "file must hold a list of budgets, got []"),
-        ('{"a": 1}', 'file must hold a list of budgets, got {"a": 1}'),
-        ([3], "row 1 of file must have settings, peak_allocated_bytes, by_category and no more"),
-        ([ROW, {**ROW, "more": 1}], "row 2 of file must have .* by_category, more"),
-        ([{"settings": {}}], "row 1 of file must have .* got settings"),
-        ([{**ROW, "settings": 1}], "settings in row 1 of file must be by name, got 1"),
-        ([{**ROW, "by_category": {"head": 1}}], "by_category in row 1 .* workspaces, got head"),
-        ([{**ROW, "by_category": [1]}], r"by_category in row 1 .* got \[1\]"),
-        (
-            [{**ROW, "by_category": {**PARTS, "inputs": "4"}}],
-            "bytes in row 1 of file must be whole numbers",
-        ),
-        ([{**ROW, "peak_allocated_bytes": True}], "bytes in row 1 of file must be whole"),
-        (
-            [{**ROW, "by_category": {**PARTS, "inputs": -4}}],
-            "bytes in row 1 of file must be whole numbers",
-        ),
-        ([{**ROW, "peak_allocated_bytes": 29}], "row 1 of file must be .* got 29 and 28"),
-        (
-            [{**ROW, "peak_allocated_bytes": 0, "by_category": dict.fromkeys(PARTS, 0)}],
-            "row 1 of file must be what by_category adds up to, got 0 and 0",
-        ),
-    ],
-)
-def test_a_file_of_something_else_is_refused(tmp_path, monkeypatch, text, message):
-    monkeypatch.chdir(tmp_path)
-    path = type(tmp_path)("file")
-    path.write_text(text if isinstance(text, str) else json.dumps(text))
-    with pytest.raises(ValueError, match=message.replace("[]", r"\[\]")):
-        read_budgets(path)
-
-
-def test_a_missing_file_is_told_by_its_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        read_budgets(tmp_path / "none.json")
+# a ceiling
 
 
 def training(width=64, batch=256):
@@ -142,6 +75,13 @@ def test_a_step_within_its_ceiling_passes_up_to_the_byte():
         require_within(step, **parts, ceiling=peak - 1)
 
 
+def test_the_step_that_is_followed_finds_the_optimizers_state():
+    step, parts = training()
+    found = require_within(step, **parts, ceiling="1 MiB")
+    assert found.at.startswith(("forward", "backward"))
+    assert found.by_category["optimizer"] >= 2 * sum(p.nbytes for p in parts["model"].parameters())
+
+
 def test_an_excess_names_the_categories_at_the_peak_the_largest_first():
     step, parts = training()
     with pytest.raises(AssertionError) as excess:
@@ -155,14 +95,6 @@ def test_an_excess_names_the_categories_at_the_peak_the_largest_first():
     sizes = sorted((size for size in peak.by_category.values() if size), reverse=True)
     assert [line.split()[-3] for line in lines] == [in_words(size).split()[0] for size in sizes]
     assert any(line.startswith("  saved activations  ") for line in lines)
-
-
-def test_the_step_that_is_followed_finds_the_optimizers_state():
-    step, parts = training()
-    found = require_within(step, **parts, ceiling="1 MiB")
-    moments = 2 * sum(p.nbytes for p in parts["model"].parameters())
-    assert found.at.startswith(("forward", "backward"))
-    assert found.by_category["optimizer"] >= moments
 
 
 def test_fake_tensors_need_no_memory():
@@ -189,3 +121,37 @@ def test_rejects():
         require_within(step, **parts, ceiling=1)
     with pytest.raises(ValueError, match="model must be on the CPU, got one on nothing"):
         require_within(step, model=nn.GELU(), ceiling=1)
+
+
+# as a fixture
+
+TESTS = """
+import torch
+
+def test_small(memory_budget):
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.zeros(32, 64)
+
+    def step():
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    memory_budget(step, model=model, optimizers=[optimizer], ceiling="1 MiB")
+    memory_budget(step, model=model, optimizers=[optimizer], ceiling="20 KiB")  # the line at fault
+"""
+
+
+def test_a_suite_that_asks_for_it_fails_with_the_categories(tmp_path, capsys):
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["dbkernels.memory.plugin"]\n')
+    (tmp_path / "test_memory.py").write_text(TESTS)
+    code = pytest.main(
+        ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", str(tmp_path), str(tmp_path)]
+    )
+    out = capsys.readouterr().out
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert "# the line at fault" in out and "bytes_from" not in out
+    assert "AssertionError: the step needs" in out
+    for name in ("parameters", "gradients", "inputs"):
+        assert f"E         {name} " in out

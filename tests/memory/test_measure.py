@@ -1,53 +1,32 @@
 import copy
 import gc
+import os
+import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from memory.steps import FLOAT, B, Chain, D, Transformer, one_parameter, train_step
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils.checkpoint import checkpoint
 
-from dbkernels.memory.measure import MEASURED, measure_peak
+from dbkernels.memory import measure as module
+from dbkernels.memory.allocator import TARGETS, MiB
+from dbkernels.memory.measure import (
+    MEASURED,
+    allocator_peak,
+    measure_peak,
+    out_of_memory,
+    predict,
+    process_bytes,
+    record,
+)
+from dbkernels.memory.tracker import CATEGORIES, START, Event, Trace
 
-B, D, FLOAT = 6, 8, 4  # FLOAT: bytes of a float32
-
-
-def chain(depth):
-    """Linear and relu, some layers deep."""
-    return nn.Sequential(*(nn.Sequential(nn.Linear(D, D), nn.ReLU()) for _ in range(depth)))
-
-
-class Dropping(nn.Module):
-    """Attention and dropout, with or without a checkpoint."""
-
-    def __init__(self, checkpointed):
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(D, 2, 4 * D, 0.1, batch_first=True)
-        self.checkpointed = checkpointed
-
-    def forward(self, x):
-        if self.checkpointed:
-            return checkpoint(self.layer, x, use_reentrant=False)
-        return self.layer(x)
-
-
-def train_step(model, optimizer, x, micro_batches=1):
-    def step():
-        for part in x.chunk(micro_batches):
-            (model(part) - part).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def one_parameter(weight):
-    model = nn.Module()
-    model.weight = nn.Parameter(weight)
-    return model
-
+GPU = torch.device("cuda", 0)
 
 # exact bytes
 
@@ -81,9 +60,8 @@ def test_every_byte_of_a_linear_layer_and_its_optimizer():
 
 def test_what_is_there_before_counts_from_the_start():
     model = nn.BatchNorm1d(5)
-    unread = torch.zeros(100)
     model.weight.grad = torch.zeros(5)
-    peak = measure_peak(lambda: None, model=model, inputs=[unread])
+    peak = measure_peak(lambda: None, model=model, inputs=[torch.zeros(100)])
     buffers = 2 * 5 * FLOAT + 8  # running mean and variance, and an int64 count
     assert peak.at == "start"
     assert peak.by_category == dict(
@@ -95,7 +73,7 @@ def test_what_is_there_before_counts_from_the_start():
 
 
 def test_a_gradient_freed_in_the_step_is_still_a_gradient():
-    model = one_parameter(torch.ones(1000))
+    model = one_parameter(1000)
 
     def step():
         (model.weight * 2).sum().backward()
@@ -108,7 +86,7 @@ def test_a_gradient_freed_in_the_step_is_still_a_gradient():
 
 
 def test_gradients_of_parameters_that_the_step_unfreezes_are_found():
-    model = one_parameter(torch.ones(1000))
+    model = one_parameter(1000)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.requires_grad_(False)
 
@@ -123,7 +101,7 @@ def test_gradients_of_parameters_that_the_step_unfreezes_are_found():
 
 
 def test_an_optimizer_step_inside_the_backward_frees_each_gradient():
-    model = chain(4)
+    model, x = Chain(4), torch.randn(B, D)
     optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
 
     def update(parameter):
@@ -132,7 +110,6 @@ def test_an_optimizer_step_inside_the_backward_frees_each_gradient():
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(update)
-    x = torch.randn(B, D)
     peak = measure_peak(
         lambda: model(x).sum().backward(), model=model, optimizers=list(optimizers.values())
     )
@@ -142,7 +119,7 @@ def test_an_optimizer_step_inside_the_backward_frees_each_gradient():
 
 
 def test_ops_after_an_optimizer_step_are_not_the_optimizers():
-    model = one_parameter(torch.ones(10))
+    model = one_parameter()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.weight.grad = torch.ones(10)
     peak = measure_peak(
@@ -157,7 +134,7 @@ def test_ops_after_an_optimizer_step_are_not_the_optimizers():
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 def test_the_numbers_are_those_of_an_unmeasured_step(checkpointed):
     results = []
-    model, x = Dropping(checkpointed), torch.randn(2, 5, D)
+    model, x = Transformer(depth=1, width=D, checkpointed=checkpointed), torch.randn(2, 5, D)
     for measured in (True, False):
         twin = copy.deepcopy(model)
         optimizer = torch.optim.AdamW(twin.parameters())
@@ -173,7 +150,21 @@ def test_the_numbers_are_those_of_an_unmeasured_step(checkpointed):
         assert torch.equal(actual, expected)
 
 
-def assert_unhooked(model, optimizer):
+@pytest.mark.parametrize("fails", [False, True])
+def test_leaves_no_hook_and_no_mode(fails):
+    model = Chain(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = train_step(model, optimizer, torch.ones(B, D))
+
+    def failing():
+        model(torch.ones(B, D))
+        raise RuntimeError("the step's own error")
+
+    if fails:
+        with pytest.raises(RuntimeError, match="the step's own error"):
+            measure_peak(failing, model=model, optimizers=[optimizer])
+    else:
+        measure_peak(step, model=model, optimizers=[optimizer])
     assert _get_current_dispatch_mode() is None
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
@@ -182,40 +173,19 @@ def assert_unhooked(model, optimizer):
     y.grad_fn._raw_saved_result.register_hooks(lambda t: t.detach(), lambda t: t)
 
 
-def test_leaves_no_hook_and_no_mode():
-    model = chain(2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = train_step(model, optimizer, torch.ones(B, D))
-    measure_peak(step, model=model, optimizers=[optimizer])
-    assert_unhooked(model, optimizer)
-
-
-def test_leaves_no_hook_and_no_mode_after_a_step_that_fails():
-    model = chain(2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def step():
-        model(torch.ones(B, D))
-        raise RuntimeError("the step's own error")
-
-    with pytest.raises(RuntimeError, match="the step's own error"):
-        measure_peak(step, model=model, optimizers=[optimizer])
-    assert_unhooked(model, optimizer)
-
-
 def _storages_after_a_measurement():
     """Watches on the storages of a parameter, an input, an activation and a kept output."""
-    model, x, kept = chain(2), torch.randn(B, D), []
+    model, x, kept = Chain(2), torch.randn(B, D), []
 
     def step():
-        hidden = model[0](x)
+        hidden = model.layer(model.layers[0], x)
         kept.append(weakref.ref(hidden.untyped_storage()))
-        kept.append(model[1](hidden))
+        kept.append(model.layer(model.layers[1], hidden))
 
     measure_peak(step, model=model, inputs=[x])
     activation, output = kept
     assert activation() is not None, "the graph that the step left should hold it"
-    tensors = (model[0][0].weight, x, output)
+    tensors = (model.layers[0].weight, x, output)
     return [activation, *(weakref.ref(tensor.untyped_storage()) for tensor in tensors)]
 
 
@@ -249,29 +219,6 @@ def test_buffers_or_else_inputs_tell_the_device():
     assert measure_peak(lambda: None, model=nn.ReLU(), inputs=[x]).total_bytes == 10 * FLOAT
 
 
-def test_reports_the_peaks_of_the_cuda_allocator(monkeypatch):
-    calls = []
-    answers = {"max_memory_allocated": 111, "max_memory_reserved": 222}
-    for name in ("synchronize", "reset_peak_memory_stats", *answers):
-        monkeypatch.setattr(
-            torch.cuda, name, lambda device, name=name: calls.append(name) or answers.get(name)
-        )
-    monkeypatch.setattr(gc, "collect", lambda: calls.append("collect"))
-    with FakeTensorMode():
-        model = one_parameter(torch.empty(10, device="cuda"))
-
-        def step():
-            calls.append("step")
-            torch.empty(100, device="cuda")
-            torch.empty(1000, device="cpu")
-
-        peak = measure_peak(step, model=model, device=torch.device("cuda"))
-    assert calls[:3] == ["collect", "synchronize", "reset_peak_memory_stats"]
-    assert calls[3:5] == ["step", "synchronize"]
-    assert (peak.allocated_bytes, peak.reserved_bytes) == (111, 222)
-    assert peak.total_bytes == (10 + 100) * FLOAT
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -291,3 +238,182 @@ def test_reports_the_peaks_of_the_cuda_allocator(monkeypatch):
 def test_rejects(arguments, message):
     with pytest.raises(ValueError, match=message):
         measure_peak(lambda: None, **{"model": nn.Linear(1, 1), **arguments})
+
+
+# what a GPU's allocator and its driver say
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of stand-ins, whose calls are logged."""
+    calls, stats = [], {"num_alloc_retries": 3}
+    peaks = {"allocated_bytes": 111, "active_bytes": 112, "reserved_bytes": 222}
+    stats |= {f"{name}.all.peak": value for name, value in peaks.items()}
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: calls.append(name))
+    for name in ("allocated", "reserved"):
+        size = peaks[f"{name}_bytes"]
+        monkeypatch.setattr(torch.cuda, f"max_memory_{name}", lambda device, size=size: size)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: dict(stats))
+    monkeypatch.setattr(gc, "collect", lambda: calls.append("collect"))
+    properties = SimpleNamespace(uuid="12-34")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return SimpleNamespace(calls=calls, stats=stats)
+
+
+ALONE = ["collect", "synchronize", "reset_peak_memory_stats", "step", "synchronize"]
+
+
+def test_a_measurement_has_the_peaks_of_the_cuda_allocator(gpu):
+    with FakeTensorMode():
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.empty(10, device="cuda"))
+
+        def step():
+            gpu.calls.append("step")
+            torch.empty(100, device="cuda")
+            torch.empty(1000, device="cpu")
+
+        peak = measure_peak(step, model=model, device=torch.device("cuda"))
+    assert gpu.calls == ALONE
+    assert (peak.allocated_bytes, peak.reserved_bytes) == (111, 222)
+    assert peak.total_bytes == (10 + 100) * FLOAT
+
+
+def test_a_step_alone_is_between_the_reset_and_the_reading(gpu, monkeypatch):
+    monkeypatch.setattr(module, "process_bytes", lambda device: 999)
+    with allocator_peak(GPU) as found:
+        gpu.calls.append("step")
+        gpu.stats["num_alloc_retries"] += 2
+    assert found == {
+        "allocated_bytes": 111,
+        "active_bytes": 112,
+        "reserved_bytes": 222,
+        "retries": 2,
+        "process_bytes": 999,
+    }
+    assert gpu.calls == ALONE
+
+
+@pytest.mark.parametrize(
+    "processes, expected",
+    [
+        ([(1, 5), (os.getpid(), 7)], 7),
+        ([(1, 5)], None),
+        (RuntimeError, None),  # the driver does not tell
+        (None, None),  # its library is not here
+    ],
+)
+def test_the_driver_is_asked_for_this_process(gpu, monkeypatch, processes, expected):
+    def by_uuid(uuid):
+        if processes is RuntimeError:
+            raise RuntimeError
+        return {"GPU-12-34": "handle"}[uuid]
+
+    nvml = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=by_uuid,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [
+            SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in processes
+        ],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml if processes else None)
+    assert process_bytes(GPU) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("at alloc.cpp:1 DefaultCPUAllocator: not enough"), "not enough"),
+        (RuntimeError("shapes differ"), None),
+        (ValueError("DefaultCPUAllocator: not enough"), None),
+    ],
+)
+def test_only_a_lack_of_memory_has_a_sentence(error, sentence):
+    assert out_of_memory(error) == sentence
+
+
+def test_the_hosts_own_error_is_known():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**62, dtype=torch.uint8)
+    assert "allocate" in out_of_memory(error.value)
+
+
+# predictions
+
+
+def predicted_on(name, step, **owners):
+    target = TARGETS[name]
+    return predict(record(step, **owners, workspace=target.workspace), target)
+
+
+def stepped(batch):
+    """A network, its optimizer with its state, and one more step of it."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    x = torch.ones(batch, 8)
+
+    def step():
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return step, {"model": model, "optimizers": [optimizer], "inputs": [x]}
+
+
+def test_on_a_cpu_it_is_what_a_real_step_is_measured_to_take():
+    step, owners = stepped(32)
+    measured = measure_peak(step, **owners)
+    with FakeTensorMode():
+        step, owners = stepped(32)
+        predicted = predicted_on("cpu", step, **owners)
+    assert predicted.peak_allocated_bytes == measured.total_bytes
+    assert predicted.peak_reserved_bytes == measured.total_bytes
+    assert predicted.by_category == {**measured.by_category, "workspaces": 0}
+    assert (predicted.saved_bytes, predicted.at) == (measured.saved_bytes, measured.at)
+    assert predicted.placement is None
+    assert predicted.flops == 2 * 32 * (2 * 8 * 16 + 3 * 16 * 4)  # x needs no gradient
+    assert predicted.ops == len(predicted.trace.ops)
+
+
+def test_nothing_is_computed_nor_allocated():
+    with FakeTensorMode():
+        x = torch.empty(2**50)
+        peak = predicted_on("cpu", lambda: x * 2, model=nn.ReLU(), inputs=[x])
+    assert peak.peak_allocated_bytes == 2 * 4 * 2**50
+
+
+def test_a_gpu_adds_workspaces_and_rounds_blocks_up():
+    events = [Event(START, 0, 5), Event(0, 1, 3 * MiB), Event(0, 1, -3 * MiB)]
+    categories = [CATEGORIES.index(name) for name in ("parameters", "temporaries")]
+    predicted = predict(Trace(["forward: a"], events, categories), TARGETS["h100"])
+    assert predicted.by_category["parameters"] == 512
+    assert predicted.by_category["temporaries"] == 3 * MiB
+    assert predicted.by_category["workspaces"] == 2 * (32 + 1) * MiB
+    assert predicted.peak_allocated_bytes == sum(predicted.by_category.values())
+    # two of cuBLAS, a segment of two small workspaces, one for 5 bytes, and one of 20 MiB
+    assert predicted.peak_reserved_bytes == (2 * 32 + 2 + 2 + 20) * MiB
+    assert predicted.at == "forward: a"
+    assert predicted.blocks.peak().total_bytes == predicted.peak_allocated_bytes
+
+
+def test_a_workspace_counts_while_its_op_runs():
+    with FakeTensorMode():
+        shape = (1, 1, 128, 32)
+        tensors = [torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+        def step():
+            F.scaled_dot_product_attention(*tensors).sum().backward()
+
+        peaks = {
+            name: predicted_on(name, step, model=nn.ReLU(), inputs=tensors)
+            for name in ("cpu", "h100")
+        }
+    assert peaks["h100"].at == "backward: aten::_scaled_dot_product_flash_attention_backward"
+    resident = 2 * (32 + 1) * MiB
+    assert peaks["h100"].by_category["workspaces"] == resident + 4 * 128 * (32 + 1)
+    assert peaks["cpu"].by_category["workspaces"] == 0

@@ -1,14 +1,109 @@
 import pickle
+import sys
 
 import pytest
+from matplotlib.image import imread
 from torch.cuda import _memory_viz
 
-from dbkernels.memory.predict import predict
-from dbkernels.memory.timeline import BASE, snapshot, write_timeline
-from dbkernels.memory.trace import CATEGORIES, START, Event, Trace
-from dbkernels.memory.workspace import TARGETS, MiB
+from dbkernels.memory.allocator import TARGETS, MiB
+from dbkernels.memory.measure import predict
+from dbkernels.memory.timeline import BASE, COLOURS, draw, levels, snapshot, write_timeline
+from dbkernels.memory.tracker import CATEGORIES, START, Event, Trace
 
-PARAMETERS, TEMPORARIES = CATEGORIES.index("parameters"), CATEGORIES.index("temporaries")
+GiB = 2**30
+PARAMETERS, SAVED, TEMPORARIES = map(
+    CATEGORIES.index, ("parameters", "saved_activations", "temporaries")
+)
+
+
+def hill(unit=10):
+    """Parameters of ten units; four ops keep one each and four let go; the last two do both."""
+    names = ["forward: a"] * 3 + ["forward: idle"] + ["forward: a"] + ["backward: b"] * 4
+    names += ["backward: norm", "optimizer: c", "c"]
+    events = [Event(START, 0, 10 * unit)]
+    events += [Event(op, 1 + i, unit) for i, op in enumerate((0, 1, 2, 4))]
+    events += [Event(op, 1 + i, -unit) for i, op in enumerate((5, 6, 7, 8))]
+    for i, op in enumerate((10, 11)):
+        events += [Event(op, 5 + i, 7), Event(op, 5 + i, -7)]
+    return predict(Trace(names, events, [PARAMETERS] + [SAVED] * 6), TARGETS["cpu"])
+
+
+# in few numbers
+
+
+def test_each_op_that_changes_something_has_its_highest_moment():
+    found = levels(hill(), parts=100)
+    assert found.starts == list(range(11))
+    assert found.by_category["parameters"] == [100] * 11
+    assert found.by_category["saved_activations"] == [0, 10, 20, 30, 40, 30, 20, 10, 0, 7, 7]
+    assert set(found.by_category) == set(CATEGORIES)
+    assert found.totals == [100, 110, 120, 130, 140, 130, 120, 110, 100, 107, 107]
+    # what follows the backward is the update
+    assert found.phases == [("forward", 1), ("backward", 5), ("update", 9)]
+
+
+def test_parts_are_equal_and_each_is_at_its_highest():
+    found = levels(hill(), parts=3)
+    assert found.starts == [0, 3, 7]
+    assert found.totals == [120, 140, 110]
+    assert found.phases == levels(hill(), parts=100).phases
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5, 7])
+def test_the_peak_is_in_any_number_of_parts(parts):
+    found = levels(hill(), parts=parts)
+    assert max(found.totals) == hill().peak_allocated_bytes
+    assert len(found.starts) == len(found.totals) == parts
+
+
+def test_on_a_gpu_the_allocators_blocks_count():
+    events = [Event(START, 0, 1), Event(0, 1, 513), Event(1, 1, -513)]
+    trace = Trace(["forward: a", "backward: b"], events, [PARAMETERS, SAVED])
+    found = levels(predict(trace, TARGETS["h100"]), parts=9)
+    assert found.by_category["parameters"] == [512] * 3
+    assert found.by_category["saved_activations"] == [0, 1024, 0]
+
+
+def test_there_is_a_part():
+    with pytest.raises(ValueError, match="parts must be at least 1, got 0"):
+        levels(hill(), parts=0)
+
+
+# a picture
+
+
+def test_every_category_has_a_colour_of_its_own():
+    assert set(COLOURS) == set(CATEGORIES) and len(set(COLOURS.values())) == len(CATEGORIES)
+
+
+def test_saved_activations_rise_and_fall(tmp_path):
+    draw(tmp_path / "step.png", hill(GiB), title="a step")
+    image = imread(tmp_path / "step.png")[..., :3]
+    red, green, blue = (int(COLOURS["saved_activations"][i : i + 2], 16) / 255 for i in (1, 3, 5))
+    saved = (abs(image - [red, green, blue]) < 0.01).all(-1)
+    heights = saved.sum(0)[: int(0.7 * saved.shape[1])]  # without the legend
+    top = heights.argmax()
+    assert heights.max() > 0.15 * len(image)
+    assert heights[top // 2] < heights.max() / 2 + 1
+    assert 0.2 < top / saved.shape[1] < 0.6
+
+
+def test_says_the_peak_its_op_and_the_phases(tmp_path):
+    draw(tmp_path / "step.svg", hill(GiB), title="a step of a net")
+    text = (tmp_path / "step.svg").read_text()
+    for words in ("a step of a net", "14.00 GiB", "forward: a", "backward", "update"):
+        assert f"<!-- {words}" in text or f"{words} -->" in text
+
+
+def test_needs_matplotlib_and_a_known_format(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="Format 'xyz' is not supported"):
+        draw(tmp_path / "step.xyz", hill())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"matplotlib must be installed .*dbkernels\[demo\]"):
+        draw(tmp_path / "step.png", hill())
+
+
+# a snapshot
 
 
 def prediction(target="h100"):

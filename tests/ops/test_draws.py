@@ -40,11 +40,14 @@ def test_same_bits_every_run(implementation, f, t):
 
 @every
 @pytest.mark.parametrize("per", ["sample", "token"])
-def test_launch_shape_changes_no_bit_of_an_element(implementation, f, per, monkeypatch):
+@pytest.mark.parametrize(("tile", "chunk"), [(128, 256), (256, 1500)])  # a part of a row, and two
+def test_launch_shape_changes_no_bit_of_an_element(
+    implementation, f, per, tile, chunk, monkeypatch
+):
     t = tensors((3, 7, 100), per)
     expected = f(Draw(1, 2), t)
-    monkeypatch.setattr(philox, "MAX_TILE", 128)
-    monkeypatch.setattr(philox, "CHUNK", 256)
+    monkeypatch.setattr(philox, "MAX_TILE", tile)
+    monkeypatch.setattr(philox, "CHUNK", chunk)
     for now, before in zip(f(Draw(1, 2), t), expected, strict=True):
         if now.dim() == 1 or not now.dim():  # a loss is a sum over elements
             torch.testing.assert_close(now, before, rtol=1e-6, atol=0)

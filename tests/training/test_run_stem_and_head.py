@@ -1,6 +1,6 @@
 """Runs whose stem and head are compiled."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +9,7 @@ from models.tiny import dynamo_alone
 from torch._dynamo.utils import counters
 from training.tiny import DIT, PRIOR, VIT, equal, weights
 
-from dbkernels.memory.workspace import target_named
 from dbkernels.models import stem_and_head
-from dbkernels.training.dry_run import dry_run
 from dbkernels.training.log import read_log
 from dbkernels.training.run import PartitionConfig, RunConfig, load_run, train
 from dbkernels.training.trainer_config import TrainerConfig
@@ -125,14 +123,3 @@ def test_a_run_cannot_change_its_mind(tmp_path, source):
         ValueError, match=r"1 settings differ .*trainer.compile_stem_and_head: saved False"
     ):
         train(config, tmp_path / "run", device="cpu", resume="latest")
-
-
-def test_a_prediction_is_that_of_plain_stem_and_head(source, monkeypatch):
-    monkeypatch.setattr(stem_and_head, "_missing", lambda device: "anything")
-    target = target_named("cpu")
-    config = make_config(source)
-    predictions = [
-        {name: asdict(p) for name, p in dry_run(c, target=target).items()}
-        for c in (config, plain(config))
-    ]
-    assert predictions[0] == predictions[1]

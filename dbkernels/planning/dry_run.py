@@ -1,0 +1,185 @@
+"""What a step of a recipe will need, before there is a machine to run it on.
+
+A trainer is built as for a real run, under FakeTensorMode, which allocates and computes nothing,
+and one step of it is followed.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+
+from torch import nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dbkernels.data.images import forget_orders
+from dbkernels.memory.allocator import Target
+from dbkernels.memory.measure import Prediction, predict, record
+from dbkernels.memory.tracker import Trace
+from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu
+from dbkernels.ops.backend.scratch import scratch_bytes
+from dbkernels.planning.pool import results
+from dbkernels.planning.recipe import OFFLOAD, Recipe
+from dbkernels.training.diffusion_blocks import SHARED, own_group
+from dbkernels.training.offload.memory import flat_bytes
+from dbkernels.training.partition import Block
+from dbkernels.training.trainer import Trainer
+from dbkernels.training.trainer_config import Offload
+
+ALONE = 150  # layers of dry runs in the time that another process takes to start
+FIGURES = (  # of a prediction, in a row
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "by_category",
+    "saved_bytes",
+    "at",
+    "flops",
+)
+
+
+def predicted(recipes: Sequence[Recipe]) -> Iterator[Prediction]:
+    """What a step of each recipe's costliest block needs, in order, as it is found.
+
+    The predictions are bare: what happened op after op stays in the process that followed it.
+    """
+    layers = sum(recipe.model.depth // recipe.num_blocks for recipe in recipes) // len(OFFLOAD)
+    # one dry run tells of both choices of what is on the device
+    keys = [replace(recipe, offload="cpu") for recipe in recipes]
+    jobs = [partial(_bare, key) for key in dict.fromkeys(keys)]
+    stream = results(jobs, "predicting", most=None if layers > ALONE else 1)
+    found: dict[Recipe, dict[Offload, Prediction]] = {}
+    for recipe, key in zip(recipes, keys, strict=True):
+        if key not in found:
+            found[key] = next(stream)
+        yield found[key][recipe.offload]
+
+
+def row(recipe: Recipe, prediction: Prediction) -> dict[str, object]:
+    """A recipe and its prediction, for JSON."""
+    return {**recipe.settings(), **{name: getattr(prediction, name) for name in FIGURES}}
+
+
+def _bare(recipe: Recipe) -> dict[Offload, Prediction]:
+    return {name: prediction.bare() for name, prediction in dry_run(recipe).items()}
+
+
+def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
+    """Predict a step of a recipe's costliest block.
+
+    Args:
+        recipe:  whose stem and head count as if they were not compiled; its offload is the
+                 answer's
+    Returns:
+        By what is on the device: all blocks with their optimizers' state, or only what the step
+        updates or reads and the rest of the slots, the other blocks being on the host.
+    """
+    slots = 1 + recipe.prefetch
+    # host and device are one memory here, in which blocks off the device would count; a graph's
+    # steps need what they need op by op, but for a cut batch, which it holds as a whole; a compiled
+    # stem or head keeps no more than op by op, and has no kernels here
+    plain = {"cuda_graphs": False, "compile_stem_and_head": False}
+    recipe = replace(recipe, offload="none", prefetch=False, **plain)
+    with _pretending(recipe.device):
+        trainer = recipe.trainer("cpu")
+        blocks = _costliest(trainer)
+        traces = [_follow(trainer, block, recipe.device) for block in blocks]
+        found: dict[Offload, list[Prediction]] = {place: [] for place in OFFLOAD}
+        for block, trace in zip(blocks, traces, strict=True):
+            for place, more in (
+                ("none", _elsewhere(trainer, block)),
+                ("cpu", _empty(trainer, block, slots)),
+            ):
+                found[place].append(predict(trace.beside(more), recipe.device))
+    return {
+        place: max(several, key=lambda prediction: prediction.peak_allocated_bytes)
+        for place, several in found.items()
+    }
+
+
+class _Mode(FakeTensorMode):
+    """Copies of a model are of the mode of the model itself."""
+
+    def __deepcopy__(self, memo: dict) -> "_Mode":
+        return self
+
+
+@contextmanager
+def _pretending(target: Target) -> Iterator[None]:
+    forget_orders()
+    try:
+        with _Mode(), dry_run_on_gpu(target.processors) if target.is_gpu else nullcontext():
+            yield
+    finally:
+        forget_orders()
+
+
+def _costliest(trainer: Trainer) -> list[Block]:
+    """Blocks of which one needs the most: no block that runs some of another's ops, or the same."""
+    # how often a step on each block reads a parameter of each shape
+    shapes = [
+        Counter(tuple(p.shape) for p in _on_device(trainer, block).parameters())
+        for block in trainer.blocks
+    ]
+    return [
+        block
+        for i, block in enumerate(trainer.blocks)
+        if not any(shapes[i] < other or shapes[i] == other for other in shapes[:i])
+        and not any(shapes[i] < other for other in shapes[i + 1 :])
+    ]
+
+
+def _on_device(trainer: Trainer, block: Block) -> nn.Module:
+    """What a step on a block reads: its layers, and what is no layer."""
+    model, read = trainer.blocks.of(block), nn.Module()
+    idle = (layer for i, layer in enumerate(model.layers) if i not in block.layers)
+    left_out = {id(parameter) for layer in idle for parameter in layer.parameters()}
+    read.own = nn.ParameterList(p for p in model.parameters() if id(p) not in left_out)
+    for index, buffer in enumerate(model.buffers()):
+        read.register_buffer(f"buffer{index}", buffer)
+    return read
+
+
+def _follow(trainer: Trainer, block: Block, target: Target) -> Trace:
+    moved = trainer.moved(block)
+    return record(
+        partial(trainer.advance, block),
+        model=_on_device(trainer, block),
+        optimizers=[group.optimizer for group in moved],
+        inputs=[tensor for group in moved for tensor in group.average.values()],
+        workspace=partial(_workspace, target),
+    )
+
+
+def _workspace(target: Target, func: OpOverload, args: tuple, kwargs: dict) -> int:
+    own = scratch_bytes(func, args) if target.is_gpu else 0
+    return own or target.workspace(func, args, kwargs)
+
+
+def _elsewhere(trainer: Trainer, block: Block) -> list[tuple[str, int]]:
+    """Category and bytes of what a step on a block does not touch."""
+    on_device = _on_device(trainer, block)
+    read = {id(tensor) for tensor in (*on_device.parameters(), *on_device.buffers())}
+    moved = trainer.moved(block)
+    idle = [group for group in trainer.groups.values() if group not in moved]
+    # copies of what the blocks share have buffers of their own
+    every = [*trainer.blocks.parameters(), *trainer.blocks.buffers()]
+    tensors = [("parameters", tensor) for tensor in every if id(tensor) not in read]
+    for group in idle:
+        tensors += [("optimizer", tensor) for tensor in group.optimizer_tensors().values()]
+        tensors += [("inputs", tensor) for tensor in group.average.values()]
+    return [(name, tensor.nbytes) for name, tensor in tensors]
+
+
+def _empty(trainer: Trainer, block: Block, slots: int) -> list[tuple[str, int]]:
+    """Category and bytes of the slots that a block does not fill."""
+    frozen = trainer.blocks.frozen()
+    sizes = {
+        name: flat_bytes(t.nbytes for t in (*group.tensors(), *frozen[name]))
+        for name, group in trainer.groups.items()
+        if name != SHARED
+    }
+    own = sizes.get(own_group(block), 0)
+    room = slots * max(sizes.values(), default=0)
+    return [("parameters", room - own)] if room > own else []

@@ -1,0 +1,135 @@
+"""What a recipe's steps really take: peak bytes by category, and seconds.
+
+Each recipe has a process of its own. There, what the allocator has reserved and the driver has
+given is the recipe's alone, and one that ends its process leaves the others theirs.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+
+import torch
+
+from dbkernels.memory.measure import allocator_peak, measure_peak, out_of_memory
+from dbkernels.planning.pool import processes
+from dbkernels.planning.recipe import Recipe
+from dbkernels.training.trainer import Trainer
+
+Figures = dict[str, object]
+
+KILLED = "its process was killed, as where the host has no memory left"
+WARM_UP_STEPS = 2  # the first step makes the optimizer's state, the second is steady
+
+
+def measured(recipe: Recipe, device: torch.device, steps: int) -> Figures:
+    """Run a recipe's steps in a process of its own.
+
+    Args:
+        recipe:  to train by
+        device:  of this machine
+        steps:   that are timed, of every block
+    Returns:
+        Peaks, their parts and seconds, under the names that a row has for them; or not_measured,
+        a sentence that says why there are none.
+    """
+    with processes(1) as pool:
+        try:
+            return pool.submit(attempted, partial(figures_of, recipe, device, steps)).result()
+        except BrokenProcessPool:
+            return {"not_measured": KILLED}
+
+
+def attempted(work: Callable[[], Figures]) -> Figures:
+    """What some work finds; or not_measured, where there is no memory for it."""
+    try:
+        return work()
+    except (MemoryError, RuntimeError) as error:
+        reason = out_of_memory(error)
+        if reason is None:
+            raise
+        return {"not_measured": reason}
+
+
+def figures_of(recipe: Recipe, device: torch.device, steps: int) -> Figures:
+    """As `measured`, in this process, where memory may run out."""
+    trainer = recipe.trainer(device)
+    found = profile_trainer(trainer, steps)
+    fits = trainer.micro_batch.size
+    if fits < recipe.micro_batch:
+        reason = f"of a batch of {recipe.batch_size} the device holds {fits} samples at once"
+        return {"not_measured": reason}
+    on_gpu = found["steady_step"] or {}
+    told = ("device", "first_step", "steady_step", "seconds_per_step", "seconds_per_sweep")
+    return {
+        **{name: found[name] for name in told},
+        "measured_allocated_bytes": on_gpu.get("allocated_bytes", found["peak_bytes"]),
+        "measured_reserved_bytes": on_gpu.get("reserved_bytes", found["peak_bytes"]),
+        "measured_by_category": found["by_category"],
+        "measured_saved_bytes": found["saved_bytes"],
+    }
+
+
+def profile_trainer(trainer: Trainer, steps: int) -> Figures:
+    """Peak bytes of the costliest block's step, and median seconds of a step and of a sweep.
+
+    Where blocks are offloaded, all of the room for one of them counts as parameters. The seconds
+    are of steps without a swap.
+
+    Args:
+        trainer:  with steps left; it moves on by a few of each block
+        steps:    that are timed, of every block
+    Returns:
+        By name; what only a GPU tells, of the first step and of the steady one that peaks highest,
+        is None off a GPU.
+    """
+    optimizers = [group.optimizer for group in trainer.groups.values()]
+    peaks, seconds, first, steady = [], [], [], []
+    for block in trainer.blocks:
+        step = partial(trainer.step_block, block)
+        first += _on_gpu(step, trainer.device)
+        for _ in range(WARM_UP_STEPS - len(first[-1:])):
+            step()
+        seconds.append(statistics.median(_timed(step, trainer.device) for _ in range(steps)))
+    for block in trainer.blocks:
+        step = partial(trainer.step_block, block)
+        # apart from the tracker, under which autograd adds gradients up in new storages
+        steady += _on_gpu(step, trainer.device)
+        peaks.append(
+            measure_peak(step, model=trainer.blocks, optimizers=optimizers, device=trainer.device)
+        )
+    worst = max(peaks, key=lambda peak: peak.total_bytes)
+    return {
+        "device": trainer.device.type,
+        "peak_bytes": worst.total_bytes,
+        "by_category": worst.by_category,
+        "saved_bytes": max(peak.saved_bytes for peak in peaks),
+        "first_step": _highest(first),
+        "steady_step": _highest(steady),
+        "at": worst.at,
+        "seconds_per_step": statistics.fmean(seconds),
+        "seconds_per_sweep": sum(seconds),
+    }
+
+
+def _on_gpu(step: Callable[[], object], device: torch.device) -> list[Figures]:
+    """The peak of a step that is run on a GPU; nothing, and no step, off it."""
+    if device.type != "cuda":
+        return []
+    with allocator_peak(device) as found:
+        step()
+    return [found]
+
+
+def _highest(peaks: list[Figures]) -> Figures | None:
+    return max(peaks, key=lambda peak: peak["allocated_bytes"], default=None)
+
+
+def _timed(step: Callable[[], object], device: torch.device) -> float:
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronise()
+    begin = time.perf_counter()
+    step()
+    synchronise()
+    return time.perf_counter() - begin

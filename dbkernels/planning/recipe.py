@@ -1,0 +1,228 @@
+"""One way to train one model: what profile, plan, budgets, benchmarks and a dry run describe."""
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from dbkernels.data.made_up import MadeUpData
+from dbkernels.memory.allocator import TARGETS, Target, target_named
+from dbkernels.models.baseline import Baseline, use_baseline
+from dbkernels.models.registry import ModelConfig, family_named
+from dbkernels.ops.layer.recompute import POLICIES, Recompute
+from dbkernels.training.diffusion_blocks import Sharing
+from dbkernels.training.partition import partition
+from dbkernels.training.run import PartitionConfig, RunConfig
+from dbkernels.training.trainer import Trainer
+from dbkernels.training.trainer_config import Offload, TrainerConfig
+
+BASELINES: dict[str, Baseline | None] = {  # what runs the layers; None is the fused layer
+    "end_to_end": "stock",
+    "checkpointed": "checkpointed",
+    "selective": "selective",
+    "compiled": "compiled",
+    "block_stock": "stock",
+    "block_fused": None,
+}
+METHODS = tuple(BASELINES)
+BLOCKWISE = ("block_stock", "block_fused")
+OFFLOAD: tuple[Offload, ...] = ("none", "cpu")  # disk needs of the device what cpu does
+STEPS = 10**6  # of a run that nobody ends
+Settings = dict[str, str | int | bool | None]
+SETTINGS = {  # of a recipe in a row, and what each may be
+    "family": str,
+    "preset": str,
+    "batch": int,
+    "autocast": bool,
+    "optimizer_in_backward": bool,
+    "target": str,
+    "method": str,
+    "num_blocks": int,
+    "recompute": str | None,
+    "offload": str,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model, how it is trained, and the device that trains it.
+
+    Raises:
+        ValueError: settings contradict each other, or no block could be made of the model.
+    """
+
+    family: str
+    preset: str
+    """Name of the sizes of the model in a row; empty where they have no name."""
+    model: ModelConfig
+    """The recipe's recompute takes the place of its own."""
+    batch_size: int = 128
+    """Samples of a step, which are made up."""
+    accumulate: int = 1
+    """Parts that a batch is cut into."""
+    method: str = "block_fused"
+    """What runs the layers: all but block_fused run plain torch."""
+    num_blocks: int = 1
+    """1 trains end to end."""
+    split: tuple[int, ...] | None = None
+    """Layers per block, the noisiest block first; None splits evenly."""
+    recompute: Recompute | None = "none"
+    """Of the fused layer; None for plain torch."""
+    budget: float | None = None
+    """Share of its activations that compiled may keep, from 0 to 1; None for the other methods."""
+    offload: Offload = "none"
+    prefetch: bool = False
+    sharing: Sharing = "joint"
+    ema: float = 0.0
+    optimizer_in_backward: bool = False
+    """Without clipping, whose norm would be known too late."""
+    autocast: bool = False
+    """Compute in bfloat16; parameters stay float32."""
+    cuda_graphs: bool = False
+    compile_stem_and_head: bool = False
+    data_parallel: int = 1
+    """Devices that share a batch."""
+    device: Target = TARGETS["h100"]
+    """That trains, or that is predicted."""
+
+    def __post_init__(self):
+        _require("method", self.method, METHODS)
+        _require("offload", self.offload, OFFLOAD)
+        policies = tuple(POLICIES) if self.method == "block_fused" else (None,)
+        _require(f"recompute of {self.method}", self.recompute, policies)
+        if self.budget is not None and self.method != "compiled":
+            raise ValueError(f"budget must be None for {self.method}, got {self.budget}")
+        if self.budget is not None and not 0 <= self.budget <= 1:
+            raise ValueError(f"budget must be from 0 to 1, got {self.budget}")
+        if self.num_blocks != 1 and self.method not in BLOCKWISE:
+            raise ValueError(f"num_blocks must be 1 for {self.method}, got {self.num_blocks}")
+        if self.data_parallel != 1:
+            raise ValueError(f"data_parallel must be 1, got {self.data_parallel}")
+        config = self.config()
+        partition(self.model.depth, self.num_blocks, config.prior, split=self.split)
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of one backward."""
+        return self.batch_size // self.accumulate
+
+    def config(self) -> RunConfig:
+        """The run, with the settings that `train` has by default; its data is made up."""
+        entry, split = family_named(self.family), ",".join(map(str, self.split or ()))
+        names = [field.name for field in fields(TrainerConfig)]
+        same = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return RunConfig(
+            family=self.family,
+            model=replace(self.model, recompute=self.recompute or self.model.recompute),
+            data="made up",
+            weighting=entry.weighting,
+            label_drop=0.0,
+            mirror=False,
+            shift=0,
+            partition=PartitionConfig(self.num_blocks, split=split, sharing=self.sharing),
+            prior=entry.process,
+            trainer=TrainerConfig(
+                steps=STEPS, clip=0.0 if self.optimizer_in_backward else 1.0, **same
+            ),
+        )
+
+    def trainer(self, device: torch.device | str) -> Trainer:
+        """A trainer at its first step, on a device of this machine; its data is made up."""
+        config, baseline = self.config(), BASELINES[self.method]
+        blocks = config.build(config.home(device))
+        if baseline is not None:
+            budget = 1.0 if self.budget is None else self.budget
+            use_baseline(blocks.model, baseline, budget=budget)
+        data = MadeUpData(self.model.fields(), self.batch_size)
+        return config.trainer_of(blocks, data, device=device)
+
+    def settings(self) -> Settings:
+        """What a row of JSON and a budget say of it."""
+        other = {"batch": self.batch_size, "target": self.device.name}
+        return {name: other[name] if name in other else getattr(self, name) for name in SETTINGS}
+
+
+def of_preset(family: str, name: str) -> Recipe:
+    """A preset of a family, every setting the default.
+
+    Raises:
+        ValueError: there is no such family or preset.
+    """
+    return Recipe(family, name, family_named(family).model.preset(name))
+
+
+def of_settings(settings: Settings) -> Recipe:
+    """The recipe that `Recipe.settings` describes.
+
+    Args:
+        settings:  from a file, so that they may be anything
+    Raises:
+        ValueError: a name is missing or unknown, or a value is none that it may have.
+    """
+    require_names("settings", settings, SETTINGS)
+    for name, kind in SETTINGS.items():
+        value = settings[name]
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+            kind = getattr(kind, "__name__", kind)
+            raise ValueError(f"{name} must be {kind}, got {shortened(value)}")
+    others = {name: value for name, value in settings.items() if name not in ("batch", "target")}
+    recipe, device = of_preset(settings["family"], settings["preset"]), settings["target"]
+    return replace(recipe, batch_size=settings["batch"], device=target_named(device), **others)
+
+
+def every_way(
+    recipe: Recipe,
+    *,
+    methods: Sequence[str],
+    num_blocks: Sequence[int],
+    policies: Sequence[Recompute],
+    budget: float,
+    offload: Sequence[Offload],
+) -> list[Recipe]:
+    """A recipe in every way that there is to train it, in the order of what is given.
+
+    Args:
+        recipe:      which has the settings that all share
+        methods:     end to end comes once, block by block for each number of blocks
+        num_blocks:  of block_stock and block_fused
+        policies:    of block_fused
+        budget:      of compiled
+        offload:     of all
+    """
+    # one block of plain torch is end to end
+    twice = ("block_stock", 1) if "end_to_end" in methods else None
+    return [
+        replace(
+            recipe,
+            method=method,
+            num_blocks=count,
+            recompute=policy,
+            budget=budget if method == "compiled" else None,
+            offload=place,
+        )
+        for method in methods
+        for count in (num_blocks if method in BLOCKWISE else (1,))
+        for policy in (policies if method == "block_fused" else (None,))
+        for place in offload
+        if (method, count) != twice
+    ]
+
+
+def require_names(name: str, value: object, known: Collection[str]) -> None:
+    """Raise ValueError unless a value is a dictionary with all known names and no more."""
+    if not isinstance(value, dict) or set(value) != set(known):
+        got = ", ".join(value) or "nothing" if isinstance(value, dict) else shortened(value)
+        raise ValueError(f"{name} must have {', '.join(known)} and no more, got {got}")
+
+
+def shortened(value: object) -> str:
+    """A value of JSON, or its beginning."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _require(name: str, value: object, known: Sequence[str | None]) -> None:
+    if value not in known:
+        *names, got = ("null" if each is None else str(each) for each in (*known, value))
+        raise ValueError(f"{name} must be of {', '.join(names)}, got {got}")

@@ -1,0 +1,257 @@
+import itertools
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dbkernels.data.images import batch_indices
+from dbkernels.memory.allocator import TARGETS, MiB
+from dbkernels.memory.measure import MEASURED, measure_peak
+from dbkernels.models import DiTConfig, ViTConfig, stem_and_head
+from dbkernels.ops.backend.register import registered
+from dbkernels.ops.layer.recompute import policies_of
+from dbkernels.planning import dry_run as module
+from dbkernels.planning import pool
+from dbkernels.planning.dry_run import dry_run, predicted
+from dbkernels.planning.recipe import OFFLOAD, Recipe
+
+DIT = DiTConfig(dim=64, depth=4, num_heads=4, image_size=8, channels=4, num_classes=10)
+VIT = ViTConfig(8, 2, 1, 10, dim=16, depth=4, num_heads=2, mlp_hidden=32, cond_dim=8)
+MODELS = {"dit": DIT, "vit": VIT}
+FUSED = Recipe("dit", "", DIT, batch_size=8, num_blocks=2, device=TARGETS["cpu"])
+PLAIN = replace(FUSED, method="end_to_end", num_blocks=1, recompute=None)
+ROWS = [
+    PLAIN,
+    replace(PLAIN, method="block_stock", num_blocks=2),
+    replace(PLAIN, method="checkpointed"),
+    replace(PLAIN, method="selective"),
+    *(replace(FUSED, recompute=recompute) for recompute in policies_of(mixed=False)),
+]
+
+
+def named(recipe):
+    return f"{recipe.method}-{recipe.recompute}-{recipe.num_blocks}"
+
+
+def real_trainer(recipe, steps=1):
+    """A trainer in its steady state, on blank data: its numbers are not read."""
+    trainer = recipe.trainer("cpu")
+    for block in list(trainer.blocks) * steps:
+        trainer.advance(block)
+    return trainer
+
+
+def nbytes(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def layer_bytes(trainer):
+    return nbytes(trainer.blocks.model.layers[0].parameters())
+
+
+def allocator_peak(step):
+    """Highest growth over the start, from the CPU allocator's own events."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        step()
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    deltas = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(deltas, initial=0))
+
+
+@pytest.fixture
+def hollow_ops():
+    """Ops that write nothing, as a kernel allocates nothing; plain torch inside them would."""
+    library = torch.library.Library("dbkernels", "IMPL")
+    for name in registered():
+        library.impl(name, lambda *_: None, "CPU")
+    yield
+    library._destroy()
+
+
+# against the CPU's allocator, which no dispatch mode feeds, and the tracker on real tensors
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("recipe", ROWS, ids=named)
+def test_the_prediction_is_what_the_cpus_allocator_sees(recipe, autocast, hollow_ops):
+    recipe = replace(recipe, autocast=autocast)
+    expected = dry_run(recipe)["none"].peak_allocated_bytes
+    # a bfloat16 matmul of oneDNN has buffers inside, which no GPU has
+    with torch.backends.mkldnn.flags(enabled=False):
+        trainer = real_trainer(recipe)
+        state = [t for group in trainer.groups.values() for t in group.optimizer_tensors().values()]
+        resident = nbytes([*trainer.blocks.parameters(), *trainer.blocks.buffers(), *state])
+        peaks = [resident + allocator_peak(lambda b=b: trainer.advance(b)) for b in trainer.blocks]
+    assert abs(expected - max(peaks)) <= 0.005 * max(peaks)
+
+
+@pytest.mark.parametrize("recipe", ROWS, ids=named)
+def test_fake_tensors_have_the_peak_of_real_ones(recipe):
+    recipe = replace(recipe, autocast=True)
+    expected = dry_run(recipe)["none"]
+    trainer = real_trainer(recipe)
+    optimizers = [group.optimizer for group in trainer.groups.values()]
+    peaks = [
+        measure_peak(lambda b=b: trainer.advance(b), model=trainer.blocks, optimizers=optimizers)
+        for b in trainer.blocks
+    ]
+    worst = max(peaks, key=lambda peak: peak.total_bytes)
+    assert expected.saved_bytes == worst.saved_bytes and expected.at == worst.at
+    for name in MEASURED:
+        # a scalar or two more: fake tensors have their norms one by one
+        assert abs(expected.by_category[name] - worst.by_category[name]) <= 256, name
+
+
+# what is on the device
+
+
+def test_all_blocks_on_the_device_add_what_the_step_does_not_touch():
+    recipe = replace(FUSED, num_blocks=4)
+    found, trainer = dry_run(recipe), real_trainer(recipe)
+    others = [trainer.groups[f"block{index}"] for index in (1, 2, 3)]
+    more = {
+        "parameters": nbytes(p for group in others for p in group.parameters.values()),
+        "optimizer": nbytes(t for group in others for t in group.optimizer_tensors().values()),
+    }
+    for name, size in more.items():
+        assert found["none"].by_category[name] - found["cpu"].by_category[name] == size
+    every, one = (found[place].peak_allocated_bytes for place in OFFLOAD)
+    assert every - one == sum(more.values())
+    assert found["none"].flops == found["cpu"].flops
+
+
+def test_end_to_end_everything_is_touched():
+    found = dry_run(replace(FUSED, num_blocks=1))
+    assert found["none"] == found["cpu"]
+
+
+@pytest.mark.parametrize("sharing", ["joint", "copies"])
+@pytest.mark.parametrize("family", MODELS)
+def test_parameters_are_one_blocks_and_what_is_no_layer_or_all_there_are(family, sharing):
+    recipe = replace(FUSED, family=family, model=MODELS[family], num_blocks=4, sharing=sharing)
+    trainer = real_trainer(recipe, steps=0)
+    found, network = dry_run(replace(recipe, ema=0.9)), trainer.blocks.model
+    outside = [*network.parameters(), *network.buffers()]
+    assert found["cpu"].by_category["parameters"] == nbytes(outside) - 3 * layer_bytes(trainer)
+    # copies of what the blocks share too
+    every = [*trainer.blocks.parameters(), *trainer.blocks.buffers()]
+    assert found["none"].by_category["parameters"] == nbytes(every)
+
+
+def test_averages_of_the_weights_are_there_too():
+    without, with_them = (
+        dry_run(replace(FUSED, ema=ema))["none"].peak_allocated_bytes for ema in (0.0, 0.9)
+    )
+    weights = nbytes(real_trainer(FUSED, steps=0).blocks.parameters())
+    assert weights <= with_them - without <= 1.01 * weights
+
+
+@pytest.mark.parametrize(
+    "changes", [{"offload": "cpu"}, {"compile_stem_and_head": True}, {"cuda_graphs": True}]
+)
+def test_neither_offload_nor_compilation_changes_what_is_told(changes, monkeypatch):
+    monkeypatch.setattr(stem_and_head, "_missing", lambda device: "anything")
+    found, plain = (dry_run(recipe) for recipe in (replace(FUSED, **changes), FUSED))
+    assert {name: asdict(p) for name, p in found.items()} == {
+        k: asdict(p) for k, p in plain.items()
+    }
+
+
+@pytest.mark.parametrize(("split", "more"), [((2, 2), 2), ((1, 3), 3)])
+def test_a_second_slot_has_room_for_the_largest_block(split, more):
+    recipe = replace(FUSED, split=split, ema=0.9, offload="cpu")
+    without, found = dry_run(recipe), dry_run(replace(recipe, prefetch=True))
+    layer = layer_bytes(real_trainer(recipe, steps=0))
+    grown = found["cpu"].peak_allocated_bytes - without["cpu"].peak_allocated_bytes
+    # weights, average and both moments; the tensors of a slot are aligned
+    assert 4 * more * layer <= grown <= 1.02 * 4 * more * layer
+    assert found["none"] == without["none"]
+
+
+# the costliest block
+
+
+def test_blocks_of_equal_shapes_have_equal_peaks():
+    trainer = real_trainer(replace(FUSED, num_blocks=4))
+    peaks = [
+        measure_peak(lambda b=b: trainer.advance(b), model=trainer.blocks) for b in trainer.blocks
+    ]
+    assert len({peak.total_bytes for peak in peaks}) == 1
+
+
+@pytest.mark.parametrize("split", [(1, 3), (3, 1), (2, 1, 1), (1, 1, 2)])
+def test_the_costliest_block_counts_wherever_it_is(split):
+    found, whole, quarter = (
+        dry_run(replace(FUSED, num_blocks=count, split=cut))["none"].flops
+        for count, cut in ((len(split), split), (1, None), (4, None))
+    )
+    # a layer's share, as many times as the longest block has layers
+    assert found == whole - (4 - max(split)) * (whole - quarter) // 3
+
+
+# a GPU
+
+
+def test_a_gpu_has_workspaces_and_kernels_with_partial_sums():
+    recipe = replace(FUSED, autocast=True, batch_size=2, device=TARGETS["h100"])
+    found = dry_run(recipe)["cpu"]
+    trace = found.trace
+    names = {
+        trace.name(event.op).partition("dbkernels::")[2]
+        for event in trace.events
+        if trace.categories[event.storage] == len(MEASURED)
+    }
+    assert {"gated_adaln_norm_bwd", "gelu_bwd"} <= names
+    assert found.by_category["workspaces"] >= 2 * 33 * MiB
+    assert found.peak_reserved_bytes >= found.peak_allocated_bytes
+
+
+def test_leaves_no_fake_order_behind():
+    dry_run(FUSED)
+    indices = batch_indices(8, 8, seed=0, block=0, step=0)
+    assert type(indices) is torch.Tensor and sorted(indices.tolist()) == list(range(8))
+    dry_run(FUSED)
+
+
+# of several recipes
+
+
+def test_less_is_kept_from_policy_to_policy_and_more_computed():
+    ladder = list(predicted(ROWS[4:]))
+    saved, flops = ([getattr(each, name) for each in ladder] for name in ("saved_bytes", "flops"))
+    assert saved == sorted(saved, reverse=True) and len(set(saved)) == len(saved)
+    assert flops == sorted(flops) and len(set(flops)) == len(flops)
+
+
+def test_checkpointing_runs_every_layer_again():
+    whole, _, checkpointed, selective = predicted(ROWS[:4])
+    assert 1.3 < checkpointed.flops / whole.flops < 4 / 3
+    assert selective.flops == whole.flops
+    assert checkpointed.saved_bytes < whole.saved_bytes
+
+
+def test_with_and_without_offload_take_one_dry_run_and_keep_their_order(monkeypatch):
+    def counted(recipe):
+        calls.append(recipe.recompute)
+        return dry_run(recipe)
+
+    calls = []
+    monkeypatch.setattr(module, "dry_run", counted)
+    recipes = [
+        replace(FUSED, recompute=recompute, offload=place)
+        for place in ("cpu", "none")
+        for recompute in ("qkv", "none")
+    ]
+    found = list(predicted(recipes))
+    assert calls == ["qkv", "none"]
+    assert found == [dry_run(recipe)[recipe.offload] for recipe in recipes]
+    assert all(each.trace is None for each in found)
+
+
+def test_several_processes_find_what_one_does(monkeypatch):
+    recipes = [replace(FUSED, num_blocks=count) for count in (1, 2)]
+    alone = list(predicted(recipes))
+    monkeypatch.setattr(module, "ALONE", 1)
+    monkeypatch.setattr(pool.os, "cpu_count", lambda: 2)
+    assert list(predicted(recipes)) == alone

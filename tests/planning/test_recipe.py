@@ -1,0 +1,127 @@
+from dataclasses import replace
+
+import pytest
+
+from dbkernels.cli.train import Train
+from dbkernels.memory.allocator import TARGETS
+from dbkernels.models import FAMILIES, DiTConfig
+from dbkernels.ops.layer.recompute import POLICIES
+from dbkernels.planning.recipe import METHODS, OFFLOAD, Recipe, every_way, of_preset, of_settings
+from dbkernels.training.run import PartitionConfig
+
+TINY = DiTConfig(dim=16, depth=4, num_heads=2, image_size=4, channels=1, num_classes=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_that_are_not_given_are_those_of_train(family, tmp_path):
+    made, trained = (
+        of_preset(family, "digits").config(),
+        Train(family=family, out=tmp_path, partition=PartitionConfig(num_blocks=1)).config(),
+    )
+    assert made == replace(
+        trained, data="made up", trainer=replace(trained.trainer, steps=made.trainer.steps)
+    )
+
+
+def test_a_recipe_decides_the_run():
+    recipe = replace(
+        of_preset("dit", "S/2"), batch_size=8, autocast=True, num_blocks=4, recompute="qkv"
+    )
+    config = recipe.config()
+    assert config.model == replace(FAMILIES["dit"].model.preset("S/2"), recompute="qkv")
+    assert (config.partition.num_blocks, config.trainer.batch_size) == (4, 8)
+    assert config.trainer.autocast and config.trainer.clip == 1.0
+    inside = replace(recipe, optimizer_in_backward=True).config().trainer
+    assert (inside.optimizer_in_backward, inside.clip) == (True, 0.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trainer_has_the_layers_of_its_method(method):
+    recompute = "layer" if method == "block_fused" else None
+    recipe = Recipe("dit", "", TINY, batch_size=2, method=method, recompute=recompute)
+    trainer = recipe.trainer("cpu")
+    kinds = {type(layer).__name__ for layer in trainer.blocks.model.layers}
+    assert kinds == {"AdaLNLayer" if method == "block_fused" else "BaselineLayer"}
+
+
+@pytest.mark.parametrize("offload", OFFLOAD)
+def test_a_row_describes_a_preset_in_full(offload):
+    recipe = replace(
+        of_preset("vit", "cifar100"),
+        batch_size=3,
+        autocast=True,
+        optimizer_in_backward=True,
+        device=TARGETS["a100"],
+        method="block_stock",
+        num_blocks=2,
+        recompute=None,
+        offload=offload,
+    )
+    assert of_settings(recipe.settings()) == recipe
+
+
+def test_every_way_has_end_to_end_once_and_blocks_for_each_number():
+    recipe = replace(of_preset("dit", "digits"), batch_size=4)
+    every = every_way(
+        recipe,
+        methods=METHODS,
+        num_blocks=[1, 2, 4],
+        policies=list(POLICIES),
+        budget=0.5,
+        offload=["cpu"],
+    )
+    alone = [each for each in every if not each.method.startswith("block")]
+    assert [(each.num_blocks, each.recompute) for each in alone] == [(1, None)] * 4
+    assert [each.budget for each in alone] == [None, None, None, 0.5]
+    stock = [each.num_blocks for each in every if each.method == "block_stock"]
+    assert stock == [2, 4]  # with one block it is end to end
+    fused = {(c.num_blocks, c.recompute) for c in every if c.method == "block_fused"}
+    assert fused == {(count, recompute) for count in (1, 2, 4) for recompute in POLICIES}
+    assert {(each.batch_size, each.offload) for each in every} == {(4, "cpu")}
+
+
+def test_one_block_of_plain_torch_is_there_where_end_to_end_is_not():
+    (only,) = every_way(
+        of_preset("vit", "digits"),
+        methods=["block_stock"],
+        num_blocks=[1],
+        policies=["none"],
+        budget=1.0,
+        offload=["none"],
+    )
+    assert (only.method, only.num_blocks, only.recompute) == ("block_stock", 1, None)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"method": "fused"}, "method must be of end_to_end, checkpointed, .*, got fused"),
+        ({"recompute": None}, "recompute of block_fused must be of none, attention, .* got null"),
+        ({"method": "selective"}, "recompute of selective must be of null, got none"),
+        ({"budget": 0.5}, r"budget must be None for block_fused, got 0\.5"),
+        (
+            {"method": "compiled", "recompute": None, "budget": 1.5},
+            r"budget must be from 0 to 1, got 1\.5",
+        ),
+        (
+            {"method": "compiled", "recompute": None, "num_blocks": 2},
+            "num_blocks must be 1 for compiled, got 2",
+        ),
+        ({"num_blocks": 13}, "num_blocks must be between 1 and the 12 layers, got 13"),
+        ({"offload": "disk"}, "offload must be of none, cpu, got disk"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"accumulate": 3}, "accumulate must divide the batch size 128, got 3"),
+        ({"prefetch": True}, "offload must be cpu or disk for prefetch, got none"),
+        ({"data_parallel": 2}, "data_parallel must be 1, got 2"),
+    ],
+)
+def test_rejects(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(of_preset("vit", "digits"), **changes)
+
+
+def test_names_must_be_known():
+    with pytest.raises(ValueError, match="preset of ViT must be one of cifar100, digits, got XL"):
+        of_preset("vit", "XL")
+    with pytest.raises(ValueError, match="family must be one of vit, dit, got gpt"):
+        of_preset("gpt", "XL")

@@ -1,0 +1,231 @@
+from dataclasses import replace
+
+import pytest
+from planning.reckoned import MiB, in_turn, reckoned, wide
+
+from dbkernels.memory.allocator import TARGETS
+from dbkernels.memory.tracker import CATEGORIES
+from dbkernels.models import DiTConfig
+from dbkernels.ops.layer.recompute import POLICIES
+from dbkernels.planning import search as module
+from dbkernels.planning.dry_run import dry_run
+from dbkernels.planning.estimate import (
+    SPEEDS,
+    Estimate,
+    estimate,
+    seconds_of,
+    swapped_bytes,
+)
+from dbkernels.planning.recipe import Recipe, of_preset
+from dbkernels.planning.search import FREE, outside_layers, plans_of, search, shares
+
+TINY = DiTConfig(dim=32, depth=4, num_heads=2, image_size=8, channels=1, num_classes=10)
+SMALL = Recipe("dit", "", TINY, batch_size=8)
+DEPTH, BATCH = 12, 64
+# all policies differ in autocast alone
+LARGE = replace(of_preset("dit", "digits"), batch_size=BATCH, autocast=True)
+EVEN = {"none": 100, "attention": 105, "mlp": 115, "qkv": 120, "layer": 133, "layer_narrow": 133}
+# a policy may compute more than the next one, where neither redoes all of the other's
+UNEVEN = {"none": 100, "attention": 130, "mlp": 104, "qkv": 240, "layer": 260, "layer_narrow": 260}
+PIECE = 3  # of the time of a sweep, for every micro-batch
+
+
+class Predictor:
+    """Bytes and operations of a model that is easy to reckon with; counts how often it is asked."""
+
+    def __init__(self, flops=EVEN):
+        self.flops, self.asked = flops, []
+
+    def __call__(self, recipe):
+        self.asked.append(chosen(recipe))
+        layers = DEPTH // recipe.num_blocks
+        policy, samples = POLICIES[recipe.recompute], recipe.micro_batch
+        # all but the last have twice as many bytes to a unit
+        grown = policy.units * layers * samples // (1 + policy.narrow) + 5 * samples
+        return {
+            offload: Estimate(
+                recipe=replace(recipe, offload=offload),
+                peak_bytes=30 * held + 10 + grown,
+                by_category=parts(parameters=10 * held, optimizer=20 * held, temporaries=grown),
+                flops=0,
+                seconds=self.flops[recipe.recompute]
+                + PIECE * recipe.accumulate
+                + 2 * (offload == "cpu"),
+            )
+            for offload, held in (("none", DEPTH), ("cpu", layers))
+        }
+
+
+def chosen(recipe):
+    """What a search chooses, beside offload."""
+    return recipe.num_blocks, recipe.recompute, recipe.micro_batch
+
+
+def parts(**sizes):
+    return {**dict.fromkeys(CATEGORIES, 0), **sizes}
+
+
+def plans(num_blocks, limit, flops=EVEN):
+    predict = Predictor(flops)
+    return plans_of(replace(LARGE, num_blocks=num_blocks), predict, limit), predict
+
+
+def tried_out(num_blocks, limit, flops):
+    """The fastest of all that fit, by trying each."""
+    predict, best = Predictor(flops), []
+    for offload in ("none",) if num_blocks == 1 else ("none", "cpu"):
+        fitting = [
+            found.seconds
+            for recompute in POLICIES
+            for pieces in (1, 2, 4, 8, 16, 32, 64)
+            for recipe in [
+                replace(LARGE, num_blocks=num_blocks, recompute=recompute, accumulate=pieces)
+            ]
+            if (found := predict(recipe)[offload]).peak_bytes <= limit
+        ]
+        best += [(min(fitting), offload)] if fitting else []
+    return best
+
+
+# the plans of one number of blocks
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 6, 12])
+@pytest.mark.parametrize("limit", [0, 60, 200, 380, 390, 420, 630, 700, 1200, 3000, 9000])
+@pytest.mark.parametrize("flops", [EVEN, UNEVEN], ids=["even", "uneven"])
+def test_finds_the_fastest_that_fits_and_asks_for_each_once(num_blocks, limit, flops):
+    found, predict = plans(num_blocks, limit, flops)
+    best = [(plan.seconds, plan.recipe.offload) for plan in found.fitting]
+    assert best == tried_out(num_blocks, limit, flops)
+    assert all(plan.peak_bytes <= limit for plan in found.fitting)
+    assert all(plan.recipe.num_blocks == num_blocks for plan in found.fitting)
+    assert len(set(predict.asked)) == len(predict.asked)
+
+
+def test_where_everything_fits_one_prediction_does():
+    found, predict = plans(4, 10**6)
+    assert predict.asked == [(4, "none", BATCH)]
+    whole = replace(LARGE, num_blocks=4)
+    assert [plan.recipe for plan in found.fitting] == [whole, replace(whole, offload="cpu")]
+    assert [plan.recipe for plan in plans(1, 10**6)[0].fitting] == [LARGE], "one way, not two"
+
+
+def test_where_nothing_fits_two_predictions_do_and_the_smallest_is_named():
+    found, predict = plans(4, 0)
+    assert predict.asked == [(4, "none", BATCH), (4, "layer_narrow", 1)]
+    assert found.fitting == []
+    assert chosen(found.smallest.recipe) == (4, "layer_narrow", 1)
+    assert (found.smallest.recipe.offload, found.whole.recipe.offload) == ("cpu", "none")
+
+
+def test_few_predictions_find_a_micro_batch():
+    _, predict = plans(1, 1200)
+    assert len(predict.asked) <= 14, "of 42 that there are"
+
+
+# the search of all
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    monkeypatch.setattr(module, "estimate", reckoned)
+    monkeypatch.setattr(module, "results", in_turn)
+
+    def asked(memory, target="cpu", autocast=False):
+        return search(replace(LARGE, autocast=autocast, device=TARGETS[target]), memory * MiB)
+
+    return asked
+
+
+def test_plans_of_every_number_of_blocks_come_the_fastest_first(ask):
+    found = ask(10**6)
+    assert {plan.recipe.num_blocks for plan in found.plans} == {1, 2, 3, 4, 6, 12}
+    assert len(found.plans) == 11
+    times = [plan.seconds for plan in found.plans]
+    assert times == sorted(times)
+
+
+def test_end_to_end_is_what_others_are_measured_by_and_stem_and_head_are_told_apart(ask):
+    found = ask(400)
+    assert chosen(found.whole.recipe) == (1, "none", BATCH)
+    assert found.whole.peak_bytes > 400 * MiB
+    assert found.outside == {"parameters": 4 * MiB, "optimizer": 12 * MiB}
+
+
+def test_a_gpu_leaves_room_for_its_context(ask):
+    on_cpu, on_gpu = (ask(800, target=name) for name in ("cpu", "h100"))
+    assert max(plan.peak_bytes for plan in on_cpu.plans) > 288 * MiB
+    assert max(plan.peak_bytes for plan in on_gpu.plans) <= 288 * MiB
+
+
+@pytest.mark.parametrize("autocast, last", [(False, "layer"), (True, "layer_narrow")])
+def test_where_nothing_fits_the_smallest_plan_is_told(ask, autocast, last):
+    found = ask(40, autocast=autocast)
+    assert found.plans == [] and found.largest is None
+    assert chosen(found.smallest.recipe) == (12, last, 1)
+    assert found.smallest.recipe.offload == "cpu"
+
+
+def test_the_largest_preset_has_the_widest_and_most_layers(ask, monkeypatch):
+    assert ask(48).largest == "XL/2"
+    monkeypatch.setattr(module, "estimate", wide)
+    found = [ask(memory).largest for memory in (1151, 1024, 400, 64)]
+    assert found == ["L/2", "L/2", "S/2", "digits"]
+
+
+def test_stem_and_head_are_what_no_number_of_blocks_divides():
+    sizes = parts(parameters=70, optimizer=140, temporaries=9)
+    everything = Estimate(LARGE, 250, sizes, 0, 0)
+    one = replace(everything, by_category=parts(parameters=25, optimizer=50, temporaries=9))
+    outside = outside_layers({"none": everything, "cpu": one}, 4)
+    assert outside == {"parameters": 10, "optimizer": 20}
+    found = shares(everything, outside)
+    rest = {"stem_and_head": 30, FREE: 31}
+    assert found == {**parts(parameters=60, optimizer=120, temporaries=9), **rest}
+    assert sum(found.values()) == everything.peak_bytes
+
+
+# the estimates of bytes and time
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 4, 8])
+def test_two_micro_batches_tell_of_all(pieces):
+    recipe = replace(SMALL, num_blocks=2, accumulate=pieces)
+    found, steps = estimate(recipe), dry_run(recipe)
+    for offload, step in steps.items():
+        assert found[offload].recipe == replace(recipe, offload=offload)
+        assert found[offload].peak_bytes == step.peak_reserved_bytes
+        assert found[offload].flops == 2 * step.flops
+        # what clips the gradient and updates is counted with every micro-batch
+        swapped = swapped_bytes(steps, 2) if offload == "cpu" else 0
+        least, most = (
+            seconds_of(recipe, 2 * step.flops, 2 * ops, swapped)
+            for ops in (step.ops, 1.1 * step.ops)
+        )
+        assert least <= found[offload].seconds < most
+        if pieces == 2:
+            assert found[offload].by_category == step.by_category
+
+
+@pytest.mark.parametrize("num_blocks", [1, 4])
+def test_a_sweep_swaps_every_layer_in_and_out(num_blocks):
+    swapped = swapped_bytes(dry_run(replace(SMALL, num_blocks=num_blocks)), num_blocks)
+    layers = SMALL.config().build("cpu").model.layers
+    others = 2 * 3 * sum(p.nbytes for p in layers.parameters()) if num_blocks > 1 else 0
+    # the allocator rounds each tensor up, and every parameter has a count of steps
+    tensors = 4 * len(list(layers.parameters())) if num_blocks > 1 else 0
+    assert 0 <= swapped - others <= 2 * 512 * tensors
+
+
+def test_time_is_operations_and_calls_and_swaps(monkeypatch):
+    monkeypatch.setitem(SPEEDS, "h100", (2e12, 2e13, 2e9))
+    recipe = replace(SMALL, num_blocks=4)
+    assert seconds_of(recipe, 10**12, 1000, 0) == pytest.approx(1.005)
+    assert seconds_of(replace(recipe, autocast=True), 10**12, 1000, 0) == pytest.approx(0.105)
+    # swaps take a twentieth of the time at most
+    assert seconds_of(recipe, 10**12, 0, 10**10) == pytest.approx(1 / 0.95, rel=0.001)
+    assert seconds_of(recipe, 10**12, 0, 10**6) == pytest.approx(1.001)
+
+
+def test_every_target_has_a_speed():
+    assert set(SPEEDS) == set(TARGETS)
