@@ -5,7 +5,6 @@ import pytest
 import torch
 from cli.runs import refused
 
-from dbkernels.cli.bench import Bench
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.doctor import Doctor
 from dbkernels.cli.evaluate import Evaluate
@@ -21,7 +20,6 @@ VERBS = {
     "evaluate": Evaluate,
     "profile": Profile,
     "plan": Plan,
-    "bench": Bench,
     "doctor": Doctor,
 }
 NESTED = {"partition": PartitionConfig, "prior": PriorFlags, "trainer": TrainerFlags}
