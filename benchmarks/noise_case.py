@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from dbkernels import ops
-from dbkernels.diffusion.gaussian import LogNormal, sigma_at
-from dbkernels.diffusion.precondition import c_in, c_out, c_skip, edm_weight
+from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.diffusion.prediction import EDM
 from dbkernels.models.compiled import compiled
 
 SIGMA_DATA = 0.5
+PREDICTION = EDM(SIGMA_DATA)
 SHAPES = ((256, 4, 32, 32), (256, 256, 384))  # latents, and tokens
 PASSES = {  # over a tensor of z0's shape, of what each op must read and write
     "add_noise": 2,
@@ -49,7 +50,7 @@ class NoiseCase(NamedTuple):
         place = {"generator": random, "device": self.device}
         z0 = 0.5 * torch.randn(self.shape, dtype=self.dtype, **place)
         u = torch.rand(len(z0), dtype=torch.float64, **place)
-        sigma = sigma_at(LogNormal(), LogNormal().range, u)
+        sigma = LogNormal().level_at(LogNormal().range, u)
         prediction = torch.randn(self.shape, dtype=self.dtype, **place)
         return [z0, sigma, prediction.requires_grad_()]
 
@@ -91,20 +92,21 @@ def draw_on(device: torch.device) -> ops.Draw:
 
 
 def _noise(draw: ops.Draw, z0: Tensor, sigma: Tensor) -> tuple[Tensor, None]:
-    return ops.add_noise(z0, sigma, draw, scale="c_in", sigma_data=SIGMA_DATA), None
+    return ops.add_noise(z0, *PREDICTION.input(sigma), draw), None
 
 
 def _loss(draw: ops.Draw, prediction: Tensor, z: None, z0: Tensor, sigma: Tensor) -> Tensor:
-    return ops.score_loss(prediction, z0, sigma, draw, sigma_data=SIGMA_DATA)[0]
+    return ops.score_loss(prediction, z0, *PREDICTION.target(sigma), draw)[0]
 
 
 def _eager_noise(z0: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     level = sigma.view(-1, *[1] * (z0.dim() - 1))
     z = z0 + level * torch.randn_like(z0)
-    return (c_in(level, SIGMA_DATA) * z).to(z0.dtype), z
+    return (PREDICTION.input(level)[0] * z).to(z0.dtype), z
 
 
 def _eager_loss(prediction: Tensor, z: Tensor, z0: Tensor, sigma: Tensor) -> Tensor:
     level = sigma.view(-1, *[1] * (z0.dim() - 1))
-    denoised = c_skip(level, SIGMA_DATA) * z + c_out(level, SIGMA_DATA) * prediction
-    return (edm_weight(level, SIGMA_DATA) * (denoised - z0).square()).mean()
+    of_z, of_F = PREDICTION.estimate(level)
+    weight = LogNormal().weight(level, SIGMA_DATA)
+    return (weight * (of_z * z + of_F * prediction - z0).square()).mean()

@@ -161,6 +161,7 @@ def missing(job: Job, arguments: Sequence[str]) -> tuple[int, int]:
 def run_all(run: Run, every: Sequence[Job], console: Console) -> list[str]:
     """Run what is not done yet; the names of the jobs that failed."""
     place = run.out / folder_name(pick_device(run.device)) / (commit() or "no-commit")
+    place.mkdir(parents=True, exist_ok=True)
     todo, failed = {}, []
     for job in every:
         arguments = job.arguments(run, place)

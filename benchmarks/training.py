@@ -48,11 +48,11 @@ from training_step import (
 )
 
 from dbkernels.memory.allocator import Target, target_named, target_of
+from dbkernels.models.registry import FAMILIES
 from dbkernels.ops.layer.recompute import POLICIES, policies_of
 from dbkernels.planning.dry_run import predicted
-from dbkernels.planning.families import PRESETS
 from dbkernels.planning.recipe import METHODS, OFFLOAD, Recipe
-from dbkernels.training.sharing import SHARED
+from dbkernels.training.diffusion_blocks import SHARED
 from dbkernels.training.trainer import Trainer
 
 LARGE = ("S/2", "B/2", "L/2", "XL/2")  # presets that a GPU trains
@@ -96,7 +96,7 @@ class Options(Program):
 
     def __post_init__(self):
         self.require_positive("batch", "threads")
-        self.require_known(family=PRESETS, dtype=DTYPES, methods=METHODS, launch=LAUNCH)
+        self.require_known(family=FAMILIES, dtype=DTYPES, methods=METHODS, launch=LAUNCH)
         self.require_known(recompute=POLICIES, offload=OFFLOAD)
         self.require_share("budgets")
         if self.nearest is not None and not (self.beside and self.nearest in POLICIES):

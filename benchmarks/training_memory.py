@@ -114,7 +114,7 @@ def _reserved_by_graphs(steps: Steps) -> int | None:
 
 
 def _on_device(trainer: Trainer) -> list[Tensor]:
-    models = trainer.models
+    models = trainer.blocks
     state = [t for group in trainer.groups.values() for t in group.optimizer_tensors().values()]
     return [*models.parameters(), *models.buffers(), *state]
 
@@ -164,7 +164,7 @@ def _trace(steps: Steps, block: Block) -> Trace:
     trainer = steps.trainer
     return record(
         partial(steps.step, block),
-        model=trainer.models,
+        model=trainer.blocks,
         optimizers=[group.optimizer for group in trainer.groups.values()],
         inputs=(),
         device=trainer.device,

@@ -14,13 +14,13 @@ from layer_case import Competitor
 from show import Row, way_of
 from torch import nn
 
+from dbkernels.data.made_up import MadeUpData
 from dbkernels.memory.allocator import Target
 from dbkernels.models.baseline import use_baseline
-from dbkernels.planning.families import made_up
-from dbkernels.planning.recipe import BLOCKWISE, Recipe, of_preset
+from dbkernels.planning.recipe import BASELINES, BLOCKWISE, Recipe, of_preset
+from dbkernels.training.diffusion_blocks import DiffusionBlocks, own_group
 from dbkernels.training.partition import Block
 from dbkernels.training.run import RunConfig
-from dbkernels.training.sharing import BlockModels, own_group
 from dbkernels.training.trainer import Trainer
 
 LR = 1e-6  # every way trains the same parameters, whose size it should leave alone
@@ -131,15 +131,15 @@ def make_trainer(recipe: Recipe, device: torch.device, *, owner: Trainer | None 
     config = replace(config, trainer=replace(config.trainer, lr=LR))
     if owner is None:
         with device:  # where the weights are drawn, which takes a host many seconds
-            models = config.build(config.home(device))
+            blocks = config.build(config.home(device))
     else:
-        models = _without_parameters(config)
-        _lend(owner.models.model, models.model)
-    if recipe.baseline is not None:
+        blocks = _without_parameters(config)
+        _lend(owner.blocks.model, blocks.model)
+    if BASELINES[recipe.method] is not None:
         budget = 1.0 if recipe.budget is None else recipe.budget
-        use_baseline(models.model, recipe.baseline, budget=budget)
-    data = made_up(recipe.model, recipe.batch_size)
-    trainer = config.trainer_of(models, data, device=device)
+        use_baseline(blocks.model, BASELINES[recipe.method], budget=budget)
+    data = MadeUpData(recipe.model.fields(), recipe.batch_size)
+    trainer = config.trainer_of(blocks, data, device=device)
     if owner is not None:
         _lend_state(owner, trainer)
     return trainer
@@ -171,7 +171,7 @@ def shares(recipe: Recipe) -> bool:
     return recipe.offload == "none"
 
 
-def _without_parameters(config: RunConfig) -> BlockModels:
+def _without_parameters(config: RunConfig) -> DiffusionBlocks:
     with torch.device("meta"):
         return config.build("meta")
 
@@ -212,7 +212,7 @@ class Steps:
         self.trainer, self.recompute = trainer, recompute
         self.visited: list[int] = []  # the block of each call
         self._last: list[int] = [] if beside is None else beside._last  # the trainer's own
-        layers = trainer.models.model.layers
+        layers = trainer.blocks.model.layers
         self._configs = [
             (each, replace(each.config, recompute=recompute)) for each in layers if recompute
         ]

@@ -1,7 +1,7 @@
 // add_noise, CPU: one tile of one sample at a time, of which the noise lies in the cache.
 // The maths is in score.h and in dbkernels/ops/add_noise.py.
 //
-// All tensors are contiguous: z0 (B, ...), sigma (B,), z (B, ...), which is written.
+// All tensors are contiguous: z0 (B, ...), p, q (B, elements / run), z (B, ...), which is written.
 #include "noise.h"
 #include "ops.h"
 #include "score.h"
@@ -10,29 +10,30 @@ namespace dbkernels {
 namespace {
 
 template <typename Z0, typename Z>
-void add_noise_tile(const Z0* __restrict__ z0, const float* __restrict__ noise, int64_t count,
-                    float sigma, float scale, Z* __restrict__ z) {
-  for (int64_t i = 0; i < count; ++i) {
-    from_float(noised(to_float(z0[i]), sigma, noise[i]) * scale, z[i]);
-  }
+void add_noise_run(const Z0* __restrict__ z0, const float* __restrict__ noise, int64_t count,
+                   float p, float q, Z* __restrict__ z) {
+  for (int64_t i = 0; i < count; ++i) from_float(noised(to_float(z0[i]), noise[i], p, q), z[i]);
 }
 
 }  // namespace
 
-void add_noise_cpu(const Tensor& z0, const Tensor& sigma, const Tensor& z, int64_t seed,
-                   const Tensor& step, int64_t sample, bool scaled, double sigma_data) {
-  const int64_t B = sigma.numel(), elements = z0.numel() / B;
+void add_noise_cpu(const Tensor& z0, const Tensor& p, const Tensor& q, const Tensor& z,
+                   int64_t seed, const Tensor& step, int64_t sample) {
+  const int64_t B = z0.size(0), elements = z0.numel() / B;
   const Draw draw = draw_of(seed, step, sample, NOISE);
-  const auto* levels = static_cast<const float*>(sigma.data_ptr());
+  const Runs runs = runs_of(p, B, elements);
+  const auto* of_z0 = static_cast<const float*>(p.data_ptr());
+  const auto* of_noise = static_cast<const float*>(q.data_ptr());
   with_pointer(z0, [&](const auto* from) {
     with_pointer(z, [&](auto* to) {
       for_each_tile(B, elements, [&](const NoiseTile& tile) {
         alignas(64) float noise[TILE];
         normal_tile(draw, tile, noise);
-        const float level = levels[tile.b];
-        const float scale = scaled ? c_in(level, static_cast<float>(sigma_data)) : 1.0f;
         const int64_t at = tile.b * elements + tile.start;
-        add_noise_tile(from + at, noise, tile.count, level, scale, to + at);
+        for_each_run(tile, runs, [&](int64_t begin, int64_t end, int64_t entry) {
+          add_noise_run(from + at + begin, noise + begin, end - begin, of_z0[entry],
+                        of_noise[entry], to + at + begin);
+        });
       });
     });
   });

@@ -45,15 +45,6 @@ auto normals(uint32_t x0, uint32_t x1) {
   return std::tuple(n0, n1);
 }
 
-auto row(float sigma, float k, float sigma_data, float r2) {
-  const ScoreRow of = score_row(sigma, k, sigma_data, r2);
-  return std::tuple(of.of_z0, of.of_noise, of.of_grad);
-}
-
-float error(float of_z0, float of_noise, float prediction, float z0, float noise, bool counted) {
-  return score_error({of_z0, of_noise, 0.0f}, prediction, z0, noise, counted);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_maths, m) {
@@ -68,9 +59,6 @@ PYBIND11_MODULE(_maths, m) {
   m.def("pair_of_normals", &normals);
   m.def("uniform", &uniform);
   m.def("noised", &noised);
-  m.def("level_or_nan", &level_or_nan);
-  m.def("c_in", &c_in);
-  m.def("score_row", &row);
-  m.def("score_error", &error);
+  m.def("score_error", &score_error);
   m.def("sample_loss", &sample_loss);
 }

@@ -80,6 +80,27 @@ __device__ __forceinline__ int64_t first_element() {
   return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * VECTOR;
 }
 
+// f(i, entry) for each element of a vector, in order; those past the end of the sample have its last.
+template <typename F>
+__device__ __forceinline__ void for_each_entry(const Runs& runs, int64_t b, int64_t start,
+                                               int64_t left, const F& f) {
+  if (runs.row == 1) {  // what is read of it is read once
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) f(i, b);
+    return;
+  }
+  // one division, because that of 64 bits is many instructions
+  const int64_t before = start / runs.run;
+  int64_t entry = b * runs.row + before, to_next = (before + 1) * runs.run - start;
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) {
+    f(i, entry);
+    if (--to_next > 0 || i + 1 >= left) continue;
+    ++entry;
+    to_next = runs.run;
+  }
+}
+
 template <typename T>
 constexpr int LOADS = VECTOR * sizeof(T) / sizeof(uint4);
 

@@ -13,6 +13,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "ops.h"
 #include "philox.h"
 
 namespace dbkernels {
@@ -45,6 +46,16 @@ inline void for_each_tile(int64_t B, int64_t elements, const F& f) {
       f(NoiseTile{index, index / tiles, start, std::min(TILE, elements - start)});
     }
   });
+}
+
+// f(begin, end, entry) for each run that a tile has a part of; begin and end count from its start
+template <typename F>
+inline void for_each_run(const NoiseTile& tile, const Runs& runs, const F& f) {
+  for (int64_t begin = 0; begin < tile.count;) {
+    const int64_t at = tile.start + begin, end = std::min(begin + runs.run - at % runs.run, tile.count);
+    f(begin, end, tile.b * runs.row + at / runs.run);
+    begin = end;
+  }
 }
 
 // Four words, each in the low half of its lane; what is in the high half has no meaning.

@@ -26,16 +26,15 @@ inline T* pointer(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
-// Which elements of (B, elements) count, by entries of which each stands for a run of them.
-struct Mask {
-  const uint8_t* entries;  // null where all count
-  int64_t run, row;        // elements of an entry, entries of a sample
+// How a tensor says one thing of each run of elements of (B, elements): of a whole sample, of a
+// token or of a single element.
+struct Runs {
+  int64_t run, row;  // elements of an entry, entries of a sample
 };
 
-inline Mask mask_of(const std::optional<Tensor>& mask, int64_t B, int64_t elements) {
-  if (!mask) return {nullptr, 1, elements};
-  const int64_t row = mask->numel() / B;
-  return {pointer<const uint8_t>(mask), elements / row, row};
+inline Runs runs_of(const Tensor& entries, int64_t B, int64_t elements) {
+  const int64_t row = entries.numel() / B;
+  return {elements / row, row};
 }
 
 void philox_normal_cpu(const Tensor& normals, int64_t seed, const Tensor& step, int64_t sample);
@@ -44,20 +43,20 @@ void philox_normal_cuda(const Tensor& normals, int64_t seed, const Tensor& step,
 void philox_uniform_cpu(const Tensor& uniforms, int64_t seed, const Tensor& step, int64_t sample);
 void philox_uniform_cuda(const Tensor& uniforms, int64_t seed, const Tensor& step, int64_t sample);
 
-void add_noise_cpu(const Tensor& z0, const Tensor& sigma, const Tensor& z, int64_t seed,
-                   const Tensor& step, int64_t sample, bool scaled, double sigma_data);
-void add_noise_cuda(const Tensor& z0, const Tensor& sigma, const Tensor& z, int64_t seed,
-                    const Tensor& step, int64_t sample, bool scaled, double sigma_data);
+void add_noise_cpu(const Tensor& z0, const Tensor& p, const Tensor& q, const Tensor& z,
+                   int64_t seed, const Tensor& step, int64_t sample);
+void add_noise_cuda(const Tensor& z0, const Tensor& p, const Tensor& q, const Tensor& z,
+                    int64_t seed, const Tensor& step, int64_t sample);
 
-void score_loss_cpu(const Tensor& prediction, const Tensor& z0, const Tensor& sigma,
-                    const std::optional<Tensor>& k, const std::optional<Tensor>& mask,
-                    const std::optional<Tensor>& dprediction, const std::optional<Tensor>& dz0,
-                    const Tensor& losses, int64_t seed, const Tensor& step, int64_t sample,
-                    double sigma_data, double r);
-void score_loss_cuda(const Tensor& prediction, const Tensor& z0, const Tensor& sigma,
-                     const std::optional<Tensor>& k, const std::optional<Tensor>& mask,
-                     const std::optional<Tensor>& dprediction, const std::optional<Tensor>& dz0,
-                     const Tensor& losses, int64_t seed, const Tensor& step, int64_t sample,
-                     double sigma_data, double r);
+void score_loss_cpu(const Tensor& prediction, const Tensor& z0, const Tensor& alpha,
+                    const Tensor& beta, const std::optional<Tensor>& weight,
+                    const std::optional<Tensor>& mask, const std::optional<Tensor>& dprediction,
+                    const std::optional<Tensor>& dz0, const Tensor& losses, int64_t seed,
+                    const Tensor& step, int64_t sample, double r);
+void score_loss_cuda(const Tensor& prediction, const Tensor& z0, const Tensor& alpha,
+                     const Tensor& beta, const std::optional<Tensor>& weight,
+                     const std::optional<Tensor>& mask, const std::optional<Tensor>& dprediction,
+                     const std::optional<Tensor>& dz0, const Tensor& losses, int64_t seed,
+                     const Tensor& step, int64_t sample, double r);
 
 }  // namespace dbkernels

@@ -1,4 +1,4 @@
-// The numbers of a draw, CUDA: normals (B, elements) float32, and uniforms (B,) float64.
+// The numbers of a draw, CUDA: normals (B, elements) float32, and uniforms (B, T) float64.
 #include "noise.cuh"
 
 namespace dbkernels {
@@ -17,12 +17,12 @@ __global__ void __launch_bounds__(THREADS) normal_kernel(
 }
 
 __global__ void __launch_bounds__(THREADS) uniform_kernel(
-    double* __restrict__ y,  // (B,)
-    DrawArguments given, int64_t B) {
-  const int64_t b = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  if (b >= B) return;
-  const Words words = words_of(given.read(SIGMA), b, 0);
-  y[b] = uniform(words.x0, words.x1);
+    double* __restrict__ y,  // (B, T)
+    DrawArguments given, int64_t count, int64_t T) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (i >= count) return;
+  const Words words = words_of(given.read(LEVEL), i / T, static_cast<uint32_t>(i % T));
+  y[i] = uniform(words.x0, words.x1);
 }
 
 }  // namespace
@@ -38,11 +38,11 @@ void philox_normal_cuda(const Tensor& normals, int64_t seed, const Tensor& step,
 }
 
 void philox_uniform_cuda(const Tensor& uniforms, int64_t seed, const Tensor& step, int64_t sample) {
-  const int64_t B = uniforms.numel();
+  const int64_t count = uniforms.numel();
   const DrawArguments draw(seed, step, sample);
-  const auto blocks = static_cast<unsigned>((B + THREADS - 1) / THREADS);
+  const auto blocks = static_cast<unsigned>((count + THREADS - 1) / THREADS);
   auto* y = static_cast<double*>(uniforms.data_ptr());
-  uniform_kernel<<<blocks, THREADS, 0, stream_of(uniforms)>>>(y, draw, B);
+  uniform_kernel<<<blocks, THREADS, 0, stream_of(uniforms)>>>(y, draw, count, uniforms.size(1));
   check_launch("philox_uniform");
 }
 

@@ -1,5 +1,5 @@
-// Philox 4x32-10 and the normals of its words, host and device; the counter, the key and their
-// source are in dbkernels/ops/philox.py, the rounds and the normals in dbkernels/ops/_philox.py.
+// Philox 4x32-10 and the normals of its words, host and device; the counter, the key, the rounds,
+// the normals and their sources are in dbkernels/ops/philox.py.
 //
 //     u = x0 / 2**32 + 2**-33,    r = sqrt(-2 ln u),    a = 2 pi x1 / 2**32
 //     n0 = r cos a,               n1 = r sin a
@@ -19,7 +19,7 @@ constexpr int ROUNDS = 10;
 constexpr uint32_t MULTIPLIER_0 = 0xD2511F53u, MULTIPLIER_1 = 0xCD9E8D57u;
 constexpr uint32_t INCREMENT_0 = 0x9E3779B9u, INCREMENT_1 = 0xBB67AE85u;
 constexpr int NORMALS = 4;  // of one counter
-constexpr int NOISE = 0, SIGMA = 1;  // streams
+constexpr int NOISE = 0, LEVEL = 1;  // streams
 
 struct Words {
   uint32_t x0, x1, x2, x3;
@@ -51,7 +51,7 @@ DBK_HD Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t
   return {c0, c1, c2, c3};
 }
 
-// The words of four elements of row b.
+// The words of four elements of row b, or of one token.
 DBK_HD Words words_of(const Draw& draw, int64_t b, uint32_t group) {
   return philox(group, draw.sample + static_cast<uint32_t>(b), draw.step_low, draw.step_high,
                 draw.key_low, draw.key_high);

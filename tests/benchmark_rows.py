@@ -119,46 +119,23 @@ def _row(
             "by_category": parts,
             "memory": "predicted" if predicted else "measured",
             "implementation": "triton" if method == "block_fused" else implementation,
-            "command": "python -m dbkernels bench --full",
+            "command": "python benchmarks/training.py --family dit",
         }
         | about
     )
 
 
-def timeline_rows(about=GPU, *, num_blocks=4):
-    """Three steps of one model: saved activations rise to a peak and fall as gradients come."""
-    case = {"family": "dit", "preset": "XL/2", "batch": 128, "dtype": "autocast"}
-    ways = (("end_to_end", 1, None, "none", 40), ("checkpointed", 1, None, "none", 8))
-    for method, count, recompute, offload, saved in (
-        *ways,
-        ("block_fused", num_blocks, "layer", "cpu", 2),
-    ):
-        held = 2 * MIB // count
-        levels = {
-            "parameters": [held] * 5,
-            "optimizer": [2 * held] * 5,
-            "inputs": [512] * 5,
-            "saved_activations": [saved * MIB * part // 2 for part in (0, 1, 2, 1, 0)],
-            "gradients": [held * part // 2 for part in (0, 0, 0, 1, 2)],
-            "temporaries": [MIB] * 5,
-            "workspaces": [MIB] * 5,
-        }
-        parts = {name: sizes[2] for name, sizes in levels.items()}
-        yield (
-            {"suite": "timeline", "method": method, "num_blocks": count, "recompute": recompute}
-            | {
-                "budget": None,
-                "offload": offload,
-                "optimizer_in_backward": False,
-                "launch": "ops",
-            }
-            | {"peak_allocated_bytes": sum(parts.values()), "by_category": parts}
-            | {"starts": [0, 10, 20, 30, 40], "levels": levels, "at": "backward: aten::mm"}
-            | {"phases": [["forward", 1], ["backward", 21], ["update", 39]]}
-            | {"memory": "predicted", "command": "python benchmarks/timeline.py"}
-            | case
-            | about
-        )
+def demo_rows(about=CPU):
+    """A ViT and a DiT, end to end and in three blocks."""
+    for family in ("vit", "dit"):
+        for count in (1, 3):
+            row = {"suite": "demo", "preset": "digits", "family": family, "num_blocks": count}
+            row |= {"updates": 500, "loss": [[2.0, 1.0, 0.5 + block] for block in range(count)]}
+            row |= {"peak_bytes": 60 * MIB // count, "saved_bytes": 30 * MIB // count}
+            row |= {"step_ms": 90.0 / count, "sweep_ms": 90.0, "command": "bash tools/demo.sh"}
+            shares = [0.978, 0.975, 0.98 - 0.01 * count]
+            vit = {"accuracy": shares, "final_accuracy": shares[-1], "cross_entropy": 0.11}
+            yield row | (vit if family == "vit" else {"frechet": 20.0 + count}) | about
 
 
 def ops_rows(about=CPU, *, ops=("adaln_norm", "gelu")):
@@ -182,39 +159,8 @@ def ops_rows(about=CPU, *, ops=("adaln_norm", "gelu")):
                     "achieved_gbps": 3145728 / ms / 1e6,
                     "allocated_bytes": 1572864 * number,
                     "resident_bytes": 3145728,
+                    "command": "python benchmarks/ops.py",
                 } | about
-
-
-def layer_rows(about=CPU, *, speed=1.0):
-    ways = [
-        ("eager", None, None, 20.06, 38.3, 1.0),
-        ("compiled_budget", None, 0.4, 7.0, 23.1, 1.07),
-    ]
-    ways += [
-        ("fused", recompute, None, 20 * kept, 30.0, time)
-        for recompute, (kept, time) in POLICIES.items()
-    ]
-    for impl, recompute, budget, units, mib, time in ways:
-        yield {
-            "impl": impl,
-            "recompute": recompute,
-            "budget": budget,
-            "B": 4,
-            "T": 256,
-            "dim": 384,
-            "num_heads": 6,
-            "hidden": 1536,
-            "dtype": "float32",
-            "saved_units": units,
-            "peak_bytes": int(mib * MIB),
-            "median_ms": 80 * time * speed,
-            "p20_ms": 79 * time * speed,
-            "p80_ms": 82 * time * speed,
-            "rounds": 15,
-            "timing": "wall clock",
-            "achieved_tflops": 0.15 / time / speed,
-            "implementation": "torch",
-        } | about
 
 
 def write(path: Path, rows) -> Path:

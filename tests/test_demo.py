@@ -45,5 +45,5 @@ def test_every_run_can_be_evaluated_again(finished):
     from dbkernels.training.run import load_run
 
     for name in ("vit-1", "vit-3", "dit-1", "dit-3"):
-        config, models = load_run(finished / name, device="cpu")
-        assert len(models.blocks) == config.partition.num_blocks
+        config, blocks = load_run(finished / name, device="cpu")
+        assert len(blocks) == config.partition.num_blocks

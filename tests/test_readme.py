@@ -45,7 +45,7 @@ def test_every_command_line_parses(monkeypatch):
     from dbkernels.cli import main as cli
 
     ran = []
-    verbs = (cli.Train, cli.Sample, cli.Evaluate, cli.Profile, cli.Plan, cli.Bench, cli.Doctor)
+    verbs = (cli.Train, cli.Sample, cli.Evaluate, cli.Profile, cli.Plan, cli.Doctor)
     for verb in verbs:
         monkeypatch.setattr(verb, "run", lambda self: ran.append(type(self).__name__))
     lines = "\n".join(code_blocks("bash")).replace("\\\n", " ").splitlines()

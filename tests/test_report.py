@@ -1,266 +1,338 @@
+import base64
 import importlib
+import json
 import os
 import re
-import subprocess
-import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import benchmark_rows as made
+import numpy as np
 import pytest
-from test_demo_report import read as read_html
+
+from dbkernels.ops import POLICIES
 
 ROOT = Path(__file__).parents[1]
-TOOLS = ROOT / "tools"
-OLDER = made.CPU | {"commit": "0000000"}
-CIFAR = {"family": "vit", "preset": "cifar100", "saved": 1300 * made.MIB, "ms": 2500.0}
-FEW = {"num_blocks": (1, 3)}
+STORED = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
 def tool():
     """Import one of the report's files, which stand beside each other and are no package."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
+        patch.syspath_prepend(str(ROOT / "tools"))
         yield importlib.import_module
 
 
-def run(tool, capsys, *arguments):
-    status = tool("report").main([str(word) for word in arguments])
-    return status, capsys.readouterr().err.strip()
-
-
-def a_row(**changes):
-    return next(made.training_rows(made.CPU, **CIFAR)) | changes
+@pytest.fixture(scope="module")
+def stored(tool):
+    """The rows of the repository."""
+    return tool("report_rows").read([STORED])
 
 
 @pytest.fixture(scope="module")
-def page(tool, tmp_path_factory):
-    """A page of every suite, two devices and two commits, and a prediction."""
-    folder = tmp_path_factory.mktemp("results")
-    older = made.training_rows(OLDER, **CIFAR | {"ms": 5000.0}, num_blocks=(3,))
-    rows = [*older, *made.training_rows(made.CPU, **CIFAR, **FEW)]
-    made.write(folder / "cpu" / "training.jsonl", rows)
-    made.write(folder / "cpu" / "ops.jsonl", made.ops_rows())
-    made.write(folder / "cpu" / "layer.jsonl", made.layer_rows())
-    made.write(folder / "gpu" / "training.jsonl", made.training_rows(predicted=True, **FEW))
-    assert tool("report").main([str(folder), "--out", str(folder / "new" / "page.html")]) == 0
-    return (folder / "new" / "page.html").read_text(encoding="utf-8")
+def written(tool, tmp_path_factory):
+    """The page and the tables of those rows."""
+    folder = tmp_path_factory.mktemp("report") / "new"
+    page, tables = folder / "report.html", folder / "tables.md"
+    assert tool("report").main([str(STORED), "--page", str(page), "--tables", str(tables)]) == 0
+    return page.read_text(encoding="utf-8"), tables.read_text(encoding="utf-8")
 
 
-def part_of(page, heading):
-    return re.split(r"<h3|</section>", page.split(f">{heading}</h3>")[1])[0]
+def read(tool, path, *rows):
+    return tool("report_rows").read([made.write(path / "rows.jsonl", rows)])
 
 
-def cells_of(part, *words):
-    """Cells of the table's row that has all of the words."""
-    row = next(row for row in part.split("<tr>") if all(word in row for word in words))
-    return [re.sub(r"<[^>]+>", " ", cell).split() for cell in re.split(r"<td[^>]*>", row)[1:]]
+def a_row(**changes):
+    return next(made.training_rows(made.CPU)) | changes
 
 
-def test_page_needs_nothing_from_outside(page):
-    reader = read_html(page)
-    assert not reader.tags & {"script", "link", "iframe", "object", "base"}
-    assert "http" not in page and "@import" not in page
-    assert reader.links and all(link.startswith("#") for link in reader.links)
-    named = re.findall(r"url\(#([^)]+)\)", page) + [link[1:] for link in reader.links]
-    assert len(set(reader.ids)) == len(reader.ids)
-    assert set(named) <= set(reader.ids)
-    assert "prefers-color-scheme: dark" in page
+def part_of(text, heading):
+    return text.split(f"### {heading}\n")[1].split("\n### ")[0]
 
 
-def test_every_suite_and_case_has_a_section(page):
-    for section in ("training", "layer", "ops", "settings"):
-        assert page.count(f'<section id="{section}">') == 1
-    for heading in (
-        "ViT cifar100, batch 64, float32, on AMD EPYC",
-        "DiT-S/2, batch 64, float32, on NVIDIA H100 80GB HBM3",
-        "B = 4, T = 256, dim = 384, num_heads = 6, hidden = 1536, float32, on AMD EPYC",
-        "4 x 256 x 384, float32, on AMD EPYC",
-    ):
-        assert f">{heading}</h3>" in page
-        assert f">{heading}</a>" in page
+def lines_of(text, *words):
+    """Cells of the lines of a table that hold all words, without what makes a cell bold."""
+    lines = [line for line in text.splitlines() if all(word in line for word in words)]
+    return [re.split(r" *\| *", line.replace("**", ""))[1:-1] for line in lines]
 
 
-def test_every_table_says_where_it_comes_from(page):
-    for rest in page.split("</table></div>")[1:]:
-        below = re.split(r"<table", rest)[0]
-        assert "torch 2.13.0" in below and "triton 3.9.0" in below and "commit " in below
-        assert re.search(r"printed by <code>python (-m dbkernels bench|benchmarks/\w+\.py)", below)
-    gpu = part_of(page, "DiT-S/2, batch 64, float32, on NVIDIA H100 80GB HBM3")
-    assert "NVIDIA H100 80GB HBM3, driver 570.86, 16 CPU threads" in gpu
+class Reader(HTMLParser):
+    """Collect the tags and links of a page, and fail where tags do not nest."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.links, self.text = [], [], [], ""
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for key, value in attrs if key in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another tag"
+
+    def handle_data(self, data):
+        self.text += data
 
 
-def test_figures_of_a_way_are_beside_each_other(page):
-    part = part_of(page, "ViT cifar100, batch 64, float32, on AMD EPYC").split("<details")[0]
-    rows = {(r["method"], r["num_blocks"], r["recompute"], r["offload"]): r
-            for r in made.training_rows(made.CPU, **CIFAR, **FEW)}  # fmt: skip
-    row, base = rows["block_fused", 3, "qkv", "cpu"], rows["end_to_end", 1, None, "none"]
-    blocks = part.split(">3 blocks</th>")[1]
+def test_the_results_page_of_the_repository_is_what_its_rows_give(written):
+    assert written[1] == (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+
+
+def test_the_page_needs_nothing_from_outside_and_has_every_line_of_the_tables(written):
+    page, tables = written
+    reader = Reader(page)
+    assert not {"script", "link", "iframe", "object", "base", "svg"} & set(reader.tags)
+    pictures = [base64.b64decode(link.partition(",")[2]) for link in reader.links]
+    assert len(pictures) == 5 and all(b"<svg" in picture for picture in pictures)
+    assert "@import" not in page and "http" not in page
+    lines = [line for line in tables.splitlines() if line.startswith("| ") and "---" not in line]
+    assert reader.tags.count("tr") == len(lines)
+    assert "<b>256 MiB</b>" in page and "<code>python benchmarks/layer.py" in page
+
+
+def test_the_figures_of_a_way_stand_beside_each_other(stored, written):
+    wanted = {"suite": "training", "family": "vit", "preset": "digits"}
+    rows = [row for row in stored if wanted.items() <= row.items()]
+    eager = next(row for row in rows if row["method"] == "end_to_end")
+    way = {"method": "block_fused", "num_blocks": 3, "recompute": "qkv"}
+    row = next(row for row in rows if way.items() <= row.items())
+    part = part_of(written[1], "ViT digits, batch 64, float32, AMD EPYC")
     peak, sweep = row["peak_allocated_bytes"], row["sweep_ms"]
-    assert cells_of(blocks, "fused layers", ">qkv<", ">one block<") == [
-        ["qkv"],
-        ["one", "block"],
-        [f"{peak / made.MIB:.0f}", "MiB"],
-        [f"{peak / base['peak_allocated_bytes']:.2f}"],
+    assert lines_of(part, "| 3 |", "fused layers, qkv (cpp)") == [
         [
-            f"{row[name]:,.0f}" if name != "to" else name
-            for name in ("step_ms", "p20_ms", "to", "p80_ms")
-        ],
-        [f"{sweep:,.0f}"],
-        [f"{sweep / base['sweep_ms']:.2f}"],
-        [f"{row['samples_per_second']:.1f}"],
-        [f"{100 * row['share_of_matmul_rate']:.0f}", "%"],
+            "3",
+            "fused layers, qkv (cpp)",
+            "all",
+            f"{peak / 2**20:.1f} MiB",
+            f"{peak / eager['peak_allocated_bytes']:.2f}",
+            f"{row['saved_bytes'] / 2**20:.2f} MiB",
+            f"{row['step_ms']:.1f}",
+            f"{row['p20_ms']:.1f} to {row['p80_ms']:.1f}",
+            f"{sweep:.1f}",
+            f"{sweep / eager['sweep_ms']:.2f}",
+            f"{row['samples_per_second']:,.0f}",
+            f"{100 * row['share_of_matmul_rate']:.0f} %",
+        ]
     ]
+    assert sum(line.startswith(("| 1 |", "| 3 |")) for line in part.splitlines()) == len(rows)
 
 
-def test_the_best_of_each_number_of_blocks_is_bold_and_losers_stay(page):
-    part = part_of(page, "ViT cifar100, batch 64, float32, on AMD EPYC").split("<details")[0]
-    table = part.split('<table class="figures">')[-1]
-    whole, three = (group.split("</tbody>")[0] for group in table.split("<tbody>")[1:])
-    assert "<b>" in cells_row(three, ">layer<", ">one block<")[3]
-    assert "<b>" not in cells_row(three, ">layer<", ">all<")[3]
-    fastest = cells_row(whole, "torch.compile", "budget 1<")
-    assert ["<b>" in fastest[column] for column in (5, 6, 7, 8)] == [True, True, False, True]
-    assert whole.count("<tr>") == 1 + 6 + 5
-    assert three.count("<tr>") == 1 + 2 * (1 + 5)
-
-
-def cells_row(part, *words):
-    row = next(row for row in part.split("<tr>") if all(word in row for word in words))
-    return re.split(r"(?=<td|<th)", row)[1:]
-
-
-def test_overhead_is_a_sweep_against_eager_minus_one(page):
-    rows = list(made.training_rows(made.CPU, **CIFAR, **FEW))
-    base = rows[0]["sweep_ms"]
-    fused = [
-        row["sweep_ms"] for row in rows if (row["recompute"], row["offload"]) == ("none", "none")
-    ]
-    texts = [f"{100 * (ms / base - 1):+.1f}".replace("-", "−") for ms in fused]
-    part = page.split("overhead of a sweep against the end-to-end eager step")[1]
-    assert cells_of(part, "fused layers, recompute none") == [[text, "%"] for text in texts]
-    assert "The paper puts it at 7.1 %" in part
-
-
-def test_predictions_say_so(page):
-    part = part_of(page, "DiT-S/2, batch 64, float32, on NVIDIA H100 80GB HBM3")
-    assert "<b>Every peak here is predicted, no GPU has run it.</b> There are no times." in part
-    assert "Time against memory" not in part and "overhead" not in part
-    assert "predicted peak of a step, GiB" in part
-    assert part.count("<small>predicted") == 18 + 5
-    assert "6 fused" not in part and "1/3 fused, layer" in part
-    measured = part_of(page, "ViT cifar100, batch 64, float32, on AMD EPYC")
-    assert "predicted, no GPU" not in measured and "Time against memory" in measured
-
-
-def test_every_point_has_a_tooltip(page):
-    rows = list(made.training_rows(made.CPU, **CIFAR, **FEW))
-    figure = page.split('aria-label="Time: ViT cifar100')[1].split("</svg>")[0]
-    assert figure.count("<title>") == len(rows)
-    assert "<title>3 blocks: fused layers, qkv\none block on the device\npeak " in figure
-    assert "sweep of all blocks, ms" in figure and "peak of a step, " in figure
-    for label in ("compiled", "checkpointed", "selective", "eager blocks", "fused blocks"):
-        assert f">{label}</text>" in figure
-
-
-def test_a_newer_commit_comes_first_and_the_older_is_folded(page):
-    part = part_of(page, "ViT cifar100, batch 64, float32, on AMD EPYC")
-    newer, older = part.split("<details>")
-    assert "commit abc1234" in newer and "commit 0000000" not in newer
-    assert "commit 0000000" in older and "commit abc1234" not in older
-
-
-def test_the_same_case_is_compared_across_commits(page):
-    part = page.split('<section id="settings">')[1]
-    cells = cells_of(part, "3 blocks, fused layers, mlp, offload cpu")
-    assert [cell[1:] for cell in cells] == [
-        [], ["0.50", "of", "the", "first"], ["MiB"], ["MiB", "1.00", "of", "the", "first"],
+def test_the_best_of_each_group_of_rivals_is_bold(written):
+    part = part_of(written[1], "ViT digits, batch 64, float32, AMD EPYC")
+    bold = [line for line in part.splitlines() if "**16.1 MiB**" in line or "**18.8 MiB**" in line]
+    assert [line[:4] for line in bold] == ["| 1 ", "| 3 "]
+    ops = part_of(written[1], "32 x 256 x 384, float32, AMD EPYC")
+    assert [line.count("**") // 2 for line in ops.splitlines() if "adaln_norm fwd" in line] == [
+        3, 0, 1, 3, 0, 1,
     ]  # fmt: skip
-    # one block was run at the newer commit alone, the model of the GPU on it alone
-    assert "1 block, fused" not in part and "DiT" not in part
-    assert "<b>A</b>: AMD EPYC" in part and "<b>B</b>: AMD EPYC" in part
-    assert "<b>C</b>" not in part
 
 
-def test_text_from_the_results_is_escaped(tool):
-    hostile = '<script>&"\'--><b id="x">'
-    about = made.CPU | dict.fromkeys(("device", "commit", "torch"), hostile)
-    rows = [row | {"suite": "layer", "command": hostile} for row in made.layer_rows(about)]
-    rows += [a_row(**about, preset=hostile, command=hostile, implementation=hostile)]
-    text = tool("report_page").page(rows)
-    reader = read_html(text)
-    assert "<script" not in text and "x" not in reader.ids
-    assert hostile in reader.text
+def test_what_no_device_has_run_says_so(stored, written):
+    part = part_of(written[1], "DiT-XL/2, batch 128, autocast, H100")
+    lines = lines_of(part, "(triton") + lines_of(part, "(torch") + lines_of(part, "(inductor)")
+    assert len(lines) == sum(row["suite"] == "training" and row["device"] == "H100"
+                             for row in stored)  # fmt: skip
+    assert all("(predicted)" in line[3] for line in lines)
+    assert "No H100 has run what is predicted." in part and "ms" not in part.split("\n")[2]
+    assert "predicted" not in part_of(written[1], "DiT digits, batch 64, float32, AMD EPYC")
 
 
-def test_a_predicted_point_is_hollow(tool):
-    rows = [a_row(memory="predicted"), a_row(method="selective")]
-    svg = tool("report_tradeoff").tradeoff_figure(rows, "Time")
-    marks = re.split(r'<g id="[^"]*-tip-\d">', svg)[1:]
-    assert ["fill-opacity: 0" in mark.split("</g>")[0] for mark in marks] == [True, False]
+def test_every_table_says_where_it_comes_from(tool, stored, written):
+    parts = written[1].split("\n### ")[1:]
+    assert len(parts) == sum(len(tool("report_rows").tables(stored, suite))
+                             for suite in tool("report_rows").SUITES)  # fmt: skip
+    for part in parts:
+        words = " ".join(part.split())
+        assert re.search(
+            r"\d CPU threads, torch [\d.+a-z]+, triton [\d.]+, commit [0-9a-f]+", words
+        )
+        assert re.search(r"Printed by `(python benchmarks/\w+\.py|bash tools/demo\.sh)", words)
 
 
-def test_ways_with_the_optimizer_in_the_backward_stand_in_the_table_alone(tool):
-    rows = list(made.training_rows(num_blocks=(1, 2)))
-    inside = [row | {"optimizer_in_backward": True} for row in rows]
-    peaks = tool("report_peaks")
-    assert peaks.peaks_figure([*rows, *inside], "peaks") == peaks.peaks_figure(rows, "peaks")
-    both = peaks.composition_figure([*rows, *inside], "parts")
-    assert both == peaks.composition_figure(rows, "parts")
-    lines = [
-        line for _, group in tool("report_training").training_table(inside).groups for line in group
-    ]
-    assert all(line[0].note.endswith(", optimizer in backward") for line in lines)
+def test_two_commands_that_fill_one_table_are_both_named(tool):
+    rows = [a_row(suite="training"), a_row(suite="training", command="bash again.sh")]
+    text = tool("report_tables").about(rows)
+    assert text.endswith(
+        "Printed by `python benchmarks/training.py --family dit` and `bash again.sh`."
+    )
+    assert "The device copies 68.9 GB/s and multiplies 0.178 TFLOP/s." in text
+    assert "Times are medians of 15 rounds by wall clock." in text
 
 
 def test_a_measured_peak_is_not_divided_by_a_predicted_one(tool):
-    training = tool("report_training")
     rows = [a_row(memory="predicted"), a_row(method="selective")]
-    table = training.training_table(rows)
-    assert [line[4].text for line in table.groups[0][1]] == ["1.00", "–"]
+    table = tool("report_tables").table_of(rows)
+    assert [line[4] for line in table] == ["of eager", "1.00", "–"]
 
 
-def test_a_frontier_holds_what_nothing_beats(tool):
-    points = [(3, 1), (1, 9), (2, 4), (2, 5), (4, 1), (1.5, 9)]
-    rows = [{"sweep_ms": x, "peak_allocated_bytes": y} for x, y in points]
-    best = tool("report_tradeoff").frontier(rows)
-    assert [(row["sweep_ms"], row["peak_allocated_bytes"]) for row in best] == [
-        (1, 9), (2, 4), (3, 1),
+def test_a_row_measured_again_replaces_the_earlier_one_and_a_prediction_never(tool, tmp_path):
+    rows = [a_row(sweep_ms=1.0), a_row(sweep_ms=2.0), a_row(sweep_ms=None, memory="predicted")]
+    [table] = tool("report_rows").tables(read(tool, tmp_path, *rows), "training")
+    assert [row["sweep_ms"] for row in table] == [2.0]
+
+
+def test_the_setting_of_the_last_row_is_shown_alone(tool):
+    rows = [a_row(commit=commit, budget=n / 4) for n, commit in enumerate("abca")]
+    rows.append(a_row(device="another"))
+    [newest, other] = tool("report_rows").tables(rows, "training")
+    assert [row["commit"] for row in newest] == ["a", "a"]
+    assert [row["budget"] for row in newest] == [0.75, 0.0]
+    assert other[0]["device"] == "another"
+
+
+def test_ways_go_from_most_memory_to_least(tool):
+    rows = list(made.training_rows(made.CPU, num_blocks=(1, 3)))
+    [table] = tool("report_rows").tables(rows[::-1], "training")
+    assert table == rows[:1] + sorted(rows[1:], key=rows.index)[2:5] + rows[1:3] + [
+        row for count in (1, 3) for method in ("block_stock", "block_fused")
+        for policy in (None, *made.POLICIES) for offload in ("none", "cpu") for row in rows
+        if (count, method, policy, offload)
+        == (row["num_blocks"], row["method"], row["recompute"], row["offload"])
     ]  # fmt: skip
 
 
-def test_labels_are_spread_in_their_order(tool):
-    spread = tool("report_labels").spread
-    assert spread([5, 5.5, 50], 10, 0, 100) == [5, 15, 50]
-    assert spread([99, 98], 10, 0, 100) == [100, 90]
-    assert spread([1, 2, 3], 10, 0, 12) == [0, 6, 12] or spread([1, 2, 3], 10, 0, 12)[-1] == 12
+def test_methods_and_policies_are_those_of_the_package(tool, monkeypatch):
+    assert tuple(POLICIES) == tool("report_rows").POLICIES
+    names = set(tool("report_rows").METHODS)
+    assert set(tool("report_tables").LONG) == set(tool("report_pictures").COLOURS) == names
 
 
-def test_results_without_eager_or_categories_still_make_a_page(tool):
-    rows = [row | {"by_category": None} for row in made.training_rows(made.CPU, num_blocks=(2,))]
-    text = tool("report_page").page([row for row in rows if row["method"] != "end_to_end"])
-    assert "overhead" not in text and "What the peak is" not in text
-    assert "Time against memory" in text
+def test_text_from_the_results_is_escaped(tool, tmp_path):
+    hostile = '<script>&"\'--><b id="x">|'
+    rows = [row | {"device": hostile, "implementation": hostile} for row in made.ops_rows()]
+    file = made.write(tmp_path / "rows.jsonl", rows)
+    page, tables = tmp_path / "a.html", tmp_path / "a.md"
+    assert tool("report").main([str(file), "--page", str(page), "--tables", str(tables)]) == 0
+    reader = Reader(page.read_text())
+    assert "script" not in reader.tags and hostile in reader.text
+    assert hostile.replace("|", "\\|") in tables.read_text()
 
 
-def test_the_committed_results_make_a_page(tmp_path):
-    out = tmp_path / "report.html"
-    words = [sys.executable, "tools/report.py", "benchmarks/results", "--out", str(out)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(out)
-    assert "one layer, forward and backward" in out.read_text()
+def test_peaks_and_times_are_drawn_where_the_rows_say(tool):
+    rows = list(made.training_rows(made.CPU, num_blocks=(1, 3)))
+    titles, figures = zip(*((each.title, each.picture) for each in
+                            tool("report_pictures").pictures(rows)), strict=True)  # fmt: skip
+    assert titles == ("Peak memory by number of blocks", "Peak memory against time")
+    peaks, times = (figure.axes[0] for figure in figures)
+    lines = {line.get_label(): line for line in peaks.lines}
+    whole = {row["method"]: row["peak_allocated_bytes"] for row in rows[:3]}
+    assert set(lines["eager"].get_ydata()) == {whole["end_to_end"]}
+    assert set(lines["checkpointed, every layer"].get_ydata()) == {whole["checkpointed"]}
+    fused = [row for row in rows if (row["method"], row["offload"]) == ("block_fused", "none")]
+    most = [max(row["peak_allocated_bytes"] for row in fused if row["num_blocks"] == count)
+            for count in (1, 3)]  # fmt: skip
+    assert list(lines["fused layers"].get_ydata()) == most
+    drawn = {(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in times.lines}
+    assert drawn == {(row["sweep_ms"], row["peak_allocated_bytes"]) for row in rows}
 
 
-def test_a_page_that_cannot_be_written_is_named(tool, tmp_path, capsys):
-    file = made.write(tmp_path / "a.jsonl", made.layer_rows())
-    for out in (tmp_path, file / "page.html"):
-        status, error = run(tool, capsys, file, "--out", out)
-        assert status == 1
-        assert error.startswith(f"{out} must be a file that can be written, got ")
-    assert os.listdir(tmp_path) == ["a.jsonl"]
-    assert os.listdir(tmp_path.parent).count(tmp_path.name) == 1
+def test_a_picture_of_predictions_says_so_and_has_no_times(tool):
+    rows = list(made.training_rows(predicted=True, num_blocks=(1, 3)))
+    [peaks] = tool("report_pictures").pictures(rows)
+    assert peaks.picture.axes[0].get_ylabel() == "peak of a step, predicted"
 
 
-def test_readme_takes_no_out(tool, tmp_path):
-    with pytest.raises(SystemExit, match="2"):
-        tool("report").main([str(tmp_path), "--readme", "--out", "page.html"])
+def test_steps_share_an_axis_and_the_leanest_has_one_of_its_own(tool, stored):
+    [rows] = tool("report_rows").tables(stored, "timeline")
+    section = tool("report_pictures").timeline_section(rows)
+    *shared, alone = section.picture.axes
+    assert len(shared) == len(rows)
+    assert len({axes.get_ylim() for axes in shared}) == 1
+    assert alone.get_ylim()[1] == pytest.approx(1.05 * rows[-1]["peak_allocated_bytes"] / 2**30)
+    for axes, row in zip(shared, rows, strict=True):
+        top = max(area.get_paths()[0].vertices[:, 1].max() for area in axes.collections)
+        assert top == pytest.approx(row["peak_allocated_bytes"] / 2**30)
+        assert tool("report_tables").bytes_text(row["peak_allocated_bytes"]) in axes.get_title()
+
+
+def test_bars_stand_beside_the_ceiling_of_the_device(tool, stored):
+    *_, section = tool("report_pictures").pictures(stored)
+    [layer] = tool("report_rows").tables(stored, "layer")
+    axes = section.picture.axes[-1]
+    assert [bar.get_width() for bar in axes.patches] == [row["achieved_tflops"] for row in layer]
+    assert set(axes.lines[0].get_xdata()) == {layer[0]["matmul_tflops"]}
+
+
+def test_learning_is_drawn_over_the_updates_of_a_layer(tool):
+    rows = list(made.demo_rows())
+    [section] = tool("report_pictures").pictures(rows)
+    vit, _, accuracy = section.picture.axes
+    assert [line.get_label() for line in vit.lines] == [
+        "end to end", "block 0 of 3", "block 1 of 3", "block 2 of 3",
+    ]  # fmt: skip
+    assert np.allclose(vit.lines[2].get_xdata(), [500 / 3, 1000 / 3, 500])
+    assert list(vit.lines[2].get_ydata()) == rows[1]["loss"][1]
+    assert [list(line.get_ydata()) for line in accuracy.lines] == [
+        row["accuracy"] for row in rows[:2]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1 KiB"), (1.5 * 2**20, "1.5 MiB"),
+     (1000 * 2**20, "1000 MiB"), (2**30, "1 GiB"), (2**45, "32 TiB"), (2**55, "32768 TiB")],
+)  # fmt: skip
+def test_bytes_have_binary_units(tool, count, text):
+    assert tool("report_tables").bytes_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "a line must be one JSON object, got '{'"),
+        ("[1]", r"a line must be one JSON object, got '\[1\]'"),
+        (a_row(suite="speed"), "suite must be one of demo, .*, layer, ops, got 'speed'"),
+        ({"a": 1}, "suite must be one of demo, training, timeline, layer, ops, got None"),
+        ({"suite": ["a"]}, r"suite must be one of demo, .*, got \['a'\]"),
+        ({"op": "gelu"}, "a row of ops must have shape, dtype, direction"),
+        (a_row(method="magic"), "method must be one of end_to_end, .*, got 'magic'"),
+        (a_row(offload="some"), "offload must be one of none, cpu, got 'some'"),
+        (a_row(launch="late"), "launch must be one of ops, graph, got 'late'"),
+        (a_row(sweep_ms=-1), "sweep_ms must be a finite number from 0 on, got -1"),
+        (a_row(step_ms="fast"), "step_ms must be a finite number from 0 on, got 'fast'"),
+        (a_row(sweep_ms=float("nan")), "sweep_ms must be a finite number from 0 on, got nan"),
+        (a_row(peak_allocated_bytes=True), "peak_allocated_bytes must be a finite number"),
+    ],
+)
+def test_a_bad_line_is_named_and_nothing_is_written(tool, tmp_path, capsys, line, message):
+    text = line if isinstance(line, str) else json.dumps(line)
+    file = tmp_path / "bad.jsonl"
+    file.write_text(f"{json.dumps(a_row())}\n\n{text}\n")
+    assert tool("report").main([str(file), "--page", str(tmp_path / "page.html")]) == 1
+    assert re.fullmatch(rf"{file}:3: {message}.*\n", capsys.readouterr().err)
+    assert os.listdir(tmp_path) == ["bad.jsonl"]
+
+
+def test_a_path_without_results_is_named(tool, tmp_path, capsys):
+    (tmp_path / "rows.json").write_text("{}")
+    assert tool("report").main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"{tmp_path} must hold results as *.jsonl, got none\n"
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff")
+    for path in (tmp_path / "absent.jsonl", tmp_path):
+        assert tool("report").main([str(path)]) == 1
+        assert ".jsonl must be a file of JSON lines, got " in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_named_and_an_older_one_stays(
+    tool, tmp_path, capsys, monkeypatch
+):
+    file = made.write(tmp_path / "a.jsonl", made.ops_rows())
+    assert tool("report").main([str(file), "--page", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"{tmp_path} must be a file that can be written, got ")
+    (tmp_path / "page.html").write_text("older")
+
+    def full(source, target):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert tool("report").main([str(file), "--page", str(tmp_path / "page.html")]) == 1
+    assert "no space left" in capsys.readouterr().err
+    assert (tmp_path / "page.html").read_text() == "older"
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "page.html"]

@@ -76,28 +76,10 @@ def files_run(function: Callable[[], object], folder: Path) -> set[Path]:
 def make_step() -> Callable[[], object]:
     """A training step of a tiny DiT, every setting the default but for its sizes."""
     # what counts lines alone needs neither torch nor a package that works
-    import torch
+    from dbkernels import DiffusionBlocks, DiT, Trainer, open_data
 
-    from dbkernels.data.images import ImageData
-    from dbkernels.diffusion.gaussian import LogNormal
-    from dbkernels.models import DiTConfig
-    from dbkernels.training.run import PartitionConfig, RunConfig
-    from dbkernels.training.trainer_config import TrainerConfig
-
-    config = RunConfig(
-        family="dit",
-        model=DiTConfig(dim=16, depth=3, num_heads=2, image_size=4, channels=1, num_classes=3),
-        data="",
-        weighting="edm",
-        label_drop=0.0,
-        mirror=False,
-        shift=0,
-        partition=PartitionConfig(),
-        prior=LogNormal(),
-        trainer=TrainerConfig(steps=2, batch_size=4),
-    )
-    images = torch.linspace(-1, 1, 128).view(8, 1, 4, 4).numpy()
-    trainer = config.trainer_on("cpu", ImageData(images, torch.arange(8) % 3, 3))
+    model = DiT(DiT.preset("digits").resized({"dim": 16, "depth": 3, "num_heads": 2}))
+    trainer = Trainer(DiffusionBlocks(model), open_data("digits"), steps=2, batch_size=4)
     return lambda: trainer.step_block(trainer.next_block())
 
 

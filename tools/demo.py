@@ -1,56 +1,55 @@
-"""The main job: the same networks end to end and in 3 blocks, side by side, on real digits."""
+"""The demo: two models learn digits, end to end and in three blocks, on a CPU in a few minutes."""
 
 import json
-import os
-import subprocess
+import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import tyro
-from demo_report import write_report
-from digit_features import accuracy, all_images, features_of, train_classifier
+from digit_features import DigitClassifier, train_classifier
+from machine import machine
+from matplotlib.figure import Figure
+from page import Section, html, write_whole
+from report_pictures import learning_section
+from report_rows import Row
+from report_tables import about, table_of
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-from dbkernels.data.images import open_data
-from dbkernels.diffusion.gaussian import LogNormal, cdf_grid
-from dbkernels.memory.measure import MEASURED
-from dbkernels.models import dit, vit
-from dbkernels.ops import Draw
-from dbkernels.planning.measure import profile_trainer
-from dbkernels.training.evaluation import (
-    block_losses,
-    evaluate_classifier,
-    frechet_distance,
-    loss_at,
-)
-from dbkernels.training.inference import generate
-from dbkernels.training.log import read_log
-from dbkernels.training.run import PartitionConfig, RunConfig, load_run, train
-from dbkernels.training.trainer import TrainerConfig
+from dbkernels import DiffusionBlocks, DiT, Draw, LogNormal, Trainer, ViT, measure_peak, open_data
+from dbkernels.data.augment import drop_labels
+from dbkernels.training.diffusion_blocks import load_weights
+from dbkernels.training.evaluation import frechet_distance
 
-NUM_BLOCKS = (1, 3)
-LEVELS = {"vit": 3, "dit": 30}  # of the samplers
-GUIDANCE = 1.5
-# ten labels of unit length can be read off z below sigma = 0.3, where the published prior has half
-# of its mass; about it, a block must look at the image
-LABEL_PRIOR = LogNormal(mean=0.0)
-# end to end, the ViT sees the noisiest levels alone, where nothing of the label is left in z: it is
-# the ordinary classifier, a harder opponent than one network for all levels
-CLASSIFIER_PRIOR = LogNormal(mean=0.0, sigma_min=79.0)
-PRIORS = {
-    ("vit", 1): CLASSIFIER_PRIOR,
-    ("vit", 3): LABEL_PRIOR,
+CLASSES, SHOWN = 10, 8  # digits of each class in the picture
+POINTS = 50  # of a line of losses
+LEVELS, GUIDANCE = 30, 1.5  # of the sampler
+# below sigma = 0.3 the label can be read off the noisy target, and a block that trains there alone
+# need not look at the image, so the ViT's noise is stronger than the published prior. End to end it
+# has the most noise alone and is the ordinary classifier, which is harder to beat
+NOISE = {
+    ("vit", 1): LogNormal(mean=0.0, sigma_min=79.0),
+    ("vit", 3): LogNormal(mean=0.0),
     ("dit", 1): LogNormal(),
     ("dit", 3): LogNormal(),
 }
-SHOWN_PER_CLASS = 10
-TIMED_STEPS = 8
+TITLE = "Training a network block by block, against end to end"
+INTRODUCTION = """Training a deep network normally keeps what every layer computed in memory until
+the backward pass has used it. DiffusionBlocks (arXiv:2506.14202) reads the network as a machine
+that removes noise little by little, and gives each group of layers, a *block*, its own range of
+noise. Each block is then trained alone, so a step keeps the activations of one block. Here a ViT
+learns to classify and a DiT to generate 8 x 8 images of handwritten digits, each once end to end
+and once in 3 blocks. A *step* trains one block; a *sweep* is a step of every block. Every layer
+gets the same number of updates."""
+HOW_TO_READ = """*Saved* is what the forward leaves for the backward. End to end has the same
+fused layers. The ViT starts from pure noise and answers after each Euler
+step; the last answer counts. The Fréchet distance compares generated digits with real ones in the
+features of a small classifier; lower is better."""
 
 
 @dataclass(frozen=True)
@@ -58,180 +57,179 @@ class Demo:
     """Train a ViT and a DiT on digits, end to end and in 3 blocks, and compare them."""
 
     out: Path = Path("runs/demo")
-    """A folder of its own is made in here: the runs, demo.json and report.html."""
-    classifier: TrainerConfig = field(
-        default_factory=lambda: TrainerConfig(
-            steps=500, batch_size=128, lr=2e-3, warmup=20, decay="cosine"
-        )
-    )
-    generator: TrainerConfig = field(
-        default_factory=lambda: TrainerConfig(
-            steps=1000, batch_size=64, lr=2e-3, warmup=20, decay="cosine", ema=0.99
-        )
-    )
+    """A folder of its own is made in here for the page and the numbers."""
+    classifier_steps: int = 500
+    """Updates of every layer of the ViT."""
+    generator_steps: int = 1000
+    """Updates of every layer of the DiT."""
     per_class: int = 100
-    """Generated digits of each class that the Fréchet distance is measured on."""
+    """Digits of each class that the DiT generates."""
 
     def run(self) -> None:
-        begin = time.time()
-        folder = self.out / time.strftime("%Y%m%d-%H%M%S")
+        begin, folder = time.time(), self.out / time.strftime("%Y%m%d-%H%M%S")
+        setting = asdict(machine(torch.device("cpu"))) | {"command": "bash tools/demo.sh"}
+        setting |= {"suite": "demo", "preset": "digits"}
+        (images, labels), (unseen, answers) = (everything(split) for split in ("train", "test"))
+        judge = train_classifier(images, labels, seed=0)
+        rows, shown = [], {"real": images[_in_rows(labels)]}
         with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
-            results = {
-                "device": f"CPU, {torch.get_num_threads()} threads",
-                "torch": torch.__version__,
-                "commit": _commit(),
-                "command": "bash tools/demo.sh",
-                "classification": [self._classify(n, folder, progress) for n in NUM_BLOCKS],
-                **self._generation(folder, progress),
-            }
-        results["seconds"] = time.time() - begin
-        _write_json(results, folder / "demo.json")
-        write_report(results, folder / "report.html")
-        Console().print(_table(results))
-        print(f"report: {folder / 'report.html'}  ({results['seconds']:.0f} s in all)")
+            for family, count in NOISE:
+                blocks, row = self._train(family, count, progress)
+                if family == "vit":
+                    row |= classified(blocks)
+                else:
+                    made, asked = self._generate(blocks)
+                    row |= judged(judge, made, asked, images)
+                    shown[row["name"]] = made[_in_rows(asked)]
+                rows.append(setting | row)
+        right = 100 * judge.accuracy(unseen, answers)
+        note = f"The small classifier is right on {right:.1f} % of unseen digits, "
+        note += f"which are at a Fréchet distance of {distance(judge, unseen, images):.3g}."
+        write_whole(folder / "demo.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(folder / "report.html", html(TITLE, sections(rows, shown, note)))
+        Console().print(terminal_table(rows, note))
+        print(f"report: {folder / 'report.html'}  ({time.time() - begin:.0f} s in all)")
 
-    def _config(self, family: str, num_blocks: int) -> RunConfig:
-        return RunConfig(
-            family=family,
-            model={"vit": vit, "dit": dit}[family].PRESETS["digits"],
-            data="digits",
-            weighting={"vit": "none", "dit": "edm"}[family],
-            label_drop={"vit": 0.0, "dit": 0.1}[family],
-            mirror=False,
-            shift=0,
-            partition=PartitionConfig(num_blocks=num_blocks),
-            prior=PRIORS[family, num_blocks],
-            trainer={"vit": self.classifier, "dit": self.generator}[family],
+    def _train(self, family: str, count: int, progress: Progress) -> tuple[DiffusionBlocks, Row]:
+        """Train one model; what every row says of it."""
+        torch.manual_seed(0)
+        model = {"vit": ViT, "dit": DiT}[family].from_preset("digits")
+        blocks = DiffusionBlocks(model, count, process=NOISE[family, count])
+        is_vit = family == "vit"
+        trainer = Trainer(
+            blocks,
+            open_data("digits"),
+            steps=self.classifier_steps if is_vit else self.generator_steps,
+            batch_size=128 if is_vit else 64,
+            lr=2e-3,
+            warmup=20,
+            decay="cosine",
+            ema=0.0 if is_vit else 0.99,
+            augment=None if is_vit else partial(drop_labels, share=0.1, null=CLASSES),
         )
+        name = "end to end" if count == 1 else f"{count} blocks"
+        task = progress.add_task(f"{family}, {name}", total=trainer.total_steps)
+        losses: list[list[float]] = [[] for _ in blocks]
+        seconds: list[list[float]] = [[] for _ in blocks]
+        while trainer.step < trainer.total_steps:
+            block, begin = trainer.next_block(), time.perf_counter()
+            losses[block.index].append(trainer.step_block(block)["loss"])
+            seconds[block.index].append(time.perf_counter() - begin)
+            progress.advance(task)
+        load_weights(blocks, trainer.tensors().get("ema", {}))
+        each = [1e3 * statistics.median(times) for times in seconds]
+        row = {"family": family, "num_blocks": count, "name": name}
+        row |= {"updates": trainer.config.steps, "loss": [_means(line) for line in losses]}
+        return blocks, row | memory(trainer) | {"step_ms": sum(each) / count, "sweep_ms": sum(each)}
 
-    def _train(self, family: str, num_blocks: int, folder: Path, progress: Progress) -> dict:
-        """Train one run and tell what every run tells."""
-        config, run = self._config(family, num_blocks), folder / f"{family}-{num_blocks}"
-        name = "end to end" if num_blocks == 1 else f"{num_blocks} blocks"
-        total = config.trainer.steps * num_blocks
-        task = progress.add_task(f"{family}, {name}", total=total)
-        train(config, run, device="cpu", on_step=lambda row: progress.advance(task))
-        measured = profile_trainer(
-            config.trainer_on("cpu", open_data(config.data)), steps=min(TIMED_STEPS, total)
+    def _generate(self, blocks: DiffusionBlocks) -> tuple[Tensor, Tensor]:
+        """Digits, and what was asked for."""
+        asked = torch.arange(CLASSES).repeat_interleave(self.per_class)
+        levels = blocks.process.grid(LEVELS, "cdf")
+        return blocks.sample({"label": asked}, levels, Draw(0, step=0), guidance=GUIDANCE), asked
+
+
+def everything(split: str) -> tuple[Tensor, Tensor]:
+    """All digits of a split and their labels."""
+    data = open_data("digits", split)
+    batch = data.batch(torch.arange(len(data)))
+    return batch["image"], batch["label"]
+
+
+def memory(trainer: Trainer) -> Row:
+    """Peak of the costliest block's step, and what its forward leaves; trains a step of each."""
+    optimizers = [group.optimizer for group in trainer.groups.values()]
+    peaks = [
+        measure_peak(
+            partial(trainer.step_block, block), model=trainer.blocks, optimizers=optimizers
         )
-        blocks = config.partition.blocks(config.model.depth, config.prior)
-        return {
-            **measured,
-            "name": name,
-            "num_blocks": num_blocks,
-            "run": str(run),
-            "updates_per_layer": config.trainer.steps,
-            "prior": [config.prior.mean, config.prior.std],
-            "loss": [[r["step"], r["block"], r["loss"]] for r in read_log(run / "log.jsonl")],
-            "blocks": [
-                {
-                    "index": block.index,
-                    "layers": block.layers,
-                    "low": block.noise.low,
-                    "high": block.noise.high,
-                    "trained_low": block.trained_noise.low,
-                    "trained_high": block.trained_noise.high,
-                }
-                for block in blocks
-            ],
-        }
-
-    def _classify(self, num_blocks: int, folder: Path, progress: Progress) -> dict:
-        result = self._train("vit", num_blocks, folder, progress)
-        config, models = load_run(Path(result["run"]), device="cpu")
-        data = open_data("digits", "test")
-        grid = cdf_grid(config.prior, LEVELS["vit"])
-        evaluated = evaluate_classifier(models, data, grid, seed=0)
-        return {
-            **result,
-            "levels": evaluated.levels,
-            "accuracy": evaluated.accuracy,
-            "ce_at_sigma_max": loss_at(models, data, config.prior.sigma_max, seed=0),
-            "ce_by_block": block_losses(models, data, config.prior, seed=0),
-        }
-
-    def _generation(self, folder: Path, progress: Progress) -> dict:
-        images, labels = all_images(open_data("digits", "train"))
-        held_out, held_out_labels = all_images(open_data("digits", "test"))
-        judge = train_classifier(open_data("digits", "train"), seed=0)
-        features = partial(features_of, judge)
-        runs = []
-        for num_blocks in NUM_BLOCKS:
-            result = self._train("dit", num_blocks, folder, progress)
-            config, models = load_run(Path(result["run"]), device="cpu")
-            asked = torch.arange(10).repeat_interleave(self.per_class)
-            levels = cdf_grid(config.prior, LEVELS["dit"])
-            made = generate(models, asked, levels, Draw(0, step=0), guidance=GUIDANCE)
-            shown = torch.arange(len(asked)).view(10, -1)[:, :SHOWN_PER_CLASS].flatten()
-            runs.append(
-                {
-                    **result,
-                    "frechet": frechet_distance(features(made), features(images)),
-                    "recognised": accuracy(judge, made, asked),
-                    "images": _pixels(made[shown]),
-                    "image_labels": asked[shown].tolist(),
-                }
-            )
-        order = torch.cat([(labels == k).nonzero()[:SHOWN_PER_CLASS, 0] for k in range(10)])
-        return {
-            "generation": runs,
-            "real_images": _pixels(images[order]),
-            "real_frechet": frechet_distance(features(held_out), features(images)),
-            "judge_accuracy": accuracy(judge, held_out, held_out_labels),
-        }
+        for block in trainer.blocks
+    ]
+    saved = max(peak.saved_bytes for peak in peaks)
+    return {"peak_bytes": max(peak.total_bytes for peak in peaks), "saved_bytes": saved}
 
 
-def _pixels(images: Tensor) -> list:
-    """Images in [-1, 1], (N, 1, H, W), as nested lists of 0 to 255."""
-    return ((images[:, 0] + 1) * 127.5).round().clamp(0, 255).int().tolist()
+def classified(blocks: DiffusionBlocks) -> Row:
+    """How well a classifier answers on digits that it has not seen."""
+    found = blocks.evaluate(open_data("digits", "test"))
+    accuracy = found.metrics["accuracy"]
+    figures = {"accuracy": accuracy, "final_accuracy": accuracy[-1]}
+    return figures | {"cross_entropy": found.loss_at_most_noise}
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return found.stdout.strip() or "unknown"
+def judged(judge: DigitClassifier, made: Tensor, asked: Tensor, images: Tensor) -> Row:
+    """How alike generated digits are to real ones, and to what was asked for."""
+    return {"frechet": distance(judge, made, images), "recognised": judge.accuracy(made, asked)}
 
 
-def _write_json(results: dict, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(results) + "\n")
-    os.replace(temporary, path)
+@torch.no_grad()
+def distance(judge: DigitClassifier, made: Tensor, images: Tensor) -> float:
+    """Fréchet distance in the judge's features."""
+    return frechet_distance(judge.features(made), judge.features(images))
 
 
-def _table(results: dict) -> Table:
-    """Every run a column, every figure a row."""
-    runs = [*results["classification"], *results["generation"]]
-    baselines = {id(run): group[0] for group in (runs[:2], runs[2:]) for run in group}
-    table = Table(title="digits, held-out test split; the same updates for every layer")
-    table.add_column("")
-    for kind, run in zip(["ViT", "ViT", "DiT", "DiT"], runs, strict=True):
-        table.add_column(f"{kind}\n{run['name']}", justify="right")
+def sections(rows: list[Row], shown: dict[str, Tensor], note: str) -> list[Section]:
+    """What the page says.
 
-    def row(name, text):
-        table.add_row(name, *(text(run) for run in runs))
+    Args:
+        rows:   of the demo
+        shown:  images to draw, a panel for each name
+        note:   what is known of the judge
+    """
+    introduction, words = (" ".join(text.split()) for text in (INTRODUCTION, HOW_TO_READ))
+    return [
+        Section("What this is", introduction),
+        Section(
+            "What it saves and what it costs", words, transposed(rows), f"{note} {about(rows)}"
+        ),
+        learning_section(rows),
+        Section("Generated digits beside real ones", DIGITS, picture=digits_picture(shown)),
+    ]
 
-    row("accuracy, last step", lambda r: f"{r['accuracy'][-1]:.2%}" if "accuracy" in r else "")
-    row("accuracy, first step", lambda r: f"{r['accuracy'][0]:.2%}" if "accuracy" in r else "")
-    row(
-        "cross-entropy at sigma_max",
-        lambda r: f"{r['ce_at_sigma_max']:.3f}" if "ce_at_sigma_max" in r else "",
-    )
-    row("Fréchet distance *", lambda r: f"{r['frechet']:.3f}" if "frechet" in r else "")
-    row("recognised as asked *", lambda r: f"{r['recognised']:.1%}" if "recognised" in r else "")
-    row("peak, MiB", lambda r: f"{r['peak_bytes'] / 2**20:.1f}")
-    for category in MEASURED:
-        name = f"  {category.replace('_', ' ')}, MiB"
-        row(name, lambda r, category=category: f"{r['by_category'][category] / 2**20:.1f}")
-    row("kept for backward, MiB", lambda r: f"{r['saved_bytes'] / 2**20:.1f}")
-    row("  of end to end", lambda r: f"{r['saved_bytes'] / baselines[id(r)]['saved_bytes']:.3f}")
-    row("ms per step", lambda r: f"{r['seconds_per_step'] * 1e3:.1f}")
-    row("ms per sweep of all blocks", lambda r: f"{r['seconds_per_sweep'] * 1e3:.1f}")
-    table.caption = (
-        "* in the features of a small classifier trained on the digits "
-        f"({results['judge_accuracy']:.1%} accurate); real held-out digits are at "
-        f"{results['real_frechet']:.3f}"
-    )
+
+DIGITS = "Each line asked for one digit. Look for strokes that join, and for variety in a line."
+
+
+def transposed(rows: list[Row]) -> list[list[str]]:
+    """A column for each model, a line for each figure."""
+    (model, trained, *lines) = [list(line) for line in zip(*table_of(rows), strict=True)]
+    heads = [f"{a}, {b}" for a, b in zip(model[1:], trained[1:], strict=True)]
+    return [["", *heads], *lines]
+
+
+def terminal_table(rows: list[Row], note: str) -> Table:
+    """The same for a terminal."""
+    heads, *lines = transposed(rows)
+    table = Table(title="Unseen digits, after the same number of updates of every layer")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left")
+    for line in lines:
+        table.add_row(*(f"[b]{cell[2:-2]}[/b]" if cell.startswith("**") else cell for cell in line))
+    table.caption = f"{' '.join(HOW_TO_READ.split()).replace('*', '')} {note}"
+    table.caption_justify = "left"
     return table
+
+
+def digits_picture(shown: dict[str, Tensor]) -> Figure:
+    """Draw images (10 * SHOWN, 1, H, W), class after class, in a panel for each name."""
+    figure = Figure((3.6 * len(shown), 4.2), layout="constrained")
+    for axes, (name, images) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
+        grid = images[:, 0].unflatten(0, (CLASSES, -1))  # (10, SHOWN, H, W)
+        axes.imshow(grid.permute(0, 2, 1, 3).flatten(2).flatten(0, 1), "gray", vmin=-1, vmax=1)
+        axes.set_axis_off()
+        axes.set_title(name)
+    return figure
+
+
+def _in_rows(labels: Tensor) -> Tensor:
+    """The first SHOWN places of each class."""
+    return torch.cat([(labels == k).nonzero()[:SHOWN, 0] for k in range(CLASSES)])
+
+
+def _means(losses: list[float]) -> list[float]:
+    """Means over runs of steps, few enough to store."""
+    parts = torch.tensor(losses).split(-(-len(losses) // POINTS))
+    return [float(f"{part.mean():.4g}") for part in parts]
 
 
 if __name__ == "__main__":

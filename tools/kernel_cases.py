@@ -222,15 +222,15 @@ ENTRIES = [
     Case(
         "add_noise",
         "fwd",
-        lambda s: (*s.tokens(), s.levels(), *s.tokens(), *s.draw(), True, 0.5),
+        lambda s: (*s.tokens(), s.levels(), s.levels(), *s.tokens(), *s.draw()),
         timed=False,
     ),
     Case(
         "score_loss",
         "fwd",
         lambda s: (
-            *(*s.tokens(2), s.levels(), s.levels(), s.empty(s.B, T, s.D, dtype=torch.bool)),
-            *(*s.tokens(2), s.levels(), *s.draw(), 0.5, 1.0),
+            *(*s.tokens(2), s.levels(), s.levels(), s.levels()),
+            *(s.empty(s.B, T, s.D, dtype=torch.bool), *s.tokens(2), s.levels(), *s.draw(), 1.0),
         ),
         timed=False,
     ),

@@ -1,145 +1,283 @@
-"""A table of the report of benchmarks: made once, written as HTML or as Markdown."""
+"""Tables of the report: what each column says of a row, and the six lines of the README."""
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from html import escape
-from itertools import compress
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from report_text import NOTHING
+from report_rows import Row, is_plain, is_predicted
 
-Best = Literal["min", "max"] | None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One figure."""
-
-    text: str = NOTHING
-    note: str = ""  # small, below it; in Markdown only beside the name of a line
-    value: float | None = None  # that decides which is best
-    predicted: bool = False
-    best: bool = False
+Table = list[list[str]]
+MISSING = "–"
+FAMILIES = {"vit": "ViT", "dit": "DiT"}
+LONG = {
+    "end_to_end": "eager",
+    "compiled": "torch.compile",
+    "checkpointed": "checkpointed, every layer",
+    "selective": "checkpointed, selective",
+    "block_stock": "eager layers",
+    "block_fused": "fused layers",
+}
 
 
-@dataclass(frozen=True)
-class Column:
-    """A heading, and which of its figures is set in bold."""
+def bytes_text(count: float) -> str:
+    """Write bytes with three digits and their binary unit, such as "1.5 MiB"."""
+    power = min(max(int(count).bit_length() - 1, 0) // 10, 4)
+    value = count / 1024**power
+    text = f"{value:.0f}" if power == 0 or value >= 100 else f"{value:.3g}"
+    return f"{text} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def number_text(value: float) -> str:
+    """Write a number with three digits or more, such as "80.7", "129.6" or "2,525"."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:#.3g}"
+
+
+def ratio_text(ratio: float) -> str:
+    """Write a ratio with two digits after the point, and more where it is small."""
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:#.2g}"
+
+
+def blocks_text(count: int) -> str:
+    """Name a number of blocks: "end to end", or "3 blocks"."""
+    return "end to end" if count == 1 else f"{count} blocks"
+
+
+def shares_text(shares: Sequence[float]) -> str:
+    """Write shares of 1, such as "97.2, 96.1, 95.8 %"."""
+    return f"{', '.join(f'{100 * share:.1f}' for share in shares)} %"
+
+
+def case_text(row: Row) -> str:
+    """Name a case, such as "DiT-S/2, batch 64, float32"."""
+    if "family" in row:
+        join = "-" if "/" in row["preset"] else " "
+        name = f"{FAMILIES[row['family']]}{join}{row['preset']}"
+        return f"{name}, batch {row['batch']}, {row['dtype']}"
+    sizes = [f"{k} = {row[k]}" for k in ("B", "T", "dim", "num_heads", "hidden") if k in row]
+    return f"{', '.join(sizes) or ' x '.join(map(str, row['shape']))}, {row['dtype']}"
+
+
+def way_text(row: Row) -> str:
+    """Name a way, such as "fused layers, qkv (cpp)"."""
+    parts = [LONG[row["method"]] if "method" in row else row["impl"].removesuffix("_budget")]
+    parts += [row["recompute"]] if row.get("recompute") else []
+    parts += [] if row.get("budget") is None else [f"budget {row['budget']:g}"]
+    parts += ["optimizer in backward"] if row.get("optimizer_in_backward") else []
+    parts += ["as a CUDA graph"] if row.get("launch") == "graph" else []
+    return f"{', '.join(parts)} ({row['implementation']})"
+
+
+def place_text(row: Row) -> str:
+    """Say which blocks are on the device: "all", or "1 of 3"."""
+    return "all" if row["offload"] == "none" else f"1 of {row['num_blocks']}"
+
+
+def about(rows: Sequence[Row]) -> str:
+    """Say where the rows of a table come from: the device, the commit and the commands."""
+    row = rows[0]
+    parts = [f"No {row['device']} has run what is predicted."] * any(map(is_predicted, rows))
+    driver = f", driver {row['driver']}" if row["driver"] else ""
+    parts.append(
+        f"{row['device']}{driver}, {row['threads']} CPU threads, torch {row['torch']}, "
+        f"triton {row['triton']}, commit {row['commit'] or 'unknown'}."
+    )
+    if row.get("copy_gbps"):
+        rates = f"copies {row['copy_gbps']:.4g} GB/s and multiplies {row['matmul_tflops']:.3g}"
+        parts.append(f"The device {rates} TFLOP/s.")
+    timed = {f"{r['rounds']} rounds by {r['timing']}" for r in rows if r.get("timing")}
+    parts += [f"Times are medians of {' or '.join(sorted(timed))}."] if timed else []
+    commands = dict.fromkeys(f"`{r['command']}`" for r in rows)
+    return f"{' '.join(parts)} Printed by {' and '.join(commands)}."
+
+
+class Column(NamedTuple):
+    """A heading, what a cell says of its row and of the eager row, and which number is best."""
 
     title: str
-    best: Best = None
-    left: bool = False  # aligned; figures are at the right
+    text: Callable[[Row, Row | None], str]
+    value: str = ""  # of the row; "" where nothing is best
+    best: Callable[[set[float]], float] = min
 
 
-@dataclass(frozen=True)
-class Table:
-    """Lines in groups, of which each has its best figures; the first cell names its line."""
+def _number(title: str, name: str, text: Callable[[float], str], best=None) -> Column:
+    """A column of one number of each row."""
 
-    columns: tuple[Column, ...]
-    groups: tuple[tuple[str, tuple[tuple[Cell, ...], ...]], ...]  # a title, and lines
-    heading: str = ""  # over the titles of groups, which are a column in Markdown
+    def cell(row: Row, _: Row | None) -> str:
+        mark = " (predicted)" if name == "peak_allocated_bytes" and is_predicted(row) else ""
+        return MISSING if row.get(name) is None else text(row[name]) + mark
 
-    def marked(self) -> "Table":
-        """Set the best figures of each group in bold, where it has more than one to choose from."""
-        groups = ((title, tuple(_marked(lines, self.columns))) for title, lines in self.groups)
-        return replace(self, groups=tuple(groups))
+    return Column(title, cell, name if best else "", best or min)
 
 
-def _marked(
-    lines: Sequence[tuple[Cell, ...]], columns: Sequence[Column]
-) -> Iterable[tuple[Cell, ...]]:
-    goals = []
-    for column, cells in zip(columns, zip(*lines, strict=True), strict=True):
-        values = [cell.value for cell in cells if cell.value is not None]
-        pick = {"min": min, "max": max, None: None}[column.best]
-        goals.append(pick(values) if pick and len(set(values)) > 1 else None)
-    for line in lines:
-        yield tuple(
-            replace(cell, best=goal is not None and cell.value == goal)
-            for cell, goal in zip(line, goals, strict=True)
-        )
+def _ratio(name: str, title: str = "of eager") -> Column:
+    """A column of ratios to eager; what was measured is not divided by what is predicted."""
+
+    def cell(row: Row, eager: Row | None) -> str:
+        alike = eager and row[name] and eager[name] and is_predicted(row) == is_predicted(eager)
+        return ratio_text(row[name] / eager[name]) if alike else MISSING
+
+    return Column(title, cell)
 
 
-def html_table(table: Table) -> str:
-    """Write a table as an element that scrolls sideways where it is too wide.
-
-    Args:
-        table:  to write
-    Returns:
-        HTML.
-    """
-    heads = "".join(
-        f'<th scope="col"{"" if column.left else " class=number"}>{inline_html(column.title)}</th>'
-        for column in table.columns
-    )
-    body = ""
-    for title, lines in table.groups:
-        rows = "".join(f"<tr>{_html_line(line, table.columns)}</tr>\n" for line in lines)
-        group = f'<tr><th scope="rowgroup" colspan="{len(table.columns)}">{escape(title)}</th></tr>'
-        body += f"<tbody>{group if title else ''}\n{rows}</tbody>"
-    return (
-        '<div class="scroll" tabindex="0"><table class="figures">'
-        f"<thead><tr>{heads}</tr></thead>{body}</table></div>"
+def _category(title: str, *names: str) -> Column:
+    return Column(
+        title, lambda row, _: bytes_text(sum(row["by_category"].get(name, 0) for name in names))
     )
 
 
-def _html_line(line: Sequence[Cell], columns: Sequence[Column]) -> str:
-    name, *rest = line
-    cells = f'<th scope="row">{inline_html(name.text)}{_small(name)}</th>'
-    for cell, column in zip(rest, columns[1:], strict=True):
-        text = f"<b>{escape(cell.text)}</b>" if cell.best else escape(cell.text)
-        cells += f"<td{'' if column.left else ' class=number'}>{text}{_small(cell)}</td>"
-    return cells
+def _spread(row: Row, _: Row | None) -> str:
+    low, high = row.get("p20_ms"), row.get("p80_ms")
+    return MISSING if low is None else f"{number_text(low)} to {number_text(high)}"
 
 
-def _small(cell: Cell) -> str:
-    notes = ", ".join(filter(None, ("predicted" if cell.predicted else "", cell.note)))
-    return f"<small>{escape(notes)}</small>" if notes else ""
+def _share_of_copies(row: Row, _: Row | None) -> str:
+    rate = row.get("same_size_copy_gbps") or row.get("copy_gbps")
+    return ratio_text(row["achieved_gbps"] / rate) if rate else MISSING
 
 
-def inline_html(text: str) -> str:
-    """Write a line of Markdown that has nothing but `code`.
+SPREAD = Column("p20 to p80", _spread)
+WAY = Column("way", lambda row, _: way_text(row))
+PEAK = (
+    Column("blocks", lambda row, _: str(row["num_blocks"])),
+    WAY,
+    Column("on the device", lambda row, _: place_text(row)),
+    _number("peak", "peak_allocated_bytes", bytes_text, min),
+    _ratio("peak_allocated_bytes"),
+)
+STEP = _number("step, ms", "step_ms", number_text, min)
+SWEEP = (_number("sweep, ms", "sweep_ms", number_text, min), _ratio("sweep_ms"))
+MEDIAN = (_number("ms", "median_ms", number_text, min), SPREAD, _ratio("median_ms"))
+COLUMNS = {
+    "demo": (
+        Column("model", lambda row, _: FAMILIES[row["family"]]),
+        Column("trained", lambda row, _: blocks_text(row["num_blocks"])),
+        _number("accuracy after each step", "accuracy", shares_text),
+        _number("cross-entropy at the most noise", "cross_entropy", number_text, min),
+        _number("Fréchet distance", "frechet", number_text, min),
+        _number("recognised as asked", "recognised", lambda share: shares_text([share]), max),
+        _number("peak", "peak_bytes", bytes_text, min),
+        _ratio("peak_bytes", "of end to end"),
+        _number("saved", "saved_bytes", bytes_text, min),
+        _ratio("saved_bytes", "of end to end"),
+        STEP,
+        SWEEP[0],
+        _ratio("sweep_ms", "of end to end"),
+    ),
+    "training": (
+        *PEAK,
+        _number("reserved", "peak_reserved_bytes", bytes_text),
+        _number("saved", "saved_bytes", bytes_text),
+        STEP,
+        SPREAD,
+        *SWEEP,
+        _number("samples/s", "samples_per_second", number_text, max),
+        _number(
+            "of matmul rate", "share_of_matmul_rate", lambda share: f"{100 * share:.0f} %", max
+        ),
+    ),
+    "timeline": (
+        *PEAK,
+        _category("parameters", "parameters"),
+        _category("optimizer", "optimizer"),
+        _category("saved activations", "saved_activations"),
+        _category("gradients", "gradients"),
+        _category("temporaries", "temporaries", "workspaces"),
+        Column("op at the peak", lambda row, _: row["at"]),
+    ),
+    "layer": (
+        WAY,
+        _number("saved, dim per token", "saved_units", "{:.2f}".format, min),
+        _number("peak", "peak_bytes", bytes_text, min),
+        _ratio("peak_bytes"),
+        *MEDIAN,
+        _number("TFLOP/s", "achieved_tflops", "{:.3g}".format, max),
+    ),
+    "ops": (
+        Column("op", lambda row, _: f"{row['op']} {row['direction']}"),
+        WAY,
+        *MEDIAN,
+        _number("bytes to move", "bytes_moved", bytes_text),
+        _number("GB/s", "achieved_gbps", "{:.3g}".format, max),
+        Column("of copies", _share_of_copies),
+        _number("allocates", "allocated_bytes", bytes_text, min),
+    ),
+}
+RIVALS = {"demo": ("family",), "training": ("num_blocks",), "ops": ("op", "direction")}
+
+
+def _is_eager(row: Row) -> bool:
+    """Whether a row is what ratios are to."""
+    if "method" in row:
+        return row["method"] == "end_to_end" and is_plain(row)
+    return row["num_blocks"] == 1 if row["suite"] == "demo" else row["impl"] == "eager"
+
+
+def table_of(rows: Sequence[Row]) -> Table:
+    """Lay out the rows of a table; columns that say nothing of any row are left out.
 
     Args:
-        text:  of the line
+        rows:  of `report_rows.tables`
     Returns:
-        HTML, escaped.
+        the headings, then a line for each row; the best number of each group of rivals is bold.
     """
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
+    suite = rows[0]["suite"]
+    lines, columns, groups = [], COLUMNS[suite], {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in RIVALS.get(suite, ())), []).append(row)
+    for rivals in groups.values():
+        # blocks are compared with end to end, which is another group
+        base = next(filter(_is_eager, rows if "method" in rows[0] else rivals), None)
+        lines += [[_cell(column, row, base, rivals) for column in columns] for row in rivals]
+    told = [any(line[k] != MISSING for line in lines) for k in range(len(columns))]
+    lines.insert(0, [column.title for column in columns])
+    return [[cell for cell, tells in zip(line, told, strict=True) if tells] for line in lines]
 
 
-def markdown_table(table: Table) -> str:
-    """Write a table as Markdown, without columns that say nothing.
+def _cell(column: Column, row: Row, base: Row | None, rivals: Sequence[Row]) -> str:
+    text = column.text(row, base)
+    values = {rival.get(column.value) for rival in rivals} - {None}
+    is_best = len(values) > 1 and row.get(column.value) == column.best(values)
+    return f"**{text}**" if is_best else text
+
+
+QKV = {"recompute": "qkv", "offload": "none"}
+CIFAR, DIGITS = ({"family": "vit", "preset": name} for name in ("cifar100", "digits"))
+FIGURES = (  # a title, a name, how it is written, the case, and the way in 3 blocks
+    ("Peak memory, DiT-XL/2, batch 128", "peak_allocated_bytes", bytes_text,
+     {"preset": "XL/2", "batch": 128}, {"recompute": "layer", "offload": "cpu"}),
+    ("Peak memory, ViT cifar100, batch 64", "peak_allocated_bytes", bytes_text, CIFAR, QKV),
+    ("Time of a sweep in ms, ViT cifar100", "sweep_ms", number_text, CIFAR, QKV),
+    ("Time of a sweep in ms, ViT digits", "sweep_ms", number_text, DIGITS, QKV),
+    ("Accuracy on unseen digits, ViT", "final_accuracy", lambda share: shares_text([share]),
+     DIGITS | {"suite": "demo"}, {}),
+    ("Fréchet distance of generated digits, DiT", "frechet", number_text,
+     {"suite": "demo", "family": "dit"}, {}),
+)  # fmt: skip
+
+
+def headline(rows: Sequence[Row]) -> tuple[Table, str]:
+    """The six figures of the README, each with its device and the command that printed it.
 
     Args:
-        table:  to write
+        rows:  of all suites; the last one of a kind counts
     Returns:
-        lines without a last end of line.
+        the table, whose last column has a letter for each command, and what the letters mean.
     """
-    columns = [Column(table.heading, left=True)] if table.heading else []
-    columns += table.columns
-    lines = [
-        [_markdown(column.title) for column in columns],
-        ["---" if column.left else "---:" for column in columns],
-    ]
-    for title, group in table.groups:
-        first = [_markdown(title)] if table.heading else []
-        lines += [[*first, _named(line[0]), *map(_markdown_cell, line[1:])] for line in group]
-    told = [any(cell != NOTHING for cell in column) for column in zip(*lines[2:], strict=True)]
-    lines = [list(compress(line, told)) for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    commands: dict[str, str] = {}
+    lines = [["figure", "end to end", "checkpointed", "3 blocks", "device", "printed by"]]
+    for title, name, text, case, way in FIGURES:
+        ends = ({"num_blocks": 1}, {"method": "checkpointed"}, {"num_blocks": 3} | way)
+        case = {"suite": "training"} | case
+        same = [row for row in rows if _has(row, case) and not row.get("optimizer_in_backward")]
+        found = [[row for row in same if _has(row, end)] for end in ends]
+        found[0] = list(filter(_is_eager, found[0]))
+        if found[0] and found[2]:
+            row = found[2][-1]
+            letter = commands.setdefault(row["command"], "ABCDEF"[len(commands)])
+            cells = [text(each[-1][name]) if each else MISSING for each in found]
+            where = f"{row['device']}{', predicted' if is_predicted(row) else ''}"
+            lines.append([title, *cells, where, letter])
+    return lines, "; ".join(f"{letter}: `{command}`" for command, letter in commands.items())
 
 
-def _named(cell: Cell) -> str:
-    return f"{_markdown(cell.text)} ({_markdown(cell.note)})" if cell.note else _markdown(cell.text)
-
-
-def _markdown_cell(cell: Cell) -> str:
-    text = _markdown(cell.text)
-    text = f"**{text}**" if cell.best else text
-    return f"{text} (predicted)" if cell.predicted else text
-
-
-def _markdown(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+def _has(row: Row, wanted: Row) -> bool:
+    return all(row.get(name) == value for name, value in wanted.items())

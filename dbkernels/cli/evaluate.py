@@ -16,8 +16,6 @@ from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
 from dbkernels.data.images import ImageData, open_data
-from dbkernels.diffusion.gaussian import cdf_grid
-from dbkernels.training.evaluation import block_losses, evaluate_classifier, loss_at
 from dbkernels.training.run import RunConfig, load_run
 
 Row = dict[str, object]
@@ -64,7 +62,7 @@ class Evaluate:
 
     def _row(self, directory: Path) -> Row:
         device = pick_device(self.device)
-        config, models = load_run(
+        config, blocks = load_run(
             directory,
             which=self.checkpoint,
             averaged=self.weights == "average",
@@ -72,25 +70,24 @@ class Evaluate:
         )
         data = open_data(self.data or config.data, self.split, config.model.num_classes)
         _check_shape(config, data)
+        found = blocks.evaluate(data, levels=self.levels, seed=self.seed)
+        setting = asdict(config)
+        del setting["trainer"]["seed"]
         row: Row = {
             "run": str(directory),
             "family": config.family,
-            "num_blocks": len(models.blocks),
+            "num_blocks": len(blocks),
             "seed": config.trainer.seed,
-            "block_losses": block_losses(models, data, config.prior, seed=self.seed),
-            "loss_at_sigma_max": loss_at(models, data, config.prior.sigma_max, seed=self.seed),
+            "block_losses": found.block_losses,
+            "loss_at_sigma_max": found.loss_at_most_noise,
         }
-        if config.family == "vit":
-            grid = cdf_grid(config.prior, self.levels)
-            row |= asdict(evaluate_classifier(models, data, grid, seed=self.seed))
-        setting = asdict(config)
-        del setting["trainer"]["seed"]
+        if found.metrics:
+            row |= {"levels": found.levels, **found.metrics}
         return {**row, "setting": json.dumps(setting, sort_keys=True)}
 
 
 def _check_shape(config: RunConfig, data: ImageData) -> None:
-    size = config.model.image_size
-    expected = (config.model.channels, size, size)
+    expected = config.model.fields()["image"].shape
     if tuple(data.image_shape) != expected:
         raise ValueError(
             f"images must be {expected}, as the run was trained, got {tuple(data.image_shape)}"

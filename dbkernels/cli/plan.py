@@ -3,14 +3,17 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dbkernels.cli.shape import FamilyName
 from dbkernels.cli.table import table
+from dbkernels.cli.train import FAMILY_HELP, PRESET_HELP
 from dbkernels.memory.allocator import target_named
 from dbkernels.memory.units import bytes_from, in_words
+from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName
 from dbkernels.planning import search
 from dbkernels.planning.estimate import OP_SECONDS, SHARE, STATE
 from dbkernels.planning.recipe import Recipe, of_preset
@@ -28,10 +31,8 @@ class Plan:
 
     memory: str
     """Memory of the device: a number and one of KiB, MiB, GiB, TiB, such as 24GiB."""
-    family: FamilyName = "vit"
-    """vit classifies images; dit generates them."""
-    preset: str = "digits"
-    """Sizes of the model; vit: cifar100, digits; dit: S/2, B/2, L/2, XL/2, digits."""
+    family: Annotated[FamilyName, tyro.conf.arg(help=FAMILY_HELP)] = DEFAULT_FAMILY
+    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "digits"
     batch: int = 128
     """Samples of a step; a plan may cut them into micro-batches."""
     autocast: bool = False
@@ -65,7 +66,7 @@ class Plan:
 def _nothing_fits(recipe: Recipe, memory: int, answer: search.Answer) -> str:
     """One sentence: the smallest plan, what it needs, and what would fit instead."""
     least = answer.smallest.recipe
-    needed = answer.smallest.estimate.peak_bytes + search.context_bytes(recipe.device)
+    needed = answer.smallest.peak_bytes + search.context_bytes(recipe.device)
     instead = "no preset of the family fits"
     if answer.largest:
         instead = f"the largest preset of the family that fits is {answer.largest}"
@@ -83,10 +84,10 @@ def rows_of(recipe: Recipe, memory: int, answer: search.Answer) -> Iterator[Row]
     common = {name: recipe.settings()[name] for name in asked}
     common |= {"memory": memory, "context": search.context_bytes(recipe.device)}
     for name, plan in (("end to end", answer.whole), ("fastest plan", answer.plans[0])):
-        parts = search.shares(plan.estimate, answer.outside)
+        parts = search.shares(plan, answer.outside)
         limit = max((part for part in parts if part != search.FREE), key=parts.__getitem__)
         row = {"row": "limit", "of": name, "limit": limit, "by_category": parts}
-        yield {**common, **row, "peak_reserved_bytes": plan.estimate.peak_bytes}
+        yield {**common, **row, "peak_reserved_bytes": plan.peak_bytes}
     for plan in answer.plans:
         yield {
             **common,
@@ -95,9 +96,9 @@ def rows_of(recipe: Recipe, memory: int, answer: search.Answer) -> Iterator[Row]
             "recompute": plan.recipe.recompute,
             "offload": plan.recipe.offload,
             "micro_batch": plan.recipe.micro_batch,
-            "peak_reserved_bytes": plan.estimate.peak_bytes,
-            "by_category": plan.estimate.by_category,
-            "flops": plan.estimate.flops,
+            "peak_reserved_bytes": plan.peak_bytes,
+            "by_category": plan.by_category,
+            "flops": plan.flops,
             "seconds_per_sweep": plan.seconds,
             "relative_time": plan.seconds / answer.whole.seconds,
             "command": _command(plan.recipe),

@@ -4,7 +4,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 
 from dbkernels.cli.device import pick_device
@@ -14,9 +16,10 @@ from dbkernels.cli.profile_tables import (
     not_measured,
     predicted_tables,
 )
-from dbkernels.cli.shape import FamilyName
+from dbkernels.cli.train import FAMILY_HELP, PRESET_HELP
 from dbkernels.memory.allocator import Target, target_named, target_of
 from dbkernels.memory.timeline import draw, write_timeline
+from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.planning import budgets
 from dbkernels.planning.budgets import GROWTH, Budget
@@ -33,10 +36,8 @@ class Profile:
     device and with one. With --measure the same steps are run for real beside it.
     """
 
-    family: FamilyName = "vit"
-    """vit classifies images; dit generates them."""
-    preset: str = "digits"
-    """Sizes of the model; vit: cifar100, digits; dit: S/2, B/2, L/2, XL/2, digits."""
+    family: Annotated[FamilyName, tyro.conf.arg(help=FAMILY_HELP)] = DEFAULT_FAMILY
+    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "digits"
     batch: int = 128
     """Samples of a step; made up, of the preset's shape."""
     num_blocks: str = "1,2,3,4,6"

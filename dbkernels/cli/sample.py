@@ -1,7 +1,6 @@
 """`python -m dbkernels sample`."""
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,18 +12,19 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
-from dbkernels.diffusion.gaussian import cdf_grid, karras_grid
+from dbkernels.diffusion.process import Spacing
+from dbkernels.diffusion.samplers import Sampler
+from dbkernels.models.registry import family_named
 from dbkernels.ops.philox import Draw
-from dbkernels.training.inference import generate
 from dbkernels.training.run import load_run
+from dbkernels.whole_file import whole_file
 
-GRIDS = {"cdf": cdf_grid, "karras": karras_grid}
 ENLARGE_TO = 64  # pixels; smaller images are drawn this large in the picture
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Generate images with a trained dit, as one picture (.png) or as numbers (.npy)."""
+    """Generate images with a trained model, as one picture (.png) or as numbers (.npy)."""
 
     run_dir: Positional[Path]
     """Directory of a run."""
@@ -34,9 +34,9 @@ class Sample:
     """Images of each class."""
     levels: int = 50
     """Noise levels, so evaluations of the network (about twice as many for heun)."""
-    grid: Literal["cdf", "karras"] = "cdf"
+    grid: Spacing = "cdf"
     """Spacing of the levels; cdf uses every block about equally often."""
-    sampler: Literal["euler", "heun"] = "euler"
+    sampler: Sampler = "euler"
     """euler evaluates once per level; heun corrects each step and wants the karras grid."""
     guidance: float | None = None
     """Scale of classifier-free guidance, 1 for none; where labels were dropped in training it is 2,
@@ -53,19 +53,18 @@ class Sample:
     def run(self) -> None:
         self._check()
         device = pick_device(self.device)
-        config, models = load_run(
+        config, blocks = load_run(
             self.run_dir,
             which=self.checkpoint,
             averaged=self.weights == "average",
             device=device,
         )
-        if config.family != "dit":
-            raise ValueError(f"sample needs a run of dit, got one of {config.family}")
-        labels = torch.arange(config.model.num_classes, device=device)
-        images = generate(
-            models,
-            labels.repeat_interleave(self.per_class),
-            GRIDS[self.grid](config.prior, self.levels),
+        prompts = family_named(config.family).prompts
+        if prompts is None:
+            raise ValueError(f"sample needs a run that generates, got one of {config.family}")
+        images = blocks.sample(
+            prompts(config.model, self.per_class, device),
+            config.prior.grid(self.levels, self.grid),
             Draw(self.seed, step=0),
             guidance=self._guidance(config.label_drop),
             sampler=self.sampler,
@@ -98,13 +97,11 @@ class Sample:
 
 def write_images(images: Tensor, path: Path, per_row: int) -> None:
     """Write images in [-1, 1] (N, C, H, W) as a grid or as they are, whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
+    with whole_file(path) as file:
         if path.suffix == ".npy":
             np.save(file, images.numpy(), allow_pickle=False)
         else:
             picture(images, per_row).save(file, format="PNG")
-    os.replace(temporary, path)
 
 
 def picture(images: Tensor, per_row: int) -> Image.Image:

@@ -4,24 +4,27 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from rich.console import Console
 from rich.progress import Progress, TimeRemainingColumn
 from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
-from dbkernels.cli.shape import FamilyName, fitted, preset, resized
 from dbkernels.data.images import open_data
 from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.models.registry import FAMILIES, FamilyName, family_named
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.training.pending import Row
 from dbkernels.training.run import PartitionConfig, RunConfig, train
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import TrainerConfig
 
-# squared errors take the EDM weight; cross-entropy is better without (arXiv:2506.14202's code)
-DEFAULT_WEIGHTING = {"vit": "none", "dit": "edm"}
+FAMILY_HELP = "; ".join(f"{name} {entry.summary}" for name, entry in FAMILIES.items()) + "."
+PRESET_HELP = "Sizes of the model by name. " + " ".join(
+    f"{name}: {', '.join(entry.model.presets)}." for name, entry in FAMILIES.items()
+)
 
 
 # values are judged where the configuration is made: the parser would name its own inner fields
@@ -48,14 +51,12 @@ class TrainerFlags(TrainerConfig):
 class Train:
     """Train a model block by block, or end to end with --num-blocks 1."""
 
-    family: Positional[FamilyName]
-    """vit classifies images; dit generates them."""
+    family: Annotated[Positional[FamilyName], tyro.conf.arg(help=FAMILY_HELP)]
     out: Path
     """Directory of the run: its configuration, log and checkpoints."""
     data: str = "digits"
     """digits (scikit-learn's), or a path: a folder of images, .npz, CIFAR's files, latents .npy."""
-    preset: str = "digits"
-    """Sizes of the model; vit: cifar100, digits; dit: S/2, B/2, L/2, XL/2, digits."""
+    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "digits"
     patch: int = 0
     """Pixels, or cells of a latent, per side of a patch; 0 keeps the preset's."""
     dim: int = 0
@@ -67,9 +68,9 @@ class Train:
     recompute: Recompute = "none"
     """What a layer's backward computes again instead of keeping it: more saves more memory."""
     weighting: Literal["auto", "none", "edm", "normalised", "published"] = "auto"
-    """Weight of the noise levels in the loss; auto is none for vit and edm for dit."""
+    """Weight of the noise levels in the loss; auto is the family's own."""
     label_drop: float = 0.0
-    """Share of labels dropped in training, for classifier-free guidance; dit only."""
+    """Share of labels dropped in training, for classifier-free guidance."""
     mirror: bool = False
     """Mirror images left to right at random."""
     shift: int = 0
@@ -96,13 +97,17 @@ class Train:
         if not self.data:
             raise ValueError("data must be digits or a path, got an empty text")
         sizes = {k: getattr(self, k) for k in ("patch", "dim", "depth", "num_heads")}
-        model = fitted(resized(preset(self.family, self.preset), sizes), open_data(self.data))
-        automatic = DEFAULT_WEIGHTING[self.family]
+        for name, size in sizes.items():
+            if size < 0:
+                raise ValueError(f"{name} must be positive, or 0 for the preset's, got {size}")
+        entry = family_named(self.family)
+        own = entry.model.preset(self.preset).resized({k: v for k, v in sizes.items() if v})
+        model = own.fitted(open_data(self.data))
         return RunConfig(
             family=self.family,
             model=replace(model, recompute=self.recompute),
             data=self.data,
-            weighting=automatic if self.weighting == "auto" else self.weighting,
+            weighting=entry.weighting if self.weighting == "auto" else self.weighting,
             label_drop=self.label_drop,
             mirror=self.mirror,
             shift=self.shift,

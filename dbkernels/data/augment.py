@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from dbkernels.data.images import Batch
-from dbkernels.ops.philox import Draw, uniforms
-from dbkernels.ops.randomness import stream_seed
+from dbkernels.ops.philox import Draw, stream_seed, uniforms
 
 DROP, MIRROR, ROWS, COLUMNS = range(4)  # what a number is for; each purpose has a stream of its own
 
@@ -61,4 +60,4 @@ def shift(batch: Batch, draw: Draw, *, pixels: int) -> Batch:
 def _numbers(draw: Draw, purpose: int, like: Tensor) -> Tensor:
     """(B,) uniform in (0, 1], independent of the noise and of the numbers of other purposes."""
     own = replace(draw, seed=stream_seed(draw.seed, purpose))
-    return uniforms(own, len(like), like.device)
+    return uniforms(own, len(like), device=like.device)

@@ -19,14 +19,9 @@ class CifarLayout(NamedTuple):
     num_classes: int
 
 
+CIFAR_10_BATCHES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 CIFAR = (
-    CifarLayout(
-        "cifar-10-batches-bin",
-        tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-        ("test_batch.bin",),
-        1,
-        10,
-    ),
+    CifarLayout("cifar-10-batches-bin", CIFAR_10_BATCHES, ("test_batch.bin",), 1, 10),
     CifarLayout("cifar-100-binary", ("train.bin",), ("test.bin",), 2, 100),
 )
 

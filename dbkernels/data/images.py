@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -26,13 +26,30 @@ from torch import Tensor
 from dbkernels.data.cifar import find_cifar, read_cifar
 from dbkernels.data.formats import Arrays, Images, read_digits, read_latents, read_npz
 from dbkernels.data.image_folder import read_folder
-from dbkernels.ops.randomness import generator
+from dbkernels.ops.philox import generator
 
-Batch = dict[str, Tensor]  # "image": (B, C, H, W) float32; "label": (B,) int64
+Batch = dict[str, Tensor]  # of images: "image" (B, C, H, W) float32 and "label" (B,) int64
 Put = Callable[[Tensor], Tensor]  # brings a tensor of the host to where it is used
 
 # ends the key of the sample order, so that no other user of (seed, block, step) shares its stream
 _ORDER_STREAM = 1
+
+
+class Data(Protocol):
+    """What a trainer reads: samples by index, from 0 to the length."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor, put: Put = lambda tensor: tensor) -> Batch:
+        """Read some samples.
+
+        Args:
+            indices:  (B,) int64, each in [0, len(self)); repeats are allowed
+            put:      brings what was read to where the batch is wanted, such as `Staging.put`
+        Returns:
+            Tensors (B, ...) by name.
+        """
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,18 +71,13 @@ class ImageData:
         return len(self.labels)
 
     def batch(self, indices: Tensor, put: Put = lambda tensor: tensor) -> Batch:
-        """Read some samples.
+        """As `Data.batch`: "image", (B, C, H, W) float32, and "label", (B,) int64.
 
-        Args:
-            indices:  (B,) int64, each in [0, len(self)); repeats are allowed
-            put:      brings what was read to where the batch is wanted, such as `Staging.put`
-        Returns:
-            "image", (B, C, H, W) float32, and "label", (B,) int64.
         Raises:
             ValueError: the indices are malformed, an image file cannot be used, or a
                 floating-point image is not finite in float32.
         """
-        indices = self._checked(indices)
+        indices = check_indices(indices, len(self))
         pixels = self.images[indices.numpy()]
         if pixels.dtype == np.uint8:
             # as bytes, a quarter of what they are in float32
@@ -74,16 +86,20 @@ class ImageData:
             image = put(_finite(pixels, indices))
         return {"image": image, "label": put(self.labels[indices])}
 
-    def _checked(self, indices: Tensor) -> Tensor:
-        if indices.ndim != 1 or indices.dtype != torch.int64:
-            raise ValueError(
-                f"indices must be (B,) int64, got {tuple(indices.shape)} {indices.dtype}"
-            )
-        indices = indices.cpu()
-        outside = indices[(indices < 0) | (indices >= len(self))]
-        if len(outside):
-            raise ValueError(f"indices must be in [0, {len(self)}), got {outside[0].item()}")
-        return indices
+
+def check_indices(indices: Tensor, count: int) -> Tensor:
+    """Indices of samples, (B,) int64, on the host.
+
+    Raises:
+        ValueError: they have another shape or dtype, or one is not in [0, count).
+    """
+    if indices.ndim != 1 or indices.dtype != torch.int64:
+        raise ValueError(f"indices must be (B,) int64, got {tuple(indices.shape)} {indices.dtype}")
+    indices = indices.cpu()
+    outside = indices[(indices < 0) | (indices >= count)]
+    if len(outside):
+        raise ValueError(f"indices must be in [0, {count}), got {outside[0].item()}")
+    return indices
 
 
 def _scaled(pixels: Tensor) -> Tensor:

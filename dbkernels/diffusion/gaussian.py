@@ -10,21 +10,18 @@ overlap: Shing et al. 2026 (arXiv:2506.14202), section 3.3 and appendix C.
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 import torch
 from scipy.special import ndtr, ndtri
 from torch import Tensor
 
-from dbkernels.diffusion.interval import Interval
-
-Scheme = Literal["equal_probability", "log_uniform", "linear"]
+from dbkernels.diffusion.process import Interval, Scheme, Spacing
 
 
 @dataclass(frozen=True)
 class LogNormal:
-    """The prior over sigma."""
+    """The Gaussian process: the prior over sigma, a `Process`."""
 
     mean: float = -1.2
     """Mean of ln sigma."""
@@ -116,31 +113,81 @@ class LogNormal:
             max(interval.low / alpha, self.sigma_min), min(interval.high * alpha, self.sigma_max)
         )
 
+    def level_at(self, interval: Interval, u: Tensor) -> Tensor:
+        """The inverse cdf of the prior cut to one interval.
 
-def sigma_at(prior: LogNormal, interval: Interval, u: Tensor) -> Tensor:
-    """The inverse cdf of the prior cut to one interval.
+        Args:
+            interval:  inside the range; units of z
+            u:         (...) float64 in [0, 1]; uniform numbers give levels from the cut prior
+        Returns:
+            (...) float32, each above `low` and up to `high`.
+        Raises:
+            ValueError: the interval leaves the range, or u is not float64.
+        """
+        if interval.low < self.sigma_min or interval.high > self.sigma_max:
+            raise ValueError(
+                f"the interval must lie in [{self.sigma_min}, {self.sigma_max}], "
+                f"got [{interval.low}, {interval.high}]"
+            )
+        # float32 has 2**24 numbers in [0, 1), of which 0 is one
+        if u.dtype != torch.float64:
+            raise ValueError(f"u must be torch.float64, got {u.dtype}")
+        q_low, q_high = self.cdf(interval.low), self.cdf(interval.high)
+        q = q_low + u * (q_high - q_low)
+        sigma = torch.exp(self.mean + self.std * torch.special.ndtri(q))
+        return sigma.float().clamp(_float32_above(interval.low), _float32_up_to(interval.high))
 
-    Args:
-        prior:     over sigma
-        interval:  inside the prior's range; units of z
-        u:         (B,) float64 in [0, 1]; uniform numbers give levels from the cut prior
-    Returns:
-        (B,) float32, each above `low` and up to `high`.
-    Raises:
-        ValueError: the interval leaves the range, or u is not float64.
-    """
-    if interval.low < prior.sigma_min or interval.high > prior.sigma_max:
-        raise ValueError(
-            f"the interval must lie in [{prior.sigma_min}, {prior.sigma_max}], "
-            f"got [{interval.low}, {interval.high}]"
-        )
-    # float32 has 2**24 numbers in [0, 1), of which 0 is one
-    if u.dtype != torch.float64:
-        raise ValueError(f"u must be torch.float64, got {u.dtype}")
-    q_low, q_high = prior.cdf(interval.low), prior.cdf(interval.high)
-    q = q_low + u * (q_high - q_low)
-    sigma = torch.exp(prior.mean + prior.std * torch.special.ndtri(q))
-    return sigma.float().clamp(_float32_above(interval.low), _float32_up_to(interval.high))
+    def grid(self, count: int, spacing: Spacing = "cdf", *, rho: float = 7.0) -> list[float]:
+        """Levels from sigma_max down to sigma_min.
+
+        Args:
+            count:    how many
+            spacing:  cdf crosses the same mass of the prior with each step, so that all blocks
+                      serve about equally often; karras is equal in sigma**(1 / rho), equation 5
+                      of Karras et al. without its last step to zero
+            rho:      of karras
+        Raises:
+            ValueError: count is below 2, the spacing is unknown, or rho is not positive.
+        """
+        if count < 2:
+            raise ValueError(f"a grid needs at least 2 levels, got {count}")
+        if spacing == "cdf":
+            return [self.at_mass(i / (count - 1)) for i in reversed(range(count))]
+        if spacing != "karras":
+            raise ValueError(f"spacing must be cdf or karras, got {spacing}")
+        if not rho > 0:
+            raise ValueError(f"rho must be positive, got {rho}")
+        high, low = self.sigma_max ** (1 / rho), self.sigma_min ** (1 / rho)
+        inner = [(high + i / (count - 1) * (low - high)) ** rho for i in range(1, count - 1)]
+        return [self.sigma_max, *inner, self.sigma_min]
+
+    def start(self, noise: Tensor, level: float, sigma_data: float) -> Tensor:
+        """The start of a sampler: the marginal at sigma, N(0, sigma**2 + sigma_data**2).
+
+        Args:
+            noise:       unit normal numbers
+            level:       sigma, the first of the sampler
+            sigma_data:  standard deviation of the clean target
+        """
+        return noise * (level**2 + sigma_data**2) ** 0.5
+
+    def weight(self, level: Tensor, sigma_data: float) -> Tensor:
+        """(sigma**2 + sigma_data**2) / (sigma * sigma_data)**2, table 1's lambda."""
+        return (level**2 + sigma_data**2) / (level * sigma_data) ** 2
+
+    def mean_weight(self, interval: Interval, sigma_data: float) -> float:
+        """Mean of `weight` under the prior cut to one interval.
+
+        The weight is sigma**-2 + sigma_data**-2, and for ln sigma = mean + std * n with n normal
+        and cut to [a, b]:
+
+            E[sigma**-2] = exp(2 std**2 - 2 mean) * (Phi(b + 2 std) - Phi(a + 2 std))
+                           / (Phi(b) - Phi(a))
+        """
+        a, b = ((math.log(s) - self.mean) / self.std for s in (interval.low, interval.high))
+        tilted = ndtr(b + 2 * self.std) - ndtr(a + 2 * self.std)
+        inverse_square = math.exp(2 * self.std**2 - 2 * self.mean) * tilted / (ndtr(b) - ndtr(a))
+        return float(inverse_square) + sigma_data**-2
 
 
 def _float32_above(level: float) -> float:
@@ -154,36 +201,3 @@ def _float32_up_to(level: float) -> float:
     """The greatest number of float32 that does not exceed a level."""
     nearest = np.float32(level)
     return float(nearest if float(nearest) <= level else np.nextafter(nearest, np.float32(0)))
-
-
-def cdf_grid(prior: LogNormal, count: int) -> list[float]:
-    """Levels from sigma_max down to sigma_min, equally spaced in probability.
-
-    One inner step crosses the same mass everywhere, so that all blocks serve about equally often.
-
-    Raises:
-        ValueError: count is below 2.
-    """
-    _check_count(count)
-    return [prior.at_mass(i / (count - 1)) for i in reversed(range(count))]
-
-
-def karras_grid(prior: LogNormal, count: int, *, rho: float = 7.0) -> list[float]:
-    """Levels from sigma_max down to sigma_min, equally spaced in sigma**(1 / rho).
-
-    Karras et al. 2022, equation 5, without its last step to zero.
-
-    Raises:
-        ValueError: count is below 2, or rho is not positive.
-    """
-    _check_count(count)
-    if not rho > 0:
-        raise ValueError(f"rho must be positive, got {rho}")
-    high, low = prior.sigma_max ** (1 / rho), prior.sigma_min ** (1 / rho)
-    inner = [(high + i / (count - 1) * (low - high)) ** rho for i in range(1, count - 1)]
-    return [prior.sigma_max, *inner, prior.sigma_min]
-
-
-def _check_count(count: int) -> None:
-    if count < 2:
-        raise ValueError(f"a grid needs at least 2 levels, got {count}")

@@ -9,21 +9,12 @@ more evaluation there gives the result, as in the published code of arXiv:2506.1
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, float], Tensor]
-
-
-def start(noise: Tensor, sigma_max: float, sigma_data: float) -> Tensor:
-    """The start of a sampler, of the noisiest marginal N(0, sigma_max**2 + sigma_data**2).
-
-    Args:
-        noise:       unit normal numbers
-        sigma_max:   the highest level
-        sigma_data:  standard deviation of the clean target
-    """
-    return noise * (sigma_max**2 + sigma_data**2) ** 0.5
+Sampler = Literal["euler", "heun"]
 
 
 def euler(denoiser: Denoiser, z: Tensor, levels: Sequence[float]) -> Tensor:
@@ -59,6 +50,9 @@ def heun(denoiser: Denoiser, z: Tensor, levels: Sequence[float]) -> Tensor:
         corrected = (predicted - denoiser(predicted, following)) / following
         z = z + (following - level) * (slope + corrected) / 2
     return denoiser(z, levels[-1])
+
+
+SAMPLERS = {"euler": euler, "heun": heun}
 
 
 def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:

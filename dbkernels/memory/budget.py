@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dbkernels.memory.allocator import target_named
-from dbkernels.memory.measure import Prediction, predict_peak
+from dbkernels.memory.measure import Prediction, predict, record
 from dbkernels.memory.units import bytes_from, in_words
 
 
@@ -44,7 +44,8 @@ def require_within(
         raise ValueError(f"model must be on the CPU, got one on {', '.join(devices) or 'nothing'}")
     device = target_named(target)
     step()
-    found = predict_peak(step, model=model, optimizers=optimizers, inputs=inputs, target=device)
+    owners = {"model": model, "optimizers": optimizers, "inputs": inputs}
+    found = predict(record(step, **owners, workspace=device.workspace), device)
     if found.peak_allocated_bytes > limit:
         raise AssertionError(_excess(found, limit))
     return found

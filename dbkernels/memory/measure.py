@@ -11,7 +11,7 @@ added: workspaces by a table, and the rules of the caching allocator.
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,6 +23,7 @@ from dbkernels.memory.allocator import Placement, Target, place
 from dbkernels.memory.tracker import CATEGORIES, WORKSPACES, Trace, Tracker, Workspace
 
 MEASURED = CATEGORIES[:WORKSPACES]  # what an op allocates inside itself is not seen
+CPU = torch.device("cpu")
 HOST = "DefaultCPUAllocator: "  # torch has no class for a host that is out of memory
 
 
@@ -68,22 +69,16 @@ def measure_peak(
         ValueError: optimizers or inputs is no sequence, or the device is not told.
     """
     device = _only_device(model, inputs) if device is None else _indexed(device)
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        gc.collect()
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    trace = record(step, model=model, optimizers=optimizers, inputs=inputs, device=device)
-    if on_gpu:
-        torch.cuda.synchronize(device)
+    with allocator_peak(device) if device.type == "cuda" else nullcontext({}) as own:
+        trace = record(step, model=model, optimizers=optimizers, inputs=inputs, device=device)
     peak = trace.peak()
     return Peak(
         total_bytes=peak.total_bytes,
         by_category=dict(zip(MEASURED, peak.by_category, strict=False)),
         saved_bytes=trace.saved,
         at=trace.name(peak.op),
-        allocated_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
-        reserved_bytes=torch.cuda.max_memory_reserved(device) if on_gpu else None,
+        allocated_bytes=own.get("allocated_bytes"),
+        reserved_bytes=own.get("reserved_bytes"),
     )
 
 
@@ -91,9 +86,9 @@ def record(
     step: Callable[[], object],
     *,
     model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    inputs: Sequence[Tensor],
-    device: torch.device,
+    optimizers: Sequence[Optimizer] = (),
+    inputs: Sequence[Tensor] = (),
+    device: torch.device = CPU,
     workspace: Workspace | None = None,
 ) -> Trace:
     """Run `step` once and log every storage of a device, each under what it is for.
@@ -116,10 +111,10 @@ def record(
 
 def _check_owners(optimizers: Sequence[Optimizer], inputs: Sequence[Tensor]) -> None:
     for name, values, kind in (("optimizers", optimizers, Optimizer), ("inputs", inputs, Tensor)):
-        got = None if isinstance(values, Sequence) else type(values).__name__
-        for value in values if got is None else ():
-            got = got or (None if isinstance(value, kind) else f"a {type(value).__name__} in it")
-        if got is not None:
+        known = isinstance(values, Sequence)
+        wrong = [type(v).__name__ for v in values if not isinstance(v, kind)] if known else []
+        if wrong or not known:
+            got = f"a {wrong[0]} in it" if known else type(values).__name__
             raise ValueError(f"{name} must be a sequence of {kind.__name__}, got {got}")
 
 
@@ -206,38 +201,6 @@ class Prediction:
         return replace(self, trace=None, placement=None)
 
 
-def predict_peak(
-    step: Callable[[], object],
-    *,
-    model: nn.Module,
-    optimizers: Sequence[Optimizer] = (),
-    inputs: Sequence[Tensor] = (),
-    target: Target,
-) -> Prediction:
-    """Run `step` once, on fake tensors of the CPU, and tell what it will need on a target.
-
-    Args:
-        step:        of a model that was made under the same `FakeTensorMode`, which is on
-        model:       what is on the device: its parameters, buffers and gradients
-        optimizers:  likewise; their state should be there, or its creation counts as the step's
-        inputs:      tensors of the caller that stay alive, read or not
-        target:      the device that is predicted
-    Returns:
-        Prediction. The device's context and other processes are not in it.
-    Raises:
-        ValueError: optimizers or inputs is no sequence.
-    """
-    trace = record(
-        step,
-        model=model,
-        optimizers=optimizers,
-        inputs=inputs,
-        device=torch.device("cpu"),
-        workspace=target.workspace,
-    )
-    return predict(trace, target)
-
-
 def predict(trace: Trace, target: Target) -> Prediction:
     """What a run needs on a target.
 
@@ -266,43 +229,34 @@ def _placed(trace: Trace, placement: Placement | None) -> Trace:
     return trace if placement is None else replace(trace, events=placement.events)
 
 
-@dataclass(frozen=True)
-class DevicePeak:
-    """The highest of one step on a GPU."""
-
-    allocated_bytes: int
-    """Of tensors."""
-    active_bytes: int
-    """Of tensors, and of what other streams have yet to let go of."""
-    reserved_bytes: int
-    """That the allocator took from the driver."""
-    retries: int
-    """Allocations that succeeded only after the allocator had given its cache back."""
-    process_bytes: int | None
-    """That the driver counts to this process, its context too; None where it does not tell."""
-
-
-def device_peak(step: Callable[[], object], device: torch.device) -> DevicePeak:
-    """Run a step once on a GPU; the allocator's statistics are reset.
+@contextmanager
+def allocator_peak(device: torch.device) -> Iterator[dict[str, int | None]]:
+    """What a GPU's allocator and its driver say of the work within; its statistics are reset.
 
     Args:
-        step:    what to measure
         device:  an NVIDIA GPU
+    Returns:
+        A dictionary that is filled when the work is done, with the highest of
+
+            allocated_bytes  of tensors
+            active_bytes     of tensors, and of what other streams have yet to let go of
+            reserved_bytes   that the allocator took from the driver
+            retries          allocations that succeeded only after it had given its cache back
+            process_bytes    that the driver counts to this process, its context too; None where it
+                             does not tell
     """
+    found: dict[str, int | None] = {}
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
-    step()
+    yield found
     torch.cuda.synchronize(device)
     stats = torch.cuda.memory_stats(device)
-    return DevicePeak(
-        allocated_bytes=stats["allocated_bytes.all.peak"],
-        active_bytes=stats["active_bytes.all.peak"],
-        reserved_bytes=stats["reserved_bytes.all.peak"],
-        retries=stats.get("num_alloc_retries", 0) - retries,
-        process_bytes=process_bytes(device),
-    )
+    for name in ("allocated_bytes", "active_bytes", "reserved_bytes"):
+        found[name] = stats[f"{name}.all.peak"]
+    found["retries"] = stats.get("num_alloc_retries", 0) - retries
+    found["process_bytes"] = process_bytes(device)
 
 
 def process_bytes(device: torch.device) -> int | None:

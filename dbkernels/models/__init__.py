@@ -3,9 +3,8 @@
 from dbkernels.models.dit import DiT, DiTConfig
 from dbkernels.models.family import Family
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
+from dbkernels.models.registry import FAMILIES, FamilyEntry, family_named, family_of
 from dbkernels.models.vit import ViT, ViTConfig
-
-FAMILIES = {"vit": ViT, "dit": DiT}
 
 __all__ = [
     "FAMILIES",
@@ -13,8 +12,11 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "Family",
+    "FamilyEntry",
     "LayerConfig",
     "ViT",
     "ViTConfig",
+    "family_named",
+    "family_of",
     "run_layers",
 ]

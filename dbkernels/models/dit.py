@@ -1,11 +1,10 @@
 """A diffusion transformer that denoises an image or a latent, given its class.
 
-    c = noise(c_noise) + table[label]
-    F = unpatchify(W ((1 + scale) * norm(layers(patches(c_in * z) + positions, c)) + shift) + b)
-    D = c_skip * z + c_out * F
+    c = noise(ln(sigma) / 4) + table[label]
+    F = unpatchify(W ((1 + scale) * norm(layers(patches(input) + positions, c)) + shift) + b)
 
-Peebles & Xie 2023 (arXiv:2212.09748); preconditioning of Karras et al. 2022 (arXiv:2206.00364);
-arXiv:2506.14202, section 5.2.
+Peebles & Xie 2023 (arXiv:2212.09748); input and estimate by `prediction.EDM`; arXiv:2506.14202,
+section 5.2.
 """
 
 from collections.abc import Sequence
@@ -14,26 +13,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dbkernels.diffusion.precondition import c_in, c_noise, c_out, c_skip
+from dbkernels.data.images import Batch
+from dbkernels.diffusion.prediction import EDM, log_level
 from dbkernels.models.embed import (
     FinalModulation,
+    ImageConfig,
     NoiseEmbedding,
-    check_patch,
     grid_positions,
     patchify,
     unpatchify,
 )
-from dbkernels.models.family import Batch
+from dbkernels.models.family import Presets
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, run_layers
 from dbkernels.ops.adaln_norm import adaln_norm
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.ops.philox import Draw
-from dbkernels.ops.score_loss import score_loss_
+from dbkernels.ops.score_loss import score_loss
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(ImageConfig):
     """A diffusion transformer."""
 
     dim: int
@@ -57,19 +57,27 @@ class DiTConfig:
     recompute: Recompute = "none"
     """What the backward computes again: a key of `dbkernels.ops.POLICIES`; moves only rounding."""
 
-    def __post_init__(self):
-        check_patch(self.image_size, self.patch)
+
+PRESETS = {
+    "S/2": DiTConfig(dim=384, depth=12, num_heads=6),
+    "B/2": DiTConfig(dim=768, depth=12, num_heads=12),
+    "L/2": DiTConfig(dim=1024, depth=24, num_heads=16),
+    "XL/2": DiTConfig(dim=1152, depth=28, num_heads=16),
+    "digits": DiTConfig(dim=64, depth=12, num_heads=4, image_size=8, channels=1, num_classes=10),
+}
 
 
-class DiT(nn.Module):
+class DiT(Presets, nn.Module):
     """The image family: z is (B, C, H, W), a prediction is the denoised image itself."""
 
+    presets = PRESETS
     target_parts = ()
     stem_and_head = ("stem", "tail")
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.sigma_data = config, config.sigma_data
+        self.prediction = EDM(config.sigma_data)
         D, pixels = config.dim, config.channels * config.patch**2
         layer = LayerConfig(
             D, config.num_heads, config.mlp_ratio * D, cond_dim=D, recompute=config.recompute
@@ -95,33 +103,62 @@ class DiT(nn.Module):
         """The image itself, (B, C, H, W)."""
         return batch["image"]
 
+    def z_shape(self, batch: Batch) -> tuple[int, ...]:
+        """(B, C, H, W), from batch["label"].
+
+        Raises:
+            ValueError: a label is out of range.
+        """
+        config, label = self.config, batch["label"]
+        if len(label) and not 0 <= int(label.min()) <= int(label.max()) < config.num_classes:
+            raise ValueError(
+                f"labels must be 0 to {config.num_classes - 1}, "
+                f"got {int(label.min())} to {int(label.max())}"
+            )
+        return len(label), config.channels, config.image_size, config.image_size
+
+    def level_shape(self, batch: Batch) -> tuple[int, ...]:
+        """(B,)."""
+        return (len(batch["label"]),)
+
     def denoise(self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """The denoised image (B, C, H, W) from z at sigma (B,), given batch["label"]."""
-        sigma, sigma_data = level[:, None, None, None], self.config.sigma_data
-        F = self._network(c_in(sigma, sigma_data) * z, level, layers, batch)
-        return c_skip(sigma, sigma_data) * z + c_out(sigma, sigma_data) * F
+        sigma = level[:, None, None, None]
+        (p, _), (of_z, of_F) = self.prediction.input(sigma), self.prediction.estimate(sigma)
+        return of_z * z + of_F * self._network(p * z, level, layers, batch)
+
+    def loss(
+        self, draw: Draw, level: Tensor, scale: Tensor, layers: Sequence[int], batch: Batch
+    ) -> Tensor:
+        """Sum of scale (B,) times the mean squared error of each denoised image."""
+        return self._score(draw, level, scale, layers, batch)[0]
 
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Squared error of the denoised image, mean over the elements of each sample, (B,)."""
-        z0, sigma_data = batch["image"], self.config.sigma_data
-        scaled = add_noise(z0, level, draw, scale="c_in", sigma_data=sigma_data)
-        F = self._network(scaled, level, layers, batch)
-        losses, _ = score_loss_(
-            F, z0, level, draw, sigma_data=sigma_data, weight="none", reduction="none"
-        )
-        return losses
+        return self._score(draw, level, torch.ones_like(level).double(), layers, batch)[1]
+
+    def _score(
+        self, draw: Draw, level: Tensor, scale: Tensor, layers: Sequence[int], batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of the samples' weighted errors, and the errors (B,), which have no gradient."""
+        z0, prediction = batch["image"], self.prediction
+        F = self._network(add_noise(z0, *prediction.input(level), draw), level, layers, batch)
+        # an error of the image is of_F times one of F
+        weight = (scale * prediction.estimate(level.double())[1].square()).float()
+        target = prediction.target(level)
+        return score_loss(F, z0, *target, draw, weight=weight, reduction="sum", inplace=True)
 
     def _network(
         self, scaled: Tensor, level: Tensor, layers: Sequence[int], batch: Batch
     ) -> Tensor:
-        """F of c_in * z, (B, C, H, W)."""
+        """F of what the prediction makes of z, (B, C, H, W)."""
         x, c = self.stem(scaled, level, self.label_table(batch["label"]))
         x = run_layers([self.layers[index] for index in layers], x, c)
         return self.tail(x, c)
 
     def stem(self, scaled: Tensor, level: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """What the first layer reads, (B, T, D), and the condition, from a label's row, (B, D)."""
-        c = self.condition(c_noise(level)) + label
+        c = self.condition(log_level(level)) + label
         return self.patch(patchify(scaled, self.config.patch)) + self.positions, c
 
     def tail(self, x: Tensor, c: Tensor) -> Tensor:
@@ -139,10 +176,6 @@ class DiT(nn.Module):
         return {**batch, "label": torch.full_like(batch["label"], self.config.num_classes)}
 
 
-PRESETS = {
-    "S/2": DiTConfig(dim=384, depth=12, num_heads=6),
-    "B/2": DiTConfig(dim=768, depth=12, num_heads=12),
-    "L/2": DiTConfig(dim=1024, depth=24, num_heads=16),
-    "XL/2": DiTConfig(dim=1152, depth=28, num_heads=16),
-    "digits": DiTConfig(dim=64, depth=12, num_heads=4, image_size=8, channels=1, num_classes=10),
-}
+def prompts(config: DiTConfig, per_class: int, device: torch.device | str) -> Batch:
+    """What asks for so many images of every class, in the order of the classes."""
+    return {"label": torch.arange(config.num_classes, device=device).repeat_interleave(per_class)}

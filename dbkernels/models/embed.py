@@ -1,10 +1,14 @@
 """How pixels, positions, noise levels and labels become tokens and conditions."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dbkernels.data.images import ImageData
+from dbkernels.data.made_up import Field
 
 FREQUENCIES = 256  # width of the sinusoid that embeds a noise level
 MAX_PERIOD = 10000.0  # longest wavelength of that sinusoid, over 2 pi
@@ -90,7 +94,38 @@ class FinalModulation(nn.Module):
         return self.linear(F.silu(c)).chunk(2, dim=-1)
 
 
-def check_patch(image_size: int, patch: int) -> None:
-    """Raise ValueError unless the patch divides the image."""
-    if patch < 1 or image_size < 1 or image_size % patch:
-        raise ValueError(f"the patch must divide the image size, got {patch} and {image_size}")
+class ImageConfig:
+    """What the configurations of image models share; they have the fields that are read here."""
+
+    image_size: int
+    patch: int
+    channels: int
+    num_classes: int
+
+    def __post_init__(self):
+        size, patch = self.image_size, self.patch
+        if patch < 1 or size < 1 or size % patch:
+            raise ValueError(f"the patch must divide the image size, got {patch} and {size}")
+
+    def resized(self, sizes: dict[str, int]) -> "ImageConfig":
+        """With other sizes, by field."""
+        return replace(self, **sizes)
+
+    def fitted(self, data: ImageData) -> "ImageConfig":
+        """With the image size, channels and classes of some data.
+
+        Raises:
+            ValueError: images are not square, or the patch does not divide them.
+        """
+        channels, height, width = data.image_shape
+        if height != width:
+            raise ValueError(f"images must be square, got {height} x {width}")
+        return replace(self, image_size=height, channels=channels, num_classes=data.num_classes)
+
+    def fields(self) -> dict[str, Field]:
+        """What a sample holds: an image or a latent, and its label."""
+        image = self.channels, self.image_size, self.image_size
+        return {
+            "image": Field(image, torch.float32),
+            "label": Field((), torch.int64, self.num_classes),
+        }

@@ -1,18 +1,45 @@
 """What every family of models offers to the trainer and to the samplers."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
 from dbkernels.ops.philox import Draw
 
+Weighting = Literal["none", "edm", "normalised", "published"]
+WEIGHTINGS = get_args(Weighting)
+
+
+class Presets:
+    """A model that has configurations under names; a base beside `nn.Module`."""
+
+    presets: ClassVar[dict[str, object]]
+
+    @classmethod
+    def preset(cls, name: str) -> object:
+        """A configuration by name.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if name not in cls.presets:
+            known = ", ".join(cls.presets)
+            raise ValueError(f"preset of {cls.__name__} must be one of {known}, got {name}")
+        return cls.presets[name]
+
+    @classmethod
+    def from_preset(cls, name: str) -> "Presets":
+        """A new model of a preset; torch's own generator draws its weights."""
+        return cls(cls.preset(name))
+
 
 class Family(Protocol):
     """A network that can be trained block by block; it does not know how it is trained.
 
     layers:        the stack that a partition cuts; a block runs some of them
+    sigma_data:    standard deviation of the clean target that the network assumes
     target_parts:  names of the children that make the clean target. Where every block owns a copy
                    of what is shared, these stay common and frozen: the blocks must agree on the
                    space in which the signal passes from one to the next.
@@ -22,6 +49,7 @@ class Family(Protocol):
     """
 
     layers: nn.ModuleList
+    sigma_data: float
     target_parts: ClassVar[tuple[str, ...]]
     stem_and_head: ClassVar[tuple[str, ...]]
 
@@ -29,18 +57,33 @@ class Family(Protocol):
         """The clean target z0, (B, ...) float32."""
         ...
 
+    def z_shape(self, batch: Batch) -> tuple[int, ...]:
+        """Shape of a noisy target, (B, ...), from what the batch conditions on alone."""
+        ...
+
+    def level_shape(self, batch: Batch) -> tuple[int, ...]:
+        """Shape of the noise levels: (B,), or (B, T) where each token has its own."""
+        ...
+
     def denoise(self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
-        """Run some layers on z (B, ...) at level (B,); the prediction, in the family's own form.
+        """Run some layers on z (B, ...) at their levels; the prediction, in the family's own form.
 
         All layers in order are the end-to-end network.
         """
         ...
 
-    def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
-        """Loss of each sample, (B,) float32, before any weight of the noise level.
+    def loss(
+        self, draw: Draw, level: Tensor, scale: Tensor, layers: Sequence[int], batch: Batch
+    ) -> Tensor:
+        """Sum over the levels of scale times the loss at the level, () float32.
 
-        Some layers denoise the target with the noise that `draw` names, at level (B,).
+        Some layers denoise the target with the noise that `draw` names. Level, float32, and scale,
+        float64, have `level_shape`.
         """
+        ...
+
+    def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
+        """The loss of each sample, (B,) float32 and unweighted, for evaluation."""
         ...
 
     def estimate(self, prediction: Tensor) -> Tensor:

@@ -1,24 +1,25 @@
 """A vision transformer that denoises the embedding of the label, given the image.
 
     z0     = E[label] / |E[label]|
-    tokens = [c_in * z ; patches(image)] + positions
-    D      = c_skip * z + c_out * norm(layers(tokens))[0]
+    tokens = [p * z ; patches(image)] + positions
+    D      = of_z * z + of_F * norm(layers(tokens))[0]
     logits = W ((1 + scale) * D + shift) + b
 
-arXiv:2506.14202, section 4 and its published code. The noisy label takes the place of the class
-token, and every block embeds the image anew.
+p, of_z and of_F are those of `prediction.EDM`. arXiv:2506.14202, section 4 and its published code.
+The noisy label takes the place of the class token, and every block embeds the image anew.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbkernels.diffusion.precondition import c_in, c_noise, c_out, c_skip
-from dbkernels.models.embed import FinalModulation, NoiseEmbedding, check_patch, patchify
-from dbkernels.models.family import Batch
+from dbkernels.data.images import Batch
+from dbkernels.diffusion.prediction import EDM, log_level
+from dbkernels.models.embed import FinalModulation, ImageConfig, NoiseEmbedding, patchify
+from dbkernels.models.family import Presets
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm, run_layers
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.layer.recompute import Recompute
@@ -26,7 +27,7 @@ from dbkernels.ops.philox import Draw
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(ImageConfig):
     """A vision transformer."""
 
     image_size: int
@@ -54,19 +55,50 @@ class ViTConfig:
     recompute: Recompute = "none"
     """What the backward computes again: a key of `dbkernels.ops.POLICIES`; moves only rounding."""
 
-    def __post_init__(self):
-        check_patch(self.image_size, self.patch)
+    def resized(self, sizes: dict[str, int]) -> "ViTConfig":
+        """With other sizes by field; the MLP keeps its ratio to dim."""
+        if "dim" in sizes:
+            sizes = {"mlp_hidden": self.mlp_hidden * sizes["dim"] // self.dim, **sizes}
+        return replace(self, **sizes)
 
 
-class ViT(nn.Module):
+PRESETS = {
+    "cifar100": ViTConfig(
+        image_size=32,
+        patch=4,
+        channels=3,
+        num_classes=100,
+        dim=128,
+        depth=12,
+        num_heads=4,
+        mlp_hidden=3072,
+        cond_dim=21,
+    ),
+    "digits": ViTConfig(
+        image_size=8,
+        patch=2,
+        channels=1,
+        num_classes=10,
+        dim=64,
+        depth=12,
+        num_heads=4,
+        mlp_hidden=256,
+        cond_dim=32,
+    ),
+}
+
+
+class ViT(Presets, nn.Module):
     """The classification family: z is (B, dim), a prediction is logits (B, num_classes)."""
 
+    presets = PRESETS
     target_parts = ("label_table",)
     stem_and_head = ("stem", "cross_entropy")
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.sigma_data = config, config.sigma_data
+        self.prediction = EDM(config.sigma_data)
         D, tokens = config.dim, (config.image_size // config.patch) ** 2
         layer = LayerConfig(
             D,
@@ -102,13 +134,27 @@ class ViT(nn.Module):
         """The label's embedding at unit length, (B, dim); its gradient reaches the table."""
         return self._unit_table()[batch["label"]]
 
+    def z_shape(self, batch: Batch) -> tuple[int, ...]:
+        """(B, dim), from batch["image"]."""
+        return len(batch["image"]), self.config.dim
+
+    def level_shape(self, batch: Batch) -> tuple[int, ...]:
+        """(B,)."""
+        return (len(batch["image"]),)
+
     def denoise(self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Logits (B, num_classes) from z (B, dim) at sigma (B,), given batch["image"]."""
         return self.tail(*self._answer(z, level, layers, batch), z, level)
 
+    def loss(
+        self, draw: Draw, level: Tensor, scale: Tensor, layers: Sequence[int], batch: Batch
+    ) -> Tensor:
+        """Sum of scale (B,) times the cross-entropy of each sample, in nats."""
+        return (scale.float() * self.losses(draw, level, layers, batch)).sum()
+
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Cross-entropy of each sample, (B,), in nats."""
-        z = add_noise(self.target(batch), level, draw)
+        z = add_noise(self.target(batch), *self.prediction.path(level), draw)
         answer, c = self._answer(z, level, layers, batch)
         return self.cross_entropy(answer, c, z, level, batch["label"])
 
@@ -122,15 +168,16 @@ class ViT(nn.Module):
 
     def stem(self, z: Tensor, level: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """What the first layer reads, (B, T + 1, D), and the condition (B, cond_dim)."""
-        c = self.condition(c_noise(level))
+        c = self.condition(log_level(level))
         patches = self.patch(patchify(image, self.config.patch))
-        noisy = c_in(level[:, None], self.config.sigma_data) * z
+        p, _ = self.prediction.input(level[:, None])
+        noisy = p * z
         return torch.cat([noisy[:, None].to(patches), patches], dim=1) + self.positions, c
 
     def tail(self, answer: Tensor, c: Tensor, z: Tensor, level: Tensor) -> Tensor:
         """Logits (B, num_classes) of what the last layer left in the place of z, (B, D)."""
-        sigma, sigma_data = level[:, None], self.config.sigma_data
-        D = c_skip(sigma, sigma_data) * z + c_out(sigma, sigma_data) * self.norm(answer)
+        of_z, of_F = self.prediction.estimate(level[:, None])
+        D = of_z * z + of_F * self.norm(answer)
         return self.head(self.modulation(D, c))
 
     def cross_entropy(
@@ -145,27 +192,10 @@ class ViT(nn.Module):
         return prediction.float().softmax(-1) @ self._unit_table()
 
 
-PRESETS = {
-    "cifar100": ViTConfig(
-        image_size=32,
-        patch=4,
-        channels=3,
-        num_classes=100,
-        dim=128,
-        depth=12,
-        num_heads=4,
-        mlp_hidden=3072,
-        cond_dim=21,
-    ),
-    "digits": ViTConfig(
-        image_size=8,
-        patch=2,
-        channels=1,
-        num_classes=10,
-        dim=64,
-        depth=12,
-        num_heads=4,
-        mlp_hidden=256,
-        cond_dim=32,
-    ),
-}
+def metrics(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Accuracy and cross-entropy in nats of each sample, (B,) float32."""
+    logits, label = logits.float(), batch["label"]
+    return {
+        "accuracy": (logits.argmax(-1) == label).float(),
+        "cross_entropy": F.cross_entropy(logits, label, reduction="none"),
+    }

@@ -16,7 +16,7 @@ from dbkernels.ops.layer.tensors import LayerWeights
 from dbkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dbkernels.ops.philox import Draw, normals, uniforms
 from dbkernels.ops.qk_norm_rotary import qk_norm_rotary
-from dbkernels.ops.score_loss import score_loss, score_loss_
+from dbkernels.ops.score_loss import score_loss
 from dbkernels.ops.swiglu import swiglu
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "normals",
     "qk_norm_rotary",
     "score_loss",
-    "score_loss_",
     "swiglu",
     "uniforms",
     "use_implementation",

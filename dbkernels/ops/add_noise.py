@@ -1,42 +1,65 @@
-"""A noisy target, preconditioned or not, from noise that is drawn where it is used and not stored.
+"""A noisy target, from noise that is drawn where it is used and not stored.
 
-    z = z0 + sigma[b] * noise,    times c_in = 1 / sqrt(sigma**2 + sigma_data**2) where asked for
+    z = p * z0 + q * noise
 
-Karras et al. 2022 (arXiv:2206.00364), table 1; the noise is that of `philox`. Backward:
+with p and q of a sample or of a token: 1 and sigma, those times c_in, or 1 - t and t. The noise is
+that of `philox`. Backward:
 
-    dz0 = dz,    times c_in
+    dz0 = p * dz
 """
-
-from typing import Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops._noise import (
-    DRAW,
+from dbkernels.ops.backend import checks
+from dbkernels.ops.backend.noise_tile import DRAW, coefficient_at, noise_tile, tile_of_sample
+from dbkernels.ops.backend.register import register
+from dbkernels.ops.philox import (
+    Draw,
     DrawArguments,
-    check_levels,
-    check_noise,
     kernel_draw,
-    load_level,
     noise_chunks,
     noise_launch,
-    noise_tile,
     sizes,
-    tile_of_sample,
 )
-from dbkernels.ops._norm import statistics_dtype
-from dbkernels.ops.backend import checks
-from dbkernels.ops.backend.register import register
-from dbkernels.ops.philox import Draw
+
+# coefficients, of `score_loss` too
 
 
-class _Options(NamedTuple):
-    scaled: bool
-    sigma_data: float
-    dtype: torch.dtype
+def check_coefficients(z0: Tensor, **coefficients: Tensor) -> None:
+    """z0 is (B, ...), and they are (B,) or (B, T), all alike."""
+    if z0.dim() == 0:
+        raise ValueError("z0 must be (B, ...), got a scalar")
+    B, *T = z0.shape[:2]
+    expected = f"(B,) = ({B},)" + (f" or (B, T) = ({B}, {T[0]})" if T else "")
+    first = next(iter(coefficients.values()))
+    for name, given in coefficients.items():
+        shaped = given.shape in (z0.shape[:1], z0.shape[:2]) and given.shape == first.shape
+        if not shaped or given.dtype != torch.float32 or given.device != z0.device:
+            raise ValueError(
+                f"{' and '.join(coefficients)} must be {expected}, torch.float32 on {z0.device}, "
+                f"got {name} {tuple(given.shape)} {given.dtype} on {given.device}"
+            )
+        if given.requires_grad:
+            raise ValueError(f"{name} must not require a gradient, because it is given none")
+
+
+def check_finite(**coefficients: Tensor | None) -> None:
+    for name, given in coefficients.items():
+        wrong = given[~given.isfinite()] if given is not None else ()
+        if len(wrong):
+            raise ValueError(f"{name} must be finite, got {wrong[0].item()}")
+
+
+def of_chunk(entries: Tensor, elements: int, rows: slice, cols: slice) -> Tensor:
+    """What (B, ...), one entry to each run of elements, says of a chunk; it may broadcast."""
+    of_rows = entries.reshape(len(entries), -1)[rows]
+    if of_rows.shape[1] == 1:
+        return of_rows
+    run = elements // of_rows.shape[1]
+    return of_rows[:, torch.arange(cols.start, cols.stop, device=entries.device) // run]
 
 
 # kernels
@@ -44,129 +67,110 @@ class _Options(NamedTuple):
 
 @triton.jit(do_not_specialize=DRAW)
 def _fwd_kernel(
-    z0_ptr, sigma_ptr,  # (B, elements), (B,)
-    z_ptr,              # (B, elements)
+    z0_ptr, p_ptr, q_ptr,  # (B, elements), (B, elements / run) twice
+    z_ptr,                 # (B, elements)
     step_ptr, sample, key_low, key_high,  # (), the words of a draw
-    elements, sigma_data,
-    SCALED: tl.constexpr, BLOCK: tl.constexpr,
+    elements, run,
+    PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch, start, lanes, mask = tile_of_sample(elements, BLOCK)
     at = batch * elements + start
-    sigma = load_level(sigma_ptr, batch)
+    of_run = coefficient_at(batch, start, lanes, elements, run, PER_SAMPLE, BLOCK)
+    noise = noise_tile(batch, start, step_ptr, sample, key_low, key_high, BLOCK)
+    # after the noise, or they take registers while it is drawn
+    p, q = tl.load(p_ptr + of_run), tl.load(q_ptr + of_run)
     z0 = tl.load(z0_ptr + at + lanes, mask=mask, other=0.0).to(tl.float32)
 
-    noise = noise_tile(batch, start, step_ptr, sample, key_low, key_high, BLOCK)
-    z = z0 + sigma * noise
-    if SCALED:
-        z /= tl.sqrt(sigma * sigma + sigma_data * sigma_data)
-
-    tl.store(z_ptr + at + lanes, z, mask=mask)
+    tl.store(z_ptr + at + lanes, p * z0 + q * noise, mask=mask)
 
 
 # launchers: they write into tensors of their caller
 
 
-def _forward_triton(z0, sigma, z, *rest):
-    *draw, scaled, sigma_data = rest
+def _forward_triton(z0, p, q, z, *draw):
     B, elements = sizes(z0)
     grid, options = noise_launch(B, elements)
-    draw = kernel_draw(draw)
-    _fwd_kernel[grid](z0, sigma, z, *draw, elements, sigma_data, scaled, **options)
+    run, per_sample = z0.numel() // p.numel(), p.numel() == B
+    _fwd_kernel[grid](z0, p, q, z, *kernel_draw(draw), elements, run, per_sample, **options)
 
 
-def _forward_torch(z0, sigma, z, *rest):
-    *draw, scaled, sigma_data = rest
+def _forward_torch(z0, p, q, z, *draw):
     B, elements = sizes(z0)
     z0, z = z0.view(B, elements), z.view(B, elements)
-    sigma = sigma.to(statistics_dtype(z0))[:, None]
+    p, q = (c.to(torch.promote_types(z0.dtype, c.dtype)) for c in (p, q))
     for rows, cols, noise in noise_chunks(draw, B, elements, z0.device):
-        noisy = noise.to(sigma.dtype).mul_(sigma[rows]).add_(z0[rows, cols])
-        if scaled:
-            noisy.mul_(c_in(sigma[rows], sigma_data))
-        z[rows, cols] = noisy
-
-
-def c_in(sigma: Tensor, sigma_data: float) -> Tensor:
-    return (sigma.square() + sigma_data**2).rsqrt()
+        noisy = noise.to(q.dtype).mul_(of_chunk(q, elements, rows, cols))
+        z[rows, cols] = noisy.addcmul_(
+            z0[rows, cols].to(p.dtype), of_chunk(p, elements, rows, cols)
+        )
 
 
 _forward_op = register(
-    "add_noise_fwd(Tensor z0, Tensor sigma, Tensor(a!) z,"
-    " SymInt seed, Tensor step, SymInt sample, bool scaled, float sigma_data) -> ()",
+    "add_noise_fwd(Tensor z0, Tensor p, Tensor q, Tensor(a!) z,"
+    " SymInt seed, Tensor step, SymInt sample) -> ()",
     triton=_forward_triton,
     torch_=_forward_torch,
-    check=lambda z0, sigma, *_: check_levels(sigma),
+    check=lambda z0, p, q, *_: check_finite(p=p, q=q),
 )
 
 
 # allocation and autograd
 
 
-def add_noise_forward(z0: Tensor, sigma: Tensor, draw: DrawArguments, options: _Options) -> Tensor:
-    """z in the shape of z0, which is contiguous."""
-    z = torch.empty_like(z0, dtype=options.dtype)
+def add_noise_forward(
+    z0: Tensor, p: Tensor, q: Tensor, draw: DrawArguments, dtype: torch.dtype
+) -> Tensor:
+    """z in the shape of z0; all are contiguous."""
+    z = torch.empty_like(z0, dtype=dtype)
     if z0.numel():
-        _forward_op(z0, sigma, z, *draw, options.scaled, options.sigma_data)
+        _forward_op(z0, p, q, z, *draw)
     return z
 
 
-def add_noise_backward(dz: Tensor, sigma: Tensor, options: _Options, dtype: torch.dtype) -> Tensor:
-    """dz0 in `dtype`; of one number to a sample, so plain torch reads and writes it once too."""
-    if not options.scaled:
-        return dz.to(dtype)
-    scale = c_in(sigma.to(torch.promote_types(dtype, sigma.dtype)), options.sigma_data)
-    dz0 = torch.empty_like(dz, dtype=dtype)
-    return torch.mul(dz, scale.view(-1, *[1] * (dz.dim() - 1)), out=dz0)
+def add_noise_backward(dz: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
+    """dz0 in `dtype`; p is of few numbers, so plain torch reads and writes it once too."""
+    p = p.to(torch.promote_types(dtype, p.dtype)).view(*p.shape, *[1] * (dz.dim() - p.dim()))
+    return torch.mul(dz, p, out=torch.empty_like(dz, dtype=dtype))
 
 
 class _AddNoise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z0, sigma, draw, options):
-        ctx.save_for_backward(sigma)
-        ctx.options, ctx.dtype = options, z0.dtype
-        return add_noise_forward(z0, sigma, draw, options)
+    def forward(ctx, z0, p, q, draw, dtype):
+        ctx.save_for_backward(p)
+        ctx.dtype = z0.dtype
+        return add_noise_forward(z0, p, q, draw, dtype)
 
     @staticmethod
     def backward(ctx, dz):
         checks.refuse_double_backward("add_noise")
-        (sigma,) = ctx.saved_tensors
-        return add_noise_backward(dz, sigma, ctx.options, ctx.dtype), None, None, None
+        (p,) = ctx.saved_tensors
+        return add_noise_backward(dz, p, ctx.dtype), None, None, None, None
 
 
 # public
 
 
 def add_noise(
-    z0: Tensor,
-    sigma: Tensor,
-    draw: Draw,
-    *,
-    scale: Literal["c_in"] | None = None,
-    sigma_data: float = 0.5,
-    dtype: torch.dtype | None = None,
+    z0: Tensor, p: Tensor, q: Tensor, draw: Draw, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """z0 + sigma * noise, in one read and one write; `score_loss` draws the same noise again.
+    """p * z0 + q * noise, in one read and one write; `score_loss` draws the same noise again.
 
     Args:
-        z0:          (B, ...)  clean target: float32, bfloat16 or float16; its gradient passes
-        sigma:       (B,)      float32, units of z0
-        draw:        names the noise of sample 0; sample b has that of draw.sample + b
-        scale:       "c_in" multiplies by 1 / sqrt(sigma**2 + sigma_data**2), as a network wants it
-        sigma_data:  standard deviation of the clean target
-        dtype:       of the result, one that z0 may have; None is that of z0
+        z0:     (B, ...)        clean target: float32, bfloat16 or float16; its gradient passes
+        p, q:   (B,) or (B, T)  float32, of each sample or of each token of z0 (B, T, ...)
+        draw:   names the noise of sample 0; sample b has that of draw.sample + b
+        dtype:  of the result, one that z0 may have; None is that of z0
     Returns:
         (B, ...). Everything is float32 inside, and rounded once.
     Raises:
-        ValueError: a shape, dtype or device disagrees, scale or dtype is unknown, sigma requires a
-            gradient, sigma_data is not positive, or the draw has not that many samples or its step
-            is on another device. Also a sigma that is not positive or not finite; on a GPU, where
-            to look at it would wait for the device, its sample is NaN.
+        ValueError: a shape, dtype or device disagrees, dtype is unknown, p or q requires a
+            gradient, or the draw has not that many samples or its step is on another device. Also
+            a p or q that is not finite; on a GPU, where to look at it would wait for the device,
+            its elements are not finite either.
         RuntimeError: the gradient is differentiated.
     """
-    if scale not in (None, "c_in"):
-        raise ValueError(f"scale must be None or c_in, got {scale}")
-    check_noise("z0", z0, sigma, sigma_data)
+    check_coefficients(z0, p=p, q=q)
+    checks.check_floats(z0=z0)
     dtype = checks.result_dtype(dtype, z0)
     arguments = draw.arguments(*sizes(z0), z0.device)
-    options = _Options(scale == "c_in", sigma_data, dtype)
-    return _AddNoise.apply(z0.contiguous(), sigma.contiguous(), arguments, options)
+    return _AddNoise.apply(z0.contiguous(), p.contiguous(), q.contiguous(), arguments, dtype)

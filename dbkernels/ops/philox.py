@@ -3,11 +3,25 @@
     counter = (element // 4, sample, step mod 2**32, (step // 2**32) * 2**8 + stream)
 
 With element < 2**34, sample < 2**32, step < 2**56 and stream < 2**8 each of the four words is below
-2**32, and step and stream can be read off the last two: no two draws of a seed share a counter, and
-Philox (`_philox`) gives different counters different words. A number depends neither on how many
-are drawn together nor on where.
+2**32, and step and stream can be read off the last two: no two draws of a seed share a counter.
+A number depends neither on how many are drawn together nor on where. Philox 4x32-10 is a bijection
+of counters under the key, which is the seed:
+
+    (c0, c1, c2, c3) -> (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0))
+
+ten times, with k0 and k1 raised by a constant after each. Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3" (SC '11). Four normals come from the four words, with every number
+rounded to float32 on its way:
+
+    r = sqrt(-2 ln(x0 / 2**32 + 2**-33)),    a = 2 pi x1 / 2**32,    n0, n1 = r cos(a), r sin(a)
+
+and n2, n3 from x2, x3. Box & Muller 1958. No normal exceeds sqrt(66 ln 2) < 6.77.
 """
 
+import hashlib
+import math
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,27 +29,70 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops._noise import (
+from dbkernels.ops.backend.noise_tile import (
     DRAW,
-    MAX_ELEMENTS,
-    SIGMA,
-    DrawArguments,
-    counter_words,
-    kernel_draw,
-    key_words,
+    INCREMENTS,
+    LEVEL,
+    MULTIPLIERS,
+    NOISE,
+    ROUNDS,
+    TURN,
     load_step,
-    noise_chunks,
-    noise_launch,
     noise_tile,
+    philox_words,
     tile_of_sample,
 )
-from dbkernels.ops._philox import philox, philox_words
 from dbkernels.ops.backend.register import register
 from dbkernels.ops.backend.tile import LANES
 
+WORD = 2**32 - 1  # the bits of a word
+NORMALS = 4  # of one counter
+MAX_ELEMENTS = NORMALS * 2**32
+MAX_TOKENS = 2**32  # one counter each
+MAX_TILE = 4 * LANES  # 8 elements to a thread of four warps
+CHUNK = 2**16  # elements of plain torch's noise: the words of its counters stay in a core's cache
 LIMITS = {"seed": 2**64, "step": 2**56, "sample": 2**32}
+DrawArguments = tuple[int, Tensor, int]  # as an op takes it: seed, step () int64, sample
 
-_SIGMA = tl.constexpr(SIGMA)  # a kernel reads no other kind of global
+_LEVEL = tl.constexpr(LEVEL)  # a kernel reads no other kind of global
+
+
+# seeds
+
+
+def stream_seed(*key: int) -> int:
+    """Hash a key to the seed of its own stream, the same on every machine.
+
+    Args:
+        key:  integers in the range of int64, such as (seed, block, step); their order counts
+    Returns:
+        A seed in [0, 2**63).
+    Raises:
+        ValueError: a part of the key is not an integer of 64 bits.
+    """
+    try:
+        packed = struct.pack(f"<{len(key)}q", *key)
+    except struct.error as error:
+        raise ValueError(f"a stream's key must be 64-bit integers, got {key}") from error
+    # one bit less than the digest, so that the seed fits a signed 64-bit integer
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+def generator(device: torch.device | str, *key: int) -> torch.Generator:
+    """Start the random stream of a key.
+
+    Args:
+        device:  where the numbers will be drawn; devices draw different numbers from one seed
+        key:     as for stream_seed
+    Returns:
+        A generator on the device, at the beginning of the key's stream.
+    Raises:
+        ValueError: a part of the key is not an integer of 64 bits.
+    """
+    return torch.Generator(device).manual_seed(stream_seed(*key))
+
+
+# draws
 
 
 @dataclass(frozen=True)
@@ -59,8 +116,7 @@ class Draw:
             if name == "step" and isinstance(value, Tensor):
                 _check_step(value)
                 continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"{name} must be an integer, got {value!r}")
+            _check_integer(name, value)
             if not 0 <= value < limit:
                 raise ValueError(f"{name} must be in [0, {limit}), got {value}")
 
@@ -104,6 +160,88 @@ def _check_step(step: Tensor) -> None:
         )
 
 
+def _check_integer(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+
+
+def counter_words(step: int | Tensor, stream: int) -> tuple:
+    """The last two words of a counter: integers, or tensors where the step lies."""
+    return step & WORD, (step >> 32) * 2**8 + stream
+
+
+def key_words(seed: int) -> tuple[int, int]:
+    """Low and high word of a seed, which may be given as a signed integer."""
+    return seed & WORD, (seed >> 32) & WORD
+
+
+# plain torch
+
+
+def philox(c0, c1, c2, c3, k0: int, k1: int) -> tuple:
+    """The four words of counters.
+
+    Args:
+        c0, c1, c2, c3:  integers, or int64 tensors that broadcast, in [0, 2**32)
+        k0, k1:          low and high word of the key
+    Returns:
+        Four integers or int64 tensors in [0, 2**32).
+    """
+    for _ in range(ROUNDS):
+        hi0, lo0 = _multiply(c0, MULTIPLIERS[0])
+        hi1, lo1 = _multiply(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = hi1 ^ c1, lo1, hi0 ^ c3, lo0
+        c0 ^= k0
+        c2 ^= k1
+        k0, k1 = (k0 + INCREMENTS[0]) & WORD, (k1 + INCREMENTS[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def _multiply(x, multiplier: int) -> tuple:
+    """High and low word of a product."""
+    # the product less x * 2**32, because the product itself leaves the range of int64
+    product = x * (multiplier - 2**32)
+    hi = product >> 32
+    hi += x
+    product &= WORD
+    return hi, product
+
+
+def normals_at(sample: Tensor, group: Tensor, step_words, key_words) -> Tensor:
+    """Normals (B, 4 G) float32 of samples (B, 1) and groups (G,) of four elements, both int64."""
+    words = philox(group, sample, *step_words, *key_words)
+    shape = (*words[0].shape, NORMALS)
+    normals = torch.empty(shape, dtype=torch.float32, device=group.device)
+    for first in (0, 2):
+        r = words[first].float().mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2).sqrt_()
+        a = words[first + 1].float().mul_(TURN)
+        torch.mul(r, a.cos(), out=normals[..., first])
+        torch.mul(r, a.sin_(), out=normals[..., first + 1])
+    return normals.flatten(1)
+
+
+def noise_chunks(
+    draw: DrawArguments, B: int, elements: int, device: torch.device
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Rows, columns and float32 normals, the caller's to write over, until all are done."""
+    seed, step, sample = draw
+    words = counter_words(step, NOISE), key_words(seed)
+    rows = max(CHUNK // max(elements, 1), 1)
+    for first in range(0, B, rows):
+        last = min(first + rows, B)
+        index = torch.arange(sample + first, sample + last, device=device)[:, None]
+        for start in range(0, elements, CHUNK):
+            end = min(start + CHUNK, elements)
+            group = torch.arange(start // NORMALS, -(-end // NORMALS), device=device)
+            normals = normals_at(index, group, *words)[:, : end - start]
+            yield slice(first, last), slice(start, end), normals
+
+
+def sizes(z0: Tensor) -> tuple[int, int]:
+    """B and the elements of a sample."""
+    return z0.shape[0], math.prod(z0.shape[1:])
+
+
 # kernels
 
 
@@ -121,23 +259,36 @@ def _fwd_kernel(
 
 @triton.jit(do_not_specialize=DRAW)
 def _uniform_kernel(
-    uniforms_ptr,  # (B,)
+    uniforms_ptr,  # (B, T)
     step_ptr, sample, key_low, key_high,  # (), the words of a draw
-    B,
+    B, T,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    step_low, step_high = load_step(step_ptr, _SIGMA)
-    c1 = sample.to(tl.uint32) + row.to(tl.uint32)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    step_low, step_high = load_step(step_ptr, _LEVEL)
     x0, x1, _, _ = philox_words(
-        tl.zeros((BLOCK,), tl.uint32), c1, step_low, step_high,
+        (at % T).to(tl.uint32), sample.to(tl.uint32) + (at // T).to(tl.uint32), step_low, step_high,
         key_low.to(tl.uint32), key_high.to(tl.uint32),
     )  # fmt: skip
     bits = (x0 >> 5).to(tl.int64) * 2**26 + (x1 >> 6).to(tl.int64)
-    tl.store(uniforms_ptr + row, (bits.to(tl.float64) + 0.5) * 2.0**-53, mask=row < B)
+    tl.store(uniforms_ptr + at, (bits.to(tl.float64) + 0.5) * 2.0**-53, mask=at // T < B)
 
 
 # launchers: they write into tensors of their caller
+
+
+def kernel_draw(draw: DrawArguments) -> tuple[Tensor, int, int, int]:
+    """What DRAW names; the words always of int32, so that one binary serves all."""
+    seed, step, sample = draw
+    words = (word - 2**32 if word >= 2**31 else word for word in (sample, *key_words(seed)))
+    return step, *words
+
+
+def noise_launch(B: int, elements: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid, one program to a tile, and its options."""
+    BLOCK = min(MAX_TILE, max(triton.next_power_of_2(elements), LANES // 2))
+    grid = (B * triton.cdiv(elements, BLOCK),)
+    return grid, {"BLOCK": BLOCK, "num_warps": max(BLOCK // LANES, 1)}
 
 
 def _forward_triton(normals, *draw):
@@ -152,14 +303,15 @@ def _forward_torch(normals, *draw):
 
 
 def _uniform_triton(uniforms, *draw):
-    grid = (triton.cdiv(len(uniforms), LANES),)
-    draw = kernel_draw(draw)
-    _uniform_kernel[grid](uniforms, *draw, len(uniforms), BLOCK=LANES, num_warps=LANES // 32)
+    grid, options = (triton.cdiv(uniforms.numel(), LANES),), {"num_warps": LANES // 32}
+    _uniform_kernel[grid](uniforms, *kernel_draw(draw), *uniforms.shape, BLOCK=LANES, **options)
 
 
 def _uniform_torch(uniforms, seed, step, sample):
-    c1 = torch.arange(sample, sample + len(uniforms), device=uniforms.device)
-    x0, x1, _, _ = philox(0, c1, *counter_words(step, SIGMA), *key_words(seed))
+    B, T = uniforms.shape
+    c0 = torch.arange(T, device=uniforms.device)
+    c1 = torch.arange(sample, sample + B, device=uniforms.device)[:, None]
+    x0, x1, _, _ = philox(c0, c1, *counter_words(step, LEVEL), *key_words(seed))
     bits = (x0 >> 5) * 2**26 + (x1 >> 6)
     uniforms.copy_((bits.double() + 0.5) * 2.0**-53)
 
@@ -201,20 +353,28 @@ def normals(draw: Draw, B: int, elements: int, device: torch.device | str | None
     return noise
 
 
-def uniforms(draw: Draw, B: int, device: torch.device | str | None = None) -> Tensor:
-    """One uniform number for each sample, independent of its noise.
+def uniforms(
+    draw: Draw, B: int, T: int | None = None, *, device: torch.device | str | None = None
+) -> Tensor:
+    """One uniform number for each sample or for each token, independent of the noise.
 
     Args:
         draw:    names them
         B:       number of samples
+        T:       tokens of a sample; None is one number for the sample, which is that of token 0
         device:  of the result; it does not change a bit
     Returns:
-        (B,) float64 in (0, 1], multiples of 2**-54.
+        (B,) or (B, T) float64 in (0, 1], multiples of 2**-54.
     Raises:
-        ValueError: the draw has not that many samples, or its step is elsewhere.
+        ValueError: the draw has not that many samples, T is no integer in [0, 2**32], or the
+            draw's step is elsewhere.
     """
+    if T is not None:
+        _check_integer("T", T)
+        if not 0 <= T <= MAX_TOKENS:
+            raise ValueError(f"T must be in [0, {MAX_TOKENS}], got {T}")
     arguments = draw.arguments(B, device=device)
-    numbers = torch.empty((B,), dtype=torch.float64, device=device)
-    if B:
+    numbers = torch.empty((B, 1 if T is None else T), dtype=torch.float64, device=device)
+    if numbers.numel():
         _uniform_op(numbers, *arguments)
-    return numbers
+    return numbers[:, 0] if T is None else numbers

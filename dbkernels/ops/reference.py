@@ -136,49 +136,34 @@ def linear_cross_entropy(
     return losses.sum() if reduction == "sum" else losses
 
 
-def over_elements(level: Tensor, z0: Tensor) -> Tensor:
-    """(B,) against (B, ...)."""
-    return level.view(-1, *[1] * (z0.dim() - 1))
+def over_elements(coefficient: Tensor, z0: Tensor) -> Tensor:
+    """(B,) or (B, T) against (B, T, ...)."""
+    return coefficient.view(*coefficient.shape, *[1] * (z0.dim() - coefficient.dim()))
 
 
-def add_noise(
-    z0: Tensor,
-    sigma: Tensor,
-    noise: Tensor,
-    *,
-    scale: str | None = None,
-    sigma_data: float = 0.5,
-) -> Tensor:
-    sigma = over_elements(sigma, z0)
-    z = z0 + sigma * noise
-    return z / (sigma**2 + sigma_data**2).sqrt() if scale == "c_in" else z
+def add_noise(z0: Tensor, p: Tensor, q: Tensor, noise: Tensor) -> Tensor:
+    return over_elements(p, z0) * z0 + over_elements(q, z0) * noise
 
 
 def score_loss(
     prediction: Tensor,
     z0: Tensor,
-    sigma: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
     noise: Tensor,
     *,
-    sigma_data: float,
-    weight: str | Tensor = "edm",
+    weight: Tensor | None = None,
     reduction: str = "mean",
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    s2 = sigma**2 + sigma_data**2
-    c_skip, c_out = sigma_data**2 / s2, sigma * sigma_data / s2.sqrt()
-    z = add_noise(z0, sigma, noise)
-    denoised = over_elements(c_skip, z0) * z + over_elements(c_out, z0) * prediction
-    error = (denoised - z0).reshape(len(z0), -1) ** 2
+    error = (prediction - add_noise(z0, alpha, beta, noise)) ** 2
+    if weight is not None:
+        error = error * over_elements(weight, z0)
+    error = error.reshape(len(z0), -1)
     if mask is None:
         losses = error.mean(1)
     else:
-        mask = mask.view(*mask.shape, *[1] * (z0.dim() - mask.dim())).expand_as(z0)
-        mask = mask.reshape(error.shape)
+        mask = over_elements(mask, z0).expand_as(z0).reshape(error.shape)
         losses = (error * mask).sum(1) / mask.sum(1).clamp_min(1)
-    if isinstance(weight, Tensor):
-        losses = losses * weight
-    elif weight == "edm":
-        losses = losses / c_out**2
     loss = {"mean": losses.mean, "sum": losses.sum, "none": losses.clone}[reduction]()
     return loss, losses.detach()

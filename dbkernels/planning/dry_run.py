@@ -10,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,12 +20,11 @@ from dbkernels.memory.measure import Prediction, predict, record
 from dbkernels.memory.tracker import Trace
 from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu
 from dbkernels.ops.backend.scratch import scratch_bytes
-from dbkernels.planning.families import Blank
 from dbkernels.planning.pool import results
 from dbkernels.planning.recipe import OFFLOAD, Recipe
+from dbkernels.training.diffusion_blocks import SHARED, own_group
 from dbkernels.training.offload.memory import flat_bytes
 from dbkernels.training.partition import Block
-from dbkernels.training.sharing import SHARED, own_group
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import Offload
 
@@ -84,7 +82,7 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
     plain = {"cuda_graphs": False, "compile_stem_and_head": False}
     recipe = replace(recipe, offload="none", prefetch=False, **plain)
     with _pretending(recipe.device):
-        trainer = recipe.trainer("cpu", Blank(recipe.model, recipe.batch_size))
+        trainer = recipe.trainer("cpu")
         blocks = _costliest(trainer)
         traces = [_follow(trainer, block, recipe.device) for block in blocks]
         found: dict[Offload, list[Prediction]] = {place: [] for place in OFFLOAD}
@@ -134,7 +132,7 @@ def _costliest(trainer: Trainer) -> list[Block]:
 
 def _on_device(trainer: Trainer, block: Block) -> nn.Module:
     """What a step on a block reads: its layers, and what is no layer."""
-    model, read = trainer.models.of(block), nn.Module()
+    model, read = trainer.blocks.of(block), nn.Module()
     idle = (layer for i, layer in enumerate(model.layers) if i not in block.layers)
     left_out = {id(parameter) for layer in idle for parameter in layer.parameters()}
     read.own = nn.ParameterList(p for p in model.parameters() if id(p) not in left_out)
@@ -150,7 +148,6 @@ def _follow(trainer: Trainer, block: Block, target: Target) -> Trace:
         model=_on_device(trainer, block),
         optimizers=[group.optimizer for group in moved],
         inputs=[tensor for group in moved for tensor in group.average.values()],
-        device=torch.device("cpu"),
         workspace=partial(_workspace, target),
     )
 
@@ -167,7 +164,7 @@ def _elsewhere(trainer: Trainer, block: Block) -> list[tuple[str, int]]:
     moved = trainer.moved(block)
     idle = [group for group in trainer.groups.values() if group not in moved]
     # copies of what the blocks share have buffers of their own
-    every = [*trainer.models.parameters(), *trainer.models.buffers()]
+    every = [*trainer.blocks.parameters(), *trainer.blocks.buffers()]
     tensors = [("parameters", tensor) for tensor in every if id(tensor) not in read]
     for group in idle:
         tensors += [("optimizer", tensor) for tensor in group.optimizer_tensors().values()]
@@ -177,7 +174,7 @@ def _elsewhere(trainer: Trainer, block: Block) -> list[tuple[str, int]]:
 
 def _empty(trainer: Trainer, block: Block, slots: int) -> list[tuple[str, int]]:
     """Category and bytes of the slots that a block does not fill."""
-    frozen = trainer.models.frozen()
+    frozen = trainer.blocks.frozen()
     sizes = {
         name: flat_bytes(t.nbytes for t in (*group.tensors(), *frozen[name]))
         for name, group in trainer.groups.items()

@@ -15,9 +15,10 @@ time, so they are not counted as more. Only ratios of such times are meant to be
 
 from dataclasses import dataclass, replace
 
+from dbkernels.memory.measure import Prediction
 from dbkernels.planning.dry_run import dry_run
-from dbkernels.planning.recipe import Recipe
-from dbkernels.training.schedule import fewest_steps_per_swap
+from dbkernels.planning.recipe import OFFLOAD, Recipe
+from dbkernels.training.block_order import fewest_steps_per_swap
 from dbkernels.training.trainer_config import Offload
 
 FOLLOWED = 2  # micro-batches
@@ -26,23 +27,32 @@ SHARE = 0.5  # of a peak that a step reaches
 OP_SECONDS = 5e-6  # to launch an op, and for a GPU to fill and drain
 
 
+SPEEDS = {  # float32 and bfloat16 operations per second, bytes per second to and from the host
+    "cpu": (1e12, 1e12, 5e10),
+    "a100": (19.5e12, 312e12, 32e9),
+    "h100": (67e12, 989e12, 64e9),
+    "h200": (67e12, 989e12, 64e9),
+    "b200": (75e12, 2250e12, 64e9),
+}
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What a recipe needs of its device.
 
     Args:
+        recipe:       whose offload is that of the estimate
         peak_bytes:   what the costliest step takes from the driver
         by_category:  bytes of each of CATEGORIES at the step's peak of allocated bytes
         flops:        of matmuls and attention, in a sweep
-        ops:          calls of ops, in a sweep
-        swapped:      bytes that a sweep moves, with each block brought once and taken back
+        seconds:      of a sweep
     """
 
+    recipe: Recipe
     peak_bytes: int
     by_category: dict[str, int]
     flops: int
-    ops: int
-    swapped: int = 0
+    seconds: float
 
 
 def estimate(recipe: Recipe) -> dict[Offload, Estimate]:
@@ -50,51 +60,33 @@ def estimate(recipe: Recipe) -> dict[Offload, Estimate]:
     followed = min(recipe.accumulate, FOLLOWED)
     fewer = replace(recipe, batch_size=followed * recipe.micro_batch, accumulate=followed)
     times, found = recipe.num_blocks * recipe.accumulate / followed, dry_run(fewer)
-    # the others are all blocks but one
-    elsewhere = sum(
-        found["none"].by_category[name] - found["cpu"].by_category[name] for name in STATE
-    )
-    own = elsewhere // max(1, recipe.num_blocks - 1)
-    return {
-        offload: Estimate(
+    estimates = {}
+    for offload, prediction in found.items():
+        swapped = 0 if offload == "none" else swapped_bytes(found, recipe.num_blocks)
+        # the few ops that a step has once are counted with every micro-batch
+        flops, ops = round(times * prediction.flops), round(times * prediction.ops)
+        estimates[offload] = Estimate(
+            recipe=replace(recipe, offload=offload),
             peak_bytes=prediction.peak_reserved_bytes,
             by_category=prediction.by_category,
-            flops=round(times * prediction.flops),
-            # the few that a step has once are counted with every micro-batch
-            ops=round(times * prediction.ops),
-            swapped=2 * own * recipe.num_blocks if offload == "cpu" else 0,
+            flops=flops,
+            seconds=seconds_of(recipe, flops, ops, swapped),
         )
-        for offload, prediction in found.items()
-    }
+    return estimates
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Peaks of a device.
-
-    Args:
-        float32:   floating-point operations per second
-        bfloat16:  likewise
-        link:      bytes per second from and to the host
-    """
-
-    float32: float
-    bfloat16: float
-    link: float
-
-    def seconds(self, estimate: Estimate, recipe: Recipe) -> float:
-        """Of a sweep, by the formula above."""
-        peak = self.bfloat16 if recipe.autocast else self.float32
-        working = estimate.flops / (SHARE * peak) + estimate.ops * OP_SECONDS
-        swapping = estimate.swapped / (SHARE * self.link)
-        steps = fewest_steps_per_swap(working / recipe.num_blocks, swapping / recipe.num_blocks)
-        return working + swapping / steps
+def swapped_bytes(found: dict[Offload, Prediction], num_blocks: int) -> int:
+    """Bytes that a sweep moves, with each block brought once and taken back."""
+    every, one = (found[offload].by_category for offload in OFFLOAD)
+    # the others are all blocks but one
+    own = sum(every[name] - one[name] for name in STATE) // max(1, num_blocks - 1)
+    return 2 * own * num_blocks
 
 
-SPEEDS = {
-    "cpu": Speed(1e12, 1e12, 5e10),
-    "a100": Speed(19.5e12, 312e12, 32e9),
-    "h100": Speed(67e12, 989e12, 64e9),
-    "h200": Speed(67e12, 989e12, 64e9),
-    "b200": Speed(75e12, 2250e12, 64e9),
-}
+def seconds_of(recipe: Recipe, flops: int, ops: int, swapped: int) -> float:
+    """Of a sweep, by the formula above."""
+    float32, bfloat16, link = SPEEDS[recipe.device.name]
+    working = flops / (SHARE * (bfloat16 if recipe.autocast else float32)) + ops * OP_SECONDS
+    swapping = swapped / (SHARE * link)
+    steps = fewest_steps_per_swap(working / recipe.num_blocks, swapping / recipe.num_blocks)
+    return working + swapping / steps

@@ -8,13 +8,11 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from functools import partial
 
 import torch
 
-from dbkernels.memory.measure import DevicePeak, device_peak, measure_peak, out_of_memory
-from dbkernels.planning.families import made_up
+from dbkernels.memory.measure import allocator_peak, measure_peak, out_of_memory
 from dbkernels.planning.pool import processes
 from dbkernels.planning.recipe import Recipe
 from dbkernels.training.trainer import Trainer
@@ -56,7 +54,7 @@ def attempted(work: Callable[[], Figures]) -> Figures:
 
 def figures_of(recipe: Recipe, device: torch.device, steps: int) -> Figures:
     """As `measured`, in this process, where memory may run out."""
-    trainer = recipe.trainer(device, made_up(recipe.model, recipe.batch_size))
+    trainer = recipe.trainer(device)
     found = profile_trainer(trainer, steps)
     fits = trainer.micro_batch.size
     if fits < recipe.micro_batch:
@@ -99,7 +97,7 @@ def profile_trainer(trainer: Trainer, steps: int) -> Figures:
         # apart from the tracker, under which autograd adds gradients up in new storages
         steady += _on_gpu(step, trainer.device)
         peaks.append(
-            measure_peak(step, model=trainer.models, optimizers=optimizers, device=trainer.device)
+            measure_peak(step, model=trainer.blocks, optimizers=optimizers, device=trainer.device)
         )
     worst = max(peaks, key=lambda peak: peak.total_bytes)
     return {
@@ -115,13 +113,17 @@ def profile_trainer(trainer: Trainer, steps: int) -> Figures:
     }
 
 
-def _on_gpu(step: Callable[[], object], device: torch.device) -> list[DevicePeak]:
+def _on_gpu(step: Callable[[], object], device: torch.device) -> list[Figures]:
     """The peak of a step that is run on a GPU; nothing, and no step, off it."""
-    return [device_peak(step, device)] if device.type == "cuda" else []
+    if device.type != "cuda":
+        return []
+    with allocator_peak(device) as found:
+        step()
+    return [found]
 
 
-def _highest(peaks: list[DevicePeak]) -> dict[str, int | None] | None:
-    return asdict(max(peaks, key=lambda peak: peak.allocated_bytes)) if peaks else None
+def _highest(peaks: list[Figures]) -> Figures | None:
+    return max(peaks, key=lambda peak: peak["allocated_bytes"], default=None)
 
 
 def _timed(step: Callable[[], object], device: torch.device) -> float:

@@ -2,26 +2,22 @@
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
 
 import torch
 
-from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.data.made_up import MadeUpData
 from dbkernels.memory.allocator import TARGETS, Target, target_named
 from dbkernels.models.baseline import Baseline, use_baseline
+from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
-from dbkernels.planning.families import WEIGHTING, Blank, ImageData, ModelConfig, preset
+from dbkernels.training.diffusion_blocks import Sharing
+from dbkernels.training.partition import partition
 from dbkernels.training.run import PartitionConfig, RunConfig
-from dbkernels.training.sharing import Sharing
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import Offload, TrainerConfig
 
-Method = Literal[
-    "end_to_end", "checkpointed", "selective", "compiled", "block_stock", "block_fused"
-]
-METHODS: tuple[Method, ...] = get_args(Method)
-BASELINES: dict[Method, Baseline | None] = {
+BASELINES: dict[str, Baseline | None] = {  # what runs the layers; None is the fused layer
     "end_to_end": "stock",
     "checkpointed": "checkpointed",
     "selective": "selective",
@@ -29,6 +25,7 @@ BASELINES: dict[Method, Baseline | None] = {
     "block_stock": "stock",
     "block_fused": None,
 }
+METHODS = tuple(BASELINES)
 BLOCKWISE = ("block_stock", "block_fused")
 OFFLOAD: tuple[Offload, ...] = ("none", "cpu")  # disk needs of the device what cpu does
 STEPS = 10**6  # of a run that nobody ends
@@ -64,12 +61,12 @@ class Recipe:
     """Samples of a step, which are made up."""
     accumulate: int = 1
     """Parts that a batch is cut into."""
-    method: Method = "block_fused"
+    method: str = "block_fused"
     """What runs the layers: all but block_fused run plain torch."""
     num_blocks: int = 1
     """1 trains end to end."""
-    split: str = ""
-    """Layers per block, as `PartitionConfig` has them; empty splits evenly."""
+    split: tuple[int, ...] | None = None
+    """Layers per block, the noisiest block first; None splits evenly."""
     recompute: Recompute | None = "none"
     """Of the fused layer; None for plain torch."""
     budget: float | None = None
@@ -103,59 +100,42 @@ class Recipe:
         if self.data_parallel != 1:
             raise ValueError(f"data_parallel must be 1, got {self.data_parallel}")
         config = self.config()
-        config.partition.blocks(config.model.depth, config.prior)
+        partition(self.model.depth, self.num_blocks, config.prior, split=self.split)
 
     @property
     def micro_batch(self) -> int:
         """Samples of one backward."""
         return self.batch_size // self.accumulate
 
-    @property
-    def baseline(self) -> Baseline | None:
-        """What runs the layers in plain torch; None is the fused layer."""
-        return BASELINES[self.method]
-
     def config(self) -> RunConfig:
         """The run, with the settings that `train` has by default; its data is made up."""
+        entry, split = family_named(self.family), ",".join(map(str, self.split or ()))
+        names = [field.name for field in fields(TrainerConfig)]
+        same = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return RunConfig(
             family=self.family,
             model=replace(self.model, recompute=self.recompute or self.model.recompute),
             data="made up",
-            weighting=WEIGHTING[self.family],
+            weighting=entry.weighting,
             label_drop=0.0,
             mirror=False,
             shift=0,
-            partition=PartitionConfig(num_blocks=self.num_blocks, split=self.split),
-            prior=LogNormal(),
+            partition=PartitionConfig(self.num_blocks, split=split, sharing=self.sharing),
+            prior=entry.process,
             trainer=TrainerConfig(
-                steps=STEPS,
-                batch_size=self.batch_size,
-                clip=0.0 if self.optimizer_in_backward else 1.0,
-                ema=self.ema,
-                accumulate=self.accumulate,
-                optimizer_in_backward=self.optimizer_in_backward,
-                cuda_graphs=self.cuda_graphs,
-                compile_stem_and_head=self.compile_stem_and_head,
-                autocast=self.autocast,
-                sharing=self.sharing,
-                offload=self.offload,
-                prefetch=self.prefetch,
+                steps=STEPS, clip=0.0 if self.optimizer_in_backward else 1.0, **same
             ),
         )
 
-    def trainer(self, device: torch.device | str, data: Blank | ImageData) -> Trainer:
-        """A trainer at its first step.
-
-        Args:
-            device:  of this machine
-            data:    as `made_up` or `Blank` gives it
-        """
-        config = self.config()
-        models = config.build(config.home(device))
-        if self.baseline is not None:
+    def trainer(self, device: torch.device | str) -> Trainer:
+        """A trainer at its first step, on a device of this machine; its data is made up."""
+        config, baseline = self.config(), BASELINES[self.method]
+        blocks = config.build(config.home(device))
+        if baseline is not None:
             budget = 1.0 if self.budget is None else self.budget
-            use_baseline(models.model, self.baseline, budget=budget)
-        return config.trainer_of(models, data, device=device)
+            use_baseline(blocks.model, baseline, budget=budget)
+        data = MadeUpData(self.model.fields(), self.batch_size)
+        return config.trainer_of(blocks, data, device=device)
 
     def settings(self) -> Settings:
         """What a row of JSON and a budget say of it."""
@@ -169,7 +149,7 @@ def of_preset(family: str, name: str) -> Recipe:
     Raises:
         ValueError: there is no such family or preset.
     """
-    return Recipe(family, name, preset(family, name))
+    return Recipe(family, name, family_named(family).model.preset(name))
 
 
 def of_settings(settings: Settings) -> Recipe:
@@ -194,7 +174,7 @@ def of_settings(settings: Settings) -> Recipe:
 def every_way(
     recipe: Recipe,
     *,
-    methods: Sequence[Method],
+    methods: Sequence[str],
     num_blocks: Sequence[int],
     policies: Sequence[Recompute],
     budget: float,

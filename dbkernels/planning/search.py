@@ -7,9 +7,9 @@ from functools import partial
 
 from dbkernels.memory.allocator import Target
 from dbkernels.memory.tracker import CATEGORIES
+from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute, policies_of
-from dbkernels.planning.estimate import SPEEDS, STATE, Estimate, estimate
-from dbkernels.planning.families import PRESETS, ModelConfig
+from dbkernels.planning.estimate import STATE, Estimate, estimate
 from dbkernels.planning.pool import results
 from dbkernels.planning.recipe import Recipe
 from dbkernels.training.trainer_config import Offload
@@ -19,15 +19,6 @@ Predictor = Callable[[Recipe], dict[Offload, Estimate]]
 CONTEXT = 2**29  # bytes that CUDA's context takes beside a run's tensors; differs by driver
 FREE = "free_in_allocator"  # beside CATEGORIES
 GROWING = ("inputs", "saved_activations", "temporaries", "workspaces")  # with the micro-batch
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A way of training, and what is predicted of it."""
-
-    recipe: Recipe
-    estimate: Estimate
-    seconds: float  # of a sweep
 
 
 @dataclass(frozen=True)
@@ -41,9 +32,9 @@ class Found:
         smallest:  of all that were predicted, whether it fits or not
     """
 
-    whole: Plan
-    fitting: list[Plan]
-    smallest: Plan
+    whole: Estimate
+    fitting: list[Estimate]
+    smallest: Estimate
 
 
 @dataclass(frozen=True)
@@ -58,9 +49,9 @@ class Answer:
         outside:   bytes of the stem and the head, by category
     """
 
-    whole: Plan
-    plans: list[Plan]
-    smallest: Plan
+    whole: Estimate
+    plans: list[Estimate]
+    smallest: Estimate
     largest: str | None
     outside: dict[str, int]
 
@@ -79,7 +70,7 @@ def search(recipe: Recipe, memory: int) -> Answer:
     """
     limit, depth = memory - context_bytes(recipe.device), recipe.model.depth
     counts = [count for count in range(1, depth + 1) if depth % count == 0]
-    presets = PRESETS[recipe.family]
+    presets = family_named(recipe.family).model.presets
     by_size = sorted(presets, key=lambda name: _size(presets[name]), reverse=True)
     least = [_smallest(replace(recipe, preset=name, model=presets[name])) for name in by_size]
     jobs = [partial(plans_of, replace(recipe, num_blocks=n), estimate, limit) for n in counts]
@@ -90,7 +81,7 @@ def search(recipe: Recipe, memory: int) -> Answer:
     return Answer(
         whole=found[0].whole,
         plans=sorted((plan for each in found for plan in each.fitting), key=lambda p: p.seconds),
-        smallest=min((each.smallest for each in found), key=lambda p: p.estimate.peak_bytes),
+        smallest=min((each.smallest for each in found), key=lambda p: p.peak_bytes),
         largest=next(fits, None),
         outside=outside_layers(needed[recipe.preset], depth),
     )
@@ -108,12 +99,7 @@ def _smallest(recipe: Recipe) -> Recipe:
     )
 
 
-def plans_of(
-    recipe: Recipe,
-    predict: Predictor,
-    limit: int,
-    seconds: Callable[[Estimate, Recipe], float] | None = None,
-) -> Found:
+def plans_of(recipe: Recipe, predict: Predictor, limit: int) -> Found:
     """The fastest plans of a recipe's number of blocks.
 
     A micro-batch needs less than a larger one, and a policy less than the one before: each policy's
@@ -124,19 +110,14 @@ def plans_of(
         recipe:   whose policy, micro-batch and offload are searched for
         predict:  what a recipe needs; asked once for each
         limit:    bytes that a plan may take
-        seconds:  of a sweep; None is by the speed of the recipe's device
     """
-    seconds = seconds or SPEEDS[recipe.device.name].seconds
-    known: dict[Recipe, dict[Offload, Plan]] = {}
+    known: dict[Recipe, dict[Offload, Estimate]] = {}
 
-    def planned(offload: Offload, recompute: Recompute, micro_batch: int) -> Plan:
+    def planned(offload: Offload, recompute: Recompute, micro_batch: int) -> Estimate:
         pieces = recipe.batch_size // micro_batch
         chosen = replace(recipe, recompute=recompute, accumulate=pieces)
         if chosen not in known:
-            known[chosen] = {
-                place: Plan(replace(chosen, offload=place), needed, seconds(needed, chosen))
-                for place, needed in predict(chosen).items()
-            }
+            known[chosen] = predict(chosen)
         return known[chosen][offload]
 
     whole = planned("none", "none", recipe.batch_size)
@@ -144,20 +125,22 @@ def plans_of(
     offloads = ("none",) if recipe.num_blocks == 1 else ("none", "cpu")
     best = [_fastest(partial(planned, offload), recipe, limit) for offload in offloads]
     every = [plan for plans in known.values() for plan in plans.values()]
-    smallest = min(every, key=lambda plan: plan.estimate.peak_bytes)
+    smallest = min(every, key=lambda plan: plan.peak_bytes)
     return Found(whole, [plan for plan in best if plan], smallest)
 
 
-def _fastest(planned: Callable[[Recompute, int], Plan], recipe: Recipe, limit: int) -> Plan | None:
+def _fastest(
+    planned: Callable[[Recompute, int], Estimate], recipe: Recipe, limit: int
+) -> Estimate | None:
     """The fastest plan that fits of all policies and micro-batches; None where there is none."""
     batch, policies = recipe.batch_size, policies_of(mixed=recipe.autocast)
     whole = planned("none", batch)
-    if whole.estimate.peak_bytes <= limit:
+    if whole.peak_bytes <= limit:
         return whole
-    if planned(policies[-1], 1).estimate.peak_bytes > limit:
+    if planned(policies[-1], 1).peak_bytes > limit:
         return None
     sizes = [size for size in range(1, batch + 1) if batch % size == 0]
-    best: Plan | None = None
+    best: Estimate | None = None
     slow: list[Recompute] = []  # policies that take longer than the best with a whole batch too
     for recompute in policies:
         if any(_redoes(recompute, other) for other in slow):
@@ -176,7 +159,9 @@ def _redoes(recompute: Recompute, other: Recompute) -> bool:
     return POLICIES[recompute].keeps <= POLICIES[other].keeps
 
 
-def _worth_trying(sizes: Sequence[int], recompute: Recompute, best: Plan | None) -> Sequence[int]:
+def _worth_trying(
+    sizes: Sequence[int], recompute: Recompute, best: Estimate | None
+) -> Sequence[int]:
     """Micro-batches with which a policy may be faster than the best of those before it."""
     if best is None:
         return sizes
@@ -184,13 +169,15 @@ def _worth_trying(sizes: Sequence[int], recompute: Recompute, best: Plan | None)
     return sizes[bisect_left(sizes, best.recipe.micro_batch) + more :]
 
 
-def _largest(sizes: Sequence[int], planned: Callable[[int], Plan], limit: int) -> Plan | None:
+def _largest(
+    sizes: Sequence[int], planned: Callable[[int], Estimate], limit: int
+) -> Estimate | None:
     """The plan of the largest micro-batch that fits; None where the smallest does not."""
     best, low, high = None, -1, len(sizes)  # sizes[low] fits, sizes[high] does not
     place = high - 1
     while high - low > 1:
         plan = planned(sizes[place])
-        if plan.estimate.peak_bytes <= limit:
+        if plan.peak_bytes <= limit:
             best, low = plan, place
         else:
             high = place
@@ -198,10 +185,10 @@ def _largest(sizes: Sequence[int], planned: Callable[[int], Plan], limit: int) -
     return best
 
 
-def _guess(plan: Plan, sizes: Sequence[int], limit: int) -> int:
+def _guess(plan: Estimate, sizes: Sequence[int], limit: int) -> int:
     """Index of the largest size that fits if what grows with it were all in proportion."""
-    growing = sum(plan.estimate.by_category[name] for name in GROWING)
-    room = limit - (plan.estimate.peak_bytes - growing)
+    growing = sum(plan.by_category[name] for name in GROWING)
+    room = limit - (plan.peak_bytes - growing)
     return bisect_right(sizes, plan.recipe.micro_batch * room / max(1, growing)) - 1
 
 

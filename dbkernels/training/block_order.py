@@ -1,54 +1,77 @@
 """Which block each step of a run trains, and how many steps in a row."""
 
+import math
 import statistics
 from collections.abc import Callable
+from typing import Literal
 
-from dbkernels.training.schedule import block_index, fewest_steps_per_swap, steps_left
-from dbkernels.training.trainer_config import TrainerConfig
+import torch
 
+from dbkernels.ops.philox import stream_seed
+
+Order = Literal["shuffled", "sequential"]
+SWAP_SHARE = 0.05
 TIMED_STEPS = 5  # by which steps_per_swap is found
+ORDER_KEY = 2**62  # keeps the stream of the blocks' order apart from the blocks' own
 
 
 class BlockOrder:
-    """The order of a run's blocks; a block's turn is `steps_per_swap` steps in a row.
+    """The order of a run's blocks; a block's turn is some steps in a row.
 
-    Where the run measures steps_per_swap, it is 0 until enough steps of the first turn were timed.
-    It depends on the machine then, so a checkpoint must hold it.
+    Every block has had `steps` steps at the end. Where the run measures steps_per_swap, it is 0
+    until enough steps of the first turn were timed. It depends on the machine then, so a checkpoint
+    must hold it.
+
+    Args:
+        num_blocks:      number of blocks
+        steps:           of each block
+        order:           shuffled trains every block once in each sweep, in an order of its own;
+                         sequential takes all steps of a block before the next, most noise first
+        seed:            of the run
+        steps_per_swap:  of a block in a row where shuffled, in the last sweep those still left; 0
+                         measures it
+        swaps:           whether blocks leave the device after their turns
     """
 
-    def __init__(self, config: TrainerConfig, num_blocks: int):
-        self._config, self._num_blocks = config, num_blocks
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        steps: int,
+        order: Order,
+        seed: int,
+        steps_per_swap: int,
+        swaps: bool,
+    ):
+        self._num_blocks, self._steps = num_blocks, steps
+        self._sequential, self._seed = order == "sequential", seed
         self._seconds: list[float] = []
         # without swaps there is nothing that longer turns would save
-        self.steps_per_swap = config.steps_per_swap or (1 if config.offload == "none" else 0)
+        self.steps_per_swap = steps_per_swap or (0 if swaps else 1)
+
+    def _turn(self, step: int) -> tuple[int, int, int]:
+        """Of the turn that a step is in: its sweep, its place there, and its steps from this on."""
+        # one sweep is all where it is sequential, and until steps_per_swap is known
+        turn = self._steps if self._sequential else self.steps_per_swap or self._steps
+        sweep, place = divmod(step, self._num_blocks * turn)
+        length = min(turn, self._steps - sweep * turn)
+        return sweep, place // length, length - place % length
 
     def block(self, step: int) -> int:
         """Index of the block that a step of the run trains."""
-        config = self._config
-        # until steps_per_swap is known, the first turn goes on
-        steps_per_swap = self.steps_per_swap or config.steps
-        return block_index(
-            step,
-            self._num_blocks,
-            steps=config.steps,
-            order=config.order,
-            seed=config.seed,
-            steps_per_swap=steps_per_swap,
-        )
+        sweep, place, _ = self._turn(step)
+        if self._sequential:
+            return place
+        generator = torch.Generator().manual_seed(stream_seed(self._seed, ORDER_KEY, sweep))
+        return int(torch.randperm(self._num_blocks, generator=generator)[place])
 
     def next_block(self, step: int) -> int | None:
         """Index of the block after the turn that a step is in; None where none is known."""
-        config, end = self._config, self._config.steps * self._num_blocks
+        end = self._steps * self._num_blocks
         if not self.steps_per_swap or step >= end:
             return None
-        step += steps_left(
-            step,
-            self._num_blocks,
-            steps=config.steps,
-            order=config.order,
-            steps_per_swap=self.steps_per_swap,
-        )
-        return self.block(step) if step < end else None
+        *_, left = self._turn(step)
+        return self.block(step + left) if step + left < end else None
 
     @property
     def times(self) -> bool:
@@ -68,10 +91,20 @@ class BlockOrder:
         if self.steps_per_swap:
             return False
         self._seconds.append(seconds)
-        if len(self._seconds) < TIMED_STEPS and steps < self._config.steps:
+        if len(self._seconds) < TIMED_STEPS and steps < self._steps:
             return False
         # the first one also compiles and warms up
         typical = statistics.median(self._seconds[1:] or self._seconds)
         needed = fewest_steps_per_swap(typical, swap_seconds())
-        self.steps_per_swap = min(max(needed, steps), self._config.steps)
+        self.steps_per_swap = min(max(needed, steps), self._steps)
         return True
+
+
+def fewest_steps_per_swap(step_seconds: float, swap_seconds: float) -> int:
+    """The fewest steps in a row of which swaps take at most SWAP_SHARE of the time.
+
+    Args:
+        step_seconds:  of one step
+        swap_seconds:  to take one block off the device and bring another
+    """
+    return max(1, math.ceil(swap_seconds * (1 - SWAP_SHARE) / SWAP_SHARE / step_seconds))

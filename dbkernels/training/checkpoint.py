@@ -19,6 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dbkernels.whole_file import make_durable
+
 Tensors = dict[str, dict[str, Tensor]]  # group ("model", "ema", ...) -> tensor name -> tensor
 
 FORMAT = 1
@@ -38,14 +40,6 @@ _TEMPORARY = re.compile(r"\.step-[0-9]{8,}(?:\.replaced)?-([0-9]{1,7})")
 
 def _json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _step(path: Path) -> int:
@@ -137,13 +131,13 @@ def _write(directory: Path, step: int, tensors: Tensors, state: dict) -> None:
         )
         # the writer lets only the owner read the file; the directory follows the umask
         path.chmod(directory.stat().st_mode & 0o666)
-        _fsync(path)
+        make_durable(path)
         files[path.name] = _bytes_and_sha256(path.read_bytes())
     manifest = {"format": FORMAT, "step": step, "state": state, "files": files}
     manifest["self"] = hashlib.sha256(_json(manifest)).hexdigest()
     (directory / STATE_FILE).write_bytes(_json(manifest))
-    _fsync(directory / STATE_FILE)
-    _fsync(directory)
+    make_durable(directory / STATE_FILE)
+    make_durable(directory)
 
 
 def save(root: Path, step: int, tensors: Tensors, state: dict, *, keep: int = 2) -> Path:
@@ -164,7 +158,7 @@ def save(root: Path, step: int, tensors: Tensors, state: dict, *, keep: int = 2)
     _check_request(step, tensors, state, keep)
     if not root.exists():
         root.mkdir(parents=True)
-        _fsync(root.parent)
+        make_durable(root.parent)
     _tidy(root)
     final = root / f"step-{step:08d}"
     temporary = _hidden(final)
@@ -173,7 +167,7 @@ def save(root: Path, step: int, tensors: Tensors, state: dict, *, keep: int = 2)
         if final.exists():
             os.rename(final, final.with_suffix(".replaced"))
         os.rename(temporary, final)
-        _fsync(root)
+        make_durable(root)
     except safetensors.SafetensorError as error:
         raise OSError(f"cannot write checkpoint {final}: {error}") from error
     finally:

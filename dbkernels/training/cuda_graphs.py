@@ -7,7 +7,6 @@ samples and counts at the addresses that it was captured with; who moves them mu
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 from weakref import WeakSet
 
 import torch
@@ -19,20 +18,8 @@ from dbkernels.training.param_group import ParamGroup
 Step = Callable[[], tuple[Tensor, ...]]
 
 
-class Recorder(Protocol):
-    """Runs a step as it comes, or records it without running it."""
-
-    def warm_up(self, step: Step) -> tuple[Tensor, ...]:
-        """Run a step where the next one will be recorded."""
-        ...
-
-    def record(self, step: Step) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        """What replays the step, and the tensors that then hold what it returns."""
-        ...
-
-
 class CudaRecorder:
-    """Records CUDA graphs.
+    """Runs a step as it comes, or records it as a CUDA graph without running it.
 
     Args:
         device:      an NVIDIA GPU
@@ -46,7 +33,7 @@ class CudaRecorder:
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def warm_up(self, step: Step) -> tuple[Tensor, ...]:
-        """As `Recorder.warm_up`."""
+        """Run a step where the next one will be recorded."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         try:
@@ -56,7 +43,7 @@ class CudaRecorder:
             current.wait_stream(self._stream)
 
     def record(self, step: Step) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-        """As `Recorder.record`."""
+        """What replays the step, and the tensors that then hold what it returns."""
         # a pool that no graph is left of cannot be used again
         pool = next((graph.pool() for graph in self._graphs), None)
         graph = torch.cuda.CUDAGraph()
@@ -89,7 +76,7 @@ class CudaGraphs:
         recorder:  of the graphs
     """
 
-    def __init__(self, recorder: Recorder):
+    def __init__(self, recorder: CudaRecorder):
         self._recorder = recorder
         self._warm: set[Hashable] = set()
         self._recorded: dict[Hashable, tuple[Callable[[], None], tuple[Tensor, ...]]] = {}

@@ -1,102 +1,81 @@
-"""What a trained model is worth: loss per block, loss at sigma_max, accuracy after each step."""
+"""What trained blocks are worth on some data: means over its samples, and distances of samples."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dbkernels.data.images import ImageData
-from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.models.family import Batch
-from dbkernels.ops.philox import Draw
-from dbkernels.ops.randomness import stream_seed
-from dbkernels.training.inference import classify
-from dbkernels.training.partition import block_at
-from dbkernels.training.sharing import BlockModels
-from dbkernels.training.staging import Staging
+from dbkernels.data.images import Batch
+from dbkernels.data.made_up import Data
+from dbkernels.ops.philox import Draw, stream_seed
+from dbkernels.training.pending import Staging
 
 LEVELS_PER_BLOCK = 8  # quantiles of each block's interval at which its loss is read
 EVALUATION_KEY = 2**62 + 1  # keeps evaluation's streams apart from training's
 
 
-def batches(
-    data: ImageData, batch_size: int, device: torch.device | str, limit: int | None = None
-) -> Iterator[Batch]:
-    """The samples in order, each once, at most `limit` of them; the last batch may be short."""
-    count = len(data) if limit is None else min(limit, len(data))
-    put = Staging(device).put
-    for indices in torch.arange(count).split(batch_size):
-        yield data.batch(indices, put)
-
-
-@torch.no_grad()
-def loss_at(
-    models: BlockModels, data: ImageData, level: float, *, seed: int, batch_size: int = 256
-) -> float:
-    """Mean loss over the data at one noise level, by the block that serves it, unweighted.
-
-    At sigma_max z holds nothing of the target, so there the loss cannot be won by copying it.
-    """
-    total, count = 0.0, 0
-    device = next(models.parameters()).device
-    block = block_at(models.blocks, level)
-    for batch in batches(data, batch_size, device):
-        sigma = torch.full((len(batch["label"]),), level, device=device)
-        draw = _draw(seed, count)
-        losses = models.of(block).losses(draw, sigma, block.layers, batch)
-        total, count = total + float(losses.sum()), count + len(losses)
-    return total / count
-
-
-def block_losses(
-    models: BlockModels, data: ImageData, prior: LogNormal, *, seed: int, batch_size: int = 256
-) -> list[float]:
-    """Mean loss of each block over the interval it serves, unweighted, at equal quantiles."""
-    means = []
-    for block in models.blocks:
-        low, high = prior.cdf(block.noise.low), prior.cdf(block.noise.high)
-        shares = (np.arange(LEVELS_PER_BLOCK) + 0.5) / LEVELS_PER_BLOCK
-        levels = [prior.quantile(low + share * (high - low)) for share in shares]
-        losses = [loss_at(models, data, x, seed=seed, batch_size=batch_size) for x in levels]
-        means.append(sum(losses) / len(losses))
-    return means
-
-
 @dataclass(frozen=True)
-class Classification:
-    """Accuracy in [0, 1] and cross-entropy in nats after each Euler step, at descending levels."""
+class Evaluation:
+    """What trained blocks are worth; printed as a few lines.
 
+    block_losses:        mean loss of each block over the levels that it serves, unweighted
+    loss_at_most_noise:  mean loss at the highest level
+    levels:              descending, of the sampler that the metrics were read from
+    metrics:             by name, after each level; shares are in [0, 1], cross-entropies in nats
+    """
+
+    block_losses: tuple[float, ...]
+    loss_at_most_noise: float
     levels: tuple[float, ...]
-    accuracy: tuple[float, ...]
-    cross_entropy: tuple[float, ...]
+    metrics: dict[str, tuple[float, ...]]
+
+    def __str__(self) -> str:
+        lines = {
+            "loss of each block": self.block_losses,
+            "loss at the most noise": (self.loss_at_most_noise,),
+            **{f"{name} after each step": values for name, values in self.metrics.items()},
+        }
+        lines = {name.replace("_", " "): values for name, values in lines.items()}
+        width = max(map(len, lines))
+        return "\n".join(
+            f"{name:{width}}  {'  '.join(f'{value:.4g}' for value in values)}"
+            for name, values in lines.items()
+        )
 
 
-def evaluate_classifier(
-    models: BlockModels,
-    data: ImageData,
-    levels: Sequence[float],
-    *,
-    seed: int,
-    batch_size: int = 256,
-) -> Classification:
-    """Classify every sample, from pure noise, and read the answer after each Euler step."""
-    correct, nats, count = np.zeros(len(levels)), np.zeros(len(levels)), 0
-    device = next(models.parameters()).device
-    for batch in batches(data, batch_size, device):
-        label, draw = batch["label"], _draw(seed, count)
-        logits = [each.float() for each in classify(models, batch, levels, draw)]
-        correct += [int((each.argmax(-1) == label).sum()) for each in logits]
-        nats += [float(F.cross_entropy(each, label, reduction="sum")) for each in logits]
-        count += len(label)
-    return Classification(tuple(levels), tuple(correct / count), tuple(nats / count))
+class Means(dict[str, float]):
+    """Means by name over all numbers that were added."""
+
+    def __init__(self):
+        super().__init__()
+        self._counts: dict[str, int] = defaultdict(int)
+        self._sums: dict[str, float] = defaultdict(float)
+
+    def add(self, name: str, numbers: Tensor) -> None:
+        """Count some more numbers, of any shape."""
+        self._sums[name] += float(numbers.sum())
+        self._counts[name] += numbers.numel()
+        self[name] = self._sums[name] / self._counts[name]
 
 
-def _draw(seed: int, sample: int) -> Draw:
-    """The noise from one sample of the data on: the same in batches of any size."""
-    return Draw(stream_seed(seed, EVALUATION_KEY), step=0, sample=sample)
+def batches(
+    data: Data, batch_size: int, device: torch.device | str, *, seed: int = 0
+) -> Iterator[tuple[Batch, Draw]]:
+    """The samples in order, each once, and their noise: the same in batches of any size.
+
+    Args:
+        data:        every sample of it
+        batch_size:  the last batch may be shorter
+        device:      to bring them to
+        seed:        of the noise
+    """
+    put = Staging(device).put
+    for indices in torch.arange(len(data)).split(batch_size):
+        draw = Draw(stream_seed(seed, EVALUATION_KEY), step=0, sample=int(indices[0]))
+        yield data.batch(indices, put), draw
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:

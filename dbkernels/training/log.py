@@ -6,6 +6,8 @@ import os
 import weakref
 from pathlib import Path
 
+from dbkernels.whole_file import write_whole
+
 
 class RunLog:
     """Appends rows to `log.jsonl`; a resumed run drops the rows from its own step on.
@@ -25,9 +27,7 @@ class RunLog:
         self._release = weakref.finalize(self, os.close, _claim(directory))
         path = directory / "log.jsonl"
         kept = [row for row in read_log(path) if row["step"] < first_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", buffering=1)
 
     def write(self, row: dict[str, float | int]) -> None:

@@ -1,12 +1,52 @@
-"""Parameters that are updated together: their optimizer, their average, their count of steps."""
+"""What a step does to parameters: a rate, an optimizer after the backward or in it, an average.
 
-from collections.abc import Iterable
+After the backward, gradients may be added up over micro-batches, and their norm may be clipped
+before any parameter moves. In it, each parameter is updated as soon as its gradient is whole, so a
+block's gradients take the memory of one layer's; Lv et al. 2023 (arXiv:2306.09782) do so end to
+end. Without clipping both give the same bits.
+
+The host hears of a loss that is not finite when it has launched the next update already. Until it
+says `go_on`, no update does anything, and the norm of each is NaN.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dbkernels.training.schedule import average_decay
+Decay = Literal["constant", "cosine"]
+
+
+def learning_rate(step: int, total: int, *, lr: float, warmup: int, decay: Decay) -> float:
+    """The rate of one update.
+
+    Args:
+        step:    updates that the parameters have had; 0 for the first
+        total:   updates that they will have had at the end
+        lr:      the highest rate
+        warmup:  updates over which the rate rises linearly
+        decay:   constant, or cosine down to 0 at `total`
+    """
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    if decay == "constant":
+        return lr
+    done = (step - warmup) / max(1, total - warmup)
+    return lr * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def average_decay(step: int, decay: float) -> float:
+    """Decay of an exponential moving average, lower while few steps have been taken.
+
+    Args:
+        step:   updates that the averaged parameters have had, of their own
+        decay:  in the long run; below 1
+    """
+    return min(decay, (1 + step) / (10 + step))
 
 
 class ParamGroup:
@@ -118,10 +158,132 @@ def _fresh_state(parameter: nn.Parameter) -> dict[str, Tensor]:
 
 def tensor_sizes(parameters: Iterable[nn.Parameter], ema: float) -> list[int]:
     """Bytes of each of a group's tensors, in no order, before there is the group."""
-    step = torch.zeros(()).nbytes
-    moments_and_average = 3 if ema else 2
-    return [
-        size
-        for parameter in parameters
-        for size in (step, *[parameter.nbytes] * (1 + moments_and_average))
-    ]
+    step, copies = torch.zeros(()).nbytes, 4 if ema else 3
+    return [size for parameter in parameters for size in (step, *[parameter.nbytes] * copies)]
+
+
+class AllOnDevice:
+    """Stands where an `Offloader` would, for groups that never leave the device."""
+
+    slot = 0
+
+    def enter(self, name: str) -> None:
+        """As `Offloader.enter`; so with the others."""
+
+    def prefetch(self, name: str) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Updater:
+    """Makes of a loss the updates of some groups. Nothing is read back from the device.
+
+    Args:
+        device:  of the parameters that are updated
+    """
+
+    def __init__(self, device: torch.device | str):
+        # loss and gradients of every update so far; written in place, where a graph finds it
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def backward(self, loss: Tensor) -> None:
+        """Differentiate a loss, or a micro-batch's share of one, whose gradients add up."""
+        loss.backward()
+
+    def finish(self, loss: Tensor, groups: Sequence[ParamGroup]) -> Tensor:
+        """End an update, whose losses sum to `loss`; no gradient is left.
+
+        Returns:
+            The gradient's norm before it was clipped, (); NaN after an update that was not finite.
+        """
+        raise NotImplementedError
+
+    def go_on(self) -> None:
+        """Update again, after loss or gradients that were not finite."""
+        self._finite.fill_(True)
+
+
+class OptimizerAfterBackward(Updater):
+    """Updates when all gradients are there; not at all where the loss or one is not finite.
+
+    Args:
+        clip:    largest norm of an update's gradient; 0 for no limit
+        device:  of the parameters that are updated
+    """
+
+    def __init__(self, clip: float, device: torch.device | str):
+        super().__init__(device)
+        self._clip = clip or torch.inf
+
+    def finish(self, loss: Tensor, groups: Sequence[ParamGroup]) -> Tensor:
+        """As `Updater.finish`."""
+        parameters = [p for group in groups for p in group.parameters.values()]
+        norm = nn.utils.clip_grad_norm_(parameters, self._clip)
+        norm = torch.where(self._finite, norm, torch.nan)
+        self._finite.copy_(torch.isfinite(loss + norm))
+        for group in groups:
+            group.update(where=self._finite)
+            group.move_average(where=self._finite)
+        return norm
+
+
+class OptimizerInBackward(Updater):
+    """Updates in the backward, by hooks; nothing from the first gradient on that is not finite.
+
+    Where the loss is not finite nothing is updated at all. Whoever else differentiates something
+    that these parameters are in finds their gradients as ever.
+
+    Args:
+        groups:  all that it will ever update
+        device:  of their updates
+    """
+
+    def __init__(self, groups: Sequence[ParamGroup], device: torch.device | str):
+        super().__init__(device)
+        self._squares, self._updates = torch.zeros(()), False
+        for group in groups:
+            for parameter in group.parameters.values():
+                parameter.register_post_accumulate_grad_hook(partial(self._update, group))
+
+    def backward(self, loss: Tensor) -> None:
+        """As `Updater.backward`, once in an update."""
+        # of what is not finite this is NaN, and so is the sum
+        self._squares = torch.where(self._finite, loss.detach() * 0, torch.nan)
+        self._updates = True
+        try:
+            loss.backward()
+        finally:
+            self._updates = False
+
+    def _update(self, group: ParamGroup, parameter: Tensor) -> None:
+        if not self._updates:
+            return
+        self._squares += torch.linalg.vector_norm(parameter.grad).square()
+        group.update(where=torch.isfinite(self._squares), only=parameter)
+
+    def finish(self, loss: Tensor, groups: Sequence[ParamGroup]) -> Tensor:
+        """As `Updater.finish`."""
+        self._finite.copy_(torch.isfinite(self._squares))
+        for group in groups:
+            group.move_average(where=self._finite)
+        return self._squares.sqrt()
+
+
+def updater(
+    in_backward: bool, clip: float, groups: Sequence[ParamGroup], device: torch.device | str
+) -> Updater:
+    """The updater of a setting.
+
+    Args:
+        in_backward:  whether a parameter is updated as soon as it has its gradient
+        clip:         after the backward, as `OptimizerAfterBackward` has it
+        groups:       all that it will ever update
+        device:       of their updates
+    """
+    return (
+        OptimizerInBackward(groups, device) if in_backward else OptimizerAfterBackward(clip, device)
+    )

@@ -5,11 +5,10 @@ Shing et al. 2026 (arXiv:2506.14202), section 3.3: the first layers meet the mos
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from dbkernels.diffusion.interval import Interval
+from dbkernels.diffusion.process import Interval, Process, Scheme
 
 
 @dataclass(frozen=True)
@@ -28,21 +27,13 @@ class Block:
     trained_noise: Interval
 
 
-class NoiseProcess(Protocol):
-    """What a partition asks of a noise process; `LogNormal` is one."""
-
-    def intervals(self, num_blocks: int, scheme: str) -> tuple[Interval, ...]: ...
-
-    def widen(self, interval: Interval, gamma: float) -> Interval: ...
-
-
 def partition(
     layers: int | Sequence[int],
     num_blocks: int,
-    process: NoiseProcess,
+    process: Process,
     *,
     split: Sequence[int] | None = None,
-    scheme: str = "equal_probability",
+    scheme: Scheme = "equal_probability",
     gamma: float = 0.05,
 ) -> tuple[Block, ...]:
     """Cut a stack of layers into blocks and give each its interval of noise.

@@ -1,16 +1,143 @@
-"""What a step gives: a row of the log, whose numbers come from the device later.
+"""A step on its way: its samples go to the device, and its numbers come to the host later.
 
 The numbers set out for the host behind the step that made them, and the host launches the next step
 meanwhile. It reads them when that is done, so the device never waits for the host.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from dbkernels.data.images import Batch, Data, Put
+
 Row = dict[str, float | int]
+
+
+class Staging:
+    """Puts tensors on a device: for a GPU through page-locked memory and on a stream of its own.
+
+    The host waits for no copy, and a copy for no step. Locked pages are torch's own: it uses them
+    again when what was copied from them has arrived.
+
+    Args:
+        device:  to put them on
+    """
+
+    def __init__(self, device: torch.device | str):
+        self._device = torch.device(device)
+        cuda = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if cuda else None
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A tensor of the host on the device, for the ops that the current stream runs from now on.
+
+        Where the device is the host it is the tensor itself. On a GPU the host may write over its
+        own at once.
+        """
+        if self._stream is None:
+            return tensor.to(self._device)
+        locked = tensor.pin_memory()
+        steps = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            arrived = locked.to(self._device, non_blocking=True)
+        steps.wait_stream(self._stream)
+        # its memory is the copies' to use again, which must not overtake the steps that read it
+        arrived.record_stream(steps)
+        return arrived
+
+
+class ReadSamples:
+    """A step's samples, read piece by piece: no more of them are on the device than one piece.
+
+    Args:
+        data:     gives batches by sample index
+        indices:  (B,) int64, of the step
+        put:      brings them to the device
+    """
+
+    def __init__(self, data: Data, indices: Tensor, put: Put):
+        self._data, self._indices, self._put = data, indices, put
+
+    def pieces(self, size: int) -> Iterator[Batch]:
+        """All of them in order, `size` at a time; again if they are asked for again."""
+        for piece in self._indices.split(size):
+            yield self._data.batch(piece, self._put)
+
+
+class HeldSamples:
+    """Samples in tensors that stay, where a captured graph finds those of each step."""
+
+    def __init__(self):
+        self._batch: Batch = {}
+
+    def fill(self, batch: Batch) -> None:
+        """Put the samples of a step in the place of the last one's, of the same shapes."""
+        for name, tensor in batch.items():
+            if name in self._batch:
+                self._batch[name].copy_(tensor)
+            else:
+                self._batch[name] = tensor.clone()
+
+    def pieces(self, size: int) -> Iterator[Batch]:
+        """As `ReadSamples.pieces`, views of what is held."""
+        count = len(next(iter(self._batch.values())))
+        for first in range(0, count, size):
+            yield {name: tensor[first : first + size] for name, tensor in self._batch.items()}
+
+
+Samples = ReadSamples | HeldSamples
+
+
+class MicroBatch:
+    """The samples of one backward; a step's gradient is summed over as many as a batch needs.
+
+    Args:
+        size:   samples
+        batch:  samples of a step
+        least:  samples; it is not halved any more
+    """
+
+    def __init__(self, size: int, batch: int, *, least: int = 1):
+        self.size, self.batch, self._least = size, batch, least
+
+    def attempt(
+        self, gradient: Callable[[int], Tensor], undo: Callable[[], None], where: str
+    ) -> Tensor:
+        """Make a step's gradient, and once more at half the size where memory runs out.
+
+        Args:
+            gradient:  made in pieces of so many samples; the same sum for any size
+            undo:      frees what an attempt cut short has left
+            where:     names the step, for messages
+        Returns:
+            What `gradient` gave.
+        Raises:
+            torch.OutOfMemoryError: half the size is too much too, or the least is.
+        """
+        try:
+            return gradient(self.size)
+        except torch.OutOfMemoryError:
+            undo()
+            if self.size <= self._least:
+                raise self._error(where, "which cannot be halved") from None
+        # here the error is gone, and what the attempt had kept for its backward with it
+        told = self._told(where)
+        self.size = -(-self.size // 2)
+        warnings.warn(f"{told}: they have {self.size} from now on", stacklevel=2)
+        try:
+            return gradient(self.size)
+        except torch.OutOfMemoryError:
+            undo()
+            raise self._error(where, "halved in this step already") from None
+
+    def _told(self, where: str) -> str:
+        return f"out of memory in {where} with batch {self.batch} in micro-batches of {self.size}"
+
+    def _error(self, where: str, reason: str) -> torch.OutOfMemoryError:
+        return torch.OutOfMemoryError(f"{self._told(where)}, {reason}")
 
 
 class Numbers:

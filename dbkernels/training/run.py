@@ -6,68 +6,74 @@
 """
 
 import json
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dbkernels.data.augment import drop_labels, mirror, shift
-from dbkernels.data.images import ImageData, open_data
-from dbkernels.diffusion.gaussian import LogNormal, Scheme
-from dbkernels.models import FAMILIES, DiTConfig, ViTConfig
-from dbkernels.models.family import Batch
-from dbkernels.models.stem_and_head import compile_stem_and_head
+from dbkernels.data.images import Batch, open_data
+from dbkernels.data.made_up import Data
+from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.diffusion.process import Process, Scheme
+from dbkernels.models.family import Weighting
+from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.philox import Draw
 from dbkernels.training import checkpoint
+from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing, load_weights
 from dbkernels.training.log import RunLog
-from dbkernels.training.objective import Weighting, gaussian_step
-from dbkernels.training.partition import Block, partition
 from dbkernels.training.pending import Row, Rows
-from dbkernels.training.sharing import BlockModels, load_weights
 from dbkernels.training.trainer import Augment, Trainer
 from dbkernels.training.trainer_config import TrainerConfig
+from dbkernels.whole_file import write_whole
 
 # settings of the trainer that a run may change on its way, for its bits stay the same; without
 # clipping from its start it may also move the optimizer into the backward
 PLACEMENT = ("offload", "offload_dir", "prefetch", "optimizer_in_backward", "cuda_graphs")
-VERSION = 1  # of config.json and of what a checkpoint holds
-MODEL_CONFIGS = {"vit": ViTConfig, "dit": DiTConfig}
+VERSION = 2  # of config.json and of what a checkpoint holds; every earlier one is read
 
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """How the layers and the noise are cut."""
+    """How the layers and the noise are cut, and what the blocks share."""
 
     num_blocks: int = 3
     """Number of blocks; 1 trains end to end."""
+    layers: str = ""
+    """Indices of layers in running order, comma separated, the first for the most noise; one may
+    repeat. Empty runs each once."""
     split: str = ""
     """Layers per block, comma separated, the noisiest block first; empty splits evenly."""
     scheme: Scheme = "equal_probability"
     """How the noise levels are cut."""
     gamma: float = 0.05
     """Overlap of neighbouring blocks, as a share of each one's width in ln sigma."""
+    sharing: Sharing = "joint"
+    """What the stem and head are: joint, trained by all blocks, or copies, one for each block."""
 
-    def blocks(self, depth: int, prior: LogNormal) -> tuple[Block, ...]:
-        """The blocks of a model with `depth` layers."""
-        return partition(
-            depth,
+    def of(self, model: nn.Module, process: Process, weighting: Weighting) -> DiffusionBlocks:
+        """The blocks of a model; `DiffusionBlocks` says the rest."""
+        return DiffusionBlocks(
+            model,
             self.num_blocks,
-            prior,
-            split=self._sizes() if self.split else None,
+            process=process,
+            weighting=weighting,
+            layers=_whole_numbers("layers", self.layers),
+            split=_whole_numbers("split", self.split),
             scheme=self.scheme,
             gamma=self.gamma,
+            sharing=self.sharing,
         )
 
-    def _sizes(self) -> list[int]:
-        try:
-            return [int(size) for size in self.split.split(",")]
-        except ValueError:
-            raise ValueError(
-                f"split must be whole numbers with commas between, got {self.split}"
-            ) from None
+
+def _whole_numbers(name: str, text: str) -> list[int] | None:
+    try:
+        return [int(number) for number in text.split(",")] if text else None
+    except ValueError:
+        raise ValueError(f"{name} must be whole numbers with commas between, got {text}") from None
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ class RunConfig:
     """Everything that decides a run's numbers."""
 
     family: str
-    model: ViTConfig | DiTConfig
+    """A key of `FAMILIES`."""
+    model: ModelConfig
     data: str
     """See `open_data`."""
     weighting: Weighting
@@ -100,43 +107,33 @@ class RunConfig:
                 "accumulate must be 1 with the published weighting, which is no mean over samples, "
                 f"got {self.trainer.accumulate}"
             )
-        if self.label_drop and self.family != "dit":
+        if self.label_drop and family_named(self.family).null_label is None:
             raise ValueError(f"label_drop must be 0 for {self.family}, got {self.label_drop}")
 
-    def build(self, device: torch.device | str) -> BlockModels:
-        """New models, initialised from the run's seed, on a device."""
-        blocks = self.partition.blocks(self.model.depth, self.prior)
+    def build(self, device: torch.device | str) -> DiffusionBlocks:
+        """New blocks, initialised from the run's seed, on a device."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.trainer.seed)
-            model = FAMILIES[self.family](self.model)
+            model = family_named(self.family).model(self.model)
         # fake tensors cannot be moved, not even to where they are
         if next(model.parameters()).device != torch.device(device):
             model = model.to(device)
-        return BlockModels(model, blocks, self.trainer.sharing)
+        return self.partition.of(model, self.prior, self.weighting)
 
     def home(self, device: torch.device | str) -> torch.device | str:
         """Where models are built that train on a device: where all of their blocks have room."""
         return "cpu" if self.trainer.offload != "none" else device
 
-    def trainer_on(self, device: torch.device | str, data: ImageData) -> Trainer:
+    def trainer_on(self, device: torch.device | str, data: Data) -> Trainer:
         """A trainer at its first step."""
         return self.trainer_of(self.build(self.home(device)), data, device=device)
 
     def trainer_of(
-        self, models: BlockModels, data: ImageData, *, device: torch.device | str | None = None
+        self, blocks: DiffusionBlocks, data: Data, *, device: torch.device | str | None = None
     ) -> Trainer:
-        """A trainer at its first step, of models that `build` gave; `Trainer` says the rest."""
-        objective = partial(
-            gaussian_step,
-            prior=self.prior,
-            weighting=self.weighting,
-            sigma_data=self.model.sigma_data,
-        )
-        augment = self._augment()
-        if self.trainer.compile_stem_and_head:
-            for model in (models.model, *models.copies):
-                compile_stem_and_head(model, device or next(model.parameters()).device)
-        return Trainer(models, data, objective, self.trainer, augment=augment, device=device)
+        """A trainer at its first step, of blocks that `build` gave; `Trainer` says the rest."""
+        settings = asdict(self.trainer)
+        return Trainer(blocks, data, **settings, augment=self._augment(), device=device)
 
     def _augment(self) -> Augment | None:
         changes: list[Augment] = []
@@ -145,7 +142,7 @@ class RunConfig:
         if self.mirror:
             changes.append(mirror)
         if self.label_drop:
-            null = self.model.num_classes
+            null = family_named(self.family).null_label(self.model)
             changes.append(partial(drop_labels, share=self.label_drop, null=null))
 
         def augment(batch: Batch, draw: Draw) -> Batch:
@@ -159,9 +156,10 @@ class RunConfig:
 def write_config(config: RunConfig, directory: Path) -> None:
     """Write config.json, whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / "config.json.tmp"
-    temporary.write_text(json.dumps({"version": VERSION, **asdict(config)}, indent=2) + "\n")
-    os.replace(temporary, directory / "config.json")
+    write_whole(
+        directory / "config.json",
+        json.dumps({"version": VERSION, **asdict(config)}, indent=2) + "\n",
+    )
 
 
 def read_config(directory: Path) -> RunConfig:
@@ -175,21 +173,30 @@ def read_config(directory: Path) -> RunConfig:
         raise ValueError(f"a run's directory must hold config.json, got none in {directory}")
     try:
         saved = json.loads(path.read_text())
-        _require_version(saved.pop("version", None), path)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be the JSON of a run, got {error}") from None
+    return _config(saved, saved.pop("version", None), path)
+
+
+def _config(saved: dict, version: object, path: Path) -> RunConfig:
+    """The configuration in a file of any version that there was."""
+    if version not in range(1, VERSION + 1):
+        raise ValueError(f"{path} must have a version from 1 to {VERSION}, got {version}")
+    try:
+        if version == 1:
+            # what blocks share was a setting of the trainer
+            trainer = dict(saved["trainer"])
+            partition = {**saved["partition"], "sharing": trainer.pop("sharing")}
+            saved = {**saved, "trainer": trainer, "partition": partition}
         nested = {
-            "model": MODEL_CONFIGS[saved["family"]],
+            "model": family_named(saved["family"]).config,
             "partition": PartitionConfig,
             "prior": LogNormal,
             "trainer": TrainerConfig,
         }
         return RunConfig(**{k: nested[k](**v) if k in nested else v for k, v in saved.items()})
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"config.json must be one that this version wrote, got {error}") from None
-
-
-def _require_version(version: object, path: Path) -> None:
-    if version != VERSION:
-        raise ValueError(f"{path} must have version {VERSION}, got {version}")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must hold the configuration of a run, got {error}") from None
 
 
 def train(
@@ -263,12 +270,11 @@ def restore(trainer: Trainer, config: RunConfig, directory: Path, which: str) ->
 
 
 def _require_same_config(state: dict, config: RunConfig, path: Path) -> None:
-    """Refuse a checkpoint of another version or of other settings; some settings move no number."""
-    _require_version(state.get("version"), path)
-    saved, current = state["config"], asdict(config)
-    same = {key: current["trainer"][key] for key in PLACEMENT}
-    saved = {**saved, "trainer": {**saved["trainer"], **same}}
-    checkpoint.require_same_config(saved, current, path)
+    """Refuse a checkpoint of other settings; some settings move no number."""
+    saved = _config(state["config"], state.get("version"), path)
+    same = {key: getattr(config.trainer, key) for key in PLACEMENT}
+    saved = replace(saved, trainer=replace(saved.trainer, **same))
+    checkpoint.require_same_config(asdict(saved), asdict(config), path)
 
 
 def checkpoint_path(directory: Path, which: str) -> Path:
@@ -287,8 +293,8 @@ def checkpoint_path(directory: Path, which: str) -> Path:
 
 def load_run(
     directory: Path, *, which: str = "latest", averaged: bool = True, device: torch.device | str
-) -> tuple[RunConfig, BlockModels]:
-    """A run's configuration and its trained models, ready to sample and evaluate.
+) -> tuple[RunConfig, DiffusionBlocks]:
+    """A run's configuration and its trained blocks, ready to sample and evaluate.
 
     Args:
         directory:  of the run
@@ -301,8 +307,8 @@ def load_run(
     config = read_config(directory)
     tensors, state = checkpoint.load(path := checkpoint_path(directory, which))
     _require_same_config(state, config, path)
-    models = config.build(device)
-    load_weights(models, tensors["model"])
+    blocks = config.build(device)
+    load_weights(blocks, tensors["model"])
     if averaged:
-        load_weights(models, tensors.get("ema", {}))
-    return config, models.eval()
+        load_weights(blocks, tensors.get("ema", {}))
+    return config, blocks.eval()

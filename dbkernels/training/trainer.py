@@ -16,25 +16,35 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from dbkernels.data.images import ImageData, batch_indices
-from dbkernels.models.family import Batch
-from dbkernels.ops.philox import Draw
-from dbkernels.ops.randomness import stream_seed
-from dbkernels.training.block_order import BlockOrder
+from dbkernels.data.images import Batch, batch_indices
+from dbkernels.data.made_up import Data
+from dbkernels.models import stem_and_head
+from dbkernels.ops.philox import Draw, stream_seed
+from dbkernels.training.block_order import BlockOrder, Order
 from dbkernels.training.cuda_graphs import open_cuda_graphs
-from dbkernels.training.micro_batch import MicroBatch
+from dbkernels.training.diffusion_blocks import (
+    SHARED,
+    DiffusionBlocks,
+    load_weights,
+    own_group,
+)
 from dbkernels.training.offload.offloader import open_offloader
-from dbkernels.training.param_group import ParamGroup
+from dbkernels.training.param_group import Decay, ParamGroup, learning_rate, updater
 from dbkernels.training.partition import Block
-from dbkernels.training.pending import Numbers, Pending, Row, Rows
-from dbkernels.training.samples import HeldSamples, ReadSamples, Samples
-from dbkernels.training.schedule import learning_rate
-from dbkernels.training.sharing import SHARED, BlockModels, load_weights, own_group
-from dbkernels.training.staging import Staging
-from dbkernels.training.trainer_config import TrainerConfig
-from dbkernels.training.updater import updater
+from dbkernels.training.pending import (
+    HeldSamples,
+    MicroBatch,
+    Numbers,
+    Pending,
+    ReadSamples,
+    Row,
+    Rows,
+    Samples,
+    Staging,
+)
+from dbkernels.training.trainer_config import Offload, TrainerConfig
 
-Objective = Callable[[nn.Module, Block, Batch, Draw], Tensor]
+Objective = Callable[[DiffusionBlocks, Block, Batch, Draw], Tensor]
 Augment = Callable[[Batch, Draw], Batch]
 Counters = dict[str, int | dict[str, int]]
 
@@ -43,43 +53,95 @@ class Trainer:
     """Trains the blocks of a model.
 
     Args:
-        models:     a family's blocks, on the device; on the host where they are offloaded
+        blocks:     on the device; on the host where they are offloaded
         data:       gives batches by sample index, as `ImageData.batch` does
-        objective:  (model, block, batch, draw) -> scalar loss, a mean over the batch
-        config:     see `TrainerConfig`
+        steps:      updates of every block
+        objective:  (blocks, block, batch, draw) -> scalar loss, a mean over the batch; None is
+                    `DiffusionBlocks.loss`
         augment:    (batch, draw) -> batch, applied to every batch that is drawn; with graphs, all
                     in which one step differs from the next reaches it and the objective in tensors
-        device:     to train on; None is where the models are
+        device:     to train on; None is where the blocks are
+    The other arguments are the fields of `TrainerConfig`, which says what they mean.
+
     Raises:
-        ValueError: the models are on another device and offload is none, or offload_dir has no
-                    room for the blocks.
+        ValueError: a setting has a value that it cannot have, or contradicts another; the blocks
+                    are on another device and offload is none, or offload_dir has no room for them.
     """
 
     def __init__(
         self,
-        models: BlockModels,
-        data: ImageData,
-        objective: Objective,
-        config: TrainerConfig,
+        blocks: DiffusionBlocks,
+        data: Data,
         *,
+        steps: int,
+        batch_size: int = TrainerConfig.batch_size,
+        lr: float = TrainerConfig.lr,
+        warmup: int = TrainerConfig.warmup,
+        decay: Decay = TrainerConfig.decay,
+        weight_decay: float = TrainerConfig.weight_decay,
+        clip: float = TrainerConfig.clip,
+        ema: float = TrainerConfig.ema,
+        accumulate: int = TrainerConfig.accumulate,
+        optimizer_in_backward: bool = TrainerConfig.optimizer_in_backward,
+        cuda_graphs: bool = TrainerConfig.cuda_graphs,
+        compile_stem_and_head: bool = TrainerConfig.compile_stem_and_head,
+        autocast: bool = TrainerConfig.autocast,
+        order: Order = TrainerConfig.order,
+        steps_per_swap: int = TrainerConfig.steps_per_swap,
+        offload: Offload = TrainerConfig.offload,
+        offload_dir: str = TrainerConfig.offload_dir,
+        prefetch: bool = TrainerConfig.prefetch,
+        seed: int = TrainerConfig.seed,
+        objective: Objective | None = None,
         augment: Augment | None = None,
         device: torch.device | str | None = None,
     ):
-        self.models, self.blocks = models.train(), models.blocks
-        self.data, self.objective, self.config, self.augment = data, objective, config, augment
-        self.device = _device(models, config, device)
+        self.config = config = TrainerConfig(
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            warmup=warmup,
+            decay=decay,
+            weight_decay=weight_decay,
+            clip=clip,
+            ema=ema,
+            accumulate=accumulate,
+            optimizer_in_backward=optimizer_in_backward,
+            cuda_graphs=cuda_graphs,
+            compile_stem_and_head=compile_stem_and_head,
+            autocast=autocast,
+            order=order,
+            steps_per_swap=steps_per_swap,
+            offload=offload,
+            offload_dir=offload_dir,
+            prefetch=prefetch,
+            seed=seed,
+        )
+        self.blocks, self.data = blocks.train(), data
+        self.objective, self.augment = objective or DiffusionBlocks.loss, augment
+        self.device = _device(blocks, config, device)
+        if compile_stem_and_head:
+            for model in (blocks.model, *blocks.copies):
+                stem_and_head.compile_stem_and_head(model, self.device)
         self.step = 0
-        self.block_order = BlockOrder(config, len(self.blocks))
+        self.block_order = BlockOrder(
+            len(self.blocks),
+            steps=config.steps,
+            order=config.order,
+            seed=config.seed,
+            steps_per_swap=config.steps_per_swap,
+            swaps=config.offload != "none",
+        )
         self.micro_batch = MicroBatch(
             config.batch_size // config.accumulate,
             config.batch_size,
             # an optimizer in the backward cannot wait for gradients to add up
             least=1 if not config.optimizer_in_backward else config.batch_size,
         )
-        self.offloader = open_offloader(models, self.device, config)
+        self.offloader = open_offloader(blocks, self.device, config)
         self.groups: dict[str, ParamGroup] = {}
-        frozen = self.models.frozen()
-        for name, parameters in self.models.groups().items():
+        frozen = self.blocks.frozen()
+        for name, parameters in self.blocks.groups().items():
             self.groups[name] = group = self._group(name, parameters)
             if config.offload != "none":
                 self.offloader.adopt(name, group, frozen.get(name, ()))
@@ -238,7 +300,7 @@ class Trainer:
             if self.augment:
                 batch = self.augment(batch, draw)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
-                loss = self.objective(self.models.of(block), block, batch, draw)
+                loss = self.objective(self.blocks, block, batch, draw)
             loss = loss / (config.batch_size / count)
             self.updater.backward(loss)
             total += loss.detach()
@@ -257,7 +319,7 @@ class Trainer:
         """Everything that a checkpoint must hold: weights, their average, optimizer state."""
         groups = self.groups.values()
         self.offloader.wait()
-        weights = {name: p.detach() for name, p in self.models.named_parameters()}
+        weights = {name: p.detach() for name, p in self.blocks.named_parameters()}
         average = {name: tensor for group in groups for name, tensor in group.average.items()}
         optimizer = {k: v for group in groups for k, v in group.optimizer_tensors().items()}
         found = {"model": weights, "ema": average, "optimizer": optimizer}
@@ -289,7 +351,7 @@ class Trainer:
                 f"{self.config.batch_size} are cut into micro-batches of {size}, got True"
             )
         self.offloader.settle()
-        load_weights(self.models, tensors["model"])
+        load_weights(self.blocks, tensors["model"])
         for name, group in self.groups.items():
             steps = counters["groups"][name]
             group.restore(steps, tensors.get("ema", {}), tensors.get("optimizer", {}))
@@ -299,13 +361,13 @@ class Trainer:
 
 
 def _device(
-    models: BlockModels, config: TrainerConfig, device: torch.device | str | None
+    blocks: DiffusionBlocks, config: TrainerConfig, device: torch.device | str | None
 ) -> torch.device:
-    home = next(models.parameters()).device
+    home = blocks.device
     # tensors on "cuda" say "cuda:0"
     device = home if device is None else torch.empty(0, device=device).device
     if config.offload == "none" and device != home:
-        raise ValueError(f"models must be on {device} where offload is none, got {home}")
+        raise ValueError(f"blocks must be on {device} where offload is none, got {home}")
     return device
 
 

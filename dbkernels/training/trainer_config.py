@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from dbkernels.training.schedule import Decay, Order
-from dbkernels.training.sharing import Sharing
+from dbkernels.training.block_order import Order
+from dbkernels.training.param_group import Decay
 
 Offload = Literal["none", "cpu", "disk"]
 
@@ -40,8 +40,6 @@ class TrainerConfig:
     """Compile what runs before and after a block's layers with torch.compile; moves rounding."""
     autocast: bool = False
     """Compute in bfloat16; parameters stay float32."""
-    sharing: Sharing = "joint"
-    """What the stem and head are: joint, trained by all blocks, or copies, one for each block."""
     order: Order = "shuffled"
     """Shuffled trains every block once in each sweep; sequential finishes one after another."""
     steps_per_swap: int = 1

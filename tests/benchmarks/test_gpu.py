@@ -178,7 +178,7 @@ def test_a_row_with_times_replaces_that_of_its_memory(bench, tmp_path):
     row = next(made.training_rows(made.GPU)) | ABOUT
     made.write(tmp_path / "headline.jsonl", [row | {"sweep_ms": None}, row | {"sweep_ms": 71.25}])
     lines = bench("gpu_table").table(tmp_path, [])
-    assert sum("end_to_end" in line for line in lines) == 1
+    assert sum("end to end" in line for line in lines) == 1
     assert any(" 71.2 " in line for line in lines)
 
 

@@ -35,7 +35,7 @@ REFUSED = {
         ({"methods": ("fused",)}, "methods must be of end_to_end, .*, got fused"),
         ({"budget": 2.0}, "budget must be from 0 to 1, got 2.0"),
         ({"num_blocks": 29}, "num_blocks must be between 1 and the 28 layers, got 29"),
-        ({"preset": "huge"}, "preset of dit must be one of .*, got huge"),
+        ({"preset": "huge"}, "preset of DiT must be one of .*, got huge"),
         ({"target": "v100"}, "target must be one of .*, got v100"),
     ],
     "training": [
@@ -53,7 +53,7 @@ REFUSED = {
         ({"num_blocks": (13,)}, "num_blocks must be between 1 and the 12 layers, got 13"),
         ({"rounds": 5, "num_blocks": (3,)}, "rounds must be at least 6, two .*, got 5"),
         ({"preset": ("S/2",)}, "preset must be given together with family, got S/2"),
-        ({"family": "vit", "preset": ("huge",)}, "preset of vit must be one of .*, got huge"),
+        ({"family": "vit", "preset": ("huge",)}, "preset of ViT must be one of .*, got huge"),
         ({"family": "cnn"}, "family must be of vit, dit, got cnn"),
         ({"target": "tpu"}, "target must be one of cpu, a100, .*, got tpu"),
     ],

@@ -182,7 +182,7 @@ def test_the_budget_is_the_one_whose_peak_is_nearest(training, bench, monkeypatc
     assert PEAKS.keys() == set(prepare.BUDGETS)
     monkeypatch.setattr(prepare.Preparation, "figures", Known.figures)
     monkeypatch.setattr(prepare.Preparation, "predict", lambda *_: None)
-    (model,) = training.Options(**SMALL).models()
+    (model,) = training.Options(**SMALL | ONE).models()
     way = prepare.Preparation(None, CPU).nearest(model, "none")
     assert (way.method, way.budget) == ("compiled", 0.5)
 
@@ -284,7 +284,7 @@ def test_cases_are_those_of_the_device(training, monkeypatch):
 
 
 def test_a_batch_that_was_halved_does_not_count(training, bench):
-    (model,) = training.Options(**SMALL).models()
+    (model,) = training.Options(**SMALL | ONE).models()
     (recipe,) = training.Options(**SMALL | ONE).ways(model)
     steps = bench("training_step").make_steps(recipe, CPU, {})
     steps.trainer.micro_batch.size = 2
@@ -376,15 +376,15 @@ def test_only_fused_layers_are_launched_as_graphs(training):
 
 def test_ways_train_the_same_parameters_with_the_same_state(bench, made, tiny):
     trainers = made(tiny("end_to_end"), tiny("checkpointed"), tiny("block_fused", 2, "qkv"))
-    first, *others = ({id(p) for p in t.models.parameters()} for t in trainers)
+    first, *others = ({id(p) for p in t.blocks.parameters()} for t in trainers)
     assert all(each == first for each in others)
     moments = [
         {id(t) for group in trainer.groups.values() for t in group.optimizer_tensors().values()}
         for trainer in trainers
     ]
     assert moments[0] == moments[1] == moments[2]
-    assert {buffer.device.type for buffer in trainers[2].models.buffers()} == {"cpu"}
-    assert trainers[2].models.model.layers[0].config.recompute == "qkv"
+    assert {buffer.device.type for buffer in trainers[2].blocks.buffers()} == {"cpu"}
+    assert trainers[2].blocks.model.layers[0].config.recompute == "qkv"
 
 
 def test_ways_have_the_same_noise_and_loss(bench, made, tiny):
@@ -399,12 +399,12 @@ def test_ways_have_the_same_noise_and_loss(bench, made, tiny):
 
 def test_ways_with_the_optimizer_in_the_backward_leave_the_others_alone(bench, made, tiny):
     first, second = made(tiny("end_to_end"), tiny("end_to_end", optimizer_in_backward=True))
-    assert first.models.model.head.weight is second.models.model.head.weight
+    assert first.blocks.model.head.weight is second.blocks.model.head.weight
     counts = []
     for trainer in (first, second):
-        trainer.updater.backward(trainer.models.model.head.weight.sum())
-        counts.append(sum(p.grad is not None for p in trainer.models.parameters()))
-        first.models.zero_grad()
+        trainer.updater.backward(trainer.blocks.model.head.weight.sum())
+        counts.append(sum(p.grad is not None for p in trainer.blocks.parameters()))
+        first.blocks.zero_grad()
     assert counts == [1, 0]
 
 
@@ -428,7 +428,7 @@ def test_policies_of_one_block_with_offload_are_one_trainers(bench, made, tiny):
     policies = []
     for each in (none, layer, none):
         each()
-        policies.append({of.config.recompute for of in each.trainer.models.model.layers})
+        policies.append({of.config.recompute for of in each.trainer.blocks.model.layers})
     assert policies == [{"none"}, {"layer"}, {"none"}]
 
 
@@ -472,7 +472,7 @@ def test_no_step_with_the_optimizer_after_the_backward_calls_a_hook(bench, made,
     steps = {}
     for way in ways:
         steps[way] = bench("training_step").make_steps(way, CPU, steps)
-    weights = [each.trainer.models.model.head.weight for each in steps.values()]
+    weights = [each.trainer.blocks.model.head.weight for each in steps.values()]
     assert weights[0] is weights[2] and weights[1] is weights[3]
     hooks = [weight._post_accumulate_grad_hooks for weight in weights]
     assert not hooks[0] and len(hooks[1]) == 2

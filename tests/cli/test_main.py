@@ -77,7 +77,7 @@ def test_help_names_every_verb(cli):
         ("profile --family gpt", "invalid choice 'gpt'"),
         ("plan", "--memory"),
         ("fly", "fly"),
-        ("", "Expected one of {train, sample, evaluate, profile, plan, bench, doctor}"),
+        ("", "Expected one of {train, sample, evaluate, profile, plan, doctor}"),
     ],
 )
 def test_a_bad_flag_exits_with_2_and_touches_no_file(cli, tmp_path, arguments, message):

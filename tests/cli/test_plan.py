@@ -138,7 +138,7 @@ def test_a_smaller_preset_that_fits_is_named(quick, monkeypatch):
         (
             "1GiB",
             ["--preset", "huge"],
-            "preset of dit must be one of S/2, B/2, L/2, XL/2, digits, got huge",
+            "preset of DiT must be one of S/2, B/2, L/2, XL/2, digits, got huge",
         ),
         ("1GiB", ["--batch", "0"], "batch must be at least 1, got 0"),
         (

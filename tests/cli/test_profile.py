@@ -78,7 +78,7 @@ def test_one_step_is_written_and_drawn(cli, tmp_path):
         ("--num-blocks 13", "num_blocks must be between 1 and the 12 layers, got 13"),
         ("--num-blocks 0", "num_blocks must be between 1 and the 12 layers, got 0"),
         ("--num-blocks 1;2", "num_blocks must be whole numbers with commas between, got 1;2"),
-        ("--preset huge", "preset of vit must be one of cifar100, digits, got huge"),
+        ("--preset huge", "preset of ViT must be one of cifar100, digits, got huge"),
         ("--batch 0", "batch and steps must be at least 1, got batch 0 and steps 1"),
         ("--steps 0", "batch and steps must be at least 1, got batch 2 and steps 0"),
         ("--device tpu --measure", "device must be auto, cpu or cuda, got tpu"),

@@ -4,8 +4,8 @@ import torch
 from cli.runs import refused
 from PIL import Image
 
-import dbkernels.cli.sample as sample_module
 from dbkernels.cli.sample import ENLARGE_TO, picture, write_images
+from dbkernels.training.diffusion_blocks import DiffusionBlocks
 
 FAST = ["--levels", "3", "--device", "cpu"]
 
@@ -21,11 +21,11 @@ def test_writes_a_picture_with_a_row_for_each_class(cli, trained):
 def test_each_row_has_the_images_of_one_class(cli, trained, monkeypatch):
     asked = []
 
-    def generate(models, labels, *arguments, **settings):
-        asked.append(labels.tolist())
-        return torch.zeros(len(labels), 1, 8, 8)
+    def sample(blocks, batch, *arguments, **settings):
+        asked.append(batch["label"].tolist())
+        return torch.zeros(len(batch["label"]), 1, 8, 8)
 
-    monkeypatch.setattr(sample_module, "generate", generate)
+    monkeypatch.setattr(DiffusionBlocks, "sample", sample)
     trained("dit", "out")
     cli("sample", "out", "--per-class", "2", *FAST)
     assert asked == [[0, 0, 1, 1, 2, 2]]
@@ -60,7 +60,7 @@ def test_guidance_is_for_runs_that_dropped_labels(cli, trained, tmp_path, label_
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("vit", "sample needs a run of dit, got one of vit"),
+        ("vit", "sample needs a run that generates, got one of vit"),
         ("dit --out x.gif", "out must end in .png or .npy, got x.gif"),
         ("dit --out no/x.png", "out must lie in a directory that exists, got no/x.png"),
         ("dit --out folder.png", "out must be a file, got the directory folder.png"),

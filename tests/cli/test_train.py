@@ -1,13 +1,12 @@
 import json
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from cli.runs import refused, write_npz
 
-import dbkernels.training.run as run_module
+from dbkernels.training.diffusion_blocks import DiffusionBlocks
 
 
 def read_tree(directory):
@@ -30,6 +29,8 @@ def weights_of(directory, step):
         ("--gamma -1", "gamma must be finite and at least 0, got -1.0"),
         ("--split 1,1", "add up to 3 layers, got [1, 1] with sum 2"),
         ("--split a,b,c", "split must be whole numbers with commas between, got a,b,c"),
+        ("--layers 0,1,3", "layers must be 0 to 2, got [0, 1, 3]"),
+        ("--layers 0;1", "layers must be whole numbers with commas between, got 0;1"),
         ("--data nope", "data source nope does not exist"),
         ("--data=", "data must be digits or a path, got an empty text"),
         ("--data empty", "empty has no data"),
@@ -38,7 +39,7 @@ def weights_of(directory, step):
         ("--data odd.npz", "the patch must divide the image size, got 2 and 7"),
         ("--data wide.npz", "images must be square, got 8 x 6"),
         ("--patch 3", "the patch must divide the image size, got 3 and 8"),
-        ("--preset huge", "preset of vit must be one of cifar100, digits, got huge"),
+        ("--preset huge", "preset of ViT must be one of cifar100, digits, got huge"),
         ("--num-heads 3", "dim must be a multiple of num_heads, got 16 and 3"),
         ("--num-heads -1", "num_heads must be positive, or 0 for the preset's, got -1"),
         ("--label-drop 0.1", "label_drop must be 0 for vit, got 0.1"),
@@ -172,14 +173,13 @@ def test_a_damaged_checkpoint_is_refused_and_the_previous_one_resumes(
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     trained, cli, tmp_path, monkeypatch
 ):
-    calls = []
+    inner, calls = DiffusionBlocks.loss, []
 
-    def overflowing(objective, *arguments, **settings):
-        calls.append(objective)
-        loss = objective(*arguments, **settings)
-        return loss * torch.inf if len(calls) == 4 else loss
+    def overflowing(*arguments):
+        calls.append(arguments)
+        return inner(*arguments) * (torch.inf if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(run_module, "gaussian_step", partial(overflowing, run_module.gaussian_step))
+    monkeypatch.setattr(DiffusionBlocks, "loss", overflowing)
     outcome = trained("vit", "out", "--save-every", "3", "--order", "sequential")
     message = outcome.err.splitlines()[-1]
     assert outcome.code == 1
@@ -207,15 +207,20 @@ def test_a_disk_too_small_for_the_blocks_is_one_sentence(trained, tmp_path, monk
     assert not (tmp_path / "out").exists()
 
 
-def short_of_memory(objective, fits, model, block, batch, draw, **settings):
-    if len(batch["label"]) > fits:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    return objective(model, block, batch, draw, **settings)
+def short_of_memory(monkeypatch, fits):
+    """Have room for so many samples."""
+    inner = DiffusionBlocks.loss
+
+    def loss(blocks, block, batch, draw):
+        if len(batch["label"]) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(blocks, block, batch, draw)
+
+    monkeypatch.setattr(DiffusionBlocks, "loss", loss)
 
 
 def test_out_of_memory_is_one_line_beside_the_bar(trained, monkeypatch):
-    objective = partial(short_of_memory, run_module.gaussian_step, 4)
-    monkeypatch.setattr(run_module, "gaussian_step", objective)
+    short_of_memory(monkeypatch, fits=4)
     outcome = trained("vit", "out")
     assert outcome.code == 0
     lines = [line for line in outcome.err.splitlines() if "out of memory" in line]
@@ -224,8 +229,7 @@ def test_out_of_memory_is_one_line_beside_the_bar(trained, monkeypatch):
 
 
 def test_out_of_memory_twice_stops_with_the_sizes(trained, monkeypatch):
-    objective = partial(short_of_memory, run_module.gaussian_step, 3)
-    monkeypatch.setattr(run_module, "gaussian_step", objective)
+    short_of_memory(monkeypatch, fits=3)
     outcome = trained("vit", "out")
     assert outcome.code == 1
     message = "with batch 8 in micro-batches of 4, halved in this step already"

@@ -5,7 +5,7 @@ import torch
 from threads import with_threads
 
 from dbkernels.ops import _maths, add_noise, score_loss
-from dbkernels.ops._noise import NOISE
+from dbkernels.ops.backend.noise_tile import NOISE
 from dbkernels.ops.backend.register import use_implementation
 from dbkernels.ops.philox import Draw, normals, uniforms
 
@@ -50,41 +50,45 @@ def test_many_small_samples(elements):
 @pytest.mark.parametrize("elements", [1, 7, 33, 1061])
 def test_nothing_past_a_sample_is_written(dtype, elements):
     """Rows of a larger buffer, as a caller of the raw ops may pass them."""
-    z0, sigma = torch.ones(2, elements, dtype=dtype), torch.ones(2)
+    z0, one = torch.ones(2, elements, dtype=dtype), torch.ones(2)
     buffers = [torch.full((2 * elements + 64,), 9.0, dtype=dtype) for _ in range(3)]
     z, dprediction, dz0 = (t[32:-32].view(2, elements) for t in buffers)
     words = DRAW.arguments(2)
-    torch.ops.dbkernels.add_noise_fwd(z0, sigma, z, *words, True, 0.5)
+    torch.ops.dbkernels.add_noise_fwd(z0, one, one, z, *words)
     torch.ops.dbkernels.score_loss_fwd(
-        z0, z0, sigma, None, None, dprediction, dz0, torch.empty(2), *words, 0.5, 1.0
+        z0, z0, one, one, None, None, dprediction, dz0, torch.empty(2), *words, 1.0
     )
     for t in buffers:
         assert (t[:32] == 9).all() and (t[-32:] == 9).all() and (t[32:-32] != 9).all()
 
 
-def results(prediction, z0, sigma, mask):
-    z = add_noise(z0, sigma, DRAW, scale="c_in")
+def results(prediction, z0, a, b, mask):
+    z = add_noise(z0, a, b, DRAW)
     leaves = [t.detach().requires_grad_() for t in (prediction, z0)]
-    loss, losses = score_loss(*leaves, sigma, DRAW, sigma_data=0.5, mask=mask)
+    loss, losses = score_loss(*leaves, a, b, DRAW, weight=b.square(), mask=mask)
     return [z, losses, *torch.autograd.grad(loss, leaves)]
 
 
 # each is worth several threads; 5001 begins rows, and so vectors, at odd addresses
 @pytest.mark.parametrize("shape", [(20000, 3), (13, 5001), (1, 70000)], ids=str)
-def test_any_number_of_threads_gives_the_same_bits(shape):
+@pytest.mark.parametrize("dims", [1, 2])
+def test_any_number_of_threads_gives_the_same_bits(shape, dims):
     prediction, z0, mask = torch.randn(shape), torch.randn(shape), torch.rand(shape) > 0.3
-    draw, sigma = Draw(1, 2, 3), torch.rand(shape[0])
+    draw, (a, b) = Draw(1, 2, 3), torch.rand(2, *shape[:dims])
     for f in (
-        lambda: results(prediction[:40], z0[:40], sigma[:40], mask[:40]),
-        lambda: [normals(draw, *shape), uniforms(draw, shape[0]), uniforms(draw, 40000)],
+        lambda: results(*(t[:40] for t in (prediction, z0, a, b, mask))),
+        lambda: [normals(draw, *shape), uniforms(draw, *shape), uniforms(draw, 40000)],
     ):
         one, two, five = (with_threads(count, f) for count in (1, 2, 5))
         assert all(map(torch.equal, one, two)) and all(map(torch.equal, one, five))
 
 
-def test_the_loss_of_many_tiles_is_as_exact_as_float32():
+# one weight, and as many as elements
+@pytest.mark.parametrize("per", [1, 200_000])
+def test_the_loss_of_many_tiles_is_as_exact_as_float32(per):
     prediction, z0 = 3 + torch.randn(2, 200_000), torch.zeros(2, 200_000)
-    _, losses = score_loss(prediction, z0, torch.ones(2), DRAW, sigma_data=0.5)
-    s, noise = 1.25**0.5, normals(DRAW, 2, 200_000).double()
-    exact = (prediction.double() + 0.5 / s * noise).square().mean(1)
+    one = torch.ones(2, per).squeeze(1)
+    _, losses = score_loss(prediction, z0, one, 0.4 * one, DRAW, weight=one)
+    noise = normals(DRAW, 2, 200_000).double()
+    exact = (prediction.double() - 0.4 * noise).square().mean(1)
     torch.testing.assert_close(losses.double(), exact, rtol=1e-7, atol=0)

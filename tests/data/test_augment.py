@@ -22,50 +22,49 @@ def make_batch(count, shape=(2, 3, 5)):
 
 
 CHANGES = {
-    "shift": lambda batch, draw: shift(batch, draw, pixels=2),
-    "mirror": mirror,
-    "drop_labels": lambda batch, draw: drop_labels(batch, draw, share=0.5, null=9),
+    "shift": ("image", lambda batch, draw: shift(batch, draw, pixels=2)),
+    "mirror": ("image", mirror),
+    "drop_labels": ("label", lambda batch, draw: drop_labels(batch, draw, share=0.5, null=9)),
 }
-every = pytest.mark.parametrize("name", CHANGES)
 
 
-@every
-def test_only_what_is_named_changes_and_the_batch_given_does_not(name):
+@pytest.fixture(params=CHANGES)
+def change(request):
+    """What a change makes of its own tensor of a batch; nothing else may change."""
+    own, function = CHANGES[request.param]
+
+    def changed(batch, draw):
+        copies = {name: tensor.clone() for name, tensor in batch.items()}
+        after = function(batch, draw)
+        assert after.keys() == batch.keys()
+        assert all(after[name] is batch[name] for name in batch if name != own)
+        assert all(torch.equal(batch[name], copies[name]) for name in batch)
+        assert not torch.equal(after[own], batch[own])
+        assert (after[own].dtype, after[own].shape) == (batch[own].dtype, batch[own].shape)
+        return after[own]
+
+    return changed
+
+
+def test_a_change_is_a_function_of_the_draw(change):
     batch = make_batch(40)
-    copies = {key: value.clone() for key, value in batch.items()}
-    changed = CHANGES[name](batch, seeded())
-    assert changed.keys() == batch.keys()
-    own = "label" if name == "drop_labels" else "image"
-    assert all(changed[key] is batch[key] for key in batch if key != own)
-    assert not torch.equal(changed[own], batch[own])
-    assert changed[own].dtype == batch[own].dtype and changed[own].shape == batch[own].shape
-    assert all(torch.equal(batch[key], copies[key]) for key in batch)
-
-
-@every
-def test_a_change_is_a_function_of_the_draw(name):
-    own, batch = "label" if name == "drop_labels" else "image", make_batch(40)
-    first, second, other = (CHANGES[name](batch, seeded(seed))[own] for seed in (1, 1, 2))
+    first, second, other = (change(batch, seeded(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, second) and not torch.equal(first, other)
-    assert not torch.equal(CHANGES[name](batch, Draw(1, step=1))[own], first)
+    assert not torch.equal(change(batch, Draw(1, step=1)), first)
 
 
-@every
-def test_a_step_in_memory_is_that_of_the_integer(name):
-    own, batch = "label" if name == "drop_labels" else "image", make_batch(40)
-    step = torch.tensor(0)
+def test_a_step_in_memory_is_that_of_the_integer(change):
+    batch, step = make_batch(40), torch.tensor(0)
     for value in (0, 1, 2**40):
         step.fill_(value)
-        expected = CHANGES[name](batch, Draw(1, value, sample=3))[own]
-        assert torch.equal(CHANGES[name](batch, Draw(1, step, sample=3))[own], expected)
+        expected = change(batch, Draw(1, value, sample=3))
+        assert torch.equal(change(batch, Draw(1, step, sample=3)), expected)
 
 
-@every
-def test_a_sample_changes_alike_in_a_batch_that_is_cut(name):
-    own, batch = "label" if name == "drop_labels" else "image", make_batch(40)
-    rest = {key: value[13:] for key, value in batch.items()}
-    whole, part = CHANGES[name](batch, seeded()), CHANGES[name](rest, Draw(1, 0, sample=13))
-    assert torch.equal(whole[own][13:], part[own])
+def test_a_sample_changes_alike_in_a_batch_that_is_cut(change):
+    batch = make_batch(40)
+    rest = {name: tensor[13:] for name, tensor in batch.items()}
+    assert torch.equal(change(batch, seeded())[13:], change(rest, Draw(1, 0, sample=13)))
 
 
 def test_purposes_have_numbers_of_their_own():
@@ -85,7 +84,7 @@ def test_no_two_changes_share_a_purpose(monkeypatch):
         return numbers(draw, purpose, like)
 
     monkeypatch.setattr(augment, "_numbers", recorded)
-    for change in CHANGES.values():
+    for _, change in CHANGES.values():
         change(make_batch(4), seeded())
     assert sorted(used) == [augment.DROP, augment.MIRROR, augment.ROWS, augment.COLUMNS]
 

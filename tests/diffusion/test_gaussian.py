@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from dbkernels.diffusion.gaussian import LogNormal, cdf_grid, karras_grid, sigma_at
-from dbkernels.diffusion.interval import Interval
+from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.diffusion.process import Interval
 
 PRIOR = LogNormal()
 
@@ -97,7 +97,7 @@ def test_no_overlap_changes_nothing():
 
 def test_samples_follow_the_prior_inside_the_interval():
     for interval in PRIOR.intervals(3):
-        sigma = sigma_at(PRIOR, interval, random(20_000)).double()
+        sigma = PRIOR.level_at(interval, random(20_000)).double()
         q_low, q_high = PRIOR.cdf(interval.low), PRIOR.cdf(interval.high)
         uniform = [(PRIOR.cdf(float(s)) - q_low) / (q_high - q_low) for s in sigma]
         assert stats.kstest(uniform, "uniform").pvalue > 1e-3
@@ -105,7 +105,7 @@ def test_samples_follow_the_prior_inside_the_interval():
 
 def test_samples_stay_inside_the_interval_after_rounding():
     for interval in (Interval(0.3, 0.3000001), PRIOR.range):
-        sigma = sigma_at(PRIOR, interval, random(5000))
+        sigma = PRIOR.level_at(interval, random(5000))
         assert sigma.dtype == torch.float32
         low, high = torch.tensor([interval.low, interval.high], dtype=torch.float32)
         assert low <= sigma.min() and sigma.max() <= high
@@ -117,7 +117,7 @@ def test_levels_at_uniform_numbers_are_those_of_a_truncated_log_normal():
         for interval in prior.intervals(3):
             ends = [(math.log(s) - prior.mean) / prior.std for s in (interval.low, interval.high)]
             expected = prior.mean + prior.std * stats.truncnorm.ppf(u.numpy(), *ends)
-            sigma = sigma_at(prior, interval, u)
+            sigma = prior.level_at(interval, u)
             assert sigma.dtype == torch.float32
             assert sigma.log().tolist() == pytest.approx(expected.tolist(), abs=3e-7)
 
@@ -127,7 +127,7 @@ def test_levels_at_the_ends_are_above_low_and_up_to_high():
     # of the lows and of the highs, float32 has one exactly, rounds one up and one down
     for low in (0.25, 0.3, 0.7):
         for high in (1.5, 1.1, 1.2):
-            sigma = sigma_at(PRIOR, Interval(low, high), u).double()
+            sigma = PRIOR.level_at(Interval(low, high), u).double()
             assert low < sigma[0] <= sigma[1] < low * (1 + 2.0**-22)
             assert high * (1 - 2.0**-22) < sigma[2] <= sigma[3] <= high
 
@@ -141,15 +141,15 @@ def test_levels_at_the_ends_are_above_low_and_up_to_high():
     ],
 )
 def test_cdf_grid(count, expected):
-    assert cdf_grid(PRIOR, count) == pytest.approx(expected, abs=5e-6)
+    assert PRIOR.grid(count) == pytest.approx(expected, abs=5e-6)
 
 
 def test_cdf_grid_meets_the_boundaries_exactly():
-    assert cdf_grid(PRIOR, 7)[2:-1:2] == boundaries(PRIOR.intervals(3))[1:-1]
+    assert PRIOR.grid(7)[2:-1:2] == boundaries(PRIOR.intervals(3))[1:-1]
 
 
 def test_karras_grid_is_the_published_one():
-    grid = karras_grid(PRIOR, 18)
+    grid = PRIOR.grid(18, "karras")
     assert (grid[0], grid[-1]) == (80.0, 0.002)
     # Karras et al. 2022, equation 5, at i = 1 of 18
     root = 80 ** (1 / 7) + (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 17
@@ -170,14 +170,21 @@ def test_karras_grid_is_the_published_one():
         (lambda: PRIOR.intervals(2, "cubic"), "scheme must be one of .*, got cubic"),
         (lambda: PRIOR.widen(PRIOR.range, -0.1), "gamma must be finite and at least 0, got -0.1"),
         (lambda: PRIOR.widen(PRIOR.range, math.nan), "gamma must be finite"),
-        (lambda: sigma_at(PRIOR, Interval(0.001, 1), random(2)), r"must lie in \[0.002, 80.0\]"),
-        (lambda: sigma_at(PRIOR, Interval(1, 81), torch.rand(2).double()), r"must lie in .*1, 81"),
-        (lambda: sigma_at(PRIOR, PRIOR.range, torch.rand(2)), "u must be torch.float64, got torch"),
-        (lambda: cdf_grid(PRIOR, 1), "at least 2 levels, got 1"),
-        (lambda: karras_grid(PRIOR, 1), "at least 2 levels, got 1"),
-        (lambda: karras_grid(PRIOR, 5, rho=0), "rho must be positive, got 0"),
+        (lambda: PRIOR.level_at(Interval(0.001, 1), random(2)), r"must lie in \[0.002, 80.0\]"),
+        (lambda: PRIOR.level_at(Interval(1, 81), torch.rand(2).double()), r"must lie in .*1, 81"),
+        (lambda: PRIOR.level_at(PRIOR.range, torch.rand(2)), "u must be torch.float64, got torch"),
+        (lambda: PRIOR.grid(5, "even"), "spacing must be cdf or karras, got even"),
+        (lambda: PRIOR.grid(1), "at least 2 levels, got 1"),
+        (lambda: PRIOR.grid(1, "karras"), "at least 2 levels, got 1"),
+        (lambda: PRIOR.grid(5, "karras", rho=0), "rho must be positive, got 0"),
     ],
 )
 def test_rejects(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("ends", [(1.0, 1.0), (2.0, 1.0), (float("nan"), 1.0)])
+def test_rejects_ends_out_of_order(ends):
+    with pytest.raises(ValueError, match="needs low < high, got low"):
+        Interval(*ends)

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from dbkernels.diffusion.gaussian import LogNormal, cdf_grid
-from dbkernels.diffusion.samplers import euler, guided, heun, start
+from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.diffusion.samplers import euler, guided, heun
 
-GRID = cdf_grid(LogNormal(), 6)
+GRID = LogNormal().grid(6)
 
 
 def counting(denoiser):
@@ -80,7 +80,7 @@ def test_guidance_of_one_asks_the_conditional_denoiser_alone():
 
 
 def test_start_has_the_spread_of_the_noisiest_marginal():
-    z = start(torch.randn(50_000), 3.0, 4.0)
+    z = LogNormal().start(torch.randn(50_000), 3.0, 4.0)
     assert z.std().item() == pytest.approx(5.0, rel=0.02)
 
 

@@ -106,7 +106,9 @@ CONFIGURATIONS: dict[str, Callable[[Path], RunConfig]] = {
         offload="disk", offload_dir=str(directory), prefetch=True
     ),
     "dit accumulate ema": lambda directory: _dit(accumulate=4, ema=0.4),
-    "dit copies sequential": lambda directory: _dit(sharing="copies", order="sequential"),
+    "dit copies sequential": lambda directory: replace(
+        _dit(order="sequential"), partition=PartitionConfig(NUM_BLOCKS, sharing="copies")
+    ),
     "dit one block": lambda directory: _one_block(_dit()),
     "dit normalised augmented": lambda directory: replace(
         _dit(), weighting="normalised", label_drop=0.3, mirror=True, shift=1

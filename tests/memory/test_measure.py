@@ -17,13 +17,12 @@ from dbkernels.memory import measure as module
 from dbkernels.memory.allocator import TARGETS, MiB
 from dbkernels.memory.measure import (
     MEASURED,
-    DevicePeak,
-    device_peak,
+    allocator_peak,
     measure_peak,
     out_of_memory,
     predict,
-    predict_peak,
     process_bytes,
+    record,
 )
 from dbkernels.memory.tracker import CATEGORIES, START, Event, Trace
 
@@ -282,12 +281,17 @@ def test_a_measurement_has_the_peaks_of_the_cuda_allocator(gpu):
 
 
 def test_a_step_alone_is_between_the_reset_and_the_reading(gpu, monkeypatch):
-    def step():
+    monkeypatch.setattr(module, "process_bytes", lambda device: 999)
+    with allocator_peak(GPU) as found:
         gpu.calls.append("step")
         gpu.stats["num_alloc_retries"] += 2
-
-    monkeypatch.setattr(module, "process_bytes", lambda device: 999)
-    assert device_peak(step, GPU) == DevicePeak(111, 112, 222, 2, 999)
+    assert found == {
+        "allocated_bytes": 111,
+        "active_bytes": 112,
+        "reserved_bytes": 222,
+        "retries": 2,
+        "process_bytes": 999,
+    }
     assert gpu.calls == ALONE
 
 
@@ -341,6 +345,11 @@ def test_the_hosts_own_error_is_known():
 # predictions
 
 
+def predicted_on(name, step, **owners):
+    target = TARGETS[name]
+    return predict(record(step, **owners, workspace=target.workspace), target)
+
+
 def stepped(batch):
     """A network, its optimizer with its state, and one more step of it."""
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -361,7 +370,7 @@ def test_on_a_cpu_it_is_what_a_real_step_is_measured_to_take():
     measured = measure_peak(step, **owners)
     with FakeTensorMode():
         step, owners = stepped(32)
-        predicted = predict_peak(step, **owners, target=TARGETS["cpu"])
+        predicted = predicted_on("cpu", step, **owners)
     assert predicted.peak_allocated_bytes == measured.total_bytes
     assert predicted.peak_reserved_bytes == measured.total_bytes
     assert predicted.by_category == {**measured.by_category, "workspaces": 0}
@@ -374,7 +383,7 @@ def test_on_a_cpu_it_is_what_a_real_step_is_measured_to_take():
 def test_nothing_is_computed_nor_allocated():
     with FakeTensorMode():
         x = torch.empty(2**50)
-        peak = predict_peak(lambda: x * 2, model=nn.ReLU(), inputs=[x], target=TARGETS["cpu"])
+        peak = predicted_on("cpu", lambda: x * 2, model=nn.ReLU(), inputs=[x])
     assert peak.peak_allocated_bytes == 2 * 4 * 2**50
 
 
@@ -401,7 +410,7 @@ def test_a_workspace_counts_while_its_op_runs():
             F.scaled_dot_product_attention(*tensors).sum().backward()
 
         peaks = {
-            name: predict_peak(step, model=nn.ReLU(), inputs=tensors, target=TARGETS[name])
+            name: predicted_on(name, step, model=nn.ReLU(), inputs=tensors)
             for name in ("cpu", "h100")
         }
     assert peaks["h100"].at == "backward: aten::_scaled_dot_product_flash_attention_backward"

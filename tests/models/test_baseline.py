@@ -6,7 +6,7 @@ from accuracy import assert_as_accurate_as_eager
 from models.tiny import randomise
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.graph import _BoxedCodeGen
-from training.tiny import DIT, equal, make_models, make_trainer, weights
+from training.tiny import DIT, equal, make_blocks, make_trainer, weights
 
 from dbkernels.memory.measure import record
 from dbkernels.models import AdaLNLayer, DiT, LayerConfig
@@ -198,9 +198,9 @@ def test_a_copy_is_independent(method):
 def test_blocks_train_as_with_fused_layers(method, sharing):
     fused = make_trainer("dit", num_blocks=2, sharing=sharing, steps=1)
     trainer = make_trainer("dit", num_blocks=2, sharing=sharing, steps=1)
-    randomise(fused.models.model.layers)
-    load_weights(trainer.models, weights(fused))
-    use_baseline(trainer.models.model, method)
+    randomise(fused.blocks.model.layers)
+    load_weights(trainer.blocks, weights(fused))
+    use_baseline(trainer.blocks.model, method)
     before = weights(trainer)
     for each in (fused, trainer):
         each.run()
@@ -213,9 +213,9 @@ def test_blocks_train_as_with_fused_layers(method, sharing):
 
 def test_weights_of_a_baseline_load_into_fused_layers():
     trainer = make_trainer(steps=1)
-    use_baseline(trainer.models.model, "stock")
+    use_baseline(trainer.blocks.model, "stock")
     trainer.run()
-    models = make_models()
+    models = make_blocks()
     load_weights(models, trainer.tensors()["model"])
     assert equal(dict(models.named_parameters()), weights(trainer))
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from models.tiny import randomise
 
+from dbkernels.diffusion.prediction import EDM
 from dbkernels.models import DiT, DiTConfig
 from dbkernels.models.dit import PRESETS
 from dbkernels.models.embed import grid_positions, patchify, unpatchify
@@ -24,6 +25,7 @@ CONFIG = DiTConfig(
     sigma_data=0.7,
 )
 LEVEL = torch.tensor([0.05, 0.9, 40.0])
+SCALE = torch.tensor([2.0, 0.25, 1.5])
 
 
 def make_model():
@@ -87,16 +89,18 @@ def written_out(model, scaled, level, layers, label):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_loss_and_gradients_have_the_bits_of_the_equations_written_out(autocast):
     model, batch, draw = make_model(), make_batch(), Draw(seed=2, step=5)
-    image, data = batch["image"], CONFIG.sigma_data
+    image = batch["image"]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        losses = model.losses(draw, LEVEL, (0, 1), batch)
-        scaled = add_noise(image, LEVEL, draw, scale="c_in", sigma_data=data)
+        loss = model.loss(draw, LEVEL, SCALE, (0, 1), batch)
+        prediction = EDM(CONFIG.sigma_data)
+        scaled = add_noise(image, *prediction.input(LEVEL), draw)
         network = written_out(model, scaled, LEVEL, (0, 1), batch["label"])
-        settings = {"sigma_data": data, "weight": "none", "reduction": "none"}
-        expected, _ = score_loss(network, image, LEVEL, draw, **settings)
-    assert torch.equal(losses, expected)
+        weight = (SCALE * prediction.estimate(LEVEL.double())[1].square()).float()
+        target = prediction.target(LEVEL)
+        expected, _ = score_loss(network, image, *target, draw, weight=weight, reduction="sum")
+    assert torch.equal(loss, expected)
     parameters = list(model.parameters())
-    grads = (torch.autograd.grad(each.mean(), parameters) for each in (losses, expected))
+    grads = (torch.autograd.grad(each, parameters) for each in (loss, expected))
     assert all(map(torch.equal, *grads))
 
 
@@ -147,7 +151,8 @@ def test_the_loss_is_the_mean_squared_error_of_the_denoised_image():
     expected_grads = torch.autograd.grad(expected.sum(), list(model.parameters()))
     losses = model.losses(draw, LEVEL, (0, 1), batch)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
-    grads = torch.autograd.grad(losses.sum(), list(model.parameters()))
+    loss = model.loss(draw, LEVEL, torch.ones(3), (0, 1), batch)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
     for grad, other in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
 

@@ -1,6 +1,5 @@
 import copy
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,18 +9,15 @@ from models.tiny import randomise
 from torch import nn
 from training.tiny import DIT, PRIOR, VIT
 
-from dbkernels.diffusion.gaussian import cdf_grid
-from dbkernels.diffusion.precondition import c_in, c_noise, c_out, c_skip
-from dbkernels.diffusion.samplers import euler, heun, start
-from dbkernels.models import FAMILIES, AdaLNLayer, DiT, LayerConfig, ViT
+from dbkernels.diffusion.prediction import EDM, log_level
+from dbkernels.diffusion.samplers import euler, heun
+from dbkernels.models import FAMILIES, AdaLNLayer, LayerConfig
 from dbkernels.models.embed import NoiseEmbedding
 from dbkernels.models.rotary import rotary_table
 from dbkernels.ops import Draw, add_noise
-from dbkernels.training.inference import block_denoiser
-from dbkernels.training.objective import gaussian_step
+from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.partition import partition
-from dbkernels.training.sharing import BlockModels
-from dbkernels.training.trainer import Trainer, TrainerConfig
+from dbkernels.training.trainer import Trainer
 
 LEVEL = torch.tensor([0.01, 0.4, 2.0, 60.0])
 DRAW = Draw(seed=3, step=1)
@@ -29,7 +25,7 @@ both = pytest.mark.parametrize("family", ["vit", "dit"])
 
 
 def make_model(family):
-    return randomise(FAMILIES[family]({"vit": VIT, "dit": DIT}[family]))
+    return randomise(FAMILIES[family].model({"vit": VIT, "dit": DIT}[family]))
 
 
 def make_batch():
@@ -37,12 +33,7 @@ def make_batch():
 
 
 def noisy(model, batch):
-    return add_noise(model.target(batch), LEVEL, DRAW)
-
-
-def test_the_families_have_names():
-    assert set(FAMILIES) == {"vit", "dit"}
-    assert FAMILIES["vit"] is ViT and FAMILIES["dit"] is DiT
+    return add_noise(model.target(batch), torch.ones_like(LEVEL), LEVEL, DRAW)
 
 
 @both
@@ -71,7 +62,7 @@ def test_layers_run_in_the_order_that_was_asked_each_on_the_last_ones_output(fam
 @both
 def test_gradients_stay_in_the_layers_that_ran_and_in_what_is_shared(family):
     model, batch = make_model(family), make_batch()
-    model.losses(DRAW, LEVEL, (1,), batch).mean().backward()
+    model.loss(DRAW, LEVEL, torch.ones(4), (1,), batch).backward()
     for name, parameter in model.named_parameters():
         if name.startswith(("layers.0.", "layers.2.")):
             assert parameter.grad is None, name
@@ -87,6 +78,16 @@ def test_loss_and_estimate_have_the_shapes_of_the_protocol(family):
     losses = model.losses(DRAW, LEVEL, range(3), batch)
     assert losses.shape == (4,) and losses.dtype == torch.float32 and (losses > 0).all()
     assert model.estimate(prediction).shape == z.shape == model.target(batch).shape
+    assert model.z_shape(batch) == z.shape and model.level_shape(batch) == LEVEL.shape
+
+
+@both
+def test_the_loss_is_the_sum_of_the_losses_each_times_its_scale(family):
+    model, batch, scale = make_model(family), make_batch(), torch.tensor([0.5, 0.0, 3.0, 1.0])
+    loss = model.loss(DRAW, LEVEL, scale, range(3), batch)
+    losses = model.losses(DRAW, LEVEL, range(3), batch)
+    assert loss.shape == () and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, (scale * losses).sum())
 
 
 @both
@@ -135,7 +136,7 @@ def test_a_step_runs_one_end_before_its_layers_and_one_after(family, monkeypatch
 
     for name in model.stem_and_head:
         monkeypatch.setattr(type(model), name, announced(name, getattr(type(model), name)))
-    model.losses(DRAW, LEVEL, (0, 1), batch)
+    model.loss(DRAW, LEVEL, torch.ones(4), (0, 1), batch)
     before, after = model.stem_and_head
     assert running == [before, before, "layer", "layer", after, after]
 
@@ -151,8 +152,7 @@ def test_same_bits_every_run(family):
 class Recurrent(nn.Module):
     """Prelude, core and coda over tokens; the core is run as often as a block's layers say."""
 
-    target_parts = ("table",)
-    stem_and_head = ()
+    target_parts, stem_and_head, sigma_data = ("table",), (), 0.5
 
     def __init__(self, words=5, D=16):
         super().__init__()
@@ -169,16 +169,22 @@ class Recurrent(nn.Module):
         return self.rows()[batch["answer"]]
 
     def denoise(self, z, level, layers, batch):
-        c, sigma = self.condition(c_noise(level)), level[:, None, None]
+        c, sigma = self.condition(log_level(level)), level[:, None, None]
+        (p, _), (of_z, of_F) = EDM(0.5).input(sigma), EDM(0.5).estimate(sigma)
         rotary = rotary_table(torch.arange(z.shape[1], device=z.device), 8)
-        x = c_in(sigma, 0.5) * z + self.stem(batch["token"])
+        x = p * z + self.stem(batch["token"])
         for index in layers:
             x = self.layers[index](x, c, rotary)
-        return self.head(c_skip(sigma, 0.5) * z + c_out(sigma, 0.5) * self.norm(x))
+        return self.head(of_z * z + of_F * self.norm(x))
 
-    def losses(self, draw, level, layers, batch):
-        logits = self.denoise(add_noise(self.target(batch), level, draw), level, layers, batch)
-        return F.cross_entropy(logits.mT, batch["answer"], reduction="none").mean(1)
+    def level_shape(self, batch):
+        return (len(batch["token"]),)
+
+    def loss(self, draw, level, scale, layers, batch):
+        z = add_noise(self.target(batch), torch.ones_like(level), level, draw)
+        logits = self.denoise(z, level, layers, batch)
+        losses = F.cross_entropy(logits.mT, batch["answer"], reduction="none").mean(1)
+        return (scale * losses).sum()
 
     def estimate(self, prediction):
         return prediction.softmax(-1) @ self.rows()
@@ -197,11 +203,15 @@ class Tokens:
         return {"token": token, "answer": (token + 1) % 5}
 
 
-STEP = partial(gaussian_step, prior=PRIOR, weighting="none", sigma_data=0.5)
-
-
-def recurrent(num_blocks):
-    return BlockModels(Recurrent(), partition([0, 1, 1, 1, 2], num_blocks, PRIOR), "joint")
+def recurrent(num_blocks, sharing="joint"):
+    return DiffusionBlocks(
+        Recurrent(),
+        num_blocks,
+        process=PRIOR,
+        weighting="none",
+        layers=[0, 1, 1, 1, 2],
+        sharing=sharing,
+    )
 
 
 def test_a_repeated_layer_runs_again_and_its_gradient_is_the_sum():
@@ -209,9 +219,8 @@ def test_a_repeated_layer_runs_again_and_its_gradient_is_the_sum():
     unrolled = copy.deepcopy(model)
     unrolled.layers = nn.ModuleList(copy.deepcopy(model.layers[i]) for i in (0, 1, 1, 1, 2))
     batch, losses = Tokens().batch(torch.arange(4), torch.clone), []
-    for network, layers in ((model, [0, 1, 1, 1, 2]), (unrolled, 5)):
-        block = partition(layers, 1, PRIOR)[0]
-        losses.append(STEP(network, block, batch, DRAW))
+    for network, layers in ((model, [0, 1, 1, 1, 2]), (unrolled, range(5))):
+        losses.append(network.loss(DRAW, LEVEL, torch.full((4,), 0.25), layers, batch))
         losses[-1].backward()
     torch.testing.assert_close(*losses)
     parts = [dict(unrolled.layers[i].named_parameters()) for i in (1, 2, 3)]
@@ -221,25 +230,24 @@ def test_a_repeated_layer_runs_again_and_its_gradient_is_the_sum():
 
 @pytest.mark.parametrize("num_blocks", [1, 2])
 def test_a_recurrent_stack_is_trained_and_sampled_unchanged(num_blocks):
-    models, data = recurrent(num_blocks), Tokens()
-    config = TrainerConfig(steps=60 // num_blocks, batch_size=8, lr=2e-2, ema=0.5)
-    trainer = Trainer(models, data, STEP, config)
+    blocks, data = recurrent(num_blocks), Tokens()
+    trainer = Trainer(blocks, data, steps=60 // num_blocks, batch_size=8, lr=2e-2, ema=0.5)
     trainer.run()
     names = {"block0"} if num_blocks == 1 else {"block0", "block1", "shared"}
     assert set(trainer.counters()["groups"]) == names
     if num_blocks == 2:
         assert "model.layers.1.mlp.fc1.weight" in trainer.groups["shared"].parameters
     batch = data.batch(torch.arange(12), torch.clone)
-    z = start(torch.randn(12, 6, 16), 80.0, 0.5)
+    z = PRIOR.start(torch.randn(12, 6, 16), 80.0, 0.5)
     # heun's correction magnifies errors by the ratio of neighbouring levels
     halving = [80 / 2**i for i in range(11)]
     with torch.no_grad():
-        for sampler, levels in ((euler, cdf_grid(PRIOR, 4)), (heun, halving)):
-            answer = sampler(block_denoiser(models.eval(), batch), z, levels)
-            word = (answer @ models.model.rows().T).argmax(-1)
+        for sampler, levels in ((euler, PRIOR.grid(4)), (heun, halving)):
+            answer = sampler(blocks.eval().denoiser(batch), z, levels)
+            word = (answer @ blocks.model.rows().T).argmax(-1)
             assert (word == batch["answer"]).float().mean() > 0.9
 
 
 def test_a_core_that_two_blocks_run_cannot_be_copied():
     with pytest.raises(ValueError, match="a layer must be in one block, got layer 1 in several"):
-        BlockModels(Recurrent(), partition([0, 1, 1, 1, 2], 2, PRIOR), "copies")
+        recurrent(2, sharing="copies")

@@ -25,7 +25,7 @@ def forget_compiled_code():
 
 
 def make_model(family):
-    return randomise(FAMILIES[family]({"vit": VIT, "dit": DIT}[family]))
+    return randomise(FAMILIES[family].model({"vit": VIT, "dit": DIT}[family]))
 
 
 def make_batch():
@@ -38,9 +38,10 @@ def compiled_graphs():
 
 def step(model, layers=(1,), batch=None, draw=DRAW):
     batch = make_batch() if batch is None else batch
-    losses = model.losses(draw, LEVEL[: len(batch["label"])], layers, batch)
-    losses.mean().backward()
-    return losses.detach()
+    level = LEVEL[: len(batch["label"])]
+    loss = model.loss(draw, level, torch.full_like(level, 1 / len(level)), layers, batch)
+    loss.backward()
+    return loss.detach()
 
 
 def inputs_of(family):

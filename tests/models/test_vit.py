@@ -94,7 +94,7 @@ def test_loss_and_gradients_have_the_bits_of_the_equations_written_out(autocast)
     model, batch = make_model(), make_batch()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         losses = model.losses(DRAW, LEVEL, (0, 1), batch)
-        z = add_noise(model.target(batch), LEVEL, DRAW)
+        z = add_noise(model.target(batch), torch.ones_like(LEVEL), LEVEL, DRAW)
         logits = written_out(model, z, LEVEL, (0, 1), batch["image"])
         expected = F.cross_entropy(logits.float(), batch["label"], reduction="none")
         assert torch.equal(model.denoise(z, LEVEL, (0, 1), batch), logits)

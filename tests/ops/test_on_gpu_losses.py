@@ -68,12 +68,12 @@ def test_cross_entropy_is_as_accurate_as_eager(dtype, reduction, size):
         assert_as_accurate_as_eager(name, *each)
 
 
-def noise_case(dtype):
-    """A target, levels and a prediction of an odd size, and a draw near its limits."""
+def noise_case(dtype, dims=1):
+    """A target, coefficients and a prediction of an odd size, and a draw near its limits."""
     shape = (5, 3, 1001)
     z0, prediction = ((0.5 * torch.randn(shape)).to(dtype) for _ in range(2))
-    sigma = torch.tensor([0.002, 0.3, 1.0, 9.0, 80.0])
-    return z0, sigma, prediction, ops.Draw(seed=2**64 - 3, step=2**40 + 5, sample=2**32 - 5)
+    a, b = 4 * torch.randn(2, *shape[:dims])
+    return z0, a, b, prediction, ops.Draw(seed=2**64 - 3, step=2**40 + 5, sample=2**32 - 5)
 
 
 def noise_implementations(device):
@@ -84,24 +84,24 @@ def noise_implementations(device):
 def test_a_gpu_draws_the_numbers_of_a_cpu(gpu):
     *_, draw = noise_case(BF16)
     with ops.use_implementation("torch"):
-        expected = ops.normals(draw, 5, 3003, "cpu"), ops.uniforms(draw, 5, "cpu")
+        expected = ops.normals(draw, 5, 3003, "cpu"), ops.uniforms(draw, 5, 77, device="cpu")
     for name in noise_implementations(gpu):
         with ops.use_implementation(name):
             actual = ops.normals(draw, 5, 3003, gpu).cpu()
-            uniform = ops.uniforms(draw, 5, gpu).cpu()
+            uniform = ops.uniforms(draw, 5, 77, device=gpu).cpu()
         torch.testing.assert_close(actual, expected[0], rtol=0, atol=1e-6)
         assert torch.equal(uniform, expected[1])
 
 
 def test_a_captured_step_draws_anew_at_each_replay(gpu):
-    z0, sigma, prediction, _ = noise_case(BF16)
+    z0, a, b, prediction, _ = noise_case(BF16)
     step = torch.tensor(3)
 
     def drawn(step):
         draw = ops.Draw(seed=7, step=step, sample=8)
-        loss, losses = ops.score_loss(prediction, z0, sigma, draw, sigma_data=0.5)
-        noisy = ops.add_noise(z0, sigma, draw)
-        return noisy, loss, losses, ops.normals(draw, 5, 3003, gpu), ops.uniforms(draw, 5, gpu)
+        loss, losses = ops.score_loss(prediction, z0, a, b, draw)
+        noisy, uniform = ops.add_noise(z0, a, b, draw), ops.uniforms(draw, 5, device=gpu)
+        return noisy, loss, losses, ops.normals(draw, 5, 3003, gpu), uniform
 
     for name in noise_implementations(gpu):
         step.fill_(3)
@@ -115,21 +115,23 @@ def test_a_captured_step_draws_anew_at_each_replay(gpu):
                     assert torch.equal(actual, expected), (name, value)
 
 
+@pytest.mark.parametrize("dims", [1, 2])  # coefficients of samples, and of tokens
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_noise_and_loss_on_a_gpu_are_those_of_plain_torch(dtype, gpu):
-    z0, sigma, prediction, draw = noise_case(dtype)
-    double = z0.double().cpu(), sigma.cpu(), prediction.double().cpu().requires_grad_()
-    with ops.use_implementation("torch"):
-        exact, _ = ops.score_loss(double[2], *double[:2], draw, sigma_data=0.5)
-        (exact_grad,) = torch.autograd.grad(exact, double[2])
-        noisy = ops.add_noise(double[0], double[1], draw, scale="c_in")
-    for name in noise_implementations(gpu):
+def test_noise_and_loss_on_a_gpu_are_those_of_plain_torch(dtype, dims, gpu):
+    z0, a, b, prediction, draw = noise_case(dtype, dims)
+    options = {"weight": 0.5 + torch.rand(a.shape), "mask": torch.rand(5, 3) > 0.3}
+
+    def by(name, z0, a, b, prediction, **options):
+        leaves = prediction.detach().requires_grad_(), z0.detach().requires_grad_()
         with ops.use_implementation(name):
-            scaled = ops.add_noise(z0, sigma, draw, scale="c_in")
-            leaf = prediction.clone().requires_grad_()
-            loss, _ = ops.score_loss(leaf, z0, sigma, draw, sigma_data=0.5)
-            (grad,) = torch.autograd.grad(loss, leaf)
-        eps = torch.finfo(dtype).eps
-        for actual, expected in ((scaled, noisy), (loss, exact), (grad, exact_grad)):
-            error = (actual.cpu().double() - expected).abs().max()
+            noisy = ops.add_noise(z0, a, b, draw)
+            loss, losses = ops.score_loss(*leaves, a, b, draw, **options)
+            return noisy, losses, *torch.autograd.grad(loss, leaves)
+
+    wide = (t.double() for t in (z0, prediction))
+    wide = [next(wide).cpu(), a.cpu(), b.cpu(), next(wide).cpu()]
+    exact = by("torch", *wide, **{name: t.cpu() for name, t in options.items()})
+    for name in noise_implementations(gpu):
+        for actual, expected in zip(by(name, z0, a, b, prediction, **options), exact, strict=True):
+            error, eps = (actual.cpu().double() - expected).abs().max(), torch.finfo(dtype).eps
             assert error <= 2 * eps * expected.abs().max() + 1e-6, name

@@ -182,31 +182,44 @@ def test_the_mean_cross_entropy_is_over_the_tokens_that_count(weighted):
         assert loss.item() == pytest.approx(expected)
 
 
-def test_noise_is_scaled_by_its_sample_s_level():
-    z0, noise, sigma = tokens(2, 3, 4), tokens(2, 3, 4), tokens(2).exp()
-    z = reference.add_noise(z0, sigma, noise)
-    assert z[1, 2, 3] == z0[1, 2, 3] + sigma[1] * noise[1, 2, 3]
-    scaled = reference.add_noise(z0, sigma, noise, scale="c_in", sigma_data=0.3)
-    expected = z[1, 2, 3] / math.sqrt(sigma[1].item() ** 2 + 0.09)
-    torch.testing.assert_close(scaled[1, 2, 3], expected)
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_noisy_target_has_its_sample_s_or_its_token_s_coefficients(per_token):
+    z0, noise, (p, q) = (
+        tokens(2, 3, 4),
+        tokens(2, 3, 4),
+        tokens(2, *((2, 3) if per_token else (2,))),
+    )
+    z = reference.add_noise(z0, p, q, noise)
+    at = (1, 2) if per_token else (1,)
+    assert z[1, 2, 3] == p[at] * z0[1, 2, 3] + q[at] * noise[1, 2, 3]
 
 
-@pytest.mark.parametrize("weight", ["edm", "none", "tensor"])
-def test_the_score_loss_is_the_weighted_error_of_the_denoiser(weight):
+@pytest.mark.parametrize("masked", [False, True])
+def test_with_coefficients_of_edm_the_score_loss_is_the_weighted_error_of_the_denoiser(masked):
     prediction, z0, noise = tokens(3, 2, 3, 4)
-    sigma, mask, s_data = tokens(2).exp(), torch.tensor([[True, True, False], [False] * 3]), 0.3
-    mask[1, 0] = True
-    given = torch.tensor([0.5, 2.0], dtype=torch.float64) if weight == "tensor" else weight
+    sigma, s_data, weight = tokens(2).exp(), 0.3, torch.tensor([0.5, 2.0], dtype=torch.float64)
+    mask = torch.tensor([[True, True, False], [True, False, False]]) if masked else None
+    root = (sigma**2 + s_data**2).sqrt()
+    alpha, beta, c_out = sigma / (s_data * root), -s_data / root, sigma * s_data / root
     loss, losses = reference.score_loss(
-        prediction, z0, sigma, noise, sigma_data=s_data, weight=given, mask=mask
+        prediction, z0, alpha, beta, noise, weight=weight * c_out**2, mask=mask
     )
     expected = []
-    for b, s in enumerate(sigma.tolist()):
-        root = math.sqrt(s**2 + s_data**2)
-        z = z0[b] + s * noise[b]
-        denoised = s_data**2 / root**2 * z + s * s_data / root * prediction[b]
-        error = ((denoised - z0[b]) ** 2)[mask[b]].mean()
-        factor = {"edm": (root / (s * s_data)) ** 2, "none": 1, "tensor": (0.5, 2.0)[b]}[weight]
-        expected.append(factor * error)
+    for b, (s, r) in enumerate(zip(sigma.tolist(), root.tolist(), strict=True)):
+        denoised = (s_data / r) ** 2 * (z0[b] + s * noise[b]) + c_out[b] * prediction[b]
+        error = (denoised - z0[b]) ** 2
+        expected.append(weight[b] * (error[mask[b]] if masked else error).mean())
     torch.testing.assert_close(losses, torch.stack(expected))
     torch.testing.assert_close(loss, losses.mean())
+
+
+def test_the_weight_of_a_token_is_that_of_its_elements_in_the_mean():
+    prediction, z0, noise, (a, b, weight) = *tokens(3, 2, 3, 4), tokens(3, 2, 3)
+    mask = torch.tensor([[True, True, False], [False] * 3])
+    loss, losses = reference.score_loss(
+        prediction, z0, a, b, noise, weight=weight, mask=mask, reduction="sum"
+    )
+    error = (prediction[0] - a[0, :, None] * z0[0] - b[0, :, None] * noise[0]) ** 2
+    expected = (error[0].mean() * weight[0, 0] + error[1].mean() * weight[0, 1]) / 2
+    torch.testing.assert_close(losses, torch.stack([expected, torch.zeros_like(expected)]))
+    torch.testing.assert_close(loss, expected)

@@ -1,8 +1,10 @@
 """A model that is easy to reckon with, in place of dry runs."""
 
+from dataclasses import replace
+
 from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.ops.layer.recompute import POLICIES
-from dbkernels.planning.estimate import Estimate
+from dbkernels.planning.estimate import Estimate, seconds_of
 
 MiB = 2**20
 
@@ -18,12 +20,13 @@ def reckoned(recipe):
             "optimizer": 12 + 20 * held,
             "saved_activations": recipe.micro_batch * layers * policy.units,
         }
+        flops, swapped = 10**12 * (20 - policy.units), 60 * MiB * depth * (offload == "cpu")
         found[offload] = Estimate(
+            recipe=replace(recipe, offload=offload),
             peak_bytes=MiB * sum(sizes.values()) + MiB,
             by_category={name: MiB * sizes.get(name, 0) for name in CATEGORIES},
-            flops=10**12 * (20 - policy.units),
-            ops=1000 * recipe.accumulate,
-            swapped=0 if offload == "none" else 60 * MiB * depth,
+            flops=flops,
+            seconds=seconds_of(recipe, flops, 1000 * recipe.accumulate, swapped),
         )
     return found
 
@@ -31,8 +34,7 @@ def reckoned(recipe):
 def wide(recipe):
     """As `reckoned`, but that a model needs a MiB for each element of its width."""
     grown = recipe.model.dim * MiB
-    found = reckoned(recipe)
-    return {k: Estimate(**{**vars(v), "peak_bytes": grown}) for k, v in found.items()}
+    return {k: replace(v, peak_bytes=grown) for k, v in reckoned(recipe).items()}
 
 
 def in_turn(jobs, told):

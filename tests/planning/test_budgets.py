@@ -100,7 +100,7 @@ def test_a_file_of_something_else_is_refused(path, content, message):
             {"peak_allocated_bytes": 0, "by_category": dict.fromkeys(PARTS, 0)},
             "what by_category adds up to, got 0 and 0",
         ),
-        ({"preset": "huge"}, "preset of vit must be one of cifar100, digits, got huge"),
+        ({"preset": "huge"}, "preset of ViT must be one of cifar100, digits, got huge"),
         ({"family": "gpt"}, "family must be one of vit, dit, got gpt"),
         ({"recompute": "some"}, "recompute of block_fused must be of none, .* got some"),
         (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training.tiny import make_trainer
 
-from dbkernels.memory.measure import MEASURED, DevicePeak
+from dbkernels.memory.measure import MEASURED
 from dbkernels.planning import measure as module
 from dbkernels.planning.measure import KILLED, attempted, figures_of, measured, profile_trainer
 from dbkernels.planning.pool import results
@@ -35,7 +35,7 @@ def test_the_costliest_blocks_peak_and_the_time_of_all():
     assert row["seconds_per_sweep"] == pytest.approx(2 * row["seconds_per_step"])
     assert row["first_step"] is None and row["steady_step"] is None
     # two of three layers
-    weights = sum(p.nbytes for p in trainer.models.parameters())
+    weights = sum(p.nbytes for p in trainer.blocks.parameters())
     assert row["by_category"]["parameters"] >= weights
 
 
@@ -51,7 +51,7 @@ def test_a_gpu_tells_of_the_first_step_and_of_a_steady_one(monkeypatch):
 
     def device_peak(step, device):
         step()
-        return [DevicePeak(next(answers), 0, 0, 0, None)]
+        return [{"allocated_bytes": next(answers)}]
 
     # the only device here, under another name
     monkeypatch.setattr(module, "_on_gpu", device_peak)
@@ -80,8 +80,8 @@ def profiled(monkeypatch):
     """Stands for training that finds these figures, with so many samples at once."""
 
     def found(size, **more):
-        def trainer(recipe, device, data):
-            asked.append((recipe, data.batch(torch.arange(len(data)))["image"].shape))
+        def trainer(recipe, device):
+            asked.append(recipe)
             return SimpleNamespace(micro_batch=SimpleNamespace(size=size))
 
         asked = []
@@ -100,7 +100,7 @@ def test_what_a_gpu_tells_stands_before_what_the_tracker_saw(profiled):
     found, asked = profiled(4, steady_step=steady)
     assert (found["measured_allocated_bytes"], found["measured_reserved_bytes"]) == (1, 2)
     assert found["steady_step"] == steady and found["measured_saved_bytes"] == 9
-    assert asked == [(RECIPE, (4, 1, 8, 8))]
+    assert asked == [RECIPE]
 
 
 def test_off_a_gpu_the_tracker_tells(profiled):

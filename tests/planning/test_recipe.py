@@ -4,16 +4,15 @@ import pytest
 
 from dbkernels.cli.train import Train
 from dbkernels.memory.allocator import TARGETS
-from dbkernels.models import DiTConfig, dit
+from dbkernels.models import FAMILIES, DiTConfig
 from dbkernels.ops.layer.recompute import POLICIES
-from dbkernels.planning.families import PRESETS, Blank, made_up
 from dbkernels.planning.recipe import METHODS, OFFLOAD, Recipe, every_way, of_preset, of_settings
 from dbkernels.training.run import PartitionConfig
 
 TINY = DiTConfig(dim=16, depth=4, num_heads=2, image_size=4, channels=1, num_classes=3)
 
 
-@pytest.mark.parametrize("family", PRESETS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_settings_that_are_not_given_are_those_of_train(family, tmp_path):
     made, trained = (
         of_preset(family, "digits").config(),
@@ -29,7 +28,7 @@ def test_a_recipe_decides_the_run():
         of_preset("dit", "S/2"), batch_size=8, autocast=True, num_blocks=4, recompute="qkv"
     )
     config = recipe.config()
-    assert config.model == replace(dit.PRESETS["S/2"], recompute="qkv")
+    assert config.model == replace(FAMILIES["dit"].model.preset("S/2"), recompute="qkv")
     assert (config.partition.num_blocks, config.trainer.batch_size) == (4, 8)
     assert config.trainer.autocast and config.trainer.clip == 1.0
     inside = replace(recipe, optimizer_in_backward=True).config().trainer
@@ -40,8 +39,8 @@ def test_a_recipe_decides_the_run():
 def test_a_trainer_has_the_layers_of_its_method(method):
     recompute = "layer" if method == "block_fused" else None
     recipe = Recipe("dit", "", TINY, batch_size=2, method=method, recompute=recompute)
-    trainer = recipe.trainer("cpu", made_up(TINY, 2))
-    kinds = {type(layer).__name__ for layer in trainer.models.model.layers}
+    trainer = recipe.trainer("cpu")
+    kinds = {type(layer).__name__ for layer in trainer.blocks.model.layers}
     assert kinds == {"AdaLNLayer" if method == "block_fused" else "BaselineLayer"}
 
 
@@ -93,23 +92,6 @@ def test_one_block_of_plain_torch_is_there_where_end_to_end_is_not():
     assert (only.method, only.num_blocks, only.recompute) == ("block_stock", 1, None)
 
 
-def test_made_up_samples_fill_one_batch_and_are_the_same_every_time():
-    model = dit.PRESETS["S/2"]
-    first, again = made_up(model, 3), made_up(model, 3)
-    assert first.images.shape == (3, 4, 32, 32) and first.num_classes == 1000
-    assert (first.images == again.images).all() and (first.labels == again.labels).all()
-    assert abs(first.images.std() - 1) < 0.05
-
-
-def test_blank_samples_have_the_shapes_of_made_up_ones():
-    indices = made_up(TINY, 2).labels.new_tensor([1, 0])
-    blank, made = (data.batch(indices) for data in (Blank(TINY, 2), made_up(TINY, 2)))
-    assert len(Blank(TINY, 7)) == 7
-    for name in ("image", "label"):
-        assert (blank[name].shape, blank[name].dtype) == (made[name].shape, made[name].dtype)
-    assert blank["label"].tolist() == [0, 0]
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -139,7 +121,7 @@ def test_rejects(changes, message):
 
 
 def test_names_must_be_known():
-    with pytest.raises(ValueError, match="preset of vit must be one of cifar100, digits, got XL"):
+    with pytest.raises(ValueError, match="preset of ViT must be one of cifar100, digits, got XL"):
         of_preset("vit", "XL")
     with pytest.raises(ValueError, match="family must be one of vit, dit, got gpt"):
         of_preset("gpt", "XL")

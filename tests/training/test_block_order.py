@@ -2,74 +2,118 @@ from itertools import pairwise
 
 import pytest
 
-from dbkernels.training.block_order import TIMED_STEPS, BlockOrder
-from dbkernels.training.trainer_config import TrainerConfig
+from dbkernels.training.block_order import TIMED_STEPS, BlockOrder, fewest_steps_per_swap
 
 
-def block_order(num_blocks=3, steps=40, **settings):
-    return BlockOrder(TrainerConfig(steps=steps, **{"offload": "cpu", **settings}), num_blocks)
+def block_order(num_blocks=3, **settings):
+    defaults = {"steps": 40, "order": "shuffled", "seed": 0, "steps_per_swap": 1, "swaps": True}
+    return BlockOrder(num_blocks, **defaults | settings)
+
+
+def blocks(num_blocks, steps, **settings):
+    """Of every step of a run."""
+    made = block_order(num_blocks, steps=steps, **settings)
+    return [made.block(step) for step in range(num_blocks * steps)]
 
 
 def never():
     raise AssertionError("a swap was timed")
 
 
+# the order
+
+
+def test_shuffled_order_trains_every_block_once_in_each_sweep():
+    order = blocks(4, steps=50)
+    sweeps = [tuple(order[4 * sweep : 4 * sweep + 4]) for sweep in range(50)]
+    assert all(sorted(sweep) == [0, 1, 2, 3] for sweep in sweeps)
+    assert len(set(sweeps)) > 10
+
+
+def test_sequential_order_finishes_one_block_before_the_next():
+    assert blocks(3, steps=2, order="sequential", steps_per_swap=5) == [0, 0, 1, 1, 2, 2]
+
+
+def test_order_depends_on_the_seed():
+    orders = [blocks(5, steps=9, seed=seed) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("steps, steps_per_swap", [(50, 1), (9, 3), (10, 4), (3, 7), (5, 5)])
+def test_steps_per_swap_are_of_one_block_in_a_row_and_the_last_sweep_has_those_left(
+    steps, steps_per_swap
+):
+    order, first = blocks(4, steps=steps, steps_per_swap=steps_per_swap), 0
+    assert all(order.count(block) == steps for block in range(4))
+    while first < len(order):
+        length = min(steps_per_swap, steps - first // 4)
+        sweep = order[first : first + 4 * length]
+        assert sorted(sweep[::length]) == [0, 1, 2, 3]
+        assert sweep == [block for block in sweep[::length] for _ in range(length)]
+        first += 4 * length
+
+
+def test_sweeps_of_longer_turns_come_in_the_same_order():
+    longer = blocks(4, steps=6, seed=3, steps_per_swap=3)
+    assert longer[::3] == blocks(4, steps=6, seed=3)[:8]
+
+
 @pytest.mark.parametrize(
     "settings", [{"steps_per_swap": 3}, {"steps_per_swap": 7}, {"order": "sequential"}]
 )
 def test_the_next_block_is_that_of_the_next_turn(settings):
-    plan = block_order(steps=8, **settings)
-    order = [plan.block(step) for step in range(24)]
+    made, order = block_order(steps=8, **settings), blocks(3, steps=8, **settings)
     assert sorted(order) == [0] * 8 + [1] * 8 + [2] * 8
     length = settings.get("steps_per_swap", 8)
-    ends = [0, *range(length, 8, length), 8]
-    lengths = [b - a for a, b in pairwise(ends) for _ in range(3)]
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    for start, length in zip(starts, lengths, strict=True):
+    lengths = [b - a for a, b in pairwise([*range(0, 8, length), 8]) for _ in range(3)]
+    for turn, length in enumerate(lengths):
+        start = sum(lengths[:turn])
         assert len(set(order[start : start + length])) == 1
         following = order[start + length] if start + length < 24 else None
-        for step in range(start, start + length):
-            assert plan.next_block(step) == following
-    assert plan.next_block(24) is None
+        assert {made.next_block(step) for step in range(start, start + length)} == {following}
+    assert made.next_block(24) is None
 
 
-def test_a_given_length_stays_and_times_no_swap():
-    plan = block_order(steps_per_swap=6)
-    assert not any(plan.timed(step, 1.0, never) for step in range(1, 20))
-    assert plan.steps_per_swap == 6
+# how long a turn is
 
 
-def test_nothing_is_timed_where_nothing_is_swapped():
-    plan = block_order(steps_per_swap=0, offload="none")
-    assert plan.steps_per_swap == 1 and not plan.timed(1, 1.0, never)
+def test_steps_per_swap_are_the_fewest_that_keep_swaps_within_their_share():
+    assert fewest_steps_per_swap(1.0, 0.0) == 1
+    assert fewest_steps_per_swap(0.25, 0.25) == 19
+    for step, swap in ((0.3, 0.1), (0.01, 0.7), (2.0, 0.001)):
+        length = fewest_steps_per_swap(step, swap)
+        assert swap <= 0.05 * (swap + length * step)
+        assert length == 1 or swap > 0.05 * (swap + (length - 1) * step)
+
+
+def test_nothing_is_timed_where_the_length_is_given_or_nothing_is_swapped():
+    made = block_order(steps_per_swap=6)
+    assert not any(made.timed(step, 1.0, never) for step in range(1, 20))
+    assert made.steps_per_swap == 6
+    made = block_order(steps_per_swap=0, swaps=False)
+    assert made.steps_per_swap == 1 and not made.timed(1, 1.0, never)
 
 
 def test_the_length_keeps_swaps_within_their_share_of_the_time():
-    plan = block_order(steps_per_swap=0)
-    first = plan.block(0)
+    made = block_order(steps_per_swap=0)
+    first = made.block(0)
     for step, seconds in enumerate((9.0, 0.25, 0.75, 5.0), start=1):
-        assert plan.steps_per_swap == 0 and not plan.timed(step, seconds, never)
-        assert plan.block(step) == first and plan.next_block(step) is None
+        assert made.steps_per_swap == 0 and not made.timed(step, seconds, never)
+        assert made.block(step) == first and made.next_block(step) is None
     # a swap of 0.5 s beside 19 steps of 0.5 s, the median of all but the first
-    assert plan.timed(5, 0.25, lambda: 0.5)
-    assert plan.steps_per_swap == 19
-    assert {plan.block(step) for step in range(19)} == {first} != {plan.block(19)}
-    assert not plan.timed(6, 1.0, never)
+    assert made.timed(5, 0.25, lambda: 0.5)
+    assert made.steps_per_swap == 19
+    assert {made.block(step) for step in range(19)} == {first} != {made.block(19)}
+    assert not made.timed(6, 1.0, never)
 
 
+# no less than the steps done, no more than all; of a run too short to be timed one turn each
 @pytest.mark.parametrize(
-    "swap_seconds, expected", [(0.0, TIMED_STEPS), (1e-9, TIMED_STEPS), (0.5, 10), (99.0, 40)]
+    "steps, swap_seconds, expected",
+    [(40, 0.0, 5), (40, 1e-9, 5), (40, 0.5, 10), (40, 99.0, 40), (1, 0.0, 1), (3, 0.0, 3)],
 )
-def test_the_length_is_no_less_than_the_steps_done_and_no_more_than_all(swap_seconds, expected):
-    plan = block_order(steps_per_swap=0)
-    found = [plan.timed(step, 1.0, lambda: swap_seconds) for step in range(1, TIMED_STEPS + 1)]
-    assert found == [False] * 4 + [True]
-    assert plan.steps_per_swap == expected
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-def test_a_run_too_short_to_be_timed_makes_one_turn_of_each_block(steps):
-    plan = block_order(steps_per_swap=0, steps=steps)
-    found = [plan.timed(step, 1.0, lambda: 0.0) for step in range(1, steps + 1)]
-    assert found == [False] * (steps - 1) + [True]
-    assert plan.steps_per_swap == steps
+def test_the_length_lies_between_the_steps_done_and_all(steps, swap_seconds, expected):
+    made, count = block_order(steps_per_swap=0, steps=steps), min(steps, TIMED_STEPS)
+    found = [made.timed(step, 1.0, lambda: swap_seconds) for step in range(1, count + 1)]
+    assert found == [False] * (count - 1) + [True]
+    assert made.steps_per_swap == expected

@@ -80,10 +80,10 @@ def test_what_a_step_returned_stays_when_the_next_one_runs():
 def test_running_out_of_memory_drops_the_graph_of_the_larger_micro_batch():
     inner, fits = make_trainer().objective, 4
 
-    def objective(model, block, batch, draw):
+    def objective(blocks, block, batch, draw):
         if len(batch["label"]) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return inner(model, block, batch, draw)
+        return inner(blocks, block, batch, draw)
 
     plain = make_trainer(accumulate=2)
     captured, recorder = make_captured(objective=objective)
@@ -122,10 +122,10 @@ def test_a_loss_that_is_not_finite_updates_nothing_in_its_replay_or_in_the_next(
 def test_a_gradient_that_is_not_finite_updates_nothing_in_a_replay():
     inner, start = make_trainer().objective, torch.ones(())
 
-    def objective(model, block, batch, draw):
+    def objective(blocks, block, batch, draw):
         # 0, and so is its gradient until the root is taken of 0
-        extra = ((model.head.weight * 0 + start).sqrt() * 0).sum()
-        return inner(model, block, batch, draw) + extra
+        extra = ((blocks.model.head.weight * 0 + start).sqrt() * 0).sum()
+        return inner(blocks, block, batch, draw) + extra
 
     trainer, recorder = make_captured(objective=objective, ema=0.9)
     block = trainer.blocks[0]

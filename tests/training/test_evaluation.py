@@ -1,6 +1,5 @@
 import math
 from statistics import NormalDist
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,31 +7,29 @@ import scipy.linalg
 import torch
 from models.tiny import randomise
 from torch import nn
-from training.tiny import PRIOR, make_data, make_models
+from training.tiny import PRIOR, make_blocks, make_data
 
 from dbkernels.data.images import ImageData
-from dbkernels.diffusion.gaussian import cdf_grid
-from dbkernels.training.evaluation import (
-    batches,
-    block_losses,
-    evaluate_classifier,
-    frechet_distance,
-    loss_at,
-)
-from dbkernels.training.partition import partition
-from dbkernels.training.sharing import BlockModels
+from dbkernels.models.vit import metrics
+from dbkernels.training.diffusion_blocks import DiffusionBlocks
+from dbkernels.training.evaluation import batches, frechet_distance
 
 
 class Known(nn.Module):
     """A classifier whose answers are given; the first pixel of an image is its label."""
 
-    target_parts = ()
-    config = SimpleNamespace(dim=2, sigma_data=0.5)
+    target_parts, sigma_data = (), 0.5
 
     def __init__(self, logits=None, loss=None):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(3))
         self.logits, self.known_loss, self.calls = logits, loss, []
+
+    def z_shape(self, batch):
+        return len(batch["label"]), 2
+
+    def level_shape(self, batch):
+        return (len(batch["label"]),)
 
     def denoise(self, z, level, layers, batch):
         self.calls.append((layers, level))
@@ -40,14 +37,16 @@ class Known(nn.Module):
 
     def losses(self, draw, level, layers, batch):
         self.calls.append((layers, level))
-        return self.known_loss(draw, level, batch)
+        return self.known_loss(draw, level, batch) if self.known_loss else level
 
     def estimate(self, prediction):
         return torch.zeros(len(prediction), 2)
 
 
 def known(**answers):
-    return BlockModels(Known(**answers), partition(3, 3, PRIOR), "joint")
+    blocks = DiffusionBlocks(Known(**answers), process=PRIOR, weighting="none")
+    blocks.metrics = metrics
+    return blocks
 
 
 def labelled(count=10):
@@ -62,96 +61,107 @@ def sure(answer):
 def test_every_sample_comes_once_in_order_and_the_last_batch_is_short():
     data = make_data(10)
     found = list(batches(data, 4, "cpu"))
-    assert [len(batch["label"]) for batch in found] == [4, 4, 2]
-    image = torch.cat([batch["image"] for batch in found])
+    assert [(len(batch["label"]), draw.sample) for batch, draw in found] == [(4, 0), (4, 4), (2, 8)]
+    image = torch.cat([batch["image"] for batch, _ in found])
     assert torch.equal(image, data.batch(torch.arange(10))["image"])
-
-
-@pytest.mark.parametrize(
-    ("limit", "sizes"), [(6, [4, 2]), (4, [4]), (99, [4, 4, 2]), (None, [4, 4, 2])]
-)
-def test_a_limit_stops_early(limit, sizes):
-    found = list(batches(make_data(10), 4, "cpu", limit))
-    assert [len(batch["label"]) for batch in found] == sizes
 
 
 def test_a_mean_loss_counts_every_sample_once():
     data = labelled()  # labels 0, 1, 2, ..., 0: with batches of four, a mean of means is 1
-    models = known(loss=lambda draw, level, batch: batch["label"].float())
-    assert loss_at(models, data, 1.0, seed=0, batch_size=4) == pytest.approx(0.9)
+    blocks = known(loss=lambda draw, level, batch: batch["label"].float())
+    assert blocks.loss_at(data, 1.0, seed=0, batch_size=4) == pytest.approx(0.9)
 
 
 def test_a_loss_is_read_at_its_level_through_the_serving_block():
-    models = known(loss=lambda draw, level, batch: level)
+    blocks = known(loss=lambda draw, level, batch: level)
     for level, index in ((80.0, 0), (0.3, 1), (0.002, 2)):
-        value = loss_at(models, labelled(), level, seed=0, batch_size=4)
+        value = blocks.loss_at(labelled(), level, seed=0, batch_size=4)
         assert value == pytest.approx(level)
-        layers, levels = models.model.calls[-1]
+        layers, levels = blocks.model.calls[-1]
         assert layers == (index,)
         torch.testing.assert_close(levels, torch.full((2,), level))
 
 
 def test_a_loss_is_a_function_of_the_seed():
-    models = randomise(make_models("vit"))
-    first, second, other = (loss_at(models, make_data(), 0.5, seed=s) for s in (1, 1, 2))
+    blocks = randomise(make_blocks("vit"))
+    first, second, other = (blocks.loss_at(make_data(), 0.5, seed=s) for s in (1, 1, 2))
     assert first == second != other
 
 
 def test_the_noise_of_a_sample_does_not_depend_on_the_batches():
-    models, data = randomise(make_models("vit")), make_data()
-    values = [loss_at(models, data, 0.5, seed=1, batch_size=size) for size in (3, 4, 10)]
+    blocks, data = randomise(make_blocks("vit")), make_data()
+    values = [blocks.loss_at(data, 0.5, seed=1, batch_size=size) for size in (3, 4, 10)]
     assert values == pytest.approx([values[0]] * 3, rel=1e-5)
 
 
 def test_an_untrained_classifier_loses_the_log_of_the_classes_everywhere():
-    models, data = make_models("vit"), make_data()
-    assert loss_at(models, data, 80.0, seed=0, batch_size=4) == pytest.approx(math.log(3))
-    losses = block_losses(models, data, PRIOR, seed=0)
+    blocks, data = make_blocks("vit"), make_data()
+    assert blocks.loss_at(data, 80.0, seed=0, batch_size=4) == pytest.approx(math.log(3))
+    losses = blocks.evaluate(data).block_losses
     assert losses == pytest.approx([math.log(3)] * 3)
 
 
 def test_a_blocks_loss_is_the_mean_over_eight_quantiles_of_what_it_serves():
-    models = known(loss=lambda draw, level, batch: level)
-    losses = block_losses(models, labelled(), PRIOR, seed=0)
+    blocks = known(loss=lambda draw, level, batch: level)
+    blocks.metrics = None
+    losses = blocks.evaluate(labelled()).block_losses
     normal = NormalDist(-1.2, 1.2)
-    for block, loss in zip(models.blocks, losses, strict=True):
+    for block, loss in zip(blocks, losses, strict=True):
         low, high = (normal.cdf(math.log(s)) for s in (block.noise.low, block.noise.high))
         shares = [low + (high - low) * (i + 0.5) / 8 for i in range(8)]
         levels = [math.exp(normal.inv_cdf(share)) for share in shares]
         assert loss == pytest.approx(sum(levels) / 8, rel=1e-5)
-    assert [layers for layers, _ in models.model.calls] == [(0,)] * 8 + [(1,)] * 8 + [(2,)] * 8
+    served = [layers for layers, _ in blocks.model.calls]
+    assert served == [(0,)] * 8 + [(1,)] * 8 + [(2,)] * 8 + [(0,)]
+
+
+def classified(blocks, levels, **settings):
+    """Accuracy and cross-entropy after each step."""
+    metrics = blocks.evaluate(labelled(), levels=levels, batch_size=4, **settings).metrics
+    return metrics["accuracy"], metrics["cross_entropy"]
 
 
 def test_a_model_that_knows_the_answer_is_always_right():
-    models, levels = known(logits=lambda label, level: sure(label)), cdf_grid(PRIOR, 3)
-    result = evaluate_classifier(models, labelled(), levels, seed=0, batch_size=4)
-    assert result.levels == tuple(levels)
-    assert result.accuracy == (1.0, 1.0, 1.0)
-    assert result.cross_entropy == pytest.approx((0.0, 0.0, 0.0), abs=1e-6)
-    assert len(models.model.calls) == 3 * 3
+    blocks = known(logits=lambda label, level: sure(label))
+    assert blocks.evaluate(labelled()).levels == tuple(PRIOR.grid(3))
+    blocks.model.calls.clear()
+    accuracy, cross_entropy = classified(blocks, 3)
+    assert accuracy == (1.0, 1.0, 1.0)
+    assert cross_entropy == pytest.approx((0.0, 0.0, 0.0), abs=1e-6)
+    # three batches at 8 levels of each block and at the highest, and at three of the sampler
+    assert len(blocks.model.calls) == 3 * (3 * 8 + 1 + 3)
 
 
 def test_answers_are_read_after_each_step():
     # at first sure of the next class, then of class 0, then of the right one
     answers = {80.0: lambda label: (label + 1) % 3, 1.0: torch.zeros_like, 0.5: lambda label: label}
-    models = known(logits=lambda label, level: sure(answers[float(level)](label)))
-    result = evaluate_classifier(models, labelled(), list(answers), seed=0, batch_size=4)
-    assert result.accuracy == pytest.approx((0.0, 0.4, 1.0))
-    assert result.cross_entropy == pytest.approx((50.0, 30.0, 0.0), abs=1e-4)
+    blocks = known(logits=lambda label, level: sure(answers[float(level)](label)))
+    accuracy, cross_entropy = classified(blocks, list(answers))
+    assert accuracy == pytest.approx((0.0, 0.4, 1.0))
+    assert cross_entropy == pytest.approx((50.0, 30.0, 0.0), abs=1e-4)
 
 
 def test_an_even_guess_costs_the_log_of_the_classes():
-    models = known(logits=lambda label, level: torch.zeros(len(label), 3))
-    result = evaluate_classifier(models, labelled(), [80.0], seed=0, batch_size=4)
-    assert result.cross_entropy == pytest.approx((math.log(3),))
+    blocks = known(logits=lambda label, level: torch.zeros(len(label), 3))
+    assert classified(blocks, [80.0])[1] == pytest.approx((math.log(3),))
 
 
-def test_a_classification_is_a_function_of_the_seed():
-    models, levels = randomise(make_models("vit")), cdf_grid(PRIOR, 3)
-    first, second, other = (
-        evaluate_classifier(models, make_data(), levels, seed=s, batch_size=4) for s in (1, 1, 2)
-    )
+def test_an_evaluation_is_a_function_of_the_seed_and_leaves_the_mode_of_training():
+    blocks = randomise(make_blocks("vit")).train()
+    first, second, other = (blocks.evaluate(make_data(), seed=s, batch_size=4) for s in (1, 1, 2))
     assert first == second != other
+    assert blocks.training and blocks.model.training
+
+
+def test_an_evaluation_prints_a_line_for_each_figure():
+    found = make_blocks("vit").evaluate(make_data())
+    assert str(found).splitlines() == [
+        "loss of each block             1.099  1.099  1.099",
+        "loss at the most noise         1.099",
+        "accuracy after each step       0.4  0.4  0.4",
+        "cross entropy after each step  1.099  1.099  1.099",
+    ]
+    assert "accuracy" not in str(make_blocks("dit").evaluate(make_data()))
 
 
 def features(count, mean, std):

@@ -3,14 +3,13 @@ import math
 import pytest
 import torch
 from models.tiny import randomise
-from training.tiny import PRIOR, VIT, make_models
+from training.tiny import PRIOR, VIT, make_blocks
 
-from dbkernels.diffusion.gaussian import cdf_grid
 from dbkernels.ops.philox import Draw, normals
-from dbkernels.training.inference import block_denoiser, classify, generate, predict
 
-LEVELS = cdf_grid(PRIOR, 4)  # three blocks serve them as 0, 1, 2, 2
+LEVELS = PRIOR.grid(4)  # three blocks serve them as 0, 1, 2, 2
 LABELS = torch.tensor([2, 0, 1, 1, 0])
+ASKED = {"label": LABELS}
 sharings = pytest.mark.parametrize("sharing", ["joint", "copies"])
 
 
@@ -23,17 +22,17 @@ def unit_noise(*shape):
 
 
 def ready(family, sharing="joint"):
-    return randomise(make_models(family, sharing=sharing))
+    return randomise(make_blocks(family, sharing=sharing))
 
 
 def make_images():
     return {"image": torch.randn(5, 1, 4, 4)}
 
 
-def spied(models, monkeypatch):
+def spied(blocks, monkeypatch):
     """Every evaluation: which model, its levels, its layers, its batch."""
     calls = []
-    for model in {id(models.of(block)): models.of(block) for block in models.blocks}.values():
+    for model in {id(blocks.of(block)): blocks.of(block) for block in blocks}.values():
 
         def spy(z, level, layers, batch, *, model=model, denoise=model.denoise):
             calls.append((model, level, layers, batch))
@@ -45,130 +44,130 @@ def spied(models, monkeypatch):
 
 @sharings
 def test_a_level_is_predicted_by_the_model_and_the_layers_that_serve_it(sharing, monkeypatch):
-    models, batch = ready("vit", sharing), make_images()
+    blocks, batch = ready("vit", sharing), make_images()
     z = torch.randn(5, VIT.dim)
     for level, index in ((80.0, 0), (0.6, 0), (LEVELS[1], 1), (0.3, 1), (0.1, 2), (0.002, 2)):
-        model = models.of(models.blocks[index])
+        model = blocks.of(blocks[index])
         expected = model.denoise(z, torch.full((5,), level), (index,), batch)
-        assert torch.equal(predict(models, batch, z, level), expected)
-        assert torch.equal(block_denoiser(models, batch)(z, level), model.estimate(expected))
+        assert torch.equal(blocks.predict(batch, z, level), expected)
+        assert torch.equal(blocks.denoiser(batch)(z, level), model.estimate(expected))
         with monkeypatch.context() as patch:
             patch.setattr(model, "estimate", lambda prediction: 2 * prediction)
-            assert torch.equal(block_denoiser(models, batch)(z, level), 2 * expected)
+            assert torch.equal(blocks.denoiser(batch)(z, level), 2 * expected)
 
 
 @sharings
 def test_classifying_evaluates_the_serving_block_once_per_level(sharing, monkeypatch):
-    models = ready("vit", sharing)
-    calls = spied(models, monkeypatch)
-    logits = classify(models, make_images(), LEVELS, seeded())
+    blocks = ready("vit", sharing)
+    calls = spied(blocks, monkeypatch)
+    logits = blocks.predictions(make_images(), LEVELS, seeded())
     assert [tuple(each.shape) for each in logits] == [(5, 3)] * 4
     assert [layers for _, _, layers, _ in calls] == [(0,), (1,), (2,), (2,)]
     for (model, level, _, _), index, expected in zip(calls, (0, 1, 2, 2), LEVELS, strict=True):
-        assert model is models.of(models.blocks[index])
+        assert model is blocks.of(blocks[index])
         torch.testing.assert_close(level, torch.full((5,), expected))
 
 
 def test_classifying_crosses_from_block_to_block_on_unit_rows():
-    models, batch = ready("vit"), make_images()
-    model = models.model
+    blocks, batch = ready("vit"), make_images()
+    model = blocks.model
     rows = model.label_table.weight / model.label_table.weight.norm(dim=1, keepdim=True)
     z = unit_noise(5, VIT.dim) * (80**2 + VIT.sigma_data**2) ** 0.5
     expected = []
     for i, level in enumerate(LEVELS):
-        block = next(b for b in reversed(models.blocks) if level <= b.noise.high)
+        block = next(b for b in reversed(blocks) if level <= b.noise.high)
         logits = model.denoise(z, torch.full((5,), level), block.layers, batch)
         expected.append(logits)
         if i + 1 < len(LEVELS):
             share = LEVELS[i + 1] / level
             z = share * z + (1 - share) * logits.softmax(-1) @ rows
-    actual = classify(models, batch, LEVELS, seeded())
+    actual = blocks.predictions(batch, LEVELS, seeded())
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_classifying_does_not_read_labels_and_keeps_no_graph():
-    models, batch = ready("vit"), make_images()
-    first = classify(models, batch, LEVELS, seeded())
-    second = classify(models, {**batch, "label": LABELS % 3}, LEVELS, seeded())
+    blocks, batch = ready("vit"), make_images()
+    first = blocks.predictions(batch, LEVELS, seeded())
+    second = blocks.predictions({**batch, "label": LABELS % 3}, LEVELS, seeded())
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b) and not a.requires_grad
 
 
 @pytest.mark.parametrize("guidance", [1, 1.0])
 def test_without_guidance_nothing_is_evaluated_unconditionally(guidance, monkeypatch):
-    models = ready("dit")
-    calls = spied(models, monkeypatch)
-    generate(models, LABELS, LEVELS, seeded(), guidance=guidance)
+    blocks = ready("dit")
+    calls = spied(blocks, monkeypatch)
+    blocks.sample(ASKED, LEVELS, seeded(), guidance=guidance)
     assert [layers for _, _, layers, _ in calls] == [(0,), (1,), (2,), (2,)]
     assert all(torch.equal(batch["label"], LABELS) for *_, batch in calls)
 
 
 def test_guidance_extrapolates_from_no_label_to_the_label():
-    models, level = ready("dit"), 2.0
+    blocks, level = ready("dit"), 2.0
     z = unit_noise(5, 1, 4, 4) * (level**2 + 0.25) ** 0.5
     sigma = torch.full((5,), level)
     conditional, unconditional = (
-        models.model.denoise(z, sigma, (0,), {"label": label})
+        blocks.model.denoise(z, sigma, (0,), {"label": label})
         for label in (LABELS, torch.full_like(LABELS, 3))
     )
-    actual = generate(models, LABELS, [level], seeded(), guidance=2.5)
+    actual = blocks.sample(ASKED, [level], seeded(), guidance=2.5)
     torch.testing.assert_close(actual, unconditional + 2.5 * (conditional - unconditional))
     assert not torch.allclose(conditional, unconditional, atol=1e-2)
 
 
 @pytest.mark.parametrize(("sampler", "count"), [("euler", 4), ("heun", 7)])
 def test_guidance_evaluates_twice_as_often(sampler, count, monkeypatch):
-    models = ready("dit")
-    calls = spied(models, monkeypatch)
-    generate(models, LABELS, LEVELS, seeded(), guidance=2.0, sampler=sampler)
+    blocks = ready("dit")
+    calls = spied(blocks, monkeypatch)
+    blocks.sample(ASKED, LEVELS, seeded(), guidance=2.0, sampler=sampler)
     labels = [batch["label"].tolist() for *_, batch in calls]
     assert labels.count(LABELS.tolist()) == labels.count([3] * 5) == count
 
 
 @sharings
 def test_heun_corrects_with_the_block_of_the_next_level(sharing, monkeypatch):
-    models = ready("dit", sharing)
-    calls = spied(models, monkeypatch)
-    generate(models, LABELS, LEVELS, seeded(), sampler="heun")
+    blocks = ready("dit", sharing)
+    calls = spied(blocks, monkeypatch)
+    blocks.sample(ASKED, LEVELS, seeded(), sampler="heun")
     served = [index for (index,) in (layers for _, _, layers, _ in calls)]
     assert served == [0, 1, 1, 2, 2, 2, 2]
     for (model, *_), index in zip(calls, served, strict=True):
-        assert model is models.of(models.blocks[index])
+        assert model is blocks.of(blocks[index])
 
 
 def test_heun_is_heuns_rule():
-    models, (high, low) = ready("dit"), (2.0, 1.0)
-    denoiser = block_denoiser(models, {"label": LABELS})
+    blocks, (high, low) = ready("dit"), (2.0, 1.0)
+    denoiser = blocks.denoiser({"label": LABELS})
     with torch.no_grad():
         z = unit_noise(5, 1, 4, 4) * (high**2 + 0.25) ** 0.5
         first = (z - denoiser(z, high)) / high
         middle = z - first
         second = (middle - denoiser(middle, low)) / low
         expected = denoiser(z - (first + second) / 2, low)
-    actual = generate(models, LABELS, [high, low], seeded(), sampler="heun")
+    actual = blocks.sample(ASKED, [high, low], seeded(), sampler="heun")
     torch.testing.assert_close(actual, expected)
-    assert not torch.allclose(actual, generate(models, LABELS, [high, low], seeded()), atol=1e-3)
+    assert not torch.allclose(actual, blocks.sample(ASKED, [high, low], seeded()), atol=1e-3)
 
 
 def test_the_same_seed_gives_the_same_images_and_another_seed_others():
-    models = ready("dit")
-    first, second, other = (generate(models, LABELS, LEVELS, seeded(s)) for s in (1, 1, 2))
+    blocks = ready("dit")
+    first, second, other = (blocks.sample(ASKED, LEVELS, seeded(s)) for s in (1, 1, 2))
     assert first.shape == (5, 1, 4, 4) and first.dtype == torch.float32
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert not first.requires_grad
-    last = generate(models, LABELS[3:], LEVELS, Draw(1, step=0, sample=3))
+    last = blocks.sample({"label": LABELS[3:]}, LEVELS, Draw(1, step=0, sample=3))
     torch.testing.assert_close(last, first[3:])
 
 
 def test_a_perfect_denoiser_gives_its_image(monkeypatch):
-    models, image = ready("dit"), torch.randn(5, 1, 4, 4)
-    monkeypatch.setattr(models.model, "denoise", lambda *_: image)
-    assert torch.equal(generate(models, LABELS, LEVELS, seeded()), image)
+    blocks, image = ready("dit"), torch.randn(5, 1, 4, 4)
+    monkeypatch.setattr(blocks.model, "denoise", lambda *_: image)
+    assert torch.equal(blocks.sample(ASKED, LEVELS, seeded()), image)
 
 
 def test_no_labels_are_no_images():
     empty = torch.empty(0, dtype=torch.int64)
-    assert generate(ready("dit"), empty, LEVELS, seeded()).shape == (0, 1, 4, 4)
+    assert ready("dit").sample({"label": empty}, LEVELS, seeded()).shape == (0, 1, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -183,4 +182,9 @@ def test_no_labels_are_no_images():
 )
 def test_rejects(labels, levels, options, message):
     with pytest.raises(ValueError, match=message):
-        generate(ready("dit"), torch.tensor(labels), levels, seeded(), **options)
+        ready("dit").sample({"label": torch.tensor(labels)}, levels, seeded(), **options)
+
+
+def test_a_family_that_needs_its_condition_is_not_guided():
+    with pytest.raises(ValueError, match="guidance must be 1 for ViT, got 2"):
+        ready("vit").sample(make_images(), LEVELS, seeded(), guidance=2)

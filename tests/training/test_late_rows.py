@@ -8,6 +8,7 @@ import pytest
 from training.tiny import DIT, PRIOR, equal, make_trainer, weights
 
 from dbkernels.training import checkpoint, run
+from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.log import read_log
 from dbkernels.training.run import PartitionConfig, RunConfig
 from dbkernels.training.trainer import Trainer
@@ -24,15 +25,15 @@ def broken_at(step, value):
     """An objective that is not finite at a step of the run: its loss, or its gradient alone."""
     inner, calls = make_trainer("dit").objective, []
 
-    def objective(model, block, batch, draw):
+    def objective(blocks, block, batch, draw):
         calls.append(draw)
-        loss = inner(model, block, batch, draw)
+        loss = inner(blocks, block, batch, draw)
         if len(calls) != step + 1:
             return loss
         if value == "loss":
             return loss + math.inf
         # the square root of 0 has no slope that could be multiplied by 0
-        return loss + (model.head.weight * 0).sqrt().sum() * 0
+        return loss + (blocks.model.head.weight * 0).sqrt().sum() * 0
 
     return objective
 
@@ -164,17 +165,17 @@ def saved(directory: Path):
 
 def fail(monkeypatch, step, error):
     """Have a launch of a run fail, or its loss where the error is None."""
-    inner, calls = run.gaussian_step, []
+    inner, calls = DiffusionBlocks.loss, []
 
-    def objective(*arguments, **settings):
+    def objective(*arguments):
         calls.append(1)
         if len(calls) <= step:
-            return inner(*arguments, **settings)
+            return inner(*arguments)
         if error is None:
-            return inner(*arguments, **settings) + (math.inf if len(calls) == step + 1 else 0)
+            return inner(*arguments) + (math.inf if len(calls) == step + 1 else 0)
         raise error
 
-    monkeypatch.setattr(run, "gaussian_step", objective)
+    monkeypatch.setattr(DiffusionBlocks, "loss", objective)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("broken image")])

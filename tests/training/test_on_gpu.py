@@ -42,7 +42,7 @@ def test_only_what_is_shared_and_one_block_are_on_the_device(gpu):
             there = name in (f"block{index}", "shared")
             assert len(on_device(tensors)) == (len(tensors) if there else 0)
     trainer.close()
-    assert on_device([*trainer.models.parameters(), *trainer.models.buffers()]) == []
+    assert on_device([*trainer.blocks.parameters(), *trainer.blocks.buffers()]) == []
 
 
 @pytest.mark.needs_gpu("pages that CUDA locks")

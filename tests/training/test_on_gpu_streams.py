@@ -8,8 +8,7 @@ import torch
 import dbkernels.training.offload.memory as memory_module
 from dbkernels.training.offload.copy_stream import CopyStream
 from dbkernels.training.offload.memory import CpuMemory, DiskMemory
-from dbkernels.training.pending import Numbers
-from dbkernels.training.staging import Staging
+from dbkernels.training.pending import Numbers, Staging
 
 pytestmark = pytest.mark.gpu
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dbkernels.diffusion.gaussian import LogNormal, cdf_grid, karras_grid, sigma_at
+from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.training.partition import block_at, partition
 
 PRIOR = LogNormal()
@@ -51,17 +51,17 @@ def test_trained_noise_contains_the_served_noise():
 def test_every_trained_level_without_overlap_is_served_by_its_block():
     blocks = partition(12, 6, PRIOR, gamma=0.0)
     for block in blocks:
-        sigma = sigma_at(PRIOR, block.trained_noise, torch.rand(500, dtype=torch.float64))
+        sigma = PRIOR.level_at(block.trained_noise, torch.rand(500, dtype=torch.float64))
         assert {block_at(blocks, level).index for level in sigma.tolist()} == {block.index}
 
 
 def test_a_boundary_begins_the_interval_below_it():
-    assert served(cdf_grid(PRIOR, 4), 3) == [0, 1, 2, 2]
+    assert served(PRIOR.grid(4), 3) == [0, 1, 2, 2]
     assert served([80.0, 0.50504, 0.505042, 0.002], 3) == [0, 1, 0, 2]
 
 
 def test_a_boundary_keeps_its_block_as_float32():
-    levels = cdf_grid(PRIOR, 13)
+    levels = PRIOR.grid(13)
     rounded = np.array(levels, dtype=np.float32).tolist()
     for num_blocks in (2, 3, 4, 6, 12):
         assert served(rounded, num_blocks) == served(levels, num_blocks)
@@ -69,9 +69,9 @@ def test_a_boundary_keeps_its_block_as_float32():
 
 def test_the_cdf_grid_uses_blocks_equally_and_the_karras_grid_does_not():
     count = lambda levels, n: np.bincount(served(levels, n)).tolist()  # noqa: E731
-    assert count(cdf_grid(PRIOR, 50), 3) == [17, 16, 17]
-    assert count(cdf_grid(PRIOR, 50), 4) == [13, 12, 12, 13]
-    assert count(karras_grid(PRIOR, 50), 3) == [33, 4, 13]
+    assert count(PRIOR.grid(50), 3) == [17, 16, 17]
+    assert count(PRIOR.grid(50), 4) == [13, 12, 12, 13]
+    assert count(PRIOR.grid(50, "karras"), 3) == [33, 4, 13]
 
 
 @pytest.mark.parametrize(

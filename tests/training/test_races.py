@@ -97,7 +97,7 @@ def unblocked(memory, slot, home):
 def hasty_swap(offloader):
     offloader.wait()
     offloader._store()
-    offloader._load(offloader._current, offloader._slots[offloader._slot])
+    offloader._load(offloader._current, offloader._slots[offloader.slot])
     return 0.0
 
 

@@ -10,6 +10,7 @@ from training.tiny import DIT, PRIOR, VIT, equal, weights
 
 import dbkernels.training.run as run_module
 from dbkernels.data.images import open_data
+from dbkernels.models import ViT
 from dbkernels.training import checkpoint
 from dbkernels.training.log import read_log
 from dbkernels.training.run import (
@@ -130,7 +131,7 @@ def test_models_whose_blocks_are_offloaded_are_built_on_the_host(source, monkeyp
     trainers = [TrainerConfig(steps=1), TrainerConfig(steps=1, offload="cpu")]
     configs = [make_config(source, trainer=trainer) for trainer in trainers]
     data = open_data(source, "train", 3)
-    with pytest.raises(ValueError, match="models must be on meta"):
+    with pytest.raises(ValueError, match="blocks must be on meta"):
         configs[0].trainer_on("meta", data)
     assert configs[1].trainer_on("meta", data).device.type == "meta"
     assert places == ["meta", "cpu"]
@@ -146,14 +147,14 @@ def test_a_disk_too_small_for_the_blocks_stops_before_the_run(tmp_path, source, 
 
 
 def test_out_of_memory_is_said_in_the_log_and_kept_by_a_resumed_run(tmp_path, source, monkeypatch):
-    inner = run_module.gaussian_step
+    inner = ViT.loss
 
-    def objective(model, block, batch, draw, **settings):
-        if len(batch["label"]) > 2:
+    def loss(model, draw, level, scale, layers, batch):
+        if len(level) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return inner(model, block, batch, draw, **settings)
+        return inner(model, draw, level, scale, layers, batch)
 
-    monkeypatch.setattr(run_module, "gaussian_step", objective)
+    monkeypatch.setattr(ViT, "loss", loss)
     config = make_config(source)
     with pytest.warns(UserWarning, match="out of memory in block . at its step 0"):
         whole = train(config, tmp_path / "run", device="cpu", save_every=6)
@@ -194,12 +195,13 @@ def test_a_loaded_run_has_the_average_or_the_last_weights(tmp_path, source):
 
 
 def test_copies_load_their_frozen_table_beside_the_average(tmp_path, source):
-    trainer = TrainerConfig(steps=2, batch_size=4, ema=0.9, sharing="copies")
-    config = make_config(source, trainer=trainer)
+    trainer = TrainerConfig(steps=2, batch_size=4, ema=0.9)
+    partition = PartitionConfig(sharing="copies")
+    config = make_config(source, trainer=trainer, partition=partition)
     trained = train(config, tmp_path / "run", device="cpu")
     _, loaded = load_run(tmp_path / "run", device="cpu")
     table = loaded.model.label_table.weight
-    assert torch.equal(table, trained.models.model.label_table.weight)
+    assert torch.equal(table, trained.blocks.model.label_table.weight)
     assert all(model.label_table.weight is table for model in loaded.copies)
 
 
@@ -217,7 +219,7 @@ def test_a_resumed_run_may_free_its_gradients(tmp_path, source):
 
 def test_split_reaches_the_blocks(source):
     config = make_config(source, partition=PartitionConfig(num_blocks=2, split="1,2"))
-    assert [block.layers for block in config.build("cpu").blocks] == [(0,), (1, 2)]
+    assert [block.layers for block in config.build("cpu")] == [(0,), (1, 2)]
 
 
 def test_a_run_is_not_written_over(tmp_path, source):
@@ -310,24 +312,24 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must hold config\.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"version": 1, "family": "vit"}))
-    with pytest.raises(ValueError, match="one that this version wrote"):
+    with pytest.raises(ValueError, match="must hold the configuration of a run"):
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("version", [{}, {"version": 2}])
+@pytest.mark.parametrize("version", [{}, {"version": 3}, {"version": 0}])
 def test_a_configuration_of_another_version_is_refused(tmp_path, version):
     (tmp_path / "config.json").write_text(json.dumps(version))
     got = version.get("version")
-    with pytest.raises(ValueError, match=rf"config\.json must have version 1, got {got}"):
+    with pytest.raises(ValueError, match=rf"must have a version from 1 to 2, got {got}"):
         read_config(tmp_path)
 
 
 def test_a_checkpoint_of_another_version_is_refused(source, tmp_path, monkeypatch):
     config = make_config(source)
-    monkeypatch.setattr(run_module, "VERSION", 2)
+    monkeypatch.setattr(run_module, "VERSION", 3)
     train(config, tmp_path, device="cpu")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"step-\d+ must have version 1, got 2"):
+    with pytest.raises(ValueError, match=r"step-\d+ must have a version from 1 to 2, got 3"):
         train(config, tmp_path, device="cpu", resume="latest")
 
 
@@ -340,6 +342,7 @@ def test_a_run_of_version_1_is_read():
     assert json.loads((VERSION_1 / "config.json").read_text())["version"] == 1
     assert (config.family, config.model.dim, config.model.recompute) == ("vit", 8, "qkv")
     assert (config.trainer.offload, config.trainer.steps_per_swap) == ("cpu", 2)
+    assert (config.partition.num_blocks, config.partition.sharing) == (2, "joint")
     _, models = load_run(VERSION_1, averaged=False, device="cpu")
     tensors, state = checkpoint.load(checkpoint.latest(VERSION_1 / "checkpoints"))
     assert equal(dict(models.named_parameters()), tensors["model"])

@@ -1,8 +1,10 @@
+import dataclasses
+import inspect
 from dataclasses import replace
 
 import pytest
 import torch
-from training.tiny import equal, make_trainer, weights
+from training.tiny import equal, make_data, make_trainer, weights
 
 from dbkernels.data.augment import mirror, shift
 from dbkernels.models import AdaLNLayer
@@ -26,12 +28,12 @@ def test_a_step_leaves_the_other_blocks_layers_bitwise_unchanged(family):
     changed = {k for k, v in weights(trainer).items() if not torch.equal(v, before[k])}
     assert any(name.startswith("model.layers.1.") for name in changed)
     assert "model.patch.weight" in changed and "model.head.weight" in changed
-    assert all(parameter.grad is None for parameter in trainer.models.parameters())
+    assert all(parameter.grad is None for parameter in trainer.blocks.parameters())
 
 
 def test_a_step_on_one_block_builds_no_graph_of_another():
     trainer, ran = make_trainer(), []
-    for index, layer in enumerate(trainer.models.model.layers):
+    for index, layer in enumerate(trainer.blocks.model.layers):
         assert isinstance(layer, AdaLNLayer)
         layer.register_forward_hook(lambda *_, index=index: ran.append(index))
     trainer.step_block(trainer.blocks[2])
@@ -127,12 +129,12 @@ def test_clipping_bounds_the_gradient_of_one_update(clip):
 def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters():
     seen = []
     trainer = make_trainer("dit", autocast=True)
-    trainer.models.model.layers[0].modulation.register_forward_hook(
+    trainer.blocks.model.layers[0].modulation.register_forward_hook(
         lambda module, inputs, output: seen.append(output.dtype)
     )
     row = trainer.step_block(trainer.blocks[0])
     assert seen == [torch.bfloat16]
-    assert all(p.dtype == torch.float32 for p in trainer.models.parameters())
+    assert all(p.dtype == torch.float32 for p in trainer.blocks.parameters())
     assert row["loss"] > 0
 
 
@@ -146,8 +148,8 @@ def test_rows_tell_the_blocks_own_step():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_before_the_update(value):
-    def objective(model, block, batch, draw):
-        return model.head.weight.sum() * value
+    def objective(blocks, block, batch, draw):
+        return blocks.model.head.weight.sum() * value
 
     trainer = make_trainer(objective=objective, ema=0.9)
     before = weights(trainer)
@@ -156,7 +158,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(value):
         trainer.step_block(trainer.blocks[1])
     assert equal(weights(trainer), before)
     assert trainer.step == trainer.groups["block1"].steps == 0
-    assert all(p.grad is None for p in trainer.models.parameters())
+    assert all(p.grad is None for p in trainer.blocks.parameters())
 
 
 @pytest.mark.parametrize("sharing", ["joint", "copies"])
@@ -201,9 +203,9 @@ def short_of_memory(fits):
     """An objective with room for so many samples, and the sizes and draws that it met."""
     inner, met = make_trainer().objective, []
 
-    def objective(model, block, batch, draw):
+    def objective(blocks, block, batch, draw):
         met.append((len(batch["label"]), draw))
-        loss = inner(model, block, batch, draw)
+        loss = inner(blocks, block, batch, draw)
         if len(batch["label"]) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
@@ -267,7 +269,7 @@ def test_memory_that_does_not_suffice_for_half_stops_before_the_update():
     with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError, match=message):
         trainer.step_block(trainer.blocks[2])
     assert equal(weights(trainer), before) and trainer.step == 0
-    assert all(parameter.grad is None for parameter in trainer.models.parameters())
+    assert all(parameter.grad is None for parameter in trainer.blocks.parameters())
 
 
 def test_a_restored_trainer_keeps_the_micro_batch_and_the_steps_per_swap_it_found():
@@ -288,10 +290,23 @@ def test_a_restored_trainer_keeps_the_micro_batch_and_the_steps_per_swap_it_foun
     assert second.counters()["micro_batch"] == 2
 
 
-def test_without_offload_the_models_are_on_the_device():
-    models, data = make_trainer().models, make_trainer().data
-    with pytest.raises(ValueError, match=r"models must be on meta where offload is none, got cpu"):
-        Trainer(models, data, None, TrainerConfig(steps=1), device="meta")
+def test_without_offload_the_blocks_are_on_the_device():
+    with pytest.raises(ValueError, match=r"blocks must be on meta where offload is none, got cpu"):
+        Trainer(make_trainer().blocks, make_data(), steps=1, device="meta")
+
+
+def test_settings_are_those_of_the_configuration_with_its_defaults():
+    signature = inspect.signature(Trainer.__init__).parameters
+    for field in dataclasses.fields(TrainerConfig):
+        assert signature[field.name].kind is inspect.Parameter.KEYWORD_ONLY
+        expected = inspect.Parameter.empty if field.name == "steps" else field.default
+        assert signature[field.name].default == expected, field.name
+    changed = {"steps": 3, "batch_size": 2, "lr": 0.5, "warmup": 1, "decay": "cosine"}
+    changed |= {"weight_decay": 0.25, "clip": 0.0, "ema": 0.5, "optimizer_in_backward": True}
+    changed |= {"autocast": True, "order": "sequential", "steps_per_swap": 2, "offload": "cpu"}
+    changed |= {"prefetch": True, "seed": 7}
+    trainer = Trainer(make_trainer().blocks, make_data(), **changed)
+    assert trainer.config == TrainerConfig(**changed)
 
 
 @pytest.mark.parametrize("error", [ValueError("no such image"), KeyboardInterrupt()])

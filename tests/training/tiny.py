@@ -1,16 +1,12 @@
 """Tiny runs for tests: seconds are spent on what a test asks, not on a model."""
 
-from functools import partial
-
 import torch
 
 from dbkernels.data.images import ImageData
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.models import DiT, DiTConfig, ViT, ViTConfig
-from dbkernels.training.objective import gaussian_step
-from dbkernels.training.partition import partition
-from dbkernels.training.sharing import BlockModels
-from dbkernels.training.trainer import Trainer, TrainerConfig
+from dbkernels.training.diffusion_blocks import DiffusionBlocks
+from dbkernels.training.trainer import Trainer
 
 PRIOR = LogNormal()
 DIT = DiTConfig(dim=16, depth=3, num_heads=2, image_size=4, channels=1, num_classes=3)
@@ -33,28 +29,31 @@ def make_data(count=10):
     return ImageData(images, torch.arange(count) % 3, 3)
 
 
-def make_models(family="vit", num_blocks=3, sharing="joint"):
+def make_blocks(family="vit", num_blocks=3, sharing="joint", **settings):
     torch.manual_seed(1)
     model = ViT(VIT) if family == "vit" else DiT(DIT)
-    return BlockModels(model, partition(3, num_blocks, PRIOR), sharing)
+    return DiffusionBlocks(model, num_blocks, sharing=sharing, **settings)
 
 
 def make_trainer(
-    family="vit", num_blocks=3, sharing="joint", objective=None, frozen=None, **config
+    family="vit",
+    num_blocks=3,
+    sharing="joint",
+    objective=None,
+    frozen=None,
+    **config,
 ):
     """A trainer at its first step; parameters with `frozen` in their names are not trained."""
-    settings = {"steps": 4, "batch_size": 4, "lr": 1e-2, "sharing": sharing, **config}
-    weighting = "none" if family == "vit" else "edm"
-    step = partial(gaussian_step, prior=PRIOR, weighting=weighting, sigma_data=0.5)
-    models = make_models(family, num_blocks, sharing)
-    for name, parameter in models.named_parameters():
+    settings = {"steps": 4, "batch_size": 4, "lr": 1e-2, **config}
+    blocks = make_blocks(family, num_blocks, sharing)
+    for name, parameter in blocks.named_parameters():
         if frozen and frozen in name:
             parameter.requires_grad_(False)
-    return Trainer(models, make_data(), objective or step, TrainerConfig(**settings))
+    return Trainer(blocks, make_data(), objective=objective, **settings)
 
 
 def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.models.named_parameters()}
+    return {name: p.detach().clone() for name, p in trainer.blocks.named_parameters()}
 
 
 def equal(first, second):

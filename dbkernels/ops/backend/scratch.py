@@ -9,13 +9,13 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from dbkernels.ops._heads import launch
-from dbkernels.ops._noise import noise_launch
 from dbkernels.ops.adaln_norm import BACKWARD_REGISTERS as NORM_REGISTERS
 from dbkernels.ops.backend.columns import Share, column_tile, rows_per_column_tile
 from dbkernels.ops.backend.tile import Registers, row_launch
 from dbkernels.ops.gated_adaln_norm import BACKWARD_REGISTERS as GATED_NORM_REGISTERS
 from dbkernels.ops.gated_residual import BACKWARD_REGISTERS as GATE_REGISTERS
 from dbkernels.ops.gelu import BACKWARD as GELU
+from dbkernels.ops.philox import noise_launch
 from dbkernels.ops.qk_norm_rotary import BACKWARD_REGISTERS as HEAD_REGISTERS
 from dbkernels.ops.swiglu import BACKWARD as SWIGLU
 

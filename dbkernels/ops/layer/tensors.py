@@ -37,7 +37,7 @@ class LayerWeights(NamedTuple):
 
 
 class LayerModulation(NamedTuple):
-    """(samples, D) each, slices of one tensor; their order is that of the published DiT."""
+    """(samples, D) each, slices of one tensor, in the order of the published code."""
 
     shift1: Tensor
     scale1: Tensor

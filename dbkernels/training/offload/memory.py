@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,22 +45,6 @@ def views(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-class OffloadMemory(Protocol):
-    """Makes flat buffers off the device, and copies between them and the device."""
-
-    def room(self, nbytes: int) -> Tensor:
-        """A buffer (nbytes,) uint8 that the host can read."""
-        ...
-
-    def load(self, home: Tensor, slot: Tensor) -> None:
-        """Copy a buffer to as many bytes on the device, in the current stream's order."""
-        ...
-
-    def store(self, slot: Tensor, home: Tensor) -> None:
-        """Copy them back; the host may read them when the current stream is through."""
-        ...
-
-
 class CpuMemory:
     """Buffers in host memory: page-locked for a GPU, or with a warning where that is refused.
 
@@ -76,7 +59,7 @@ class CpuMemory:
         weakref.finalize(self, _unpin, self._pinned)
 
     def room(self, nbytes: int) -> Tensor:
-        """As `OffloadMemory.room`."""
+        """A buffer (nbytes,) uint8 off the device, which the host can read."""
         # pages of its own: those that two buffers share could be locked for one of them alone
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
@@ -94,11 +77,11 @@ class CpuMemory:
         return buffer
 
     def load(self, home: Tensor, slot: Tensor) -> None:
-        """As `OffloadMemory.load`."""
+        """Copy a buffer to as many bytes on the device, in the current stream's order."""
         slot.copy_(home, non_blocking=True)
 
     def store(self, slot: Tensor, home: Tensor) -> None:
-        """As `OffloadMemory.store`."""
+        """Copy them back; the host may read them when the current stream is through."""
         home.copy_(slot, non_blocking=True)
 
 
@@ -145,14 +128,14 @@ class DiskMemory:
         self._staging = _Staging(min(nbytes, STAGING_BYTES), device)
 
     def room(self, nbytes: int) -> Tensor:
-        """As `OffloadMemory.room`."""
+        """As `CpuMemory.room`."""
         with tempfile.TemporaryFile(dir=self._directory) as file:
             # a hole that the disk cannot fill later would kill the process
             os.posix_fallocate(file.fileno(), 0, nbytes)
             return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
 
     def load(self, home: Tensor, slot: Tensor) -> None:
-        """As `OffloadMemory.load`."""
+        """As `CpuMemory.load`."""
         for source, target in zip(_pieces(home), _pieces(slot), strict=True):
             staged = self._staging.next(len(source))
             staged.copy_(source)
@@ -160,11 +143,14 @@ class DiskMemory:
             self._staging.mark()
 
     def store(self, slot: Tensor, home: Tensor) -> None:
-        """As `OffloadMemory.store`."""
+        """As `CpuMemory.store`."""
         for source, target in zip(_pieces(slot), _pieces(home), strict=True):
             staged = self._staging.next(len(source))
             staged.copy_(source)
             target.copy_(staged)
+
+
+OffloadMemory = CpuMemory | DiskMemory
 
 
 def _pieces(buffer: Tensor) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks
 from dbkernels.training.offload.copy_stream import CopyStream
 from dbkernels.training.offload.memory import (
     CpuMemory,
@@ -28,17 +29,20 @@ from dbkernels.training.offload.memory import (
     flat_bytes,
     views,
 )
-from dbkernels.training.param_group import ParamGroup, tensor_sizes
-from dbkernels.training.sharing import SHARED, BlockModels
+from dbkernels.training.param_group import AllOnDevice, ParamGroup, tensor_sizes
 from dbkernels.training.trainer_config import TrainerConfig
 
 
-def open_offloader(models: BlockModels, device: torch.device, config: TrainerConfig) -> "Offloader":
+def open_offloader(
+    models: DiffusionBlocks, device: torch.device, config: TrainerConfig
+) -> "Offloader | AllOnDevice":
     """The offloader that a configuration asks for; it has adopted no group yet.
 
     Raises:
         ValueError: the disk has no room for the blocks.
     """
+    if config.offload == "none":
+        return AllOnDevice()
     memory: OffloadMemory = CpuMemory(device)
     if config.offload == "disk":
         groups = models.groups().items()
@@ -70,15 +74,10 @@ class Offloader:
         self._blocks: dict[str, _Flat] = {}
         self._shared: list[Tensor] = []
         self._slots: list[Tensor] = []
-        self._slot = 0  # where the current block lies
+        self.slot = 0  # which one the current block lies in
         self._current = self._ahead = ""  # names of the block on the device and of the next one
         self._entered = ""  # the current one when all of it lies there, which takes a while
         self._arrival: Future | None = None  # of the next one
-
-    @property
-    def slot(self) -> int:
-        """Which slot the current block lies in."""
-        return self._slot
 
     def adopt(self, name: str, group: ParamGroup, frozen: Sequence[Tensor] = ()) -> None:
         """Take charge of a group: a block's own goes home, the shared one to the device.
@@ -102,8 +101,8 @@ class Offloader:
         if name != self._ahead:
             self._fetch(name)
         self._copy_stream.join(self._arrival)
-        self._ahead, self._slot, self._current = "", self._other_slot(), name
-        self._blocks[name].lie_in(self._slots[self._slot])
+        self._ahead, self.slot, self._current = "", self._other_slot(), name
+        self._blocks[name].lie_in(self._slots[self.slot])
         self._entered = name
 
     def prefetch(self, name: str) -> None:
@@ -135,7 +134,7 @@ class Offloader:
         self.wait()
         begin = perf_counter()
         self._store()
-        self._load(self._current, self._slots[self._slot])
+        self._load(self._current, self._slots[self.slot])
         self.wait()
         return perf_counter() - begin
 
@@ -168,18 +167,19 @@ class Offloader:
         self._entered = ""
         if self._current:
             self._store()
-            self._blocks[self._current].lie_at_home()
+            flat = self._blocks[self._current]
+            flat.lie_in(flat.home)
             self._current = ""
 
     def _other_slot(self) -> int:
-        return (self._slot + 1) % len(self._slots)
+        return (self.slot + 1) % len(self._slots)
 
     def _load(self, name: str, slot: Tensor) -> Future | None:
         home = self._blocks[name].home
         return self._copy_stream.submit(partial(self._memory.load, home, slot[: len(home)]))
 
     def _store(self) -> None:
-        flat, slot = self._blocks[self._current], self._slots[self._slot]
+        flat, slot = self._blocks[self._current], self._slots[self.slot]
         size = flat.updated_bytes
         copy = partial(self._memory.store, slot[:size], flat.home[:size])
         self._copy_stream.submit(copy, after_steps=True)
@@ -200,9 +200,6 @@ class _Flat:
         """Give each tensor its place in a buffer; nothing is copied."""
         for tensor, view in zip(self.tensors, views(buffer, self.tensors), strict=True):
             tensor.data = view
-
-    def lie_at_home(self) -> None:
-        self.lie_in(self.home)
 
     def require_home(self, name: str) -> None:
         homes = views(self.home, self.tensors)

@@ -83,6 +83,6 @@ def test_a_layer_s_launchers_allocate_what_is_counted(options, processors):
 def test_the_score_loss_allocates_what_is_counted(elements):
     z0 = torch.ones(3, elements)
     with use_implementation("triton"), Scratch() as scratch:
-        score_loss(z0, z0, torch.ones(3), Draw(0, 0), sigma_data=0.5)
+        score_loss(z0, z0, torch.ones(3), torch.ones(3), Draw(0, 0))
     expected = {"score_loss_fwd": FLOAT32 * 3 * -(-elements // 1024)} if elements > 1024 else {}
     assert scratch.bytes == scratch.allocated == expected

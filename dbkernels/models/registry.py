@@ -1,0 +1,97 @@
+"""The families by name, and what the rest of the package asks of each: one entry a family.
+
+Training, planning and the command line know a family by its entry alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dbkernels.data.images import Batch, ImageData
+from dbkernels.data.made_up import Field
+from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.diffusion.process import Process
+from dbkernels.models import dit, vit
+from dbkernels.models.family import Presets, Weighting
+
+
+class ModelConfig(Protocol):
+    """Sizes of a model, a frozen dataclass; also `dim`, `depth` and `recompute`."""
+
+    def resized(self, sizes: dict[str, int]) -> "ModelConfig":
+        """With other sizes by field; what is in proportion to one of them changes with it."""
+        ...
+
+    def fitted(self, data: ImageData) -> "ModelConfig":
+        """With the shapes and the number of classes of some data."""
+        ...
+
+    def fields(self) -> dict[str, Field]:
+        """What a sample of its data holds, by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class FamilyEntry:
+    """What a family is outside its own file."""
+
+    summary: str
+    """What it does, after its name."""
+    model: type[Presets]
+    """A `Family` with `presets`, made from a configuration."""
+    config: type
+    """A `ModelConfig`."""
+    process: Process
+    """The noise, where nobody says another."""
+    weighting: Weighting
+    """Of the noise levels in the loss, likewise."""
+    null_label: Callable[[ModelConfig], int] | None = None
+    """What stands for "no label"; None where a model always has one."""
+    metrics: Callable[[Tensor, Batch], dict[str, Tensor]] | None = None
+    """(prediction, batch) -> numbers (B,) of the samples, by name; None where only losses count."""
+    prompts: Callable[[ModelConfig, int, torch.device], Batch] | None = None
+    """(config, number of each class, device) -> what to sample; None where it samples nothing."""
+
+
+FAMILIES = {
+    "vit": FamilyEntry(
+        summary="classifies images",
+        model=vit.ViT,
+        config=vit.ViTConfig,
+        process=LogNormal(),
+        # cross-entropy is better without a weight, as in the code of arXiv:2506.14202
+        weighting="none",
+        metrics=vit.metrics,
+    ),
+    "dit": FamilyEntry(
+        summary="generates images",
+        model=dit.DiT,
+        config=dit.DiTConfig,
+        process=LogNormal(),
+        weighting="edm",
+        null_label=lambda config: config.num_classes,
+        prompts=dit.prompts,
+    ),
+}
+
+FamilyName = Literal[tuple(FAMILIES)]
+DEFAULT_FAMILY: FamilyName = next(iter(FAMILIES))
+
+
+def family_named(name: str) -> FamilyEntry:
+    """The entry of a family.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {name}")
+    return FAMILIES[name]
+
+
+def family_of(model: nn.Module) -> FamilyEntry | None:
+    """The entry of a model's family; None where it is of none of them."""
+    return next((entry for entry in FAMILIES.values() if isinstance(model, entry.model)), None)

@@ -1,0 +1,217 @@
+"""A model cut into blocks: what each is trained on, and what they share.
+
+    loss of a block = E over its levels of weight(level) * loss(level)
+
+arXiv:2506.14202, section 3.3 and equation 6. The published code trains one stem, table and head
+with every block's steps; its text lets no parameter be shared. Both are here: `sharing`.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dbkernels.data.images import Batch
+from dbkernels.diffusion.process import Process, Scheme
+from dbkernels.models.family import WEIGHTINGS, Weighting
+from dbkernels.models.registry import family_of
+from dbkernels.ops.philox import Draw, uniforms
+from dbkernels.training.inference import BlockInference
+from dbkernels.training.partition import Block, partition
+
+Sharing = Literal["joint", "copies"]
+Parameters = dict[str, nn.Parameter]
+SHARED = "shared"  # name of the group that the steps of several blocks update
+
+
+def own_group(block: Block) -> str:
+    """Name of the group that the steps of one block alone update."""
+    return f"block{block.index}"
+
+
+class DiffusionBlocks(BlockInference):
+    """A model, its blocks, and their noise; iterating gives the blocks, the most noise first.
+
+    With copies, every block has a stem and a head of its own. Layers exist once in either case, and
+    so do the parts that make the clean target. With copies those are frozen: blocks that pass z
+    from one to the next must agree on what z means, and no block may move it under the others.
+
+    Args:
+        model:       a family; it serves block 0 itself, and every block where sharing is joint
+        num_blocks:  1 trains end to end
+        process:     the noise; None is the family's own
+        weighting:   of the levels in the loss; None is the family's own. none: the plain mean. edm:
+                     mean(weight * loss), right for squared errors. normalised: the same over the
+                     mean weight of the block, so that no block outweighs another. published:
+                     mean(weight) * mean(loss), what the authors' code does; alone of the four it
+                     depends on how a batch is cut
+        layers:      indices of layers in running order, which may repeat; the first meet the most
+                     noise. None is each once, in order
+        split:       layers of each block, the noisiest first; None splits evenly, and a remainder
+                     goes one layer each to the first blocks
+        scheme:      how the process cuts its range
+        gamma:       overlap of neighbouring blocks, as a share of each one's own width
+        sharing:     joint, or copies
+    Raises:
+        ValueError: a setting is unknown or does not fit the model, a layer with copies would be
+            trained by two blocks, or the model is of no known family and process or weighting is
+            None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_blocks: int = 3,
+        *,
+        process: Process | None = None,
+        weighting: Weighting | None = None,
+        layers: Sequence[int] | None = None,
+        split: Sequence[int] | None = None,
+        scheme: Scheme = "equal_probability",
+        gamma: float = 0.05,
+        sharing: Sharing = "joint",
+    ):
+        super().__init__()
+        self.process, self.weighting = process, weighting
+        if entry := family_of(model):
+            self.process, self.weighting = process or entry.process, weighting or entry.weighting
+            self.metrics = entry.metrics
+        if self.process is None:
+            raise ValueError(
+                f"process must be given for {type(model).__name__}, which is of no known family, "
+                "got None"
+            )
+        _check_name("weighting", self.weighting, WEIGHTINGS)
+        _check_name("sharing", sharing, ("joint", "copies"))
+        depth = len(model.layers)
+        order = tuple(range(depth) if layers is None else layers)
+        if not set(order) <= set(range(depth)):
+            raise ValueError(f"layers must be 0 to {depth - 1}, got {list(order)}")
+        self._blocks = partition(
+            order, num_blocks, self.process, split=split, scheme=scheme, gamma=gamma
+        )
+        self.model = model
+        self.copies = nn.ModuleList()
+        if sharing == "copies" and num_blocks > 1:
+            self._copy()
+
+    def _copy(self) -> None:
+        owners = Counter(index for block in self._blocks for index in set(block.layers))
+        index, times = owners.most_common(1)[0]
+        if times > 1:
+            raise ValueError(
+                f"with copies a layer must be in one block, got layer {index} in several"
+            )
+        target_parts = [getattr(self.model, name) for name in self.model.target_parts]
+        for part in target_parts:
+            part.requires_grad_(False)
+        once = {id(part): part for part in (self.model.layers, *target_parts)}
+        self.copies.extend(copy.deepcopy(self.model, dict(once)) for _ in self._blocks[1:])
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self._blocks)
+
+    def __getitem__(self, index: int) -> Block:
+        return self._blocks[index]
+
+    def of(self, block: Block) -> nn.Module:
+        """The model that a block trains and serves with."""
+        return self.copies[block.index - 1] if self.copies and block.index else self.model
+
+    def groups(self) -> dict[str, Parameters]:
+        """Trainable parameters by the steps that update them: each block's own, and the shared.
+
+        Every parameter is in one group, under its name in `named_parameters`. A layer that several
+        blocks run is shared.
+        """
+        reached = {own_group(block): self._reached(block) for block in self}
+        times = Counter(name for parameters in reached.values() for name in parameters)
+        groups: dict[str, Parameters] = {group: {} for group in reached}
+        shared: Parameters = {}
+        for group, parameters in reached.items():
+            for name, parameter in parameters.items():
+                (groups[group] if times[name] == 1 else shared)[name] = parameter
+        return {**groups, SHARED: shared} if shared else groups
+
+    def frozen(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters that no step updates, of the layers that one block alone runs, by its group.
+
+        One that several blocks read is in none.
+        """
+        found = {
+            own_group(block): {
+                id(p): p
+                for index in block.layers
+                for p in self.model.layers[index].parameters()
+                if not p.requires_grad
+            }
+            for block in self
+        }
+        times = Counter(key for parameters in found.values() for key in parameters)
+        return {
+            group: [p for key, p in parameters.items() if times[key] == 1]
+            for group, parameters in found.items()
+        }
+
+    def _reached(self, block: Block) -> Parameters:
+        """The trainable parameters that a step on a block can move."""
+        model = self.of(block)
+        idle = (layer for i, layer in enumerate(model.layers) if i not in block.layers)
+        untouched = {id(parameter) for layer in idle for parameter in layer.parameters()}
+        moved = {id(p) for p in model.parameters() if p.requires_grad} - untouched
+        return {name: p for name, p in self.named_parameters() if id(p) in moved}
+
+    def loss(self, block: Block, batch: Batch, draw: Draw) -> Tensor:
+        """Loss of one block, () float32: its gradient reaches its layers and what blocks share.
+
+        Args:
+            block:  drawn once per batch
+            batch:  of B samples
+            draw:   names the noise levels and the noise
+        """
+        model = self.of(block)
+        shape, device = model.level_shape(batch), next(iter(batch.values())).device
+        level = self.process.level_at(block.trained_noise, uniforms(draw, *shape, device=device))
+        # a weight over its own inverse is then 1 when it is rounded
+        scale = self._scale(block, level.double())
+        return model.loss(draw, level, scale, block.layers, batch)
+
+    def _scale(self, block: Block, level: Tensor) -> Tensor:
+        """What the loss at each level counts for in the block's loss."""
+        share = 1 / max(level.numel(), 1)
+        if self.weighting == "none":
+            return torch.full_like(level, share)
+        weight = self.process.weight(level, self.model.sigma_data)
+        if self.weighting == "normalised":
+            share /= self.process.mean_weight(block.trained_noise, self.model.sigma_data)
+        if self.weighting == "published":
+            weight = weight.mean().expand_as(level)
+        return weight * share
+
+
+def _check_name(what: str, name: object, known: Sequence[str]) -> None:
+    if name not in known:
+        raise ValueError(f"{what} must be one of {', '.join(known)}, got {name}")
+
+
+@torch.no_grad()
+def load_weights(blocks: DiffusionBlocks, weights: dict[str, Tensor]) -> None:
+    """Copy weights into blocks made with the same configuration.
+
+    Names that `weights` lacks keep their values: a moving average has none of what is frozen.
+
+    Raises:
+        ValueError: a name is unknown or a shape differs.
+    """
+    parameters = dict(blocks.named_parameters())
+    for name, tensor in weights.items():
+        shape = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+        if shape != tuple(tensor.shape):
+            raise ValueError(f"weight {name} must be {shape}, got {tuple(tensor.shape)}")
+        parameters[name].copy_(tensor)

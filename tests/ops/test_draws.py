@@ -1,0 +1,194 @@
+"""What holds for every op that takes a draw: whose numbers it has, and when its step is read."""
+
+from functools import partial
+
+import pytest
+import torch
+from implementations import implementations
+from ops.noise_inputs import OPS, Tensors, tensors
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dbkernels.ops import add_noise, philox, score_loss
+from dbkernels.ops.add_noise import _forward_torch as noise_in_torch
+from dbkernels.ops.backend.register import use_implementation
+from dbkernels.ops.philox import Draw, normals, uniforms
+from dbkernels.ops.score_loss import _forward_torch as loss_in_torch
+
+SHAPE = (3, 1027)  # two tiles
+every = pytest.mark.parametrize("f", OPS.values(), ids=OPS)
+
+
+@pytest.fixture(params=implementations("score_loss_fwd"))
+def implementation(request):
+    with use_implementation(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def t():
+    return tensors(SHAPE)
+
+
+def assert_same_bits(actual, expected):
+    assert all(map(torch.equal, actual, expected))
+
+
+@every
+def test_same_bits_every_run(implementation, f, t):
+    assert_same_bits(f(Draw(1, 2), t), f(Draw(1, 2), t))
+
+
+@every
+@pytest.mark.parametrize("per", ["sample", "token"])
+@pytest.mark.parametrize(("tile", "chunk"), [(128, 256), (256, 1500)])  # a part of a row, and two
+def test_launch_shape_changes_no_bit_of_an_element(
+    implementation, f, per, tile, chunk, monkeypatch
+):
+    t = tensors((3, 7, 100), per)
+    expected = f(Draw(1, 2), t)
+    monkeypatch.setattr(philox, "MAX_TILE", tile)
+    monkeypatch.setattr(philox, "CHUNK", chunk)
+    for now, before in zip(f(Draw(1, 2), t), expected, strict=True):
+        if now.dim() == 1 or not now.dim():  # a loss is a sum over elements
+            torch.testing.assert_close(now, before, rtol=1e-6, atol=0)
+        else:
+            assert torch.equal(now, before)
+
+
+@every
+@pytest.mark.parametrize("per", ["sample", "token"])
+def test_a_micro_batch_is_its_rows_of_the_batch(implementation, f, per):
+    t = tensors((5, 7, 10), per)
+    whole = f(Draw(3, 4, 0), t)
+    part = f(Draw(3, 4, 3), Tensors(*(each[3:] for each in t)))
+    for a, b in zip(part, whole, strict=True):
+        assert not b.dim() or torch.equal(a, b[3:])
+
+
+@every
+@pytest.mark.parametrize("step", [2**32 - 1, 2**32 + 9, 2**56 - 1])
+def test_a_step_in_memory_draws_the_bits_of_the_integer(implementation, f, step, t):
+    given = torch.tensor(step)
+    for sample in (3, 2**32 - 3):
+        number, memory = (Draw(2**64 - 9, each, sample) for each in (step, given))
+        assert_same_bits(f(memory, t), f(number, t))
+    assert given.item() == step
+
+
+@every
+def test_a_step_in_memory_is_read_at_each_call(implementation, f, t):
+    step = torch.tensor(0)
+    draw, seen = Draw(7, step, 8), []
+    for value in (5, 6, 2**40 + 5, 5):
+        step.fill_(value)
+        seen.append(f(draw, t))
+        assert_same_bits(seen[-1], f(Draw(7, value, 8), t))
+    # dz0 of add_noise depends on no noise
+    assert not torch.equal(seen[0][0], seen[1][0])
+    assert not torch.equal(seen[0][0], seen[2][0])
+
+
+def test_a_step_in_memory_is_read_when_the_raw_op_runs(implementation):
+    step, numbers, levels = torch.tensor(0), torch.empty(2, 9), torch.empty(2, 3).double()
+    for value in (5, 6, 2**40):
+        step.fill_(value)
+        philox._forward_op(numbers, 7, step, 8)
+        philox._uniform_op(levels, 7, step, 8)
+        assert torch.equal(numbers, normals(Draw(7, value, 8), 2, 9))
+        assert torch.equal(levels, uniforms(Draw(7, value, 8), 2, 3))
+
+
+@every
+def test_a_step_may_lie_anywhere_in_a_buffer(implementation, f, t):
+    steps = torch.arange(40, 43)
+    assert_same_bits(f(Draw(7, steps[1]), t), f(Draw(7, 41), t))
+
+
+class Graphs(list):
+    """A compiler's backend that keeps what it is given."""
+
+    def compile(self, f):
+        torch.compiler.reset()
+        return torch.compile(f, backend=self._add, fullgraph=True)
+
+    def _add(self, graph, inputs):
+        self.append(graph)
+        return graph.forward
+
+
+def loss_alone(draw, t):
+    return score_loss(*t, draw)
+
+
+@pytest.mark.parametrize("f", [*list(OPS.values())[:3], loss_alone], ids=str)
+def test_a_step_in_memory_is_an_input_of_one_compiled_graph(implementation, f, t):
+    step, graphs = torch.tensor(0), Graphs()
+    compiled = graphs.compile(lambda draw: f(draw, t)[0])
+    for value in (5, 6, 2**40):
+        step.fill_(value)
+        (expected, *_) = f(Draw(3, value), t)
+        for given in (step, torch.tensor(value)):
+            assert torch.equal(compiled(Draw(3, given)), expected)
+    assert len(graphs) == 1
+
+
+def test_a_step_does_not_compile_anew(implementation):
+    graphs = Graphs()
+    compiled = graphs.compile(lambda draw: normals(draw, 2, 9))
+    for step in (5, 6, 7, 2**40, 2**56 - 1):
+        draw = Draw(2**64 - 5, step, sample=2 * step % 2**31)
+        assert torch.equal(compiled(draw), normals(draw, 2, 9))
+    assert len(graphs) <= 3
+
+
+@every
+def test_draws_on_fake_tensors(f, t):
+    shapes = [each.shape for each in f(Draw(5, 6), t)]
+    with FakeTensorMode():
+        for step in (6, torch.zeros((), dtype=torch.int64)):
+            assert [each.shape for each in f(Draw(5, step), tensors(SHAPE))] == shapes
+
+
+@pytest.mark.parametrize("per", ["sample", "token"])
+def test_no_launcher_of_plain_torch_waits_for_a_value(per):
+    with torch.device("meta"):  # where to look at a value raises
+        step = torch.empty((), dtype=torch.int64)
+        draw = Draw(7, step, 8).arguments(*SHAPE, "meta")
+        (prediction, z0, a, b), level = tensors(SHAPE, per), torch.empty(3)
+        philox._forward_torch(z0, *draw)
+        philox._uniform_torch(torch.empty(3, 5, dtype=torch.float64), *draw)
+        noise_in_torch(z0, a, b, z0, *draw)
+        loss_in_torch(prediction, z0, a, b, None, z0 > 0, z0, z0, level, *draw, 1.0)
+    assert draw[1] is step
+
+
+@every
+def test_a_step_on_another_device_is_an_error(f, t):
+    step = torch.zeros((), dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match=r"step must be on (cpu|cuda:0), got meta"):
+        f(Draw(0, step), t)
+
+
+def test_the_device_may_be_given_by_name():
+    draw = Draw(0, torch.tensor(0))
+    name = draw.step.device.type
+    assert torch.equal(normals(draw, 2, 3, name), normals(draw, 2, 3, draw.step.device))
+    with pytest.raises(ValueError, match="step must be on meta, got"):
+        uniforms(draw, 2, device="meta")
+
+
+@every
+def test_nothing_is_drawn_for_an_empty_batch(implementation, f):
+    for shape in ((0, 5), (3, 0)):
+        drawn = f(Draw(1, 2, 2**32 - 3), tensors(shape))
+        assert drawn[0].dim() == 0 or drawn[0].shape[0] == shape[0]
+    assert uniforms(Draw(1, 2), 3, 0).shape == (3, 0)
+
+
+@pytest.mark.parametrize("f", [normals, add_noise, partial(score_loss, torch.zeros(3, 5))])
+def test_no_sample_lies_past_the_last(f):
+    rest = (torch.ones(3), torch.ones(3))
+    z0 = torch.zeros(3, 5)
+    with pytest.raises(ValueError, match=r"at most 4294967296, got 4294967294 \+ 3"):
+        draw = Draw(0, 0, 2**32 - 2)
+        f(draw, 3, 5) if f is normals else f(z0, *rest, draw)

@@ -1,0 +1,198 @@
+import operator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from training.tiny import PRIOR, make_blocks, make_data
+
+from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.ops.philox import Draw, uniforms
+from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, load_weights
+
+
+def test_joint_blocks_use_the_very_same_model():
+    blocks = make_blocks(sharing="joint")
+    assert all(blocks.of(block) is blocks.model for block in blocks)
+
+
+def test_copies_share_layers_and_target_and_nothing_else():
+    blocks = make_blocks(sharing="copies")
+    first, *others = [blocks.of(block) for block in blocks]
+    assert len(others) == 2
+    for other in others:
+        assert other.layers is first.layers
+        assert other.label_table is first.label_table
+        for name in ("patch", "condition", "norm", "modulation", "head"):
+            assert getattr(other, name) is not getattr(first, name)
+        assert other.positions is not first.positions
+        assert torch.equal(other.patch.weight, first.patch.weight)
+
+
+def test_copies_freeze_what_makes_the_target_and_joint_trains_it():
+    assert not make_blocks(sharing="copies").model.label_table.weight.requires_grad
+    assert make_blocks(sharing="joint").model.label_table.weight.requires_grad
+
+
+@pytest.mark.parametrize("family", ["vit", "dit"])
+@pytest.mark.parametrize("sharing", ["joint", "copies"])
+def test_every_trainable_parameter_is_in_one_group_under_its_own_name(family, sharing):
+    blocks = make_blocks(family, sharing=sharing)
+    groups = blocks.groups()
+    names = [name for parameters in groups.values() for name in parameters]
+    expected = {name: p for name, p in blocks.named_parameters() if p.requires_grad}
+    assert sorted(names) == sorted(expected)
+    for parameters in groups.values():
+        assert all(expected[name] is p for name, p in parameters.items())
+
+
+def test_joint_blocks_own_their_layers_and_share_the_rest():
+    groups = make_blocks(sharing="joint").groups()
+    assert set(groups) == {"block0", "block1", "block2", SHARED}
+    for index in range(3):
+        assert all(name.startswith(f"model.layers.{index}.") for name in groups[f"block{index}"])
+    assert not any("layers" in name for name in groups[SHARED])
+
+
+def test_copies_leave_nothing_shared():
+    groups = make_blocks(sharing="copies").groups()
+    assert set(groups) == {"block0", "block1", "block2"}
+    assert "model.patch.weight" in groups["block0"]
+    assert "copies.0.patch.weight" in groups["block1"]
+    assert "copies.1.patch.weight" in groups["block2"]
+    assert "model.layers.1.norm1.weight" in groups["block1"]
+
+
+@pytest.mark.parametrize("sharing", ["joint", "copies"])
+def test_one_block_shares_nothing_and_trains_everything(sharing):
+    blocks = make_blocks(num_blocks=1, sharing=sharing)
+    assert list(blocks.groups()) == ["block0"]
+    assert len(blocks.groups()["block0"]) == len(list(blocks.parameters()))
+
+
+def test_a_layer_of_several_blocks_is_shared():
+    blocks = make_blocks(num_blocks=2, layers=[0, 1, 1, 2])
+    groups = blocks.groups()
+    assert any(name.startswith("model.layers.1.") for name in groups[SHARED])
+    assert all(name.startswith("model.layers.0.") for name in groups["block0"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sharing": "both"}, "sharing must be one of joint, copies, got both"),
+        ({"weighting": "soft"}, "weighting must be one of none, .*, got soft"),
+        ({"layers": [0, 1, 2, 3]}, r"layers must be 0 to 2, got \[0, 1, 2, 3\]"),
+        ({"layers": [-1, 1, 2]}, "layers must be 0 to 2"),
+        ({"layers": [0, 1, 1, 2], "sharing": "copies"}, "in one block, got layer 1 in several"),
+        ({"num_blocks": 4}, "num_blocks must be between 1 and the 3 layers, got 4"),
+    ],
+)
+def test_rejects(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_blocks(**{"num_blocks": 2, **settings})
+
+
+def test_a_model_of_no_known_family_brings_its_process_and_weighting():
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(3))
+    with pytest.raises(ValueError, match=r"process must be given for Module, .*, got None"):
+        DiffusionBlocks(model, weighting="none")
+    with pytest.raises(ValueError, match=r"weighting must be one of none, .*, got None"):
+        DiffusionBlocks(model, process=LogNormal())
+    assert len(DiffusionBlocks(model, process=LogNormal(), weighting="none")) == 3
+
+
+def test_a_family_brings_its_own_process_and_weighting_unless_another_is_given():
+    other = LogNormal(mean=0.0)
+    for family, weighting in (("vit", "none"), ("dit", "edm")):
+        own = make_blocks(family)
+        assert (own.process, own.weighting) == (PRIOR, weighting)
+        blocks = make_blocks(family, process=other, weighting="published")
+        assert (blocks.process, blocks.weighting) == (other, "published")
+        assert blocks[0].noise == other.intervals(3)[0]
+
+
+def test_layers_run_in_the_order_that_was_asked():
+    blocks = make_blocks(num_blocks=2, layers=[2, 0, 1, 1], split=[1, 3])
+    assert [block.layers for block in blocks] == [(2,), (0, 1, 1)]
+
+
+def test_loading_rejects_weights_of_another_model():
+    blocks = make_blocks()
+    with pytest.raises(ValueError, match=r"weight model.head.bias must be \(3,\), got \(4,\)"):
+        load_weights(blocks, {"model.head.bias": torch.zeros(4)})
+    with pytest.raises(ValueError, match="weight neck must be no such parameter"):
+        load_weights(blocks, {"neck": torch.zeros(4)})
+
+
+@pytest.mark.parametrize("sharing", ["joint", "copies"])
+def test_frozen_parameters_are_those_of_layers_that_one_block_runs(sharing):
+    blocks = make_blocks(sharing=sharing)
+    assert blocks.frozen() == {"block0": [], "block1": [], "block2": []}
+    for layer in blocks.model.layers:
+        layer.mlp.requires_grad_(False)
+    for index, (name, parameters) in enumerate(blocks.frozen().items()):
+        expected = list(blocks.model.layers[index].mlp.parameters())
+        assert name == f"block{index}" and len(parameters) == len(expected) > 0
+        assert all(map(operator.is_, parameters, expected))
+    # one that two blocks read travels with neither
+    blocks.model.layers[0].mlp.fc1.weight = blocks.model.layers[1].mlp.fc1.weight
+    sizes = [len(parameters) for parameters in blocks.frozen().values()]
+    assert sizes == [len(expected) - 1, len(expected) - 1, len(expected)]
+
+
+class Known(nn.Module):
+    """A family whose losses are its levels."""
+
+    target_parts, sigma_data = (), 0.5
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(3))
+
+    def level_shape(self, batch):
+        return batch["levels"].shape
+
+    def loss(self, draw, level, scale, layers, batch):
+        self.seen = SimpleNamespace(draw=draw, level=level, layers=layers, batch=batch)
+        return (scale * level).sum()
+
+
+def weighed(losses, weight, weighting, mean_weight):
+    """The four weightings of (B,) losses, as equation 6 and the published code have them."""
+    return {
+        "none": losses.mean(),
+        "edm": (weight * losses).mean(),
+        "normalised": (weight * losses).mean() / mean_weight,
+        "published": weight.mean() * losses.mean(),
+    }[weighting]
+
+
+@pytest.mark.parametrize("shape", [(512,), (64, 9)])
+@pytest.mark.parametrize("weighting", ["none", "edm", "normalised", "published"])
+def test_a_loss_weighs_the_losses_of_the_levels_that_it_drew(weighting, shape):
+    blocks = DiffusionBlocks(Known(), process=PRIOR, weighting=weighting)
+    block, batch, draw = blocks[1], {"levels": torch.zeros(shape)}, Draw(3, 4, 5)
+    loss, seen, noise = blocks.loss(block, batch, draw), blocks.model.seen, block.trained_noise
+    assert seen.draw is draw and seen.batch is batch and seen.layers == block.layers
+    assert torch.equal(seen.level, PRIOR.level_at(noise, uniforms(draw, *shape)))
+    assert noise.low <= seen.level.min() and seen.level.max() <= noise.high
+    assert seen.level.min() < block.noise.low and seen.level.max() > block.noise.high
+    mean = PRIOR.mean_weight(noise, 0.5)
+    expected = weighed(seen.level.double(), PRIOR.weight(seen.level, 0.5).double(), weighting, mean)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["vit", "dit"])
+def test_gradient_reaches_the_block_and_what_is_shared_alone(family):
+    blocks = make_blocks(family, weighting="none")
+    batch = make_data().batch(torch.arange(4))
+    # away from the zero start, where the gates let nothing through
+    for parameter in blocks.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    blocks.loss(blocks[1], batch, Draw(0, 0)).backward()
+    for name, parameter in blocks.named_parameters():
+        reached = "layers." not in name or "layers.1." in name
+        assert (parameter.grad is not None) == reached, name
+        assert not reached or parameter.grad.abs().max() > 0, name
