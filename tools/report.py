@@ -26,7 +26,7 @@ TITLES = {
 images that no model has seen. A classifier starts from pure noise and answers after each Euler
 step; trained end to end it is the ordinary classifier, which sees the most noise alone. The Fréchet
 distance, lower is better, compares features of generated and real digits in a small classifier that
-the demo trains."""),
+the demo trains. The times are of one run; those of the training steps below are better."""),
     "training": ("Training steps", """Methods of one model: end to end, and cut into blocks. *On the
 device* says how many blocks' parameters and optimizer state the device holds; the others wait in
 the memory of the host. *Fused layers* are this library's, *eager layers* are the published
