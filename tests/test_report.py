@@ -158,7 +158,9 @@ def test_every_table_says_where_it_comes_from(tool, stored, written):
 def test_two_commands_that_fill_one_table_are_both_named(tool):
     rows = [a_row(suite="training"), a_row(suite="training", command="bash again.sh")]
     text = tool("report_tables").about(rows)
-    assert text.endswith("Printed by `python -m dbkernels bench --full` and `bash again.sh`.")
+    assert text.endswith(
+        "Printed by `python benchmarks/training.py --family dit` and `bash again.sh`."
+    )
     assert "The device copies 68.9 GB/s and multiplies 0.178 TFLOP/s." in text
     assert "Times are medians of 15 rounds by wall clock." in text
 
