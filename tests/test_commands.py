@@ -46,11 +46,9 @@ ELSEWHERE = {
     "python tests/golden/record.py": "recording.digests(",  # it would write what tests compare with
     "python setup.py build_ext --inplace": '("build_ext", "--inplace")',
     "python -m pytest --rehearse -m gpu": '"--rehearse", "-m", "gpu"',
-    "python benchmarks/layer.py --launches": "launches",
-    "python benchmarks/layer_launches.py": "layer_launches",
-    "python benchmarks/run.py --quick": "quick",
+    "python benchmarks/layer.py --launches": "launches=True",
+    "python benchmarks/run.py --quick": "go(",
     "python benchmarks/gpu_jobs.py [--rehearse] [PART ...]": "benchmarks/gpu_jobs.py",
-    "python benchmarks/gpu_time.py [PART ...]": "benchmarks/gpu_time.py",
     "python benchmarks/gpu_table.py FOLDER": "benchmarks/gpu_table.py",
     "python benchmarks/machine.py auto": "machine.py",
     "python benchmarks/show.py FILE.jsonl ...": '"show"',
