@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dbkernels.memory.units import in_words
+
 ROOT = Path(__file__).parents[1]
 FEW = ["--classifier-steps", "2", "--generator-steps", "2", "--per-class", "8"]
 
@@ -65,7 +67,7 @@ def test_the_terminal_shows_every_figure_at_80_columns_and_where_the_page_is(too
     assert str(folder.relative_to(folder.parents[2]) / "report.html") in text
     words = " ".join(re.sub("[│┃]", " ", text).split())
     for row in rows:
-        assert tool("report_tables").bytes_text(row["peak_bytes"]) in words
+        assert in_words(row["peak_bytes"]) in words
     [right] = re.findall(r"classifier is right on ([\d.]+) % of unseen digits", words)
     assert float(right) > 90
 
