@@ -50,7 +50,7 @@ ELSEWHERE = {
     "python benchmarks/run.py --quick": "go(",
     "python benchmarks/gpu_jobs.py [--rehearse] [PART ...]": "benchmarks/gpu_jobs.py",
     "python benchmarks/gpu_table.py FOLDER": "benchmarks/gpu_table.py",
-    "python benchmarks/machine.py auto": "machine.py",
+    "python benchmarks/machine.py auto": 'bench("machine")',
     "python benchmarks/show.py FILE.jsonl ...": '"show"',
 }
 RUN = re.compile(r"(?:python|bash) (?:-m dbkernels|-m pytest|tools/|benchmarks/|tests/|setup\.py)")
