@@ -77,7 +77,10 @@ def test_the_page_needs_nothing_from_outside_and_says_where_its_figures_come_fro
     assert len(re.findall(r'<img alt="[^"]+" src="data:image/svg\+xml;base64,', page)) == 2
     assert "http" not in page and "<script" not in page and "<link" not in page
     assert "Fréchet distance" in page and "FID" not in page
-    assert f"commit {rows[0]['commit'] or 'unknown'}" in page and "<code>bash tools/demo.sh</code>" in page
+    assert (
+        f"commit {rows[0]['commit'] or 'unknown'}" in page
+        and "<code>bash tools/demo.sh</code>" in page
+    )
     assert "<td>recognised as asked</td>" in page and '<th class="number">DiT, 3 blocks' in page
 
 
