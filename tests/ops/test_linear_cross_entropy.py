@@ -308,7 +308,7 @@ def test_small_upstream_gradients_are_not_lost_in_float16():
         torch.testing.assert_close(b.float(), a.float() * 1.8e-6 / 1.03, rtol=1e-3, atol=4e-8)
 
 
-@pytest.mark.parametrize("target", [-1, V])
+@pytest.mark.parametrize("target", [-1, V, 127, 2**40])  # 127 lies in the padding of a row
 def test_an_unknown_target_is_an_error_on_a_cpu(target):
     x, weight, _ = (t.cpu() for t in inputs())
     unknown = torch.full(LEADING, 3, device="cpu")
