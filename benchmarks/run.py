@@ -209,7 +209,7 @@ def report(run: Run, console: Console) -> list[str]:
         return []
     page = run.out.resolve() / "report.html"
     with tempfile.TemporaryFile("w+") as said:
-        words = ["tools/report.py", str(run.out.resolve()), "--out", str(page)]
+        words = ["tools/report.py", str(run.out.resolve()), "--page", str(page)]
         with ended(words, said=said) as process:
             process.stdout.read()
         if not process.returncode:

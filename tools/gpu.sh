@@ -97,7 +97,7 @@ failed=$(cat "$scratch/failed")
 if [ -n "$rehearse" ]; then
     # what a run leaves is read as it is; a part that was not asked for has left nothing
     if compgen -G "$out/*.jsonl" >/dev/null; then
-        "$python" tools/report.py "$out" --out "$scratch/report.html" >/dev/null || failed="$failed report"
+        "$python" tools/report.py "$out" --page "$scratch/report.html" >/dev/null || failed="$failed report"
     fi
 fi
 if [ -n "$failed" ]; then

@@ -81,14 +81,11 @@ def main(arguments: Sequence[str]) -> int:
         rows = read(options.results)
         found = [Section("How to read the tables", text=" ".join(INTRODUCTION.split()))]
         found += sections(rows)
-        path = options.page
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, html(TITLE, found))
-        print(path)
-        if options.tables:
-            path = options.tables
-            write_whole(path, markdown(TITLE, found))
-            print(path)
+        for path, write in ((options.page, html), (options.tables, markdown)):
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, write(TITLE, found))
+                print(path)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

@@ -41,7 +41,7 @@ PROGRAM = """if True:
 REPORT = """if True:
     import pathlib, sys
     results, flag, page = sys.argv[1:]
-    assert flag == "--out"
+    assert flag == "--page"
     names = sorted(file.name for file in pathlib.Path(results).rglob("*.jsonl"))
     pathlib.Path(page).write_text(" ".join(names))
 """
