@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from dbkernels.data.augment import drop_labels, mirror, shift
-from dbkernels.data.images import Batch, open_data
-from dbkernels.data.made_up import Data
+from dbkernels.data.images import Batch, Data, open_data
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.process import Process, Scheme
 from dbkernels.models.family import Weighting
