@@ -46,13 +46,12 @@ ELSEWHERE = {
     "python tests/golden/record.py": "recording.digests(",  # it would write what tests compare with
     "python setup.py build_ext --inplace": '("build_ext", "--inplace")',
     "python -m pytest --rehearse -m gpu": '"--rehearse", "-m", "gpu"',
-    "python benchmarks/layer.py --launches": "launches",
-    "python benchmarks/layer_launches.py": "layer_launches",
-    "python benchmarks/run.py --quick": '"--quick"',
+    "python benchmarks/layer.py --launches --B 64 --dim 1152 --num-heads 16 --dtype autocast": (
+        "launches=True"
+    ),
+    "python benchmarks/run.py --quick": "run.main(asked, [job])",
     "python benchmarks/gpu_jobs.py [--rehearse] [PART ...]": "benchmarks/gpu_jobs.py",
-    "python benchmarks/gpu_time.py [PART ...]": "benchmarks/gpu_time.py",
     "python benchmarks/gpu_table.py FOLDER": "benchmarks/gpu_table.py",
-    "python benchmarks/machine.py auto": "machine.py",
     "python benchmarks/show.py FILE.jsonl ...": '"show"',
 }
 RUN = re.compile(r"(?:python|bash) (?:-m dbkernels|-m pytest|tools/|benchmarks/|tests/|setup\.py)")
