@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from program import read
-from show import NONE, Row, number, way_of
+from show import Row, way_of
 
 LINES = 60
 FAILURES = 8  # of tests that are named here; the file of the tests has all
+MISSING = "–"
 GIB = 2**30
 SIZES = ("peak_allocated_bytes", "predicted_peak_allocated_bytes", "peak_reserved_bytes")
 
@@ -72,13 +73,14 @@ def _training(found: Sequence[Row]) -> Iterator[str]:
 
 def _figures(row: Row | None) -> str:
     if row is None:
-        return NONE
-    sizes = (NONE if row.get(name) is None else f"{row[name] / GIB:.2f}" for name in SIZES)
+        return MISSING
+    sizes = (MISSING if row.get(name) is None else f"{row[name] / GIB:.2f}" for name in SIZES)
     sweep, share = row["sweep_ms"], row["share_of_matmul_rate"]
+    sweep = MISSING if sweep is None else f"{sweep:.1f}"
     predicted = "(predicted) " if row["memory"] == "predicted" else ""
     swap = "" if row.get("swap_ms") is None else f" swap {row['swap_ms']:.0f} ms"
-    share = NONE if share is None else f"{100 * share:.0f} %"
-    return f"{predicted}{' '.join(sizes)} {number(sweep)} {share}{swap}"
+    share = MISSING if share is None else f"{100 * share:.0f} %"
+    return f"{predicted}{' '.join(sizes)} {sweep} {share}{swap}"
 
 
 def _ops(found: Sequence[Row]) -> Iterator[str]:

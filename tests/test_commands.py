@@ -31,7 +31,7 @@ SMALLER = {
 RUNNERS = [".ci/run", *(f"tools/{name}.sh" for name in ("test", "gpu", "setup"))]
 ELSEWHERE = {
     "bash tools/test.sh": "exec bash tools/test.sh",  # it is what CI runs
-    "bash tools/test.sh tests/training -k resume": '-m pytest "$@"',
+    "bash tools/test.sh tests/training -k resume": '--dist worksteal "$@"',
     "bash tools/demo.sh": '"demo.sh"',
     "pip install torch ninja 'setuptools>=77'": "\"$torch\" 'setuptools>=77' ninja",
     "pip install --no-build-isolation .": "--no-build-isolation --editable",
@@ -46,11 +46,12 @@ ELSEWHERE = {
     "python tests/golden/record.py": "recording.digests(",  # it would write what tests compare with
     "python setup.py build_ext --inplace": '("build_ext", "--inplace")',
     "python -m pytest --rehearse -m gpu": '"--rehearse", "-m", "gpu"',
-    "python benchmarks/layer.py --launches": "launches=True",
-    "python benchmarks/run.py --quick": "go(",
+    "python benchmarks/layer.py --launches --B 64 --dim 1152 --num-heads 16 --dtype autocast": (
+        "launches=True"
+    ),
+    "python benchmarks/run.py --quick": "run.main(asked, [job])",
     "python benchmarks/gpu_jobs.py [--rehearse] [PART ...]": "benchmarks/gpu_jobs.py",
     "python benchmarks/gpu_table.py FOLDER": "benchmarks/gpu_table.py",
-    "python benchmarks/machine.py auto": 'bench("machine")',
     "python benchmarks/show.py FILE.jsonl ...": '"show"',
 }
 RUN = re.compile(r"(?:python|bash) (?:-m dbkernels|-m pytest|tools/|benchmarks/|tests/|setup\.py)")

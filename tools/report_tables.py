@@ -128,6 +128,11 @@ def _share_of_copies(row: Row, _: Row | None) -> str:
     return ratio_text(row["achieved_gbps"] / rate) if rate else MISSING
 
 
+def _launches(row: Row, _: Row | None) -> str:
+    forward = row.get("launches_forward")
+    return MISSING if forward is None else f"{forward} + {row['launches_backward']}"
+
+
 SPREAD = Column("p20 to p80", _spread)
 WAY = Column("way", lambda row, _: way_text(row))
 PEAK = (
@@ -184,6 +189,7 @@ COLUMNS = {
         _ratio("peak_bytes"),
         *MEDIAN,
         _number("TFLOP/s", "achieved_tflops", "{:.3g}".format, max),
+        Column("launches", _launches),
     ),
     "ops": (
         Column("op", lambda row, _: f"{row['op']} {row['direction']}"),
