@@ -2,16 +2,23 @@
 
 `python benchmarks/gpu_jobs.py [--rehearse] [PART ...]` prints a line for each job: its part, the
 file of what it prints, the seconds that it may take, and its command. A rehearsal runs the same
-programs with the same options on a CPU; only `Sizes` differ.
+programs with the same options on a CPU; only `Sizes` differ. With `--estimate` it prints instead
+how long the parts will take on an H100 with 16 cores: an estimate, not a measurement.
 """
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from layer_case import LayerCase
+from noise_case import PASSES, SHAPES
+from op_case import INPUTS, STREAM
 from rehearsal import PRESET
+from training_memory import BUDGETS
+
+from dbkernels.models.dit import PRESETS
 
 ROOT = Path(__file__).parents[1]
 LIMITS = {"smoke": 90, "headline": 240, "kernels": 90, "rest": 60}  # seconds, in the order of worth
@@ -23,51 +30,48 @@ MARK = "pytest.mark.gpu"
 class Sizes:
     """All that a rehearsal has otherwise."""
 
-    tests: tuple[str, ...]  # more options of pytest
+    tests: str  # more options of pytest
     headline: tuple[str, ...]  # presets of DiT
     graphs: tuple[str, ...]
     profiled: str
     batch: int
     num_blocks: tuple[int, ...]
     rounds: int  # of training, two for each block
-    launch: tuple[str, ...]  # a CPU has no graphs
+    launch: str  # a CPU has no graphs
     widths: tuple[int, ...]
     op_rounds: int
-    more_of_ops: tuple[str, ...]
-    more: tuple[str, ...]  # options of every benchmark
-    more_of_training: tuple[str, ...]
+    more_of_ops: str = ""
+    more: str = ""  # options of every benchmark
+    more_of_training: str = ""
     patience: int = 1  # limits of time, of those on a GPU
 
 
 GPU = Sizes(
-    tests=("-n", "8"),  # of 16 cores: most of their time compiles kernels
+    tests="-n 8",  # of 16 cores: most of their time compiles kernels
     headline=("XL/2", "L/2"),
     graphs=("S/2", "B/2"),
     profiled="S/2",
     batch=64,
     num_blocks=(1, 2, 3, 4, 6),
     rounds=12,
-    launch=("ops", "graph"),
+    launch="ops graph",
     widths=(1152, 384, 768, 1536),
     op_rounds=20,
-    more_of_ops=(),
-    more=(),
-    more_of_training=(),
 )
 REHEARSAL = Sizes(
-    tests=("-n", "0", "--rehearse"),
+    tests="-n 0 --rehearse",
     headline=(PRESET,),
     graphs=(PRESET,),
     profiled="digits",
     batch=2,
     num_blocks=(1, 3),
     rounds=6,
-    launch=("ops",),
+    launch="ops",
     widths=(64,),
     op_rounds=2,
-    more_of_ops=("--samples", "2"),
-    more=("--device", "cpu", "--threads", "1"),
-    more_of_training=("--rehearse",),
+    more_of_ops="--samples 2",
+    more="--device cpu --threads 1",
+    more_of_training="--rehearse",
     patience=10,
 )
 
@@ -79,7 +83,7 @@ class Job:
     part: str
     file: str  # of what it prints; *.jsonl are rows that tools/report.py reads
     seconds: int  # that it may take
-    command: tuple[str, ...]  # after the name of python
+    command: str  # after the name of python
 
 
 def jobs(sizes: Sizes) -> list[Job]:
@@ -88,45 +92,34 @@ def jobs(sizes: Sizes) -> list[Job]:
     Args:
         sizes:  GPU or REHEARSAL
     """
-    counts = [str(count) for count in sizes.num_blocks]
-    build = ("setup.py", "build_ext", "--inplace")
     # a name comes as soon as its test has failed, and is kept where the rest is cut off
-    tests = ("-m", "pytest", "-p", "xdist.plugin", "-v", "--tb=short", "-m", "gpu")
-    tests += (*sizes.tests, *marked())
-    training = ("benchmarks/training.py", "--json", "--family", "dit", "--dtype", "autocast")
-    training += (
-        "--batch",
-        str(sizes.batch),
-        "--rounds",
-        str(sizes.rounds),
-        "--optimizer-in-backward",
-        "False",
+    tests = f"-m pytest -p xdist.plugin -v --tb=short -m gpu {sizes.tests} {words(marked())}"
+    training = (
+        "benchmarks/training.py --json --family dit --dtype autocast "
+        f"--batch {sizes.batch} --rounds {sizes.rounds} --optimizer-in-backward False "
+        f"{sizes.more} {sizes.more_of_training}"
     )
-    training += (*sizes.more, *sizes.more_of_training)
-    methods = ("--methods", "end_to_end", "checkpointed", "block_fused", "compiled")
-    headline = (*training, "--preset", *sizes.headline, *methods, "--num-blocks", *counts)
-    headline += (
-        "--recompute",
-        *POLICIES,
-        "--budgets",
-        "1",
-        "--nearest",
-        "none",
-        "--offload",
-        "none",
+    headline = (
+        f"{training} --preset {words(sizes.headline)} --num-blocks {words(sizes.num_blocks)} "
+        "--methods end_to_end checkpointed block_fused compiled "
+        f"--recompute {words(POLICIES)} --budgets 1 --nearest none --offload none cpu "
+        "--offload-at 3 --beside --early"
     )
-    headline += ("cpu", "--offload-at", "3", "--beside", "--early")
-    ops = ("benchmarks/ops.py", "--json", "--impls", "fused", "eager", "--stream", "same")
-    ops += ("float32", "--beside", "--rounds", str(sizes.op_rounds), *sizes.more)
-    ops += ("--dim", *map(str, sizes.widths), *sizes.more_of_ops)
-    graphs = (*training, "--preset", *sizes.graphs, "--methods", "end_to_end", "block_fused")
-    graphs += ("--num-blocks", "3", "--recompute", "none", "--offload", "none")
-    graphs += ("--launch", *sizes.launch)
-    profile = ("-m", "dbkernels", "profile", "--json", "--measure", "--family", "dit", "--preset")
-    profile += (sizes.profiled, "--batch", str(sizes.batch), "--autocast", "--num-blocks", "3")
-    profile += ("--methods", "block_fused", "--recompute", "none", "--offload", "none")
+    ops = (
+        "benchmarks/ops.py --json --impls fused eager --stream same float32 --beside "
+        f"--rounds {sizes.op_rounds} --dim {words(sizes.widths)} {sizes.more} {sizes.more_of_ops}"
+    )
+    graphs = (
+        f"{training} --preset {words(sizes.graphs)} --methods end_to_end block_fused "
+        f"--num-blocks 3 --recompute none --offload none --launch {sizes.launch}"
+    )
+    profile = (
+        f"-m dbkernels profile --json --measure --family dit --preset {sizes.profiled} "
+        f"--batch {sizes.batch} --autocast --num-blocks 3 --methods block_fused "
+        "--recompute none --offload none"
+    )
     return [
-        Job("smoke", "build.txt", 40, build),
+        Job("smoke", "build.txt", 40, "setup.py build_ext --inplace"),
         Job("smoke", "tests.txt", 50, tests),
         Job("headline", "headline.jsonl", 240, headline),
         Job("kernels", "kernels.jsonl", 90, ops),
@@ -135,30 +128,92 @@ def jobs(sizes: Sizes) -> list[Job]:
     ]
 
 
+def words(values: Sequence[object]) -> str:
+    return shlex.join(map(str, values))
+
+
 def marked() -> list[str]:
     """Files of tests that need a GPU: to collect all others takes longer than to run these."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(f.relative_to(ROOT)) for f in files if MARK in f.read_text()]
 
 
-def main(words: Sequence[str]) -> None:
-    """Print the jobs of some parts, or of all.
+# how long it takes: what is to be done is counted from the jobs, what one of it takes is stated
+
+START = 10.0  # seconds of a process: imports, and a CUDA context
+NVCC = 20.0  # seconds for one file of csrc on one architecture; there is a core for each
+TESTS = 28.0  # seconds of the tests and of the kernels that they compile, in 8 processes
+TRITON = 1.0  # seconds to compile one kernel; at most 0.7 of a core were seen
+INDUCTOR = 35.0  # seconds to compile a layer, forward and backward, in one thread
+PREDICTION = 6.0  # seconds of a step of 28 layers on fake tensors
+WEIGH = 1.2  # seconds to make a trainer, collect garbage and follow a step, beside its steps
+WARM_UP = 0.1  # seconds of a competitor, as benchmarks/measure.py has it
+OP = 1e-3  # seconds of an op in plain torch, with all copies of its inputs
+FLOPS = 3.0e14  # per second, of a whole step: under half of what matmuls alone reach
+HOST = 2.0e9  # bytes per second of pinned memory that are had and filled
+STATE = 12  # bytes of a parameter and its moments
+AGAIN = {"none": 1.0, "qkv": 1.19, "layer": 1.33}  # operations of a step, of those without a policy
+COMPILERS = 14  # processes that compile and predict at once
+
+
+def seconds() -> Mapping[str, float]:
+    """Of each part."""
+    predicted = len(GPU.headline) * (len(GPU.num_blocks) * len(POLICIES) + 2 + len(BUDGETS))
+    ready = -(-predicted // COMPILERS) * PREDICTION
+    kernels = 2 * (len(INPUTS) + len(STREAM)) * len(GPU.widths) + len(PASSES) * len(SHAPES)
+    competitors = 3  # fused, eager and a copy; each is also weighed
+    timed = competitors * (2 * WARM_UP + GPU.op_rounds * OP)
+    graphs = sum(3 * (WEIGH + (5 + GPU.rounds) * _step(name)[0]) for name in GPU.graphs)
+    return {
+        "smoke": 2 * START + NVCC + TESTS,
+        # the first ways are weighed while the last is compiled
+        "headline": 2 * START + ready + INDUCTOR + sum(map(_preset, GPU.headline)),
+        "kernels": 2 * START + kernels * (TRITON / COMPILERS + timed),
+        "rest": 3 * START + PREDICTION / 2 + 7 * TRITON + graphs,
+    }
+
+
+def _preset(name: str) -> float:
+    """Of weighing and timing all ways of a preset."""
+    step, parameters = _step(name)
+    alike = [1.0, 1.33, 1.0, 1.0]  # eager, checkpointed, compiled twice
+    alike += [AGAIN[recompute] / count for count in GPU.num_blocks for recompute in POLICIES]
+    # and those of one block of three on the device
+    alike += [AGAIN[recompute] / 3 for recompute in POLICIES]
+    ways = sum(WEIGH + WARM_UP + (9 + GPU.rounds) * share * step for share in alike)
+    return ways + STATE * parameters / HOST
+
+
+def _step(name: str) -> tuple[float, float]:
+    """Of one step end to end; and the model's parameters."""
+    model = PRESETS[name]
+    D, tokens = model.dim, (model.image_size // model.patch) ** 2
+    layer = LayerCase(GPU.batch, tokens, D, model.num_heads, model.mlp_ratio * D, "bfloat16")
+    return model.depth * layer.flops / FLOPS, 18 * model.depth * D**2
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the jobs, or an estimate of their time, of some parts or of all.
 
     Args:
-        words:  of the command line
+        arguments:  of the command line
     Raises:
         SystemExit: a word names no part.
     """
-    rehearse = "--rehearse" in words
-    parts = [word for word in words if word != "--rehearse"] or list(LIMITS)
+    parts = [word for word in arguments if word not in ("--rehearse", "--estimate")] or list(LIMITS)
     for part in parts:
         if part not in LIMITS:
             raise SystemExit(f"a part must be one of {', '.join(LIMITS)}, got {part}")
-    sizes = REHEARSAL if rehearse else GPU
+    if "--estimate" in arguments:
+        found = {part: time for part, time in seconds().items() if part in parts}
+        for part, time in found.items():
+            print(f"{part}: about {time:.0f} s of {LIMITS[part]} s on an H100 (estimated)")
+        print(f"together: about {sum(found.values()) / 60:.1f} minutes")
+        return
+    sizes = REHEARSAL if "--rehearse" in arguments else GPU
     for job in jobs(sizes):
         if job.part in parts:
-            seconds = sizes.patience * job.seconds
-            print(job.part, job.file, seconds, shlex.join(job.command), sep="\t")
+            print(job.part, job.file, sizes.patience * job.seconds, job.command, sep="\t")
 
 
 if __name__ == "__main__":

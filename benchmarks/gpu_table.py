@@ -3,49 +3,41 @@
 `python benchmarks/gpu_table.py FOLDER`; standard input has a line for each job that ran.
 """
 
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-Row = dict[str, object]
+from program import read
+from show import Row, way_of
 
 LINES = 60
 FAILURES = 8  # of tests that are named here; the file of the tests has all
+MISSING = "–"
 GIB = 2**30
+SIZES = ("peak_allocated_bytes", "predicted_peak_allocated_bytes", "peak_reserved_bytes")
 
 
 def table(folder: Path, ran: Sequence[str]) -> list[str]:
     """The lines of the table.
 
     Args:
-        folder:  of the results
+        folder:  of the results; a file may be missing, or cut off in its last line
         ran:     a line for each job
     Returns:
         At most LINES of them.
     """
-    training, ops = rows(folder / "headline.jsonl"), rows(folder / "kernels.jsonl")
+    paths = [folder / f"{name}.jsonl" for name in ("headline", "kernels", "graphs")]
+    training, ops, graphs = (read(path) if path.exists() else [] for path in paths)
     lines = [*ran, *_tests(folder / "tests.txt")]
     every = [*training, *ops]
     # a row that was not timed yet knows no ceilings
-    for some in [row for row in every if row.get("copy_gbps")][:1] or every[:1]:
-        lines.append(f"{some['device']}, commit {some['commit'] or 'unknown'}, {_ceilings(some)}")
-    lines += _training(training) + _training(rows(folder / "graphs.jsonl")) + _ops(ops)
+    for row in [row for row in every if row.get("copy_gbps")][:1] or every[:1]:
+        lines.append(f"{row['device']}, commit {row['commit'] or 'unknown'}, {_ceilings(row)}")
+    lines += [*_training(training), *_training(graphs), *_ops(ops)]
     if len(lines) > LINES:
         lines[LINES - 1 :] = [f"{len(lines) - LINES + 1} more lines are in {folder}"]
     return lines
-
-
-def rows(path: Path) -> list[Row]:
-    """The rows of a file; of one that was cut off, those that are whole."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
 
 
 def _ceilings(row: Row) -> str:
@@ -66,58 +58,47 @@ def _tests(path: Path) -> Iterator[str]:
     yield from (f"  {name}" for name in names[:FAILURES])
 
 
-def _training(found: Sequence[Row]) -> list[str]:
+def _training(found: Sequence[Row]) -> Iterator[str]:
     """A line for each way, with the presets beside each other."""
     presets = list(dict.fromkeys(str(row["preset"]) for row in found))
-    lines = {}
+    lines: dict[str, dict[str, Row]] = {}
     for row in found:  # one that is timed replaces the earlier one of its memory
-        lines.setdefault(_way(row), {})[row["preset"]] = row
-    if not lines:
-        return []
-    titles = (f"{name}: GiB, predicted, reserved, sweep ms, rate" for name in presets)
-    heading = " | ".join(["way, blocks".ljust(34), *(title.ljust(42) for title in titles)])
-    texts = [
-        " | ".join([way.ljust(34), *(_figures(of.get(name)).ljust(42) for name in presets)])
-        for way, of in lines.items()
-    ]
-    return [heading, *texts]
-
-
-def _way(row: Row) -> str:
-    budget = None if row["budget"] is None else f"budget {row['budget']:g}"
-    one = "offload cpu" if row["offload"] == "cpu" else None
-    graph = "graph" if row["launch"] == "graph" else None
-    words = (row["method"].removeprefix("block_"), row["recompute"], budget, one, graph)
-    return f"{' '.join(str(word) for word in words if word)}, {row['num_blocks']}"
+        way = f"{way_of(row)}, {row['num_blocks']}"
+        lines.setdefault(way, {})[row["preset"]] = row
+    titles = [f"{name}: GiB, predicted, reserved, sweep ms, rate" for name in presets]
+    for way, of in ({"way, blocks": None} | lines if lines else {}).items():
+        cells = [_figures(of.get(name)) for name in presets] if of else titles
+        yield " | ".join([way.ljust(34), *(cell.ljust(42) for cell in cells)])
 
 
 def _figures(row: Row | None) -> str:
     if row is None:
-        return "–"
-    names = ("peak_allocated_bytes", "predicted_peak_allocated_bytes", "peak_reserved_bytes")
-    sizes = ("–" if row.get(name) is None else f"{row[name] / GIB:.2f}" for name in names)
+        return MISSING
+    sizes = (MISSING if row.get(name) is None else f"{row[name] / GIB:.2f}" for name in SIZES)
     sweep, share = row["sweep_ms"], row["share_of_matmul_rate"]
-    sweep = "–" if sweep is None else f"{sweep:.1f}"
+    sweep = MISSING if sweep is None else f"{sweep:.1f}"
     predicted = "(predicted) " if row["memory"] == "predicted" else ""
     swap = "" if row.get("swap_ms") is None else f" swap {row['swap_ms']:.0f} ms"
-    share = "–" if share is None else f"{100 * share:.0f} %"
+    share = MISSING if share is None else f"{100 * share:.0f} %"
     return f"{predicted}{' '.join(sizes)} {sweep} {share}{swap}"
 
 
-def _ops(found: Sequence[Row]) -> list[str]:
+def _ops(found: Sequence[Row]) -> Iterator[str]:
     """A line for each op, direction and stream of the fused ones, with the sizes beside each other.
 
     An op that has one size has a line for it."""
-    fused = [row for row in found if row["impl"] == "fused"]
     lines: dict[str, list[str]] = {}
-    for row in fused:
+    for row in found:
+        if row["impl"] != "fused":
+            continue
         stream = ", f32 stream" if "stream" in row["dtype"] else ""
         size = row["shape"][-1] if len(row["shape"]) == 3 else "x".join(map(str, row["shape"]))
         figures = f"{size}: {1e3 * row['median_ms']:.1f} {100 * row['share_of_copy']:.0f} %"
         name = f"{row['op']} {row['direction']}{stream}"
         lines.setdefault(name, []).append(figures.ljust(18))
-    heading = ["op: width: µs, share of copies of as many bytes"] if lines else []
-    return heading + [f"{name.ljust(34)} {' '.join(each)}" for name, each in lines.items()]
+    if lines:
+        yield "op: width: µs, share of copies of as many bytes"
+    yield from (f"{name.ljust(34)} {' '.join(each)}" for name, each in lines.items())
 
 
 if __name__ == "__main__":

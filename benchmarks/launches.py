@@ -23,10 +23,14 @@ import math
 from collections.abc import Callable
 
 import torch
+from layer_case import Competitor, LayerCase, LayerStep, make_inputs
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dbkernels.memory.allocator import Target
+from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu
 from dbkernels.ops.backend.scratch import scratch_bytes
 
 _aten = torch.ops.aten
@@ -146,3 +150,25 @@ _RULES: dict[str, Callable[[tuple, object], int]] = {
     "_scaled_dot_product_flash_attention_backward": _attention_backward,
     "_scaled_dot_product_efficient_attention_backward": _attention_backward,
 }
+
+
+def of_layer(
+    case: LayerCase, player: Competitor, target: Target
+) -> tuple[int, int] | tuple[None, None]:
+    """Launches of one call of a layer, and of its backward; None where a compiler makes kernels.
+
+    Args:
+        case:    sizes and dtype
+        player:  who runs it
+        target:  a GPU, whose programs share sums or do not
+    """
+    if player.impl.startswith("compiled"):
+        return None, None
+    with FakeTensorMode(), dry_run_on_gpu(target.processors):
+        inputs = make_inputs(case, torch.device("cpu"))
+        step = LayerStep(player.function(case.num_heads), inputs, case.autocast)
+        with Launches() as forward:
+            out = step.forward()
+        with Launches() as backward:
+            torch.autograd.grad(out, inputs.leaves, inputs.dout)
+    return forward.total, backward.total

@@ -14,43 +14,29 @@ competitor in one case:
                      where a compiler makes the kernels
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import measure
 import torch
-from command import called, parsed
-from layer_case import IMPLS, LayerCase, LayerStep, competitors, make_inputs
-from layer_launches import count, target_for
-from machine import ceilings, machine
-from show import emit
+from launches import of_layer
+from layer_case import IMPLS, Competitor, LayerCase, LayerStep, competitors, make_inputs
+from machine import ceilings, device_name, machine
+from program import Known, Program, called, main
+from show import Row
 
-from dbkernels.cli.device import pick_device
+from dbkernels.memory.allocator import Target, target_named, target_of
 
-Impl = Literal["eager", "fused", "compiled", "compiled_budget", "checkpointed"]
-Dtype = Literal["float32", "bfloat16", "float16", "autocast"]
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a device runs unless it is told otherwise."""
-
-    B: int
-    T: int
-    widths: tuple[tuple[int, int], ...]  # D and H; on a GPU those of DiT-S, L and XL
-    dtypes: tuple[str, ...]
-    rounds: int
-
-
-DEFAULTS = {
-    "cpu": Defaults(4, 256, ((384, 6),), ("float32",), 15),
-    "cuda": Defaults(32, 256, ((384, 6), (1024, 16), (1152, 16)), ("bfloat16",), 50),
-}
+DTYPES = ("float32", "bfloat16", "float16", "autocast")
+WIDTHS = {"cpu": ((384, 6),), "cuda": ((384, 6), (1024, 16), (1152, 16))}  # of DiT-S, L and XL
+SAMPLES = {"cpu": 4, "cuda": 32}
+TOKENS = 256
+DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+ROUNDS = {"cpu": 15, "cuda": 50}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Program):
     """Time and weigh one AdaLN layer, forward plus backward, against its competitors.
 
     What is not given depends on the device.
@@ -61,54 +47,75 @@ class Options:
     dim: int | None = None  # of the residual stream
     num_heads: int | None = None  # 64 wide each where only dim is given
     hidden: int | None = None  # width of the MLP's hidden layer; 4 dim where it is not given
-    dtype: tuple[Dtype, ...] = ()  # of everything, or autocast: float32 that computes in bfloat16
-    impls: tuple[Impl, ...] = IMPLS  # competitors, in the order of the table
+    dtype: tuple[str, ...] = ()  # of everything, or autocast: float32 that computes in bfloat16
+    impls: tuple[str, ...] = IMPLS  # competitors, in the order of the table
     budgets: tuple[float, ...] = (0.9, 0.5, 0.4, 0.2)  # of compiled_budget, from 0 to 1
     rounds: int | None = None  # in each of which every competitor is timed once
-    device: str = "auto"  # auto, cpu or cuda; auto is an NVIDIA GPU where there is one
-    threads: int | None = None  # of the CPU
-    json: bool = False  # one object to a line instead of a table
+    launches: bool = False  # only count the kernels that a GPU launches, without one
+    target: str = "auto"  # that GPU: a100, h100, ...; auto is the device, or else an H100
 
     def __post_init__(self):
-        for name in ("B", "T", "dim", "num_heads", "hidden", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.require_positive("B", "T", "dim", "num_heads", "hidden", "threads")
+        self.require_known(dtype=DTYPES, impls=IMPLS)
+        self.require_share("budgets")
         if self.rounds is not None and self.rounds < 2:
             raise ValueError(f"rounds must be at least 2, got {self.rounds}")
         if self.num_heads is not None and self.dim is None:
             raise ValueError("num_heads must be given together with dim, got num_heads alone")
-        if self.dim is not None and self.dim % self.heads_of(self.dim):
-            raise ValueError(
-                f"num_heads must divide dim = {self.dim}, got {self.heads_of(self.dim)}"
-            )
-        for budget in self.budgets:
-            if not 0 <= budget <= 1:
-                raise ValueError(f"budgets must be from 0 to 1, got {budget}")
-        pick_device(self.device)
-
-    def heads_of(self, D: int) -> int:
-        return self.num_heads or max(D // 64, 1)
+        for case in self.cases():
+            if case.dim % case.num_heads:
+                raise ValueError(f"num_heads must divide dim = {case.dim}, got {case.num_heads}")
+        self.counted_for()
 
     def cases(self) -> list[LayerCase]:
-        defaults = DEFAULTS[pick_device(self.device).type]
-        widths = defaults.widths if self.dim is None else ((self.dim, self.heads_of(self.dim)),)
-        B, T = self.B or defaults.B, self.T or defaults.T
+        kind = self.on.type
+        heads = self.num_heads or max((self.dim or 0) // 64, 1)
+        B, T = self.B or SAMPLES[kind], self.T or TOKENS
         return [
             LayerCase(B, T, D, H, self.hidden or 4 * D, dtype)
-            for dtype in self.dtype or defaults.dtypes
-            for D, H in widths
+            for dtype in self.dtype or (DTYPE[kind],)
+            for D, H in ([(self.dim, heads)] if self.dim else WIDTHS[kind])
         ]
 
+    def counted_for(self) -> Target:
+        """The GPU whose launches are counted."""
+        if self.target == "auto" and self.on.type == "cuda":
+            return target_of(self.on)
+        return target_named("h100" if self.target == "auto" else self.target)
 
-def rows_of(case: LayerCase, options: Options) -> list[dict[str, object]]:
-    """One row for each competitor, in the order of the options."""
-    device = pick_device(options.device)
+    def players(self, case: LayerCase) -> list[Competitor]:
+        return competitors(self.impls, self.budgets, mixed=case.autocast)
+
+    def wanted(self) -> list[Row]:
+        device = {"device": device_name(self.on)}
+        every = [(case, player) for case in self.cases() for player in self.players(case)]
+        return [asdict(case) | asdict(player) | device for case, player in every]
+
+    def tables(self, known: Known) -> Iterator[Iterable[Row]]:
+        if self.launches:
+            self._print_launches()
+            return
+        device = {"device": device_name(self.on)}
+        for case in self.cases():
+            every = self.players(case)
+            lacks = [p for p in every if known.lacks(asdict(case) | asdict(p) | device)]
+            yield rows_of(case, lacks, self) if lacks else ()
+
+    def _print_launches(self) -> None:
+        for case in self.cases():
+            for player in self.players(case):
+                forward, backward = of_layer(case, player, self.counted_for())
+                name = " ".join(filter(None, (player.impl, player.recompute)))
+                print(f"{name:<16} {forward or '–':>3} + {backward or '–'}")
+
+
+def rows_of(case: LayerCase, players: Sequence[Competitor], options: Options) -> list[Row]:
+    """One row for each competitor, in their order."""
+    device = options.on
     # a function is recompiled for so many shapes only before it is left in plain torch
     torch.compiler.reset()
-    players = competitors(options.impls, options.budgets, mixed=case.autocast)
-    rounds = options.rounds or DEFAULTS[device.type].rounds
-    counted = [count(case, player, target_for(device)) for player in players]
+    rounds = options.rounds or ROUNDS[device.type]
+    counted = [of_layer(case, player, options.counted_for()) for player in players]
     with measure.own_stream(device):
         inputs = make_inputs(case, device)
         steps = {
@@ -119,40 +126,27 @@ def rows_of(case: LayerCase, options: Options) -> list[dict[str, object]]:
         weighed = [weigh(case, step, device) for step in steps.values()]
         times = measure.interleaved(steps, device=device, rounds=rounds)
         about = asdict(ceilings(device, case.compute_dtype)) | asdict(machine(device))
-        about |= {"command": called()}
     return [
         asdict(player)
         | asdict(case)
-        | asdict(launches)
+        | {"launches_forward": forward, "launches_backward": backward}
         | weights
         | asdict(times[player])
         | {"achieved_tflops": case.flops / times[player].median_ms / 1e9}
         | {"implementation": player.implementation(device)}
         | about
-        for player, launches, weights in zip(players, counted, weighed, strict=True)
+        | {"command": called()}
+        for player, (forward, backward), weights in zip(players, counted, weighed, strict=True)
     ]
 
 
-def weigh(case: LayerCase, step: LayerStep, device: torch.device) -> dict[str, float]:
+def weigh(case: LayerCase, step: LayerStep, device: torch.device) -> Row:
     """What a step keeps, its peak, and what was there before."""
     inputs = step.inputs
-    taken = measure.memory(step, inputs=[*inputs.leaves, inputs.dout], device=device)
+    found = measure.memory(step, inputs=[*inputs.leaves, inputs.dout], device=device)
     saved = measure.saved_bytes(step.forward, parameters=inputs.parameters)
-    return {"saved_units": saved / case.unit_bytes} | asdict(taken)
-
-
-def report(options: Options) -> Iterator[list[dict[str, object]]]:
-    """The rows of one case after the other."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    for case in options.cases():
-        yield rows_of(case, options)
-
-
-def main(options: Options) -> None:
-    for rows in report(options):
-        emit(rows, as_json=options.json)
+    return {"saved_units": saved / case.unit_bytes} | asdict(found)
 
 
 if __name__ == "__main__":
-    main(parsed(Options))
+    main(Options)

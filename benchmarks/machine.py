@@ -1,16 +1,13 @@
 """Where a benchmark ran, and how fast that machine copies and multiplies.
 
 Where the code travels without git, DBKERNELS_COMMIT says what it is, as `commit` would.
-`python benchmarks/machine.py auto` names the folder of a device's results and the commit.
 """
 
-import json
 import os
 import platform
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +15,6 @@ from pathlib import Path
 import measure
 import torch
 import triton
-
-from dbkernels.cli.device import pick_device
 
 ROOT = Path(__file__).parents[1]
 COPY_BYTES = 2**28
@@ -126,7 +121,3 @@ def _output(program: str, *arguments: str) -> str | None:
         return None
     done = subprocess.run([program, *arguments], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-if __name__ == "__main__":
-    print(json.dumps({"device": folder_name(pick_device(sys.argv[1])), "commit": commit()}))

@@ -20,41 +20,62 @@ parameters took there, which is not part of them. A way that fails is left out a
 A GPU that is not there is predicted: its rows have memory "predicted", and no times.
 """
 
-from collections.abc import Iterator
+import statistics
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
+import measure
 import torch
-from command import called, parsed
-from machine import machine
+from machine import Ceilings, ceilings, device_name, faster, machine
+from program import Known, Program, called, main
 from rehearsal import rehearsing, small_preset
-from show import emit
-from training_case import METHODS, TrainingCase, Way, ways
-from training_prepare import Preparation, candidates, preparing
-from training_rows import Row, measured_rows, predicted_rows
+from show import Row
+from training_memory import Preparation, candidates, figures_of, preparing, weigh
+from training_step import (
+    DTYPES,
+    LAUNCH,
+    Steps,
+    described,
+    implementation_of,
+    make_steps,
+    model_of,
+    named,
+    step_times,
+    ways,
+)
 
-from dbkernels.cli.device import pick_device
 from dbkernels.memory.allocator import Target, target_named, target_of
-from dbkernels.models.registry import FamilyName
+from dbkernels.models.registry import FAMILIES
 from dbkernels.ops.layer.recompute import POLICIES, policies_of
+from dbkernels.planning.dry_run import predicted
+from dbkernels.planning.recipe import METHODS, OFFLOAD, Recipe
+from dbkernels.training.diffusion_blocks import SHARED
+from dbkernels.training.trainer import Trainer
 
-DTYPES = ("float32", "autocast")
-OFFLOAD = ("none", "cpu")
-LAUNCH = ("ops", "graph")
 LARGE = ("S/2", "B/2", "L/2", "XL/2")  # presets that a GPU trains
 DEFAULT_TARGET = "h100"
 SMALL = {"vit": ("cifar100",), "dit": ("digits",)}
 ROUNDS = {"cpu": 12, "cuda": 36}  # the more blocks, the fewer steps of each
+SWAPS = 3
+TIMES = ("step_ms", "p20_ms", "p80_ms", "sweep_ms", "samples_per_second", "rounds", "timing")
+RATES = ("achieved_tflops", "share_of_matmul_rate")
+UNTIMED = dict.fromkeys((*TIMES, *RATES, *(field.name for field in fields(Ceilings))))
+PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes")
+# what a GPU runs; with CUDA's own kernels the memory is the same
+ON_A_GPU = {"block_fused": "triton", "compiled": "inductor"}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Program):
     """Time and weigh whole training steps, each way of training against the others.
 
     What is not given depends on the device.
     """
 
-    family: FamilyName | None = None  # vit or dit; both on a CPU, dit on a GPU
+    family: str | None = None  # vit or dit; both on a CPU, dit on a GPU
     preset: tuple[str, ...] = ()  # of the family
     batch: int = 64  # samples of a step, made up
     dtype: tuple[str, ...] = ()  # float32, or autocast: compute in bfloat16
@@ -70,145 +91,256 @@ class Options:
     rounds: int | None = None  # in each of which every way has one step
     target: str = "auto"  # only predict: a100, h100, ..., this; auto does where a GPU is missing
     beside: bool = False  # predict each measured peak too, and compile, in other processes
-    early: bool = False  # a line also before a way is timed, of its memory; with json
+    early: bool = False  # a line also before a way is timed, of its memory; with json or out
     rehearse: bool = False  # run on a CPU what a GPU alone measures; the figures mean nothing
-    device: str = "auto"  # auto, cpu or cuda; auto is an NVIDIA GPU where there is one
-    threads: int | None = None  # of the CPU
-    json: bool = False  # one object to a line instead of a table
 
     def __post_init__(self):
-        for name in ("batch", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        known = {
-            "dtype": DTYPES,
-            "methods": METHODS,
-            "recompute": POLICIES,
-            "offload": OFFLOAD,
-            "launch": LAUNCH,
-        }
-        for name, values in known.items():
-            for value in getattr(self, name):
-                if value not in values:
-                    raise ValueError(f"{name} must be of {', '.join(values)}, got {value}")
+        self.require_positive("batch", "threads")
+        self.require_known(family=FAMILIES, dtype=DTYPES, methods=METHODS, launch=LAUNCH)
+        self.require_known(recompute=POLICIES, offload=OFFLOAD)
+        self.require_share("budgets")
         if self.nearest is not None and not (self.beside and self.nearest in POLICIES):
             raise ValueError(
                 f"nearest must be of {', '.join(POLICIES)} and come with beside, got {self.nearest}"
             )
-        for budget in self.budgets:
-            if not 0 <= budget <= 1:
-                raise ValueError(f"budgets must be from 0 to 1, got {budget}")
         if self.preset and self.family is None:
             raise ValueError(f"preset must be given together with family, got {self.preset[0]}")
         with small_preset(self.rehearse):
-            for case in self.cases():
-                self._check(case)
+            for model in self.models():
+                self._check(model)
 
-    def _check(self, case: TrainingCase) -> None:
-        for count in self.num_blocks:
-            if not 1 <= count <= case.depth:
-                raise ValueError(
-                    f"num_blocks must be from 1 to the {case.depth} layers of {case.preset}, "
-                    f"got {count}"
-                )
-        if self.target_of(case) is not None:
+    def _check(self, model: Recipe) -> None:
+        self.ways(model)  # refuses numbers of blocks that there cannot be
+        if self.target_of(model.preset) is not None:
             return
-        on_cpu = pick_device(self.device).type == "cpu" and not self.rehearse
-        if "cpu" in self.offload and on_cpu:
-            raise ValueError("offload must be none on a CPU, which is its own host, got cpu")
-        if "graph" in self.launch and on_cpu:
-            raise ValueError("launch must be ops on a CPU, got graph")
+        if self.on.type == "cpu" and not self.rehearse:
+            if "cpu" in self.offload:
+                raise ValueError("offload must be none on a CPU, which is its own host, got cpu")
+            if "graph" in self.launch:
+                raise ValueError("launch must be ops on a CPU, got graph")
         needed = 2 * max(self.num_blocks, default=1)
         if self.rounds is not None and self.rounds < needed:
             raise ValueError(
                 f"rounds must be at least {needed}, two steps of each block, got {self.rounds}"
             )
 
-    def cases(self) -> list[TrainingCase]:
-        on_gpu = pick_device(self.device).type == "cuda"
+    def models(self) -> list[Recipe]:
+        """What is trained, on what device."""
+        on_gpu = self.on.type == "cuda"
         families = [self.family] if self.family else ["dit"] if on_gpu else list(SMALL)
         return [
-            TrainingCase(family, name, self.batch, dtype)
+            model_of(family, name, self.batch, dtype, self.target_of(name) or target_of(self.on))
             for family in families
             for name in self.preset or (LARGE if on_gpu and family == "dit" else SMALL[family])
-            for dtype in self.dtype or ("autocast" if on_gpu or name in LARGE else "float32",)
+            for dtype in self.dtype or (DTYPES[on_gpu or name in LARGE],)
         ]
 
-    def target_of(self, case: TrainingCase) -> Target | None:
-        """The device that a case is predicted for; None where it runs."""
-        device = pick_device(self.device)
+    def target_of(self, preset: str) -> Target | None:
+        """The device that a model is predicted for; None where it runs."""
         if self.target == "this":
-            return target_of(device)
+            return target_of(self.on)
         if self.target != "auto":
             return target_named(self.target)
-        missing = case.preset in LARGE and device.type == "cpu"
+        missing = preset in LARGE and self.on.type == "cpu"
         return target_named(DEFAULT_TARGET) if missing else None
 
-    def ways(self, case: TrainingCase) -> list[Way]:
-        here = self.target_of(case) is None and pick_device(self.device).type == "cpu"
-        offload = self.offload or (("none",) if here else OFFLOAD)
+    def name_of(self, model: Recipe) -> str:
+        """Of the device in a row."""
+        told = self.target != "this" and self.target_of(model.preset)
+        return told.name.upper() if told else device_name(self.on)
+
+    def ways(self, model: Recipe) -> list[Recipe]:
+        here = self.target_of(model.preset) is None and self.on.type == "cpu"
         found = ways(
+            model,
             self.methods,
-            self.num_blocks,
-            self.recompute or policies_of(mixed=case.dtype == "autocast"),
-            self.budgets,
-            offload,
-            self.optimizer_in_backward,
-            self.launch,
+            num_blocks=self.num_blocks,
+            policies=self.recompute or policies_of(mixed=model.autocast),
+            budgets=self.budgets,
+            offload=self.offload or (("none",) if here else OFFLOAD),
+            optimizer_in_backward=self.optimizer_in_backward,
+            launch=self.launch,
         )
         at = self.offload_at or self.num_blocks
-        return [way for way in found if way.offload == "none" or way.num_blocks in at]
+        return [recipe for recipe in found if recipe.offload == "none" or recipe.num_blocks in at]
+
+    def key_of(self, recipe: Recipe) -> Row:
+        """What a row is known by."""
+        return {"suite": "training"} | described(recipe) | {"device": self.name_of(recipe)}
+
+    def wanted(self) -> list[Row]:
+        return [self.key_of(recipe) for model in self.models() for recipe in self.ways(model)]
+
+    def tables(self, known: Known) -> Iterator[Iterable[Row]]:
+        """Raises SystemExit, which names the ways that failed."""
+        beside = preparing(self.on, self.rehearse) if self.beside else nullcontext()
+        failed: list[str] = []
+        with rehearsing(self.rehearse), beside as ready:
+            todo = {
+                model: [way for way in self.ways(model) if known.lacks(self.key_of(way))]
+                for model in self.models()
+            }
+            for model, every in todo.items():
+                if ready and self.target_of(model.preset) is None:
+                    self._prepare(ready, model, every)
+            for model, every in todo.items():
+                yield rows_of(model, every, self, ready, failed)
+        if failed:
+            raise SystemExit(f"failed: {'; '.join(failed)}")
+
+    def _prepare(self, ready: Preparation, model: Recipe, every: Sequence[Recipe]) -> None:
+        ready.compile(every)
+        if self.nearest is not None:  # which is waited for before anything else
+            ready.predict(candidates(model, self.nearest))
+        ready.predict(every)
 
 
 def rows_of(
-    case: TrainingCase, options: Options, ready: Preparation | None, failed: list[str]
+    model: Recipe,
+    every: Sequence[Recipe],
+    options: Options,
+    ready: Preparation | None,
+    failed: list[str],
 ) -> Iterator[Row]:
     """One row for each way, as they are found; the ways that failed are added to a list."""
-    device, target = pick_device(options.device), options.target_of(case)
-    about = asdict(machine(device)) | {"command": called()}
-    every = options.ways(case)
-    if target is not None:
+    about = asdict(machine(options.on)) | {"command": called()}
+    if options.target_of(model.preset) is not None:
         if options.target != "this":
-            about |= {"device": target.name.upper(), "driver": None}
-        yield from predicted_rows(case, every, target, about)
+            about |= {"device": options.name_of(model), "driver": None}
+        yield from predicted_rows(every, about)
         return
     if options.nearest is not None:
-        nearest = ready.nearest(case, options.nearest)
-        every += [nearest] if nearest and nearest not in every else []
-        ready.compile(case, every)
-    rounds = options.rounds or ROUNDS[device.type]
-    early = options.early and options.json
-    yield from measured_rows(case, every, device, rounds, ready, about, early=early, failed=failed)
+        nearest = ready.nearest(model, options.nearest)
+        every = [*every, *([nearest] if nearest and nearest not in every else [])]
+        ready.compile(every)
+    yield from measured_rows(every, options, ready, about, failed)
 
 
-def run(options: Options, ready: Preparation | None) -> None:
-    """Print all rows.
+def predicted_rows(every: Sequence[Recipe], about: Row) -> Iterator[Row]:
+    """One row for each way, without times.
 
-    Raises:
-        SystemExit: some ways failed, which it names.
+    Args:
+        every:  way, and the device that is predicted
+        about:  the machine
     """
-    failed: list[str] = []
-    measured = [case for case in options.cases() if options.target_of(case) is None]
-    for case in measured if ready else ():
-        ready.compile(case, options.ways(case))
-        if options.nearest is not None:  # which is waited for before anything else
-            ready.predict(case, candidates(options.nearest))
-        ready.predict(case, options.ways(case))
-    for case in options.cases():
-        emit(rows_of(case, options, ready, failed), as_json=options.json)
-    if failed:
-        raise SystemExit(f"failed: {'; '.join(failed)}")
+    for recipe, prediction in zip(every, predicted(every), strict=True):
+        runs = {"implementation": ON_A_GPU.get(recipe.method, "torch")}
+        yield _row(recipe, figures_of(recipe, prediction)) | UNTIMED | runs | about
 
 
-def main(options: Options) -> None:
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device, really = pick_device(options.device), options.rehearse
-    beside = preparing(device, really) if options.beside else nullcontext()
-    with rehearsing(really), beside as ready:
-        run(options, ready)
+def measured_rows(
+    every: Sequence[Recipe],
+    options: Options,
+    ready: Preparation | None,
+    about: Row,
+    failed: list[str],
+) -> Iterator[Row]:
+    """One row for each way; those that do not fit the device are predicted for it.
+
+    Args:
+        every:    way
+        options:  device, rounds, and whether a row without times comes as a way is weighed
+        ready:    whose predictions stand beside what is measured; it rests before a step is timed
+        about:    the machine
+        failed:   ways that raise something else than that memory is out are added, and left out
+    """
+    device, missing = options.on, []
+    early = options.early and (options.json or options.out)
+    for together in _groups(every):
+        # a function is recompiled for so many shapes only before it is left in plain torch
+        torch.compiler.reset()
+        steps, rows = {}, {}
+        for recipe in together:
+            prediction = ready.figures(recipe) if ready else None
+            try:
+                figures = _weighed(recipe, device, steps, prediction)
+            except torch.OutOfMemoryError:
+                missing.append(recipe)
+            except Exception:  # whatever it is, the other ways are worth their minutes
+                print(f"{named(recipe)} failed:", file=sys.stderr)
+                traceback.print_exc()
+                failed.append(named(recipe))
+            else:
+                runs = {"implementation": implementation_of(recipe, device)}
+                told = {f"predicted_{name}": prediction and prediction[name] for name in PEAKS}
+                rows[recipe] = _row(recipe, figures) | told | runs
+                if early:
+                    yield rows[recipe] | UNTIMED | about
+        if not steps:
+            continue
+        if ready:
+            ready.wait()
+        dtype = torch.bfloat16 if together[0].autocast else torch.float32  # of the matmuls
+        before = ceilings(device, dtype)
+        timed = _timed(steps, device, options.rounds or ROUNDS[device.type])
+        ceiling = asdict(faster(before, ceilings(device, dtype)))
+        for recipe, times in timed.items():
+            achieved = rows[recipe]["flops"] / times["step_ms"] / 1e9
+            rates = (achieved, achieved / ceiling["matmul_tflops"])
+            yield rows[recipe] | times | dict(zip(RATES, rates, strict=True)) | ceiling | about
+        for each in steps.values():
+            each.trainer.close()
+    for recipe in missing:
+        print(f"{named(recipe)} does not fit the device, and is predicted", file=sys.stderr)
+    yield from predicted_rows(missing, about) if missing else ()
+
+
+def _weighed(
+    recipe: Recipe, device: torch.device, steps: dict[Recipe, Steps], prediction: Row | None
+) -> Row:
+    """The figures of a way, whose steps join those that are there where nothing is wrong."""
+    made = make_steps(recipe, device, steps)
+    figures = weigh(recipe, made, [each.trainer for each in steps.values()], prediction)
+    steps[recipe] = made
+    return figures
+
+
+def _groups(every: Sequence[Recipe]) -> list[list[Recipe]]:
+    """Ways whose steps are interleaved.
+
+    All that have everything on the device; apart from them, by number of blocks, those with one
+    block there, as each has all the others on the host for itself.
+    """
+    groups: dict[int, list[Recipe]] = {}
+    for recipe in every:
+        groups.setdefault(0 if recipe.offload == "none" else recipe.num_blocks, []).append(recipe)
+    return list(groups.values())
+
+
+def _timed(steps: dict[Recipe, Steps], device: torch.device, rounds: int) -> dict[Recipe, Row]:
+    for recipe, of in steps.items():
+        # each block has had its first steps when it was weighed, but for those of its graph
+        for _ in range(2 if recipe.cuda_graphs else 0):
+            of.sweep()
+    # a step reads its loss, for which a captured graph cannot wait
+    samples = measure.samples(steps, device=device, rounds=rounds, capture=False)
+    found = {}
+    for recipe, (milliseconds, timing) in samples.items():
+        times = step_times(milliseconds, steps[recipe].visited[-rounds:])
+        found[recipe] = times | {
+            "samples_per_second": 1e3 * recipe.batch_size / times["step_ms"],
+            "rounds": rounds,
+            "timing": timing,
+        }
+        if recipe.offload == "cpu":
+            found[recipe] |= _swap(steps[recipe].trainer)
+    return found
+
+
+def _swap(trainer: Trainer) -> Row:
+    """How long it takes to bring a block to the host and another from there, by wall clock."""
+    seconds = [trainer.offloader.swap_seconds() for _ in range(SWAPS)]
+    sizes = [
+        sum(tensor.nbytes for tensor in group.tensors())
+        for name, group in trainer.groups.items()
+        if name != SHARED
+    ]
+    return {"swap_ms": 1e3 * statistics.median(seconds), "swap_bytes": 2 * max(sizes)}
+
+
+def _row(recipe: Recipe, figures: Row) -> Row:
+    return {"suite": "training"} | described(recipe) | figures
 
 
 if __name__ == "__main__":
-    main(parsed(Options))
+    main(Options)

@@ -1,83 +1,85 @@
-"""What a training step needs: measured on the device that runs it, or predicted for another."""
+"""What a training step needs: measured on the device that runs it, or predicted for another.
+
+Other processes predict, and compile, while a benchmark weighs; never while it times.
+"""
 
 import gc
-import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
 import measure
 import torch
+from rehearsal import rehearsing
+from show import Row
 from torch import Tensor
-from training_case import TrainingCase, Way
-from training_step import Steps
+from training_step import Steps, make_trainer, named
 
-from dbkernels.memory.allocator import Target, target_of
 from dbkernels.memory.measure import Prediction, record
 from dbkernels.memory.tracker import CATEGORIES, Trace
 from dbkernels.planning.dry_run import dry_run
-from dbkernels.planning.recipe import of_preset
+from dbkernels.planning.pool import processes
+from dbkernels.planning.recipe import Recipe
 from dbkernels.training.partition import Block
 from dbkernels.training.trainer import Trainer
 
-Figures = dict[str, object]
 BLOCK = 512  # bytes; the caching allocator gives multiples of it
 NOT_SEEN = "compiled"  # by the tracker: the method whose ops it does not meet
+PROCESSES = 14  # at once, where there are so many cores beside those of the benchmark itself
+# of activation memory, of which the one is chosen whose peak is nearest to that of a fused way
+BUDGETS = (0.9, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 
 # measured
 
 
 def weigh(
-    case: TrainingCase,
-    way: Way,
-    steps: Steps,
-    others: Sequence[Trainer] = (),
-    prediction: Figures | None = None,
-) -> Figures:
+    recipe: Recipe, steps: Steps, others: Sequence[Trainer] = (), prediction: Row | None = None
+) -> Row:
     """Bytes and operations of a step of the costliest block, which has the most layers.
 
     It runs in the process that also times it. On a GPU the allocator begins empty but for what
     stays, and what other trainers have there of their own is left out of the peaks.
 
     Args:
-        case:        what is trained
-        way:         how
-        steps:       that train it; their trainer moves on by a few
+        recipe:      of the steps
+        steps:       whose trainer moves on by a few
         others:      trainers that are there too
         prediction:  of the same step, where it is known already
     Raises:
         torch.OutOfMemoryError: the device does not hold the batch at once.
     """
     trainer = steps.trainer
-    device, block = trainer.device, _costliest(trainer)
-    if device.type == "cuda":
+    device, block = trainer.device, max(trainer.blocks, key=lambda block: len(block.layers))
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         gc.collect()
         torch.cuda.empty_cache()
     step = partial(steps.step, block)
     steps.sweep()
     of_graphs = _reserved_by_graphs(steps)
     with _op_by_op(trainer):
-        taken = measure.memory(step, inputs=_on_device(trainer), device=device)
+        found = measure.memory(step, inputs=_on_device(trainer), device=device)
         beside = _beside(trainer, others)
-        reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+        reserved = torch.cuda.max_memory_reserved(device) if on_gpu else None
         reserved = reserved if of_graphs is None else of_graphs
         figures = {
-            "peak_allocated_bytes": taken.peak_bytes + taken.resident_bytes - beside,
+            "peak_allocated_bytes": found.peak_bytes + found.resident_bytes - beside,
             "peak_reserved_bytes": None if reserved is None else reserved - beside,
             "saved_bytes": _saved_bytes(trainer, step),
             "memory": "measured",
             "weighed": "in the process that times it",
             "beside_bytes": beside,
         }
-        if trainer.micro_batch.size < case.batch:
-            raise torch.OutOfMemoryError(f"a batch of {case.batch} does not fit")
-        if way.method == NOT_SEEN:
-            known = prediction or figures_of(case, target_of(device), way)["none"]
-            return figures | {"by_category": None, "flops": known["flops"]}
+        if trainer.micro_batch.size < recipe.batch_size:
+            raise torch.OutOfMemoryError(f"a batch of {recipe.batch_size} does not fit")
+        if recipe.method == NOT_SEEN:
+            flops = (prediction or predicted(recipe)["none"])["flops"]
+            return figures | {"by_category": None, "flops": flops}
         return figures | _told_apart(steps, figures["peak_allocated_bytes"])
 
 
@@ -104,15 +106,11 @@ def _op_by_op(trainer: Trainer) -> Iterator[None]:
 
 
 def _reserved_by_graphs(steps: Steps) -> int | None:
-    """What the allocator has taken when each block's step is a graph."""
+    """What the allocator has reserved when each block's step is a graph."""
     if steps.trainer.cuda_graphs is None:
         return None
     steps.sweep()
     return torch.cuda.memory_reserved(steps.trainer.device)
-
-
-def _costliest(trainer: Trainer) -> Block:
-    return max(trainer.blocks, key=lambda block: len(block.layers))
 
 
 def _on_device(trainer: Trainer) -> list[Tensor]:
@@ -147,7 +145,7 @@ def _growth(device: torch.device, found: list[int]) -> Iterator[None]:
     found.append(sum(changes))
 
 
-def _told_apart(steps: Steps, peak_bytes: int) -> Figures:
+def _told_apart(steps: Steps, peak_bytes: int) -> Row:
     """The peak by category, and the operations of a step, averaged over the blocks."""
     trainer, traces = steps.trainer, {}
     for block in trainer.blocks:
@@ -176,61 +174,15 @@ def _trace(steps: Steps, block: Block) -> Trace:
 # predicted
 
 
-def predicted(
-    case: TrainingCase, every: Sequence[Way], target: Target
-) -> Iterator[tuple[Way, Figures]]:
-    """Each way and its figures, in order, as they are found."""
-    alike: dict[Way, list[Way]] = {}
-    for way in every:
-        alike.setdefault(with_all(way), []).append(way)
-    with _mapping(len(alike)) as mapped:
-        found = mapped(partial(figures_of, case, target), alike)
-        for same, figures in zip(alike.values(), found, strict=True):
-            for way in same:
-                yield way, figures[way.offload]
+def predicted(recipe: Recipe) -> dict[str, Row]:
+    """Figures of a step by what is on the device: all blocks, or one."""
+    return {place: figures_of(recipe, each) for place, each in dry_run(recipe).items()}
 
 
-@contextmanager
-def _mapping(count: int) -> Iterator[Callable[..., Iterator[dict[str, Figures]]]]:
-    """What maps so many, in processes where they are several."""
-    processes = min(os.cpu_count() or 1, count)
-    if processes == 1:
-        yield map
-        return
-    # a forked process would inherit torch's threads without their locks
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        yield pool.map
-
-
-def with_all(way: Way) -> Way:
-    """The way of which a dry run tells both what all blocks need and what one needs."""
-    return replace(way, offload="none", launch="ops")
-
-
-def predict(case: TrainingCase, way: Way, target: Target) -> dict[str, Prediction]:
-    """By what is on the device: all blocks, or one."""
-    recipe = replace(
-        of_preset(case.family, case.preset),
-        batch_size=case.batch,
-        autocast=case.dtype == "autocast",
-        method=way.method,
-        num_blocks=way.num_blocks,
-        recompute=way.recompute,
-        budget=way.budget,
-        optimizer_in_backward=way.optimizer_in_backward,
-        device=target,
-    )
-    return dry_run(recipe)
-
-
-def figures_of(case: TrainingCase, target: Target, way: Way) -> dict[str, Figures]:
-    """As `predict`, without the trace: that is large, and stays in the process that made it."""
-    return {place: _figures(way, of) for place, of in predict(case, way, target).items()}
-
-
-def _figures(way: Way, prediction: Prediction) -> Figures:
+def figures_of(recipe: Recipe, prediction: Prediction) -> Row:
+    """What a row says of a prediction."""
     # what a selective checkpoint keeps is in no hook's sight
-    saved = None if way.method == "selective" else prediction.saved_bytes
+    saved = None if recipe.method == "selective" else prediction.saved_bytes
     return {
         "peak_allocated_bytes": prediction.peak_allocated_bytes,
         "peak_reserved_bytes": prediction.peak_reserved_bytes,
@@ -241,3 +193,130 @@ def _figures(way: Way, prediction: Prediction) -> Figures:
         "by_category": prediction.by_category,
         "flops": prediction.flops,
     }
+
+
+# by other processes
+
+
+class Preparation:
+    """Predictions to come, and kernels that are being compiled.
+
+    What fails here costs a row its prediction, or its first step the time of a compiler: no row.
+
+    Args:
+        pool:      of processes
+        device:    that the steps will run on
+        rehearse:  as `rehearsing` has it
+    """
+
+    def __init__(self, pool: Executor, device: torch.device, rehearse: bool = False):
+        self._pool, self._device, self._rehearse = pool, device, rehearse
+        self._predictions: dict[Recipe, Future] = {}
+        self._compiling: dict[Recipe, Future] = {}
+
+    def predict(self, every: Sequence[Recipe]) -> None:
+        """Begin to predict some ways."""
+        for recipe in map(with_all, every):
+            if recipe not in self._predictions:
+                self._predictions[recipe] = self._submit(predicted, recipe)
+
+    def compile(self, every: Sequence[Recipe]) -> None:
+        """Begin to compile what the layers of some ways need."""
+        for recipe in map(with_all, every):
+            # a model of one layer has every kernel that one of many has
+            model = replace(recipe.model, depth=1)
+            alone = replace(recipe, model=model, num_blocks=1, optimizer_in_backward=False)
+            if alone not in self._compiling:
+                self._compiling[alone] = self._submit(compile_alone, alone, self._device)
+
+    def figures(self, recipe: Recipe) -> Row | None:
+        """What is predicted of one way; None, and the reason on stderr, where nothing could be."""
+        try:
+            return self._predictions[with_all(recipe)].result()[recipe.offload]
+        except Exception as error:  # whatever it is, the way itself may well run
+            print(f"{named(recipe)} was not predicted: {error!r}", file=sys.stderr)
+            return None
+
+    def nearest(self, model: Recipe, recompute: str) -> Recipe | None:
+        """The compiled way whose predicted peak is nearest to that of the fused layers end to end.
+
+        Args:
+            model:      that is trained
+            recompute:  of the fused layers
+        Returns:
+            None where the peaks could not be predicted.
+        """
+        fused, *every = candidates(model, recompute)
+        self.predict([fused, *every])
+        goal, *peaks = (self._peak(recipe) for recipe in (fused, *every))
+        if goal is None:
+            return None
+        pairs = zip(every, peaks, strict=True)
+        far = {recipe: abs(peak - goal) for recipe, peak in pairs if peak is not None}
+        return min(far, key=far.get, default=None)
+
+    def _peak(self, recipe: Recipe) -> int | None:
+        figures = self.figures(recipe)
+        return figures and figures["peak_allocated_bytes"]
+
+    def _submit(self, function: Callable[..., object], *arguments: object) -> Future:
+        try:
+            return self._pool.submit(alone_in_a_process, self._rehearse, function, *arguments)
+        except BrokenExecutor as error:  # a process has died, and the pool runs nothing any more
+            failed = Future()
+            failed.set_exception(error)
+            return failed
+
+    def wait(self) -> None:
+        """Return when no other process works; says what could not be compiled."""
+        wait([*self._predictions.values(), *self._compiling.values()])
+        for recipe, task in self._compiling.items():
+            if error := task.exception():
+                print(f"{named(recipe)} was not compiled beside: {error!r}", file=sys.stderr)
+        self._compiling.clear()
+
+
+def with_all(recipe: Recipe) -> Recipe:
+    """The way of which a dry run tells both what all blocks need and what one needs."""
+    return replace(recipe, offload="none", cuda_graphs=False)
+
+
+def candidates(model: Recipe, recompute: str) -> list[Recipe]:
+    """The fused layers end to end, and the compiled ways of which one comes nearest to them."""
+    fused = replace(model, method="block_fused", num_blocks=1, recompute=recompute)
+    plain = replace(fused, method="compiled", recompute=None)
+    return [fused, *(replace(plain, budget=budget) for budget in BUDGETS)]
+
+
+@contextmanager
+def preparing(device: torch.device, rehearse: bool) -> Iterator[Preparation]:
+    """A preparation whose processes end with the context.
+
+    Args:
+        device:    that the steps will run on
+        rehearse:  as `rehearsing` has it
+    """
+    with processes(max(1, min(PROCESSES, (os.cpu_count() or 1) - 1))) as pool:
+        yield Preparation(pool, device, rehearse)
+
+
+def alone_in_a_process(
+    rehearse: bool, function: Callable[..., object], *arguments: object
+) -> object:
+    """Call a function in one thread, and its compiler's."""
+    torch.set_num_threads(1)
+    # the compiler reads it when it is first used; each would start a worker for every core
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    with rehearsing(rehearse):
+        return function(*arguments)
+
+
+def compile_alone(recipe: Recipe, device: torch.device) -> None:
+    """Run a step."""
+    trainer = make_trainer(recipe, device)
+    trainer.step_block(trainer.blocks[0])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        del trainer
+        gc.collect()  # what is in a cycle would keep its memory, which others need
+        torch.cuda.empty_cache()

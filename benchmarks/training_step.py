@@ -1,4 +1,4 @@
-"""Trainers of one case to compare, and their steps.
+"""Ways to train one model: their recipes, trainers of them to compare, and their steps.
 
 All that can share it train the same parameters, with the same state of the optimizer: so many ways
 fit a device at once, and each begins where the others are.
@@ -10,77 +10,165 @@ from dataclasses import replace
 
 import measure
 import torch
+from layer_case import Competitor
+from show import Row, way_of
 from torch import nn
-from training_case import TrainingCase, Way
 
 from dbkernels.data.made_up import MadeUpData
+from dbkernels.memory.allocator import Target
 from dbkernels.models.baseline import use_baseline
+from dbkernels.planning.recipe import BASELINES, BLOCKWISE, Recipe, of_preset
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, own_group
 from dbkernels.training.partition import Block
 from dbkernels.training.run import RunConfig
 from dbkernels.training.trainer import Trainer
 
+LR = 1e-6  # every way trains the same parameters, whose size it should leave alone
+DTYPES = ("float32", "autocast")  # autocast: parameters of float32, compute in bfloat16
+LAUNCH = ("ops", "graph")  # one by one, or the step as one CUDA graph
 
-def make_trainer(
-    case: TrainingCase, way: Way, device: torch.device, *, owner: Trainer | None = None
-) -> Trainer:
+
+# recipes
+
+
+def model_of(family: str, preset: str, batch: int, dtype: str, target: Target) -> Recipe:
+    """A model and its batch, which ways to train it share; the samples are made up."""
+    recipe = of_preset(family, preset)
+    return replace(recipe, batch_size=batch, autocast=dtype == "autocast", device=target)
+
+
+def ways(
+    model: Recipe,
+    methods: Sequence[str],
+    *,
+    num_blocks: Sequence[int],
+    policies: Sequence[str],
+    budgets: Sequence[float],
+    offload: Sequence[str],
+    optimizer_in_backward: Sequence[bool],
+    launch: Sequence[str],
+) -> list[Recipe]:
+    """Every way there is to train a model, in the order of `methods`.
+
+    Args:
+        model:       which all train
+        methods:     end to end comes once, block by block for each number of blocks
+        num_blocks:  1 of the fused layer is end to end too
+        policies:    of the fused layer
+        budgets:     of the compiled one
+        offload:     of the fused layer; the published code, which is stock, has all blocks there
+        optimizer_in_backward:  True only where memory is the aim: end to end, checkpointed, and
+                     the fused layer with no other block on the device
+        launch:      of the fused layer
+    """
+    found = []
+    for method in methods:
+        fused = method == "block_fused"
+        for count in num_blocks if method in BLOCKWISE else (1,):
+            # one block is all that there is, and of plain torch it is end to end
+            if method == "block_stock" and count == 1 and "end_to_end" in methods:
+                continue
+            found += [
+                replace(
+                    model,
+                    method=method,
+                    num_blocks=count,
+                    recompute=recompute,
+                    budget=budget,
+                    offload=place,
+                    optimizer_in_backward=in_backward,
+                    cuda_graphs=each == "graph",
+                )
+                for budget in (budgets if method == "compiled" else (None,))
+                for place in (offload if fused and count > 1 else ("none",))
+                for recompute in (policies if fused else (None,))
+                for in_backward in (
+                    optimizer_in_backward
+                    if method in ("end_to_end", "checkpointed")
+                    or (fused and (place == "cpu" or count == 1))
+                    else (False,)
+                )
+                for each in (launch if fused else ("ops",))
+            ]
+    return found
+
+
+def described(recipe: Recipe) -> Row:
+    """What a row says of a model and of the way in which it is trained."""
+    names = ("method", "num_blocks", "recompute", "budget", "offload", "optimizer_in_backward")
+    return (
+        {"family": recipe.family, "preset": recipe.preset, "batch": recipe.batch_size}
+        | {"dtype": DTYPES[recipe.autocast]}
+        | {name: getattr(recipe, name) for name in names}
+        | {"launch": LAUNCH[recipe.cuda_graphs]}
+    )
+
+
+def named(recipe: Recipe) -> str:
+    """In words, for messages."""
+    blocks = f"{recipe.num_blocks} block{'s' if recipe.num_blocks > 1 else ''}"
+    return f"{recipe.preset}, {way_of(described(recipe))} in {blocks}"
+
+
+def implementation_of(recipe: Recipe, device: torch.device) -> str:
+    """What computes the layers."""
+    impls = {"block_fused": "fused", "compiled": "compiled"}
+    return Competitor(impls.get(recipe.method, "eager")).implementation(device)
+
+
+# trainers
+
+
+def make_trainer(recipe: Recipe, device: torch.device, *, owner: Trainer | None = None) -> Trainer:
     """A trainer at its first step.
 
     Args:
-        case:    what it trains
-        way:     how
+        recipe:  of what it trains, and how
         device:  to train on
-        owner:   of the same case, whose parameters and optimizer's state it takes for its own
+        owner:   of the same model, whose parameters and optimizer's state it takes for its own
     """
-    config = case.config(way)
+    config = recipe.config()
+    config = replace(config, trainer=replace(config.trainer, lr=LR))
     if owner is None:
         with device:  # where the weights are drawn, which takes a host many seconds
-            models = config.build(config.home(device))
+            blocks = config.build(config.home(device))
     else:
-        models = _without_parameters(config)
-        _lend(owner.blocks.model, models.model)
-    if way.baseline is not None:
-        budget = 1.0 if way.budget is None else way.budget
-        use_baseline(models.model, way.baseline, budget=budget)
-    trainer = config.trainer_of(
-        models, MadeUpData(config.model.fields(), case.batch), device=device
-    )
+        blocks = _without_parameters(config)
+        _lend(owner.blocks.model, blocks.model)
+    if BASELINES[recipe.method] is not None:
+        budget = 1.0 if recipe.budget is None else recipe.budget
+        use_baseline(blocks.model, BASELINES[recipe.method], budget=budget)
+    data = MadeUpData(recipe.model.fields(), recipe.batch_size)
+    trainer = config.trainer_of(blocks, data, device=device)
     if owner is not None:
         _lend_state(owner, trainer)
     return trainer
 
 
-def make_steps(
-    case: TrainingCase, way: Way, device: torch.device, others: "Mapping[Way, Steps]"
-) -> "Steps":
+def make_steps(recipe: Recipe, device: torch.device, others: "Mapping[Recipe, Steps]") -> "Steps":
     """The steps of one way, beside those of others that are there already.
 
     Ways that move no parameters train the same ones. With offload, ways that differ by recompute
     alone are one trainer's: there is room for one, and a slot on the device too.
 
     Args:
-        case, way, device:  as those of `make_trainer`
-        others:             by their ways
+        recipe, device:  as those of `make_trainer`
+        others:          by their recipes
     """
+    here = shares(recipe)
     for other, steps in others.items():
-        if (
-            shares(way)
-            and shares(other)
-            and way.optimizer_in_backward == other.optimizer_in_backward
-        ):
-            return Steps(make_trainer(case, way, device, owner=steps.trainer))
-        if (
-            not shares(way)
-            and replace(way, recompute=other.recompute) == other
-            and way.launch == "ops"
-        ):
-            return Steps(steps.trainer, way.recompute, beside=steps)
-    return Steps(make_trainer(case, way, device), way.recompute if not shares(way) else None)
+        same_end = recipe.optimizer_in_backward == other.optimizer_in_backward
+        if here and shares(other) and same_end:
+            return Steps(make_trainer(recipe, device, owner=steps.trainer))
+        alike = replace(recipe, recompute=other.recompute) == other if not here else False
+        if alike and not recipe.cuda_graphs:
+            return Steps(steps.trainer, recipe.recompute, beside=steps)
+    return Steps(make_trainer(recipe, device), None if here else recipe.recompute)
 
 
-def shares(way: Way) -> bool:
+def shares(recipe: Recipe) -> bool:
     """Whether a way can train another's parameters: it does not move them."""
-    return way.offload == "none"
+    return recipe.offload == "none"
 
 
 def _without_parameters(config: RunConfig) -> DiffusionBlocks:
@@ -104,6 +192,9 @@ def _lend_state(owner: Trainer, trainer: Trainer) -> None:
     for group in trainer.groups.values():
         for parameter in group.parameters.values():
             group.optimizer.state[parameter] = state[parameter]
+
+
+# steps
 
 
 class Steps:

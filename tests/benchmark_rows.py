@@ -119,7 +119,7 @@ def _row(
             "by_category": parts,
             "memory": "predicted" if predicted else "measured",
             "implementation": "triton" if method == "block_fused" else implementation,
-            "command": "python -m dbkernels bench --full",
+            "command": "python benchmarks/training.py --family dit",
         }
         | about
     )

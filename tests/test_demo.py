@@ -1,49 +1,102 @@
 import importlib
-import json
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from dbkernels.training.trainer import TrainerConfig
+from dbkernels.memory.units import in_words
 
-TOOLS = Path(__file__).parents[1] / "tools"
+ROOT = Path(__file__).parents[1]
+FEW = ["--classifier-steps", "2", "--generator-steps", "2", "--per-class", "8"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The demo's folder after a demo of a few steps."""
-    sys.path.insert(0, str(TOOLS))
-    try:
-        demo = importlib.import_module("demo")
-    finally:
-        sys.path.remove(str(TOOLS))
-    out = tmp_path_factory.mktemp("demo")
-    short = TrainerConfig(steps=1, batch_size=8)
-    demo.Demo(out=out, classifier=short, generator=short, per_class=10).run()
-    (folder,) = out.iterdir()
-    return folder
+    """What a demo of a few steps prints at 80 columns, and its folder; everything is set up."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(ROOT / "tools", checkout / "tools")
+    (checkout / "tools" / "setup.sh").write_text("")
+    (checkout / "benchmarks").symlink_to(ROOT / "benchmarks")
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT}:$PYTHONPATH exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    command = ["env", "COLUMNS=80", "bash", str(checkout / "tools" / "demo.sh"), *FEW]
+    done = subprocess.run(command, cwd=checkout.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [folder] = (checkout / "runs" / "demo").iterdir()
+    return done.stdout, folder
 
 
-def test_writes_results_that_the_report_shows(finished):
-    results = json.loads((finished / "demo.json").read_text())
-    assert [run["num_blocks"] for run in results["classification"]] == [1, 3]
-    assert [run["num_blocks"] for run in results["generation"]] == [1, 3]
-    page = (finished / "report.html").read_text()
-    assert "Fréchet" in page and "FID" not in page
+@pytest.fixture(scope="module")
+def tool():
+    """Import one of the demo's files, which stand beside each other and are no package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        patch.syspath_prepend(str(ROOT / "tools"))
+        yield importlib.import_module
 
 
-def test_one_of_three_blocks_keeps_about_a_third_for_its_backward(finished):
-    results = json.loads((finished / "demo.json").read_text())
-    for task in ("classification", "generation"):
-        whole, blocks = results[task]
+@pytest.fixture
+def rows(tool, finished):
+    return tool("report_rows").read([finished[1]])
+
+
+def test_writes_a_row_for_each_model_that_the_report_reads(rows):
+    models = [(row["family"], row["num_blocks"]) for row in rows]
+    assert models == [("vit", 1), ("vit", 3), ("dit", 1), ("dit", 3)]
+    for row in rows:
+        assert (row["updates"], row["command"]) == (2, "bash tools/demo.sh")
+        assert [len(losses) for losses in row["loss"]] == [2] * row["num_blocks"]
+        assert ("frechet" in row) == (row["family"] == "dit") != ("accuracy" in row)
+
+
+def test_one_of_three_blocks_keeps_about_a_third_for_its_backward(rows):
+    for whole, blocks in (rows[:2], rows[2:]):
         assert blocks["saved_bytes"] <= 0.36 * whole["saved_bytes"]
         assert blocks["peak_bytes"] < whole["peak_bytes"]
 
 
-def test_every_run_can_be_evaluated_again(finished):
-    from dbkernels.training.run import load_run
+def test_the_terminal_shows_every_figure_at_80_columns_and_where_the_page_is(tool, finished, rows):
+    text, folder = finished
+    assert max(map(len, text.splitlines()[:-1])) <= 80
+    assert str(folder.relative_to(folder.parents[2]) / "report.html") in text
+    words = " ".join(re.sub("[│┃]", " ", text).split())
+    for row in rows:
+        assert in_words(row["peak_bytes"]) in words
+    [right] = re.findall(r"classifier is right on ([\d.]+) % of unseen digits", words)
+    assert float(right) > 90
 
-    for name in ("vit-1", "vit-3", "dit-1", "dit-3"):
-        config, blocks = load_run(finished / name, device="cpu")
-        assert len(blocks) == config.partition.num_blocks
+
+def test_the_page_needs_nothing_from_outside_and_says_where_its_figures_come_from(finished, rows):
+    page = (finished[1] / "report.html").read_text()
+    assert len(re.findall(r'<img alt="[^"]+" src="data:image/svg\+xml;base64,', page)) == 2
+    assert "http" not in page and "<script" not in page and "<link" not in page
+    assert "Fréchet distance" in page and "FID" not in page
+    assert (
+        f"commit {rows[0]['commit'] or 'unknown'}" in page
+        and "<code>bash tools/demo.sh</code>" in page
+    )
+    assert "<td>recognised as asked</td>" in page and '<th class="number">DiT, 3 blocks' in page
+
+
+def test_digits_stand_in_the_line_of_their_class(tool):
+    demo = tool("demo")
+    labels = torch.arange(10).repeat(12)
+    places = demo._in_rows(labels)
+    assert labels[places].tolist() == torch.arange(10).repeat_interleave(demo.SHOWN).tolist()
+    images = torch.rand(len(places), 1, 4, 5)
+    [axes] = demo.digits_picture({"some": images, "more": images}).axes[:1]
+    drawn = torch.tensor(axes.images[0].get_array())
+    assert drawn.shape == (10 * 4, demo.SHOWN * 5)
+    assert torch.equal(drawn[8:12, 15:20], images[2 * demo.SHOWN + 3, 0])
+
+
+def test_losses_are_stored_as_means_over_neighbouring_steps(tool):
+    assert tool("demo")._means([1.0, 2.0]) == [1.0, 2.0]
+    means = tool("demo")._means([float(step) for step in range(101)])
+    assert len(means) == 34 and means[:2] == [1.0, 4.0] and means[-1] == 99.5

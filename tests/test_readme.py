@@ -1,4 +1,4 @@
-"""What the README says is run as it stands there."""
+"""What the README and the pages under docs say is run, or compared with the code."""
 
 import re
 from pathlib import Path
@@ -8,57 +8,61 @@ import pytest
 from dbkernels.memory.budget import require_within
 from dbkernels.ops import POLICIES
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+MEMORY = (ROOT / "docs" / "memory.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def code_blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def examples(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def test_the_example_trains_and_classifies():
-    example = code_blocks("python")[0]
+def test_the_four_statements_train_and_evaluate(capsys):
+    example = examples(README)[0]
+    imports, *statements = example.split("\n\n")
+    assert imports.startswith("from dbkernels import ")
+    assert len("\n".join(statements).splitlines()) == 4
     # the reader waits a minute for it, a test does not
-    shortened = re.sub(r"steps=\d+", "steps=1", example)
+    shortened = example.replace("steps=500", "steps=2")
     assert shortened != example
     names = {}
     exec(shortened, names)
-    assert len(names["blocks"]) == 3
-    assert len(names["logits"]) == 3
+    assert (len(names["blocks"]), names["trainer"].step) == (3, 6)
+    assert "accuracy after each step" in capsys.readouterr().out
 
 
 def test_the_layer_runs_alone():
     names = {}
-    exec(code_blocks("python")[1], names)
+    exec(examples(README)[1], names)
     assert names["layer"].modulation.weight.grad.any()
 
 
+def test_the_table_is_that_of_the_results():
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    [table] = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
+    assert len(table.splitlines()) == 2 + 6
+    assert f"\n\n{table}\n" in results
+    for command in re.findall(r"[A-D]: (`[^`]+`)", README):
+        assert " ".join(command.split()) in " ".join(results.split())
+    assert set(re.findall(r"\| ([A-D]) \|", table)) == set(re.findall(r"([A-D]): `", README))
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 170
+    assert all(len(page.read_text().splitlines()) < 200 for page in PAGES)
+
+
 def test_the_policies_are_those_of_the_code():
-    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (\d+) \| ([\d.]+) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| (\d+) \| ([\d.]+) \|", MEMORY, re.MULTILINE)
     # of four layers in a row, the first keeps x; the lowest policy keeps nothing else
     units = {name: policy.units for name, policy in POLICIES.items()}
     assert rows == [(name, str(D), f"{D - 0.75 if D > 1 else D}") for name, D in units.items()]
 
 
-def test_every_command_line_parses(monkeypatch):
-    import shlex
-
-    from dbkernels.cli import main as cli
-
-    ran = []
-    verbs = (cli.Train, cli.Sample, cli.Evaluate, cli.Profile, cli.Plan, cli.Bench, cli.Doctor)
-    for verb in verbs:
-        monkeypatch.setattr(verb, "run", lambda self: ran.append(type(self).__name__))
-    lines = "\n".join(code_blocks("bash")).replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line, comments=True) for line in lines]
-    calls = [words[3:] for words in commands if words[1:3] == ["-m", "dbkernels"]]
-    for call in calls:
-        cli.main(call)
-    assert set(ran) == {verb.__name__ for verb in verbs}
-
-
 def test_the_budget_holds_for_the_example():
     names = {}
-    exec(code_blocks("python")[2], names)
+    exec(examples(MEMORY)[0], names)
     names["test_a_training_step_stays_within_its_memory"](require_within)
     with pytest.raises(AssertionError, match="needs"):
         names["test_a_training_step_stays_within_its_memory"](
@@ -66,7 +70,7 @@ def test_the_budget_holds_for_the_example():
         )
 
 
-def test_every_file_it_names_exists():
-    root = Path(__file__).parents[1]
-    for name in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (root / name).exists(), name
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_it_names_exists(page):
+    for name in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text()):
+        assert (page.parent / name).exists(), name

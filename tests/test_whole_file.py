@@ -13,7 +13,7 @@ def test_a_file_has_all_or_what_it_had(tmp_path):
         file.flush()
         assert path.read_text(encoding="utf-8") == "old é\n"
         raise KeyboardInterrupt
-    assert path.read_bytes() == "old é\n".encode()
+    assert path.read_bytes() == "old é\n".encode() and os.listdir(tmp_path) == ["a.txt"]
     with whole_file(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new"

@@ -12,7 +12,7 @@ import tyro
 from digit_features import DigitClassifier, train_classifier
 from machine import machine
 from matplotlib.figure import Figure
-from page import Section, html, write_whole
+from page import Section, html
 from report_pictures import learning_section
 from report_rows import Row
 from report_tables import about, table_of
@@ -25,6 +25,7 @@ from dbkernels import DiffusionBlocks, DiT, Draw, LogNormal, Trainer, ViT, measu
 from dbkernels.data.augment import drop_labels
 from dbkernels.training.diffusion_blocks import load_weights
 from dbkernels.training.evaluation import frechet_distance
+from dbkernels.whole_file import write_whole
 
 CLASSES, SHOWN = 10, 8  # digits of each class in the picture
 POINTS = 50  # of a line of losses
@@ -85,6 +86,7 @@ class Demo:
         right = 100 * judge.accuracy(unseen, answers)
         note = f"The small classifier is right on {right:.1f} % of unseen digits, "
         note += f"which are at a Fréchet distance of {distance(judge, unseen, images):.3g}."
+        folder.mkdir(parents=True)
         write_whole(folder / "demo.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_whole(folder / "report.html", html(TITLE, sections(rows, shown, note)))
         Console().print(terminal_table(rows, note))

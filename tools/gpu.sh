@@ -59,33 +59,45 @@ mkdir -p "$out"
 rm -f "$out/stderr.txt"
 "$python" benchmarks/gpu_jobs.py $rehearse "${parts[@]}" >"$scratch/jobs"
 if [ -n "$rehearse" ]; then
-    "$python" benchmarks/gpu_time.py "${parts[@]}"
+    "$python" benchmarks/gpu_jobs.py --estimate "${parts[@]}"
 fi
 
-failed=""
-while IFS=$'\t' read -r -u 3 part file seconds command; do
-    begin=$SECONDS status=0 seconds=$((seconds * ${PATIENCE:-1}))
+run_job() { # part, file, seconds, command
+    local begin=$SECONDS status=0 seconds=$(($3 * ${PATIENCE:-1})) how said=$scratch/${2}.said
     # the shell words of gpu_jobs.py; an interrupt lets a program say what it has so far
-    eval "timeout --signal=INT --kill-after=10 $seconds \"\$python\" $command" \
-        >"$out/$file" 2>"$scratch/said" || status=$?
+    eval "timeout --signal=INT --kill-after=10 $seconds \"\$python\" $4" >"$out/$2" 2>"$said" || status=$?
     case $status in
     0) how=done ;;
     124 | 137) how="cut off at its limit of $seconds s" ;;
     *) how="failed with $status" ;;
     esac
+    printf '%s/%s\t%s in %s s\n' "$1" "$2" "$how" $((SECONDS - begin)) | tee -a "$scratch/ran"
     if [ $status != 0 ]; then
-        failed="$failed $part/$file"
-        cat "$scratch/said" >>"$out/stderr.txt"
+        printf ' %s/%s' "$1" "$2" >>"$scratch/failed"
+        cat "$said" >>"$out/stderr.txt"
+        tail -n 5 "$said" >&2
     fi
-    printf '%s/%s\t%s in %s s\n' "$part" "$file" "$how" $((SECONDS - begin)) | tee -a "$scratch/ran"
-    if [ $status != 0 ]; then tail -n 5 "$scratch/said" >&2; fi
+}
+
+touch "$scratch/ran" "$scratch/failed"
+while IFS=$'\t' read -r -u 3 part file seconds command; do
+    # nothing is timed in a rehearsal, so two jobs run beside each other, but for the build, whose
+    # kernels the others load; elsewhere a job has the device, and the interrupt, for itself
+    if [ -n "$rehearse" ] && [ "$file" != build.txt ]; then
+        while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done
+        run_job "$part" "$file" "$seconds" "$command" 3<&- &
+    else
+        run_job "$part" "$file" "$seconds" "$command"
+    fi
 done 3<"$scratch/jobs"
+wait
+failed=$(cat "$scratch/failed")
 
 "$python" benchmarks/gpu_table.py "$out" <"$scratch/ran" || failed="$failed table"
 if [ -n "$rehearse" ]; then
     # what a run leaves is read as it is; a part that was not asked for has left nothing
     if compgen -G "$out/*.jsonl" >/dev/null; then
-        "$python" tools/report.py "$out" --out "$scratch/report.html" >/dev/null || failed="$failed report"
+        "$python" tools/report.py "$out" --page "$scratch/report.html" >/dev/null || failed="$failed report"
     fi
 fi
 if [ -n "$failed" ]; then

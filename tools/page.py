@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 import re
 import textwrap
 from collections.abc import Sequence
@@ -124,19 +123,3 @@ def _data_uri(picture: Figure) -> str:
     file = io.BytesIO()
     picture.savefig(file, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half written; an older one is replaced.
-
-    Args:
-        path:  of the file; its folder is made
-        text:  written as UTF-8
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

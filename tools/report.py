@@ -8,10 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from page import Section, html, markdown, write_whole
+from page import Section, html, markdown
 from report_pictures import pictures
 from report_rows import Row, read, tables
 from report_tables import about, case_text, headline, table_of
+
+from dbkernels.whole_file import write_whole
 
 PAGE = Path("runs/bench/report.html")
 TITLE = "Results: training block by block, against end to end"
@@ -26,7 +28,7 @@ TITLES = {
 images that no model has seen. A classifier starts from pure noise and answers after each Euler
 step; trained end to end it is the ordinary classifier, which sees the most noise alone. The Fréchet
 distance, lower is better, compares features of generated and real digits in a small classifier that
-the demo trains."""),
+the demo trains. The times are of one run; those of the training steps below are better."""),
     "training": ("Training steps", """Methods of one model: end to end, and cut into blocks. *On the
 device* says how many blocks' parameters and optimizer state the device holds; the others wait in
 the memory of the host. *Fused layers* are this library's, *eager layers* are the published
@@ -79,13 +81,11 @@ def main(arguments: Sequence[str]) -> int:
         rows = read(options.results)
         found = [Section("How to read the tables", text=" ".join(INTRODUCTION.split()))]
         found += sections(rows)
-        path = options.page
-        write_whole(path, html(TITLE, found))
-        print(path)
-        if options.tables:
-            path = options.tables
-            write_whole(path, markdown(TITLE, found))
-            print(path)
+        for path, write in ((options.page, html), (options.tables, markdown)):
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, write(TITLE, found))
+                print(path)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

@@ -7,7 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from page import Section
 from report_rows import BLOCKWISE, METHODS, Row, is_plain, is_predicted, tables
-from report_tables import FAMILIES, LONG, blocks_text, bytes_text, case_text, place_text, way_text
+from report_tables import FAMILIES, LONG, blocks_text, case_text, place_text, way_text
+
+from dbkernels.memory.units import in_words
 
 GIB = 2**30
 RATES = {"GB/s": ("achieved_gbps", "copy_gbps"), "TFLOP/s": ("achieved_tflops", "matmul_tflops")}
@@ -97,7 +99,7 @@ def _bytes_axis(axes: Axes, rows: Sequence[Row]) -> None:
     peaks = [row["peak_allocated_bytes"] for row in rows]
     axes.set_yscale("log", base=2)
     axes.set_ylim(min(peaks) / 1.3, max(peaks) * 1.3)
-    axes.yaxis.set_major_formatter(lambda value, _: bytes_text(value))
+    axes.yaxis.set_major_formatter(lambda value, _: in_words(value))
     axes.set_ylabel("peak of a step, predicted" if is_predicted(rows[0]) else "peak of a step")
     axes.grid(alpha=0.2)
 
@@ -146,7 +148,7 @@ def timeline_section(rows: Sequence[Row]) -> Section:
         for _, op in row["phases"][1:]:
             axes.axvline(op, color="black", lw=0.8, ls=":")
         place = f"{blocks_text(row['num_blocks'])}, on the device: {place_text(row)}"
-        peak = f"peak {bytes_text(row['peak_allocated_bytes'])}"
+        peak = f"peak {in_words(row['peak_allocated_bytes'])}"
         axes.set_title(f"{way_text(row)}\n{place}\n{peak}", fontsize=7)
         axes.set_xlim(0, row["starts"][-1])
         axes.set_ylim(

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from report_rows import Row, is_plain, is_predicted
 
+from dbkernels.memory.units import in_words
+
 Table = list[list[str]]
 MISSING = "–"
 FAMILIES = {"vit": "ViT", "dit": "DiT"}
@@ -16,14 +18,6 @@ LONG = {
     "block_stock": "eager layers",
     "block_fused": "fused layers",
 }
-
-
-def bytes_text(count: float) -> str:
-    """Write bytes with three digits and their binary unit, such as "1.5 MiB"."""
-    power = min(max(int(count).bit_length() - 1, 0) // 10, 4)
-    value = count / 1024**power
-    text = f"{value:.0f}" if power == 0 or value >= 100 else f"{value:.3g}"
-    return f"{text} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def number_text(value: float) -> str:
@@ -120,7 +114,7 @@ def _ratio(name: str, title: str = "of eager") -> Column:
 
 def _category(title: str, *names: str) -> Column:
     return Column(
-        title, lambda row, _: bytes_text(sum(row["by_category"].get(name, 0) for name in names))
+        title, lambda row, _: in_words(sum(row["by_category"].get(name, 0) for name in names))
     )
 
 
@@ -134,13 +128,18 @@ def _share_of_copies(row: Row, _: Row | None) -> str:
     return ratio_text(row["achieved_gbps"] / rate) if rate else MISSING
 
 
+def _launches(row: Row, _: Row | None) -> str:
+    forward = row.get("launches_forward")
+    return MISSING if forward is None else f"{forward} + {row['launches_backward']}"
+
+
 SPREAD = Column("p20 to p80", _spread)
 WAY = Column("way", lambda row, _: way_text(row))
 PEAK = (
     Column("blocks", lambda row, _: str(row["num_blocks"])),
     WAY,
     Column("on the device", lambda row, _: place_text(row)),
-    _number("peak", "peak_allocated_bytes", bytes_text, min),
+    _number("peak", "peak_allocated_bytes", in_words, min),
     _ratio("peak_allocated_bytes"),
 )
 STEP = _number("step, ms", "step_ms", number_text, min)
@@ -154,9 +153,9 @@ COLUMNS = {
         _number("cross-entropy at the most noise", "cross_entropy", number_text, min),
         _number("Fréchet distance", "frechet", number_text, min),
         _number("recognised as asked", "recognised", lambda share: shares_text([share]), max),
-        _number("peak", "peak_bytes", bytes_text, min),
+        _number("peak", "peak_bytes", in_words, min),
         _ratio("peak_bytes", "of end to end"),
-        _number("saved", "saved_bytes", bytes_text, min),
+        _number("saved", "saved_bytes", in_words, min),
         _ratio("saved_bytes", "of end to end"),
         STEP,
         SWEEP[0],
@@ -164,8 +163,8 @@ COLUMNS = {
     ),
     "training": (
         *PEAK,
-        _number("reserved", "peak_reserved_bytes", bytes_text),
-        _number("saved", "saved_bytes", bytes_text),
+        _number("reserved", "peak_reserved_bytes", in_words),
+        _number("saved", "saved_bytes", in_words),
         STEP,
         SPREAD,
         *SWEEP,
@@ -186,19 +185,20 @@ COLUMNS = {
     "layer": (
         WAY,
         _number("saved, dim per token", "saved_units", "{:.2f}".format, min),
-        _number("peak", "peak_bytes", bytes_text, min),
+        _number("peak", "peak_bytes", in_words, min),
         _ratio("peak_bytes"),
         *MEDIAN,
         _number("TFLOP/s", "achieved_tflops", "{:.3g}".format, max),
+        Column("launches", _launches),
     ),
     "ops": (
         Column("op", lambda row, _: f"{row['op']} {row['direction']}"),
         WAY,
         *MEDIAN,
-        _number("bytes to move", "bytes_moved", bytes_text),
+        _number("bytes to move", "bytes_moved", in_words),
         _number("GB/s", "achieved_gbps", "{:.3g}".format, max),
         Column("of copies", _share_of_copies),
-        _number("allocates", "allocated_bytes", bytes_text, min),
+        _number("allocates", "allocated_bytes", in_words, min),
     ),
 }
 RIVALS = {"demo": ("family",), "training": ("num_blocks",), "ops": ("op", "direction")}
@@ -242,9 +242,9 @@ def _cell(column: Column, row: Row, base: Row | None, rivals: Sequence[Row]) -> 
 QKV = {"recompute": "qkv", "offload": "none"}
 CIFAR, DIGITS = ({"family": "vit", "preset": name} for name in ("cifar100", "digits"))
 FIGURES = (  # a title, a name, how it is written, the case, and the way in 3 blocks
-    ("Peak memory, DiT-XL/2, batch 128", "peak_allocated_bytes", bytes_text,
+    ("Peak memory, DiT-XL/2, batch 128", "peak_allocated_bytes", in_words,
      {"preset": "XL/2", "batch": 128}, {"recompute": "layer", "offload": "cpu"}),
-    ("Peak memory, ViT cifar100, batch 64", "peak_allocated_bytes", bytes_text, CIFAR, QKV),
+    ("Peak memory, ViT cifar100, batch 64", "peak_allocated_bytes", in_words, CIFAR, QKV),
     ("Time of a sweep in ms, ViT cifar100", "sweep_ms", number_text, CIFAR, QKV),
     ("Time of a sweep in ms, ViT digits", "sweep_ms", number_text, DIGITS, QKV),
     ("Accuracy on unseen digits, ViT", "final_accuracy", lambda share: shares_text([share]),

@@ -5,10 +5,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# ends here, with the reason, where a kernel spills registers or its accesses are narrow
-.venv/bin/python tools/kernel_report.py >/dev/null
-# and as the Triton of a GPU machine compiles them, which is not that of torch here
-bash tools/other_triton.sh 3.6.0 --arch 90 --D 128 384 768 1024 1152 1536 4096 >/dev/null
+# two processes of one thread each take two cores less time than one process of two threads
+export OMP_NUM_THREADS=1
+{
+    # fails, and says why, where a kernel spills registers or its accesses are narrow
+    .venv/bin/python tools/kernel_report.py >/dev/null
+    # and as the Triton of a GPU machine compiles them, which is not that of torch here
+    bash tools/other_triton.sh 3.6.0 --arch 90 --D 128 384 768 1024 1152 1536 4096 >/dev/null
+} &
+kernels=$!
 # what a GPU's few minutes are for, on this CPU
 PYTHON=.venv/bin/python bash tools/gpu.sh --rehearse
-exec .venv/bin/python -m pytest "$@"
+wait "$kernels"
+exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"

@@ -8,7 +8,6 @@ import torch
 import tyro
 from rich.console import Console
 
-from dbkernels.cli.bench import Bench
 from dbkernels.cli.doctor import Doctor
 from dbkernels.cli.evaluate import Evaluate
 from dbkernels.cli.plan import Plan
@@ -23,7 +22,6 @@ Verb = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 

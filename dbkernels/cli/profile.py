@@ -9,20 +9,14 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from dbkernels.cli import profile_tables as tables
 from dbkernels.cli.device import pick_device
-from dbkernels.cli.profile_tables import (
-    budget_tables,
-    measured_table,
-    not_measured,
-    predicted_tables,
-)
 from dbkernels.cli.train import FAMILY_HELP, PRESET_HELP
 from dbkernels.memory.allocator import Target, target_named, target_of
 from dbkernels.memory.timeline import draw, write_timeline
 from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.planning import budgets
-from dbkernels.planning.budgets import GROWTH, Budget
 from dbkernels.planning.dry_run import dry_run, predicted, row
 from dbkernels.planning.measure import measured
 from dbkernels.planning.recipe import METHODS, OFFLOAD, Recipe, every_way, of_preset
@@ -96,15 +90,15 @@ class Profile:
             predictions = list(predictions)
         rows, held = [], []
         for recipe, found in zip(recipes, predictions, strict=True):
-            held.append(Budget(recipe, found.peak_allocated_bytes, found.by_category))
+            held.append(budgets.Budget(recipe, found.peak_allocated_bytes, found.by_category))
             rows.append(row(recipe, found) | (self._measured(recipe) if self.measure else {}))
             if self.json:
                 print(json.dumps(rows[-1]), flush=True)
         if self.write:
             budgets.add(self.write, held)
         if not self.json:
-            _print(*([measured_table(rows)] if self.measure else predicted_tables(rows)))
-            _print(*not_measured(rows))
+            made = tables.measured_tables if self.measure else tables.predicted_tables
+            _print(*made(rows), *tables.not_measured(rows))
 
     def _recipes(self) -> list[Recipe]:
         try:
@@ -167,13 +161,13 @@ class Profile:
             for each in found:
                 print(json.dumps(each.row()))
         else:
-            _print(*budget_tables(found, updated=self.update))
+            _print(*tables.budget_tables(found, updated=self.update))
         exceeded = sum(each.exceeded for each in found)
         if self.update:
             budgets.write(path, [each.now for each in found])
         elif exceeded:
             raise ValueError(
-                f"a peak must grow by at most {GROWTH:.0%} of its budget in {path}, got "
+                f"a peak must grow by at most {budgets.GROWTH:.0%} of its budget in {path}, got "
                 f"{max(each.growth for each in found):+.1%}, and {exceeded} of {len(found)} too "
                 "high; add --update where that is meant"
             )

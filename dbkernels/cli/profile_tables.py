@@ -72,7 +72,7 @@ def _op(at: str) -> str:
     return f"{phase}: {name[:OP]}" if op else phase
 
 
-def measured_table(rows: list[Row]) -> Table:
+def measured_tables(rows: list[Row]) -> Iterator[Table]:
     """Predicted beside measured, with nothing of what was not measured."""
     rows = _distinct(rows)
     unit = _unit(rows)
@@ -86,7 +86,7 @@ def measured_table(rows: list[Row]) -> Table:
             cells += [three_digits(measured / UNITS[unit]), f"{predicted / measured - 1:+.1%}"]
             cells += [three_digits(row[f"seconds_per_{of}"] * 1e3) for of in ("step", "sweep")]
         shown.add_row(_name(row), _blocks(row), *cells)
-    return shown
+    yield shown
 
 
 def not_measured(rows: list[Row]) -> Iterator[str]:

@@ -70,8 +70,7 @@ class Train:
     weighting: Literal["auto", "none", "edm", "normalised", "published"] = "auto"
     """Weight of the noise levels in the loss; auto is the family's own."""
     label_drop: float = 0.0
-    """Share of labels dropped in training, for classifier-free guidance; 0 where the family has no
-    "no label"."""
+    """Share of labels dropped in training, for classifier-free guidance."""
     mirror: bool = False
     """Mirror images left to right at random."""
     shift: int = 0

@@ -1,23 +1,12 @@
 """Made-up samples of any shape, where there is no data and numbers do not matter."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Put = Callable[[Tensor], Tensor]
-
-
-class Data(Protocol):
-    """Samples by index, as the trainer and the evaluation read them."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Tensor, put: Put) -> dict[str, Tensor]:
-        """The samples of indices (B,) int64, by name, each brought to its place by `put`."""
-        ...
+from dbkernels.data.images import Batch, Put
 
 
 class Field(NamedTuple):
@@ -55,7 +44,7 @@ class MadeUpData:
     def __len__(self) -> int:
         return self.count
 
-    def batch(self, indices: Tensor, put: Put = lambda tensor: tensor) -> dict[str, Tensor]:
-        """As `ImageData.batch`."""
+    def batch(self, indices: Tensor, put: Put = lambda tensor: tensor) -> Batch:
+        """As `Data.batch`."""
         random = torch.Generator().manual_seed(0)
         return {name: put(f.made(len(indices), random)) for name, f in self.fields.items()}

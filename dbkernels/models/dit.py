@@ -142,11 +142,15 @@ class DiT(Presets, nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Sum of the samples' weighted errors, and the errors (B,), which have no gradient."""
         z0, prediction = batch["image"], self.prediction
-        F = self._network(add_noise(z0, *prediction.input(level), draw), level, layers, batch)
+        # each is rounded once, from float64: else its errors add up to those of the loss
+        exact = level.double()
         # an error of the image is of_F times one of F
-        weight = (scale * prediction.estimate(level.double())[1].square()).float()
-        target = prediction.target(level)
-        return score_loss(F, z0, *target, draw, weight=weight, reduction="sum", inplace=True)
+        weight = (scale * prediction.estimate(exact)[1].square()).float()
+        p, q, alpha, beta = (
+            each.float() for each in (*prediction.input(exact), *prediction.target(exact))
+        )
+        F = self._network(add_noise(z0, p, q, draw), level, layers, batch)
+        return score_loss(F, z0, alpha, beta, draw, weight=weight, reduction="sum", inplace=True)
 
     def _network(
         self, scaled: Tensor, level: Tensor, layers: Sequence[int], batch: Batch

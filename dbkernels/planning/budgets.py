@@ -8,7 +8,6 @@ with the settings that `Recipe.settings` gives.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from dbkernels.memory.allocator import target_named
 from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.planning.dry_run import predicted
 from dbkernels.planning.recipe import METHODS, Recipe, of_settings, require_names, shortened
+from dbkernels.whole_file import write_whole
 
 GROWTH = 0.01  # of a peak, from which on it is told
 # what a compiler keeps is its own choice, another in every version
@@ -129,9 +129,7 @@ def write(path: Path, budgets: Sequence[Budget]) -> None:
         (each.recipe.settings(), each.peak_allocated_bytes, each.by_category) for each in budgets
     ]
     rows = [dict(zip(NAMES, each, strict=True)) for each in parts]
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(rows, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(rows, indent=2) + "\n")
 
 
 def _budget(row: object) -> Budget:

@@ -29,14 +29,6 @@ from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import Offload
 
 ALONE = 150  # layers of dry runs in the time that another process takes to start
-FIGURES = (  # of a prediction, in a row
-    "peak_allocated_bytes",
-    "peak_reserved_bytes",
-    "by_category",
-    "saved_bytes",
-    "at",
-    "flops",
-)
 
 
 def predicted(recipes: Sequence[Recipe]) -> Iterator[Prediction]:
@@ -44,10 +36,10 @@ def predicted(recipes: Sequence[Recipe]) -> Iterator[Prediction]:
 
     The predictions are bare: what happened op after op stays in the process that followed it.
     """
-    layers = sum(recipe.model.depth // recipe.num_blocks for recipe in recipes) // len(OFFLOAD)
     # one dry run tells of both choices of what is on the device
     keys = [replace(recipe, offload="cpu") for recipe in recipes]
     jobs = [partial(_bare, key) for key in dict.fromkeys(keys)]
+    layers = sum(key.model.depth // key.num_blocks for key in dict.fromkeys(keys))
     stream = results(jobs, "predicting", most=None if layers > ALONE else 1)
     found: dict[Recipe, dict[Offload, Prediction]] = {}
     for recipe, key in zip(recipes, keys, strict=True):
@@ -58,7 +50,9 @@ def predicted(recipes: Sequence[Recipe]) -> Iterator[Prediction]:
 
 def row(recipe: Recipe, prediction: Prediction) -> dict[str, object]:
     """A recipe and its prediction, for JSON."""
-    return {**recipe.settings(), **{name: getattr(prediction, name) for name in FIGURES}}
+    peaks = ("peak_allocated_bytes", "peak_reserved_bytes", "by_category")
+    names = (*peaks, "saved_bytes", "at", "flops")
+    return recipe.settings() | {name: getattr(prediction, name) for name in names}
 
 
 def _bare(recipe: Recipe) -> dict[Offload, Prediction]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from dbkernels.memory.measure import Prediction
 from dbkernels.planning.dry_run import dry_run
 from dbkernels.planning.recipe import OFFLOAD, Recipe
-from dbkernels.training.schedule import fewest_steps_per_swap
+from dbkernels.training.block_order import fewest_steps_per_swap
 from dbkernels.training.trainer_config import Offload
 
 FOLLOWED = 2  # micro-batches

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbkernels.data.images import Batch
-from dbkernels.data.made_up import Data
+from dbkernels.data.images import Batch, Data
 from dbkernels.ops.philox import Draw, stream_seed
 from dbkernels.training.pending import Staging
 

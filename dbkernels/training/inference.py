@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from dbkernels.data.images import Batch
-from dbkernels.data.made_up import Data
+from dbkernels.data.images import Batch, Data
 from dbkernels.diffusion.process import Process
 from dbkernels.diffusion.samplers import SAMPLERS, Denoiser, Sampler, euler, guided
 from dbkernels.ops.philox import Draw, normals

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from dbkernels.data.augment import drop_labels, mirror, shift
-from dbkernels.data.images import Batch, open_data
-from dbkernels.data.made_up import Data
+from dbkernels.data.images import Batch, Data, open_data
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.process import Process, Scheme
 from dbkernels.models.family import Weighting
@@ -43,8 +42,8 @@ class PartitionConfig:
     num_blocks: int = 3
     """Number of blocks; 1 trains end to end."""
     layers: str = ""
-    """Indices of layers in running order, comma separated; one may repeat. The first ones meet the
-    most noise. Empty runs each once, in order."""
+    """Indices of layers in running order, comma separated, the first for the most noise; one may
+    repeat. Empty runs each once."""
     split: str = ""
     """Layers per block, comma separated, the noisiest block first; empty splits evenly."""
     scheme: Scheme = "equal_probability"

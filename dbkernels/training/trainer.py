@@ -15,9 +15,10 @@ from time import perf_counter
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from dbkernels.data.images import Batch, batch_indices
-from dbkernels.data.made_up import Data
+from dbkernels.data.dataset import as_data
+from dbkernels.data.images import Batch, Data, batch_indices
 from dbkernels.models import stem_and_head
 from dbkernels.ops.philox import Draw, stream_seed
 from dbkernels.training.block_order import BlockOrder, Order
@@ -54,7 +55,8 @@ class Trainer:
 
     Args:
         blocks:     on the device; on the host where they are offloaded
-        data:       gives batches by sample index, as `ImageData.batch` does
+        data:       gives batches by sample index, as `ImageData.batch` does; or a Dataset of dicts,
+                    as `DatasetBatches` takes it
         steps:      updates of every block
         objective:  (blocks, block, batch, draw) -> scalar loss, a mean over the batch; None is
                     `DiffusionBlocks.loss`
@@ -71,7 +73,7 @@ class Trainer:
     def __init__(
         self,
         blocks: DiffusionBlocks,
-        data: Data,
+        data: Data | Dataset,
         *,
         steps: int,
         batch_size: int = TrainerConfig.batch_size,
@@ -117,7 +119,7 @@ class Trainer:
             prefetch=prefetch,
             seed=seed,
         )
-        self.blocks, self.data = blocks.train(), data
+        self.blocks, self.data = blocks.train(), as_data(data)
         self.objective, self.augment = objective or DiffusionBlocks.loss, augment
         self.device = _device(blocks, config, device)
         if compile_stem_and_head:

@@ -1,6 +1,5 @@
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from dbkernels.ops.backend import library
 SERVED = library.serves("gated_adaln_norm_bwd", torch.device("cpu"))
 collect_ignore = [] if SERVED else ["test_ratios.py"]
 ROOT = Path(__file__).parents[2]
+LAYER = "--B 2 --T 32 --dim 64 --num-heads 2 --hidden 256 --dtype float32 --device cpu --threads 1"
 
 
 @pytest.fixture(scope="session")
@@ -26,17 +26,31 @@ def bench():
         yield importlib.import_module
 
 
+@pytest.fixture
+def run_main(bench, monkeypatch, capsys):
+    """Runs a benchmark as a command would; what it prints."""
+
+    def run(program, words):
+        monkeypatch.setattr(sys, "argv", [f"benchmarks/{program}.py", *words.split()])
+        capsys.readouterr()
+        threads = torch.get_num_threads()
+        bench("program").main(bench(program).Options)
+        torch.set_num_threads(threads)
+        return capsys.readouterr().out
+
+    return run
+
+
 @pytest.fixture(scope="session")
-def layer_rows():
-    """The lines that a small case of `benchmarks/layer.py` prints."""
-    sizes = (
-        "--B 2 --T 32 --dim 64 --num-heads 2 --hidden 256 --dtype float32 --device cpu --threads 1"
-    )
-    command = [sys.executable, str(ROOT / "benchmarks" / "layer.py"), "--json", "--rounds", "2"]
-    command += [*sizes.split(), "--impls", "eager", "fused", "checkpointed"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def layer_rows(bench):
+    """The rows of a small case of `benchmarks/layer.py`."""
+    words = f"--json --rounds 2 {LAYER} --impls eager fused checkpointed".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["benchmarks/layer.py", *words])
+        rows = []
+        patch.setattr("builtins.print", lambda line, flush: rows.append(json.loads(line)))
+        bench("program").main(bench("layer").Options)
+    return rows
 
 
 @pytest.fixture

@@ -222,3 +222,19 @@ def test_samples_are_of_the_last_calls_and_in_their_order(bench, monkeypatch):
     ((milliseconds, timing),) = measure.samples({"a": call}, device=CPU, rounds=3).values()
     assert milliseconds == pytest.approx([float(number) for number in made[-3:]])
     assert timing == "wall clock"
+
+
+def test_what_is_prepared_before_a_call_takes_no_time(bench, monkeypatch):
+    measure, clock = bench("measure"), [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure, "WARM_UP_MS", {"cpu": 0})
+
+    class Prepared:
+        def prepare(self):
+            clock[0] += 5
+
+        def __call__(self):
+            clock[0] += 0.001
+
+    times = measure.interleaved({"a": Prepared()}, device=CPU, rounds=2)
+    assert times["a"].median_ms == pytest.approx(1.0)

@@ -5,22 +5,172 @@ import pytest
 import torch
 
 CPU = torch.device("cpu")
+PAIR = ("fused", "eager")
 MEASURED = {"op", "impl", "implementation", "shape", "dtype", "direction", "median_ms", "p20_ms"}
 MEASURED |= {"p80_ms", "bytes_moved", "allocated_bytes", "resident_bytes", "rounds", "timing"}
 
 
 @pytest.fixture
 def ops(bench, monkeypatch):
-    module = bench("ops")
-    for name in ("kernel_cases", "op_case"):
+    """`benchmarks/ops.py` at small sizes."""
+    for name in ("ops", "op_case", "kernel_cases"):
         for size, value in (("B", 2), ("T", 8)):
-            monkeypatch.setattr(sys.modules[name], size, value)
-    monkeypatch.setattr(module, "SHAPES", ((3, 1, 4, 4),))
-    return module
+            monkeypatch.setattr(sys.modules.get(name) or bench(name), size, value, raising=False)
+    monkeypatch.setattr(bench("ops"), "SHAPES", ((3, 1, 4, 4),))
+    return bench("ops")
 
 
-def test_ops_row_has_its_op_times_and_rate(ops):
-    rows = list(ops.rows_of(ops.OpCase("gelu", 64, ("fused", "eager"), CPU), 2))
+@pytest.fixture
+def op_case(bench, ops):
+    return bench("op_case")
+
+
+@pytest.fixture
+def noise_case(bench):
+    return bench("noise_case")
+
+
+@pytest.fixture
+def rows_of(ops, bench):
+    """The rows of a case, none of which is known."""
+
+    def run(case, rounds=2):
+        known = bench("program").Known(None, None)
+        return list(ops.rows_of(case, rounds, ops.lacking_of(case, known)))
+
+    return run
+
+
+def test_every_op_with_a_kernel_is_timed(op_case):
+    assert {(op, d) for op in op_case.INPUTS for d in ("fwd", "bwd")} == {
+        (case.op, case.direction) for case in op_case.CASES.values() if case.timed
+    }
+
+
+def test_every_op_computes_what_plain_torch_does(op_case):
+    for op in op_case.INPUTS:
+        case = op_case.OpCase(op, 64, PAIR, CPU)
+        calls = case.calls([case.inputs()])
+        for direction in ("fwd", "bwd"):
+            fused, eager = (op_case._as_tuple(calls[impl, direction][0]()) for impl in case.impls)
+            torch.testing.assert_close(fused, eager, rtol=0.05, atol=0.05)
+
+
+def test_beside_a_float32_stream_branches_are_bfloat16(op_case):
+    bf16, f32 = torch.bfloat16, torch.float32
+    dtypes = {
+        "adaln_norm": ([f32, bf16, bf16], [bf16]),
+        "gated_adaln_norm": ([f32, *[bf16] * 4], [f32, bf16]),
+        "gated_residual": ([f32, bf16, bf16], [f32]),
+    }
+    assert dtypes.keys() == set(op_case.STREAM)
+    for op, (inputs, outputs) in dtypes.items():
+        case = op_case.OpCase(op, 64, PAIR, CPU, mixed=True)
+        calls = case.calls([case.inputs()])
+        fused, eager = (op_case._as_tuple(calls[impl, "fwd"][0]()) for impl in case.impls)
+        assert [t.dtype for t in case.inputs()] == inputs
+        assert [t.dtype for t in fused] == [t.dtype for t in eager] == outputs
+        torch.testing.assert_close(fused, eager, rtol=0.05, atol=0.05)
+        grads = calls["fused", "bwd"][0]()
+        assert [t.dtype for t in grads] == inputs
+
+
+def test_a_float32_stream_moves_twice_its_bytes(op_case):
+    tokens, modulation = 2 * 8 * 64, 2 * 64
+    case = op_case.OpCase("gated_residual", 64, (), CPU, mixed=True)
+    assert case.bytes_moved("fwd") == (4 + 2 + 4) * tokens + 2 * modulation
+
+
+@pytest.mark.parametrize(
+    ("op", "elements"),  # of a token, that the kernel's backward reads or writes for a layer alone
+    [
+        ("adaln_norm", 2 * 64),  # a gradient that comes past the branch, and y again
+        ("gated_adaln_norm", 64),  # y again
+        ("gated_residual", 0),
+        ("gelu", 4 * 64),  # the activation again
+        ("swiglu", 192),  # the same; 8 / 3 of D, rounded up
+        ("qk_norm_rotary", 0),
+    ],
+)
+def test_bytes_leave_out_what_only_a_layer_asks_for(op_case, op, elements, monkeypatch):
+    kernel, shapes = op_case.CASES[f"{op}_bwd"], op_case.Shapes(64, 2)
+    everything = op_case.bytes_moved(kernel, op_case.record(kernel, shapes, op_case.H100)[1])
+    monkeypatch.setitem(op_case.DTYPES, "cpu", op_case.DTYPE)
+    assert op_case.OpCase(op, 64, (), CPU).bytes_moved("bwd") == everything - 2 * 8 * elements * 2
+
+
+def test_bytes_of_a_forward_are_those_of_its_kernel(op_case):
+    tokens, row, modulation = 2 * 8, 4 * 64, 4 * 2 * 64  # bytes of a row, and of gate (B, D)
+    moved = op_case.OpCase("gated_residual", 64, (), CPU).bytes_moved("fwd")
+    assert moved == 3 * tokens * row + modulation
+
+
+def test_a_row_names_what_ran_its_op_in_its_direction(op_case, monkeypatch):
+    def implementation(device, op):
+        return "cpp" if op == "gelu_bwd" else "torch"
+
+    monkeypatch.setattr(op_case.ops, "implementation", implementation)
+    case = op_case.OpCase("gelu", 64, (), CPU)
+    assert [case.implementation("fused", direction) for direction in ("fwd", "bwd")] == [
+        "torch",
+        "cpp",
+    ]
+    assert case.implementation("compiled", "fwd") == "inductor"
+    assert case.implementation("eager", "bwd") == "torch"
+
+
+# the noise and the loss
+
+
+def make_case(noise_case, op, shape=(5, 1, 4, 4), impls=PAIR):
+    return noise_case.NoiseCase(op, shape, torch.float32, impls, CPU)
+
+
+def test_every_implementation_has_the_noise_that_it_should(noise_case):
+    case = make_case(noise_case, "add_noise", (4, 20_000))
+    z0, sigma, _ = inputs = case.inputs()
+    scale = (sigma**2 + 0.25).sqrt()[:, None]
+    for (call,) in case.calls([inputs]).values():
+        noise = (call() * scale - z0) / sigma[:, None]
+        assert noise.std(1) == pytest.approx(torch.ones(4), abs=0.03)
+
+
+def test_the_losses_of_one_noise_agree(noise_case):
+    case = make_case(noise_case, "score_loss")
+    z0, sigma, prediction = case.inputs()
+    draw = noise_case.draw_on(CPU)
+    noise = noise_case.ops.normals(draw, 5, 16).view(5, 1, 4, 4)
+    z = z0 + sigma.view(-1, 1, 1, 1) * noise
+    eager = noise_case._eager_loss(prediction, z, z0, sigma)
+    fused = noise_case._loss(draw, prediction, None, z0, sigma)
+    torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-6)
+
+
+def test_before_and_after_the_network_give_its_input_and_the_predictions_gradient(noise_case):
+    case = make_case(noise_case, "noise_and_loss")
+    inputs = case.inputs()
+    for (call,) in case.calls([inputs]).values():
+        scaled, (gradient,) = call()
+        assert scaled.shape == gradient.shape == inputs[0].shape and gradient.any()
+
+
+@pytest.mark.parametrize(("op", "passes"), [("add_noise", 2), ("score_loss", 3)])
+def test_bytes_are_those_of_the_tensors_that_must_be_touched(noise_case, op, passes):
+    assert make_case(noise_case, op).bytes_moved("fwd+bwd") == passes * 5 * 16 * 4
+
+
+def test_a_row_of_the_noise_names_what_ran_its_op(noise_case, monkeypatch):
+    monkeypatch.setattr(noise_case.ops, "implementation", lambda device, op: f"{op} on {device}")
+    case = make_case(noise_case, "noise_and_loss")
+    assert case.implementation("fused", "fwd+bwd") == "score_loss_fwd on cpu"
+    assert case.implementation("compiled", "fwd+bwd") == "inductor"
+
+
+# rows
+
+
+def test_ops_row_has_its_op_times_and_rate(ops, rows_of):
+    rows = rows_of(ops.OpCase("gelu", 64, PAIR, CPU))
     names = [(row["direction"], row["impl"]) for row in rows]
     assert names == [("fwd", "fused"), ("fwd", "eager"), ("bwd", "fused"), ("bwd", "eager")]
     for row in rows:
@@ -30,7 +180,7 @@ def test_ops_row_has_its_op_times_and_rate(ops):
         assert row["share_of_copy"] == row["achieved_gbps"] / row["same_size_copy_gbps"]
 
 
-def test_every_copy_of_the_inputs_has_a_call_and_the_ceiling_too(ops, bench, monkeypatch):
+def test_every_copy_of_the_inputs_has_a_call_and_the_ceiling_too(ops, rows_of, bench, monkeypatch):
     measure, timed = bench("measure"), []
     monkeypatch.setattr(measure, "rotations", lambda device, moved_bytes: 3)
     interleaved = measure.interleaved
@@ -40,7 +190,7 @@ def test_every_copy_of_the_inputs_has_a_call_and_the_ceiling_too(ops, bench, mon
         return interleaved(calls, **more)
 
     monkeypatch.setattr(measure, "interleaved", seen)
-    (row, _) = ops.rows_of(ops.OpCase("gelu", 64, ("eager",), CPU), 2)
+    (row, _) = rows_of(ops.OpCase("gelu", 64, ("eager",), CPU))
     assert row["launches"] == 3
     for calls in timed:
         assert {key: len(each) for key, each in calls.items()} == {"eager": 3, "copy": 3}
@@ -51,20 +201,20 @@ def test_every_copy_of_the_inputs_has_a_call_and_the_ceiling_too(ops, bench, mon
 
 def test_a_float32_stream_is_a_table_of_the_ops_that_have_one(ops):
     options = ops.Options(op=("gelu", "adaln_norm"), dim=(64,), stream=("float32",), device="cpu")
-    ((case,), *_) = options.tables(CPU)
+    ((case,), *_) = options.cases()
     assert (case.op, case.dtype_name) == ("adaln_norm", "bfloat16 on a float32 stream")
 
 
-def test_one_function_is_compiled_for_a_case(ops, bench, monkeypatch):
+def test_one_function_is_compiled_for_a_case(ops, rows_of, bench, monkeypatch):
     made = []
     monkeypatch.setattr(bench("op_case"), "compiled", lambda f, settings: made.append(f) or f)
-    list(ops.rows_of(ops.OpCase("gelu", 64, ("compiled",), CPU), 2))
+    rows_of(ops.OpCase("gelu", 64, ("compiled",), CPU))
     assert len(made) == 1
 
 
 def test_a_tables_cases_share_a_width_or_a_shape(ops):
     options = ops.Options(op=("gelu", "score_loss", "swiglu"), dim=(64, 128), device="cpu")
-    tables = [[(case.op, case.shape) for case in cases] for cases in options.tables(CPU)]
+    tables = [[(case.op, case.shape) for case in cases] for cases in options.cases()]
     assert tables == [
         [("gelu", (2, 8, 64)), ("swiglu", (2, 8, 64))],
         [("gelu", (2, 8, 128)), ("swiglu", (2, 8, 128))],
@@ -72,32 +222,9 @@ def test_a_tables_cases_share_a_width_or_a_shape(ops):
     ]
 
 
-def test_the_table_of_the_noise_can_be_read(ops, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmarks/ops.py", "--op", "noise_and_loss"])
-    options = ops.Options(op=("noise_and_loss",), impls=("fused", "eager"), rounds=2, device="cpu")
-    ops.main(options)
-    shown = capsys.readouterr().out
-    assert "3 x 1 x 4 x 4, float32" in shown and "noise_and_loss fwd+bwd" in shown
-    assert "printed by python benchmarks/ops.py --op noise_and_loss" in " ".join(shown.split())
-
-
-def test_a_row_says_where_it_ran_and_by_which_command(ops, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmarks/ops.py", "--json", "--impls", "eager"])
-    ops.main(ops.Options(op=("gelu",), impls=("eager",), rounds=2, device="cpu", json=True))
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {row["command"] for row in rows} == {"python benchmarks/ops.py --impls eager"}
+def test_a_row_says_where_it_ran_and_by_which_command(run_main, capsys):
+    printed = run_main("ops", "--json --op gelu --impls eager --rounds 2 --device cpu --dim 64")
+    rows = [json.loads(line) for line in printed.splitlines()]
+    words = "--op gelu --impls eager --rounds 2 --device cpu --dim 64"
+    assert {row["command"] for row in rows} == {f"python benchmarks/ops.py {words}"}
     assert all(row["torch"] == torch.__version__ and row["device"] for row in rows)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"op": ("norm",)}, "op must be one of adaln_norm, .*, got norm"),
-        ({"dim": (96,)}, "dim must be a multiple of 64, got 96"),
-        ({"rounds": 1}, "rounds must be at least 2, got 1"),
-        ({"threads": 0}, "threads must be at least 1, got 0"),
-    ],
-)
-def test_ops_refuses_options_in_a_sentence(bench, options, message):
-    with pytest.raises(ValueError, match=message):
-        bench("ops").Options(**options)

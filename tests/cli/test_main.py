@@ -5,7 +5,6 @@ import pytest
 import torch
 from cli.runs import refused
 
-from dbkernels.cli.bench import Bench
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.doctor import Doctor
 from dbkernels.cli.evaluate import Evaluate
@@ -21,7 +20,6 @@ VERBS = {
     "evaluate": Evaluate,
     "profile": Profile,
     "plan": Plan,
-    "bench": Bench,
     "doctor": Doctor,
 }
 NESTED = {"partition": PartitionConfig, "prior": PriorFlags, "trainer": TrainerFlags}
@@ -79,7 +77,7 @@ def test_help_names_every_verb(cli):
         ("profile --family gpt", "invalid choice 'gpt'"),
         ("plan", "--memory"),
         ("fly", "fly"),
-        ("", "Expected one of {train, sample, evaluate, profile, plan, bench, doctor}"),
+        ("", "Expected one of {train, sample, evaluate, profile, plan, doctor}"),
     ],
 )
 def test_a_bad_flag_exits_with_2_and_touches_no_file(cli, tmp_path, arguments, message):

@@ -12,7 +12,7 @@ from dbkernels.cli.profile_tables import (
     FEW,
     OP,
     SHORT,
-    measured_table,
+    measured_tables,
     not_measured,
     predicted_tables,
 )
@@ -318,6 +318,8 @@ def test_what_has_no_such_number_of_blocks_is_left_empty():
     assert cells_of(lines, "end to end")[0] == ["end to end", "", "50.0", ""]
     fused = cells_of(lines, "fused none")
     assert fused[:2] == [["fused none", "none", "", "1.00"], ["fused none", "cpu", "", "0.50"]]
+    # allocated and reserved bytes and categories of both, operations of one
+    assert len(fused) == 2 + 2 + 2 + 1
 
 
 def test_small_models_are_told_in_mebibytes():
@@ -343,20 +345,20 @@ def test_a_peak_at_the_start_has_no_op():
 
 def test_predicted_stands_beside_measured_in_a_table():
     taken = {"measured_allocated_bytes": 2 * GiB, "seconds_per_step": 0.5, "seconds_per_sweep": 1.0}
-    lines = printed([measured_table([row(**taken), row(offload="cpu")])])
+    lines = printed(measured_tables([row(**taken), row(offload="cpu")]))
     measured, alone = cells_of(lines, "fused none")
     assert measured == ["fused none", "2", "1.00", "2.00", "-50.0%", "500", "1000"]
     assert alone == ["fused none", "2, offload", "1.00"] + [""] * 4
     # the longest of all fits a line
     taken |= {"seconds_per_step": 12.3, "seconds_per_sweep": 98.7}
     longest = row(num_blocks=12, recompute="attention", offload="cpu", **taken)
-    assert cells_of(printed([measured_table([longest])]), "fused")[0][1] == "12, offload"
+    assert cells_of(printed(measured_tables([longest])), "fused")[0][1] == "12, offload"
 
 
 def test_end_to_end_has_one_line_whatever_is_on_the_device():
     lost = {"not_measured": "too large"}
     every = [row("end_to_end", 1, None, offload=name, **lost) for name in ("none", "cpu")]
-    for table in (*predicted_tables(every), measured_table(every)):
+    for table in (*predicted_tables(every), *measured_tables(every)):
         (line,) = cells_of(printed([table]), "end")
         assert line[0] in ("end to end", "end to end, 1")
     assert list(not_measured([*every, row(), row(offload="cpu", **lost)])) == [

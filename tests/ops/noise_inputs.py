@@ -55,5 +55,5 @@ OPS = {
     "uniforms": lambda draw, t: [uniforms(draw, len(t.z0))],
     "uniforms of tokens": lambda draw, t: [uniforms(draw, len(t.z0), 5)],
     "add_noise": lambda draw, t: noisy(add_noise, t, draw),
-    "score_loss": lambda draw, t: losses(score_loss, t, draw, reduction="sum"),
+    "score_loss": lambda draw, t: losses(score_loss, t, draw, reduction="sum", mask=t.z0 > 3),
 }

@@ -1,26 +1,67 @@
-from functools import partial
+"""One head and its tokens, small enough for the interpreter: the loss and its gradients."""
+
+import importlib
 
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
-from ops.one_head import DTYPES, LEADING, NAMES, REDUCTIONS, TILE, D, V, inputs, module, op, targets
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels.ops import linear_cross_entropy, reference
 from dbkernels.ops.backend.register import use_implementation
 
+# by its name as a module, which the function of the same name hides
+module = importlib.import_module("dbkernels.ops.linear_cross_entropy")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+REDUCTIONS = ["mean", "sum", "none"]
+NAMES = ["loss", "dx", "dweight", "dbias"]
+LEADING, V, D = (2, 9), 70, 12
+each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+
 
 @pytest.fixture(params=["triton", "torch"], autouse=True)
 def implementation(request, monkeypatch):
-    monkeypatch.setattr(module, "TILE", TILE)
+    monkeypatch.setattr(module, "TILE", 8)  # tokens: three chunks, the last of two tokens
     with use_implementation(request.param):
         yield request.param
+
+
+def inputs(leading=LEADING, dtype=torch.float32):
+    """x far from zero, as its mean reaches every row of the weight's gradient; weight and bias."""
+    x, weight = 2 + torch.randn(*leading, D), torch.randn(V, D) / 3
+    return [t.to(dtype) for t in (x, weight, torch.randn(V))]
+
+
+def leaves(dtype=torch.float32):
+    return [t.requires_grad_() for t in inputs(dtype=dtype)]
+
+
+def targets():
+    """Targets of which two are ignored, and weights."""
+    target, token_weight = torch.randint(0, V, LEADING), 0.5 + torch.rand(LEADING)
+    target.view(-1)[[1, 11]] = -100
+    return target, token_weight
+
+
+def loss(target, token_weight=None, *, f=linear_cross_entropy, **options):
+    """As a function of x, weight and bias."""
+
+    def of(x, weight, bias=None):
+        return f(x, weight, target, bias=bias, token_weight=token_weight, **options)
+
+    return of
+
+
+def assert_same_bits(actual, expected):
+    assert all(map(torch.equal, actual, expected))
 
 
 def assert_accurate(args, target, token_weight=None, **options):
     def by(f, dtype=None):
         wide = token_weight if dtype is None or token_weight is None else token_weight.to(dtype)
-        call = partial(op, f, target, token_weight=wide, **options)
-        return with_grads(call, *(a if dtype is None else a.to(dtype) for a in args))
+        given = args if dtype is None else [a.to(dtype) for a in args]
+        return with_grads(loss(target, wide, f=f, **options), *given)
 
     actual, eager = by(linear_cross_entropy), by(reference.linear_cross_entropy)
     exact = by(reference.linear_cross_entropy, torch.float64)
@@ -30,7 +71,7 @@ def assert_accurate(args, target, token_weight=None, **options):
 
 
 @pytest.mark.parametrize("given", [2, 3], ids=["without bias", "with bias"])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@each_reduction
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_accurate_as_eager(dtype, reduction, given):
     target, token_weight = targets()
@@ -38,7 +79,7 @@ def test_as_accurate_as_eager(dtype, reduction, given):
     assert_accurate(args, target, token_weight if given == 3 else None, reduction=reduction)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@each_reduction
 @pytest.mark.parametrize("leading", [(), (1,), (16,), (2, 3, 4)], ids=str)
 def test_any_leading_shape(leading, reduction):
     target = torch.randint(0, V, leading)
@@ -49,19 +90,16 @@ def test_any_leading_shape(leading, reduction):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_x_weight_and_bias_may_have_dtypes_of_their_own(dtypes, reduction, monkeypatch):
     monkeypatch.setattr(module, "TILE", 64)
-    x, weight, bias = inputs()
-    args = [x.to(dtypes[0]), weight.to(dtypes[1]), bias.to(dtypes[0])]
+    args = [t.to(dtype) for t, dtype in zip(inputs(), [*dtypes, dtypes[0]], strict=True)]
     assert_accurate(args, *targets(), reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_chunks_add_up_to_the_whole(reduction, monkeypatch):
-    args, (target, token_weight) = inputs(), targets()
-    call = partial(op, linear_cross_entropy, target, token_weight=token_weight, reduction=reduction)
+    args, call = inputs(), loss(*targets(), reduction=reduction)
     parts = with_grads(call, *args)
     monkeypatch.setattr(module, "TILE", 64)
-    for part, whole in zip(parts, with_grads(call, *args), strict=True):
-        torch.testing.assert_close(part, whole)
+    torch.testing.assert_close(parts, with_grads(call, *args))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -69,11 +107,9 @@ def test_many_small_parts_in_bfloat16_are_not_lost(reduction, monkeypatch):
     monkeypatch.setattr(module, "tokens_per_chunk", lambda *sizes: 1)
     # one token of 256 and many of 1/2, each half a unit in the last place of the first
     x = torch.full((65, 1), 0.5).index_fill(0, torch.tensor(0), 256).bfloat16()
-    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    bias = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
-    target = torch.zeros(65, dtype=torch.int64)
-    loss = linear_cross_entropy(x, weight, target, bias=bias, reduction=reduction).sum()
-    dweight, dbias = torch.autograd.grad(loss, [weight, bias])
+    parameters = [torch.zeros(*shape).bfloat16().requires_grad_() for shape in ((2, 1), (2,))]
+    total = loss(torch.zeros(65).long(), reduction=reduction)(x, *parameters).sum()
+    dweight, dbias = torch.autograd.grad(total, parameters)
     assert dweight.view(-1).tolist() == [-144, 144] and dbias.tolist() == [-32.5, 32.5]
 
 
@@ -94,93 +130,185 @@ def test_a_chunk_depends_on_sizes_alone(shape, chunk, monkeypatch):
 
 
 def test_the_mean_is_over_the_tokens_that_count_whatever_their_weights():
-    args, (target, token_weight) = inputs(), targets()
-    losses = op(linear_cross_entropy, target, *args, token_weight=token_weight, reduction="none")
-    mean = op(linear_cross_entropy, target, *args, token_weight=token_weight)
-    torch.testing.assert_close(mean, losses.sum() / (18 - 2))
+    args, given = inputs(), targets()
+    losses = loss(*given, reduction="none")(*args)
+    torch.testing.assert_close(loss(*given)(*args), losses.sum() / (18 - 2))
     assert losses.view(-1)[[1, 11]].tolist() == [0, 0] and losses.count_nonzero() == 16
 
 
 def test_the_mean_rounds_the_gradient_of_x_no_more_often_than_eager():
     args, (target, _) = inputs(dtype=torch.bfloat16), targets()
     target[0, :3] = -100  # 14 tokens count, so a division by them would round once more
-    dx = with_grads(partial(op, linear_cross_entropy, target), *args)[1]
-    eager = with_grads(partial(op, reference.linear_cross_entropy, target), *args)[1]
+    dx = with_grads(loss(target), *args)[1]
+    eager = with_grads(loss(target, f=reference.linear_cross_entropy), *args)[1]
     assert (dx == eager).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@each_reduction
 def test_an_ignored_token_has_no_part_in_anything(reduction):
     (x, weight, bias), (target, token_weight) = inputs(), targets()
-    call = partial(op, linear_cross_entropy, target, reduction=reduction)
-    expected = with_grads(partial(call, token_weight=token_weight), x, weight, bias)
+    expected = with_grads(loss(target, token_weight, reduction=reduction), x, weight, bias)
     changed, weights = x.clone(), token_weight.clone()
     changed.view(-1, D)[[1, 11]] = 3.0
     weights.view(-1)[[1, 11]] = torch.nan
-    actual = with_grads(partial(call, token_weight=weights), changed, weight, bias)
-    for name, now, before in zip(NAMES, actual, expected, strict=True):
-        torch.testing.assert_close(now, before, msg=name)
+    actual = with_grads(loss(target, weights, reduction=reduction), changed, weight, bias)
+    torch.testing.assert_close(actual, expected)
     assert not actual[1].view(-1, D)[[1, 11]].any()
 
 
 def test_another_index_may_be_ignored():
     args, (target, _) = inputs(), targets()
-    expected = with_grads(partial(op, linear_cross_entropy, target), *args)
     other = target.where(target != -100, -1)
-    actual = with_grads(partial(op, linear_cross_entropy, other, ignore_index=-1), *args)
-    assert all(map(torch.equal, actual, expected))
+    actual = with_grads(loss(other, ignore_index=-1), *args)
+    assert_same_bits(actual, with_grads(loss(target), *args))
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@each_reduction
 @pytest.mark.parametrize("leading", [(3, 4), (0,), (2, 0)], ids=str)
 def test_without_a_token_that_counts_all_is_zero(leading, reduction):
-    target = torch.full(leading, -100)
-    results = with_grads(
-        partial(op, linear_cross_entropy, target, reduction=reduction), *inputs(leading)
-    )
+    call = loss(torch.full(leading, -100), reduction=reduction)
+    results = with_grads(call, *inputs(leading))
     assert not any(t.any() or t.isnan().any() for t in results)
     assert results[0].shape == (leading if reduction == "none" else ())
     assert [t.shape for t in results[1:]] == [(*leading, D), (V, D), (V,)]
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@each_reduction
 def test_large_logits_do_not_overflow(reduction):
-    (x, weight, bias), (target, _) = inputs(), targets()
-    call = partial(op, linear_cross_entropy, target, reduction=reduction)
-    results = with_grads(call, 1e4 * x, weight, bias)
+    (x, *head), (target, _) = inputs(), targets()
+    results = with_grads(loss(target, reduction=reduction), 1e4 * x, *head)
     assert all(t.isfinite().all() for t in results) and results[0].abs().max() > 1e3
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_same_bits_every_run(reduction):
-    args, (target, token_weight) = inputs(dtype=torch.bfloat16), targets()
-    options = {"token_weight": token_weight, "reduction": reduction}
-    call = partial(op, linear_cross_entropy, target, **options)
-    assert all(map(torch.equal, with_grads(call, *args), with_grads(call, *args)))
+@each_reduction
+def test_same_bits_every_run_and_no_argument_is_changed(reduction):
+    args, given = inputs(dtype=torch.bfloat16), targets()
+    before, call = [t.clone() for t in (*args, *given)], loss(*given, reduction=reduction)
+    assert_same_bits(with_grads(call, *args), with_grads(call, *args))
+    assert_same_bits((*args, *given), before)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_changes_none_of_its_arguments(reduction):
-    args, others = inputs(), targets()
-    before = [t.clone() for t in (*args, *others)]
-    with_grads(partial(op, linear_cross_entropy, others[0], token_weight=others[1]), *args)
-    assert all(map(torch.equal, (*args, *others), before))
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@each_reduction
 def test_arguments_may_have_any_strides(reduction):
-    (x, weight, bias), (target, token_weight) = inputs(), targets()
-    call = partial(op, linear_cross_entropy, reduction=reduction)
-    expected = with_grads(partial(call, target, token_weight=token_weight), x, weight, bias)
+    (x, weight, bias), given = inputs(), targets()
+    expected = with_grads(loss(*given, reduction=reduction), x, weight, bias)
     args = x.transpose(0, 2).contiguous().transpose(0, 2), weight.T.contiguous().T
     args += (bias.repeat_interleave(2)[::2],)
-    target, token_weight = (torch.stack([t, t], -1)[..., 0] for t in (target, token_weight))
-    actual = with_grads(partial(call, target, token_weight=token_weight), *args)
-    for name, now, before in zip(NAMES, actual, expected, strict=True):
-        torch.testing.assert_close(now, before, msg=name)
+    spread = (torch.stack([t, t], -1)[..., 0] for t in given)
+    torch.testing.assert_close(with_grads(loss(*spread, reduction=reduction), *args), expected)
 
 
-@pytest.mark.parametrize("target", [-1, V])
+# what autograd offers around a backward
+
+
+@each_reduction
+def test_what_is_frozen_gets_no_gradient_and_no_matmul(reduction):
+    class Matmuls(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket._qualified_op_name
+            self.count += name in {"aten::mm", "aten::addmm", "aten::addmm_"}
+            return func(*args, **(kwargs or {}))
+
+    args, (target, _), chunks = inputs(), targets(), 3
+    for wanted in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)):
+        own = [t.clone().requires_grad_(bool(w)) for t, w in zip(args, wanted, strict=True)]
+        with Matmuls() as matmuls:
+            y = loss(target, reduction=reduction)(*own)
+            if any(wanted):
+                y.sum().backward()
+        assert [t.grad is not None for t in own] == list(map(bool, wanted))
+        forwards = 2 if reduction == "none" and any(wanted) else 1
+        assert matmuls.count == chunks * (forwards + sum(wanted[:2]))
+
+
+@each_reduction
+def test_without_grad_mode_only_the_loss_is_computed(reduction):
+    args, call = leaves(), loss(targets()[0], reduction=reduction)
+    expected = call(*args)
+    with torch.no_grad():
+        alone = call(*args)
+    assert torch.equal(alone, expected) and expected.requires_grad and not alone.requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@each_reduction
+def test_a_retained_graph_gives_the_same_bits_again(reduction, dtype):
+    args = leaves(dtype)
+    y = loss(targets()[0], reduction=reduction)(*args)
+    upstream = 1 + torch.rand_like(y)
+    first = torch.autograd.grad(y, args, upstream, retain_graph=True)
+    before = [t.clone() for t in first]
+    second = torch.autograd.grad(y, args, upstream, retain_graph=True)
+    for again in (first, second, torch.autograd.grad(y, args, upstream)):
+        assert_same_bits(again, before)
+
+
+def test_the_incoming_gradient_may_have_any_strides():
+    args = leaves()
+    losses = loss(targets()[0], reduction="none")(*args)
+    for dloss in (torch.randn(1, 1).expand(LEADING), torch.randn(9, 2).T):
+        actual, expected = (
+            torch.autograd.grad(losses, args, dy, retain_graph=True)
+            for dy in (dloss, dloss.contiguous().clone())
+        )
+        assert_same_bits(actual, expected)
+
+
+@each_reduction
+def test_autocast_runs_the_matmuls_in_bfloat16_and_gradients_keep_their_dtypes(reduction):
+    args, call = leaves(), loss(targets()[0], reduction=reduction)
+    halves = [a.detach().bfloat16().requires_grad_() for a in args]
+    with torch.autocast(args[0].device.type, torch.bfloat16):
+        y, expected = call(*args), call(*halves)
+        assert torch.equal(y, expected) and y.dtype == torch.float32
+        inside = torch.autograd.grad(y.sum(), args, retain_graph=True)
+    outside = torch.autograd.grad(y.sum(), args)
+    assert [t.dtype for t in outside] == [torch.float32] * 3
+    assert_same_bits(inside, outside)
+    for a, b in zip(outside, torch.autograd.grad(expected.sum(), halves), strict=True):
+        torch.testing.assert_close(a.bfloat16(), b, rtol=2**-7, atol=1e-5)
+
+
+@each_reduction
+def test_compiles_without_graph_breaks(reduction):
+    args, call = inputs(), loss(*targets(), reduction=reduction)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    assert_same_bits(with_grads(compiled, *args), with_grads(call, *args))
+
+
+@each_reduction
+@pytest.mark.parametrize("given", [2, 3], ids=["without bias", "with bias"])
+def test_plain_torch_agrees_with_differences_in_float64(reduction, given, monkeypatch):
+    monkeypatch.setattr(module, "TILE", 2)
+    x, weight, bias = torch.randn(5, 3), torch.randn(6, 3), torch.randn(6)
+    args = [a.double().requires_grad_() for a in (x, weight, bias)[:given]]
+    target = torch.tensor([0, 5, -100, 3, 3])
+    with use_implementation("torch"):
+        call = loss(target, torch.rand(5).double(), reduction=reduction)
+        assert torch.autograd.gradcheck(call, args)
+
+
+@each_reduction
+def test_refuses_a_second_derivative(reduction):
+    args = leaves()
+    total = loss(targets()[0], reduction=reduction)(*args).sum()
+    with pytest.raises(RuntimeError, match="linear_cross_entropy has no second derivative"):
+        torch.autograd.grad(total, args, create_graph=True)
+
+
+def test_small_upstream_gradients_are_not_lost_in_float16():
+    args = leaves(torch.float16)
+    total = loss(targets()[0], reduction="sum")(*args)
+    whole = torch.autograd.grad(total, args, torch.tensor(1.0), retain_graph=True)
+    # itself a number that float16 can only round, by a sixtieth
+    small = torch.autograd.grad(total, args, torch.tensor(1.8e-6 / 1.03))
+    for a, b in zip(whole, small, strict=True):
+        torch.testing.assert_close(b.float(), a.float() * 1.8e-6 / 1.03, rtol=1e-3, atol=4e-8)
+
+
+@pytest.mark.parametrize("target", [-1, V, 127, 2**40])  # 127 lies in the padding of a row
 def test_an_unknown_target_is_an_error_on_a_cpu(target):
     x, weight, _ = (t.cpu() for t in inputs())
     unknown = torch.full(LEADING, 3, device="cpu")

@@ -16,6 +16,7 @@ from dbkernels.ops import philox as module
 from dbkernels.ops.backend.noise_tile import (
     LEVEL,
     NOISE,
+    cos_sin,
     noise_tile,
     pair_of_normals,
     run_of_lane,
@@ -158,6 +159,27 @@ def test_pairs_of_normals_are_those_of_the_formula(name, monkeypatch):
     # none exceeds that of the word 0
     assert pairs[0, 0].item() == pytest.approx(math.sqrt(66 * math.log(2)), rel=1e-6)
     assert pairs.abs().max() == pairs[0, 0]
+
+
+@triton.jit
+def _angles_kernel(a_ptr, cos_ptr, sin_ptr, N, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    cos, sin = cos_sin(tl.load(a_ptr + at, mask=at < N, other=0.0))
+    tl.store(cos_ptr + at, cos, mask=at < N)
+    tl.store(sin_ptr + at, sin, mask=at < N)
+
+
+@pytest.mark.parametrize("name", ["triton", compiled])
+def test_angles_are_as_near_as_the_library_s(name):
+    words = torch.cat([torch.tensor(WORDS), torch.randint(2**32, (3000,))])
+    a = words.float() * (2 * math.pi * 2.0**-32)
+    cos, sin = torch.empty_like(a), torch.empty_like(a)
+    if name == "triton":
+        _angles_kernel[(1,)](a, cos, sin, len(a), BLOCK=4096)
+    else:
+        cos, sin = torch.tensor([_maths.cos_sin(x) for x in a.tolist()]).T
+    assert (cos - a.double().cos()).abs().max() < 1.2e-7
+    assert (sin - a.double().sin()).abs().max() < 1.2e-7
 
 
 def at_one_counter(counter, key):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from captured import capture
+from training.bits import assert_same, assert_same_steps, copies
 from training.on_gpu import ASIDE, IN_BACKWARD, make_trainer
 from training.tiny import equal
 
@@ -22,14 +23,7 @@ def test_gives_the_bits_of_a_run_without_offload(gpu, tmp_path, disk, prefetch, 
     where = {"offload": "disk", "offload_dir": str(tmp_path)} if disk else {"offload": "cpu"}
     whole = make_trainer(gpu, sharing=sharing, steps_per_swap=2)
     swapped = make_trainer(gpu, sharing=sharing, steps_per_swap=2, prefetch=prefetch, **where)
-    for _ in range(whole.total_steps):
-        row = whole.step_block(whole.next_block())
-        assert swapped.step_block(swapped.next_block()) == row
-    for group, expected in whole.tensors().items():
-        ours = swapped.tensors()[group]
-        assert equal(
-            {n: t.cpu() for n, t in ours.items()}, {n: t.cpu() for n, t in expected.items()}
-        )
+    assert_same_steps(swapped, whole)
 
 
 @pytest.mark.needs_gpu("memory in two places")
@@ -83,15 +77,14 @@ def test_rows_that_are_read_late_are_those_that_are_read_at_once(gpu, family, se
     pending = [late.launch(late.next_block()) for _ in range(9)]
     rows = [early.step_block(early.next_block()) for _ in range(9)]
     assert [each.row() for each in pending] == rows
-    for group, expected in early.tensors().items():
-        assert equal(late.tensors()[group], expected), group
+    assert_same(late, early)
 
 
 @pytest.mark.parametrize("settings", [{}, IN_BACKWARD], ids=["after", "in backward"])
 def test_a_step_that_was_not_finite_stops_those_launched_after_it(gpu, settings):
     trainer = make_trainer(gpu, **settings)
     trainer.step_block(trainer.blocks[0])
-    before = {k: v.clone() for group in trainer.tensors().values() for k, v in group.items()}
+    before = copies(trainer)
     inner = trainer.objective
     trainer.objective = lambda *arguments: inner(*arguments) * torch.inf
     broken = trainer.launch(trainer.blocks[1])
@@ -100,5 +93,5 @@ def test_a_step_that_was_not_finite_stops_those_launched_after_it(gpu, settings)
         trainer.launch(block)
     with pytest.raises(FloatingPointError, match=r"in block 1 at its step 0 .*nothing was updated"):
         broken.row()
-    after = {k: v for group in trainer.tensors().values() for k, v in group.items()}
-    assert equal(after, before) and trainer.step == 1
+    after = copies(trainer)
+    assert all(equal(after[group], before[group]) for group in before) and trainer.step == 1

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from training.bits import assert_same_steps
 from training.on_gpu import ASIDE, IN_BACKWARD, make_trainer
 from training.recorded import TrainerRecorder
-from training.tiny import equal
 
 import dbkernels.training.trainer as trainer_module
 from dbkernels.training.cuda_graphs import CudaGraphs, CudaRecorder
@@ -41,20 +41,13 @@ def make_captured(gpu, rehearsed, monkeypatch):
 )
 @pytest.mark.parametrize("family", ["dit", "vit"])
 def test_captured_steps_give_the_bits_of_steps_op_by_op(gpu, make_captured, family, settings):
-    plain, captured = make_trainer(gpu, family, **settings), make_captured(family, **settings)
-    for _ in range(plain.total_steps):
-        row = plain.step_block(plain.next_block())
-        assert captured.step_block(captured.next_block()) == row
-    for group, expected in plain.tensors().items():
-        assert equal(captured.tensors()[group], expected), group
+    assert_same_steps(make_captured(family, **settings), make_trainer(gpu, family, **settings))
 
 
 def test_graphs_are_captured_again_after_the_trainer_was_closed(gpu, make_captured):
     plain, captured = make_trainer(gpu, offload="cpu"), make_captured(offload="cpu")
     for _ in range(2):
-        for index in (0, 0, 0, 1):
-            row = plain.step_block(plain.blocks[index])
-            assert captured.step_block(captured.blocks[index]) == row
+        assert_same_steps(captured, plain, (0, 0, 0, 1))
         captured.close()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models.tiny import dynamo_alone
 from torch._dynamo.utils import counters
-from training.tiny import DIT, PRIOR, VIT, equal, weights
+from training.tiny import DIT, PRIOR, VIT, equal, make_data, weights
 
 from dbkernels.models import stem_and_head
 from dbkernels.training.log import read_log
@@ -103,8 +103,8 @@ def test_stem_and_head_are_compiled_for_the_device_that_trains(source, monkeypat
         stem_and_head, "compile_stem_and_head", lambda model, device: devices.append(str(device))
     )
     config = make_config(source, sharing="copies", offload="cpu")
-    config.trainer_on("meta", None)
-    config.trainer_of(config.build("cpu"), None)
+    config.trainer_on("meta", make_data())
+    config.trainer_of(config.build("cpu"), make_data())
     assert devices == ["meta"] * 3 + ["cpu"] * 3
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dbkernels.memory.units import in_words
+
 # bytes; that of the CUDA allocator: some kernels are chosen by it, and so may be their last bits
 ALIGNMENT = 512
 STAGING_BYTES = 2**26  # of each of two buffers: enough for the bus, and little beside a block
@@ -69,7 +71,7 @@ class CpuMemory:
                 self._pinned.append(buffer)
             else:
                 warnings.warn(
-                    f"{nbytes / 2**30:.3g} GiB of host memory cannot be page-locked: the blocks "
+                    f"{in_words(nbytes)} of host memory cannot be page-locked: the blocks "
                     "are in pageable memory, so a swap takes about twice as long and no swap "
                     "runs beside the steps",
                     stacklevel=2,
@@ -121,8 +123,8 @@ class DiskMemory:
         free = shutil.disk_usage(directory).free
         if free < nbytes:
             raise ValueError(
-                f"offload_dir must have {nbytes / 2**30:.3g} GiB free for the blocks, "
-                f"got {free / 2**30:.3g} GiB in {directory}"
+                f"offload_dir must have {in_words(nbytes)} free for the blocks, "
+                f"got {in_words(free)} in {directory}"
             )
         self._directory = directory
         self._staging = _Staging(min(nbytes, STAGING_BYTES), device)

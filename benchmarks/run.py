@@ -1,0 +1,289 @@
+"""All benchmarks: `python benchmarks/run.py --quick`, or `--full`.
+
+Rows go to files by device and commit, and a report on all of them is made at the end. A run that
+was stopped goes on where it was: what is in the files at this commit is not measured again.
+"""
+
+import importlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import tyro
+from machine import commit, folder_name
+from program import Known, Program
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from training import LARGE
+
+from dbkernels.cli.device import pick_device
+
+CHECKOUT = Path(__file__).parents[1]
+
+AFTER = "--optimizer-in-backward False"  # the backward
+FEW = f"--num-blocks 1 3 --recompute none qkv --budgets 1.0 {AFTER}"
+PREDICTED = "--num-blocks 1 3 6 --recompute none qkv layer_narrow --budgets 1.0 0.5 " + AFTER
+# of the published code's ViT: what its own way of training keeps, and what this project's does
+PUBLISHED = f"--num-blocks 3 --recompute none qkv --rounds 6 {AFTER} --methods end_to_end"
+PUBLISHED += " block_stock block_fused"
+# a step as one CUDA graph beside the same step op by op
+GRAPHS = f"--num-blocks 3 --recompute none --offload none --launch ops graph --rounds 12 {AFTER}"
+GRAPHS += " --methods end_to_end block_fused"
+
+# in a new process between fork and exec no code of ours may run, as the parent has threads: so the
+# child asks for it in a Python of its own, and then becomes the program, if its parent is still
+# the one that is named
+WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One benchmark and its options."""
+
+    name: str  # of the file of its rows, without the suffix
+    program: str  # in benchmarks/, without the suffix
+    seconds: int  # about how long it takes, the weight of its rows in the progress
+    options: str = ""
+
+    def arguments(self, run: "Run", place: Path) -> list[str]:
+        threads = ["--threads", str(run.threads)] if run.threads else []
+        out = ["--out", str((place / f"{self.name}.jsonl").resolve())]
+        device = pick_device(run.device).type
+        return [*shlex.split(self.options), "--device", device, *threads, "--json", *out]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run the benchmarks and write a report on them.
+
+    A run that was stopped goes on where it was: what is measured at this commit stays as it is.
+    """
+
+    quick: bool = False  # run the short benchmarks, eight minutes; the default
+    full: bool = False  # run every method, policy and number of blocks: hours on a GPU
+    again: bool = False  # measure again what was measured at this commit
+    out: Path = Path("runs/bench")  # directory of the rows, by device and commit, and of the report
+    device: str = "auto"  # auto, cpu or cuda; auto is an NVIDIA GPU where there is one
+    threads: int = 0  # of the CPU; 0 is as many as torch takes
+
+    def __post_init__(self):
+        if self.quick and self.full:
+            raise ValueError("a run must be quick or full, got both")
+        if self.threads < 0:
+            raise ValueError(f"threads must be at least 0, got {self.threads}")
+        pick_device(self.device)
+
+
+def jobs(*, full: bool, on_gpu: bool) -> list[Job]:
+    """All that one call runs, in order.
+
+    Args:
+        full:    every method, policy and number of blocks, and not what few minutes allow
+        on_gpu:  whether models of a GPU's size run, or are predicted
+    """
+    if full:
+        return _full(on_gpu)
+    few = "--rounds 5"
+    if on_gpu:
+        return [
+            _training("quick", "dit", "S/2", 150, f"{FEW} --rounds 12"),
+            # apart from the others, which it does not take along should it fail
+            _graphs("quick", "S/2"),
+            *(_training("quick", "dit", p, 20, f"{PREDICTED} --target this") for p in LARGE[1:]),
+            Job("quick-timeline", "timeline", 20),
+            Job("quick-layer", "layer", 140),
+            Job("quick-ops", "ops", 50, few),
+        ]
+    return [
+        _training("quick", "vit", "cifar100", 105, PUBLISHED),
+        _training("quick", "vit", "digits", 45, f"{FEW} --rounds 15"),
+        _training("quick", "dit", "digits", 40, f"{FEW} --rounds 15"),
+        *(_training("quick", "dit", p, 18, PREDICTED) for p in LARGE),
+        Job("quick-timeline", "timeline", 20),
+        Job("quick-layer", "layer", 35),
+        Job("quick-ops", "ops", 90, few),
+    ]
+
+
+def _full(on_gpu: bool) -> list[Job]:
+    found = [
+        Job("full-timeline", "timeline", 30),
+        Job("full-ops", "ops", 120),
+        Job("full-layer", "layer", 240 if on_gpu else 60),
+        _training("full", "vit", "cifar100", 300 if on_gpu else 1800),
+    ]
+    if not on_gpu:
+        found += [_training("full", family, "digits", 200) for family in ("vit", "dit")]
+    for number, name in enumerate(LARGE, 1):
+        found.append(_training("full", "dit", name, (600 if on_gpu else 120) * number))
+        found += [_graphs("full", name)] if on_gpu else []
+    return found
+
+
+def _graphs(kind: str, preset: str) -> Job:
+    return _training(kind, "dit", preset, 60, GRAPHS, suffix="-graphs")
+
+
+def _training(
+    kind: str, family: str, preset: str, seconds: int, options: str = "", suffix: str = ""
+) -> Job:
+    name = f"{kind}-training-{family}-{preset.replace('/', '')}{suffix}"
+    return Job(name, "training", seconds, f"--family {family} --preset {preset} {options}")
+
+
+def missing(job: Job, arguments: Sequence[str]) -> tuple[int, int]:
+    """How many rows of a job are not there yet, and how many it has in all."""
+    kind: type[Program] = importlib.import_module(job.program).Options
+    options = tyro.cli(kind, args=arguments)
+    known, wanted = Known(options.out, commit()), options.wanted()
+    return sum(known.lacks(key) for key in wanted), len(wanted)
+
+
+def run_all(run: Run, every: Sequence[Job], console: Console) -> list[str]:
+    """Run what is not done yet; the names of the jobs that failed."""
+    place = run.out / folder_name(pick_device(run.device)) / (commit() or "no-commit")
+    place.mkdir(parents=True, exist_ok=True)
+    todo, failed = {}, []
+    for job in every:
+        arguments = job.arguments(run, place)
+        if run.again:
+            Path(arguments[-1]).unlink(missing_ok=True)
+        todo[job] = arguments, *missing(job, arguments)
+    done = sum(lacking == 0 for _, lacking, _ in todo.values())
+    if done:
+        console.print(f"{done} of {len(every)} benchmarks are in {place}; --again runs them again.")
+    columns = (
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with shown:
+        weight = {job: job.seconds / count for job, (_, _, count) in todo.items()}
+        total = sum(weight[job] * lacking for job, (_, lacking, _) in todo.items())
+        task = shown.add_task("", total=total)
+        for job, (arguments, lacking, _) in todo.items():
+            if not lacking:
+                continue
+            shown.update(task, description=job.name)
+            rows, error = 0, None
+            with tempfile.TemporaryFile("w+") as said:
+                with ended([f"benchmarks/{job.program}.py", *arguments], said=said) as process:
+                    for _ in process.stdout:
+                        rows += 1
+                        shown.advance(task, weight[job])
+                if process.returncode:
+                    said.seek(0)
+                    error = last_line(said.read())
+            if error is None:
+                console.print(f"{job.name}: {rows} rows")
+            else:
+                failed.append(job.name)
+                console.print(f"{job.name} failed: {error}", markup=False)
+    return failed
+
+
+def report(run: Run, console: Console) -> list[str]:
+    """Draw all rows as a page; its name where that failed."""
+    if not any(run.out.rglob("*.jsonl")):
+        return []
+    page = run.out.resolve() / "report.html"
+    with tempfile.TemporaryFile("w+") as said:
+        words = ["tools/report.py", str(run.out.resolve()), "--page", str(page)]
+        with ended(words, said=said) as process:
+            process.stdout.read()
+        if not process.returncode:
+            console.print(f"report: {page}")
+            return []
+        said.seek(0)
+        console.print(f"report failed: {last_line(said.read())}", markup=False)
+    return ["report"]
+
+
+@contextmanager
+def ended(words: Sequence[str], *, said: TextIO) -> Iterator[subprocess.Popen]:
+    """A program of the checkout that is killed, with all that it began, where its reader ends.
+
+    On Linux it ends also where this process is killed.
+
+    Args:
+        words:  the program, and its arguments
+        said:   gets what it writes on stderr
+    Returns:
+        a context with the process, whose stdout is text to read.
+    """
+    command = [sys.executable, *words]
+    if sys.platform == "linux":
+        command = [sys.executable, "-ISc", WITH_PARENT, str(os.getpid()), *command]
+    # the checkout's package, whatever is installed
+    paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        command,
+        cwd=CHECKOUT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=said,
+        text=True,
+        # a group of its own, so that one signal reaches the processes that it began
+        start_new_session=True,
+    )
+    with process:
+        try:
+            yield process
+        except BaseException:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
+def last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it said nothing"
+
+
+def main(run: Run, every: Sequence[Job]) -> None:
+    """Run the jobs and the report; exit with 1 and their names where some failed."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    console = Console(highlight=False, soft_wrap=True)
+    before = signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C does
+    try:
+        failed = run_all(run, every, console) + report(run, console)
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on with what was not measured.")
+        sys.exit(130)
+    except ValueError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if failed:
+        console.print(f"error: failed: {', '.join(failed)}", style="red")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    asked = tyro.cli(Run)
+    main(asked, jobs(full=asked.full, on_gpu=pick_device(asked.device).type == "cuda"))

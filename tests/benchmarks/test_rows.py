@@ -1,0 +1,160 @@
+"""Rows of benchmarks: where they were measured, and how they are written, read and shown."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT, CPU = Path(__file__).parents[2], torch.device("cpu")
+GELU = "--op gelu --dim 64 --rounds 2 --device cpu --threads 1 --impls"
+
+
+def test_a_file_is_gone_on_with_and_what_it_has_is_not_measured_again(
+    bench, run_main, monkeypatch, tmp_path
+):
+    out = tmp_path / "new" / "ops.jsonl"
+    monkeypatch.setattr(bench("machine"), "commit", lambda: "abc1234")
+    monkeypatch.setattr(bench("op_case"), "T", 8)
+    assert "gelu fwd" in run_main("ops", f"{GELU} eager --out {out}")
+    first = out.read_text()
+    with out.open("a") as file:
+        file.write(first[:30])  # a run was stopped while it wrote
+    printed = run_main("ops", f"{GELU} eager fused --json --out {out}").splitlines()
+    assert [json.loads(line)["impl"] for line in printed] == ["fused", "fused"]
+    assert out.read_text() == first + "".join(line + "\n" for line in printed)
+    assert run_main("ops", f"{GELU} eager fused --out {out}") == ""
+    # of another commit a row is another row
+    monkeypatch.setattr(bench("machine"), "commit", lambda: "abc1235")
+    assert len(run_main("ops", f"{GELU} eager --json --out {out}").splitlines()) == 2
+
+
+def test_a_row_counts_for_its_case_commit_and_device_and_once_it_has_its_times(bench, tmp_path):
+    key = {"shape": (2, 8), "budget": 1 / 3, "device": "EPYC"}
+    row = {"shape": [2, 8], "budget": 0.333333, "device": "EPYC", "commit": "abc"}
+    path, known = tmp_path / "rows.jsonl", bench("program").Known
+
+    def lacks(row, key=key, commit="abc"):
+        path.write_text(json.dumps(row) + "\n")
+        return known(path, commit).lacks(key)
+
+    assert not lacks(row)
+    assert lacks(row, commit="abd") and lacks(row, key | {"device": "H100"})
+    assert lacks(row, key | {"shape": (2, 9)}) and lacks(row, key | {"launch": "ops"})
+    assert lacks(row | {"memory": "measured", "step_ms": None})
+    assert not lacks(row | {"memory": "measured", "step_ms": 1.0})
+    assert not lacks(row | {"memory": "predicted", "step_ms": None})
+
+
+@pytest.mark.parametrize("line", ["half a r", "[1]", '"row"'])
+def test_a_file_that_holds_no_rows_is_refused_with_its_line(run_main, tmp_path, line):
+    out = tmp_path / "rows.jsonl"
+    out.write_text(f'{{"row": 1}}\n{line}\n')
+    with pytest.raises(SystemExit, match=r"line 2 of .*rows.jsonl must be an object .* got '"):
+        run_main("ops", f"{GELU} eager --out {out}")
+    assert out.read_text() == f'{{"row": 1}}\n{line}\n'
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--family vit", "--json --family vit", "--family vit --out a.jsonl", "--out=a --family vit"],
+)
+def test_the_command_of_a_row_prints_a_table_when_it_is_repeated(bench, monkeypatch, words):
+    monkeypatch.setattr("sys.argv", ["/a/b/training.py", *words.split()])
+    assert bench("program").called() == "python benchmarks/training.py --family vit"
+
+
+def test_results_of_older_programs_can_be_shown(bench, capsys):
+    for path in sorted((ROOT / "benchmarks" / "results").rglob("*.jsonl")):
+        bench("show").main([str(path)])
+        assert "─" in capsys.readouterr().out
+
+
+def test_a_table_has_a_row_for_each_competitor_and_its_ratio_to_eager(bench, layer_rows, capsys):
+    rows = [dict(row) for row in layer_rows]
+    rows[0] |= {"median_ms": 2.0, "peak_bytes": 2**20}
+    rows[1] |= {"median_ms": 3.0, "peak_bytes": 2**19, "timing": "cuda events"}
+    bench("show").show(rows)
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if "fused, none" in line)
+    assert " 1.50 " in line and " 512 KiB " in line and " 0.50 " in line
+    assert "rounds by cuda events or 2 rounds by wall clock" in " ".join(" ".join(lines).split())
+    assert sum(line.startswith("│ fused") for line in lines) == 5
+    assert any(rows[0]["device"] in line for line in lines)
+    bench("show").show(rows[1:2])
+    assert "of eager" not in capsys.readouterr().out
+
+
+def test_the_table_of_the_noise_can_be_read(ops_row, bench, capsys):
+    rows = [ops_row | {"impl": impl, "implementation": "cpp"} for impl in ("fused", "eager")]
+    bench("show").show(rows)
+    shown = capsys.readouterr().out
+    assert "3 x 1 x 4 x 4, float32" in shown and "noise_and_loss fwd+bwd" in shown
+    assert "Printed by `python benchmarks/ops.py --op noise_and_loss`" in " ".join(shown.split())
+
+
+@pytest.fixture
+def ops_row(layer_rows):
+    sizes = ("B", "T", "dim", "num_heads", "hidden")
+    row = {name: value for name, value in layer_rows[0].items() if name not in sizes}
+    row |= {"op": "noise_and_loss", "direction": "fwd+bwd", "shape": [3, 1, 4, 4]}
+    row |= {"bytes_moved": 960, "achieved_gbps": 0.1, "share_of_copy": 0.5, "allocated_bytes": 0}
+    return row | {"command": "python benchmarks/ops.py --op noise_and_loss"}
+
+
+def test_a_file_of_results_is_shown_case_by_case(bench, layer_rows, tmp_path, capsys):
+    path = tmp_path / "layer.jsonl"
+    rows = [*layer_rows, *({**row, "dim": 65} for row in layer_rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bench("show").main([str(path)])
+    out = capsys.readouterr().out
+    assert out.count("dim = 64") == out.count("dim = 65") == 1
+
+
+# of the machine
+
+
+def test_a_device_names_its_folder(bench, monkeypatch):
+    machine = bench("machine")
+    monkeypatch.setattr(machine, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert machine.folder_name(CPU) == "nvidia-h100-80gb-hbm3"
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"), [("", "abc"), (" M x", "abc+dirty"), (None, "abc")]
+)
+def test_a_commit_says_that_files_differ_from_it(bench, monkeypatch, status, expected):
+    machine = bench("machine")
+    git = {"--show-toplevel": str(ROOT), "--short": "abc", "--porcelain": status}
+    monkeypatch.setattr(machine, "_output", lambda *command: git[command[4]])
+    monkeypatch.setenv("DBKERNELS_COMMIT", "0000000")
+    assert machine.commit() == expected
+
+
+@pytest.mark.parametrize("top", [None, "/"])
+@pytest.mark.parametrize("told", ["1a2b3c4", "1a2b3c4+dirty", None])
+def test_where_no_git_is_a_commit_is_told(bench, monkeypatch, top, told):
+    machine = bench("machine")
+    monkeypatch.setattr(machine, "_output", lambda *command: top)
+    monkeypatch.setenv("DBKERNELS_COMMIT", told or "")
+    assert machine.commit() == told
+
+
+def test_what_is_told_must_be_a_commit(bench, monkeypatch):
+    machine = bench("machine")
+    monkeypatch.setattr(machine, "_output", lambda *command: None)
+    monkeypatch.setenv("DBKERNELS_COMMIT", "main")
+    with pytest.raises(ValueError, match="must be a commit such as 1a2b3c4, got 'main'"):
+        machine.commit()
+
+
+def test_a_program_that_is_missing_or_fails_says_nothing(bench):
+    machine = bench("machine")
+    assert machine._output("no-such-program") is None
+    assert machine._output("false") is None
+    assert machine._output("echo", "a") == "a"
+
+
+def test_a_ceiling_is_the_higher_of_two_measurements(bench):
+    Ceilings = bench("machine").Ceilings
+    assert bench("machine").faster(Ceilings(1, 4), Ceilings(2, 3)) == Ceilings(2, 4)

@@ -1,0 +1,241 @@
+"""`python benchmarks/run.py`: its jobs, and how a run ends, goes on and reports."""
+
+import importlib
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+from cli.runs import Lock, until
+from rich.console import Console
+
+ROOT = Path(__file__).parents[2]
+# writes two rows but for those that are there; a file of the case's name makes it fail between
+PROGRAM = """if True:
+    import fcntl, json, pathlib, subprocess, sys, time
+    here, name, out = pathlib.Path(__file__).parent, sys.argv[1], pathlib.Path(sys.argv[-1])
+    with open(here / "calls.txt", "a") as calls:
+        print(*sys.argv[1:], file=calls)
+    for number in (1, 2):
+        if out.exists() and len(out.read_text().splitlines()) >= number:
+            continue
+        with out.open("a") as file:
+            print(json.dumps({"row": number}), file=file)
+        print(number, flush=True)
+        if (here / name).exists():
+            raise SystemExit((here / name).read_text())
+        if (here / "slow").exists():
+            lock = open(here / "lock", "w")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            sleep = [sys.executable, "-c", "import time; time.sleep(300)"]
+            for _ in (here / "slow").read_text():
+                subprocess.Popen(sleep, pass_fds=[lock.fileno()], stdout=subprocess.DEVNULL)
+            (here / "ready").touch()
+            time.sleep(300)
+"""
+REPORT = """if True:
+    import pathlib, sys
+    results, flag, page = sys.argv[1:]
+    assert flag == "--page"
+    names = sorted(file.name for file in pathlib.Path(results).rglob("*.jsonl"))
+    pathlib.Path(page).write_text(" ".join(names))
+"""
+OUTSIDE = """if True:
+    import pathlib, sys
+    sys.path[:0] = [{root!r}, {benchmarks!r}]
+    import run
+    run.CHECKOUT = pathlib.Path({checkout!r})
+    run.missing = lambda job, arguments: (1, 2)
+    run.commit, run.folder_name = lambda: "abc", lambda device: "epyc"
+    run.main(run.Run(out=pathlib.Path({out!r}), device="cpu"), [run.Job("one", "case", 1, "one")])
+"""
+
+
+@pytest.fixture
+def checkout(bench, tmp_path, monkeypatch):
+    """A checkout with one benchmark and a report."""
+    run, root = bench("run"), tmp_path / "checkout"
+    for folder, name, text in (("benchmarks", "case", PROGRAM), ("tools", "report", REPORT)):
+        (root / folder).mkdir(parents=True)
+        (root / folder / f"{name}.py").write_text(text)
+    monkeypatch.setattr(run, "CHECKOUT", root)
+    monkeypatch.setattr(run, "commit", lambda: "abc")
+    monkeypatch.setattr(run, "folder_name", lambda device: "epyc")
+
+    def missing(job, arguments):
+        out = Path(arguments[-1])
+        return 2 - (len(out.read_text().splitlines()) if out.exists() else 0), 2
+
+    monkeypatch.setattr(run, "missing", missing)
+    return root / "benchmarks"
+
+
+@pytest.fixture
+def go(bench, checkout, tmp_path, capsys):
+    """Runs three jobs; the exit status, and what was printed."""
+    run = bench("run")
+
+    def start(**options):
+        every = [run.Job(name, "case", 1, name) for name in ("one", "two", "three")]
+        code = 0
+        try:
+            run.main(run.Run(out=tmp_path / "out", device="cpu", **options), every)
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().out
+
+    return start
+
+
+def calls(checkout):
+    return [line.split()[0] for line in (checkout / "calls.txt").read_text().splitlines()]
+
+
+def test_rows_of_every_case_are_there_by_device_and_commit(go, checkout, tmp_path):
+    code, out = go(threads=2)
+    assert code == 0, out
+    place = tmp_path / "out" / "epyc" / "abc"
+    names = ["one.jsonl", "three.jsonl", "two.jsonl"]
+    assert sorted(file.name for file in place.iterdir()) == names
+    assert [json.loads(line) for line in (place / "one.jsonl").open()] == [{"row": 1}, {"row": 2}]
+    first = (checkout / "calls.txt").read_text().splitlines()[0]
+    assert first == f"one --device cpu --threads 2 --json --out {place / 'one.jsonl'}"
+    assert re.findall(r"^(\w+): 2 rows$", out, re.MULTILINE) == ["one", "two", "three"]
+    report = tmp_path / "out" / "report.html"
+    assert f"report: {report}\n" in out and report.read_text() == " ".join(names)
+
+
+def test_a_case_that_fails_is_named_and_only_it_is_run_again(go, checkout, tmp_path):
+    (checkout / "two").write_text("no memory")
+    code, out = go()
+    assert code == 1 and "two failed: no memory\n" in out and out.endswith("error: failed: two\n")
+    assert "three: 2 rows" in out
+    (checkout / "two").unlink()
+    code, out = go()
+    assert code == 0 and "two: 1 rows" in out
+    assert f"2 of 3 benchmarks are in {tmp_path / 'out/epyc/abc'}; --again runs" in out
+    assert calls(checkout) == ["one", "two", "three", "two"]
+    assert (tmp_path / "out/epyc/abc/two.jsonl").read_text() == '{"row": 1}\n{"row": 2}\n'
+    code, out = go(again=True)
+    assert code == 0 and out.count(": 2 rows") == 3 and len(calls(checkout)) == 7
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_however_a_run_ends_nothing_outlives_it_and_it_goes_on(go, checkout, tmp_path, end):
+    # a run that is killed can end its program, but not what that began
+    (checkout / "slow").write_text("" if end == signal.SIGKILL else "1")
+    out = tmp_path / "out"
+    paths = {"root": str(ROOT), "benchmarks": str(ROOT / "benchmarks")}
+    code = OUTSIDE.format(**paths, checkout=str(checkout.parent), out=str(out))
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        until((checkout / "ready").exists)
+        lock = Lock(checkout / "lock")
+        assert not lock.is_free()
+        process.send_signal(end)
+        printed, _ = process.communicate(timeout=30)
+    until(lock.is_free)
+    assert process.returncode == (-signal.SIGKILL if end == signal.SIGKILL else 130)
+    if end != signal.SIGKILL:
+        assert printed == "Stopped. The same command goes on with what was not measured.\n"
+    (checkout / "slow").unlink()
+    assert go()[0] == 0
+    assert (out / "epyc/abc/one.jsonl").read_text() == '{"row": 1}\n{"row": 2}\n'
+
+
+def test_a_run_that_was_cut_measures_only_the_rows_that_are_missing(
+    bench, tmp_path, monkeypatch, capsys
+):
+    run = bench("run")
+    monkeypatch.setattr(run, "report", lambda *_: [])
+    options = "--op gelu swiglu --dim 64 --impls fused eager --rounds 2"
+    job = run.Job("small", "ops", 1, options)
+    asked = run.Run(out=tmp_path, device="cpu", threads=1)
+    run.main(asked, [job])
+    assert "small: 8 rows" in capsys.readouterr().out
+    (path,) = tmp_path.rglob("small.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5]) + lines[5][:40])
+    run.main(asked, [job])
+    assert "small: 3 rows" in capsys.readouterr().out
+    again = path.read_text().splitlines(keepends=True)
+    names = ("op", "direction", "impl")
+    keys = [[tuple(json.loads(line)[n] for n in names) for line in each] for each in (lines, again)]
+    assert again[:5] == lines[:5] and keys[0] == keys[1]
+    run.main(asked, [job])
+    assert "1 of 1 benchmarks are in" in capsys.readouterr().out
+
+
+def test_a_file_that_is_none_of_rows_ends_a_run_with_its_name(bench, tmp_path, capsys):
+    run = bench("run")
+    path = tmp_path / run.folder_name(bench("program").pick_device("cpu")) / (run.commit() or "")
+    path.mkdir(parents=True)
+    (path / "small.jsonl").write_text("no row\n")
+    with pytest.raises(SystemExit, match="1"):
+        run.main(run.Run(out=tmp_path, device="cpu"), [run.Job("small", "timeline", 1)])
+    out = capsys.readouterr().out
+    assert re.search("error: line 1 of .*small.jsonl must be an object of JSON, got 'no row'", out)
+
+
+def test_progress_is_richs_own_and_a_terminals_alone(bench, checkout, tmp_path):
+    run = bench("run")
+    every = [run.Job(name, "case", 1, name) for name in ("one", "two")]
+    shown = {}
+    for is_terminal in (True, False):
+        console = Console(
+            file=io.StringIO(), force_terminal=is_terminal, width=100, color_system=None
+        )
+        run.run_all(run.Run(out=tmp_path, device="cpu", again=True), every, console)
+        shown[is_terminal] = console.file.getvalue()
+    assert "0:00:0" in shown[True] and "50%" in shown[True] and "100%" in shown[True]
+    assert shown[False] == "one: 2 rows\ntwo: 2 rows\n"
+
+
+def test_a_report_that_fails_is_named(go, checkout):
+    (checkout.parent / "tools" / "report.py").write_text("raise SystemExit('no matplotlib')")
+    code, out = go()
+    assert code == 1 and "report failed: no matplotlib\n" in out
+    assert out.endswith("error: failed: report\n")
+
+
+def test_nothing_is_reported_on_nothing(go, checkout):
+    (checkout / "case.py").write_text("raise SystemExit(1)")
+    code, out = go()
+    assert code == 1 and "report" not in out and "one failed: it said nothing" in out
+
+
+# jobs
+
+
+@pytest.fixture(params=[(full, on_gpu) for full in (False, True) for on_gpu in (False, True)])
+def made(bench, request):
+    full, on_gpu = request.param
+    return bench("run").jobs(full=full, on_gpu=on_gpu), full, on_gpu
+
+
+def test_every_job_is_a_benchmark_that_takes_its_arguments(bench, made, tmp_path):
+    """It refuses, with its own checks, what it would refuse there; and its rows are told apart."""
+    for job in made[0]:
+        arguments = job.arguments(bench("run").Run(device="cpu"), tmp_path)
+        options = tyro.cli(importlib.import_module(job.program).Options, args=arguments)
+        keys = [json.dumps(key, sort_keys=True) for key in options.wanted()]
+        assert keys and len(set(keys)) == len(keys)
+
+
+def test_jobs_have_files_of_their_own_and_cover_every_model_that_a_gpu_trains(bench, made):
+    every, full, on_gpu = made
+    names = [job.name for job in every]
+    assert len(names) == len(set(names)) and not any("/" in name for name in names)
+    assert all(name.startswith("full-" if full else "quick-") for name in names)
+    assert [job.program for job in every].count("timeline") == 1
+    large = set(bench("run").LARGE)
+    assert large <= {job.options.split()[3] for job in every if job.program == "training"}
+    graphs = [job for job in every if " graph " in job.options]
+    assert len(graphs) == (0 if not on_gpu else len(large) if full else 1)
+    assert all(job.name.endswith("-graphs") for job in graphs)
+    assert full or sum(job.seconds for job in every) <= 480

@@ -1,0 +1,120 @@
+"""Every command that a page or a script names is run, at a small size.
+
+A command of `python -m dbkernels` runs as it is written, with SMALLER behind it; of a flag that is
+there twice the last one counts. Any other command takes long, or changes the checkout: ELSEWHERE
+has the words of a test or of CI that run it or its pieces, at a small size too.
+"""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli.runs import SIZES
+
+from dbkernels.cli import main as cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md"]
+PAGES += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))]
+ONE_STEP = "--preset digits --batch 2 --num-blocks 1 --methods block_fused --recompute none"
+SMALLER = {
+    "train": [*SIZES, "--depth", "4"],
+    "evaluate": ["--device", "cpu"],
+    "sample": ["--device", "cpu", "--per-class", "1", "--levels", "2"],
+    "profile": [*ONE_STEP.split(), "--offload", "none", "--steps", "1", "--device", "cpu"],
+    "plan": ["--preset", "digits", "--batch", "2"],
+    "doctor": [],
+}
+RUNNERS = [".ci/run", *(f"tools/{name}.sh" for name in ("test", "gpu", "setup"))]
+ELSEWHERE = {
+    "bash tools/test.sh": "exec bash tools/test.sh",  # it is what CI runs
+    "bash tools/test.sh tests/training -k resume": '--dist worksteal "$@"',
+    "bash tools/demo.sh": '"demo.sh"',
+    "pip install torch ninja 'setuptools>=77'": "\"$torch\" 'setuptools>=77' ninja",
+    "pip install --no-build-isolation .": "--no-build-isolation --editable",
+    "bash tools/gpu.sh": "bash tools/gpu.sh --rehearse",
+    "bash tools/gpu.sh [--rehearse] [smoke|headline|kernels|rest ...]": '"--rehearse", "kernels"',
+    "bash tools/gpu_wheels.sh": '"gpu_wheels.sh"',  # it downloads; a test reads what it asks for
+    "bash tools/other_triton.sh VERSION [options of kernel_report.py]": "other_triton.sh 3.6.0",
+    "python tools/kernel_report.py": "python tools/kernel_report.py",
+    "python tools/report.py benchmarks/results --tables benchmarks/RESULTS.md": '"--tables", str(',
+    "python tools/count.py": "count.py",
+    "python tools/count.py [--json]": '"--json"',
+    "python tests/golden/record.py": "recording.digests(",  # it would write what tests compare with
+    "python setup.py build_ext --inplace": '("build_ext", "--inplace")',
+    "python -m pytest --rehearse -m gpu": '"--rehearse", "-m", "gpu"',
+    "python benchmarks/layer.py --launches --B 64 --dim 1152 --num-heads 16 --dtype autocast": (
+        "launches=True"
+    ),
+    "python benchmarks/run.py --quick": "run.main(asked, [job])",
+    "python benchmarks/gpu_jobs.py [--rehearse] [PART ...]": "benchmarks/gpu_jobs.py",
+    "python benchmarks/gpu_table.py FOLDER": "benchmarks/gpu_table.py",
+    "python benchmarks/show.py FILE.jsonl ...": '"show"',
+}
+RUN = re.compile(r"(?:python|bash) (?:-m dbkernels|-m pytest|tools/|benchmarks/|tests/|setup\.py)")
+
+
+def commands(text):
+    """Commands of the fenced blocks of a page, each on one line and without its comment."""
+    for block in re.findall(r"^ *```bash\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = re.sub(r" +", " ", re.sub(r"\s+#.*", "", line)).strip()
+            if command:
+                yield command
+
+
+def said(path):
+    """Commands of a script's own words: its docstring, or the comments that it begins with."""
+    source = path.read_text()
+    if path.suffix == ".py":
+        words = ast.get_docstring(ast.parse(source)) or ""
+    else:
+        words = re.sub(r"^# ?", "", "\n".join(re.findall(r"^#[^!].*|^#$", source, re.MULTILINE)),
+                       flags=re.MULTILINE)  # fmt: skip
+    quoted = [" ".join(text.split()) for text in re.findall(r"`([^`]+)`", words)]
+    alone = [line.strip() for line in words.splitlines() if RUN.match(line.strip())]
+    return [command.rstrip(":") for command in [*quoted, *alone] if RUN.match(command)]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, capsys):
+    """A directory with what the pages' commands read: latents, and a row of the budgets."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    for suffix in ("", "_test"):
+        np.save(f"latents{suffix}.npy", np.zeros((8, 4, 8, 8), dtype=np.float32))
+        np.save(f"latents{suffix}_labels.npy", np.arange(8) % 2)
+    (tmp_path / "benchmarks").mkdir()
+    cli.main(["profile", *SMALLER["profile"], "--write", "benchmarks/budgets.json"])
+    capsys.readouterr()
+    return tmp_path
+
+
+def test_the_commands_of_the_pages_run_one_after_another(place, capsys):
+    pages = {page: list(commands((ROOT / page).read_text())) for page in PAGES}
+    assert len(pages["README.md"]) > 5 and len(pages["docs/command_line.md"]) > 5
+    for command in dict.fromkeys(command for found in pages.values() for command in found):
+        words = shlex.split(command)
+        if words[:3] == ["python", "-m", "dbkernels"]:
+            cli.main(words[3:] + ([] if "--check" in words else SMALLER[words[3]]))
+            assert capsys.readouterr().out, command
+        else:
+            assert command in ELSEWHERE, f"a page names a command that no test runs: {command}"
+
+
+def test_the_commands_that_scripts_name_are_run_somewhere():
+    scripts = [path for folder in ("tools", "benchmarks") for path in (ROOT / folder).iterdir()]
+    named = {command for path in scripts if path.suffix in (".py", ".sh") for command in said(path)}
+    assert "python tools/report.py benchmarks/results --tables benchmarks/RESULTS.md" in named
+    assert "bash tools/other_triton.sh VERSION [options of kernel_report.py]" in named
+    assert named <= set(ELSEWHERE)
+
+
+def test_what_runs_elsewhere_is_there():
+    tests = [path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
+    texts = [path.read_text() for path in [*tests, *(ROOT / name for name in RUNNERS)]]
+    for command, words in ELSEWHERE.items():
+        assert any(words in text for text in texts), f"nothing runs {command}"
