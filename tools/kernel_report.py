@@ -47,6 +47,15 @@ BATCHES = (8, 32, 64, 128, 256)  # samples
 # how kernels call the rows, or tokens, of a program
 SHARES = ("rows_per_program", "tokens_per_program")
 
+HEADERS = {  # of columns that are not called as their field
+    "num_warps": "warps",
+    "programs_per_processor": "fit",
+    "widest_load_bytes": "load",
+    "widest_store_bytes": "store",
+    "row_access_bytes": "row",
+    "hbm_bytes": "moved",
+}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -203,7 +212,7 @@ def table(rows: list[Row] | list[LibraryRow], title: str) -> Table:
     """A line to a row; what is by number of samples or by product has a column to each."""
     table = Table(title=title)
     for column in _cells(rows[0]):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "kernel")
     for row in rows:
         table.add_row(*_cells(row).values())
     return table
@@ -212,7 +221,8 @@ def table(rows: list[Row] | list[LibraryRow], title: str) -> Table:
 def _cells(row: Row | LibraryRow) -> dict[str, str]:
     values = asdict(row) | {"arch": f"sm_{row.arch}"}
     by_product, by_batch = values.pop("floor_us", {}), values.pop("wave_efficiency", {})
-    cells = {name.removesuffix("_bytes").replace("_", " "): str(v) for name, v in values.items()}
+    shown = {name: v for name, v in values.items() if name not in ("dtype", "least_access_bytes")}
+    cells = {HEADERS.get(n, n.removesuffix("_bytes")): str(v) for n, v in shown.items()}
     cells |= {f"B {B}": f"{share:.2f}" for B, share in by_batch.items()}
     return cells | {name.partition("-")[0]: f"{us:.1f}" for name, us in by_product.items()}
 
