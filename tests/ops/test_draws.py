@@ -118,7 +118,9 @@ def loss_alone(draw, t):
     return score_loss(*t, draw)
 
 
-@pytest.mark.parametrize("f", [*list(OPS.values())[:3], loss_alone], ids=str)
+@pytest.mark.parametrize(
+    "f", [*list(OPS.values())[:3], loss_alone], ids=[*list(OPS)[:3], "score_loss alone"]
+)
 def test_a_step_in_memory_is_an_input_of_one_compiled_graph(implementation, f, t):
     step, graphs = torch.tensor(0), Graphs()
     compiled = graphs.compile(lambda draw: f(draw, t)[0])
