@@ -46,7 +46,9 @@ REPORT = """if True:
     pathlib.Path(page).write_text(" ".join(names))
 """
 OUTSIDE = """if True:
-    import pathlib, sys
+    import pathlib, signal, sys
+    # a shell's background jobs, and what they begin, ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path[:0] = [{root!r}, {benchmarks!r}]
     import run
     run.CHECKOUT = pathlib.Path({checkout!r})
