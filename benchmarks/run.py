@@ -195,6 +195,7 @@ def run_all(run: Run, every: Sequence[Job], console: Console) -> list[str]:
                 if process.returncode:
                     said.seek(0)
                     error = last_line(said.read())
+            shown.refresh()  # or what is printed stands above a bar of some time ago
             if error is None:
                 console.print(f"{job.name}: {rows} rows")
             else:

@@ -31,7 +31,7 @@ SMALLER = {
 RUNNERS = [".ci/run", *(f"tools/{name}.sh" for name in ("test", "gpu", "setup"))]
 ELSEWHERE = {
     "bash tools/test.sh": "exec bash tools/test.sh",  # it is what CI runs
-    "bash tools/test.sh tests/training -k resume": '--dist worksteal "$@"',
+    "bash tools/test.sh tests/training -k resume": '-m pytest "$@"',
     "bash tools/demo.sh": '"demo.sh"',
     "pip install torch ninja 'setuptools>=77'": "\"$torch\" 'setuptools>=77' ninja",
     "pip install --no-build-isolation .": "--no-build-isolation --editable",
