@@ -20,8 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from dbkernels.models.compiled import compiled
 from dbkernels.models.layer import AdaLNLayer
 from dbkernels.ops import reference
-from dbkernels.ops.layer.first_tokens import first_tokens
-from dbkernels.ops.layer.stream import ResidualStream
+from dbkernels.ops.layer.tensors import ResidualStream, first_tokens
 
 Baseline = Literal["stock", "checkpointed", "selective", "compiled"]
 

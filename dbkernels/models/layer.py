@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.ops.affine import fold_affine
-from dbkernels.ops.layer.first_tokens import first_tokens
-from dbkernels.ops.layer.function import LayerWeights, adaln_layer
-from dbkernels.ops.layer.linear import linear
+from dbkernels.ops.layer.function import adaln_layer
+from dbkernels.ops.layer.projection import linear
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
-from dbkernels.ops.layer.stream import ResidualStream
+from dbkernels.ops.layer.tensors import LayerWeights, ResidualStream, first_tokens
 
 
 @dataclass(frozen=True)

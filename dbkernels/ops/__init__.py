@@ -9,10 +9,9 @@ from dbkernels.ops.backend.register import implementation, use_implementation
 from dbkernels.ops.gated_adaln_norm import gated_adaln_norm
 from dbkernels.ops.gated_residual import gated_residual
 from dbkernels.ops.layer.function import adaln_layer
-from dbkernels.ops.layer.linear import linear
+from dbkernels.ops.layer.projection import linear
 from dbkernels.ops.layer.recompute import POLICIES
-from dbkernels.ops.layer.stream import ResidualStream
-from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.ops.layer.tensors import LayerWeights, ResidualStream
 from dbkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dbkernels.ops.philox import Draw, normals, uniforms
 from dbkernels.ops.qk_norm_rotary import qk_norm_rotary

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from dbkernels.ops.backend import checks
-from dbkernels.ops.backend.graph import compute_dtype, dtypes_as_they_are, is_last_to_read
+from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
 from dbkernels.ops.layer.projection import add_product, chunks
 from dbkernels.ops.softmax_gradient import empty_logits, softmax_gradient
 

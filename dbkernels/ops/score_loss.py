@@ -22,7 +22,6 @@ from torch import Tensor
 
 from dbkernels.ops.add_noise import check_coefficients, check_finite, of_chunk
 from dbkernels.ops.backend import checks
-from dbkernels.ops.backend.graph import is_last_to_read
 from dbkernels.ops.backend.noise_tile import (
     DRAW,
     coefficient_at,
@@ -30,7 +29,7 @@ from dbkernels.ops.backend.noise_tile import (
     run_of_lane,
     tile_of_sample,
 )
-from dbkernels.ops.backend.register import register
+from dbkernels.ops.backend.register import is_last_to_read, register
 from dbkernels.ops.philox import (
     Draw,
     DrawArguments,

@@ -6,7 +6,7 @@ from accuracy import assert_as_accurate_as_eager
 from ops.one_layer import OneLayer
 
 from dbkernels.ops import LayerWeights, reference
-from dbkernels.ops.layer.mlp_branch import mlp_branch
+from dbkernels.ops.layer.branches import mlp
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -26,7 +26,7 @@ def test_a_branch_that_keeps_no_pre_activation_is_as_accurate_as_eager(shape, si
     y = (torch.randn(B, T, D) + 1).to(BF16)
     exact = eager(y.double(), LayerWeights(*(None if t is None else t.double() for t in w)))
     expected = eager(y, w)
-    assert_as_accurate_as_eager("m", mlp_branch(y, "gelu", w, hidden=None), expected, exact)
+    assert_as_accurate_as_eager("m", mlp(y, "gelu", w, hidden=None), expected, exact)
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "qkv", "layer"])

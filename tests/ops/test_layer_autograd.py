@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from dbkernels.ops import adaln_layer, reference
-from dbkernels.ops.layer import passes
+from dbkernels.ops.layer import branches, passes
 
 BF16 = torch.bfloat16
 
@@ -221,8 +221,8 @@ def test_refuses_a_second_derivative():
 def test_each_tensor_dies_with_its_last_use(monkeypatch):
     held, gone = {}, {}
 
-    def watch(name, *, args, ask):
-        original = getattr(passes, name)
+    def watch(room, name, *, args, ask):
+        original = getattr(room, name)
 
         def watched(*given, **options):
             gone[name] = [what for what in ask if held[what].expired()]
@@ -230,16 +230,16 @@ def test_each_tensor_dies_with_its_last_use(monkeypatch):
                 held[what] = StorageWeakRef(given[place].untyped_storage())
             return original(*given, **options)
 
-        monkeypatch.setattr(passes, name, watched)
+        monkeypatch.setattr(room, name, watched)
 
-    watch("mlp_branch_backward", args={"dm": 0, "hidden": 2}, ask=[])
-    watch("gated_adaln_norm_backward", args={}, ask=["dm", "hidden"])
-    watch("attention_branch_backward", args={"attended": 2}, ask=["dm", "hidden"])
-    watch("adaln_norm_backward", args={}, ask=["attended"])
+    watch(branches, "mlp_backward", args={"dm": 0, "hidden": 2}, ask=[])
+    watch(passes, "gated_adaln_norm_backward", args={}, ask=["dm", "hidden"])
+    watch(branches, "attend_backward", args={"attended": 2}, ask=["dm", "hidden"])
+    watch(passes, "adaln_norm_backward", args={}, ask=["attended"])
     layer = OneLayer()
     leaves = layer.leaves()
     gradients(layer.run(leaves).sum(), leaves)
     # dy is written over dm
     assert gone["gated_adaln_norm_backward"] == []
-    assert gone["attention_branch_backward"] == ["dm", "hidden"]
+    assert gone["attend_backward"] == ["dm", "hidden"]
     assert gone["adaln_norm_backward"] == ["attended"]

@@ -6,7 +6,7 @@ from ops.one_layer import ALL_OPTIONS, EVERY_POLICY, SAME_BITS, OneLayer, assert
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbkernels.ops import POLICIES, adaln_layer, reference, use_implementation
-from dbkernels.ops.layer.stream import ResidualStream
+from dbkernels.ops.layer.tensors import ResidualStream
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 T = 5

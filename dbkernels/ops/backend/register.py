@@ -8,7 +8,7 @@ in the namespace dbkernels_compiled, and need not be there.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -24,6 +24,7 @@ _LIBRARY = torch.library.Library("dbkernels", "DEF")
 _COMPILED = torch.library.Library("dbkernels_compiled", "DEF")
 _asked_for: list[Implementation] = []
 _ops: list[str] = []
+_processors: list[int] = []  # of the GPU of a dry run, innermost last
 
 
 def register(
@@ -81,8 +82,7 @@ def implementation(device: torch.device | str, op: str | None = None) -> Impleme
     return "triton" if device.type == "cuda" else "torch"
 
 
-@contextmanager
-def use_implementation(name: Implementation) -> Iterator[None]:
+def use_implementation(name: Implementation) -> AbstractContextManager:
     """Run the ops of this process by name; for tests, benchmarks and the search for a fault.
 
     Args:
@@ -97,11 +97,17 @@ def use_implementation(name: Implementation) -> Iterator[None]:
     reason = _why_not(name)
     if reason is not None:
         raise RuntimeError(f"implementation {name} {reason}")
-    _asked_for.append(name)
+    return _innermost(_asked_for, name)
+
+
+@contextmanager
+def _innermost(stack: list, value: object) -> Iterator[None]:
+    """The last of a stack until the context ends."""
+    stack.append(value)
     try:
         yield
     finally:
-        _asked_for.pop()
+        stack.pop()
 
 
 def _why_not(name: Implementation) -> str | None:
@@ -124,12 +130,10 @@ def _choose(op: str, device: torch.device, *, float64: bool) -> Implementation:
         return chosen
     if not _asked_for:
         return "torch" if float64 else chosen
-    there = [library.NAMES[device.type]] if library.serves(op, device) else []
-    if chosen not in there:
-        raise RuntimeError(
-            f"{op} has no implementation {chosen} on {device.type}, "
-            f"it has {', '.join([*there, 'triton', 'torch'])}"
-        )
+    compiled = [library.NAMES[device.type]] if library.serves(op, device) else []
+    if chosen not in compiled:
+        there = ", ".join([*compiled, "triton", "torch"])
+        raise RuntimeError(f"{op} has no implementation {chosen} on {device.type}, it has {there}")
     return chosen
 
 
@@ -145,3 +149,45 @@ def _float64_is_chosen(args: tuple, reads: list[bool]) -> bool:
         read and isinstance(arg, Tensor) and arg.is_floating_point()
         for arg, read in zip(args, reads, strict=True)
     )
+
+
+# fake tensors of a CPU on which ops run as on a GPU: what a prediction of memory runs on
+
+
+def runs_as_on_gpu(tensor: Tensor) -> bool:
+    """Whether to do as on a GPU, where it and a CPU have different ways."""
+    return tensor.is_cuda or bool(_processors)
+
+
+def dry_run_processors() -> int | None:
+    """Streaming multiprocessors of the GPU of a dry run; None where there is none."""
+    return _processors[-1] if _processors else None
+
+
+def dry_run_on_gpu(processors: int) -> AbstractContextManager:
+    """Do with a CPU's fake tensors as on a GPU with so many streaming multiprocessors."""
+    return _innermost(_processors, processors)
+
+
+# what a function with matmuls of its own must know of the autocast and the graph it runs in
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the matmuls of x and weight: autocast's where it is on, else the weight's."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # which meta tensors do not have
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def dtypes_as_they_are(device: str) -> AbstractContextManager:
+    """A backward has the dtypes of its forward, also where it is called under autocast."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+def is_last_to_read() -> bool:
+    """Whether what was saved may be written over: not with retain_graph=True."""
+    # a compiler reuses memory on its own, and its trace knows no graph task
+    if torch.compiler.is_compiling():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()

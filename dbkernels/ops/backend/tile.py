@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops.backend.dry_run_device import dry_run_processors
+from dbkernels.ops.backend.register import dry_run_processors
 
 MAX_D = 16384  # a row lives in the registers of one program
 WARP = 32  # threads

@@ -14,18 +14,26 @@ and v are all that is computed and kept.
 import torch
 from torch import Tensor
 
+from dbkernels.ops.activations import ACTIVATIONS
 from dbkernels.ops.adaln_norm import NormOptions
+from dbkernels.ops.attention import check_head_width
 from dbkernels.ops.backend import checks
-from dbkernels.ops.backend.graph import compute_dtype, dtypes_as_they_are, is_last_to_read
-from dbkernels.ops.layer.cast import cast
-from dbkernels.ops.layer.checks import check_layer, check_options
-from dbkernels.ops.layer.passes import LayerCall
-from dbkernels.ops.layer.projection import Gradients
+from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
+from dbkernels.ops.layer.passes import Kept, LayerCall
+from dbkernels.ops.layer.projection import Gradients, cast
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
-from dbkernels.ops.layer.stream import ResidualStream, Run
-from dbkernels.ops.layer.tensors import Activations, LayerModulation, LayerOptions, LayerWeights
+from dbkernels.ops.layer.tensors import (
+    Activations,
+    LayerModulation,
+    LayerOptions,
+    LayerWeights,
+    ResidualStream,
+    check_first,
+    end_of_run,
+)
+from dbkernels.ops.qk_norm_rotary import check_rotary
 
-WEIGHTS, ACTIVATIONS = len(LayerWeights._fields), len(Activations._fields)
+WEIGHTS, KEPT = len(LayerWeights._fields), len(Activations._fields)
 
 # autograd
 
@@ -33,13 +41,14 @@ WEIGHTS, ACTIVATIONS = len(LayerWeights._fields), len(Activations._fields)
 class _AdaLNLayer(torch.autograd.Function):
     """(out, a, m), the last two None if nothing is kept.
 
-    The run that led to x follows the weights: its start, gates, then branches.
+    The run that led to x follows the weights.
     """
 
     @staticmethod
     def forward(ctx, options, x, modulation, rotary, *rest):
         weights, run = rest[:WEIGHTS], rest[WEIGHTS:]
-        call = LayerCall(x, modulation, rotary, _in_branches(weights, options), options)
+        w = LayerWeights(*cast(weights, options.norm.dtype))
+        call = LayerCall(x, modulation, rotary, w, options)
         out, activations = call.forward()
         keeps = POLICIES[options.recompute].keeps
         kept = (t if name in keeps else None for name, t in activations._asdict().items())
@@ -60,32 +69,25 @@ class _AdaLNLayer(torch.autograd.Function):
         owned = is_last_to_read()
         modulation, rotary, *saved = ctx.saved_tensors
         weights, saved = LayerWeights(*saved[:WEIGHTS]), saved[WEIGHTS:]
-        kept = dict(zip(Activations._fields, saved[:ACTIVATIONS], strict=True))
-        start, *links = saved[ACTIVATIONS:]
+        kept = Kept(dict(zip(Activations._fields, saved[:KEPT], strict=True)), owned=owned)
+        start, *sums = saved[KEPT:]
         if owned:
             # nothing but kept holds what the forward kept, so each tensor dies with its last use
             ctx.maybe_clear_saved_tensors()
         del saved
-        x = Run(start, links[: len(links) // 2], links[len(links) // 2 :]).x()
+        x = end_of_run(start, sums)
         wanted = dict(zip(LayerWeights._fields, ctx.needs_input_grad[4:], strict=False))
         names = [name for name in wanted if wanted[name]]
         gradients = Gradients(frozenset(names), weights.qkv_weight.dtype)
-        weights = _in_branches(weights, ctx.options)
-        call = LayerCall(x, modulation, rotary, weights, ctx.options)
+        # kept from the forward, the casts would take 2 bytes for each parameter of a block at the
+        # peak of its step: to read 4 bytes and write 2 again costs far less than that memory
+        w = LayerWeights(*cast(weights, ctx.options.norm.dtype))
+        call = LayerCall(x, modulation, rotary, w, ctx.options)
         with dtypes_as_they_are(dout.device.type):
-            dx, dmodulation = call.backward(dout.contiguous(), kept, gradients, owned=owned)
+            dx, dmodulation = call.backward(dout.contiguous(), kept, gradients)
         dweights = cast([gradients.sums.get(name) for name in wanted], gradients.dtype)
-        run = len(ctx.needs_input_grad) - 4 - WEIGHTS
-        return None, dx, dmodulation, None, *dweights, *(None,) * run
-
-
-def _in_branches(weights, options: LayerOptions) -> LayerWeights:
-    """In the dtype of the branches, once in a forward and again in its backward.
-
-    Kept from one to the other, the copies would take 2 bytes for each parameter of a block at the
-    peak of its step. To read 4 bytes and write 2 again costs far less than that memory is worth.
-    """
-    return LayerWeights(*cast(weights, options.norm.dtype))
+        run = (None,) * (len(ctx.needs_input_grad) - 4 - WEIGHTS)
+        return None, dx, dmodulation, None, *dweights, *run
 
 
 # public
@@ -131,23 +133,62 @@ def adaln_layer(
             from 1 to T.
         RuntimeError: the gradient is differentiated.
     """
-    check_options(mlp, recompute)
+    if mlp not in ACTIVATIONS:
+        raise ValueError(f"mlp must be one of {', '.join(ACTIVATIONS)}, got {mlp}")
+    if recompute not in POLICIES:
+        raise ValueError(f"recompute must be one of {', '.join(POLICIES)}, got {recompute}")
     dtype = compute_dtype(x, weights.qkv_weight)
     options = LayerOptions(
         num_heads, mlp, NormOptions(eps, checks.check_norm(norm), dtype), recompute, num_queries
     )
-    check_layer(x, modulation, rotary, weights, options)
+    _check(x, modulation, rotary, weights, options)
     if num_queries == x.shape[1]:
         options = options._replace(num_queries=None)
     x, modulation = x.contiguous(), checks.as_rows(modulation)
     if modulation.stride(-1) != 1:  # kernels read columns that follow each other
         modulation = modulation.contiguous()
-    run = Run(x.detach()) if stream is None else stream.run_to(x)
-    out, a, m = _AdaLNLayer.apply(
-        options, x, modulation, rotary, *weights, run.start, *run.gates, *run.branches
-    )
+    run = (x.detach(),) if stream is None else stream.run_to(x)
+    out, a, m = _AdaLNLayer.apply(options, x, modulation, rotary, *weights, *run)
     followed = stream is not None and options.num_queries is None
     if followed and out.requires_grad and {"a", "m"} <= POLICIES[recompute].keeps:
-        mod = LayerModulation(*modulation.chunk(6, dim=-1))
-        stream.extend(run, out, [mod.gate1, mod.gate2], [a, m])
+        mod = LayerModulation.of(modulation)
+        stream.extend(run, out, mod.gate1, a, mod.gate2, m)
     return out
+
+
+def _check(
+    x: Tensor, modulation: Tensor, rotary: Tensor | None, w: LayerWeights, options: LayerOptions
+) -> None:
+    """Shapes, dtypes and devices of one call."""
+    checks.check_floats(x=x, modulation=modulation, rotary=rotary, **w._asdict())
+    checks.check_tokens(x=x)
+    B, T, D = x.shape
+    if tuple(modulation.shape) not in ((B, 6 * D), (B, T, 6 * D)):
+        raise ValueError(
+            f"modulation must be (B, 6 D) = ({B}, {6 * D}) or (B, T, 6 D) = ({B}, {T}, {6 * D}), "
+            f"got {tuple(modulation.shape)}"
+        )
+    if options.num_heads < 1 or D % options.num_heads:
+        raise ValueError(f"num_heads must divide D = {D}, got {options.num_heads}")
+    d = D // options.num_heads
+    check_head_width(x.device, d)
+    check_first(options.num_queries, T)
+    if rotary is not None:
+        check_rotary(rotary, T, d)
+    if (w.q_weight is None) != (w.k_weight is None):
+        raise ValueError("q_weight and k_weight must be given together, got one of them")
+    first, hidden = len(w.fc1_weight), w.fc2_weight.shape[-1]
+    expected = LayerWeights(
+        (3 * D, D), (3 * D,), (D, D), (D,),
+        (2 * hidden if options.mlp == "swiglu" else hidden, D), (first,), (D, hidden), (D,),
+        (d,), (d,),
+    )  # fmt: skip
+    for name, shape in expected._asdict().items():
+        weight = getattr(w, name)
+        if weight is not None and tuple(weight.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(weight.shape)}")
+        if weight is not None and weight.dtype != w.qkv_weight.dtype:
+            raise ValueError(
+                f"{name} must have the dtype of qkv_weight, {w.qkv_weight.dtype}, "
+                f"got {weight.dtype}"
+            )

@@ -1,12 +1,18 @@
-"""Linear projections of tokens, and sums of their weights' gradients over chunks of tokens."""
+"""Linear projections of tokens, and sums of their weights' gradients over chunks of tokens.
 
-from collections.abc import Iterator
+y = x W^T + b,    dx = dy W,    dW = dy^T x,    db = sum dy
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.checks import statistics_dtype
-from dbkernels.ops.backend.dry_run_device import runs_as_on_gpu
+from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, runs_as_on_gpu
+from dbkernels.ops.layer.tensors import LayerWeights, first_tokens
 
 CPU_CHUNK = 1024  # tokens whose operands a CPU holds in float32 beside them
 
@@ -59,19 +65,20 @@ class Gradients:
         if name not in self.wanted:
             return
         left, right = as_rows(dy).T, as_rows(x)
-        if not (part or self.parts):
-            self.add(name, product(left, right, sum_dtype(dy, self.dtype)))
-        elif name in self.sums:
+        if name in self.sums:
             add_product(self.sums[name], left, right)
         else:
-            self.sums[name] = product(left, right, statistics_dtype(x))
+            dtype = statistics_dtype(x) if part or self.parts else sum_dtype(dy, self.dtype)
+            self.sums[name] = product(left, right, dtype)
 
     def add_bias(self, name: str, dy: Tensor) -> None:
         if f"{name}_bias" in self.wanted:
             self.add(f"{name}_bias", as_rows(dy).sum(0, dtype=sum_dtype(dy, self.dtype)))
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add a part, in float32 where there is more than one."""
+        """Add a part if it is wanted, in float32 where there is more than one."""
+        if name not in self.wanted:
+            return
         total = self.sums.get(name)
         if total is not None:
             value = total.to(torch.promote_types(total.dtype, torch.float32)).add_(value)
@@ -83,21 +90,19 @@ def sum_dtype(operand: Tensor, wanted: torch.dtype) -> torch.dtype:
     return wanted if wanted == torch.float32 and runs_as_on_gpu(operand) else operand.dtype
 
 
-def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right in their dtype or, where it is narrower, in float32."""
-    out = left.new_empty((len(left), right.shape[1]), dtype=dtype)
-    write_product(out, left, right)
-    return out
-
-
-def write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out = left @ right, as `product` of the dtype of out."""
-    if left.dtype == out.dtype:
+def product(
+    left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
+) -> Tensor:
+    """left @ right in their dtype or, where it is narrower, in float32; into out where given."""
+    if out is None:
+        out = left.new_empty((len(left), right.shape[1]), dtype=dtype)
+    if left.dtype == dtype:
         torch.mm(left, right, out=out)
     elif runs_as_on_gpu(left):
-        torch.mm(left, right, out_dtype=out.dtype, out=out)
+        torch.mm(left, right, out_dtype=dtype, out=out)
     else:
         add_product(out.zero_(), left, right)
+    return out
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -109,3 +114,165 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     else:  # a CPU's matmul has no other result than its operands'
         for rows in chunks(len(right), CPU_CHUNK):
             total.addmm_(left[:, rows].to(total.dtype), right[rows].to(total.dtype))
+
+
+def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """The tensors in a dtype, in their order: themselves where they have it, else copies.
+
+    On a GPU torch._foreach_copy_ takes all pairs to its multi-tensor kernel if the sources have one
+    dtype, and each copy has the strides of its source and no holes; else it copies one by one,
+    which costs launches and no bits. So sources go by dtype, and copies are made in their layout.
+    """
+    found = [
+        t if t is None or t.dtype == dtype else torch.empty_like(t, dtype=dtype) for t in tensors
+    ]
+    pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for copy, source in zip(found, tensors, strict=True):
+        if copy is not source:
+            pairs.setdefault(source.dtype, []).append((copy, source))
+    for of_one_dtype in pairs.values():
+        torch._foreach_copy_(*map(list, zip(*of_one_dtype, strict=True)))
+    return found
+
+
+# queries, keys and values, with a query of every token or of its first ones alone
+
+
+class QKV(NamedTuple):
+    """One tensor, or two where only the first N tokens have queries; so are their gradients."""
+
+    q: Tensor | None
+    """(B, N, D), or None."""
+    qkv: Tensor
+    """(B, T, 3 D), or keys and values alone (B, T, 2 D)."""
+
+    def by_head(self, heads: int) -> list[Tensor]:
+        """(B, H, N or T, D / H) each, views."""
+        there = [t for t in self if t is not None]
+        D = sum(t.shape[-1] for t in there) // 3
+        each = (t.view(*t.shape[:2], t.shape[-1] // D, heads, D // heads) for t in there)
+        return [view for views in each for view in views.permute(2, 0, 3, 1, 4)]
+
+    def write(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Gradients by head, (B, H, N or T, d) each, which lie token by token: side by side."""
+        parts = [t.transpose(1, 2).flatten(0, 1).flatten(1) for t in (dq, dk, dv)]
+        if self.q is not None:
+            as_rows(self.q).copy_(parts.pop(0))
+        torch.cat(parts, dim=1, out=as_rows(self.qkv))
+
+    def whole(self) -> Tensor:
+        """(B, T, 3 D), with zeros for the queries that are not there."""
+        if self.q is None:
+            return self.qkv
+        B, N, D = self.q.shape
+        whole = self.qkv.new_zeros((B, self.qkv.shape[1], 3 * D))
+        whole[:, :N, :D] = self.q
+        whole[..., D:] = self.qkv
+        return whole
+
+    def take(self, whole: Tensor) -> None:
+        """What was done to `whole`, done here."""
+        if self.q is not None:
+            _, N, D = self.q.shape
+            self.q.copy_(whole[:, :N, :D])
+            self.qkv.copy_(whole[..., D:])
+
+    @classmethod
+    def of(cls, y: Tensor, w: LayerWeights, num_queries: int | None) -> "QKV":
+        """Of y (B, T, D), with queries of its first tokens, or None for all."""
+        if num_queries is None:
+            return cls(None, project(y, w.qkv_weight, w.qkv_bias))
+        (q_weight, kv_weight), (q_bias, kv_bias) = _apart(w.qkv_weight), _apart(w.qkv_bias)
+        q = project(first_tokens(y, num_queries), q_weight, q_bias)
+        return cls(q, project(y, kv_weight, kv_bias))
+
+    def backward(self, w: LayerWeights) -> Tensor:
+        """dy (B, T, D), where this is the gradient."""
+        if self.q is None:
+            return project(self.qkv, w.qkv_weight.T)
+        q_weight, kv_weight = _apart(w.qkv_weight)
+        dy = project(self.qkv, kv_weight.T)
+        dy[:, : self.q.shape[1]] += project(self.q, q_weight.T)
+        return dy
+
+    def add_to(self, gradients: Gradients, y: Tensor) -> None:
+        """Those of the projection's weight and bias, where this is the gradient."""
+        if self.q is None:
+            gradients.add_projection("qkv", self.qkv, y)
+            return
+        _, N, D = self.q.shape
+        dq, dkv = as_rows(self.q), as_rows(self.qkv)
+        if "qkv_weight" in gradients.wanted:
+            # whole from the start: its parts beside it would be the step's highest moment
+            total = y.new_empty((3 * D, D), dtype=statistics_dtype(y))
+            product(dq.T, as_rows(first_tokens(y, N)), total.dtype, out=total[:D])
+            product(dkv.T, as_rows(y), total.dtype, out=total[D:])
+            gradients.add("qkv_weight", total)
+        if "qkv_bias" in gradients.wanted:
+            dtype = sum_dtype(dq, gradients.dtype)
+            gradients.add("qkv_bias", torch.cat([part.sum(0, dtype=dtype) for part in (dq, dkv)]))
+
+
+def _apart(parameter: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The queries' third of its rows, and the others."""
+    return (None, None) if parameter is None else parameter.tensor_split([len(parameter) // 3])
+
+
+# a linear map of a condition, which keeps no copy of its weight
+
+
+class _Linear(torch.autograd.Function):
+    """Under autocast torch keeps a rounded copy of W for the backward.
+
+    For a condition's projection, with few rows and 6 D columns, that copy is larger than all else
+    it keeps; casting again costs little.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, dtype):
+        ctx.save_for_backward(x, weight)
+        ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
+        return project(*cast([x, weight, bias], dtype))
+
+    @staticmethod
+    def backward(ctx, dy):
+        checks.refuse_double_backward("linear")
+        x, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        rows, shape, dtypes = as_rows(dy.contiguous()), x.shape, (x.dtype, weight.dtype)
+        dx = dweight = dbias = None
+        with dtypes_as_they_are(dy.device.type):
+            read = x if needed[1] else None, weight if needed[0] else None
+            x, weight = cast(read, ctx.dtype)
+            if needed[0]:
+                dx = product(rows, weight, sum_dtype(rows, dtypes[0])).to(dtypes[0]).view(shape)
+            del weight, read
+            if needed[1]:
+                dweight = product(rows.T, as_rows(x), sum_dtype(rows, dtypes[1])).to(dtypes[1])
+            if needed[2]:
+                dbias = rows.sum(0, dtype=sum_dtype(rows, ctx.bias_dtype)).to(ctx.bias_dtype)
+        return dx, dweight, dbias, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, in the dtype of the weight or in autocast's.
+
+    Args:
+        x:       (..., D_in)     float32, bfloat16 or float16, on a CPU also float64
+        weight:  (D_out, D_in)   of any of these dtypes
+        bias:    (D_out,)        of any of these dtypes, or None
+    Returns:
+        (..., D_out).
+    Raises:
+        ValueError: a shape, dtype or device disagrees.
+        RuntimeError: the gradient is differentiated.
+    """
+    checks.check_floats(x=x, weight=weight, bias=bias)
+    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            "x and weight must be (..., D_in) and (D_out, D_in), "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({len(weight)},), got {tuple(bias.shape)}")
+    return _Linear.apply(x.contiguous(), weight, bias, compute_dtype(x, weight))

@@ -1,11 +1,22 @@
-"""The tensors of one AdaLN layer, by name."""
+"""The tensors of one AdaLN layer, by name, and the residual stream through a stack of layers.
 
+    x[l + 1] = x[l] + gate1[l] * a[l] + gate2[l] * m[l]
+
+A layer keeps its branches' outputs a and m for the gradients of its gates, so in a run of layers
+only the first need keep x. The others compute it again, by the same sums in the same order.
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dbkernels.ops.adaln_norm import NormOptions
 from dbkernels.ops.gated_adaln_norm import Modulation
+from dbkernels.ops.gated_residual import gated_residual_forward
+
+LENGTH = 4  # layers of a run: the last of n rebuilds x by 2 (n - 1) gated sums
 
 
 class LayerWeights(NamedTuple):
@@ -46,6 +57,11 @@ class LayerModulation(NamedTuple):
     shift2: Tensor
     scale2: Tensor
     gate2: Tensor
+
+    @classmethod
+    def of(cls, modulation: Tensor) -> "LayerModulation":
+        """Of (..., 6 D)."""
+        return cls(*modulation.chunk(6, dim=-1))
 
     @property
     def between(self) -> Modulation:
@@ -88,3 +104,78 @@ class Activations(NamedTuple):
     """(B * N, F), or 2 F for swiglu: the MLP's pre-activation without its bias."""
     m: Tensor | None
     """(B, N, D), output of the MLP."""
+
+
+class ResidualStream:
+    """Follows x through a stack of layers, so that not each of them keeps it.
+
+    Give the same one to each layer in order. Where x is not the output of the layer before, a new
+    run starts, so other operations may stand between layers. It must not be given to a layer inside
+    `torch.utils.checkpoint`, which would run the layer again after the stream has gone on.
+    """
+
+    def __init__(self) -> None:
+        self._run: tuple[Tensor, ...] = ()
+        self._out: Tensor | None = None
+
+    def run_to(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The run that leads to x, for `end_of_run`; x alone where the layer has to keep it."""
+        if self._out is not x or len(self._run) > 1 + 4 * (LENGTH - 1):
+            return (x.detach(),)
+        return self._run
+
+    def extend(self, run: tuple[Tensor, ...], out: Tensor, *sums: Tensor) -> None:
+        """Add a layer: the run that leads to its input, its output, gate1, a, gate2 and m."""
+        self._run, self._out = (*run, *(t.detach() for t in sums)), out
+
+
+def end_of_run(start: Tensor, sums: Sequence[Tensor]) -> Tensor:
+    """The stream at the end of a run, by the sums of the forward in their order.
+
+    Args:
+        start:  (B, T, D)  x of the run's first layer
+        sums:   of each gated sum since, the gate (samples, D) and the branch (B, T, D)
+    """
+    x = start
+    for gate, h in zip(sums[::2], sums[1::2], strict=True):
+        y = torch.empty_like(x) if x is start else x
+        gated_residual_forward(
+            *(by_sample(t, len(gate)) for t in (x, h)), gate, y=by_sample(y, len(gate))
+        )
+        x = y
+    return x
+
+
+def by_sample(t: Tensor, samples: int) -> Tensor:
+    """(B, T, D) as (samples, tokens of one, D)."""
+    if t.dim() == 3 and len(t) == samples:
+        return t
+    return t.view(samples, t.numel() // (max(samples, 1) * t.shape[-1]), t.shape[-1])
+
+
+def first_tokens(x: Tensor, num_queries: int | None) -> Tensor:
+    """The first tokens of each sample, without the memory of the others.
+
+    Args:
+        x:            (B, T, D)
+        num_queries:  1 to T; None is T
+    Returns:
+        (B, num_queries, D), contiguous; x itself where that is all of it.
+    Raises:
+        ValueError: num_queries is not from 1 to T.
+    """
+    check_first(num_queries, x.shape[1])
+    if num_queries is None or num_queries == x.shape[1]:
+        return x
+    # a copy: whoever keeps a slice keeps all that it is a slice of
+    return x[:, :num_queries].contiguous()
+
+
+def check_first(num_queries: int | None, T: int) -> None:
+    """Whether a sequence of T tokens has so many."""
+    if num_queries is None:
+        return
+    if not isinstance(num_queries, int) or not 1 <= num_queries <= T:
+        raise ValueError(
+            f"num_queries must be an integer from 1 to T = {T}, or None, got {num_queries}"
+        )

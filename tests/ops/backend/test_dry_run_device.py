@@ -1,6 +1,6 @@
 import torch
 
-from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu, dry_run_processors, runs_as_on_gpu
+from dbkernels.ops.backend.register import dry_run_on_gpu, dry_run_processors, runs_as_on_gpu
 from dbkernels.ops.backend.tile import processors
 from dbkernels.ops.layer.projection import add_product
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dbkernels.ops.backend.graph import compute_dtype, dtypes_as_they_are, is_last_to_read
+from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
 
 
 class Asks(torch.autograd.Function):

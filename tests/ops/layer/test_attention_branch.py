@@ -3,9 +3,8 @@ import torch
 from ops.one_layer import OneLayer
 
 from dbkernels.ops import reference
-from dbkernels.ops.layer.attention_branch import attend, attention_branch_backward
-from dbkernels.ops.layer.projection import Gradients
-from dbkernels.ops.layer.qkv import QKV
+from dbkernels.ops.layer.branches import attend, attend_backward
+from dbkernels.ops.layer.projection import QKV, Gradients
 
 B, T, D, H = 2, 5, 24, 3
 ATTENTION_WEIGHTS = ("out_weight", "out_bias", "q_weight", "k_weight")
@@ -35,7 +34,7 @@ class Branch:
         gradients = Gradients(frozenset(self.wanted if wanted is None else wanted), torch.float64)
         if dqkv is None:
             dqkv = QKV(*(None if t is None else torch.empty_like(t) for t in self.qkv))
-        attention_branch_backward(
+        attend_backward(
             self.da, self.qkv, attended, logsumexp, H, self.w, self.rotary,
             dqkv=dqkv, gradients=gradients,
         )  # fmt: skip

@@ -3,7 +3,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dbkernels.ops.layer.cast import cast
+from dbkernels.ops.layer.projection import cast
 
 F32, BF16 = torch.float32, torch.bfloat16
 

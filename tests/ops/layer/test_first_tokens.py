@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dbkernels.ops.layer.first_tokens import check_first, first_tokens
+from dbkernels.ops.layer.tensors import check_first, first_tokens
 
 X = torch.arange(2 * 5 * 3.0).view(2, 5, 3)
 

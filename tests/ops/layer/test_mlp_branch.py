@@ -7,9 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dbkernels.memory.measure import measure_peak
 from dbkernels.ops import reference
 from dbkernels.ops.activations import ACTIVATIONS
-from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu
-from dbkernels.ops.layer import mlp_branch as module
-from dbkernels.ops.layer.mlp_branch import CHUNK, mlp_branch, mlp_branch_backward
+from dbkernels.ops.backend.register import dry_run_on_gpu
+from dbkernels.ops.layer import branches as module
+from dbkernels.ops.layer.branches import CHUNK, mlp_backward
+from dbkernels.ops.layer.branches import mlp as mlp_forward
 from dbkernels.ops.layer.projection import Gradients
 
 B, T, D = 2, 5, 24
@@ -25,13 +26,13 @@ def branch(mlp, *, bias=True, dtype=F64):
 
 def forward(y, mlp, w):
     hidden = y.new_empty(B * T, len(w.fc1_weight))
-    return mlp_branch(y.clone(), mlp, w, hidden=hidden), hidden
+    return mlp_forward(y.clone(), mlp, w, hidden=hidden), hidden
 
 
 def backward(dm, mlp, w, *, y=None, hidden=None, wanted=MLP_WEIGHTS):
     gradients = Gradients(frozenset(wanted), w.fc1_weight.dtype)
     dhidden = None if hidden is None else torch.empty_like(hidden)
-    dy = mlp_branch_backward(dm.clone(), y, hidden, mlp, w, dhidden=dhidden, gradients=gradients)
+    dy = mlp_backward(dm.clone(), y, hidden, mlp, w, dhidden=dhidden, gradients=gradients)
     return dy, dhidden, gradients.sums
 
 
@@ -58,7 +59,7 @@ def test_agrees_with_autograd_in_chunks_of_any_size(mlp, bias, kept, size, monke
     wanted = [name for name in MLP_WEIGHTS if getattr(w, name) is not None]
     expected, grads = exact(y, dm, mlp, w)
     torch.testing.assert_close(m, expected)
-    torch.testing.assert_close(mlp_branch(y.clone(), mlp, w, hidden=None), expected)
+    torch.testing.assert_close(mlp_forward(y.clone(), mlp, w, hidden=None), expected)
     torch.testing.assert_close(hidden, y.view(-1, D) @ w.fc1_weight.T)
 
     dy, dhidden, sums = backward(
@@ -79,9 +80,7 @@ def test_the_gradient_of_hidden_may_be_written_over_it(mlp):
     _, hidden = forward(y, mlp, w)
     dy, dhidden, sums = backward(dm, mlp, w, hidden=hidden)
     gradients = Gradients(frozenset(MLP_WEIGHTS), F64)
-    again = mlp_branch_backward(
-        dm.clone(), None, hidden, mlp, w, dhidden=hidden, gradients=gradients
-    )
+    again = mlp_backward(dm.clone(), None, hidden, mlp, w, dhidden=hidden, gradients=gradients)
     assert torch.equal(again, dy) and torch.equal(hidden, dhidden)
     for name, grad in sums.items():
         assert torch.equal(gradients.sums[name], grad)
@@ -130,8 +129,8 @@ def test_results_take_the_place_of_what_came_in():
     w, y, dm = branch("gelu")
     _, hidden = forward(y, "gelu", w)
     gradients = Gradients(frozenset(), F64)
-    dy = mlp_branch_backward(dm, None, hidden, "gelu", w, dhidden=hidden, gradients=gradients)
-    assert dy is dm and mlp_branch(y, "gelu", w, hidden=None) is y
+    dy = mlp_backward(dm, None, hidden, "gelu", w, dhidden=hidden, gradients=gradients)
+    assert dy is dm and mlp_forward(y, "gelu", w, hidden=None) is y
 
 
 class FirstHalf(TorchDispatchMode):
@@ -155,7 +154,7 @@ def activations_of_a_gpu(tokens, *, kept, mlp="gelu", bias=True, dtype=BF16):
     w = branch(mlp, bias=bias, dtype=dtype)[0]
     with FakeTensorMode(allow_non_fake_inputs=True), dry_run_on_gpu(132), FirstHalf() as seen:
         hidden = torch.empty(tokens, len(w.fc1_weight), dtype=dtype) if kept else None
-        mlp_branch(torch.empty(1, tokens, D, dtype=dtype), mlp, w, hidden=hidden)
+        mlp_forward(torch.empty(1, tokens, D, dtype=dtype), mlp, w, hidden=hidden)
     return seen.tokens
 
 
@@ -196,7 +195,7 @@ def test_a_gpu_s_matmul_takes_gelu_itself_where_nobody_keeps_what_it_is_taken_of
 def test_a_cpu_s_matmul_does_not_take_gelu():
     w, y, _ = branch("gelu", dtype=BF16)
     with FirstHalf() as seen:
-        mlp_branch(y, "gelu", w, hidden=None)
+        mlp_forward(y, "gelu", w, hidden=None)
     assert seen.tokens == [("gelu_fwd", B * T)]
 
 
@@ -208,9 +207,9 @@ def test_the_temporaries_of_a_chunk_die_before_the_next_has_its_own(mlp, monkeyp
         monkeypatch.setattr(module, "CHUNK", B * T)
 
         def step():
-            mlp_branch(y, mlp, w, hidden=None)
+            mlp_forward(y, mlp, w, hidden=None)
             gradients = Gradients(frozenset(), F64)
-            mlp_branch_backward(y, y, None, mlp, w, dhidden=None, gradients=gradients)
+            mlp_backward(y, y, None, mlp, w, dhidden=None, gradients=gradients)
 
         inputs = [y, *(t for t in w if t is not None)]
         given = sum(t.nbytes for t in inputs)

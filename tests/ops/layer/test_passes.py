@@ -8,10 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dbkernels.memory.measure import measure_peak
 from dbkernels.ops import POLICIES
 from dbkernels.ops.adaln_norm import NormOptions
-from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu
-from dbkernels.ops.layer import mlp_branch as mlp_module
+from dbkernels.ops.backend.register import dry_run_on_gpu
+from dbkernels.ops.layer import branches as mlp_module
 from dbkernels.ops.layer import passes as layer_module
-from dbkernels.ops.layer.passes import LayerCall, _buffer
+from dbkernels.ops.layer.passes import Kept, LayerCall
 from dbkernels.ops.layer.projection import Gradients
 from dbkernels.ops.layer.tensors import Activations, LayerOptions, LayerWeights
 
@@ -36,7 +36,7 @@ def backward(call, kept, *, owned=False):
     """Every gradient, by name."""
     gradients = Gradients(WANTED, call.weights.qkv_weight.dtype)
     dout = call.x[:, : call.options.num_queries].cos()
-    dx, dmodulation = call.backward(dout, kept._asdict(), gradients, owned=owned)
+    dx, dmodulation = call.backward(dout, Kept(kept._asdict(), owned=owned), gradients)
     return {"x": dx, "modulation": dmodulation, **gradients.sums}
 
 
@@ -126,9 +126,9 @@ def test_owned_activations_are_written_over_and_the_gradients_are_the_same(recom
 def test_whoever_else_saved_what_is_written_over_gets_an_error():
     saved, weight = torch.ones(3), torch.ones(3, requires_grad=True)
     y = (saved * weight).sum()
-    assert _buffer(saved, owned=False).data_ptr() != saved.data_ptr()
+    assert Kept({}, owned=False).buffer(saved).data_ptr() != saved.data_ptr()
     y.backward(retain_graph=True)
-    assert _buffer(saved, owned=True) is saved
+    assert Kept({}, owned=True).buffer(saved) is saved
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
 
@@ -201,8 +201,7 @@ def test_weights_gradients_of_parts_are_not_rounded_before_they_add_up(recompute
     monkeypatch.setattr(layer_module, "PART", 1)
     grads = backward(call, kept_by(call, call.forward()[1]))
     alone = [
-        backward(part.call, kept_by(part.call, part.call.forward()[1]))
-        for part in call._parts(call.x.dtype, 1)
+        backward(part, kept_by(part, part.forward()[1])) for _, part in call._parts(call.x.dtype, 1)
     ]
     for name in ("qkv_weight", "out_weight", "fc1_weight", "fc2_weight"):
         rounded = sum(part[name].float() for part in alone)

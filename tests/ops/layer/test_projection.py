@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dbkernels.ops.backend.dry_run_device import dry_run_on_gpu
+from dbkernels.ops.backend.register import dry_run_on_gpu
 from dbkernels.ops.layer import projection as module
 from dbkernels.ops.layer.projection import Gradients, add_product, as_rows, chunks, project
 

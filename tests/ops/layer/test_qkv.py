@@ -2,8 +2,7 @@ import pytest
 import torch
 from ops.one_layer import OneLayer
 
-from dbkernels.ops.layer.projection import Gradients
-from dbkernels.ops.layer.qkv import QKV, add_qkv, project_qkv, project_qkv_backward
+from dbkernels.ops.layer.projection import QKV, Gradients
 
 B, T, D, H = 2, 5, 24, 3
 F64 = torch.float64
@@ -74,9 +73,9 @@ def test_projects_as_autograd_does(tokens, bias):
     _, dqkv = whole_and_some(tokens)
     grads = torch.autograd.grad(expected, [y, *leaves.values()], dqkv.whole())
     with torch.no_grad():
-        qkv, gradients = project_qkv(y, w, tokens), Gradients(frozenset(leaves), F64)
-        add_qkv(gradients, dqkv, y)
-        dy = project_qkv_backward(dqkv, w)
+        qkv, gradients = QKV.of(y, w, tokens), Gradients(frozenset(leaves), F64)
+        dqkv.add_to(gradients, y)
+        dy = dqkv.backward(w)
     if tokens is not None:
         expected[:, tokens:, :D] = 0
         assert qkv.q.shape == (B, tokens, D) and qkv.qkv.shape == (B, T, 2 * D)
@@ -91,7 +90,7 @@ def test_projects_as_autograd_does(tokens, bias):
 @pytest.mark.parametrize("tokens", [None, 2])
 def test_only_what_is_wanted_is_summed(tokens, wanted):
     gradients = Gradients(frozenset(wanted), F64)
-    add_qkv(gradients, whole_and_some(tokens)[1], torch.randn(B, T, D, dtype=F64))
+    whole_and_some(tokens)[1].add_to(gradients, torch.randn(B, T, D, dtype=F64))
     assert gradients.sums.keys() == set(wanted)
 
 
@@ -101,7 +100,7 @@ def test_parts_are_not_rounded_before_they_add_up():
     gradients = Gradients(frozenset(["qkv_weight"]), torch.float32)
     expected = torch.zeros(3 * D, D, dtype=F64)
     for _ in range(2):
-        add_qkv(gradients, dqkv, y)
+        dqkv.add_to(gradients, y)
         expected += dqkv.whole().double().flatten(0, 1).T @ y.double().flatten(0, 1)
     assert gradients.sums["qkv_weight"].dtype == torch.float32
     torch.testing.assert_close(gradients.sums["qkv_weight"], expected.float())

@@ -1,19 +1,77 @@
-"""The MLP branch of a layer, in chunks of tokens: its widest tensors exist a part at a time."""
+"""The two branches of a layer: attention after its projection to q, k and v, and the MLP.
+
+The MLP runs in chunks of tokens: its widest tensors exist a part at a time.
+"""
 
 import torch
 from torch import Tensor
 
 from dbkernels.ops.activations import activation_backward, activation_forward
+from dbkernels.ops.attention import attention_backward, attention_forward
 from dbkernels.ops.backend.checks import statistics_dtype
-from dbkernels.ops.backend.dry_run_device import runs_as_on_gpu
-from dbkernels.ops.layer.projection import Gradients, as_rows, chunks, project
+from dbkernels.ops.backend.register import runs_as_on_gpu
+from dbkernels.ops.layer.projection import QKV, Gradients, as_rows, chunks, project
 from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.ops.qk_norm_rotary import qk_norm_rotary_backward, qk_norm_rotary_forward
 
+QK_EPS = 1e-6  # of the norms of queries and keys
 CHUNK = 8192  # tokens: enough of them to fill a GPU with one matmul
 _addmm_gelu = torch.ops.aten._addmm_activation
 
 
-def mlp_branch(y: Tensor, mlp: str, w: LayerWeights, *, hidden: Tensor | None) -> Tensor:
+def attend(qkv: QKV, heads: int, w: LayerWeights, rotary: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The attention's result (B, N, D) and its logsumexp, for N queries of each sample."""
+    return attention_forward(*_by_head(qkv, heads, w, rotary))
+
+
+def attend_backward(
+    da: Tensor,
+    qkv: QKV,
+    attended: Tensor | None,
+    logsumexp: Tensor | None,
+    heads: int,
+    w: LayerWeights,
+    rotary: Tensor | None,
+    *,
+    dqkv: QKV,
+    gradients: Gradients,
+) -> None:
+    """From the gradient of the branch's output to dqkv, which is written.
+
+    dqkv may be qkv itself where queries and keys have no norm, whose backward reads qkv again.
+    Where attended is None, it is computed again.
+    """
+    by_head = _by_head(qkv, heads, w, rotary)
+    if attended is None:
+        attended, logsumexp = attention_forward(*by_head)
+    gradients.add_projection("out", da, attended)
+    dattended = project(da, w.out_weight.T)
+    dqkv.write(*attention_backward(dattended, *by_head, attended, logsumexp))
+    if w.q_weight is None and rotary is None:
+        return
+    whole = dqkv.whole()
+    dq_weight, dk_weight = (None if t is None else torch.empty_like(t) for t in w.qk_norms)
+    qk_norm_rotary_backward(
+        whole, qkv.whole(), heads, *w.qk_norms, rotary, QK_EPS,
+        dq_weight=dq_weight, dk_weight=dk_weight,
+    )  # fmt: skip
+    dqkv.take(whole)
+    gradients.add("q_weight", dq_weight)
+    gradients.add("k_weight", dk_weight)
+
+
+def _by_head(qkv: QKV, heads: int, w: LayerWeights, rotary: Tensor | None) -> list[Tensor]:
+    """Queries and keys as the attention sees them, and values, (B, H, N or T, D / H) each."""
+    q, k, v = qkv.by_head(heads)
+    if w.q_weight is not None or rotary is not None:
+        N = q.shape[2]
+        qk = qk_norm_rotary_forward(qkv.whole(), heads, *w.qk_norms, rotary, QK_EPS)
+        q, k = qk.permute(2, 0, 3, 1, 4)
+        q = q[:, :, :N]
+    return [q, k, v]
+
+
+def mlp(y: Tensor, mlp: str, w: LayerWeights, *, hidden: Tensor | None) -> Tensor:
     """The MLP's output, over y (B, T, D); writes hidden (B * T, F) where it is given."""
     rows = as_rows(y)
     epilogue = hidden is None and _has_epilogue(rows, mlp, w)
@@ -28,7 +86,7 @@ def mlp_branch(y: Tensor, mlp: str, w: LayerWeights, *, hidden: Tensor | None) -
     return y
 
 
-def mlp_branch_backward(
+def mlp_backward(
     dm: Tensor,
     y: Tensor | None,
     hidden: Tensor | None,
@@ -55,8 +113,7 @@ def mlp_branch_backward(
         dbias = h.new_empty(h.shape[1], dtype=statistics_dtype(h))
         activation_backward(mlp, h, u, w.fc1_bias, dh=dh, u=u, dbias=dbias)
         gradients.add_weight("fc2", rows[chunk], u, part=part)
-        if "fc1_bias" in gradients.wanted:
-            gradients.add("fc1_bias", dbias)
+        gradients.add("fc1_bias", dbias)
         if hidden is None:
             gradients.add_weight("fc1", dh, as_rows(y)[chunk], part=part)
         project(dh, w.fc1_weight.T, out=rows[chunk])
