@@ -3,6 +3,7 @@
 import json
 import os
 import statistics
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,12 +12,12 @@ import torch
 import tyro
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
-from dbkernels.data.images import ImageData, open_data
-from dbkernels.training.run import RunConfig, load_run
+from dbkernels.data.images import open_data
+from dbkernels.training.run import load_run
 
 Row = dict[str, object]
 
@@ -50,26 +51,26 @@ class Evaluate:
     def run(self) -> None:
         if not self.run_dirs:
             raise ValueError("run_dirs must name at least one run, got none")
-        for directory in self.run_dirs:
-            if self.run_dirs.count(directory) > 1:
-                raise ValueError(f"run_dirs must name each run once, got {directory} twice")
+        directory, times = Counter(self.run_dirs).most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"run_dirs must name each run once, got {directory} twice")
         rows = [self._row(directory) for directory in self.run_dirs]
         if self.json:
-            for row in rows:
-                print(json.dumps(row))
+            print("\n".join(map(json.dumps, rows)))
         else:
             Console().print(_table([*rows, *_means(rows)]))
 
     def _row(self, directory: Path) -> Row:
-        device = pick_device(self.device)
+        averaged = self.weights == "average"
         config, blocks = load_run(
-            directory,
-            which=self.checkpoint,
-            averaged=self.weights == "average",
-            device=device,
+            directory, which=self.checkpoint, averaged=averaged, device=pick_device(self.device)
         )
         data = open_data(self.data or config.data, self.split, config.model.num_classes)
-        _check_shape(config, data)
+        expected = config.model.fields()["image"].shape
+        if data.image_shape != expected:
+            raise ValueError(
+                f"images must be {expected}, as the run was trained, got {data.image_shape}"
+            )
         found = blocks.evaluate(data, levels=self.levels, seed=self.seed)
         setting = asdict(config)
         del setting["trainer"]["seed"]
@@ -84,14 +85,6 @@ class Evaluate:
         if found.metrics:
             row |= {"levels": found.levels, **found.metrics}
         return {**row, "setting": json.dumps(setting, sort_keys=True)}
-
-
-def _check_shape(config: RunConfig, data: ImageData) -> None:
-    expected = config.model.fields()["image"].shape
-    if tuple(data.image_shape) != expected:
-        raise ValueError(
-            f"images must be {expected}, as the run was trained, got {tuple(data.image_shape)}"
-        )
 
 
 def _means(rows: list[Row]) -> list[Row]:
@@ -112,30 +105,20 @@ def _means(rows: list[Row]) -> list[Row]:
 
 def _table(rows: list[Row]) -> Table:
     names, parent = _short_names([str(row["run"]) for row in rows if row["seed"] != ""])
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-        caption=parent and f"runs of {parent}",
-    )
-    table.add_column("run", overflow="fold")
     headings = ["blocks", "seed", "loss of\neach block", "loss at\nsigma_max"]
-    classified = any("accuracy" in row for row in rows)
-    if classified:
+    if any("accuracy" in row for row in rows):
         headings.append("accuracy after\neach step, %")
-    for heading in headings:
-        table.add_column(heading)
+    table = Table(
+        Column("run", overflow="fold"), *headings, box=box.SIMPLE_HEAD, show_edge=False,
+        padding=(0, 1, 0, 0), caption=parent and f"runs of {parent}",
+    )  # fmt: skip
     for row in rows:
-        cells = [
-            names.get(row["run"], row["run"]),
-            str(row["num_blocks"]),
-            str(row["seed"]),
-            " ".join(f"{loss:.4g}" for loss in row["block_losses"]),
-            f"{row['loss_at_sigma_max']:.4g}",
-        ]
-        if classified:
-            cells.append(" ".join(f"{100 * share:.2f}" for share in row.get("accuracy", ())))
-        table.add_row(*cells)
+        losses = " ".join(f"{loss:.4g}" for loss in row["block_losses"])
+        most_noise, shares = row["loss_at_sigma_max"], row.get("accuracy", ())
+        accuracy = " ".join(f"{100 * share:.2f}" for share in shares)
+        cells = row["num_blocks"], row["seed"], losses, f"{most_noise:.4g}", accuracy
+        cells = map(str, cells[: len(headings)])
+        table.add_row(names.get(row["run"], row["run"]), *cells)
     return table
 
 

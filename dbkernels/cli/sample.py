@@ -53,11 +53,9 @@ class Sample:
     def run(self) -> None:
         self._check()
         device = pick_device(self.device)
+        averaged = self.weights == "average"
         config, blocks = load_run(
-            self.run_dir,
-            which=self.checkpoint,
-            averaged=self.weights == "average",
-            device=device,
+            self.run_dir, which=self.checkpoint, averaged=averaged, device=device
         )
         prompts = family_named(config.family).prompts
         if prompts is None:

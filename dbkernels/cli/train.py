@@ -103,17 +103,13 @@ class Train:
         entry = family_named(self.family)
         own = entry.model.preset(self.preset).resized({k: v for k, v in sizes.items() if v})
         model = own.fitted(open_data(self.data))
+        as_given = ("family", "data", "label_drop", "mirror", "shift", "partition")
         return RunConfig(
-            family=self.family,
             model=replace(model, recompute=self.recompute),
-            data=self.data,
             weighting=entry.weighting if self.weighting == "auto" else self.weighting,
-            label_drop=self.label_drop,
-            mirror=self.mirror,
-            shift=self.shift,
-            partition=self.partition,
             prior=prior,
             trainer=trainer,
+            **{name: getattr(self, name) for name in as_given},
         )
 
     def run(self) -> None:
@@ -144,11 +140,7 @@ class ProgressBar:
 
     def __init__(self, total: int):
         self.total, self.steps = total, 0
-        columns = (
-            *Progress.get_default_columns()[:-1],
-            TimeRemainingColumn(),
-            "{task.fields[row]}",
-        )
+        columns = *Progress.get_default_columns()[:-1], TimeRemainingColumn(), "{task.fields[row]}"
         # whole lines: a message that is cut at the terminal's width cannot be searched for
         self._console = Console(stderr=True, soft_wrap=True)
         self._progress = Progress(*columns, console=self._console)

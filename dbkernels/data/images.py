@@ -49,7 +49,6 @@ class Data(Protocol):
         Returns:
             Tensors (B, ...) by name.
         """
-        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,19 +36,15 @@ class Prediction(Protocol):
 
     def path(self, level: Tensor) -> Pair:
         """a, s: the noisy sample is a z0 + s noise."""
-        ...
 
     def input(self, level: Tensor) -> Pair:
         """p, q: the network reads p z0 + q noise, which is p / a times the noisy sample."""
-        ...
 
     def target(self, level: Tensor) -> Pair:
         """alpha, beta: F is asked for alpha z0 + beta noise."""
-        ...
 
     def estimate(self, level: Tensor) -> Pair:
         """of_z, of_F: the clean sample is of_z z + of_F F."""
-        ...
 
 
 def variance_exploding(level: Tensor) -> Pair:

@@ -55,22 +55,18 @@ class Family(Protocol):
 
     def target(self, batch: Batch) -> Tensor:
         """The clean target z0, (B, ...) float32."""
-        ...
 
     def z_shape(self, batch: Batch) -> tuple[int, ...]:
         """Shape of a noisy target, (B, ...), from what the batch conditions on alone."""
-        ...
 
     def level_shape(self, batch: Batch) -> tuple[int, ...]:
         """Shape of the noise levels: (B,), or (B, T) where each token has its own."""
-        ...
 
     def denoise(self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Run some layers on z (B, ...) at their levels; the prediction, in the family's own form.
 
         All layers in order are the end-to-end network.
         """
-        ...
 
     def loss(
         self, draw: Draw, level: Tensor, scale: Tensor, layers: Sequence[int], batch: Batch
@@ -80,12 +76,9 @@ class Family(Protocol):
         Some layers denoise the target with the noise that `draw` names. Level, float32, and scale,
         float64, have `level_shape`.
         """
-        ...
 
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """The loss of each sample, (B,) float32 and unweighted, for evaluation."""
-        ...
 
     def estimate(self, prediction: Tensor) -> Tensor:
         """The clean target that a prediction stands for, shape of z: what a sampler moves along."""
-        ...

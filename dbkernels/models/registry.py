@@ -23,15 +23,12 @@ class ModelConfig(Protocol):
 
     def resized(self, sizes: dict[str, int]) -> "ModelConfig":
         """With other sizes by field; what is in proportion to one of them changes with it."""
-        ...
 
     def fitted(self, data: ImageData) -> "ModelConfig":
         """With the shapes and the number of classes of some data."""
-        ...
 
     def fields(self) -> dict[str, Field]:
         """What a sample of its data holds, by name."""
-        ...
 
 
 @dataclass(frozen=True)

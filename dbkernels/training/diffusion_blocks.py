@@ -86,10 +86,10 @@ class DiffusionBlocks(BlockInference):
             )
         _check_name("weighting", self.weighting, WEIGHTINGS)
         _check_name("sharing", sharing, ("joint", "copies"))
-        depth = len(model.layers)
-        order = tuple(range(depth) if layers is None else layers)
-        if not set(order) <= set(range(depth)):
-            raise ValueError(f"layers must be 0 to {depth - 1}, got {list(order)}")
+        depth = range(len(model.layers))
+        order = tuple(depth if layers is None else layers)
+        if not set(order) <= set(depth):
+            raise ValueError(f"layers must be 0 to {depth[-1]}, got {list(order)}")
         self._blocks = partition(
             order, num_blocks, self.process, split=split, scheme=scheme, gamma=gamma
         )
@@ -131,32 +131,25 @@ class DiffusionBlocks(BlockInference):
         blocks run is shared.
         """
         reached = {own_group(block): self._reached(block) for block in self}
-        times = Counter(name for parameters in reached.values() for name in parameters)
-        groups: dict[str, Parameters] = {group: {} for group in reached}
-        shared: Parameters = {}
-        for group, parameters in reached.items():
-            for name, parameter in parameters.items():
-                (groups[group] if times[name] == 1 else shared)[name] = parameter
-        return {**groups, SHARED: shared} if shared else groups
+        own, shared = _by_readers(reached)
+        return {**own, SHARED: shared} if shared else own
 
     def frozen(self) -> dict[str, list[nn.Parameter]]:
         """Parameters that no step updates, of the layers that one block alone runs, by its group.
 
         One that several blocks read is in none.
         """
-        found = {
+        layers = self.model.layers
+        read = {
             own_group(block): {
-                id(p): p
-                for index in block.layers
-                for p in self.model.layers[index].parameters()
-                if not p.requires_grad
+                id(p): p for index in block.layers for p in layers[index].parameters()
             }
             for block in self
         }
-        times = Counter(key for parameters in found.values() for key in parameters)
+        own, _ = _by_readers(read)
         return {
-            group: [p for key, p in parameters.items() if times[key] == 1]
-            for group, parameters in found.items()
+            group: [p for p in parameters.values() if not p.requires_grad]
+            for group, parameters in own.items()
         }
 
     def _reached(self, block: Block) -> Parameters:
@@ -193,6 +186,14 @@ class DiffusionBlocks(BlockInference):
         if self.weighting == "published":
             weight = weight.mean().expand_as(level)
         return weight * share
+
+
+def _by_readers(found: dict[str, dict]) -> tuple[dict[str, dict], dict]:
+    """What one group alone has, by group, and what several have."""
+    times = Counter(key for parameters in found.values() for key in parameters)
+    own = {g: {k: p for k, p in named.items() if times[k] == 1} for g, named in found.items()}
+    shared = {k: p for named in found.values() for k, p in named.items() if times[k] > 1}
+    return own, shared
 
 
 def _check_name(what: str, name: object, known: Sequence[str]) -> None:

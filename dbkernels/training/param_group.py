@@ -167,16 +167,10 @@ class AllOnDevice:
 
     slot = 0
 
-    def enter(self, name: str) -> None:
+    def enter(self, name: str | None = None) -> None:
         """As `Offloader.enter`; so with the others."""
 
-    def prefetch(self, name: str) -> None: ...
-
-    def wait(self) -> None: ...
-
-    def settle(self) -> None: ...
-
-    def close(self) -> None: ...
+    prefetch = wait = settle = close = enter
 
 
 class Updater:

@@ -55,17 +55,9 @@ class PartitionConfig:
 
     def of(self, model: nn.Module, process: Process, weighting: Weighting) -> DiffusionBlocks:
         """The blocks of a model; `DiffusionBlocks` says the rest."""
-        return DiffusionBlocks(
-            model,
-            self.num_blocks,
-            process=process,
-            weighting=weighting,
-            layers=_whole_numbers("layers", self.layers),
-            split=_whole_numbers("split", self.split),
-            scheme=self.scheme,
-            gamma=self.gamma,
-            sharing=self.sharing,
-        )
+        numbers = {name: _whole_numbers(name, getattr(self, name)) for name in ("layers", "split")}
+        settings = asdict(self) | numbers
+        return DiffusionBlocks(model, process=process, weighting=weighting, **settings)
 
 
 def _whole_numbers(name: str, text: str) -> list[int] | None:
@@ -135,11 +127,8 @@ class RunConfig:
         return Trainer(blocks, data, **settings, augment=self._augment(), device=device)
 
     def _augment(self) -> Augment | None:
-        changes: list[Augment] = []
-        if self.shift:
-            changes.append(partial(shift, pixels=self.shift))
-        if self.mirror:
-            changes.append(mirror)
+        changes: list[Augment] = [partial(shift, pixels=self.shift)] if self.shift else []
+        changes += [mirror] if self.mirror else []
         if self.label_drop:
             null = family_named(self.family).null_label(self.model)
             changes.append(partial(drop_labels, share=self.label_drop, null=null))
@@ -155,10 +144,8 @@ class RunConfig:
 def write_config(config: RunConfig, directory: Path) -> None:
     """Write config.json, whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(
-        directory / "config.json",
-        json.dumps({"version": VERSION, **asdict(config)}, indent=2) + "\n",
-    )
+    text = json.dumps({"version": VERSION, **asdict(config)}, indent=2)
+    write_whole(directory / "config.json", f"{text}\n")
 
 
 def read_config(directory: Path) -> RunConfig:

@@ -8,41 +8,26 @@ A step is launched, and its row is read when the next one was launched: the devi
 """
 
 import math
-from collections.abc import Callable, Hashable
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import partial
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from dbkernels.data.dataset import as_data
 from dbkernels.data.images import Batch, Data, batch_indices
 from dbkernels.models import stem_and_head
 from dbkernels.ops.philox import Draw, stream_seed
+from dbkernels.training import pending
 from dbkernels.training.block_order import BlockOrder, Order
 from dbkernels.training.cuda_graphs import open_cuda_graphs
-from dbkernels.training.diffusion_blocks import (
-    SHARED,
-    DiffusionBlocks,
-    load_weights,
-    own_group,
-)
+from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, load_weights, own_group
 from dbkernels.training.offload.offloader import open_offloader
 from dbkernels.training.param_group import Decay, ParamGroup, learning_rate, updater
 from dbkernels.training.partition import Block
-from dbkernels.training.pending import (
-    HeldSamples,
-    MicroBatch,
-    Numbers,
-    Pending,
-    ReadSamples,
-    Row,
-    Rows,
-    Samples,
-    Staging,
-)
 from dbkernels.training.trainer_config import Offload, TrainerConfig
 
 Objective = Callable[[DiffusionBlocks, Block, Batch, Draw], Tensor]
@@ -98,27 +83,12 @@ class Trainer:
         augment: Augment | None = None,
         device: torch.device | str | None = None,
     ):
-        self.config = config = TrainerConfig(
-            steps=steps,
-            batch_size=batch_size,
-            lr=lr,
-            warmup=warmup,
-            decay=decay,
-            weight_decay=weight_decay,
-            clip=clip,
-            ema=ema,
-            accumulate=accumulate,
-            optimizer_in_backward=optimizer_in_backward,
-            cuda_graphs=cuda_graphs,
-            compile_stem_and_head=compile_stem_and_head,
-            autocast=autocast,
-            order=order,
-            steps_per_swap=steps_per_swap,
-            offload=offload,
-            offload_dir=offload_dir,
-            prefetch=prefetch,
-            seed=seed,
+        # each of its fields is an argument, with its default
+        settings = locals()
+        config = TrainerConfig(
+            **{field.name: settings[field.name] for field in fields(TrainerConfig)}
         )
+        self.config = config
         self.blocks, self.data = blocks.train(), as_data(data)
         self.objective, self.augment = objective or DiffusionBlocks.loss, augment
         self.device = _device(blocks, config, device)
@@ -134,7 +104,7 @@ class Trainer:
             steps_per_swap=config.steps_per_swap,
             swaps=config.offload != "none",
         )
-        self.micro_batch = MicroBatch(
+        self.micro_batch = pending.MicroBatch(
             config.batch_size // config.accumulate,
             config.batch_size,
             # an optimizer in the backward cannot wait for gradients to add up
@@ -144,27 +114,23 @@ class Trainer:
         self.groups: dict[str, ParamGroup] = {}
         frozen = self.blocks.frozen()
         for name, parameters in self.blocks.groups().items():
-            self.groups[name] = group = self._group(name, parameters)
+            self.groups[name] = group = ParamGroup(
+                parameters,
+                total=self.total_steps if name == SHARED else config.steps,
+                weight_decay=config.weight_decay,
+                ema=config.ema,
+                device=self.device,
+                captured=config.cuda_graphs,
+            )
             if config.offload != "none":
                 self.offloader.adopt(name, group, frozen.get(name, ()))
         groups = list(self.groups.values())
         self.updater = updater(config.optimizer_in_backward, config.clip, groups, self.device)
-        self.staging = Staging(self.device)
+        self.staging = pending.Staging(self.device)
         self.cuda_graphs = open_cuda_graphs(self.device, groups) if config.cuda_graphs else None
         # what a graph reads of a step
-        self._held = HeldSamples()
+        self._held = pending.HeldSamples()
         self._block_step = torch.zeros((), dtype=torch.int64, device=self.device)
-
-    def _group(self, name: str, parameters: dict[str, nn.Parameter]) -> ParamGroup:
-        config = self.config
-        return ParamGroup(
-            parameters,
-            total=self.total_steps if name == SHARED else config.steps,
-            weight_decay=config.weight_decay,
-            ema=config.ema,
-            device=self.device,
-            captured=config.cuda_graphs,
-        )
 
     @property
     def total_steps(self) -> int:
@@ -177,7 +143,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end, without a log or a checkpoint."""
-        with Rows(lambda row: None) as rows:
+        with pending.Rows(lambda row: None) as rows:
             while self.step < self.total_steps:
                 rows.add(self.launch(self.next_block()))
         self.close()
@@ -188,11 +154,11 @@ class Trainer:
         if self.cuda_graphs is not None:
             self.cuda_graphs.drop()
 
-    def step_block(self, block: Block) -> Row:
+    def step_block(self, block: Block) -> pending.Row:
         """One update of one block and of what it shares, waited for: `launch`, and its row."""
         return self.launch(block).row()
 
-    def launch(self, block: Block) -> Pending:
+    def launch(self, block: Block) -> pending.Pending:
         """Launch one update of one block and of what it shares, and wait for nothing.
 
         Its row has the step of the run, block, the block's own step, loss, norm of the gradient,
@@ -207,9 +173,9 @@ class Trainer:
         """
         begin, micro_batch, before = perf_counter(), self.micro_batch.size, self.counters()
         own, *_ = moved = self.moved(block)
-        row: Row = {"step": self.step, "block": block.index, "block_step": own.steps}
+        row = {"step": self.step, "block": block.index, "block_step": own.steps}
         row |= {"loss": math.nan, "grad_norm": math.nan, "lr": self._rate(own)}
-        numbers = Numbers(self.advance(block))
+        numbers = pending.Numbers(self.advance(block))
         if (following := self.block_order.next_block(self.step)) is not None:
             self.offloader.prefetch(own_group(self.blocks[following]))
         for group in moved:
@@ -224,7 +190,7 @@ class Trainer:
                 self.step, perf_counter() - begin, self.offloader.swap_seconds
             ):
                 row["steps_per_swap"] = self.block_order.steps_per_swap
-        return Pending(row, numbers, partial(self._refused, block, before))
+        return pending.Pending(row, numbers, partial(self._refused, block, before))
 
     def _refused(
         self, block: Block, before: Counters, loss: float, norm: float
@@ -268,22 +234,22 @@ class Trainer:
         )
         draw = Draw(stream_seed(self.config.seed, block.index), block_step)
         if self.cuda_graphs is None:
-            return self._update(block, draw, ReadSamples(self.data, indices, self.staging.put))
+            samples = pending.ReadSamples(self.data, indices, self.staging.put)
+            return self._update(block, draw, samples)
         self._held.fill(self.data.batch(indices, self.staging.put))
         self._block_step.fill_(block_step)
         update = partial(self._update, block, replace(draw, step=self._block_step), self._held)
-        return self.cuda_graphs.run(partial(self._kind, block), update)
-
-    def _kind(self, block: Block) -> Hashable:
-        """Steps that one graph serves: the same tensors at the same addresses."""
-        return block.index, self.offloader.slot, self.micro_batch.size
+        # steps that one graph serves have the same tensors at the same addresses
+        return self.cuda_graphs.run(
+            lambda: (block.index, self.offloader.slot, self.micro_batch.size), update
+        )
 
     def moved(self, block: Block) -> list[ParamGroup]:
         """What a step on a block updates: its own group, and the shared one if there is one."""
         names = own_group(block), SHARED
         return [self.groups[name] for name in names if name in self.groups]
 
-    def _update(self, block: Block, draw: Draw, samples: Samples) -> tuple[Tensor, Tensor]:
+    def _update(self, block: Block, draw: Draw, samples: pending.Samples) -> tuple[Tensor, Tensor]:
         """What a step runs on the device, once its inputs are there; loss and norm."""
         moved = self.moved(block)
         loss = self.micro_batch.attempt(
@@ -293,11 +259,11 @@ class Trainer:
         )
         return loss, self.updater.finish(loss, moved)
 
-    def _accumulate(self, block: Block, draw: Draw, samples: Samples, micro_batch: int) -> Tensor:
+    def _accumulate(self, block: Block, draw: Draw, samples: pending.Samples, size: int) -> Tensor:
         """Backward of the mean loss over the block's next batch; the loss, detached."""
         config = self.config
         total = torch.zeros((), device=self.device)
-        for batch in samples.pieces(micro_batch):
+        for batch in samples.pieces(size):
             count = len(next(iter(batch.values())))
             if self.augment:
                 batch = self.augment(batch, draw)
@@ -334,11 +300,8 @@ class Trainer:
         until then.
         """
         steps = {name: group.steps for name, group in self.groups.items()}
-        found = {
-            "steps_per_swap": self.block_order.steps_per_swap,
-            "micro_batch": self.micro_batch.size,
-        }
-        return {"step": self.step, "groups": steps, **found}
+        found = {"steps_per_swap": self.block_order.steps_per_swap}
+        return {"step": self.step, "groups": steps, **found, "micro_batch": self.micro_batch.size}
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], counters: Counters) -> None:
         """Go on from what `tensors` and `counters` once gave, bit for bit.
