@@ -135,7 +135,13 @@ class LogNormal:
         q_low, q_high = self.cdf(interval.low), self.cdf(interval.high)
         q = q_low + u * (q_high - q_low)
         sigma = torch.exp(self.mean + self.std * torch.special.ndtri(q))
-        return sigma.float().clamp(_float32_above(interval.low), _float32_up_to(interval.high))
+        low, high = np.float32(interval.low), np.float32(interval.high)
+        # compared as floats: numpy would round a float to float32 before it compares the two
+        if float(low) <= interval.low:
+            low = np.nextafter(low, np.float32(np.inf))
+        if float(high) > interval.high:
+            high = np.nextafter(high, np.float32(0))
+        return sigma.float().clamp(float(low), float(high))
 
     def grid(self, count: int, spacing: Spacing = "cdf", *, rho: float = 7.0) -> list[float]:
         """Levels from sigma_max down to sigma_min.
@@ -188,16 +194,3 @@ class LogNormal:
         tilted = ndtr(b + 2 * self.std) - ndtr(a + 2 * self.std)
         inverse_square = math.exp(2 * self.std**2 - 2 * self.mean) * tilted / (ndtr(b) - ndtr(a))
         return float(inverse_square) + sigma_data**-2
-
-
-def _float32_above(level: float) -> float:
-    """The least number of float32 that exceeds a level."""
-    nearest = np.float32(level)
-    # numpy would round a float to float32 before it compares the two
-    return float(nearest if float(nearest) > level else np.nextafter(nearest, np.float32(np.inf)))
-
-
-def _float32_up_to(level: float) -> float:
-    """The greatest number of float32 that does not exceed a level."""
-    nearest = np.float32(level)
-    return float(nearest if float(nearest) <= level else np.nextafter(nearest, np.float32(0)))

@@ -82,10 +82,9 @@ class AdaLNLayer(nn.Module):
 
     def initialise(self, initialise_weight: Callable[[Tensor], object]) -> None:
         """Initialise the weights of the attention's and the MLP's projections; biases become 0."""
-        for part in (self.attention, self.mlp):
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    initialise_linear(module, initialise_weight)
+        for module in (*self.attention.modules(), *self.mlp.modules()):
+            if isinstance(module, nn.Linear):
+                initialise_linear(module, initialise_weight)
 
     def forward(
         self,
@@ -129,10 +128,12 @@ class AdaLNLayer(nn.Module):
         modulation = self.modulation(F.silu(c))
         if not self.config.affine:
             return modulation
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        scale1, shift1 = _fold(scale1, shift1, self.norm1)
-        scale2, shift2 = _fold(scale2, shift2, self.norm2)
-        return torch.cat([shift1, scale1, gate1, shift2, scale2, gate2], dim=-1)
+        parts = list(modulation.chunk(6, dim=-1))
+        for first, norm in ((0, self.norm1), (3, self.norm2)):
+            shift, scale = parts[first : first + 2]
+            folded = fold_affine(scale, shift, norm.weight, getattr(norm, "bias", None))
+            parts[first + 1], parts[first] = folded
+        return torch.cat(parts, dim=-1)
 
     def _weights(self) -> LayerWeights:
         attention, mlp = self.attention, self.mlp
@@ -214,19 +215,10 @@ def make_norm(config: LayerConfig) -> nn.Module:
     return norms[config.norm](config.dim, eps=config.eps, elementwise_affine=config.affine)
 
 
-def _fold(scale: Tensor, shift: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    return fold_affine(scale, shift, norm.weight, getattr(norm, "bias", None))
-
-
 def _check_unseen(module: nn.Module, kind: type[nn.Module]) -> None:
     """A wrapper or a hook of a module that is never called would not run."""
-    hooked = (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-    )
-    if type(module) is not kind or hooked:
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    if type(module) is not kind or any(getattr(module, name) for name in hooks):
         raise RuntimeError(
             "AdaLNLayer reads the weights of the modules inside and never calls them: each must be "
             f"a plain {kind.__name__} without hooks, got {module}"

@@ -30,14 +30,6 @@ from dbkernels.ops.philox import Draw
 class ViTConfig(ImageConfig):
     """A vision transformer."""
 
-    image_size: int
-    """Pixels, square."""
-    patch: int
-    """Pixels; divides image_size."""
-    channels: int
-    """Of the image."""
-    num_classes: int
-    """Labels are 0 to num_classes - 1."""
     dim: int
     """Of the residual stream; also of the label's embedding."""
     depth: int
@@ -48,6 +40,14 @@ class ViTConfig(ImageConfig):
     """Width of the MLP's hidden layer."""
     cond_dim: int
     """Width of the noise condition."""
+    image_size: int = 32
+    """Pixels, square."""
+    patch: int = 4
+    """Pixels; divides image_size."""
+    channels: int = 3
+    """Of the image."""
+    num_classes: int = 100
+    """Labels are 0 to num_classes - 1."""
     affine: bool = True
     """Whether the norms have weights of their own."""
     sigma_data: float = 0.5
@@ -63,29 +63,12 @@ class ViTConfig(ImageConfig):
 
 
 PRESETS = {
-    "cifar100": ViTConfig(
-        image_size=32,
-        patch=4,
-        channels=3,
-        num_classes=100,
-        dim=128,
-        depth=12,
-        num_heads=4,
-        mlp_hidden=3072,
-        cond_dim=21,
-    ),
+    "cifar100": ViTConfig(dim=128, depth=12, num_heads=4, mlp_hidden=3072, cond_dim=21),
     "digits": ViTConfig(
-        image_size=8,
-        patch=2,
-        channels=1,
-        num_classes=10,
-        dim=64,
-        depth=12,
-        num_heads=4,
-        mlp_hidden=256,
-        cond_dim=32,
+        dim=64, depth=12, num_heads=4, mlp_hidden=256, cond_dim=32,
+        image_size=8, patch=2, channels=1, num_classes=10,
     ),
-}
+}  # fmt: skip
 
 
 class ViT(Presets, nn.Module):
@@ -100,14 +83,8 @@ class ViT(Presets, nn.Module):
         self.config, self.sigma_data = config, config.sigma_data
         self.prediction = EDM(config.sigma_data)
         D, tokens = config.dim, (config.image_size // config.patch) ** 2
-        layer = LayerConfig(
-            D,
-            config.num_heads,
-            config.mlp_hidden,
-            config.cond_dim,
-            affine=config.affine,
-            recompute=config.recompute,
-        )
+        sizes = D, config.num_heads, config.mlp_hidden, config.cond_dim
+        layer = LayerConfig(*sizes, affine=config.affine, recompute=config.recompute)
         self.label_table = nn.Embedding(config.num_classes, D)
         self.patch = nn.Linear(config.channels * config.patch**2, D)
         self.positions = nn.Parameter(torch.empty(tokens + 1, D))

@@ -243,5 +243,5 @@ def test_the_label_is_not_read_to_denoise():
 def test_norms_have_weights_only_if_asked():
     names = {"norm.weight", "norm.bias", "layers.0.norm1.weight", "layers.1.norm2.bias"}
     assert names <= set(ViT(CONFIG).state_dict())
-    plain = ViT(ViTConfig(4, 2, 3, 5, 8, 2, 2, 10, 6, affine=False))
+    plain = ViT(ViTConfig(8, 2, 2, 10, 6, 4, 2, 3, 5, affine=False))
     assert not any("norm" in name for name in plain.state_dict())

@@ -17,7 +17,17 @@ from dbkernels.planning.dry_run import dry_run, predicted
 from dbkernels.planning.recipe import OFFLOAD, Recipe
 
 DIT = DiTConfig(dim=64, depth=4, num_heads=4, image_size=8, channels=4, num_classes=10)
-VIT = ViTConfig(8, 2, 1, 10, dim=16, depth=4, num_heads=2, mlp_hidden=32, cond_dim=8)
+VIT = ViTConfig(
+    image_size=8,
+    patch=2,
+    channels=1,
+    num_classes=10,
+    dim=16,
+    depth=4,
+    num_heads=2,
+    mlp_hidden=32,
+    cond_dim=8,
+)
 MODELS = {"dit": DIT, "vit": VIT}
 FUSED = Recipe("dit", "", DIT, batch_size=8, num_blocks=2, device=TARGETS["cpu"])
 PLAIN = replace(FUSED, method="end_to_end", num_blocks=1, recompute=None)
