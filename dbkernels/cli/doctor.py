@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import groupby
 
 import torch
 import triton
@@ -70,7 +71,11 @@ def show(report: Report, console: Console) -> None:
     lines["NVIDIA GPU"] = f"{gpu['name']}, sm_{gpu['sm']}" if gpu else "none"
     tools = {"C compiler": "triton_compiler", "C++ compiler": "compiler", "nvcc": "nvcc"}
     lines |= {name: report[key] or "none" for name, key in tools.items()}
-    lines["compiled library"] = _library_words(library)
+    names = ", ".join(f"sm_{arch}" for arch in library["architectures"])
+    words = f"loaded, for CPUs and {f'for GPUs of {names}' if names else 'for no GPU'}"
+    if not library["loaded"]:
+        words = f"{'broken: ' if library['broken'] else ''}{library['reason']}"
+    lines["compiled library"] = words
     if gpu and gpu["reason"] and library["loaded"]:
         lines[""] = f"Nothing of it serves the GPU: {gpu['reason']}"
     for name, value in lines.items():
@@ -87,28 +92,18 @@ def show(report: Report, console: Console) -> None:
 
 
 def _table(report: Report) -> Table:
-    table = Table("op", "on a CPU", show_edge=False)
-    table.add_column("on a GPU" if report["gpu"] else "on a GPU, if there were one")
-    rows: dict[str, list[dict[str, str]]] = {}
-    for op, where in report["ops"].items():
-        rows.setdefault(re.sub("_[fb]wd$", "", op), []).append(where)
-    for op, directions in rows.items():
-        cells = (dict.fromkeys(where[device] for where in directions) for device in ("cpu", "cuda"))
+    gpu = "on a GPU" if report["gpu"] else "on a GPU, if there were one"
+    table = Table("op", "on a CPU", gpu, show_edge=False)
+    for op, directions in groupby(report["ops"], lambda name: re.sub("_[fb]wd$", "", name)):
+        where = [report["ops"][direction] for direction in directions]
+        cells = (dict.fromkeys(each[device] for each in where) for device in ("cpu", "cuda"))
         table.add_row(op, *(", backward ".join(cell) for cell in cells))
     return table
 
 
-def _library_words(library: Report) -> str:
-    if not library["loaded"]:
-        return f"{'broken: ' if library['broken'] else ''}{library['reason']}"
-    names = ", ".join(f"sm_{arch}" for arch in library["architectures"])
-    return f"loaded, for CPUs and {f'for GPUs of {names}' if names else 'for no GPU'}"
-
-
 def _implementations(op: str) -> dict[str, str]:
-    cuda = register.implementation("cuda", op)
-    if not torch.cuda.is_available() and library.has_kernel(op, "cuda"):
-        cuda = "cuda"
+    if_there_were = not torch.cuda.is_available() and library.has_kernel(op, "cuda")
+    cuda = "cuda" if if_there_were else register.implementation("cuda", op)
     return {"cpu": register.implementation("cpu", op), "cuda": cuda}
 
 
@@ -136,14 +131,11 @@ def _fix() -> str | None:
     """The command that builds the library; None where the processor could not run it."""
     if not library.processor_serves():
         return None
-    python = shlex.quote(sys.executable)
-    steps = []
-    if find_spec("ninja") is None or find_spec("setuptools") is None:
-        steps.append(f"{python} -m pip install ninja 'setuptools>=77'")
-    if (library.CSRC / "library.cpp").exists():
-        checkout = shlex.quote(str(library.CSRC.parent))
-        steps.append(f"cd {checkout} && {python} setup.py build_ext --inplace")
-    else:
+    python, checkout = (shlex.quote(str(p)) for p in (sys.executable, library.CSRC.parent))
+    build = f"cd {checkout} && {python} setup.py build_ext --inplace"
+    if not (library.CSRC / "library.cpp").exists():
         pip = "-m pip install --no-build-isolation --no-deps --force-reinstall"
-        steps.append(f"{python} {pip} path/to/the/checkout")
-    return " && ".join(steps)
+        build = f"{python} {pip} path/to/the/checkout"
+    if find_spec("ninja") and find_spec("setuptools"):
+        return build
+    return f"{python} -m pip install ninja 'setuptools>=77' && {build}"
