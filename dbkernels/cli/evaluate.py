@@ -36,7 +36,7 @@ class Evaluate:
     split: Literal["test", "train"] = "test"
     """Which split to read."""
     levels: int = 3
-    """Noise levels of classification, so evaluations of one block each."""
+    """Noise levels from which a classifier answers; each is one evaluation of one block."""
     weights: Literal["average", "last"] = "average"
     """The moving average of the weights where the run kept one, or the last weights."""
     checkpoint: str = "latest"

@@ -33,20 +33,19 @@ class Sample:
     per_class: int = 8
     """Images of each class."""
     levels: int = 50
-    """Noise levels, so evaluations of the network (about twice as many for heun)."""
+    """Noise levels. Each is one evaluation of the network, or two with heun."""
     grid: Spacing = "cdf"
     """Spacing of the levels; cdf uses every block about equally often."""
     sampler: Sampler = "euler"
     """euler evaluates once per level; heun corrects each step and wants the karras grid."""
     guidance: float | None = None
-    """Scale of classifier-free guidance, 1 for none; where labels were dropped in training it is 2,
-    and else there is none."""
+    """Scale of classifier-free guidance; by default 2 if training dropped labels, else 1 (none)."""
     weights: Literal["average", "last"] = "average"
     """The moving average of the weights where the run kept one, or the last weights."""
     checkpoint: str = "latest"
     """latest, or the path of a checkpoint of the run."""
     seed: int = 0
-    """Of the starting noise."""
+    """Seed of the starting noise."""
     device: str = "auto"
     """auto, cpu or cuda; auto is an NVIDIA GPU where there is one."""
 

@@ -66,7 +66,7 @@ class Train:
     num_heads: int = 0
     """Attention heads; 0 keeps the preset's."""
     recompute: Recompute = "none"
-    """What a layer's backward computes again instead of keeping it: more saves more memory."""
+    """What the backward of a layer computes again instead of keeping it, from least to most."""
     weighting: Literal["auto", "none", "edm", "normalised", "published"] = "auto"
     """Weight of the noise levels in the loss; auto is the family's own."""
     label_drop: float = 0.0
@@ -81,7 +81,7 @@ class Train:
     device: str = "auto"
     """auto, cpu or cuda; auto is an NVIDIA GPU where there is one."""
     resume: str = ""
-    """latest, or the path of a checkpoint of this run, to go on from; repeat the run's flags."""
+    """Go on from latest, or from the path of a checkpoint of this run; repeat the run's flags."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves at the end alone."""
     tensorboard: bool = False

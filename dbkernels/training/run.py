@@ -42,16 +42,15 @@ class PartitionConfig:
     num_blocks: int = 3
     """Number of blocks; 1 trains end to end."""
     layers: str = ""
-    """Indices of layers in running order, comma separated, the first for the most noise; one may
-    repeat. Empty runs each once."""
+    """Indices of layers in running order, comma separated; they may repeat. Empty: each once."""
     split: str = ""
-    """Layers per block, comma separated, the noisiest block first; empty splits evenly."""
+    """Layers per block, comma separated, the block of the most noise first; empty: evenly."""
     scheme: Scheme = "equal_probability"
-    """How the noise levels are cut."""
+    """How the range of noise is cut into intervals."""
     gamma: float = 0.05
     """Overlap of neighbouring blocks, as a share of each one's width in ln sigma."""
     sharing: Sharing = "joint"
-    """What the stem and head are: joint, trained by all blocks, or copies, one for each block."""
+    """joint: every block trains the same stem and head. copies: each block has its own."""
 
     def of(self, model: nn.Module, process: Process, weighting: Weighting) -> DiffusionBlocks:
         """The blocks of a model; `DiffusionBlocks` says the rest."""

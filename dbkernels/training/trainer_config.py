@@ -23,7 +23,7 @@ class TrainerConfig:
     warmup: int = 0
     """Updates over which the rate rises, in the block's own steps."""
     decay: Decay = "constant"
-    """Of the rate after the warm-up, in the block's own steps."""
+    """How the rate falls after the warm-up, in the block's own steps."""
     weight_decay: float = 0.01
     """Weight decay of AdamW, on every parameter."""
     clip: float = 1.0
@@ -31,13 +31,13 @@ class TrainerConfig:
     ema: float = 0.0
     """Decay of the moving average of the weights, in a block's own steps; 0 for none."""
     accumulate: int = 1
-    """Parts that a batch is cut into, their gradients added up."""
+    """Micro-batches that a batch is cut into; their gradients are added up."""
     optimizer_in_backward: bool = False
     """Update each parameter as soon as the backward has its gradient, and free the gradient."""
     cuda_graphs: bool = False
-    """Replay the steps of each block as one CUDA graph, which takes a GPU."""
+    """Replay the step of each block as one CUDA graph; this needs a GPU."""
     compile_stem_and_head: bool = False
-    """Compile what runs before and after a block's layers with torch.compile; moves rounding."""
+    """Compile what runs before and after the layers with torch.compile; results round otherwise."""
     autocast: bool = False
     """Compute in bfloat16; parameters stay float32."""
     order: Order = "shuffled"
@@ -45,13 +45,13 @@ class TrainerConfig:
     steps_per_swap: int = 1
     """Steps of a block in a row; 0 measures how many keep swaps below 5 % of the time."""
     offload: Offload = "none"
-    """Where the blocks are that are not being trained: none leaves all on the device."""
+    """Where a block waits that is not being trained: none is on the device."""
     offload_dir: str = ""
-    """Directory of their files for offload disk; the files are gone when the run ends."""
+    """Directory of the blocks' files with offload disk; they are deleted when the run ends."""
     prefetch: bool = False
-    """Bring the next block beside the steps of this one, in room for a second block."""
+    """Load the next block while this one trains; this takes memory for a second block."""
     seed: int = 0
-    """Seed of everything random in the run."""
+    """Seed of all that is random in the run."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate"):
