@@ -10,6 +10,7 @@ from dbkernels.models import FAMILIES
 
 PACKAGE = Path(__file__).parents[1] / "dbkernels"
 FLOOR = {
+    "choices": -1,
     "whole_file": -1,
     "ops": 0,
     "diffusion": 0,

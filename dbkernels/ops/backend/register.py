@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dbkernels.choices import check_choice
 from dbkernels.ops.backend import library
 
 Implementation = Literal["cpp", "cuda", "triton", "torch"]
@@ -75,8 +76,7 @@ def implementation(device: torch.device | str, op: str | None = None) -> Impleme
         return _asked_for[-1]
     device = torch.device(device)
     if op is not None:
-        if op not in _ops:
-            raise ValueError(f"op must be one of {', '.join(_ops)}, got {op}")
+        check_choice("op", op, _ops)
         if library.serves(op, device):
             return library.NAMES[device.type]
     return "triton" if device.type == "cuda" else "torch"
@@ -92,8 +92,7 @@ def use_implementation(name: Implementation) -> AbstractContextManager:
         ValueError: the name is unknown.
         RuntimeError: nothing here runs it: no GPU, no compiled library, no interpreter of Triton.
     """
-    if name not in NAMES:
-        raise ValueError(f"implementation must be one of {', '.join(NAMES)}, got {name}")
+    check_choice("implementation", name, NAMES)
     reason = _why_not(name)
     if reason is not None:
         raise RuntimeError(f"implementation {name} {reason}")
