@@ -16,6 +16,7 @@ import torch
 from scipy.special import ndtr, ndtri
 from torch import Tensor
 
+from dbkernels.choices import check_choice
 from dbkernels.diffusion.process import Interval, Scheme, Spacing
 
 
@@ -91,8 +92,7 @@ class LogNormal:
             "log_uniform": lambda share: low * (high / low) ** share,
             "linear": lambda share: low + share * (high - low),
         }
-        if scheme not in positions:
-            raise ValueError(f"scheme must be one of {', '.join(positions)}, got {scheme}")
+        check_choice("scheme", scheme, positions)
         inner = [positions[scheme](b / num_blocks) for b in range(1, num_blocks)]
         levels = [low, *inner, high]
         return tuple(Interval(*pair) for pair in pairwise(levels))[::-1]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from dbkernels.choices import check_choice
 from dbkernels.models.compiled import compiled
 from dbkernels.models.layer import AdaLNLayer
 from dbkernels.ops import reference
@@ -97,8 +98,7 @@ def by_method(
     Raises:
         ValueError: the method is unknown, or the budget is not from 0 to 1, or not for compiled.
     """
-    if method not in BASELINES:
-        raise ValueError(f"method must be one of {', '.join(BASELINES)}, got {method}")
+    check_choice("method", method, BASELINES)
     if not 0 <= budget <= 1:
         raise ValueError(f"budget must be from 0 to 1, got {budget}")
     if method == "compiled":

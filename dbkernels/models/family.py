@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
+from dbkernels.choices import check_choice
 from dbkernels.data.images import Batch
 from dbkernels.ops.philox import Draw
 
@@ -24,9 +25,7 @@ class Presets:
         Raises:
             ValueError: there is none of that name.
         """
-        if name not in cls.presets:
-            known = ", ".join(cls.presets)
-            raise ValueError(f"preset of {cls.__name__} must be one of {known}, got {name}")
+        check_choice(f"preset of {cls.__name__}", name, cls.presets)
         return cls.presets[name]
 
     @classmethod

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dbkernels.choices import check_choice
 from dbkernels.ops.affine import fold_affine
 from dbkernels.ops.layer.function import adaln_layer
 from dbkernels.ops.layer.projection import linear
@@ -70,10 +71,7 @@ class AdaLNLayer(nn.Module):
             raise ValueError(
                 f"dim must be a multiple of num_heads, got {config.dim} and {config.num_heads}"
             )
-        if config.recompute not in POLICIES:
-            raise ValueError(
-                f"recompute must be one of {', '.join(POLICIES)}, got {config.recompute}"
-            )
+        check_choice("recompute", config.recompute, POLICIES)
         self.config = config
         self.norm1, self.norm2 = make_norm(config), make_norm(config)
         self.attention, self.mlp = Attention(config), MLP(config)
@@ -173,8 +171,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        if config.mlp not in ("gelu", "swiglu"):
-            raise ValueError(f"mlp must be one of gelu, swiglu, got {config.mlp}")
+        check_choice("mlp", config.mlp, ("gelu", "swiglu"))
         first = config.mlp_hidden * (2 if config.mlp == "swiglu" else 1)
         self.fc1 = nn.Linear(config.dim, first, bias=config.bias)
         self.fc2 = nn.Linear(config.mlp_hidden, config.dim, bias=config.bias)
@@ -210,8 +207,7 @@ def initialise_linear(linear: nn.Linear, initialise_weight: Callable[[Tensor], o
 def make_norm(config: LayerConfig) -> nn.Module:
     """The norm that a layer's config asks for, over its width."""
     norms = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
-    if config.norm not in norms:
-        raise ValueError(f"norm must be one of {', '.join(norms)}, got {config.norm}")
+    check_choice("norm", config.norm, norms)
     return norms[config.norm](config.dim, eps=config.eps, elementwise_affine=config.affine)
 
 

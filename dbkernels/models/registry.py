@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from dbkernels.choices import check_choice
 from dbkernels.data.images import Batch, ImageData
 from dbkernels.data.made_up import Field
 from dbkernels.diffusion.gaussian import LogNormal
@@ -84,8 +85,7 @@ def family_named(name: str) -> FamilyEntry:
     Raises:
         ValueError: there is no such family.
     """
-    if name not in FAMILIES:
-        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {name}")
+    check_choice("family", name, FAMILIES)
     return FAMILIES[name]
 
 

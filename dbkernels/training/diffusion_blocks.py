@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dbkernels.choices import check_choice
 from dbkernels.data.images import Batch, Data
 from dbkernels.diffusion.process import Process, Scheme
 from dbkernels.diffusion.samplers import SAMPLERS, Denoiser, Sampler, euler, guided
@@ -86,8 +87,8 @@ class DiffusionBlocks(nn.Module):
                 f"process must be given for {type(model).__name__}, which is of no known family, "
                 "got None"
             )
-        _check_name("weighting", self.weighting, WEIGHTINGS)
-        _check_name("sharing", sharing, ("joint", "copies"))
+        check_choice("weighting", self.weighting, WEIGHTINGS)
+        check_choice("sharing", sharing, ("joint", "copies"))
         depth = range(len(model.layers))
         order = tuple(depth if layers is None else layers)
         if not set(order) <= set(depth):
@@ -265,8 +266,7 @@ class DiffusionBlocks(nn.Module):
             ValueError: the sampler is unknown, a condition is one that the family does not have, or
                 the family cannot do without a condition, and guidance is not 1.
         """
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler}")
+        check_choice("sampler", sampler, SAMPLERS)
         z = self._start(batch, levels[0], draw)
         denoiser = self.denoiser(batch)
         if guidance != 1:
@@ -346,11 +346,6 @@ def _by_readers(found: dict[str, dict]) -> tuple[dict[str, dict], dict]:
     own = {g: {k: p for k, p in named.items() if times[k] == 1} for g, named in found.items()}
     shared = {k: p for named in found.values() for k, p in named.items() if times[k] > 1}
     return own, shared
-
-
-def _check_name(what: str, name: object, known: Sequence[str]) -> None:
-    if name not in known:
-        raise ValueError(f"{what} must be one of {', '.join(known)}, got {name}")
 
 
 @torch.no_grad()
