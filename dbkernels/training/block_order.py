@@ -3,13 +3,12 @@
 import math
 import statistics
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 
 from dbkernels.ops.philox import stream_seed
+from dbkernels.training.trainer_config import TrainerConfig
 
-Order = Literal["shuffled", "sequential"]
 SWAP_SHARE = 0.05
 TIMED_STEPS = 5  # by which steps_per_swap is found
 ORDER_KEY = 2**62  # keeps the stream of the blocks' order apart from the blocks' own
@@ -23,31 +22,17 @@ class BlockOrder:
     must hold it.
 
     Args:
-        num_blocks:      number of blocks
-        steps:           of each block
-        order:           shuffled trains every block once in each sweep, in an order of its own;
-                         sequential takes all steps of a block before the next, most noise first
-        seed:            of the run
-        steps_per_swap:  of a block in a row where shuffled, in the last sweep those still left; 0
-                         measures it
-        swaps:           whether blocks leave the device after their turns
+        num_blocks:  number of blocks
+        config:      steps of each block, order, seed, and steps_per_swap, which is 1 in effect
+                     where no block leaves the device
     """
 
-    def __init__(
-        self,
-        num_blocks: int,
-        *,
-        steps: int,
-        order: Order,
-        seed: int,
-        steps_per_swap: int,
-        swaps: bool,
-    ):
-        self._num_blocks, self._steps = num_blocks, steps
-        self._sequential, self._seed = order == "sequential", seed
+    def __init__(self, num_blocks: int, config: TrainerConfig):
+        self._num_blocks, self._steps = num_blocks, config.steps
+        self._sequential, self._seed = config.order == "sequential", config.seed
         self._seconds: list[float] = []
         # without swaps there is nothing that longer turns would save
-        self.steps_per_swap = steps_per_swap or (0 if swaps else 1)
+        self.steps_per_swap = config.steps_per_swap or (0 if config.offload != "none" else 1)
 
     def _turn(self, step: int) -> tuple[int, int, int]:
         """Of the turn that a step is in: its sweep, its place there, and its steps from this on."""

@@ -12,13 +12,12 @@ says `go_on`, no update does anything, and the norm of each is NaN.
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-Decay = Literal["constant", "cosine"]
+from dbkernels.training.trainer_config import Decay, TrainerConfig
 
 
 def learning_rate(step: int, total: int, *, lr: float, warmup: int, decay: Decay) -> float:
@@ -56,36 +55,34 @@ class ParamGroup:
     their storage may be moved, and a checkpoint always has all of it.
 
     Args:
-        parameters:    by name
-        total:         updates that they will have had at the end of the run
-        weight_decay:  of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)
-        ema:           decay of the moving average, counted in this group's own steps; 0 for none
-        device:        of the updates; None is where the parameters are
-        captured:      whether updates are recorded in a graph, which reads the rate on the device
+        parameters:  by name
+        config:      decay of the weights in AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and
+                     of the moving average, in this group's own steps; with CUDA graphs the rate is
+                     read on the device
+        total:       updates that the parameters will have had at the end of the run
+        device:      of the updates; None is where the parameters are
     """
 
     def __init__(
         self,
         parameters: dict[str, nn.Parameter],
+        config: TrainerConfig,
         *,
         total: int,
-        weight_decay: float,
-        ema: float,
         device: torch.device | None = None,
-        captured: bool = False,
     ):
-        self.parameters, self.total, self.ema, self.steps = parameters, total, ema, 0
+        self.parameters, self.total, self.ema, self.steps = parameters, total, config.ema, 0
         device = next(iter(parameters.values())).device if device is None else device
         # of the newest parameters in the average
         self._newest = torch.zeros((), device=device)
         self.optimizer = torch.optim.AdamW(
-            parameters.values(), weight_decay=weight_decay, fused=True
+            parameters.values(), weight_decay=config.weight_decay, fused=True
         )
         # a number where it can be one: fake tensors know no optimizer whose rate is a tensor
-        self._rate = torch.zeros((), device=device) if captured else None
+        self._rate = torch.zeros((), device=device) if config.cuda_graphs else None
         for parameter in parameters.values():
             self.optimizer.state[parameter] = _fresh_state(parameter)
-        self.average = {n: p.detach().clone() for n, p in parameters.items()} if ema else {}
+        self.average = {n: p.detach().clone() for n, p in parameters.items()} if self.ema else {}
 
     def prepare(self, lr: float) -> None:
         """Set the learning rate of the next update, and how far the average will move."""
@@ -268,16 +265,15 @@ class OptimizerInBackward(Updater):
 
 
 def updater(
-    in_backward: bool, clip: float, groups: Sequence[ParamGroup], device: torch.device | str
+    config: TrainerConfig, groups: Sequence[ParamGroup], device: torch.device | str
 ) -> Updater:
-    """The updater of a setting.
+    """The updater of a configuration.
 
     Args:
-        in_backward:  whether a parameter is updated as soon as it has its gradient
-        clip:         after the backward, as `OptimizerAfterBackward` has it
-        groups:       all that it will ever update
-        device:       of their updates
+        config:  whether a parameter is updated as soon as it has its gradient, and clip
+        groups:  all that it will ever update
+        device:  of their updates
     """
-    return (
-        OptimizerInBackward(groups, device) if in_backward else OptimizerAfterBackward(clip, device)
-    )
+    if config.optimizer_in_backward:
+        return OptimizerInBackward(groups, device)
+    return OptimizerAfterBackward(config.clip, device)

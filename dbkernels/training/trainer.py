@@ -22,13 +22,13 @@ from dbkernels.data.images import Batch, Data, batch_indices
 from dbkernels.models import stem_and_head
 from dbkernels.ops.philox import Draw, stream_seed
 from dbkernels.training import pending
-from dbkernels.training.block_order import BlockOrder, Order
+from dbkernels.training.block_order import BlockOrder
 from dbkernels.training.cuda_graphs import open_cuda_graphs
 from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, load_weights, own_group
 from dbkernels.training.offload.offloader import open_offloader
-from dbkernels.training.param_group import Decay, ParamGroup, learning_rate, updater
+from dbkernels.training.param_group import ParamGroup, learning_rate, updater
 from dbkernels.training.partition import Block
-from dbkernels.training.trainer_config import Offload, TrainerConfig
+from dbkernels.training.trainer_config import Decay, Offload, Order, TrainerConfig
 
 Objective = Callable[[DiffusionBlocks, Block, Batch, Draw], Tensor]
 Augment = Callable[[Batch, Draw], Batch]
@@ -96,14 +96,7 @@ class Trainer:
             for model in (blocks.model, *blocks.copies):
                 stem_and_head.compile_stem_and_head(model, self.device)
         self.step = 0
-        self.block_order = BlockOrder(
-            len(self.blocks),
-            steps=config.steps,
-            order=config.order,
-            seed=config.seed,
-            steps_per_swap=config.steps_per_swap,
-            swaps=config.offload != "none",
-        )
+        self.block_order = BlockOrder(len(self.blocks), config)
         self.micro_batch = pending.MicroBatch(
             config.batch_size // config.accumulate,
             config.batch_size,
@@ -114,18 +107,13 @@ class Trainer:
         self.groups: dict[str, ParamGroup] = {}
         frozen = self.blocks.frozen()
         for name, parameters in self.blocks.groups().items():
-            self.groups[name] = group = ParamGroup(
-                parameters,
-                total=self.total_steps if name == SHARED else config.steps,
-                weight_decay=config.weight_decay,
-                ema=config.ema,
-                device=self.device,
-                captured=config.cuda_graphs,
-            )
+            total = self.total_steps if name == SHARED else config.steps
+            group = ParamGroup(parameters, config, total=total, device=self.device)
+            self.groups[name] = group
             if config.offload != "none":
                 self.offloader.adopt(name, group, frozen.get(name, ()))
         groups = list(self.groups.values())
-        self.updater = updater(config.optimizer_in_backward, config.clip, groups, self.device)
+        self.updater = updater(config, groups, self.device)
         self.staging = pending.Staging(self.device)
         self.cuda_graphs = open_cuda_graphs(self.device, groups) if config.cuda_graphs else None
         # what a graph reads of a step

@@ -4,9 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from dbkernels.training.block_order import Order
-from dbkernels.training.param_group import Decay
-
+Decay = Literal["constant", "cosine"]
+Order = Literal["shuffled", "sequential"]
 Offload = Literal["none", "cpu", "disk"]
 
 

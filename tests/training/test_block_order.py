@@ -3,11 +3,12 @@ from itertools import pairwise
 import pytest
 
 from dbkernels.training.block_order import TIMED_STEPS, BlockOrder, fewest_steps_per_swap
+from dbkernels.training.trainer_config import TrainerConfig
 
 
 def block_order(num_blocks=3, **settings):
-    defaults = {"steps": 40, "order": "shuffled", "seed": 0, "steps_per_swap": 1, "swaps": True}
-    return BlockOrder(num_blocks, **defaults | settings)
+    defaults = {"steps": 40, "seed": 0, "steps_per_swap": 1, "offload": "cpu"}
+    return BlockOrder(num_blocks, TrainerConfig(**defaults | settings))
 
 
 def blocks(num_blocks, steps, **settings):
@@ -90,7 +91,7 @@ def test_nothing_is_timed_where_the_length_is_given_or_nothing_is_swapped():
     made = block_order(steps_per_swap=6)
     assert not any(made.timed(step, 1.0, never) for step in range(1, 20))
     assert made.steps_per_swap == 6
-    made = block_order(steps_per_swap=0, swaps=False)
+    made = block_order(steps_per_swap=0, offload="none")
     assert made.steps_per_swap == 1 and not made.timed(1, 1.0, never)
 
 

@@ -154,7 +154,7 @@ def test_steps_that_are_timed_are_waited_for(monkeypatch):
     waited = []
     trainer = make_trainer(offload="cpu", steps_per_swap=0, steps=9)
     monkeypatch.setattr(
-        "dbkernels.training.trainer.Numbers.wait", lambda numbers: waited.append(trainer.step)
+        "dbkernels.training.pending.Numbers.wait", lambda numbers: waited.append(trainer.step)
     )
     for _ in range(8):
         trainer.launch(trainer.next_block())

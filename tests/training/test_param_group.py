@@ -22,14 +22,17 @@ from dbkernels.training.param_group import (
     updater,
 )
 from dbkernels.training.trainer import Trainer
+from dbkernels.training.trainer_config import TrainerConfig
 
 IN_BACKWARD = {"optimizer_in_backward": True, "clip": 0.0}
+UPDATES = [TrainerConfig(1, clip=0.0, optimizer_in_backward=each) for each in (False, True)]
 
 
 def make_group(ema=0.5, shapes=((3,), (2, 2)), **settings):
     torch.manual_seed(2)
     parameters = {f"w{i}": nn.Parameter(torch.randn(shape)) for i, shape in enumerate(shapes)}
-    return ParamGroup(parameters, total=8, weight_decay=0.1, ema=ema, **settings)
+    config = TrainerConfig(steps=8, weight_decay=0.1, ema=ema, **settings)
+    return ParamGroup(parameters, config, total=8)
 
 
 def make_groups(count=2):
@@ -168,7 +171,7 @@ def test_a_restored_group_goes_on_with_the_same_bits():
 
 
 def test_a_rate_that_a_graph_reads_gives_the_same_bits():
-    number, tensor = make_group(), make_group(captured=True)
+    number, tensor = make_group(), make_group(cuda_graphs=True)
     for each in (number, tensor):
         for lr in (0.1, 1e-4 / 3):
             update(each, lr, 0.7)
@@ -235,7 +238,7 @@ def test_a_step_with_the_optimizer_in_the_backward_peaks_lower_by_all_but_one_la
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_updates_return_the_norm_of_the_whole_gradient_and_leave_none(in_backward):
     groups = make_groups()
-    each = updater(in_backward, 0.0, groups, "cpu")
+    each = updater(UPDATES[in_backward], groups, "cpu")
     assert isinstance(each, OptimizerInBackward if in_backward else OptimizerAfterBackward)
     for group in groups:
         group.prepare(0.1)
@@ -303,7 +306,7 @@ def test_a_step_that_is_not_finite_is_refused_and_moves_nothing(settings, name):
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_updates_that_follow_one_that_was_not_finite_move_nothing_until_they_are_to(in_backward):
     groups = make_groups(1)
-    each, before = updater(in_backward, 0.0, groups, "cpu"), copies(*groups)
+    each, before = updater(UPDATES[in_backward], groups, "cpu"), copies(*groups)
     (weight,) = first_of(groups)
 
     def update(factor):

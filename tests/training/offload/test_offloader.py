@@ -14,6 +14,7 @@ from training.tiny import make_trainer
 from dbkernels.training.offload.memory import CpuMemory, flat_bytes
 from dbkernels.training.offload.offloader import Offloader, _Flat
 from dbkernels.training.param_group import ParamGroup
+from dbkernels.training.trainer_config import TrainerConfig
 
 SETTINGS = {"ema": 0.9, "warmup": 1, "decay": "cosine"}
 SEQUENTIAL = {"prefetch": True, "order": "sequential", "steps": 2}
@@ -251,9 +252,10 @@ def adopted():
     models.register_buffer("table", torch.randn(3))
     device = torch.device("cpu")
     offloader, groups = Offloader(models, device, CpuMemory(device), prefetch=False), {}
+    config = TrainerConfig(steps=1, weight_decay=0.0, ema=0.5)
     for name, child in models.named_children():
         parameters = dict(child.named_parameters())
-        groups[name] = ParamGroup(parameters, total=1, weight_decay=0.0, ema=0.5)
+        groups[name] = ParamGroup(parameters, config, total=1)
         offloader.adopt(name, groups[name])
     return offloader, groups
 
