@@ -15,14 +15,7 @@ from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
 from dbkernels.diffusion.prediction import EDM, log_level
-from dbkernels.models.embed import (
-    FinalModulation,
-    ImageConfig,
-    NoiseEmbedding,
-    grid_positions,
-    patchify,
-    unpatchify,
-)
+from dbkernels.models import embed
 from dbkernels.models.family import Presets
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, run_layers
 from dbkernels.ops.adaln_norm import adaln_norm
@@ -33,7 +26,7 @@ from dbkernels.ops.score_loss import score_loss
 
 
 @dataclass(frozen=True)
-class DiTConfig(ImageConfig):
+class DiTConfig(embed.ImageConfig):
     """A diffusion transformer."""
 
     dim: int
@@ -83,12 +76,12 @@ class DiT(Presets, nn.Module):
             D, config.num_heads, config.mlp_ratio * D, cond_dim=D, recompute=config.recompute
         )
         self.patch = nn.Linear(pixels, D)
-        positions = grid_positions(config.image_size // config.patch, D)
+        positions = embed.grid_positions(config.image_size // config.patch, D)
         self.register_buffer("positions", positions, persistent=False)
-        self.condition = NoiseEmbedding(D)
+        self.condition = embed.NoiseEmbedding(D)
         self.label_table = nn.Embedding(config.num_classes + 1, D)
         self.layers = nn.ModuleList(AdaLNLayer(layer) for _ in range(config.depth))
-        self.modulation = FinalModulation(D, D)
+        self.modulation = embed.FinalModulation(D, D)
         self.head = nn.Linear(D, pixels)
         self._initialise()
 
@@ -163,13 +156,13 @@ class DiT(Presets, nn.Module):
     def stem(self, scaled: Tensor, level: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """What the first layer reads, (B, T, D), and the condition, from a label's row, (B, D)."""
         c = self.condition(log_level(level)) + label
-        return self.patch(patchify(scaled, self.config.patch)) + self.positions, c
+        return self.patch(embed.patchify(scaled, self.config.patch)) + self.positions, c
 
     def tail(self, x: Tensor, c: Tensor) -> Tensor:
         """F (B, C, H, W) of what the last layer left, (B, T, D)."""
         shift, scale = self.modulation.parts(c)
         F = self.head(adaln_norm(x, scale, shift, dtype=scale.dtype))
-        return unpatchify(F, self.config.patch, self.config.channels)
+        return embed.unpatchify(F, self.config.patch, self.config.channels)
 
     def estimate(self, prediction: Tensor) -> Tensor:
         """The prediction is the estimate."""

@@ -7,6 +7,8 @@ from typing import Literal
 Decay = Literal["constant", "cosine"]
 Order = Literal["shuffled", "sequential"]
 Offload = Literal["none", "cpu", "disk"]
+LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1}
+LEAST |= dict.fromkeys(("warmup", "weight_decay", "clip", "steps_per_swap", "seed"), 0)
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,9 @@ class TrainerConfig:
     """Seed of all that is random in the run."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "clip", "steps_per_swap", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name, least in LEAST.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         for name in ("lr", "weight_decay", "clip"):
@@ -72,22 +71,15 @@ class TrainerConfig:
             raise ValueError(
                 f"accumulate must divide the batch size {self.batch_size}, got {self.accumulate}"
             )
-        self._check_optimizer_in_backward()
-        self._check_offload()
-
-    def _check_optimizer_in_backward(self) -> None:
-        if self.optimizer_in_backward:
-            if self.clip:
-                raise ValueError(
-                    "clip must be 0 with optimizer_in_backward: the norm is known when parameters "
-                    f"have moved, got {self.clip}"
-                )
-            if self.accumulate > 1:
-                raise ValueError(
-                    f"accumulate must be 1 with optimizer_in_backward, got {self.accumulate}"
-                )
-
-    def _check_offload(self) -> None:
+        if self.optimizer_in_backward and self.clip:
+            raise ValueError(
+                "clip must be 0 with optimizer_in_backward: the norm is known when parameters "
+                f"have moved, got {self.clip}"
+            )
+        if self.optimizer_in_backward and self.accumulate > 1:
+            raise ValueError(
+                f"accumulate must be 1 with optimizer_in_backward, got {self.accumulate}"
+            )
         if self.offload not in ("none", "cpu", "disk"):
             raise ValueError(f"offload must be none, cpu or disk, got {self.offload}")
         if self.offload == "none" and self.prefetch:
