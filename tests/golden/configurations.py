@@ -4,7 +4,7 @@ A key never changes; what it is called in the package may. A run is tiny: 20 ste
 depth 3, the digits of 8 x 8 pixels, the settings of its key and the defaults for the rest.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,88 +32,62 @@ class Run(NamedTuple):
     ema: dict[str, Tensor]  # of the weights, in the same order; empty without a moving average
 
 
-def _config(family: str) -> RunConfig:
-    """The settings of every key, where a key has no others."""
+MODELS = {
+    "vit": ViTConfig(
+        dim=32, depth=3, num_heads=2, mlp_hidden=64, cond_dim=16,
+        image_size=8, patch=2, channels=1, num_classes=10,
+    ),
+    "dit": DiTConfig(dim=32, depth=3, num_heads=2, image_size=8, channels=1, num_classes=10),
+}  # fmt: skip
+# key -> settings of the trainer, but for those of the model, the blocks and the run that are named
+# below; clip and ema are small enough to bind in so few steps
+CONFIGURATIONS: dict[str, dict[str, object]] = {
+    "vit none": {},
+    "vit attention": {"recompute": "attention"},
+    "vit mlp": {"recompute": "mlp"},
+    "vit qkv": {"recompute": "qkv"},
+    "vit layer": {"recompute": "layer"},
+    "vit autocast": {"autocast": True},
+    "vit autocast rounded": {"autocast": True, "recompute": "layer_narrow"},
+    "vit host": {"offload": "cpu", "steps_per_swap": 3},
+    "vit ema warmup cosine": {"ema": 0.4, "warmup": 3, "decay": "cosine"},
+    "vit freed": {"optimizer_in_backward": True, "clip": 0.0},
+    "dit none": {},
+    "dit attention": {"recompute": "attention"},
+    "dit mlp": {"recompute": "mlp"},
+    "dit qkv": {"recompute": "qkv"},
+    "dit layer": {"recompute": "layer"},
+    "dit autocast rounded": {"autocast": True, "recompute": "layer_narrow"},
+    "dit disk prefetch": {"offload": "disk", "prefetch": True},
+    "dit accumulate ema": {"accumulate": 4, "ema": 0.4},
+    "dit copies sequential": {"order": "sequential", "sharing": "copies"},
+    "dit one block": {"num_blocks": 1},
+    "dit normalised augmented": {
+        "weighting": "normalised", "label_drop": 0.3, "mirror": True, "shift": 1
+    },
+}  # fmt: skip
+OF_RUN = {"weighting": "edm", "label_drop": 0.0, "mirror": False, "shift": 0}
+OF_BLOCKS = {"num_blocks": NUM_BLOCKS, "sharing": "joint"}
+OF_TRAINER = {"batch_size": 8, "lr": 1e-2, "clip": 0.5, "seed": 3}
+
+
+def configuration(key: str, directory: Path) -> RunConfig:
+    """The run of a key, with a directory of its own."""
+    family, own = key.split()[0], dict(CONFIGURATIONS[key])
+    run, blocks = (
+        {name: own.pop(name, value) for name, value in settings.items()}
+        for settings in (OF_RUN, OF_BLOCKS)
+    )
     if family == "vit":
-        model = ViTConfig(
-            image_size=8,
-            patch=2,
-            channels=1,
-            num_classes=10,
-            dim=32,
-            depth=3,
-            num_heads=2,
-            mlp_hidden=64,
-            cond_dim=16,
-        )
-    else:
-        model = DiTConfig(dim=32, depth=3, num_heads=2, image_size=8, channels=1, num_classes=10)
+        run["weighting"] = "none"
+    model = replace(MODELS[family], recompute=own.pop("recompute", "none"))
+    if own.get("offload") == "disk":
+        own["offload_dir"] = str(directory)
+    trainer = TrainerConfig(STEPS // blocks["num_blocks"], **OF_TRAINER | own)
+    partition = PartitionConfig(**blocks)
     return RunConfig(
-        family=family,
-        model=model,
-        data="digits",
-        weighting="none" if family == "vit" else "edm",
-        label_drop=0.0,
-        mirror=False,
-        shift=0,
-        partition=PartitionConfig(num_blocks=NUM_BLOCKS),
-        prior=LogNormal(),
-        trainer=TrainerConfig(steps=STEPS // NUM_BLOCKS, batch_size=8, lr=1e-2, clip=0.5, seed=3),
+        family, model, "digits", **run, partition=partition, prior=LogNormal(), trainer=trainer
     )
-
-
-def _vit(*, recompute: str = "none", **trainer) -> RunConfig:
-    return _with("vit", recompute, trainer)
-
-
-def _dit(*, recompute: str = "none", **trainer) -> RunConfig:
-    return _with("dit", recompute, trainer)
-
-
-def _with(family: str, recompute: str, trainer: dict) -> RunConfig:
-    config = _config(family)
-    return replace(
-        config,
-        model=replace(config.model, recompute=recompute),
-        trainer=replace(config.trainer, **trainer),
-    )
-
-
-def _one_block(config: RunConfig) -> RunConfig:
-    trainer = replace(config.trainer, steps=STEPS)
-    return replace(config, partition=PartitionConfig(num_blocks=1), trainer=trainer)
-
-
-# key -> (directory of its own) -> settings; clip and ema are small enough to bind in so few steps
-CONFIGURATIONS: dict[str, Callable[[Path], RunConfig]] = {
-    "vit none": lambda directory: _vit(),
-    "vit attention": lambda directory: _vit(recompute="attention"),
-    "vit mlp": lambda directory: _vit(recompute="mlp"),
-    "vit qkv": lambda directory: _vit(recompute="qkv"),
-    "vit layer": lambda directory: _vit(recompute="layer"),
-    "vit autocast": lambda directory: _vit(autocast=True),
-    "vit autocast rounded": lambda directory: _vit(autocast=True, recompute="layer_narrow"),
-    "vit host": lambda directory: _vit(offload="cpu", steps_per_swap=3),
-    "vit ema warmup cosine": lambda directory: _vit(ema=0.4, warmup=3, decay="cosine"),
-    "vit freed": lambda directory: _vit(optimizer_in_backward=True, clip=0.0),
-    "dit none": lambda directory: _dit(),
-    "dit attention": lambda directory: _dit(recompute="attention"),
-    "dit mlp": lambda directory: _dit(recompute="mlp"),
-    "dit qkv": lambda directory: _dit(recompute="qkv"),
-    "dit layer": lambda directory: _dit(recompute="layer"),
-    "dit autocast rounded": lambda directory: _dit(autocast=True, recompute="layer_narrow"),
-    "dit disk prefetch": lambda directory: _dit(
-        offload="disk", offload_dir=str(directory), prefetch=True
-    ),
-    "dit accumulate ema": lambda directory: _dit(accumulate=4, ema=0.4),
-    "dit copies sequential": lambda directory: replace(
-        _dit(order="sequential"), partition=PartitionConfig(NUM_BLOCKS, sharing="copies")
-    ),
-    "dit one block": lambda directory: _one_block(_dit()),
-    "dit normalised augmented": lambda directory: replace(
-        _dit(), weighting="normalised", label_drop=0.3, mirror=True, shift=1
-    ),
-}
 
 
 def run(key: str, directory: Path) -> Run:
@@ -123,7 +97,7 @@ def run(key: str, directory: Path) -> Run:
         key:        of CONFIGURATIONS
         directory:  empty, for what a run puts on disk
     """
-    config = CONFIGURATIONS[key](directory)
+    config = configuration(key, directory)
     data = open_data(config.data, "train", config.model.num_classes)
     trainer = config.trainer_on("cpu", data)
     losses = []
