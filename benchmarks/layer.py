@@ -25,8 +25,6 @@ from machine import ceilings, device_name, machine
 from program import Known, Program, called, main
 from show import Row
 
-from dbkernels.memory.allocator import Target, target_named, target_of
-
 DTYPES = ("float32", "bfloat16", "float16", "autocast")
 WIDTHS = {"cpu": ((384, 6),), "cuda": ((384, 6), (1024, 16), (1152, 16))}  # of DiT-S, L and XL
 SAMPLES = {"cpu": 4, "cuda": 32}
@@ -58,14 +56,13 @@ class Options(Program):
         self.require_positive("B", "T", "dim", "num_heads", "hidden", "threads")
         self.require_known(dtype=DTYPES, impls=IMPLS)
         self.require_share("budgets")
-        if self.rounds is not None and self.rounds < 2:
-            raise ValueError(f"rounds must be at least 2, got {self.rounds}")
+        self.require_positive("rounds", least=2)
         if self.num_heads is not None and self.dim is None:
             raise ValueError("num_heads must be given together with dim, got num_heads alone")
         for case in self.cases():
             if case.dim % case.num_heads:
                 raise ValueError(f"num_heads must divide dim = {case.dim}, got {case.num_heads}")
-        self.counted_for()
+        self.gpu(self.target)
 
     def cases(self) -> list[LayerCase]:
         kind = self.on.type
@@ -76,12 +73,6 @@ class Options(Program):
             for dtype in self.dtype or (DTYPE[kind],)
             for D, H in ([(self.dim, heads)] if self.dim else WIDTHS[kind])
         ]
-
-    def counted_for(self) -> Target:
-        """The GPU whose launches are counted."""
-        if self.target == "auto" and self.on.type == "cuda":
-            return target_of(self.on)
-        return target_named("h100" if self.target == "auto" else self.target)
 
     def players(self, case: LayerCase) -> list[Competitor]:
         return competitors(self.impls, self.budgets, mixed=case.autocast)
@@ -104,7 +95,7 @@ class Options(Program):
     def _print_launches(self) -> None:
         for case in self.cases():
             for player in self.players(case):
-                forward, backward = of_layer(case, player, self.counted_for())
+                forward, backward = of_layer(case, player, self.gpu(self.target))
                 name = " ".join(filter(None, (player.impl, player.recompute)))
                 print(f"{name:<16} {forward or '–':>3} + {backward or '–'}")
 
@@ -115,7 +106,7 @@ def rows_of(case: LayerCase, players: Sequence[Competitor], options: Options) ->
     # a function is recompiled for so many shapes only before it is left in plain torch
     torch.compiler.reset()
     rounds = options.rounds or ROUNDS[device.type]
-    counted = [of_layer(case, player, options.counted_for()) for player in players]
+    counted = [of_layer(case, player, options.gpu(options.target)) for player in players]
     with measure.own_stream(device):
         inputs = make_inputs(case, device)
         steps = {

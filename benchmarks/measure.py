@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TypeVar
 from unittest import mock
 
@@ -94,13 +95,9 @@ def samples(
     for number in range(rounds):
         for key in turned(list(calls), number):
             for call in several[key]:
-                getattr(call, "prepare", _nothing)()
+                getattr(call, "prepare", lambda: None)()
             found[key][0].append(clock.ms(ready[key][0]) / len(several[key]))
     return found
-
-
-def _nothing() -> None:
-    pass
 
 
 def _all_of(calls: Sequence[Call]) -> list[object]:
@@ -233,39 +230,44 @@ def memory(call: Call, *, inputs: Iterable[Tensor], device: torch.device) -> Mem
     """
     call()
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        resident = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+    on_gpu = device.type == "cuda"
+    resident = (
+        torch.cuda.memory_allocated(device) if on_gpu else sum(storage_bytes(inputs).values())
+    )
+    with growth(device) as found:
         call()
-        torch.cuda.synchronize(device)
-        return Memory(torch.cuda.max_memory_allocated(device) - resident, resident)
-    with allocations() as changes:
-        call()
-    live, peak = 0, 0
-    for change in changes:
-        live += change
-        peak = max(peak, live)
-    return Memory(peak, sum(storage_bytes(inputs).values()))
+    return Memory(found["peak_bytes"], resident)
 
 
 @contextmanager
-def allocations() -> Iterator[list[int]]:
-    """A list that on leaving has what a CPU's allocator gave and took back, in bytes, in order."""
-    changes = []
+def growth(device: torch.device) -> Iterator[dict[str, int]]:
+    """What a device's allocator hands out within, beyond what was there before.
+
+    Args:
+        device:  on a GPU its statistics are reset
+    Returns:
+        A dictionary that on leaving has peak_bytes, and left_bytes, which are there still.
+    """
+    found = {}
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield found
+        torch.cuda.synchronize(device)
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+        found["left_bytes"] = torch.cuda.memory_allocated(device) - before
+        return
     # the profiler announces itself on the terminal at the levels below
     with (
         mock.patch.dict(os.environ, KINETO_LOG_LEVEL="6"),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
-        yield changes
-    events = profiler.profiler.kineto_results.events()
-    seen = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if _is_memory(e))
-    changes += [size for _, _, size in seen]
-
-
-def _is_memory(event) -> bool:
-    return event.name() == "[memory]"
+        yield found
+    events = enumerate(profiler.profiler.kineto_results.events())
+    seen = sorted((e.start_ns(), i, e.nbytes()) for i, e in events if e.name() == "[memory]")
+    live = list(accumulate((size for _, _, size in seen), initial=0))
+    found |= {"peak_bytes": max(live), "left_bytes": live[-1]}
 
 
 def saved_bytes(forward: Callable[[], Tensor], *, parameters: Iterable[Tensor]) -> int:

@@ -60,8 +60,7 @@ class Options(Program):
         for D in self.dim:
             if D < HEAD_DIM or D % HEAD_DIM:
                 raise ValueError(f"dim must be a multiple of {HEAD_DIM}, got {D}")
-        if self.rounds is not None and self.rounds < 2:
-            raise ValueError(f"rounds must be at least 2, got {self.rounds}")
+        self.require_positive("rounds", least=2)
         _ = self.on
 
     def cases(self) -> Iterator[list[Case]]:

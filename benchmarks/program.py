@@ -18,6 +18,7 @@ import tyro
 from show import Row, show
 
 from dbkernels.cli.device import pick_device
+from dbkernels.memory.allocator import Target, target_named, target_of
 
 Kind = TypeVar("Kind", bound="Program")
 
@@ -36,12 +37,12 @@ class Program:
         """The device that runs."""
         return pick_device(self.device)
 
-    def require_positive(self, *names: str) -> None:
-        """Raise ValueError where an option is given and below 1."""
+    def require_positive(self, *names: str, least: int = 1) -> None:
+        """Raise ValueError where an option is given and below the least that it may be."""
         for name in names:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
     def require_known(self, **known: Iterable[object]) -> None:
         """Raise ValueError where an option, or one of its values, is not among those known."""
@@ -57,6 +58,12 @@ class Program:
         for each in value if isinstance(value, tuple) else (value,):
             if not 0 <= each <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, got {each}")
+
+    def gpu(self, target: str) -> Target:
+        """The GPU that is predicted: by its name, or for auto the one that is here, or an H100."""
+        if target == "auto" and self.on.type == "cuda":
+            return target_of(self.on)
+        return target_named("h100" if target == "auto" else target)
 
     def wanted(self) -> list[Row]:
         """What each row that is asked for is known by, but for its commit."""

@@ -11,23 +11,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 import tyro
 from machine import commit, folder_name
 from program import Known, Program
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from training import LARGE
 
 from dbkernels.cli.device import pick_device
@@ -101,42 +94,38 @@ def jobs(*, full: bool, on_gpu: bool) -> list[Job]:
         on_gpu:  whether models of a GPU's size run, or are predicted
     """
     if full:
-        return _full(on_gpu)
-    few = "--rounds 5"
+        found = [
+            Job("full-timeline", "timeline", 30),
+            Job("full-ops", "ops", 120),
+            Job("full-layer", "layer", 240 if on_gpu else 60),
+            _training("full", "vit", "cifar100", 300 if on_gpu else 1800),
+        ]
+        if not on_gpu:
+            found += [_training("full", family, "digits", 200) for family in ("vit", "dit")]
+        for number, name in enumerate(LARGE, 1):
+            found.append(_training("full", "dit", name, (600 if on_gpu else 120) * number))
+            found += [_graphs("full", name)] if on_gpu else []
+        return found
     if on_gpu:
-        return [
+        found = [
             _training("quick", "dit", "S/2", 150, f"{FEW} --rounds 12"),
             # apart from the others, which it does not take along should it fail
             _graphs("quick", "S/2"),
             *(_training("quick", "dit", p, 20, f"{PREDICTED} --target this") for p in LARGE[1:]),
-            Job("quick-timeline", "timeline", 20),
-            Job("quick-layer", "layer", 140),
-            Job("quick-ops", "ops", 50, few),
+        ]
+    else:
+        found = [
+            _training("quick", "vit", "cifar100", 105, PUBLISHED),
+            _training("quick", "vit", "digits", 45, f"{FEW} --rounds 15"),
+            _training("quick", "dit", "digits", 40, f"{FEW} --rounds 15"),
+            *(_training("quick", "dit", p, 18, PREDICTED) for p in LARGE),
         ]
     return [
-        _training("quick", "vit", "cifar100", 105, PUBLISHED),
-        _training("quick", "vit", "digits", 45, f"{FEW} --rounds 15"),
-        _training("quick", "dit", "digits", 40, f"{FEW} --rounds 15"),
-        *(_training("quick", "dit", p, 18, PREDICTED) for p in LARGE),
+        *found,
         Job("quick-timeline", "timeline", 20),
-        Job("quick-layer", "layer", 35),
-        Job("quick-ops", "ops", 90, few),
+        Job("quick-layer", "layer", 140 if on_gpu else 35),
+        Job("quick-ops", "ops", 50 if on_gpu else 90, "--rounds 5"),
     ]
-
-
-def _full(on_gpu: bool) -> list[Job]:
-    found = [
-        Job("full-timeline", "timeline", 30),
-        Job("full-ops", "ops", 120),
-        Job("full-layer", "layer", 240 if on_gpu else 60),
-        _training("full", "vit", "cifar100", 300 if on_gpu else 1800),
-    ]
-    if not on_gpu:
-        found += [_training("full", family, "digits", 200) for family in ("vit", "dit")]
-    for number, name in enumerate(LARGE, 1):
-        found.append(_training("full", "dit", name, (600 if on_gpu else 120) * number))
-        found += [_graphs("full", name)] if on_gpu else []
-    return found
 
 
 def _graphs(kind: str, preset: str) -> Job:
@@ -171,36 +160,21 @@ def run_all(run: Run, every: Sequence[Job], console: Console) -> list[str]:
     done = sum(lacking == 0 for _, lacking, _ in todo.values())
     if done:
         console.print(f"{done} of {len(every)} benchmarks are in {place}; --again runs them again.")
-    columns = (
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    weight = {job: job.seconds / count for job, (_, _, count) in todo.items()}
+    total = sum(weight[job] * lacking for job, (_, lacking, _) in todo.items())
+    shown = Progress(console=console, transient=True, disable=not console.is_terminal)
     with shown:
-        weight = {job: job.seconds / count for job, (_, _, count) in todo.items()}
-        total = sum(weight[job] * lacking for job, (_, lacking, _) in todo.items())
         task = shown.add_task("", total=total)
         for job, (arguments, lacking, _) in todo.items():
             if not lacking:
                 continue
             shown.update(task, description=job.name)
-            rows, error = 0, None
-            with tempfile.TemporaryFile("w+") as said:
-                with ended([f"benchmarks/{job.program}.py", *arguments], said=said) as process:
-                    for _ in process.stdout:
-                        rows += 1
-                        shown.advance(task, weight[job])
-                if process.returncode:
-                    said.seek(0)
-                    error = last_line(said.read())
+            advance = partial(shown.advance, task, weight[job])
+            rows, error = finished([f"benchmarks/{job.program}.py", *arguments], advance)
             shown.refresh()  # or what is printed stands above a bar of some time ago
-            if error is None:
-                console.print(f"{job.name}: {rows} rows")
-            else:
-                failed.append(job.name)
-                console.print(f"{job.name} failed: {error}", markup=False)
+            told = f": {rows} rows" if error is None else f" failed: {error}"
+            console.print(f"{job.name}{told}", markup=False)
+            failed += [] if error is None else [job.name]
     return failed
 
 
@@ -209,57 +183,55 @@ def report(run: Run, console: Console) -> list[str]:
     if not any(run.out.rglob("*.jsonl")):
         return []
     page = run.out.resolve() / "report.html"
-    with tempfile.TemporaryFile("w+") as said:
-        words = ["tools/report.py", str(run.out.resolve()), "--page", str(page)]
-        with ended(words, said=said) as process:
-            process.stdout.read()
-        if not process.returncode:
-            console.print(f"report: {page}")
-            return []
-        said.seek(0)
-        console.print(f"report failed: {last_line(said.read())}", markup=False)
-    return ["report"]
+    _, error = finished(["tools/report.py", str(page.parent), "--page", str(page)])
+    told = f": {page}" if error is None else f" failed: {error}"
+    console.print(f"report{told}", markup=False)
+    return [] if error is None else ["report"]
 
 
-@contextmanager
-def ended(words: Sequence[str], *, said: TextIO) -> Iterator[subprocess.Popen]:
-    """A program of the checkout that is killed, with all that it began, where its reader ends.
+def finished(
+    words: Sequence[str], each_line: Callable[[], object] = lambda: None
+) -> tuple[int, str | None]:
+    """Run a program of the checkout to its end.
 
-    On Linux it ends also where this process is killed.
+    Where this is interrupted it is killed, with all that it began; on Linux it ends also where this
+    process is killed.
 
     Args:
-        words:  the program, and its arguments
-        said:   gets what it writes on stderr
+        words:      the program, and its arguments
+        each_line:  is called for each line that it prints
     Returns:
-        a context with the process, whose stdout is text to read.
+        The number of those lines, and the last line of what it says on stderr if it failed.
     """
     command = [sys.executable, *words]
     if sys.platform == "linux":
         command = [sys.executable, "-ISc", WITH_PARENT, str(os.getpid()), *command]
     # the checkout's package, whatever is installed
     paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.Popen(
-        command,
-        cwd=CHECKOUT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        stdout=subprocess.PIPE,
-        stderr=said,
-        text=True,
-        # a group of its own, so that one signal reaches the processes that it began
-        start_new_session=True,
-    )
-    with process:
-        try:
-            yield process
-        except BaseException:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
-
-
-def last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it said nothing"
+    lines = 0
+    with tempfile.TemporaryFile("w+") as said:
+        with subprocess.Popen(
+            command,
+            cwd=CHECKOUT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            # a group of its own, so that one signal reaches the processes that it began
+            start_new_session=True,
+        ) as process:
+            try:
+                for _ in process.stdout:
+                    lines += 1
+                    each_line()
+            except BaseException:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
+        said.seek(0)
+        text = said.read().splitlines()
+    *_, last = ["it said nothing", *(line.strip() for line in text if line.strip())]
+    return lines, last if process.returncode else None
 
 
 def main(run: Run, every: Sequence[Job]) -> None:

@@ -15,16 +15,16 @@ from dataclasses import asdict, dataclass
 from machine import device_name, machine
 from program import Known, Program, called, main
 from show import Row
-from training import DEFAULT_TARGET, ON_A_GPU
+from training import ON_A_GPU
 from training_step import DTYPES, described, model_of, ways
 
-from dbkernels.memory.allocator import Target, target_named, target_of
 from dbkernels.memory.timeline import levels
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.planning.dry_run import dry_run
 from dbkernels.planning.recipe import METHODS, OFFLOAD, Recipe
 
 PARTS = 240  # columns of a small figure
+PREDICTED = ("peak_allocated_bytes", "peak_reserved_bytes", "by_category", "at")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Options(Program):
         self.ways()
 
     def ways(self) -> list[Recipe]:
-        model = model_of(self.family, self.preset, self.batch, self.dtype, self.predicted_for())
+        gpu = self.gpu(self.target)
+        model = model_of(self.family, self.preset, self.batch, self.dtype, gpu)
         return ways(
             model,
             self.methods,
@@ -67,11 +68,6 @@ class Options(Program):
         """Whether the GPU that is predicted is the one of this machine."""
         return self.target == "auto" and self.on.type == "cuda"
 
-    def predicted_for(self) -> Target:
-        if self.is_here:
-            return target_of(self.on)
-        return target_named(DEFAULT_TARGET if self.target == "auto" else self.target)
-
     def key_of(self, recipe: Recipe) -> Row:
         """What a row is known by."""
         device = device_name(self.on) if self.is_here else recipe.device.name.upper()
@@ -86,16 +82,14 @@ class Options(Program):
     def row_of(self, recipe: Recipe) -> Row:
         prediction = dry_run(recipe)[recipe.offload]
         shown = levels(prediction, parts=PARTS)
-        about = asdict(machine(self.on)) | ({} if self.is_here else {"driver": None})
+        driver = {} if self.is_here else {"driver": None}
         return (
-            about
+            asdict(machine(self.on))
+            | driver
             | self.key_of(recipe)
+            | {name: getattr(prediction, name) for name in PREDICTED}
             | {
-                "peak_allocated_bytes": prediction.peak_allocated_bytes,
-                "peak_reserved_bytes": prediction.peak_reserved_bytes,
                 "memory": "predicted",
-                "by_category": prediction.by_category,
-                "at": prediction.at,
                 "starts": shown.starts,
                 "phases": shown.phases,
                 "levels": shown.by_category,

@@ -56,7 +56,6 @@ from dbkernels.training.diffusion_blocks import SHARED
 from dbkernels.training.trainer import Trainer
 
 LARGE = ("S/2", "B/2", "L/2", "XL/2")  # presets that a GPU trains
-DEFAULT_TARGET = "h100"
 SMALL = {"vit": ("cifar100",), "dit": ("digits",)}
 ROUNDS = {"cpu": 12, "cuda": 36}  # the more blocks, the fewer steps of each
 SWAPS = 3
@@ -141,8 +140,7 @@ class Options(Program):
             return target_of(self.on)
         if self.target != "auto":
             return target_named(self.target)
-        missing = preset in LARGE and self.on.type == "cpu"
-        return target_named(DEFAULT_TARGET) if missing else None
+        return self.gpu("auto") if preset in LARGE and self.on.type == "cpu" else None
 
     def name_of(self, model: Recipe) -> str:
         """Of the device in a row."""
@@ -182,17 +180,14 @@ class Options(Program):
             }
             for model, every in todo.items():
                 if ready and self.target_of(model.preset) is None:
-                    self._prepare(ready, model, every)
+                    ready.compile(every)
+                    if self.nearest is not None:  # which is waited for before anything else
+                        ready.predict(candidates(model, self.nearest))
+                    ready.predict(every)
             for model, every in todo.items():
                 yield rows_of(model, every, self, ready, failed)
         if failed:
             raise SystemExit(f"failed: {'; '.join(failed)}")
-
-    def _prepare(self, ready: Preparation, model: Recipe, every: Sequence[Recipe]) -> None:
-        ready.compile(every)
-        if self.nearest is not None:  # which is waited for before anything else
-            ready.predict(candidates(model, self.nearest))
-        ready.predict(every)
 
 
 def rows_of(
@@ -225,7 +220,8 @@ def predicted_rows(every: Sequence[Recipe], about: Row) -> Iterator[Row]:
     """
     for recipe, prediction in zip(every, predicted(every), strict=True):
         runs = {"implementation": ON_A_GPU.get(recipe.method, "torch")}
-        yield _row(recipe, figures_of(recipe, prediction)) | UNTIMED | runs | about
+        way = {"suite": "training"} | described(recipe)
+        yield way | figures_of(recipe, prediction) | UNTIMED | runs | about
 
 
 def measured_rows(
@@ -252,8 +248,10 @@ def measured_rows(
         steps, rows = {}, {}
         for recipe in together:
             prediction = ready.figures(recipe) if ready else None
+            trainers = [each.trainer for each in steps.values()]
             try:
-                figures = _weighed(recipe, device, steps, prediction)
+                made = make_steps(recipe, device, steps)
+                figures = weigh(recipe, made, trainers, prediction)
             except torch.OutOfMemoryError:
                 missing.append(recipe)
             except Exception:  # whatever it is, the other ways are worth their minutes
@@ -261,9 +259,11 @@ def measured_rows(
                 traceback.print_exc()
                 failed.append(named(recipe))
             else:
-                runs = {"implementation": implementation_of(recipe, device)}
+                steps[recipe] = made
+                way = {"suite": "training"} | described(recipe)
                 told = {f"predicted_{name}": prediction and prediction[name] for name in PEAKS}
-                rows[recipe] = _row(recipe, figures) | told | runs
+                runs = {"implementation": implementation_of(recipe, device)}
+                rows[recipe] = way | figures | told | runs
                 if early:
                     yield rows[recipe] | UNTIMED | about
         if not steps:
@@ -285,16 +285,6 @@ def measured_rows(
     yield from predicted_rows(missing, about) if missing else ()
 
 
-def _weighed(
-    recipe: Recipe, device: torch.device, steps: dict[Recipe, Steps], prediction: Row | None
-) -> Row:
-    """The figures of a way, whose steps join those that are there where nothing is wrong."""
-    made = make_steps(recipe, device, steps)
-    figures = weigh(recipe, made, [each.trainer for each in steps.values()], prediction)
-    steps[recipe] = made
-    return figures
-
-
 def _groups(every: Sequence[Recipe]) -> list[list[Recipe]]:
     """Ways whose steps are interleaved.
 
@@ -309,8 +299,8 @@ def _groups(every: Sequence[Recipe]) -> list[list[Recipe]]:
 
 def _timed(steps: dict[Recipe, Steps], device: torch.device, rounds: int) -> dict[Recipe, Row]:
     for recipe, of in steps.items():
-        # each block has had its first steps when it was weighed, but for those of its graph
-        for _ in range(2 if recipe.cuda_graphs else 0):
+        if recipe.cuda_graphs:  # each block has had its first steps when it was weighed, without
+            of.sweep()
             of.sweep()
     # a step reads its loss, for which a captured graph cannot wait
     samples = measure.samples(steps, device=device, rounds=rounds, capture=False)
@@ -336,10 +326,6 @@ def _swap(trainer: Trainer) -> Row:
         if name != SHARED
     ]
     return {"swap_ms": 1e3 * statistics.median(seconds), "swap_bytes": 2 * max(sizes)}
-
-
-def _row(recipe: Recipe, figures: Row) -> Row:
-    return {"suite": "training"} | described(recipe) | figures
 
 
 if __name__ == "__main__":

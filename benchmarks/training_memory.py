@@ -11,6 +11,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import measure
 import torch
@@ -20,11 +21,10 @@ from torch import Tensor
 from training_step import Steps, make_trainer, named
 
 from dbkernels.memory.measure import Prediction, record
-from dbkernels.memory.tracker import CATEGORIES, Trace
+from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.planning.dry_run import dry_run
 from dbkernels.planning.pool import processes
 from dbkernels.planning.recipe import Recipe
-from dbkernels.training.partition import Block
 from dbkernels.training.trainer import Trainer
 
 BLOCK = 512  # bytes; the caching allocator gives multiples of it
@@ -55,18 +55,22 @@ def weigh(
     """
     trainer = steps.trainer
     device, block = trainer.device, max(trainer.blocks, key=lambda block: len(block.layers))
-    on_gpu = device.type == "cuda"
+    on_gpu, graphs, reserved = device.type == "cuda", trainer.cuda_graphs, None
     if on_gpu:
         gc.collect()
         torch.cuda.empty_cache()
     step = partial(steps.step, block)
     steps.sweep()
-    of_graphs = _reserved_by_graphs(steps)
-    with _op_by_op(trainer):
+    if graphs is not None:
+        steps.sweep()
+        reserved = torch.cuda.memory_reserved(device)
+        graphs.drop()
+    # a replay allocates nothing: all but the reserved bytes are told by the same steps without
+    with mock.patch.object(trainer, "cuda_graphs", None):
         found = measure.memory(step, inputs=_on_device(trainer), device=device)
         beside = _beside(trainer, others)
-        reserved = torch.cuda.max_memory_reserved(device) if on_gpu else None
-        reserved = reserved if of_graphs is None else of_graphs
+        if on_gpu and graphs is None:
+            reserved = torch.cuda.max_memory_reserved(device)
         figures = {
             "peak_allocated_bytes": found.peak_bytes + found.resident_bytes - beside,
             "peak_reserved_bytes": None if reserved is None else reserved - beside,
@@ -93,30 +97,9 @@ def _beside(trainer: Trainer, others: Sequence[Trainer]) -> int:
     return sum(-(-size // BLOCK) * BLOCK for key, size in found.items() if key not in own)
 
 
-@contextmanager
-def _op_by_op(trainer: Trainer) -> Iterator[None]:
-    """A replay allocates nothing: all but the reserved bytes are told by the same steps without."""
-    cuda_graphs, trainer.cuda_graphs = trainer.cuda_graphs, None
-    if cuda_graphs is not None:
-        cuda_graphs.drop()
-    try:
-        yield
-    finally:
-        trainer.cuda_graphs = cuda_graphs
-
-
-def _reserved_by_graphs(steps: Steps) -> int | None:
-    """What the allocator has reserved when each block's step is a graph."""
-    if steps.trainer.cuda_graphs is None:
-        return None
-    steps.sweep()
-    return torch.cuda.memory_reserved(steps.trainer.device)
-
-
 def _on_device(trainer: Trainer) -> list[Tensor]:
-    models = trainer.blocks
     state = [t for group in trainer.groups.values() for t in group.optimizer_tensors().values()]
-    return [*models.parameters(), *models.buffers(), *state]
+    return [*trainer.blocks.parameters(), *trainer.blocks.buffers(), *state]
 
 
 def _saved_bytes(trainer: Trainer, step: measure.Call) -> int:
@@ -124,51 +107,30 @@ def _saved_bytes(trainer: Trainer, step: measure.Call) -> int:
     objective, kept = trainer.objective, []
 
     def weighed(*arguments) -> Tensor:
-        with _growth(trainer.device, kept):
-            return objective(*arguments)
+        with measure.growth(trainer.device) as found:
+            loss = objective(*arguments)
+        kept.append(found["left_bytes"])
+        return loss
 
-    trainer.objective = weighed
-    step()
-    trainer.objective = objective
+    with mock.patch.object(trainer, "objective", weighed):
+        step()
     return sum(kept)
-
-
-@contextmanager
-def _growth(device: torch.device, found: list[int]) -> Iterator[None]:
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        yield
-        found.append(torch.cuda.memory_allocated(device) - before)
-        return
-    with measure.allocations() as changes:
-        yield
-    found.append(sum(changes))
 
 
 def _told_apart(steps: Steps, peak_bytes: int) -> Row:
     """The peak by category, and the operations of a step, averaged over the blocks."""
     trainer, traces = steps.trainer, {}
+    optimizers = [group.optimizer for group in trainer.groups.values()]
+    about = {"model": trainer.blocks, "optimizers": optimizers, "device": trainer.device}
     for block in trainer.blocks:
         if len(block.layers) not in traces:
-            traces[len(block.layers)] = _trace(steps, block)
+            traces[len(block.layers)] = record(partial(steps.step, block), **about)
     flops = sum(traces[len(block.layers)].flops for block in trainer.blocks)
     peak = traces[max(traces)].peak()
     # what is left was allocated within ops, where the tracker does not look
-    inside = max(peak_bytes - peak.total_bytes, 0)
     parts = dict(zip(CATEGORIES, peak.by_category, strict=True))
-    parts["workspaces"] += inside
+    parts["workspaces"] += max(peak_bytes - peak.total_bytes, 0)
     return {"by_category": parts, "flops": flops // len(trainer.blocks)}
-
-
-def _trace(steps: Steps, block: Block) -> Trace:
-    trainer = steps.trainer
-    return record(
-        partial(steps.step, block),
-        model=trainer.blocks,
-        optimizers=[group.optimizer for group in trainer.groups.values()],
-        inputs=(),
-        device=trainer.device,
-    )
 
 
 # predicted
@@ -183,16 +145,9 @@ def figures_of(recipe: Recipe, prediction: Prediction) -> Row:
     """What a row says of a prediction."""
     # what a selective checkpoint keeps is in no hook's sight
     saved = None if recipe.method == "selective" else prediction.saved_bytes
-    return {
-        "peak_allocated_bytes": prediction.peak_allocated_bytes,
-        "peak_reserved_bytes": prediction.peak_reserved_bytes,
-        "saved_bytes": saved,
-        "memory": "predicted",
-        "weighed": None,
-        "beside_bytes": None,
-        "by_category": prediction.by_category,
-        "flops": prediction.flops,
-    }
+    names = ("peak_allocated_bytes", "peak_reserved_bytes", "by_category", "flops")
+    about = {"memory": "predicted", "weighed": None, "beside_bytes": None}
+    return {name: getattr(prediction, name) for name in names} | {"saved_bytes": saved} | about
 
 
 # by other processes
@@ -248,16 +203,13 @@ class Preparation:
         """
         fused, *every = candidates(model, recompute)
         self.predict([fused, *every])
-        goal, *peaks = (self._peak(recipe) for recipe in (fused, *every))
+        found = (self.figures(recipe) or {} for recipe in (fused, *every))
+        goal, *peaks = (figures.get("peak_allocated_bytes") for figures in found)
         if goal is None:
             return None
         pairs = zip(every, peaks, strict=True)
         far = {recipe: abs(peak - goal) for recipe, peak in pairs if peak is not None}
         return min(far, key=far.get, default=None)
-
-    def _peak(self, recipe: Recipe) -> int | None:
-        figures = self.figures(recipe)
-        return figures and figures["peak_allocated_bytes"]
 
     def _submit(self, function: Callable[..., object], *arguments: object) -> Future:
         try:

@@ -18,9 +18,8 @@ from dbkernels.data.made_up import MadeUpData
 from dbkernels.memory.allocator import Target
 from dbkernels.models.baseline import use_baseline
 from dbkernels.planning.recipe import BASELINES, BLOCKWISE, Recipe, of_preset
-from dbkernels.training.diffusion_blocks import DiffusionBlocks, own_group
+from dbkernels.training.diffusion_blocks import own_group
 from dbkernels.training.partition import Block
-from dbkernels.training.run import RunConfig
 from dbkernels.training.trainer import Trainer
 
 LR = 1e-6  # every way trains the same parameters, whose size it should leave alone
@@ -61,36 +60,31 @@ def ways(
                      the fused layer with no other block on the device
         launch:      of the fused layer
     """
-    found = []
-    for method in methods:
-        fused = method == "block_fused"
-        for count in num_blocks if method in BLOCKWISE else (1,):
-            # one block is all that there is, and of plain torch it is end to end
-            if method == "block_stock" and count == 1 and "end_to_end" in methods:
-                continue
-            found += [
-                replace(
-                    model,
-                    method=method,
-                    num_blocks=count,
-                    recompute=recompute,
-                    budget=budget,
-                    offload=place,
-                    optimizer_in_backward=in_backward,
-                    cuda_graphs=each == "graph",
-                )
-                for budget in (budgets if method == "compiled" else (None,))
-                for place in (offload if fused and count > 1 else ("none",))
-                for recompute in (policies if fused else (None,))
-                for in_backward in (
-                    optimizer_in_backward
-                    if method in ("end_to_end", "checkpointed")
-                    or (fused and (place == "cpu" or count == 1))
-                    else (False,)
-                )
-                for each in (launch if fused else ("ops",))
-            ]
-    return found
+    twice = ("block_stock", 1) if "end_to_end" in methods else None  # of plain torch, one block is
+    at_end = ("end_to_end", "checkpointed")
+    return [
+        replace(
+            model,
+            method=method,
+            num_blocks=count,
+            recompute=recompute,
+            budget=budget,
+            offload=place,
+            optimizer_in_backward=in_backward,
+            cuda_graphs=each == "graph",
+        )
+        for method in methods
+        for fused in [method == "block_fused"]
+        for count in (num_blocks if method in BLOCKWISE else (1,))
+        if (method, count) != twice
+        for budget in (budgets if method == "compiled" else (None,))
+        # one block is all that there is
+        for place in (offload if fused and count > 1 else ("none",))
+        for recompute in (policies if fused else (None,))
+        for is_aim in [method in at_end or (fused and (place == "cpu" or count == 1))]
+        for in_backward in (optimizer_in_backward if is_aim else (False,))
+        for each in (launch if fused else ("ops",))
+    ]
 
 
 def described(recipe: Recipe) -> Row:
@@ -133,7 +127,8 @@ def make_trainer(recipe: Recipe, device: torch.device, *, owner: Trainer | None 
         with device:  # where the weights are drawn, which takes a host many seconds
             blocks = config.build(config.home(device))
     else:
-        blocks = _without_parameters(config)
+        with torch.device("meta"):
+            blocks = config.build("meta")
         _lend(owner.blocks.model, blocks.model)
     if BASELINES[recipe.method] is not None:
         budget = 1.0 if recipe.budget is None else recipe.budget
@@ -155,25 +150,15 @@ def make_steps(recipe: Recipe, device: torch.device, others: "Mapping[Recipe, St
         recipe, device:  as those of `make_trainer`
         others:          by their recipes
     """
-    here = shares(recipe)
+    here = recipe.offload == "none"
     for other, steps in others.items():
         same_end = recipe.optimizer_in_backward == other.optimizer_in_backward
-        if here and shares(other) and same_end:
+        if here and other.offload == "none" and same_end:
             return Steps(make_trainer(recipe, device, owner=steps.trainer))
-        alike = replace(recipe, recompute=other.recompute) == other if not here else False
-        if alike and not recipe.cuda_graphs:
+        alike = replace(recipe, recompute=other.recompute) == other
+        if alike and not (here or recipe.cuda_graphs):
             return Steps(steps.trainer, recipe.recompute, beside=steps)
     return Steps(make_trainer(recipe, device), None if here else recipe.recompute)
-
-
-def shares(recipe: Recipe) -> bool:
-    """Whether a way can train another's parameters: it does not move them."""
-    return recipe.offload == "none"
-
-
-def _without_parameters(config: RunConfig) -> DiffusionBlocks:
-    with torch.device("meta"):
-        return config.build("meta")
 
 
 def _lend(owner: nn.Module, model: nn.Module) -> None:
@@ -258,9 +243,4 @@ def step_times(milliseconds: Sequence[float], visited: Sequence[int]) -> dict[st
         by_block.setdefault(block, []).append(ms)
     of_blocks = zip(*(measure.quantiles(found) for found in by_block.values()), strict=True)
     median, p20, p80 = (statistics.fmean(values) for values in of_blocks)
-    return {
-        "step_ms": median,
-        "p20_ms": p20,
-        "p80_ms": p80,
-        "sweep_ms": median * len(by_block),
-    }
+    return {"step_ms": median, "p20_ms": p20, "p80_ms": p80, "sweep_ms": median * len(by_block)}

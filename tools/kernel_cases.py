@@ -148,20 +148,14 @@ _swiglu = partial(Case, "swiglu", module="activations", first=(SWIGLU,))
 # the values stay where they are, a table says every angle twice, and the gradient is written over
 _HEADS = {"passes": {"qkv_ptr": 2 / 3, "dqkv_ptr": 4 / 3, "table_ptr": 1 / 2}, "multiple": HEAD_DIM}
 _LOGITS = {"passes": {"logits_ptr": 3}, "raw": "softmax_gradient"}  # read twice, then written
+_NORMS = ("adaln_norm", "gated_adaln_norm")
 ENTRIES = [
-    Case("adaln_norm", "fwd", _norm, of_stream=True),
-    Case("adaln_norm", "bwd", _norm, of_stream=True),
-    Case("gated_adaln_norm", "fwd", _norm, of_stream=True),
-    Case("gated_adaln_norm", "bwd", _norm, of_stream=True),
+    *(Case(op, way, _norm, of_stream=True) for op in _NORMS for way in ("fwd", "bwd")),
     Case("gated_adaln_norm", "sum", _norm, raw="gated_adaln_norm_bwd", timed=False),
-    Case("gated_residual", "fwd", _residual, of_stream=True),
-    Case("gated_residual", "bwd", _residual, of_stream=True),
-    _gelu("fwd", partial(_activation, halves=1)),
-    _gelu("bwd", partial(_activation, halves=1)),
-    _swiglu("fwd", partial(_activation, halves=2)),
-    _swiglu("bwd", partial(_activation, halves=2)),
-    Case("qk_norm_rotary", "fwd", _heads, **_HEADS),
-    Case("qk_norm_rotary", "bwd", _heads, **_HEADS),
+    *(Case("gated_residual", way, _residual, of_stream=True) for way in ("fwd", "bwd")),
+    *(_gelu(way, partial(_activation, halves=1)) for way in ("fwd", "bwd")),
+    *(_swiglu(way, partial(_activation, halves=2)) for way in ("fwd", "bwd")),
+    *(Case("qk_norm_rotary", way, _heads, **_HEADS) for way in ("fwd", "bwd")),
     Case("softmax_gradient", "grad", _logits, timed=False, **_LOGITS),
     Case("philox", "fwd", _noise, raw="philox_normal", timed=False),
     Case("philox", "uniform", _noise, raw="philox_uniform", timed=False),

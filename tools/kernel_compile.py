@@ -19,6 +19,10 @@ from kernel_cases import LAUNCHERS, B, Case, Shapes, T
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dbkernels.ops.backend.register import dry_run_on_gpu
+
+Widths = dict[str, tuple[int, ...]]  # bytes of the memory instructions, by argument
+
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, an H100 or H200, and a B200
 WARP = 32  # threads
 DEFAULT_WARPS = 4  # of a program whose launcher names none
@@ -31,7 +35,10 @@ POINTER = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
-USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_USAGE = re.compile(
+    r"REG:(?P<registers>\d+) STACK:(?P<stack_bytes>\d+) SHARED:(?P<shared_bytes>\d+) "
+    r"LOCAL:(?P<local_bytes>\d+)"
+)
 _LOAD_PARAM = re.compile(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]")
 _ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?((?:\.v[248])?)\.[busf](\d+)\s[^;\[]*\[ ?(%rd\d+)")
 _REGISTER = re.compile(r"%rd\d+")
@@ -47,32 +54,17 @@ class Launch:
     registers: int | None  # of a thread, where the launcher limits them
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """One kernel for one GPU; widths are those of the memory instructions, by argument."""
-
-    registers: int
-    stack_bytes: int
-    local_bytes: int
-    shared_bytes: int
-    load_bytes: dict[str, tuple[int, ...]]
-    store_bytes: dict[str, tuple[int, ...]]
-
-
 def record(case: Case, shapes: Shapes, arch: int) -> tuple[object, Launch]:
     """The kernel of a case, and its launch by its launcher on tensors without data."""
     op = importlib.import_module(f"dbkernels.ops.{case.module or case.op}")
     launcher, kernel_name = LAUNCHERS[case.direction]
-    launches, count = {}, PROCESSORS[arch]
-    with ExitStack() as stack:
+    launches = {}
+    # launchers share work among the processors of a device; tensors without data have none
+    with ExitStack() as stack, dry_run_on_gpu(PROCESSORS[arch]):
         for module in [m for name, m in sys.modules.items() if name.startswith("dbkernels.ops.")]:
             for name in {name for _, name in LAUNCHERS.values()} & vars(module).keys():
                 recorder = _Recorder(getattr(module, name), launches)
                 stack.enter_context(mock.patch.object(module, name, recorder))
-            # launchers share work among the processors of a device; tensors without data have none
-            if hasattr(module, "processors"):
-                patch = mock.patch.object(module, "processors", lambda device: count)
-                stack.enter_context(patch)
         getattr(op, launcher)(*case.first, *case.arguments(shapes))
     kernel, grid, args, options = launches[kernel_name]
     warps, registers = options.pop("num_warps", DEFAULT_WARPS), options.pop("maxnreg", None)
@@ -80,21 +72,26 @@ def record(case: Case, shapes: Shapes, arch: int) -> tuple[object, Launch]:
     return kernel, Launch(dict(bound.arguments), math.prod(grid), warps, registers)
 
 
+@dataclass(frozen=True)
 class _Recorder:
     """Stands for a kernel and notes how it is launched."""
 
-    def __init__(self, kernel, launches: dict[str, tuple]):
-        self._kernel, self._launches = kernel, launches
+    kernel: object
+    launches: dict[str, tuple]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
         def note(*args, **options):
-            self._launches[self._kernel.__name__] = self._kernel, grid, args, options
+            self.launches[self.kernel.__name__] = self.kernel, grid, args, options
 
         return note
 
 
-def compile_launch(kernel, launch: Launch, arch: int) -> Compiled:
-    """Compile as a launch on a GPU of this architecture would."""
+def compile_launch(kernel, launch: Launch, arch: int) -> tuple[dict[str, int], Widths, Widths]:
+    """Compile as a launch on a GPU of this architecture would.
+
+    Returns:
+        What the kernel uses, as `usage` has it, and the widths of its loads and of its stores.
+    """
     signature, constants, attributes = {}, {}, {}
     for index, (name, value) in enumerate(launch.arguments.items()):
         parameter = kernel.params[index]
@@ -111,19 +108,16 @@ def compile_launch(kernel, launch: Launch, arch: int) -> Compiled:
     out = triton.compile(source, target=GPUTarget("cuda", arch, WARP), options=options)
     passed = [name for name in signature if signature[name] != "constexpr"]
     pointers = [name if signature[name].startswith("*") else None for name in passed]
-    loads, stores = _widths(out.asm["ptx"], pointers)
-    return Compiled(*_usage(out.asm["cubin"]), load_bytes=loads, store_bytes=stores)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(out.asm["cubin"])
+        (used,) = filter(None, map(usage, cuobjdump(Path(file.name)).splitlines()))
+    return used, *_widths(out.asm["ptx"], pointers)
 
 
 def bytes_moved(case: Case, launch: Launch) -> int:
     """Every element of every tensor argument once, or as often as the case says."""
-    return round(
-        sum(
-            value.numel() * value.element_size() * case.passes.get(name, 1)
-            for name, value in launch.arguments.items()
-            if isinstance(value, torch.Tensor)
-        )
-    )
+    tensors = {n: v for n, v in launch.arguments.items() if isinstance(v, torch.Tensor)}
+    return round(sum(tensor.nbytes * case.passes.get(n, 1) for n, tensor in tensors.items()))
 
 
 def row_arguments(launch: Launch) -> Iterator[str]:
@@ -142,13 +136,10 @@ def cuobjdump(path: Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def spills(where: str, stack_bytes: int, local_bytes: int) -> Iterator[str]:
-    """A sentence where a kernel does not fit into its registers."""
-    if stack_bytes or local_bytes:
-        yield (
-            f"{where} spills registers: {stack_bytes} bytes of stack and {local_bytes} of local "
-            "memory to a thread"
-        )
+def usage(line: str) -> dict[str, int] | None:
+    """What a kernel uses, of a thread and of a program; None where a line says nothing of it."""
+    found = _USAGE.search(line)
+    return found and {name: int(number) for name, number in found.groupdict().items()}
 
 
 def _type_of(value, special: bool) -> str:
@@ -168,17 +159,7 @@ def _is_aligned(value) -> bool:
     return isinstance(value, int) and value % ALIGNED == 0
 
 
-def _usage(cubin: bytes) -> list[int]:
-    """registers, stack, local and shared."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        found = USAGE.search(cuobjdump(Path(file.name)))
-    registers, stack, shared, local = map(int, found.groups())
-    return [registers, stack, local, shared]
-
-
-def _widths(ptx: str, pointers: list[str | None]) -> tuple[dict, dict]:
+def _widths(ptx: str, pointers: list[str | None]) -> tuple[Widths, Widths]:
     """Bytes of each load and store of global memory, by the argument its address comes from."""
     origin, widths = {}, {"ld": {}, "st": {}}
     for line in ptx.splitlines():

@@ -4,10 +4,9 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 
-from kernel_compile import USAGE, cuobjdump, spills
+from kernel_compile import cuobjdump, usage
 
 from dbkernels.ops.backend import library
 
@@ -16,30 +15,16 @@ _FUNCTION = re.compile(r"^ Function (\w+):")
 _NAMESPACES = re.compile(r"(?:\w+|\(anonymous namespace\))::")
 
 
-@dataclass(frozen=True)
-class LibraryRow:
-    """One CUDA kernel for one architecture."""
-
-    kernel: str
-    arch: int
-    registers: int
-    stack_bytes: int
-    local_bytes: int
-    shared_bytes: int
-
-    def faults(self) -> Iterator[str]:
-        yield from spills(f"{self.kernel} on sm_{self.arch}", self.stack_bytes, self.local_bytes)
-
-
-def library_rows() -> list[LibraryRow]:
+def library_rows() -> list[dict[str, object]]:
     """By kernel and architecture; none where the library does not serve or is without CUDA."""
     loaded = library.library()
     if loaded.reason is not None or not loaded.manifest.cuda:
         return []
-    return sorted(read_usage(cuobjdump(library.PATH)), key=lambda row: (row.kernel, row.arch))
+    rows = read_usage(cuobjdump(library.PATH))
+    return sorted(rows, key=lambda row: (row["kernel"], row["arch"]))
 
 
-def read_usage(text: str) -> Iterator[LibraryRow]:
+def read_usage(text: str) -> Iterator[dict[str, object]]:
     """The rows of what cuobjdump prints, which has one section to an architecture."""
     arch = name = None
     for line in text.splitlines():
@@ -47,9 +32,8 @@ def read_usage(text: str) -> Iterator[LibraryRow]:
             arch = int(found[1])
         elif found := _FUNCTION.match(line):
             name = short_name(found[1])
-        elif name and (found := USAGE.search(line)):
-            registers, stack, shared, local = map(int, found.groups())
-            yield LibraryRow(name, arch, registers, stack, local, shared)
+        elif name and (used := usage(line)):
+            yield {"kernel": name, "arch": arch, **used}
             name = None
 
 

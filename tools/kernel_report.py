@@ -6,12 +6,10 @@ than 16 bytes.
 """
 
 import json
-import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Literal
@@ -20,20 +18,15 @@ from unittest import mock
 import torch
 import tyro
 from kernel_cases import CASES, DTYPE, B, Case, Shapes, T
-from kernel_compile import (
-    PROCESSORS,
-    bytes_moved,
-    compile_launch,
-    record,
-    row_arguments,
-    spills,
-)
-from kernel_library import LibraryRow, library_rows
+from kernel_compile import PROCESSORS, bytes_moved, compile_launch, record, row_arguments
+from kernel_library import library_rows
 from rich.console import Console
 from rich.table import Table
 
 from dbkernels.ops.backend.tile import MAX_D, programs_per_processor
+from dbkernels.planning.pool import processes
 
+Row = dict[str, object]
 LIBRARY = "library"  # among the kernels, for all of CUDA
 # peak memory bandwidth in bytes/s, from the makers' data sheets
 PEAK = {
@@ -55,6 +48,7 @@ HEADERS = {  # of columns that are not called as their field
     "row_access_bytes": "row",
     "hbm_bytes": "moved",
 }
+BY_KEY = {"wave_efficiency": "{:.2f}", "floor_us": "{:.1f}"}  # columns that are several
 
 
 @dataclass(frozen=True)
@@ -69,9 +63,7 @@ class Options:
 
     def __post_init__(self):
         if not (self.kernel and self.arch and self.D):
-            raise ValueError(
-                "give at least one kernel, one arch and one D, or leave the option out"
-            )
+            raise ValueError("give at least one kernel, arch and D, or leave the option out")
         for name in self.kernel:
             if name not in (*CASES, LIBRARY):
                 raise ValueError(f"kernel must be one of {', '.join(CASES)}, {LIBRARY}, got {name}")
@@ -88,39 +80,6 @@ class Options:
         return [name for name in self.kernel if name != LIBRARY]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One kernel at one width for one architecture."""
-
-    kernel: str
-    arch: int
-    dtype: str  # of the branches
-    stream: str  # dtype of the residual stream
-    D: int
-    num_warps: int
-    registers: int
-    stack_bytes: int
-    local_bytes: int
-    shared_bytes: int
-    programs_per_processor: int  # that fit at once
-    wave_efficiency: dict[int, float]  # of a full device, by B; see wave_efficiency
-    widest_load_bytes: int
-    widest_store_bytes: int
-    row_access_bytes: int | None  # the narrowest to a row of bfloat16 that 16 bytes divide
-    least_access_bytes: int  # that row_access_bytes has to reach
-    hbm_bytes: int  # at B and T of kernel_cases
-    floor_us: dict[str, float]  # hbm_bytes at peak bandwidth, by product
-
-    def faults(self) -> Iterator[str]:
-        where = f"{self.kernel} of a {self.stream} stream at D = {self.D} on sm_{self.arch}"
-        yield from spills(where, self.stack_bytes, self.local_bytes)
-        if self.row_access_bytes is not None and self.row_access_bytes < self.least_access_bytes:
-            yield (
-                f"{where} reads or writes rows in {self.row_access_bytes} bytes at a time, "
-                f"where {self.least_access_bytes} are possible"
-            )
-
-
 def rows_of(task: tuple[str, int], widths: tuple[int, ...]) -> list[Row]:
     """The rows of one kernel for one architecture; many widths compile to the same code."""
     name, arch = task
@@ -130,36 +89,49 @@ def rows_of(task: tuple[str, int], widths: tuple[int, ...]) -> list[Row]:
 def row_of(name: str, arch: int, D: int, stream: torch.dtype) -> Row:
     case, shapes = CASES[name], Shapes(D, stream=stream)
     kernel, launch = record(case, shapes, arch)
-    compiled = compile_launch(kernel, launch, arch)
-    loads, stores = compiled.load_bytes, compiled.store_bytes
+    used, loads, stores = compile_launch(kernel, launch, arch)
     moved = bytes_moved(case, launch)
     # an argument whose accesses were not found counts as the narrowest
     narrow = [
         min((*loads.get(n, ()), *stores.get(n, ())), default=0) for n in row_arguments(launch)
     ]
-    fit = programs_per_processor(compiled.registers, launch.num_warps)
-    return Row(
-        kernel=name,
-        arch=arch,
-        dtype=_short(DTYPE),
-        stream=_short(stream),
-        D=D,
-        num_warps=launch.num_warps,
-        registers=compiled.registers,
-        stack_bytes=compiled.stack_bytes,
-        local_bytes=compiled.local_bytes,
-        shared_bytes=compiled.shared_bytes,
-        programs_per_processor=fit,
-        wave_efficiency={
-            B: round(wave_efficiency(case, replace(shapes, B=B), arch, fit), 3) for B in BATCHES
-        },
-        widest_load_bytes=max((max(widths) for widths in loads.values()), default=0),
-        widest_store_bytes=max(max(widths) for widths in stores.values()),
-        row_access_bytes=min(narrow, default=None),
-        least_access_bytes=case.access_bytes,
-        hbm_bytes=moved,
-        floor_us={product: round(1e6 * moved / rate, 2) for product, rate in PEAK.items()},
-    )
+    fit = programs_per_processor(used["registers"], launch.num_warps)
+    of_batch = {B: wave_efficiency(case, replace(shapes, B=B), arch, fit) for B in BATCHES}
+    return {
+        "kernel": name,
+        "arch": arch,
+        "dtype": _short(DTYPE),  # of the branches
+        "stream": _short(stream),  # dtype of the residual stream
+        "D": D,
+        "num_warps": launch.num_warps,
+        **used,
+        "programs_per_processor": fit,  # that fit at once
+        "wave_efficiency": {B: round(share, 3) for B, share in of_batch.items()},
+        "widest_load_bytes": max(map(max, loads.values()), default=0),
+        "widest_store_bytes": max(map(max, stores.values())),
+        # the narrowest to a row of bfloat16 that 16 bytes divide, and what it has to reach
+        "row_access_bytes": min(narrow, default=None),
+        "least_access_bytes": case.access_bytes,
+        "hbm_bytes": moved,  # at B and T of kernel_cases
+        "floor_us": {product: round(1e6 * moved / rate, 2) for product, rate in PEAK.items()},
+    }
+
+
+def faults(row: Row) -> Iterator[str]:
+    """Sentences on what is wrong with a kernel."""
+    at = f" of a {row['stream']} stream at D = {row['D']}" if "D" in row else ""
+    where = f"{row['kernel']}{at} on sm_{row['arch']}"
+    if row["stack_bytes"] or row["local_bytes"]:
+        yield (
+            f"{where} spills registers: {row['stack_bytes']} bytes of stack and "
+            f"{row['local_bytes']} of local memory to a thread"
+        )
+    narrowest = row.get("row_access_bytes")
+    if narrowest is not None and narrowest < row["least_access_bytes"]:
+        yield (
+            f"{where} reads or writes rows in {narrowest} bytes at a time, "
+            f"where {row['least_access_bytes']} are possible"
+        )
 
 
 def wave_efficiency(case: Case, shapes: Shapes, arch: int, fit: int) -> float:
@@ -199,8 +171,7 @@ def _short(dtype: torch.dtype) -> str:
 def report(options: Options) -> Iterator[Row]:
     """Rows in the order of the options, compiled by as many processes as there are cores."""
     tasks = [(name, arch) for name in options.of_triton() for arch in options.arch]
-    workers = min(len(os.sched_getaffinity(0)), max(len(tasks), 1))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with processes(len(os.sched_getaffinity(0))) as pool:
         # a worker imports the kernels anew, and what is for the interpreter cannot be compiled
         with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
             results = pool.map(partial(rows_of, widths=options.D), tasks)
@@ -208,7 +179,7 @@ def report(options: Options) -> Iterator[Row]:
             yield from rows
 
 
-def table(rows: list[Row] | list[LibraryRow], title: str) -> Table:
+def table(rows: Sequence[Row], title: str) -> Table:
     """A line to a row; what is by number of samples or by product has a column to each."""
     table = Table(title=title)
     for column in _cells(rows[0]):
@@ -218,31 +189,33 @@ def table(rows: list[Row] | list[LibraryRow], title: str) -> Table:
     return table
 
 
-def _cells(row: Row | LibraryRow) -> dict[str, str]:
-    values = asdict(row) | {"arch": f"sm_{row.arch}"}
-    by_product, by_batch = values.pop("floor_us", {}), values.pop("wave_efficiency", {})
-    shown = {name: v for name, v in values.items() if name not in ("dtype", "least_access_bytes")}
+def _cells(row: Row) -> dict[str, str]:
+    left_out = ("dtype", "least_access_bytes", *BY_KEY)
+    shown = {n: v for n, v in row.items() if n not in left_out} | {"arch": f"sm_{row['arch']}"}
     cells = {HEADERS.get(n, n.removesuffix("_bytes")): str(v) for n, v in shown.items()}
-    cells |= {f"B {B}": f"{share:.2f}" for B, share in by_batch.items()}
-    return cells | {name.partition("-")[0]: f"{us:.1f}" for name, us in by_product.items()}
+    for name, text in BY_KEY.items():
+        for key, value in row.get(name, {}).items():
+            cells[f"B {key}" if name == "wave_efficiency" else key.partition("-")[0]] = text.format(
+                value
+            )
+    return cells
 
 
 def main() -> None:
     options = tyro.cli(Options)
-    rows: list[Row | LibraryRow] = []
+    rows = []
     for row in chain(report(options), library_rows() if LIBRARY in options.kernel else ()):
         rows.append(row)
         if options.json:
-            print(json.dumps(asdict(row)), flush=True)
+            print(json.dumps(row), flush=True)
     of_triton = f"{_short(DTYPE)}, B = {B}, T = {T}; bytes, shares of full waves, floors in µs"
-    for kind, title in {Row: of_triton, LibraryRow: "CUDA kernels of the compiled library"}.items():
-        of_kind = [row for row in rows if isinstance(row, kind)]
+    for has_width, title in ((True, of_triton), (False, "CUDA kernels of the compiled library")):
+        of_kind = [row for row in rows if ("D" in row) == has_width]
         if of_kind and not options.json:
             Console(width=200).print(table(of_kind, title))
-    faults = [fault for row in rows for fault in row.faults()]
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    raise SystemExit(1 if faults else 0)
+    found = [fault for row in rows for fault in faults(row)]
+    print("".join(f"{fault}\n" for fault in found), end="", file=sys.stderr)
+    raise SystemExit(1 if found else 0)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import re
 import signal
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 from cli.runs import Lock, until
 from rich.console import Console
@@ -84,47 +86,41 @@ def go(bench, checkout, tmp_path, capsys):
 
     def start(**options):
         every = [run.Job(name, "case", 1, name) for name in ("one", "two", "three")]
-        code = 0
         try:
             run.main(run.Run(out=tmp_path / "out", device="cpu", **options), every)
         except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().out
+            return stop.code, capsys.readouterr().out
+        return 0, capsys.readouterr().out
 
     return start
 
 
-def calls(checkout):
-    return [line.split()[0] for line in (checkout / "calls.txt").read_text().splitlines()]
-
-
-def test_rows_of_every_case_are_there_by_device_and_commit(go, checkout, tmp_path):
-    code, out = go(threads=2)
-    assert code == 0, out
-    place = tmp_path / "out" / "epyc" / "abc"
-    names = ["one.jsonl", "three.jsonl", "two.jsonl"]
-    assert sorted(file.name for file in place.iterdir()) == names
-    assert [json.loads(line) for line in (place / "one.jsonl").open()] == [{"row": 1}, {"row": 2}]
-    first = (checkout / "calls.txt").read_text().splitlines()[0]
-    assert first == f"one --device cpu --threads 2 --json --out {place / 'one.jsonl'}"
-    assert re.findall(r"^(\w+): 2 rows$", out, re.MULTILINE) == ["one", "two", "three"]
-    report = tmp_path / "out" / "report.html"
-    assert f"report: {report}\n" in out and report.read_text() == " ".join(names)
-
-
-def test_a_case_that_fails_is_named_and_only_it_is_run_again(go, checkout, tmp_path):
+def test_rows_are_there_by_device_and_commit_and_what_fails_alone_is_run_again(
+    go, checkout, tmp_path
+):
     (checkout / "two").write_text("no memory")
-    code, out = go()
+    code, out = go(threads=2)
     assert code == 1 and "two failed: no memory\n" in out and out.endswith("error: failed: two\n")
-    assert "three: 2 rows" in out
+    assert re.findall(r"^(\w+): 2 rows$", out, re.MULTILINE) == ["one", "three"]
     (checkout / "two").unlink()
     code, out = go()
+    place, report = tmp_path / "out/epyc/abc", tmp_path / "out/report.html"
     assert code == 0 and "two: 1 rows" in out
-    assert f"2 of 3 benchmarks are in {tmp_path / 'out/epyc/abc'}; --again runs" in out
-    assert calls(checkout) == ["one", "two", "three", "two"]
-    assert (tmp_path / "out/epyc/abc/two.jsonl").read_text() == '{"row": 1}\n{"row": 2}\n'
+    assert f"2 of 3 benchmarks are in {place}; --again runs" in out
+    names = ["one.jsonl", "three.jsonl", "two.jsonl"]
+    assert sorted(file.name for file in place.iterdir()) == names
+    assert {file.read_text() for file in place.iterdir()} == {'{"row": 1}\n{"row": 2}\n'}
+    assert f"report: {report}\n" in out and report.read_text() == " ".join(names)
     code, out = go(again=True)
-    assert code == 0 and out.count(": 2 rows") == 3 and len(calls(checkout)) == 7
+    assert code == 0 and re.findall(r"^(\w+): 2 rows$", out, re.MULTILINE) == [
+        "one",
+        "two",
+        "three",
+    ]
+    calls = (checkout / "calls.txt").read_text().splitlines()
+    assert calls[0] == f"one --device cpu --threads 2 --json --out {place / 'one.jsonl'}"
+    jobs = [call.split()[0] for call in calls]
+    assert jobs == ["one", "two", "three", "two", "one", "two", "three"]
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -151,24 +147,22 @@ def test_however_a_run_ends_nothing_outlives_it_and_it_goes_on(go, checkout, tmp
 
 
 def test_a_run_that_was_cut_measures_only_the_rows_that_are_missing(
-    bench, tmp_path, monkeypatch, capsys
+    bench, run_main, tmp_path, monkeypatch, capsys
 ):
-    run = bench("run")
+    run, words = bench("run"), "--op gelu --dim 64 --impls fused eager --rounds 2"
     monkeypatch.setattr(run, "report", lambda *_: [])
-    options = "--op gelu swiglu --dim 64 --impls fused eager --rounds 2"
-    job = run.Job("small", "ops", 1, options)
+    place = tmp_path / run.folder_name(torch.device("cpu")) / (run.commit() or "no-commit")
+    path, job = place / "small.jsonl", run.Job("small", "ops", 1, words)
+    run_main("ops", f"{words} --device cpu --threads 1 --out {path}")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]) + lines[2][:40])
     asked = run.Run(out=tmp_path, device="cpu", threads=1)
     run.main(asked, [job])
-    assert "small: 8 rows" in capsys.readouterr().out
-    (path,) = tmp_path.rglob("small.jsonl")
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:5]) + lines[5][:40])
-    run.main(asked, [job])
-    assert "small: 3 rows" in capsys.readouterr().out
+    assert "small: 2 rows" in capsys.readouterr().out
     again = path.read_text().splitlines(keepends=True)
-    names = ("op", "direction", "impl")
-    keys = [[tuple(json.loads(line)[n] for n in names) for line in each] for each in (lines, again)]
-    assert again[:5] == lines[:5] and keys[0] == keys[1]
+    key = itemgetter("op", "direction", "impl")
+    assert [key(json.loads(line)) for line in again] == [key(json.loads(line)) for line in lines]
+    assert len(again) == 4 and again[:2] == lines[:2]
     run.main(asked, [job])
     assert "1 of 1 benchmarks are in" in capsys.readouterr().out
 
@@ -184,58 +178,48 @@ def test_a_file_that_is_none_of_rows_ends_a_run_with_its_name(bench, tmp_path, c
     assert re.search("error: line 1 of .*small.jsonl must be an object of JSON, got 'no row'", out)
 
 
-def test_progress_is_richs_own_and_a_terminals_alone(bench, checkout, tmp_path):
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_richs_own_and_a_terminals_alone(bench, checkout, tmp_path, is_terminal):
     run = bench("run")
     every = [run.Job(name, "case", 1, name) for name in ("one", "two")]
-    shown = {}
-    for is_terminal in (True, False):
-        console = Console(
-            file=io.StringIO(), force_terminal=is_terminal, width=100, color_system=None
-        )
-        run.run_all(run.Run(out=tmp_path, device="cpu", again=True), every, console)
-        shown[is_terminal] = console.file.getvalue()
-    assert "0:00:0" in shown[True] and "50%" in shown[True] and "100%" in shown[True]
-    assert shown[False] == "one: 2 rows\ntwo: 2 rows\n"
+    options = {"force_terminal": is_terminal, "width": 100, "color_system": None}
+    console = Console(file=io.StringIO(), **options)
+    run.run_all(run.Run(out=tmp_path, device="cpu"), every, console)
+    shown = console.file.getvalue()
+    if is_terminal:
+        assert "0:00:0" in shown and "50%" in shown and "100%" in shown
+    else:
+        assert shown == "one: 2 rows\ntwo: 2 rows\n"
 
 
-def test_a_report_that_fails_is_named(go, checkout):
+def test_a_report_that_fails_is_named_and_there_is_none_on_nothing(go, checkout):
     (checkout.parent / "tools" / "report.py").write_text("raise SystemExit('no matplotlib')")
     code, out = go()
     assert code == 1 and "report failed: no matplotlib\n" in out
     assert out.endswith("error: failed: report\n")
-
-
-def test_nothing_is_reported_on_nothing(go, checkout):
     (checkout / "case.py").write_text("raise SystemExit(1)")
-    code, out = go()
+    code, out = go(again=True)
     assert code == 1 and "report" not in out and "one failed: it said nothing" in out
 
 
-# jobs
-
-
-@pytest.fixture(params=[(full, on_gpu) for full in (False, True) for on_gpu in (False, True)])
-def made(bench, request):
-    full, on_gpu = request.param
-    return bench("run").jobs(full=full, on_gpu=on_gpu), full, on_gpu
-
-
-def test_every_job_is_a_benchmark_that_takes_its_arguments(bench, made, tmp_path):
-    """It refuses, with its own checks, what it would refuse there; and its rows are told apart."""
-    for job in made[0]:
-        arguments = job.arguments(bench("run").Run(device="cpu"), tmp_path)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_jobs_take_their_arguments_and_cover_every_model_that_a_gpu_trains(
+    bench, tmp_path, full, on_gpu
+):
+    run = bench("run")
+    every = run.jobs(full=full, on_gpu=on_gpu)
+    for job in every:
+        # it refuses, with its own checks, what it would refuse there; and its rows are told apart
+        arguments = job.arguments(run.Run(device="cpu"), tmp_path)
         options = tyro.cli(importlib.import_module(job.program).Options, args=arguments)
         keys = [json.dumps(key, sort_keys=True) for key in options.wanted()]
         assert keys and len(set(keys)) == len(keys)
-
-
-def test_jobs_have_files_of_their_own_and_cover_every_model_that_a_gpu_trains(bench, made):
-    every, full, on_gpu = made
     names = [job.name for job in every]
     assert len(names) == len(set(names)) and not any("/" in name for name in names)
     assert all(name.startswith("full-" if full else "quick-") for name in names)
     assert [job.program for job in every].count("timeline") == 1
-    large = set(bench("run").LARGE)
+    large = set(run.LARGE)
     assert large <= {job.options.split()[3] for job in every if job.program == "training"}
     graphs = [job for job in every if " graph " in job.options]
     assert len(graphs) == (0 if not on_gpu else len(large) if full else 1)
