@@ -19,13 +19,11 @@ The memory-efficient kernel's backward in float32 (aten's transformers/cuda/atte
 the product dout * out and its row sums.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload
 
 from dbkernels.memory.tracker import Event
@@ -40,7 +38,9 @@ ROUND_LARGE = 2 * MiB
 HANDLES = 2  # one to the forward's thread, one to the backward's
 FLOAT32 = 4  # bytes
 CUBLASLT = MiB
-_aten = torch.ops.aten
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+_EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
+_OF_A_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 class Block(NamedTuple):
@@ -57,36 +57,34 @@ class CachingAllocator:
     def __init__(self) -> None:
         self.segments: dict[int, int] = {}  # bytes of each, by its first address
         self.reserved_bytes = 0
-        # free blocks by pool, as (size, address), so that the first that fits is the best
-        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-        self._ends: dict[int, int] = {}  # of each free block, by its address
-        self._starts: dict[int, int] = {}  # of each free block, by its end
+        # end of each free block, by its address; of the pool of small blocks and of the other
+        self._free: dict[bool, dict[int, int]] = {True: {}, False: {}}
 
     def allocate(self, size: int) -> Block:
         """A block of at least `size` bytes, size > 0."""
         size = _round_up(size, MIN_BLOCK)
         small = size <= SMALL
-        if bisect_left(self._free[small], (size, 0)) == len(self._free[small]):
-            self._add_segment(size, small)
-        _, start = self._free[small][bisect_left(self._free[small], (size, 0))]
-        end = self._take(start, small)
-        rest = end - start - size
-        if rest >= MIN_BLOCK if small else rest > SMALL:
-            end = start + size
-            self._give(end, end + rest, small)
-        return Block(start, end - start, small)
+        free = self._free[small]
+        # the smallest that fits, and of equal ones that with the lowest address
+        fitting = ((end - start, start) for start, end in free.items() if end - start >= size)
+        found, start = min(fitting, default=None) or self._add_segment(size, small)
+        free.pop(start, None)
+        if found - size >= MIN_BLOCK if small else found - size > SMALL:
+            free[start + size] = start + found
+            found = size
+        return Block(start, found, small)
 
     def free(self, block: Block) -> None:
         """Give a block back; free neighbours of the same segment become one block with it."""
-        start, end = block.address, block.address + block.size
-        if end in self._ends and end not in self.segments:
-            end = self._take(end, block.small)
-        if start in self._starts and start not in self.segments:
-            start = self._starts[start]
-            self._take(start, block.small)
-        self._give(start, end, block.small)
+        free, start, end = self._free[block.small], block.address, block.address + block.size
+        if end not in self.segments:
+            end = free.pop(end, end)
+        if start not in self.segments:
+            start = next((other for other, until in free.items() if until == start), start)
+        free[start] = end
 
-    def _add_segment(self, size: int, small: bool) -> None:
+    def _add_segment(self, size: int, small: bool) -> tuple[int, int]:
+        """Bytes and address of a new segment for a request."""
         if small:
             size = SMALL_SEGMENT
         else:
@@ -94,19 +92,7 @@ class CachingAllocator:
         start = self.reserved_bytes
         self.segments[start] = size
         self.reserved_bytes += size
-        self._give(start, self.reserved_bytes, small)
-
-    def _give(self, start: int, end: int, small: bool) -> None:
-        self._ends[start], self._starts[end] = end, start
-        insort(self._free[small], (end - start, start))
-
-    def _take(self, start: int, small: bool) -> int:
-        """The end of a free block that is free no more."""
-        end = self._ends.pop(start)
-        del self._starts[end]
-        free = self._free[small]
-        del free[bisect_left(free, (end - start, start))]
-        return end
+        return size, start
 
 
 @dataclass(frozen=True)
@@ -157,17 +143,20 @@ def _round_up(size: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Target:
-    """A device whose memory is predicted.
+    """A device whose memory and time are predicted.
 
     Args:
         name:        as the command line has it
         processors:  streaming multiprocessors; 0 for a CPU
         cublas:      bytes of one cuBLAS workspace
+        speeds:      float32 and bfloat16 operations per second of dense matmuls without TF32, and
+                     bytes per second of one direction of the link to the host, by its vendor
     """
 
     name: str
     processors: int = 0
     cublas: int = 0
+    speeds: tuple[float, float, float] = (1e12, 1e12, 5e10)
 
     @property
     def is_gpu(self) -> bool:
@@ -182,39 +171,25 @@ class Target:
 
     def workspace(self, func: OpOverload, args: tuple, kwargs: dict) -> int:
         """Bytes that one call of an op allocates inside itself and frees again."""
-        formula = _FORMULAS.get(func) if self.is_gpu else None
-        return 0 if formula is None else formula(*args[:2])
+        if not self.is_gpu or func not in (_FLASH, _EFFICIENT, _OF_A_CPU):
+            return 0
+        q = args[1]  # after the gradient of the result
+        B, H, T, d = q.shape
+        # on a CPU one op stands for the two that a GPU has, by dtype
+        if func is _EFFICIENT or (func is _OF_A_CPU and q.dtype == torch.float32):
+            return FLOAT32 * B * H * T * (d + 1)
+        width = _round_up(d, 32 if d <= 128 else 64)
+        return FLOAT32 * B * H * _round_up(T, 128) * (width + 1)
 
 
-def _flash_backward(dout: Tensor, q: Tensor) -> int:
-    B, H, T, d = q.shape
-    width = _round_up(d, 32 if d <= 128 else 64)
-    return FLOAT32 * B * H * _round_up(T, 128) * (width + 1)
-
-
-def _efficient_backward(dout: Tensor, q: Tensor) -> int:
-    B, H, T, d = q.shape
-    return FLOAT32 * B * H * T * (d + 1)
-
-
-def _backward_of_either(dout: Tensor, q: Tensor) -> int:
-    """On a CPU one op stands for the two that a GPU has, by dtype."""
-    return (_efficient_backward if q.dtype == torch.float32 else _flash_backward)(dout, q)
-
-
-_FORMULAS: dict[OpOverload, Callable[[Tensor, Tensor], int]] = {
-    _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
-    _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _backward_of_either,
-}
 TARGETS = {
     target.name: target
     for target in (
         Target("cpu"),
-        Target("a100", processors=108, cublas=2 * 4 * MiB + 128 * 2**10),
-        Target("h100", processors=132, cublas=32 * MiB),
-        Target("h200", processors=132, cublas=32 * MiB),
-        Target("b200", processors=148, cublas=32 * MiB),
+        Target("a100", 108, 2 * 4 * MiB + 128 * 2**10, (19.5e12, 312e12, 32e9)),
+        Target("h100", 132, 32 * MiB, (67e12, 989e12, 64e9)),
+        Target("h200", 132, 32 * MiB, (67e12, 989e12, 64e9)),
+        Target("b200", 148, 32 * MiB, (75e12, 2250e12, 64e9)),
     )
 }
 
@@ -236,4 +211,4 @@ def target_of(device: torch.device) -> Target:
         return TARGETS["cpu"]
     properties = torch.cuda.get_device_properties(device)
     like = TARGETS["h100" if properties.major >= 9 else "a100"]
-    return Target(properties.name, properties.multi_processor_count, like.cublas)
+    return replace(like, name=properties.name, processors=properties.multi_processor_count)

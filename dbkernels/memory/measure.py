@@ -11,7 +11,7 @@ added: workspaces by a table, and the rules of the caching allocator.
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_iter
 
-from dbkernels.memory.allocator import Placement, Target, place
+from dbkernels.memory.allocator import Target, place
 from dbkernels.memory.tracker import CATEGORIES, WORKSPACES, Trace, Tracker, Workspace
 
 MEASURED = CATEGORIES[:WORKSPACES]  # what an op allocates inside itself is not seen
@@ -61,15 +61,16 @@ def measure_peak(
         model:       its parameters, buffers and gradients are told from the rest
         optimizers:  their state is told from the rest, also state that the step creates
         inputs:      tensors of the caller that stay alive, read or not
-        device:      where to count; None is the one device of the model and the inputs
+        device:      where to count; None is the one device of the model, or else of the inputs
     Returns:
         Peak, in bytes of storages on that device. On CUDA also the allocator's peaks, whose
         statistics are reset.
     Raises:
         ValueError: optimizers or inputs is no sequence, or the device is not told.
     """
-    device = _only_device(model, inputs) if device is None else _indexed(device)
-    with allocator_peak(device) if device.type == "cuda" else nullcontext({}) as own:
+    # tensors on "cuda" say "cuda:0", and on "cpu" say "cpu"
+    device = torch.empty(0, device=device).device if device else _only_device(model, inputs)
+    with allocator_peak(device) as own:
         trace = record(step, model=model, optimizers=optimizers, inputs=inputs, device=device)
     peak = trace.peak()
     return Peak(
@@ -119,19 +120,14 @@ def _check_owners(optimizers: Sequence[Optimizer], inputs: Sequence[Tensor]) -> 
 
 
 def _only_device(model: nn.Module, inputs: Sequence[Tensor]) -> torch.device:
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    devices = devices or {tensor.device for tensor in inputs}
+    tensors = [*model.parameters(), *model.buffers()] or inputs
+    devices = {tensor.device for tensor in tensors}
     if len(devices) != 1:
         raise ValueError(
             "device must be given unless the model is on exactly one, "
             f"got a model on {sorted(map(str, devices))}"
         )
     return devices.pop()
-
-
-def _indexed(device: torch.device) -> torch.device:
-    # tensors on "cuda" say "cuda:0", and on "cpu" say "cpu"
-    return torch.empty(0, device=device).device
 
 
 def _tag_state(tracker: Tracker, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -186,19 +182,15 @@ class Prediction:
     flops: int  # of matmuls and attention
     ops: int  # calls of ops
     trace: Trace | None = field(repr=False, compare=False)  # with the workspaces that stay
-    placement: Placement | None = field(repr=False, compare=False)  # None on a CPU
+    # the trace with the bytes that the allocator gave, in place of those asked for
+    blocks: Trace | None = field(repr=False, compare=False)
 
     def __post_init__(self):
         assert sum(self.by_category.values()) == self.peak_allocated_bytes
 
-    @property
-    def blocks(self) -> Trace:
-        """The trace with the bytes that the allocator gave, in place of those asked for."""
-        return _placed(self.trace, self.placement)
-
     def bare(self) -> "Prediction":
         """The same without all that happened before, which is too large to pass on."""
-        return replace(self, trace=None, placement=None)
+        return replace(self, trace=None, blocks=None)
 
 
 def predict(trace: Trace, target: Target) -> Prediction:
@@ -208,12 +200,14 @@ def predict(trace: Trace, target: Target) -> Prediction:
         trace:   recorded with the target's workspaces
         target:  the device that is predicted
     """
-    trace = trace.beside(target.resident)
-    placement = place(trace.events) if target.is_gpu else None
-    peak = _placed(trace, placement).peak()
+    trace = blocks = trace.beside(target.resident)
+    if target.is_gpu:
+        placement = place(trace.events)
+        blocks = replace(trace, events=placement.events)
+    peak = blocks.peak()
     return Prediction(
         peak_allocated_bytes=peak.total_bytes,
-        peak_reserved_bytes=peak.total_bytes if placement is None else placement.reserved_bytes,
+        peak_reserved_bytes=placement.reserved_bytes if target.is_gpu else peak.total_bytes,
         by_category=dict(zip(CATEGORIES, peak.by_category, strict=True)),
         saved_bytes=trace.saved,
         # on a CPU's fake tensors its own attention stands for a GPU's, of the same shapes
@@ -221,12 +215,8 @@ def predict(trace: Trace, target: Target) -> Prediction:
         flops=trace.flops,
         ops=len(trace.ops),
         trace=trace,
-        placement=placement,
+        blocks=blocks,
     )
-
-
-def _placed(trace: Trace, placement: Placement | None) -> Trace:
-    return trace if placement is None else replace(trace, events=placement.events)
 
 
 @contextmanager
@@ -234,9 +224,9 @@ def allocator_peak(device: torch.device) -> Iterator[dict[str, int | None]]:
     """What a GPU's allocator and its driver say of the work within; its statistics are reset.
 
     Args:
-        device:  an NVIDIA GPU
+        device:  an NVIDIA GPU, or a CPU, of which nothing is said
     Returns:
-        A dictionary that is filled when the work is done, with the highest of
+        A dictionary that is filled when the work on a GPU is done, with the highest of
 
             allocated_bytes  of tensors
             active_bytes     of tensors, and of what other streams have yet to let go of
@@ -246,6 +236,9 @@ def allocator_peak(device: torch.device) -> Iterator[dict[str, int | None]]:
                              does not tell
     """
     found: dict[str, int | None] = {}
+    if device.type != "cuda":
+        yield found
+        return
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

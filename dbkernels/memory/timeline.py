@@ -5,9 +5,9 @@ the file. In the place of a stack trace, each block has the op that made it and 
 """
 
 import pickle
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 
 from dbkernels.memory.allocator import SMALL_SEGMENT, place
@@ -63,7 +63,13 @@ def levels(prediction: Prediction, *, parts: int) -> Levels:
     """
     if parts < 1:
         raise ValueError(f"parts must be at least 1, got {parts}")
-    columns, phases = _columns(prediction)
+    columns, phases = [], []
+    for op, moments in groupby(prediction.blocks.moments(), key=lambda moment: moment.op):
+        columns.append(max(moments, key=lambda moment: moment.total_bytes).by_category)
+        phases.append("" if op == START else prediction.trace.name(op).partition(":")[0])
+    last = max((i for i, phase in enumerate(phases) if phase == "backward"), default=len(phases))
+    # what follows is the norm of the gradients, and the optimizer
+    phases[last + 1 :] = ["update"] * len(phases[last + 1 :])
     parts = min(parts, len(columns))
     edges = [part * len(columns) // parts for part in range(parts + 1)]
     highest = [max(columns[start:end], key=sum) for start, end in pairwise(edges)]
@@ -71,24 +77,11 @@ def levels(prediction: Prediction, *, parts: int) -> Levels:
         starts=edges[:-1],
         by_category=dict(zip(CATEGORIES, map(list, zip(*highest, strict=True)), strict=True)),
         phases=[
-            (phase, i)
-            for i, (before, phase) in enumerate(pairwise(["", *phases]))
-            if phase not in ("", before)
+            (phase, next(ops)[0])
+            for phase, ops in groupby(enumerate(phases), itemgetter(1))
+            if phase
         ],
     )
-
-
-def _columns(prediction: Prediction) -> tuple[list[tuple[int, ...]], list[str]]:
-    """Bytes of each category at the highest moment of each op, and each op's phase."""
-    trace = prediction.blocks
-    columns, phases = [], []
-    for op, moments in groupby(trace.moments(), key=lambda moment: moment.op):
-        columns.append(max(moments, key=lambda moment: moment.total_bytes).by_category)
-        phases.append("" if op == START else trace.name(op).partition(":")[0])
-    last = max((i for i, phase in enumerate(phases) if phase == "backward"), default=len(phases))
-    # what follows is the norm of the gradients, and the optimizer
-    phases[last + 1 :] = ["update"] * len(phases[last + 1 :])
-    return columns, phases
 
 
 # a picture
@@ -112,40 +105,29 @@ def draw(path: Path, prediction: Prediction, *, title: str = "") -> None:
             "matplotlib must be installed for a picture (pip install dbkernels[demo]), "
             "got an environment without it"
         ) from None
-    shown = levels(prediction, parts=PARTS)
+    shown, peak = levels(prediction, parts=PARTS), prediction.peak_allocated_bytes
     figure = Figure(SIZE, layout="constrained")
     axes = figure.subplots()
     lines = [[size / GiB for size in shown.by_category[name]] for name in COLOURS]
     labels = [name.replace("_", " ") for name in COLOURS]
     axes.stackplot(shown.starts, lines, labels=labels, colors=COLOURS.values(), lw=0)
-    _mark_phases(axes, shown)
-    _mark_peak(axes, shown, prediction)
-    axes.set(title=title, xlabel="ops, in order", ylabel="GiB allocated")
-    axes.set_xlim(0, shown.starts[-1])
+    axes.plot(shown.starts[shown.totals.index(peak)], peak / GiB, "v", color="black", markersize=4)
+    end = shown.starts[-1] + 1
+    # what is so narrow has no room for its name
+    names = {
+        start: phase
+        for (phase, start), (_, until) in pairwise([*shown.phases, ("", end)])
+        if until - start > 0.04 * end
+    }
+    axes.secondary_xaxis("top").set_xticks(list(names), list(names.values()), ha="left")
+    for start in names:
+        axes.axvline(start, color="black", lw=0.6, alpha=0.4)
+    axes.margins(x=0)
+    axes.set(title=f"{title}\n{peak / GiB:.2f} GiB, {prediction.at}".strip())
+    axes.set(xlabel="ops, in order", ylabel="GiB allocated")
     # from top to bottom as in the stack
     figure.legend(loc="outside right center", frameon=False, reverse=True)
     figure.savefig(path, dpi=150)
-
-
-def _mark_phases(axes, shown: Levels) -> None:
-    end = shown.starts[-1] + 1
-    for (phase, start), (_, until) in pairwise([*shown.phases, ("", end)]):
-        # what is so narrow has no room for its name
-        if until - start > 0.04 * end:
-            axes.axvline(start, color="black", lw=0.6, alpha=0.4)
-            axes.text(start, 1.0, f" {phase}", va="top", transform=axes.get_xaxis_transform())
-
-
-def _mark_peak(axes, shown: Levels, prediction: Prediction) -> None:
-    peak, totals = prediction.peak_allocated_bytes / GiB, shown.totals
-    part = totals.index(max(totals))
-    place = (shown.starts[part], peak)
-    axes.set_ylim(0, 1.22 * peak)
-    text = f"{peak:.2f} GiB\n{prediction.at}"
-    # inside the axes also where the peak is at one end
-    side = ("left", "center", "right")[3 * part // len(totals)]
-    axes.annotate(text, place, (0, 6), textcoords="offset points", ha=side, fontsize=8)
-    axes.plot(*place, "v", color="black", markersize=4)
 
 
 # a snapshot
@@ -164,9 +146,9 @@ def write_timeline(path: Path, prediction: Prediction) -> None:
 def snapshot(prediction: Prediction) -> dict[str, list]:
     """The segments as the step leaves them, and all that happened before, in order."""
     trace = prediction.trace
-    placement = prediction.placement or place(trace.events)
+    placement = place(trace.events)
     waiting = list(reversed(placement.segments))
-    alive: dict[int, Entry] = {}  # the blocks in use, by their addresses
+    alive: dict[int, tuple[int, list[Entry]]] = {}  # bytes and frames of blocks, by their addresses
     entries: list[Entry] = []
 
     def log(action: str, address: int, size: int, frames: list[Entry]) -> None:
@@ -183,19 +165,31 @@ def snapshot(prediction: Prediction) -> dict[str, list]:
         while waiting and waiting[-1][0] <= address:
             log("segment_alloc", *waiting.pop(), frames)
         if event.delta_bytes > 0:
-            alive[address] = _block(address, event.delta_bytes, frames)
+            alive[address] = event.delta_bytes, frames
             log("alloc", address, event.delta_bytes, frames)
         else:
-            frames = alive.pop(address)["frames"]
+            _, frames = alive.pop(address)
             for action in ("free_requested", "free_completed"):
                 log(action, address, -event.delta_bytes, frames)
     segments = [_segment(start, size, alive) for start, size in placement.segments]
     return {"segments": segments, "device_traces": [entries]}
 
 
-def _segment(start: int, size: int, alive: dict[int, Entry]) -> Entry:
-    inside = sorted(address for address in alive if start <= address < start + size)
-    used = sum(alive[address]["size"] for address in inside)
+def _segment(start: int, size: int, alive: dict[int, tuple[int, list[Entry]]]) -> Entry:
+    """A segment with its blocks, and what is free between them."""
+    inside = [a for a in alive if start <= a < start + size]
+    edges = {start, start + size, *inside, *(a + alive[a][0] for a in inside)}
+    blocks = [
+        {
+            "address": BASE + address,
+            "size": end - address,
+            "requested_size": end - address if address in alive else 0,
+            "state": "active_allocated" if address in alive else "inactive",
+            "frames": alive[address][1] if address in alive else [],
+        }
+        for address, end in pairwise(sorted(edges))
+    ]
+    used = sum(alive[address][0] for address in inside)
     return {
         "device": 0,
         "address": BASE + start,
@@ -205,26 +199,5 @@ def _segment(start: int, size: int, alive: dict[int, Entry]) -> Entry:
         "stream": 0,
         "segment_type": "small" if size == SMALL_SEGMENT else "large",
         "segment_pool_id": POOL,
-        "blocks": list(_blocks(start, start + size, [alive[address] for address in inside])),
-    }
-
-
-def _blocks(start: int, end: int, inside: list[Entry]) -> Iterator[Entry]:
-    """The blocks of one segment, with what is free between them."""
-    for block in [*inside, _block(end, 0, [])]:
-        if (gap := block["address"] - BASE - start) > 0:
-            yield _block(start, gap, [])
-        if block["size"]:
-            yield block
-        start = block["address"] - BASE + block["size"]
-
-
-def _block(address: int, size: int, frames: list[Entry]) -> Entry:
-    """A block; without frames it is free."""
-    return {
-        "address": BASE + address,
-        "size": size,
-        "requested_size": size if frames else 0,
-        "state": "active_allocated" if frames else "inactive",
-        "frames": frames,
+        "blocks": blocks,
     }

@@ -156,7 +156,7 @@ class Tracker(TorchDispatchMode):
         self._bytes: list[int] = []  # of each storage, when last met
         self._holds: list[tuple[int, int]] = []  # storage; +1 autograd takes it, -1 it lets go
         self._alive: dict[int, int] = {}  # address of a storage -> its index
-        self._watches: dict[int, weakref.ref] = {}
+        self._watches: list[weakref.finalize] = []
         self._reused: tuple[int | None, int] | None = None  # storage, position of the op in events
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
@@ -168,8 +168,8 @@ class Tracker(TorchDispatchMode):
     def __exit__(self, *exception) -> None:
         self._hooks.__exit__(*exception)
         super().__exit__(*exception)
-        self._watches.clear()
-        self._alive.clear()
+        for watch in self._watches:
+            watch.detach()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -194,7 +194,10 @@ class Tracker(TorchDispatchMode):
             self._meet(tensor, TEMPORARIES, self._now())
         self.flops += flops(func, args, kwargs, out)
         if self.workspace and (size := self.workspace(func, args, kwargs)):
-            self._use(size)
+            storage = len(self.categories)
+            self.categories.append(WORKSPACES)
+            self._bytes.append(size)
+            self.events += (Event(self._now(), storage, change) for change in (size, -size))
         return out
 
     def tag(self, tensors: Iterable[Tensor], category: str) -> None:
@@ -237,7 +240,7 @@ class Tracker(TorchDispatchMode):
             index = self._alive[storage._cdata] = len(self.categories)
             self.categories.append(category)
             self._bytes.append(0)
-            self._watch(storage, lambda address=storage._cdata: self._die(address))
+            self._watches.append(weakref.finalize(storage, self._die, storage._cdata))
         else:
             born = self._now()
         if delta := storage.nbytes() - self._bytes[index]:
@@ -257,27 +260,13 @@ class Tracker(TorchDispatchMode):
         else:
             self.events.append(death)
 
-    def _use(self, size: int) -> None:
-        """Log a workspace of the op of now."""
-        storage = len(self.categories)
-        self.categories.append(WORKSPACES)
-        self._bytes.append(size)
-        self.events += (Event(self._now(), storage, change) for change in (size, -size))
-
     def _pack(self, tensor: Tensor) -> _Saved:
         saved, index = _Saved(tensor), self._meet(tensor, INPUTS, START)
         if index is not None:
             self._mark(index, SAVED)
             self._holds.append((index, 1))
-            self._watch(saved, lambda: self._holds.append((index, -1)))
+            self._watches.append(weakref.finalize(saved, self._holds.append, (index, -1)))
         return saved
-
-    def _watch(self, thing: object, on_death: Callable[[], None]) -> None:
-        def gone(_: weakref.ref, key: int = id(thing)) -> None:
-            del self._watches[key]
-            on_death()
-
-        self._watches[id(thing)] = weakref.ref(thing, gone)
 
     def _now(self) -> int:
         return len(self.ops) - 1

@@ -8,9 +8,9 @@ The time of a sweep is taken to be
 
     flops / (SHARE * peak flops) + ops * OP_SECONDS + swapped bytes / (SHARE * link)
 
-Peaks are the vendors' of dense matmuls without TF32, and of one direction of the link to the host.
-A run with one block on the device takes so many steps per swap that swaps are SWAP_SHARE of its
-time, so they are not counted as more. Only ratios of such times are meant to be read.
+with the speeds of the target. A run with one block on the device takes so many steps per swap that
+swaps are SWAP_SHARE of its time, so they are not counted as more. Only ratios of such times are
+meant to be read.
 """
 
 from dataclasses import dataclass, replace
@@ -25,15 +25,6 @@ FOLLOWED = 2  # micro-batches
 STATE = "parameters", "optimizer"  # categories of which a block brings its own with it
 SHARE = 0.5  # of a peak that a step reaches
 OP_SECONDS = 5e-6  # to launch an op, and for a GPU to fill and drain
-
-
-SPEEDS = {  # float32 and bfloat16 operations per second, bytes per second to and from the host
-    "cpu": (1e12, 1e12, 5e10),
-    "a100": (19.5e12, 312e12, 32e9),
-    "h100": (67e12, 989e12, 64e9),
-    "h200": (67e12, 989e12, 64e9),
-    "b200": (75e12, 2250e12, 64e9),
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,7 @@ def swapped_bytes(found: dict[Offload, Prediction], num_blocks: int) -> int:
 
 def seconds_of(recipe: Recipe, flops: int, ops: int, swapped: int) -> float:
     """Of a sweep, by the formula above."""
-    float32, bfloat16, link = SPEEDS[recipe.device.name]
+    float32, bfloat16, link = recipe.device.speeds
     working = flops / (SHARE * (bfloat16 if recipe.autocast else float32)) + ops * OP_SECONDS
     swapping = swapped / (SHARE * link)
     steps = fewest_steps_per_swap(working / recipe.num_blocks, swapping / recipe.num_blocks)

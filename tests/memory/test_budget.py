@@ -1,5 +1,5 @@
 import pytest
-import torch
+from memory.steps import training
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -51,20 +51,6 @@ def test_bytes_in_words_have_three_digits(size, words):
 # a ceiling
 
 
-def training(width=64, batch=256):
-    """A step of a network of somebody's own."""
-    model = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
-    optimizer = torch.optim.Adam(model.parameters())
-    x = torch.zeros(batch, width)
-
-    def step():
-        model(x).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, {"model": model, "optimizers": [optimizer], "inputs": [x]}
-
-
 def test_a_step_within_its_ceiling_passes_up_to_the_byte():
     step, parts = training()
     found = require_within(step, **parts, ceiling="1 MiB")
@@ -110,17 +96,19 @@ def test_a_target_adds_its_workspaces():
     assert found.by_category["workspaces"] >= 2 * 2**25
 
 
-def test_rejects():
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"ceiling": "2 GB"}, "ceiling must be a positive number"),
+        ({"target": "tpu"}, r"target must be one of cpu, .* got tpu"),
+        ({"model": nn.Linear(1, 1, device="meta")}, "model must be on the CPU, got one on meta"),
+        ({"model": nn.GELU()}, "model must be on the CPU, got one on nothing"),
+    ],
+)
+def test_rejects(changes, message):
     step, parts = training()
-    with pytest.raises(ValueError, match="ceiling must be a positive number"):
-        require_within(step, **parts, ceiling="2 GB")
-    with pytest.raises(ValueError, match=r"target must be one of cpu, .* got tpu"):
-        require_within(step, **parts, ceiling=1, target="tpu")
-    parts["model"].to("meta")
-    with pytest.raises(ValueError, match="model must be on the CPU, got one on meta"):
-        require_within(step, **parts, ceiling=1)
-    with pytest.raises(ValueError, match="model must be on the CPU, got one on nothing"):
-        require_within(step, model=nn.GELU(), ceiling=1)
+    with pytest.raises(ValueError, match=message):
+        require_within(step, **{**parts, "ceiling": 1, **changes})
 
 
 # as a fixture

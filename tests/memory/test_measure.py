@@ -3,12 +3,13 @@ import gc
 import os
 import sys
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from memory.steps import FLOAT, B, Chain, D, Transformer, one_parameter, train_step
+from memory.steps import FLOAT, B, D, chain, one_parameter, train_step, training, transformer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -72,36 +73,27 @@ def test_what_is_there_before_counts_from_the_start():
 # gradients
 
 
-def test_a_gradient_freed_in_the_step_is_still_a_gradient():
+@pytest.mark.parametrize("unfrozen", [False, True])
+def test_a_gradient_freed_in_the_step_is_still_a_gradient(unfrozen):
     model = one_parameter(1000)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.requires_grad_(not unfrozen)
 
     def step():
+        model.requires_grad_(True)
         (model.weight * 2).sum().backward()
+        if unfrozen:  # then the optimizer alone tells of it
+            optimizer.step()
         model.weight.grad = None
 
-    peak = measure_peak(step, model=model)
+    peak = measure_peak(step, model=model, optimizers=[optimizer])
     assert peak.by_category["gradients"] == 1000 * FLOAT
     assert peak.total_bytes == (2 * 1000 + 2) * FLOAT  # and the loss, and its gradient
     assert peak.at == "backward: aten::mul.Tensor"
 
 
-def test_gradients_of_parameters_that_the_step_unfreezes_are_found():
-    model = one_parameter(1000)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model.requires_grad_(False)
-
-    def step():
-        model.requires_grad_(True)
-        (model.weight * 2).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    peak = measure_peak(step, model=model, optimizers=[optimizer])
-    assert peak.by_category["gradients"] == 1000 * FLOAT
-
-
 def test_an_optimizer_step_inside_the_backward_frees_each_gradient():
-    model, x = Chain(4), torch.randn(B, D)
+    model, x = chain(4), torch.randn(B, D)
     optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
 
     def update(parameter):
@@ -134,7 +126,7 @@ def test_ops_after_an_optimizer_step_are_not_the_optimizers():
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 def test_the_numbers_are_those_of_an_unmeasured_step(checkpointed):
     results = []
-    model, x = Transformer(depth=1, width=D, checkpointed=checkpointed), torch.randn(2, 5, D)
+    model, x = transformer(depth=1, width=D, checkpointed=checkpointed), torch.randn(2, 5, D)
     for measured in (True, False):
         twin = copy.deepcopy(model)
         optimizer = torch.optim.AdamW(twin.parameters())
@@ -152,40 +144,37 @@ def test_the_numbers_are_those_of_an_unmeasured_step(checkpointed):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_leaves_no_hook_and_no_mode(fails):
-    model = Chain(2)
+    model, x = chain(2), torch.ones(B, D)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = train_step(model, optimizer, torch.ones(B, D))
 
-    def failing():
-        model(torch.ones(B, D))
-        raise RuntimeError("the step's own error")
+    def step():
+        train_step(model, optimizer, x)()
+        if fails:
+            raise RuntimeError("the step's own error")
 
-    if fails:
-        with pytest.raises(RuntimeError, match="the step's own error"):
-            measure_peak(failing, model=model, optimizers=[optimizer])
-    else:
+    with pytest.raises(RuntimeError, match="the step's own error") if fails else nullcontext():
         measure_peak(step, model=model, optimizers=[optimizer])
     assert _get_current_dispatch_mode() is None
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
-    y = model(torch.ones(B, D))
+    y = model(x)
     # raises if the tensor was saved under hooks
     y.grad_fn._raw_saved_result.register_hooks(lambda t: t.detach(), lambda t: t)
 
 
 def _storages_after_a_measurement():
-    """Watches on the storages of a parameter, an input, an activation and a kept output."""
-    model, x, kept = Chain(2), torch.randn(B, D), []
+    """Watches on the storages of an activation, a parameter, an input and a kept output."""
+    model, x, kept = chain(2), torch.randn(B, D), []
 
     def step():
-        hidden = model.layer(model.layers[0], x)
+        hidden = model.layers[0](x)
         kept.append(weakref.ref(hidden.untyped_storage()))
-        kept.append(model.layer(model.layers[1], hidden))
+        kept.append(model.layers[1](hidden))
 
     measure_peak(step, model=model, inputs=[x])
     activation, output = kept
     assert activation() is not None, "the graph that the step left should hold it"
-    tensors = (model.layers[0].weight, x, output)
+    tensors = (model.layers[0][0].weight, x, output)
     return [activation, *(weakref.ref(tensor.untyped_storage()) for tensor in tensors)]
 
 
@@ -203,12 +192,11 @@ def test_leaves_no_reference():
 
 def test_counts_only_the_named_device():
     model = nn.ModuleList([nn.Linear(D, D, bias=False), nn.Linear(D, 1, bias=False, device="meta")])
-
-    def step():
-        torch.zeros(500)
-        torch.zeros(100, device="meta")
-
-    peak = measure_peak(step, model=model, device=torch.device("meta"))
+    peak = measure_peak(
+        lambda: (torch.zeros(500), torch.zeros(100, device="meta")),
+        model=model,
+        device=torch.device("meta"),
+    )
     assert peak.total_bytes == (D + 100) * FLOAT
 
 
@@ -246,14 +234,11 @@ def test_rejects(arguments, message):
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU of stand-ins, whose calls are logged."""
-    calls, stats = [], {"num_alloc_retries": 3}
-    peaks = {"allocated_bytes": 111, "active_bytes": 112, "reserved_bytes": 222}
-    stats |= {f"{name}.all.peak": value for name, value in peaks.items()}
+    calls = []
+    stats = {"num_alloc_retries": 3, "reserved_bytes.all.peak": 222}
+    stats |= {"allocated_bytes.all.peak": 111, "active_bytes.all.peak": 112}
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda device, name=name: calls.append(name))
-    for name in ("allocated", "reserved"):
-        size = peaks[f"{name}_bytes"]
-        monkeypatch.setattr(torch.cuda, f"max_memory_{name}", lambda device, size=size: size)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: dict(stats))
     monkeypatch.setattr(gc, "collect", lambda: calls.append("collect"))
     properties = SimpleNamespace(uuid="12-34")
@@ -285,13 +270,8 @@ def test_a_step_alone_is_between_the_reset_and_the_reading(gpu, monkeypatch):
     with allocator_peak(GPU) as found:
         gpu.calls.append("step")
         gpu.stats["num_alloc_retries"] += 2
-    assert found == {
-        "allocated_bytes": 111,
-        "active_bytes": 112,
-        "reserved_bytes": 222,
-        "retries": 2,
-        "process_bytes": 999,
-    }
+    peaks = {"allocated_bytes": 111, "active_bytes": 112, "reserved_bytes": 222}
+    assert found == {**peaks, "retries": 2, "process_bytes": 999}
     assert gpu.calls == ALONE
 
 
@@ -344,33 +324,19 @@ def predicted_on(name, step, **owners):
     return predict(record(step, **owners, workspace=target.workspace), target)
 
 
-def stepped(batch):
-    """A network, its optimizer with its state, and one more step of it."""
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    x = torch.ones(batch, 8)
-
-    def step():
-        model(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    return step, {"model": model, "optimizers": [optimizer], "inputs": [x]}
-
-
 def test_on_a_cpu_it_is_what_a_real_step_is_measured_to_take():
-    step, owners = stepped(32)
+    step, owners = training(width=8, batch=32)
+    step()
     measured = measure_peak(step, **owners)
     with FakeTensorMode():
-        step, owners = stepped(32)
+        step, owners = training(width=8, batch=32)
+        step()
         predicted = predicted_on("cpu", step, **owners)
     assert predicted.peak_allocated_bytes == measured.total_bytes
     assert predicted.peak_reserved_bytes == measured.total_bytes
     assert predicted.by_category == {**measured.by_category, "workspaces": 0}
     assert (predicted.saved_bytes, predicted.at) == (measured.saved_bytes, measured.at)
-    assert predicted.placement is None
-    assert predicted.flops == 2 * 32 * (2 * 8 * 16 + 3 * 16 * 4)  # x needs no gradient
+    assert predicted.flops == 2 * 32 * (2 * 8 * 8 + 3 * 8)  # x needs no gradient
     assert predicted.ops == len(predicted.trace.ops)
 
 

@@ -6,16 +6,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from memory.steps import FLOAT, B, Chain, D, Transformer, one_parameter, train_step
+from memory.steps import FLOAT, B, D, allocator_peak, chain, one_parameter, train_step, transformer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from dbkernels.memory.measure import measure_peak
 from dbkernels.memory.tracker import CATEGORIES, START, Event, Moment, Trace, Tracker
 
 PARAMETERS, TEMPORARIES = CATEGORIES.index("parameters"), CATEGORIES.index("temporaries")
+CPU = torch.device("cpu")
 
 
 def peak_of(step, model=None, **owners):
@@ -30,25 +30,25 @@ def trace():
     return Trace(["forward: a", "backward: b"], events, [PARAMETERS, TEMPORARIES, TEMPORARIES])
 
 
-def by_category(**sizes):
-    return tuple(sizes.get(name, 0) for name in CATEGORIES)
+def moment(op, **sizes):
+    return Moment(sum(sizes.values()), tuple(sizes.get(name, 0) for name in CATEGORIES), op)
 
 
 def test_every_event_has_a_moment_and_the_peak_is_the_first_of_the_highest():
-    totals = [(moment.total_bytes, moment.op) for moment in trace().moments()]
-    assert totals == [(100, START), (150, 0), (100, 1), (150, 1)]
-    assert trace().peak() == Moment(150, by_category(parameters=100, temporaries=50), 0)
+    assert list(trace().moments()) == [
+        moment(START, parameters=100),
+        moment(0, parameters=100, temporaries=50),
+        moment(1, parameters=100),
+        moment(1, parameters=100, temporaries=50),
+    ]
+    assert trace().peak() == moment(0, parameters=100, temporaries=50)
     assert [trace().name(op) for op in (START, 0, 1)] == ["start", "forward: a", "backward: b"]
-
-
-def test_a_run_without_events_has_a_peak_of_nothing():
-    assert Trace([], [], []).peak() == Moment(0, by_category(), START)
+    assert Trace([], [], []).peak() == moment(START)
 
 
 def test_what_stands_beside_a_run_is_there_at_its_peak():
     peak = trace().beside([("optimizer", 30), ("parameters", 5)]).peak()
-    assert peak == Moment(185, by_category(parameters=105, optimizer=30, temporaries=50), 0)
-    assert trace().peak().total_bytes == 150
+    assert peak == moment(0, parameters=105, optimizer=30, temporaries=50)
 
 
 # storages
@@ -79,29 +79,33 @@ def grown_unseen():
     x.sum()
 
 
+BEFORE = torch.zeros(50)
+
+
+def read_late():
+    torch.zeros(200)
+    BEFORE.sum()
+
+
 @pytest.mark.parametrize(
-    "step, floats",
+    "step, floats, inputs, op",
     [
-        (apart, 2000),  # the first is gone before the peak
-        (together, 3000),
-        (lambda: torch.zeros(10).resize_(500), 500),
-        (grown_unseen, 10 + 2000),  # found by the op that comes after the peak
-        (lambda: torch.tensor([1.0, 2.0]) * 2, 2 * 2),
+        (apart, 2000, 0, "zeros"),  # the first is gone before the peak
+        (together, 3000, 0, "zeros"),
+        (lambda: torch.zeros(10).resize_(500), 500, 0, "resize_"),
+        (grown_unseen, 10 + 2000, 0, "zeros"),  # found by the op that comes after the peak
+        (lambda: torch.tensor([1.0, 2.0]) * 2, 2 * 2, 0, "mul.Tensor"),
+        (read_late, 200, 50, "zeros"),  # what the step reads counts from the start
+        # of two equal peaks the first is named
+        (lambda: [make(100) is None for make in (torch.zeros, torch.ones)], 100, 0, "zeros"),
     ],
 )
-def test_a_temporary_counts_while_it_is_alive(step, floats):
+def test_a_temporary_counts_while_it_is_alive(step, floats, inputs, op):
     peak = peak_of(step)
     assert peak.by_category["temporaries"] == floats * FLOAT
-    assert peak.by_category["inputs"] == 0
-    assert peak.total_bytes == (floats + 10) * FLOAT
-
-
-def test_of_two_equal_peaks_the_first_is_named():
-    def step():
-        torch.zeros(100)
-        torch.ones(100)
-
-    assert peak_of(step).at == "forward: aten::zeros"
+    assert peak.by_category["inputs"] == inputs * FLOAT
+    assert peak.total_bytes == (floats + inputs + 10) * FLOAT
+    assert peak.at == f"forward: aten::{op}"
 
 
 def test_sparse_gradients_are_passed_over():
@@ -110,45 +114,28 @@ def test_sparse_gradients_are_passed_over():
     assert model.weight.grad.is_sparse and peak.by_category["gradients"] == 0
 
 
-def test_a_tensor_from_before_that_the_step_reads_counts_from_the_start():
-    captured = torch.zeros(50)
-
-    def step():
-        torch.zeros(200)
-        captured.sum()
-
-    peak = peak_of(step)
-    assert peak.by_category["inputs"] == 50 * FLOAT
-    assert peak.by_category["temporaries"] == 200 * FLOAT
-
-
 # saved for the backward
 
 
 @pytest.mark.parametrize(
-    "model, times, floats",
+    "model, times, together, floats",
     [
-        (Chain(2), 1, 2 * B * D),  # the relu's and the next linear's are one storage
-        (Chain(4), 1, 4 * B * D),
-        (Chain(8), 1, 8 * B * D),
-        (Chain(3), 2, 2 * 3 * B * D),  # graphs that are alive together
+        (chain(2), 1, True, 2 * B * D),  # the relu's and the next linear's are one storage
+        (chain(4), 1, True, 4 * B * D),
+        (chain(3), 2, True, 2 * 3 * B * D),  # graphs that are alive together
+        (chain(3), 2, False, 3 * B * D),  # of which the first is gone
         # relu returns its result from each layer; the first layer's input is an input
-        (Chain(4, checkpointed=True), 1, 3 * B * D),
+        (chain(4, checkpointed=True), 1, True, 3 * B * D),
     ],
 )
-def test_saved_bytes_are_those_of_storages_that_the_backward_holds(model, times, floats):
+def test_saved_bytes_are_those_of_storages_that_the_backward_holds(model, times, together, floats):
     x = torch.randn(B, D)
-    peak = peak_of(lambda: sum(model(x) for _ in range(times)).sum().backward(), model, inputs=[x])
-    assert peak.saved_bytes == floats * FLOAT
 
+    def step():
+        for _ in range(1 if together else times):
+            sum(model(x) for _ in range(times if together else 1)).sum().backward()
 
-def test_saved_bytes_fall_as_the_backward_lets_go():
-    model, x = Chain(3), torch.randn(B, D)
-    once, twice = (
-        peak_of(lambda n=n: [model(x).sum().backward() for _ in range(n)], model, inputs=[x])
-        for n in (1, 2)
-    )
-    assert once.saved_bytes == twice.saved_bytes
+    assert peak_of(step, model, inputs=[x]).saved_bytes == floats * FLOAT
 
 
 def test_a_saved_view_counts_as_its_storage_and_parameters_and_inputs_do_not():
@@ -176,7 +163,7 @@ def test_autocast_copies_of_weights_are_saved_activations():
 def test_stops_watching_when_left(monkeypatch):
     failures = []
     monkeypatch.setattr(sys, "unraisablehook", failures.append)
-    with Tracker(torch.device("cpu")) as tracker:
+    with Tracker(CPU) as tracker:
         x = torch.zeros(10)
     before = tracker.events.copy()
     del x
@@ -184,7 +171,7 @@ def test_stops_watching_when_left(monkeypatch):
 
 
 def test_a_graph_that_outlives_the_measurement_still_has_its_backward():
-    model, x, kept = Chain(2), torch.randn(B, D), []
+    model, x, kept = chain(2), torch.randn(B, D), []
     peak_of(lambda: kept.append(model(x).sum()), model)
     measured, unmeasured = (
         torch.autograd.grad(loss, list(model.parameters())) for loss in (kept[0], model(x).sum())
@@ -193,15 +180,6 @@ def test_a_graph_that_outlives_the_measurement_still_has_its_backward():
 
 
 # against the allocator
-
-
-def allocator_peak(step):
-    """Highest growth over the start, from the CPU allocator's own events."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        step()
-    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
-    deltas = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(deltas, initial=0))
 
 
 def assert_agrees_with_the_allocator(step, model, optimizers=(), inputs=()):
@@ -213,19 +191,20 @@ def assert_agrees_with_the_allocator(step, model, optimizers=(), inputs=()):
     return peak
 
 
+ADAMS = [{"fused": True}, {"foreach": True}, {"foreach": False}]
+
+
 @pytest.mark.parametrize(
     "checkpointed, adam, how",
     [
-        *itertools.product(
-            [False, True], [{"fused": True}, {"foreach": True}, {"foreach": False}], [{}]
-        ),
+        *itertools.product([False, True], ADAMS, [{}]),
         (False, {"fused": True}, {"micro_batches": 4}),
         (False, {"fused": True}, {"autocast": True}),
     ],
     ids=str,
 )
 def test_agrees_with_the_allocator_on_a_transformer_step(checkpointed, adam, how):
-    model, x = Transformer(checkpointed=checkpointed), torch.randn(8, 64, 64)
+    model, x = transformer(checkpointed=checkpointed), torch.randn(8, 64, 64)
     optimizer = torch.optim.AdamW(model.parameters(), **adam)
     step = train_step(model, optimizer, x, **how)
     step()
@@ -257,32 +236,18 @@ class _AddsOutOfPlace(torch.autograd.Function):
 
 
 def two_uses(weight):
-    ((weight * 2).sum() + (weight * 3).sum()).backward()
+    return (weight * 2).sum() + (weight * 3).sum()
 
 
-def two_uses_with_a_graph(weight):
-    loss = (weight * 2).sum() + (weight * 3).sum()
-    torch.autograd.grad(loss, weight, create_graph=True)
-
-
-def one_is_kept(weight):
+def one_is_kept(weight, more=0):
     kept = []
     # the later node is the first in the backward
     ((weight * 2).sum() + _Keeps.apply(weight, kept).sum()).backward()
-    weight.grad = None
-    kept.clear()
-
-
-def one_is_kept_beside_more(weight):
-    kept = []
-    ((weight * 2).sum() + _Keeps.apply(weight, kept).sum()).backward()
-    held = torch.zeros(2000)
+    if not more:
+        weight.grad = None
+    held = torch.zeros(more)
     kept.clear()
     return held
-
-
-def added_by_a_backward(weight):
-    _AddsOutOfPlace.apply(weight).sum().backward()
 
 
 @torch.no_grad()
@@ -293,11 +258,12 @@ def added_outside_a_backward(weight):
 @pytest.mark.parametrize(
     "use, thousands",
     [
-        (two_uses, 3),  # the parameter and its two gradients, and no third
-        (two_uses_with_a_graph, 4),
+        # the parameter and its two gradients, and no third
+        (lambda weight: two_uses(weight).backward(), 3),
+        (lambda weight: torch.autograd.grad(two_uses(weight), weight, create_graph=True)[:0], 4),
         (one_is_kept, 4),
-        (one_is_kept_beside_more, 5),
-        (added_by_a_backward, 3),
+        (lambda weight: one_is_kept(weight, more=2000), 5),
+        (lambda weight: _AddsOutOfPlace.apply(weight).sum().backward(), 3),
         (added_outside_a_backward, 3),
     ],
 )
@@ -317,10 +283,12 @@ def test_gradients_are_added_in_place_where_the_engine_does(use, thousands):
 
 ADD, LEFT, RIGHT = torch.ones(2, 5), torch.ones(2, 3), torch.ones(3, 5)
 MATMUL = 2 * 2 * 3 * 5
+QKV = [torch.ones(2, 3, 5, D, requires_grad=True) for _ in range(3)]
+OF_ATTENTION = 2 * 2 * 3 * 5 * 5 * D
 
 
 def counted(step):
-    with Tracker(torch.device("cpu")) as tracker:
+    with Tracker(CPU) as tracker:
         step()
     return tracker.flops
 
@@ -333,18 +301,13 @@ def counted(step):
         (lambda: ADD.clone().addmm_(LEFT, RIGHT), MATMUL),
         (lambda: torch.ops.aten._addmm_activation(torch.ones(5), LEFT, RIGHT), MATMUL),
         (lambda: torch.ones(100).exp().sum(), 0),
+        # two matmuls, and five in the backward
+        (lambda: F.scaled_dot_product_attention(*QKV), 2 * OF_ATTENTION),
+        (lambda: F.scaled_dot_product_attention(*QKV).sum().backward(), 7 * OF_ATTENTION),
     ],
 )
 def test_a_matmul_takes_two_operations_for_each_product(step, flops):
     assert counted(step) == flops
-
-
-def test_attention_counts_two_matmuls_and_five_in_its_backward():
-    q, k, v = (torch.ones(2, 3, 5, D, requires_grad=True) for _ in range(3))
-    matmul = 2 * 2 * 3 * 5 * 5 * D
-    assert counted(lambda: F.scaled_dot_product_attention(q, k, v)) == 2 * matmul
-    step = F.scaled_dot_product_attention(q, k, v).sum()
-    assert counted(step.backward) == 5 * matmul
 
 
 def test_operations_of_a_network_are_torchs_own_and_those_of_fake_tensors():
