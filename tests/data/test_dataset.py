@@ -5,6 +5,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from training.tiny import equal, make_data, make_trainer
 
 from dbkernels.data.dataset import DatasetBatches, as_data
+from dbkernels.data.made_up import Field, MadeUpData
 
 
 class Samples(Dataset):
@@ -43,6 +44,8 @@ def test_batches_follow_their_indices_and_are_put_where_they_are_wanted():
     )
     assert equal(batch, data.batch(indices)) and len(put) == 2
     assert len(as_data(one_by_one(data))) == len(data)
+    # what gives batches is data as it is
+    assert as_data(data) is data
 
 
 def test_a_trainer_takes_the_same_steps_on_a_dataset():
@@ -51,11 +54,6 @@ def test_a_trainer_takes_the_same_steps_on_a_dataset():
     for _ in range(4):
         assert other.step_block(other.next_block()) == plain.step_block(plain.next_block())
     assert equal(other.tensors()["model"], plain.tensors()["model"])
-
-
-def test_what_gives_batches_is_data_as_it_is():
-    data = make_data()
-    assert as_data(data) is data
 
 
 def test_arrays_and_numbers_become_tensors_and_an_empty_batch_keeps_its_shape():
@@ -74,10 +72,7 @@ def test_arrays_and_numbers_become_tensors_and_an_empty_batch_keeps_its_shape():
         (Stream(), "must be map-style, with a length and samples by index, got Stream"),
         (Samples(), "a dataset must have samples, got Samples of 0"),
         (Samples((1, 2)), "sample 0 must be a dict, got tuple"),
-        (
-            Samples({"text": "a"}),
-            "text of sample 0 must be a tensor, .* or a number, got str",
-        ),
+        (Samples({"text": "a"}), "text of sample 0 must be a tensor, .* or a number, got str"),
         (Samples(LIKE, [1]), "sample 1 must be a dict, got list"),
         (
             Samples(LIKE, {"image": torch.zeros(1, 2, 3)}),
@@ -88,6 +83,7 @@ def test_arrays_and_numbers_become_tensors_and_an_empty_batch_keeps_its_shape():
             r"must have {'image': '\(1, 2, 3\) .* as sample 0, got {'image': '\(1, 3, 2\) ",
         ),
         (Samples(LIKE, LIKE | {"label": 0.0}), "sample 1 .*int64'} as sample 0, got .*float32'}$"),
+        (Samples(LIKE), r"must be in \[0, 1\), got 1"),
     ],
 )
 def test_rejects_what_cannot_be_stacked_and_says_what_came(dataset, message):
@@ -95,6 +91,13 @@ def test_rejects_what_cannot_be_stacked_and_says_what_came(dataset, message):
         DatasetBatches(dataset).batch(torch.tensor([1]))
 
 
-def test_rejects_wrong_indices():
-    with pytest.raises(ValueError, match=r"must be in \[0, 2\), got 2"):
-        DatasetBatches(Samples(LIKE, LIKE)).batch(torch.tensor([2]))
+def test_made_up_samples_have_the_fields_that_are_asked_and_are_the_same_every_time():
+    fields = {"image": Field((3, 4, 5), torch.float32), "label": Field((), torch.int64, 10)}
+    data, puts = MadeUpData(fields, 700), []
+    batch = data.batch(torch.arange(600), lambda tensor: puts.append(tensor) or tensor)
+    assert len(data) == 700 and len(puts) == 2
+    assert batch["image"].shape == (600, 3, 4, 5) and batch["image"].dtype == torch.float32
+    assert batch["label"].shape == (600,) and batch["label"].dtype == torch.int64
+    assert batch["label"].min() == 0 and batch["label"].max() == 9
+    assert abs(batch["image"].std().item() - 1) < 0.02
+    assert equal(data.batch(torch.arange(100, 700)), batch)

@@ -1,15 +1,16 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
-from models.tiny import randomise
+from models.tiny import make_batch, make_model, randomise
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.graph import _BoxedCodeGen
-from training.tiny import DIT, equal, make_blocks, make_trainer, weights
+from training.tiny import equal, make_trainer, weights
 
 from dbkernels.memory.measure import record
-from dbkernels.models import AdaLNLayer, DiT, LayerConfig
+from dbkernels.models import AdaLNLayer, LayerConfig
 from dbkernels.models.baseline import (
     BASELINES,
     BaselineLayer,
@@ -36,24 +37,13 @@ def without_kernels(monkeypatch):
     """torch.compile up to its graphs, which run as they are: kernels would take minutes."""
     import torch._inductor.compile_fx as inductor
 
-    def compile_fx(graph, inputs, inner_compile=graph_as_it_is):
-        return whole(graph, inputs, inner_compile=inner_compile)
+    def graph_as_it_is(graph, inputs, **_):
+        return make_boxed_func(graph.forward)
 
-    whole = inductor.compile_fx
-    monkeypatch.setattr(inductor, "compile_fx", compile_fx)
+    whole = partial(inductor.compile_fx, inner_compile=graph_as_it_is)
+    monkeypatch.setattr(inductor, "compile_fx", whole)
     with torch._functorch.config.patch(enable_autograd_cache=False):
         yield
-
-
-def graph_as_it_is(graph, inputs, **_):
-    graph.graph.set_codegen(_BoxedCodeGen())
-    graph.recompile()
-
-    def run(inputs):
-        return graph.forward(inputs)
-
-    run._boxed_call = True
-    return run
 
 
 def baseline(layer, method, budget=1.0):
@@ -158,7 +148,7 @@ def test_a_prediction_keeps_the_bytes_of_a_run(method):
 
 @each_method
 def test_a_model_keeps_its_parameters_under_their_names(method):
-    model = randomise(DiT(DIT)).eval()
+    model = make_model("dit").eval()
     model.layers[1].train()
     named, state = dict(model.named_parameters()), model.state_dict()
     random = torch.get_rng_state()
@@ -168,8 +158,6 @@ def test_a_model_keeps_its_parameters_under_their_names(method):
     assert list(after) == list(named) and all(after[name] is named[name] for name in named)
     assert list(model.state_dict()) == list(state)
     assert [layer.training for layer in model.layers] == [False, True, False]
-    DiT(DIT).load_state_dict(model.state_dict())
-    model.load_state_dict(DiT(DIT).state_dict())
 
 
 def test_fused_layers_and_baselines_may_stand_in_one_stack():
@@ -183,11 +171,10 @@ def test_fused_layers_and_baselines_may_stand_in_one_stack():
 
 @each_method
 def test_a_copy_is_independent(method):
-    model = randomise(DiT(DIT))
+    model = make_model("dit")
     use_baseline(model, method)
-    other = copy.deepcopy(model)
-    batch = {"label": torch.tensor([2, 0])}
-    other.denoise(torch.randn(2, 1, 4, 4), torch.ones(2), (0, 2), batch).sum().backward()
+    other, batch = copy.deepcopy(model), make_batch(model)
+    other.denoise(batch["image"], torch.ones(3), (0, 2), batch).sum().backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     for index, layer in enumerate(other.layers):
         assert all((p.grad is None) == (index == 1) for p in layer.parameters())
@@ -211,17 +198,8 @@ def test_blocks_train_as_with_fused_layers(method, sharing):
     assert not equal(after, before)
 
 
-def test_weights_of_a_baseline_load_into_fused_layers():
-    trainer = make_trainer(steps=1)
-    use_baseline(trainer.blocks.model, "stock")
-    trainer.run()
-    models = make_blocks()
-    load_weights(models, trainer.tensors()["model"])
-    assert equal(dict(models.named_parameters()), weights(trainer))
-
-
 def test_a_baseline_may_replace_another():
-    model = randomise(DiT(DIT))
+    model = make_model("dit")
     for method in ("checkpointed", "stock"):
         use_baseline(model, method)
     assert all(layer.run is stock_layer for layer in model.layers)
@@ -237,7 +215,7 @@ def test_a_baseline_may_replace_another():
     ],
 )
 def test_rejects(method, budget, message):
-    model = DiT(DIT)
+    model = make_model("dit")
     with pytest.raises(ValueError, match=message):
         use_baseline(model, method, budget=budget)
     assert not any(isinstance(layer, BaselineLayer) for layer in model.layers)

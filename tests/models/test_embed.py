@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models.tiny import randomise
+from models.tiny import CONFIGS, randomise
 
-from dbkernels.models import DiTConfig, ViTConfig
+from dbkernels.models import DiTConfig
 from dbkernels.models.embed import (
     FinalModulation,
     NoiseEmbedding,
@@ -14,6 +14,7 @@ from dbkernels.models.embed import (
     sinusoid,
     unpatchify,
 )
+from dbkernels.models.rotary import rotary_table
 
 
 def test_patches_come_in_reading_order_with_channels_last():
@@ -43,9 +44,7 @@ def test_a_sinusoid_holds_cosines_then_sines_at_geometric_frequencies():
         angles = [float(value[place]) * f for f in (1.0, 0.1, 0.01)]
         expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
         torch.testing.assert_close(actual[place], torch.tensor(expected), rtol=0, atol=1e-5)
-
-
-def test_the_longest_wavelength_of_a_sinusoid_is_ten_thousand_by_default():
+    # the longest wavelength is ten thousand by default
     assert sinusoid(torch.tensor(10.0), 4)[3].item() == pytest.approx(math.sin(10 / 100), abs=1e-6)
 
 
@@ -58,52 +57,41 @@ def test_grid_positions_name_the_column_then_the_row_in_reading_order():
         torch.testing.assert_close(positions[place], expected)
 
 
-def test_grid_positions_are_distinct():
-    distance = torch.cdist(grid_positions(16, 16), grid_positions(16, 16)).fill_diagonal_(1)
-    assert distance.min() > 0.1
+def test_the_rotary_table_holds_cosines_then_sines_each_half_repeated():
+    table = rotary_table(torch.tensor([0, 3]), 4, base=100.0)
+    angles = torch.tensor([[0, 0, 0, 0], [3, 0.3, 3, 0.3]])
+    assert table.dtype == torch.float32
+    torch.testing.assert_close(table, torch.stack([angles.cos(), angles.sin()]))
 
 
-def test_the_noise_embedding_is_an_mlp_of_a_sinusoid():
-    embedding = randomise(NoiseEmbedding(10))
-    level = torch.tensor([-1.5, 0.0, 1.1])
-    hidden = sinusoid(level, 256) @ embedding.fc1.weight.T + embedding.fc1.bias
-    expected = F.silu(hidden) @ embedding.fc2.weight.T + embedding.fc2.bias
-    assert embedding(level).shape == (3, 10)
-    torch.testing.assert_close(embedding(level), expected)
-
-
-def test_a_new_noise_embedding_is_small():
-    embedding = NoiseEmbedding(64)
+def test_the_noise_embedding_is_an_mlp_of_a_sinusoid_and_small_at_first():
+    embedding, level = NoiseEmbedding(64), torch.tensor([-1.5, 0.0, 1.1])
     for linear in (embedding.fc1, embedding.fc2):
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
         assert not linear.bias.any()
+    randomise(embedding)
+    hidden = sinusoid(level, 256) @ embedding.fc1.weight.T + embedding.fc1.bias
+    expected = F.silu(hidden) @ embedding.fc2.weight.T + embedding.fc2.bias
+    torch.testing.assert_close(embedding(level), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_new_final_modulation_returns_its_input_bitwise():
-    x = torch.randn(2, 6)
-    assert torch.equal(FinalModulation(6, 4)(x, torch.randn(2, 4)), x)
-
-
-def test_the_final_modulation_is_shift_then_scale():
-    modulation = randomise(FinalModulation(6, 4))
-    x, c = torch.randn(2, 6), torch.randn(2, 4)
+def test_the_final_modulation_is_shift_then_scale_and_nothing_at_first():
+    modulation, x, c = FinalModulation(6, 4), torch.randn(2, 6), torch.randn(2, 4)
+    assert torch.equal(modulation(x, c), x)
+    randomise(modulation)
     m = F.silu(c) @ modulation.linear.weight.T + modulation.linear.bias
     torch.testing.assert_close(modulation(x, c), (1 + m[:, 6:]) * x + m[:, :6])
     torch.testing.assert_close(modulation.parts(c), (m[:, :6], m[:, 6:]))
-
-
-def vit(**options):
-    base = {"num_classes": 3, "dim": 8, "depth": 1, "num_heads": 1, "mlp_hidden": 8, "cond_dim": 4}
-    return ViTConfig(channels=1, **base, **options)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: grid_positions(2, 6), "a width that 4 divides, got 6"),
-        (lambda: vit(image_size=8, patch=3), "must divide the image size, got 3 and 8"),
-        (lambda: vit(image_size=8, patch=0), "must divide the image size, got 0 and 8"),
-        (lambda: vit(image_size=0, patch=2), "must divide the image size, got 2 and 0"),
+        (lambda: rotary_table(torch.arange(3), 5), "need an even head width, got 5"),
+        (lambda: CONFIGS["vit"].resized({"patch": 3}), "must divide the image size, got 3 and 4"),
+        (lambda: CONFIGS["vit"].resized({"patch": 0}), "must divide the image size, got 0 and 4"),
+        (lambda: CONFIGS["dit"].resized({"image_size": 0}), "the image size, got 2 and 0"),
         (lambda: DiTConfig(8, 1, 1, image_size=9), "must divide the image size, got 2 and 9"),
     ],
 )

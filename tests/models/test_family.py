@@ -1,3 +1,5 @@
+"""What every family promises, and a model that is of none of ours."""
+
 import copy
 from dataclasses import replace
 from itertools import pairwise
@@ -5,52 +7,32 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from models.tiny import randomise
+from models.tiny import DRAW, LEVEL, SCALE, every_family, make_batch, make_model, noisy, randomise
 from torch import nn
-from training.tiny import DIT, PRIOR, VIT
+from training.tiny import PRIOR
 
 from dbkernels.diffusion.prediction import EDM, log_level
 from dbkernels.diffusion.samplers import euler, heun
-from dbkernels.models import FAMILIES, AdaLNLayer, LayerConfig
+from dbkernels.models import AdaLNLayer, LayerConfig
 from dbkernels.models.embed import NoiseEmbedding
 from dbkernels.models.rotary import rotary_table
-from dbkernels.ops import Draw, add_noise
+from dbkernels.ops import add_noise, normals
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
-from dbkernels.training.partition import partition
 from dbkernels.training.trainer import Trainer
 
-LEVEL = torch.tensor([0.01, 0.4, 2.0, 60.0])
-DRAW = Draw(seed=3, step=1)
-both = pytest.mark.parametrize("family", ["vit", "dit"])
+CONDITION = {"vit": "image", "dit": "label"}  # what is read of a batch beside z
 
 
-def make_model(family):
-    return randomise(FAMILIES[family].model({"vit": VIT, "dit": DIT}[family]))
+@pytest.fixture
+def made(family):
+    model = make_model(family)
+    return model, make_batch(model)
 
 
-def make_batch():
-    return {"image": torch.randn(4, 1, 4, 4), "label": torch.tensor([2, 0, 1, 1])}
-
-
-def noisy(model, batch):
-    return add_noise(model.target(batch), torch.ones_like(LEVEL), LEVEL, DRAW)
-
-
-@both
-def test_two_halves_in_one_call_are_the_whole_network(family):
-    model, batch = make_model(family), make_batch()
-    first, second = (block.layers for block in partition(3, 2, PRIOR))
-    z = noisy(model, batch)
-    whole = model.denoise(z, LEVEL, range(3), batch)
-    assert torch.equal(model.denoise(z, LEVEL, (*first, *second), batch), whole)
-    for half in (first, second):
-        assert not torch.allclose(model.denoise(z, LEVEL, half, batch), whole, atol=1e-3)
-
-
-@both
+@every_family
 @pytest.mark.parametrize("layers", [(0, 1, 2), (2, 0), (1, 1, 1), ()])
-def test_layers_run_in_the_order_that_was_asked_each_on_the_last_ones_output(family, layers):
-    model, batch, calls = make_model(family), make_batch(), []
+def test_layers_run_in_the_order_that_was_asked_each_on_the_last_ones_output(made, layers):
+    (model, batch), calls = made, []
     for index, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda _, args, out, i=index: calls.append((i, args[0], out)))
     model.denoise(noisy(model, batch), LEVEL, layers, batch)
@@ -59,10 +41,10 @@ def test_layers_run_in_the_order_that_was_asked_each_on_the_last_ones_output(fam
         assert taken is given
 
 
-@both
-def test_gradients_stay_in_the_layers_that_ran_and_in_what_is_shared(family):
-    model, batch = make_model(family), make_batch()
-    model.loss(DRAW, LEVEL, torch.ones(4), (1,), batch).backward()
+@every_family
+def test_gradients_stay_in_the_layers_that_ran_and_in_what_is_shared(made):
+    model, batch = made
+    model.loss(DRAW, LEVEL, SCALE, (1,), batch).backward()
     for name, parameter in model.named_parameters():
         if name.startswith(("layers.0.", "layers.2.")):
             assert parameter.grad is None, name
@@ -70,43 +52,86 @@ def test_gradients_stay_in_the_layers_that_ran_and_in_what_is_shared(family):
             assert parameter.grad is not None and parameter.grad.any(), name
 
 
-@both
-def test_loss_and_estimate_have_the_shapes_of_the_protocol(family):
-    model, batch = make_model(family), make_batch()
+@every_family
+def test_a_repeated_layer_runs_again_and_its_gradient_is_the_sum(made):
+    (model, batch), order, losses = made, (0, 1, 1, 1, 2), []
+    unrolled = copy.deepcopy(model)
+    unrolled.layers = nn.ModuleList(copy.deepcopy(model.layers[i]) for i in order)
+    for network, layers in ((model, order), (unrolled, range(5))):
+        losses.append(network.loss(DRAW, LEVEL, SCALE, layers, batch))
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    parts = [dict(unrolled.layers[i].named_parameters()) for i in (1, 2, 3)]
+    for name, parameter in model.layers[1].named_parameters():
+        expected = sum(part[name].grad for part in parts)
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+@pytest.mark.parametrize("autocast", [False, True])
+def test_loss_and_estimate_have_the_shapes_and_dtypes_of_the_protocol(made, autocast):
+    model, batch = made
     z = noisy(model, batch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        prediction = model.denoise(z, LEVEL, range(3), batch)
+        losses = model.losses(DRAW, LEVEL, range(3), batch)
+        loss = model.loss(DRAW, LEVEL, SCALE, range(3), batch)
+    estimate = model.estimate(prediction)
+    assert losses.shape == (3,) and loss.shape == () and (losses > 0).all()
+    assert estimate.shape == z.shape == model.target(batch).shape
+    assert {t.dtype for t in (losses, loss, estimate)} == {torch.float32}
+
+
+@every_family
+def test_only_z_and_the_condition_are_read_to_denoise(made, family):
+    model, batch = made
+    alone, z = {CONDITION[family]: batch[CONDITION[family]]}, noisy(model, batch)
+    expected = model.denoise(z, LEVEL, range(3), batch)
+    assert torch.equal(model.denoise(z, LEVEL, range(3), alone), expected)
+    assert model.z_shape(alone) == z.shape and model.level_shape(alone) == LEVEL.shape
+
+
+@every_family
+def test_the_loss_is_that_of_the_prediction_at_the_drawn_noise(made, family):
+    model, batch = made
+    target, parameters = model.target(batch), list(model.parameters())
+    noise = normals(DRAW, 3, target[0].numel()).view(target.shape)
+    z = target + LEVEL.view(3, *[1] * (noise.ndim - 1)) * noise
     prediction = model.denoise(z, LEVEL, range(3), batch)
+    if family == "vit":
+        expected = -prediction.softmax(1).log()[range(3), batch["label"]]
+    else:
+        expected = (prediction - batch["image"]).square().flatten(1).mean(1)
     losses = model.losses(DRAW, LEVEL, range(3), batch)
-    assert losses.shape == (4,) and losses.dtype == torch.float32 and (losses > 0).all()
-    assert model.estimate(prediction).shape == z.shape == model.target(batch).shape
-    assert model.z_shape(batch) == z.shape and model.level_shape(batch) == LEVEL.shape
+    loss = model.loss(DRAW, LEVEL, SCALE, range(3), batch)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss, (SCALE * losses).sum())
+    grads = torch.autograd.grad(loss, parameters)
+    for grad, other in zip(
+        grads, torch.autograd.grad((SCALE * expected).sum(), parameters), strict=True
+    ):
+        torch.testing.assert_close(grad, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
 
 
-@both
-def test_the_loss_is_the_sum_of_the_losses_each_times_its_scale(family):
-    model, batch, scale = make_model(family), make_batch(), torch.tensor([0.5, 0.0, 3.0, 1.0])
-    loss = model.loss(DRAW, LEVEL, scale, range(3), batch)
-    losses = model.losses(DRAW, LEVEL, range(3), batch)
-    assert loss.shape == () and loss.dtype == torch.float32
-    torch.testing.assert_close(loss, (scale * losses).sum())
-
-
-@both
-def test_samples_do_not_see_each_other(family):
-    model, batch = make_model(family), make_batch()
+@every_family
+def test_samples_do_not_see_each_other(made):
+    model, batch = made
     z = noisy(model, batch).detach().requires_grad_()
-    model.denoise(z, LEVEL, range(3), batch)[2].square().sum().backward()
-    assert z.grad.flatten(1).any(1).tolist() == [False, False, True, False]
+    predictions = model.denoise(z, LEVEL, range(3), batch)
+    (grad,) = torch.autograd.grad(predictions[2].square().sum(), z)
+    assert grad.flatten(1).any(1).tolist() == [False, False, True]
     together = model.losses(DRAW, LEVEL, range(3), batch)
-    for i in range(4):
-        alone = {name: tensor[i : i + 1] for name, tensor in batch.items()}
-        draw = replace(DRAW, sample=i)
-        losses = model.losses(draw, LEVEL[i : i + 1], range(3), alone)
+    for i in range(3):
+        alone, level = {name: t[i : i + 1] for name, t in batch.items()}, LEVEL[i : i + 1]
+        losses = model.losses(replace(DRAW, sample=i), level, range(3), alone)
         torch.testing.assert_close(losses, together[i : i + 1])
+        one = model.denoise(z[i : i + 1], level, range(3), alone)
+        torch.testing.assert_close(one[0], predictions[i], rtol=1e-4, atol=1e-5)
 
 
-@both
-def test_the_target_is_made_by_the_target_parts_alone(family):
-    model, batch = make_model(family), make_batch()
+@every_family
+def test_the_target_is_made_by_the_target_parts_alone(made):
+    model, batch = made
     before = model.target(batch)
     children = dict(model.named_children())
     assert set(model.target_parts) <= set(children)
@@ -119,9 +144,9 @@ def test_the_target_is_made_by_the_target_parts_alone(family):
         assert not torch.equal(model.target(batch), before)
 
 
-@both
-def test_a_step_runs_one_end_before_its_layers_and_one_after(family, monkeypatch):
-    model, batch, running = make_model(family), make_batch(), []
+@every_family
+def test_a_step_runs_one_end_before_its_layers_and_one_after(made, monkeypatch):
+    (model, batch), running = made, []
     for layer in model.layers:
         layer.register_forward_hook(lambda *_: running.append("layer"))
 
@@ -136,17 +161,9 @@ def test_a_step_runs_one_end_before_its_layers_and_one_after(family, monkeypatch
 
     for name in model.stem_and_head:
         monkeypatch.setattr(type(model), name, announced(name, getattr(type(model), name)))
-    model.loss(DRAW, LEVEL, torch.ones(4), (0, 1), batch)
+    model.loss(DRAW, LEVEL, SCALE, (0, 1), batch)
     before, after = model.stem_and_head
     assert running == [before, before, "layer", "layer", after, after]
-
-
-@both
-def test_same_bits_every_run(family):
-    model, batch = make_model(family), make_batch()
-    z = noisy(model, batch)
-    first, second = (model.denoise(z, LEVEL, range(3), batch) for _ in range(2))
-    assert torch.equal(first, second)
 
 
 class Recurrent(nn.Module):
@@ -203,38 +220,15 @@ class Tokens:
         return {"token": token, "answer": (token + 1) % 5}
 
 
-def recurrent(num_blocks, sharing="joint"):
-    return DiffusionBlocks(
-        Recurrent(),
-        num_blocks,
-        process=PRIOR,
-        weighting="none",
-        layers=[0, 1, 1, 1, 2],
-        sharing=sharing,
-    )
-
-
-def test_a_repeated_layer_runs_again_and_its_gradient_is_the_sum():
-    model = randomise(Recurrent())
-    unrolled = copy.deepcopy(model)
-    unrolled.layers = nn.ModuleList(copy.deepcopy(model.layers[i]) for i in (0, 1, 1, 1, 2))
-    batch, losses = Tokens().batch(torch.arange(4), torch.clone), []
-    for network, layers in ((model, [0, 1, 1, 1, 2]), (unrolled, range(5))):
-        losses.append(network.loss(DRAW, LEVEL, torch.full((4,), 0.25), layers, batch))
-        losses[-1].backward()
-    torch.testing.assert_close(*losses)
-    parts = [dict(unrolled.layers[i].named_parameters()) for i in (1, 2, 3)]
-    for name, parameter in model.layers[1].named_parameters():
-        torch.testing.assert_close(parameter.grad, sum(part[name].grad for part in parts))
-
-
-@pytest.mark.parametrize("num_blocks", [1, 2])
-def test_a_recurrent_stack_is_trained_and_sampled_unchanged(num_blocks):
-    blocks, data = recurrent(num_blocks), Tokens()
+@pytest.mark.parametrize(
+    ("num_blocks", "groups"), [(1, {"block0"}), (2, {"block0", "block1", "shared"})]
+)
+def test_a_recurrent_stack_is_trained_and_sampled_unchanged(num_blocks, groups):
+    how = {"process": PRIOR, "weighting": "none", "layers": [0, 1, 1, 1, 2]}
+    blocks, data = DiffusionBlocks(Recurrent(), num_blocks, **how), Tokens()
     trainer = Trainer(blocks, data, steps=60 // num_blocks, batch_size=8, lr=2e-2, ema=0.5)
     trainer.run()
-    names = {"block0"} if num_blocks == 1 else {"block0", "block1", "shared"}
-    assert set(trainer.counters()["groups"]) == names
+    assert set(trainer.counters()["groups"]) == groups
     if num_blocks == 2:
         assert "model.layers.1.mlp.fc1.weight" in trainer.groups["shared"].parameters
     batch = data.batch(torch.arange(12), torch.clone)
@@ -246,8 +240,3 @@ def test_a_recurrent_stack_is_trained_and_sampled_unchanged(num_blocks):
             answer = sampler(blocks.eval().denoiser(batch), z, levels)
             word = (answer @ blocks.model.rows().T).argmax(-1)
             assert (word == batch["answer"]).float().mean() > 0.9
-
-
-def test_a_core_that_two_blocks_run_cannot_be_copied():
-    with pytest.raises(ValueError, match="a layer must be in one block, got layer 1 in several"):
-        recurrent(2, sharing="copies")

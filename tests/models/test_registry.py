@@ -1,19 +1,13 @@
 import pytest
 import torch
+from models.tiny import every_family
 
 from dbkernels.data.images import ImageData
 from dbkernels.models import FAMILIES, DiT, ViT, family_named, family_of
-from dbkernels.models.registry import ModelConfig
-
-every = pytest.mark.parametrize("name", FAMILIES)
 
 
-def data_of(shape, num_classes=7):
-    return ImageData(torch.zeros(2, *shape).numpy(), torch.tensor([0, 1]), num_classes)
-
-
-def digits(name) -> ModelConfig:
-    return FAMILIES[name].model.preset("digits")
+def data_of(shape):
+    return ImageData(torch.zeros(2, *shape).numpy(), torch.tensor([0, 1]), 7)
 
 
 def test_the_families_have_names():
@@ -23,30 +17,23 @@ def test_the_families_have_names():
         family_named("cnn")
 
 
-@every
-def test_a_family_is_found_by_its_name_and_by_a_model(name):
-    entry = FAMILIES[name]
+@every_family
+def test_a_family_is_found_by_its_name_and_by_a_model(family):
+    entry = FAMILIES[family]
     model = entry.model.from_preset("digits")
-    assert family_named(name) is entry is family_of(model)
-    assert model.config == digits(name) and isinstance(model.config, entry.config)
+    assert family_named(family) is entry is family_of(model)
+    assert model.config == entry.model.preset("digits") and isinstance(model.config, entry.config)
 
 
-@every
-def test_an_unknown_preset_is_told_the_known_ones(name):
-    model = FAMILIES[name].model
-    message = f"preset of {model.__name__} must be one of {', '.join(model.presets)}, got tiny"
-    for make in (model.preset, model.from_preset):
-        with pytest.raises(ValueError, match=message):
-            make("tiny")
-
-
-@every
-def test_sizes_change_by_name_and_without_any_nothing_does(name):
-    config = digits(name)
+@every_family
+def test_sizes_change_by_name_and_by_data_and_without_any_nothing_does(family):
+    config = FAMILIES[family].model.preset("digits")
     assert config.resized({}) == config
-    smaller = config.resized({"dim": config.dim // 4, "depth": 2})
-    assert (smaller.dim, smaller.depth) == (config.dim // 4, 2)
-    assert smaller.num_heads == config.num_heads
+    smaller = config.resized({"dim": 16, "depth": 2})
+    assert (smaller.dim, smaller.depth, smaller.num_heads) == (16, 2, config.num_heads)
+    fitted = config.fitted(data_of((3, 12, 12)))
+    assert (fitted.image_size, fitted.channels, fitted.num_classes) == (12, 3, 7)
+    assert fitted.fields()["image"].shape == (3, 12, 12) and fitted.fields()["label"].bound == 7
 
 
 def test_a_vit_keeps_the_ratio_of_its_mlp():
@@ -54,29 +41,24 @@ def test_a_vit_keeps_the_ratio_of_its_mlp():
     assert config.resized({"dim": config.dim // 4}).mlp_hidden == config.mlp_hidden // 4
 
 
-@every
-def test_the_data_decides_image_channels_and_classes(name):
-    config = digits(name).fitted(data_of((3, 12, 12)))
-    assert (config.image_size, config.channels, config.num_classes) == (12, 3, 7)
-    fields = config.fields()
-    assert (fields["image"].shape, fields["label"].bound) == ((3, 12, 12), 7)
-
-
-@every
+@every_family
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("ask", "message"),
     [
-        ((1, 8, 6), "images must be square, got 8 x 6"),
-        ((1, 7, 7), "the patch must divide the image size, got 2 and 7"),
+        (lambda model: model.preset("tiny"), "preset of {} must be one of {}, got tiny"),
+        (lambda model: model.from_preset("tiny"), "preset of {} must be one of {}, got tiny"),
+        (lambda model: model.preset("digits").fitted(data_of((1, 8, 6))), "square, got 8 x 6"),
+        (lambda model: model.preset("digits").fitted(data_of((1, 7, 7))), "divide .* 2 and 7"),
     ],
 )
-def test_images_that_no_model_of_the_family_reads_are_refused(name, shape, message):
-    with pytest.raises(ValueError, match=message):
-        digits(name).fitted(data_of(shape))
+def test_rejects(family, ask, message):
+    model = FAMILIES[family].model
+    with pytest.raises(ValueError, match=message.format(model.__name__, ", ".join(model.presets))):
+        ask(model)
 
 
 def test_what_samples_asks_for_so_many_of_each_class_and_has_a_label_for_none():
-    entry, config = FAMILIES["dit"], digits("dit")
+    entry, config = FAMILIES["dit"], DiT.preset("digits")
     labels = entry.prompts(config, 2, torch.device("cpu"))["label"]
     assert labels.tolist() == [label for label in range(10) for _ in range(2)]
     assert entry.null_label(config) == 10

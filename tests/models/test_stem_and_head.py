@@ -4,18 +4,24 @@ import sysconfig
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
-from models.tiny import dynamo_alone, randomise
+from models.tiny import (
+    CONFIGS,
+    DRAW,
+    LEVEL,
+    SCALE,
+    dynamo_alone,
+    every_family,
+    make_batch,
+    make_model,
+    noisy,
+    randomise,
+)
 from torch._dynamo.utils import counters
 from torch._inductor import config, cpp_builder
-from training.tiny import DIT, VIT
 
-from dbkernels.models import FAMILIES, embed
+from dbkernels.models import embed
 from dbkernels.models.stem_and_head import compile_stem_and_head
 from dbkernels.ops import Draw
-
-LEVEL = torch.tensor([0.05, 0.4, 2.0, 40.0])
-DRAW = Draw(seed=3, step=1)
-both = pytest.mark.parametrize("family", ["vit", "dit"])
 
 
 @pytest.fixture(autouse=True)
@@ -24,38 +30,55 @@ def forget_compiled_code():
     counters.clear()
 
 
-def make_model(family):
-    return randomise(FAMILIES[family].model({"vit": VIT, "dit": DIT}[family]))
-
-
-def make_batch():
-    return {"image": torch.randn(4, 1, 4, 4), "label": torch.tensor([2, 0, 1, 1])}
+@pytest.fixture
+def compiled(family):
+    """A model whose stem and head are compiled."""
+    model = make_model(family)
+    compile_stem_and_head(model, "cpu")
+    return model
 
 
 def compiled_graphs():
     return counters["stats"]["unique_graphs"]
 
 
-def step(model, layers=(1,), batch=None, draw=DRAW):
-    batch = make_batch() if batch is None else batch
-    level = LEVEL[: len(batch["label"])]
-    loss = model.loss(draw, level, torch.full_like(level, 1 / len(level)), layers, batch)
-    loss.backward()
-    return loss.detach()
+def plain_twin(model):
+    """Another with the same weights under the same names, of which nothing is compiled."""
+    (family,) = (name for name, config in CONFIGS.items() if config == model.config)
+    twin = make_model(family)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def step(model, layers=(1,), count=3, draw=DRAW):
+    """The loss of a step on the first samples, and the gradients by name."""
+    batch = {name: tensor[:count] for name, tensor in make_batch(model).items()}
+    loss = model.loss(draw, LEVEL[:count], SCALE[:count], layers, batch)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    found = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
 
 
 def inputs_of(family):
     """Of each end, far from zero where sums could lose digits; a gradient where a step has one."""
-    rows = 3 + torch.randn(4, 16)
-    label = torch.tensor([2, 0, 1, 1])
+
+    def moved(*shape, by=3):
+        return (by + torch.randn(shape)).requires_grad_()
+
+    image, label = torch.randn(3, 3, *2 * [CONFIGS[family].image_size]), torch.tensor([3, 0, 2])
     if family == "vit":
-        stem = (rows.clone().requires_grad_(), LEVEL, torch.randn(4, 1, 4, 4))
-        answer, c = 30 + torch.randn(4, 16), torch.randn(4, 8)
-        moved = (tensor.requires_grad_() for tensor in (answer, c, rows))
-        return {"stem": stem, "cross_entropy": (*moved, LEVEL, label)}
-    stem = (torch.randn(4, 1, 4, 4), LEVEL, rows.clone().requires_grad_())
-    tail = (30 + torch.randn(4, 4, 16), torch.randn(4, 16))
-    return {"stem": stem, "tail": tuple(tensor.requires_grad_() for tensor in tail)}
+        answer, c = moved(3, 8, by=30), moved(3, 6, by=0)
+        head = answer, c, moved(3, 8), LEVEL, label
+        return {"stem": (moved(3, 8), LEVEL, image), "cross_entropy": head}
+    tail = moved(3, 9, 8, by=30), moved(3, 8, by=0)
+    return {"stem": (image, LEVEL, moved(3, 8)), "tail": tail}
 
 
 def run_end(model, name, inputs):
@@ -83,109 +106,72 @@ def in_float64(model, name, inputs, monkeypatch):
         return run_end(copy.deepcopy(model).double(), name, asked)
 
 
-@both
-def test_compiled_stems_and_heads_are_as_accurate_as_plain_ones(family, monkeypatch):
-    model = make_model(family)
-    fused = copy.deepcopy(model)
-    compile_stem_and_head(fused, "cpu")
-    stem_and_head = inputs_of(family)
-    assert set(stem_and_head) == set(model.stem_and_head)
-    for name, inputs in stem_and_head.items():
+@every_family
+def test_compiled_stems_and_heads_are_as_accurate_as_plain_ones(compiled, family, monkeypatch):
+    model, ends = plain_twin(compiled), inputs_of(family)
+    assert set(ends) == set(model.stem_and_head)
+    for name, inputs in ends.items():
         exact = in_float64(model, name, inputs, monkeypatch)
-        plain, compiled = (run_end(m, name, inputs) for m in (model, fused))
-        assert plain.keys() == compiled.keys() == exact.keys()
+        plain, fused = (run_end(m, name, inputs) for m in (model, compiled))
+        assert plain.keys() == fused.keys() == exact.keys()
         for key, expected in exact.items():
-            label = f"{name}, {key}"
-            assert_as_accurate_as_eager(label, compiled[key], plain[key], expected)
+            assert_as_accurate_as_eager(f"{name}, {key}", fused[key], plain[key], expected)
     assert compiled_graphs() == 2
 
 
-@both
+@every_family
 def test_code_is_made_by_the_compiler_and_for_the_one_shape(family, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how) or function)
-    model = make_model(family)
-    compile_stem_and_head(model, "cpu")
+    compile_stem_and_head(make_model(family), "cpu")
     how = {"fullgraph": True, "dynamic": False, "options": {"deterministic": True}}
     assert asked == [how, how]
 
 
-@both
-def test_every_block_and_every_step_runs_the_same_code(family, monkeypatch):
+@pytest.fixture
+def traced(monkeypatch):
+    """Stands before `compiled`: what it compiles makes no kernels."""
     dynamo_alone(monkeypatch)
-    model = make_model(family)
-    compile_stem_and_head(model, "cpu")
+
+
+@every_family
+def test_every_block_and_step_runs_the_same_code_and_half_a_batch_other_code(traced, compiled):
     for index, layers in enumerate([(0,), (1,), (2,), (0, 1), (1, 2)]):
-        step(model, layers, draw=Draw(seed=3, step=index))
+        step(compiled, layers, draw=Draw(seed=3, step=index))
     assert compiled_graphs() == 2
-
-
-@both
-def test_half_a_batch_is_compiled_once_more(family, monkeypatch):
-    dynamo_alone(monkeypatch)
-    model, batch = make_model(family), make_batch()
-    compile_stem_and_head(model, "cpu")
-    half = {name: tensor[:2] for name, tensor in batch.items()}
-    for each in (batch, half, half, batch, half):
-        step(model, batch=each)
+    for count in (3, 2, 2, 3, 2):
+        step(compiled, count=count)
     assert compiled_graphs() == 4
 
 
-@both
-def test_a_step_runs_the_same_ops_on_the_same_parameters(family, monkeypatch):
-    dynamo_alone(monkeypatch)
-    model, batch = make_model(family), make_batch()
-    fused = copy.deepcopy(model)
-    names = list(model.state_dict())
-    compile_stem_and_head(fused, "cpu")
-    assert list(fused.state_dict()) == names
-    assert torch.equal(step(fused, batch=batch), step(model, batch=batch))
-    grads = [{n: p.grad for n, p in m.named_parameters()} for m in (model, fused)]
-    for name, grad in grads[0].items():
-        other = grads[1][name]
-        assert (grad is other is None) or torch.equal(grad, other), name
+@every_family
+def test_a_model_and_its_copy_run_the_same_ops_each_on_its_own_parameters(traced, compiled):
+    other = randomise(copy.deepcopy(compiled))
+    for model in (compiled, other):
+        assert_equal(step(model), step(plain_twin(model)))
+    assert compiled_graphs() == 2
 
 
-@both
-def test_without_a_gradient_nothing_is_compiled_and_no_bit_differs(family):
-    model, batch = make_model(family), make_batch()
-    fused = copy.deepcopy(model)
-    compile_stem_and_head(fused, "cpu")
-    z = torch.randn_like(model.target(batch))
+@every_family
+def test_without_a_gradient_nothing_is_compiled_and_no_bit_differs(compiled):
+    plain, batch = plain_twin(compiled), make_batch(compiled)
+    z = noisy(plain, batch)
     with torch.no_grad():
-        for count in range(1, 5):
+        for count in range(1, 4):
             part = {name: tensor[:count] for name, tensor in batch.items()}
             expected, actual = (
-                m.denoise(z[:count], LEVEL[:count], (0, 2), part) for m in (model, fused)
+                m.denoise(z[:count], LEVEL[:count], (0, 2), part) for m in (plain, compiled)
             )
             assert torch.equal(actual, expected)
     assert compiled_graphs() == 0
 
 
-@both
-def test_a_copy_has_its_own_parameters_and_the_same_code(family, monkeypatch):
-    dynamo_alone(monkeypatch)
-    model, batch = make_model(family), make_batch()
-    compile_stem_and_head(model, "cpu")
-    step(model, batch=batch)
-    model.zero_grad()
-    other = copy.deepcopy(model)
-    randomise(other)
-    fresh = make_model(family)
-    fresh.load_state_dict(other.state_dict())
-    assert torch.equal(step(other, batch=batch), step(fresh, batch=batch))
-    assert all(p.grad is None for p in model.parameters())
-    assert other.head.weight.grad.any() and compiled_graphs() == 2
-
-
-def test_each_model_has_code_of_its_own_so_that_no_number_of_them_is_too_many(monkeypatch):
-    dynamo_alone(monkeypatch)
-    batch = make_batch()
+def test_each_model_has_code_of_its_own_so_that_no_number_of_them_is_too_many(traced):
     with torch._dynamo.config.patch(recompile_limit=1):
         for count in (1, 2, 3):
             model = make_model("vit")
             compile_stem_and_head(model, "cpu")
-            step(model, batch=batch)
+            step(model)
             assert compiled_graphs() == 2 * count
 
 
@@ -204,10 +190,8 @@ def no_compiler(monkeypatch):
 
 @pytest.mark.parametrize(("device", "kind"), [("cpu", r"a C\+\+"), ("cuda", "a C")])
 def test_rejects_a_machine_without_a_compiler(device, kind, no_compiler):
-    model = make_model("dit")
-    with pytest.raises(
-        ValueError, match=f"compile_stem_and_head needs {kind} compiler: .*, got none"
-    ):
+    model, message = make_model("dit"), f"compile_stem_and_head needs {kind} compiler: .*, got none"
+    with pytest.raises(ValueError, match=message):
         compile_stem_and_head(model, device)
     assert not vars(model).keys() & set(model.stem_and_head)
 
@@ -219,8 +203,7 @@ def test_a_gpus_code_needs_either_c_compiler_or_the_one_that_is_named(
     with monkeypatch.context() as patch:
         patch.setenv("CC", "my-compiler")
         compile_stem_and_head(make_model("dit"), "cuda")
-    (tmp_path / name).write_text("#!/bin/sh\n")
-    (tmp_path / name).chmod(0o755)
+    (tmp_path / name).touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     compile_stem_and_head(make_model("dit"), "cuda")
     with pytest.raises(ValueError, match=r"a C\+\+ compiler"):

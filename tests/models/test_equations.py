@@ -1,0 +1,106 @@
+"""The equations of each family written out, and what its new weights are."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models.tiny import CONFIGS, DRAW, LEVEL, SCALE, every_family, make_batch, make_model, noisy
+
+from dbkernels.diffusion.prediction import EDM
+from dbkernels.models import FAMILIES
+from dbkernels.models.embed import patchify, unpatchify
+from dbkernels.models.layer import run_layers
+from dbkernels.ops import adaln_norm, add_noise, score_loss
+
+
+def edm(data, shape=(3, 1)):
+    """What z and the network's answer are multiplied by, of Karras et al. 2022, table 1."""
+    sigma = LEVEL.view(shape)
+    total = sigma**2 + data**2
+    return total.rsqrt(), data**2 / total, sigma * data / total.sqrt()
+
+
+def vit(model, batch):
+    """The prediction at the drawn noise and the loss, op by op in one function."""
+    (c_in, c_skip, c_out), z = edm(model.sigma_data), noisy(model, batch)
+    c = model.condition(torch.log(LEVEL) / 4)
+    patches = model.patch(patchify(batch["image"], 2))
+    x = torch.cat([(c_in * z)[:, None].to(patches), patches], dim=1) + model.positions
+    x = run_layers(model.layers, x, c, num_queries=1)
+    D = c_skip * z + c_out * model.norm(x[:, 0])
+    logits = model.head(model.modulation(D, c))
+    losses = F.cross_entropy(logits.float(), batch["label"], reduction="none")
+    return logits, (SCALE * losses).sum()
+
+
+def dit(model, batch):
+    """As `vit`."""
+    image, z, prediction = batch["image"], noisy(model, batch), EDM(model.sigma_data)
+    c_in, c_skip, c_out = edm(model.sigma_data, (3, 1, 1, 1))
+
+    def network(scaled):
+        c = model.condition(torch.log(LEVEL) / 4) + model.label_table(batch["label"])
+        x = run_layers(model.layers, model.patch(patchify(scaled, 2)) + model.positions, c)
+        shift, scale = model.modulation.linear(F.silu(c)).chunk(2, dim=-1)
+        return unpatchify(model.head(adaln_norm(x, scale, shift, dtype=scale.dtype)), 2, 3)
+
+    exact = LEVEL.double()
+    target = (each.float() for each in prediction.target(exact))
+    scaled = add_noise(image, *(each.float() for each in prediction.input(exact)), DRAW)
+    weight = (SCALE * prediction.estimate(exact)[1].square()).float()
+    loss, _ = score_loss(network(scaled), image, *target, DRAW, weight=weight, reduction="sum")
+    return c_skip * z + c_out * network(c_in * z), loss
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("equations", [vit, dit])
+def test_predictions_loss_and_gradients_have_the_bits_of_the_equations(equations, autocast):
+    model = make_model(equations.__name__)
+    batch, parameters = make_batch(model), list(model.parameters())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected, expected_loss = equations(model, batch)
+        actual = model.denoise(noisy(model, batch), LEVEL, range(3), batch)
+        loss = model.loss(DRAW, LEVEL, SCALE, range(3), batch)
+    assert torch.equal(actual, expected) and torch.equal(loss, expected_loss)
+    grads = (torch.autograd.grad(each, parameters) for each in (loss, expected_loss))
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize(
+    ("family", "preset", "count"),
+    [
+        ("vit", "cifar100", 10_529_095),
+        ("dit", "S/2", 32_858_896),
+        ("dit", "B/2", 130_303_504),
+        ("dit", "L/2", 457_824_272),
+        ("dit", "XL/2", 674_816_272),
+    ],
+)
+def test_the_published_models_have_as_many_parameters(family, preset, count):
+    with torch.device("meta"):
+        model = FAMILIES[family].model.from_preset(preset)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@every_family
+def test_a_new_network_says_nothing(family):
+    model = FAMILIES[family].model(CONFIGS[family])
+    batch = make_batch(model)
+    z = torch.randn(model.z_shape(batch))
+    _, c_skip, _ = edm(0.7, (3, 1, 1, 1))
+    expected = torch.zeros(3, 5) if family == "vit" else c_skip * z
+    actual = model.denoise(z, LEVEL, range(3), batch)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+
+
+@every_family
+def test_new_weights_are_a_small_table_and_xavier_projections(family):
+    model = FAMILIES[family].model.from_preset("digits")
+    assert model.label_table.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    for linear in (model.patch, model.layers[0].attention.qkv, model.layers[0].mlp.fc1):
+        bound = math.sqrt(6 / sum(linear.weight.shape))
+        assert linear.weight.abs().max().item() == pytest.approx(bound, rel=0.05)
+        assert not linear.bias.any()
+    if family == "vit":
+        assert model.positions.std().item() == pytest.approx(1, rel=0.1)
