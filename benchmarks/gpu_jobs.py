@@ -166,9 +166,8 @@ def _preset(name: str) -> float:
     """Of weighing and timing all ways of a preset."""
     step, parameters = _step(name)
     alike = [1.0, 1.33, 1.0, 1.0]  # eager, checkpointed, compiled twice
-    alike += [AGAIN[recompute] / count for count in GPU.num_blocks for recompute in POLICIES]
     # and those of one block of three on the device
-    alike += [AGAIN[recompute] / 3 for recompute in POLICIES]
+    alike += [AGAIN[policy] / count for count in (*GPU.num_blocks, 3) for policy in POLICIES]
     ways = sum(WEIGH + WARM_UP + (9 + GPU.rounds) * share * step for share in alike)
     return ways + STATE * parameters / HOST
 
