@@ -30,34 +30,23 @@ MARK = "pytest.mark.gpu"
 class Sizes:
     """All that a rehearsal has otherwise."""
 
-    tests: str  # more options of pytest
-    headline: tuple[str, ...]  # presets of DiT
-    graphs: tuple[str, ...]
-    profiled: str
-    batch: int
-    num_blocks: tuple[int, ...]
-    rounds: int  # of training, two for each block
-    launch: str  # a CPU has no graphs
-    widths: tuple[int, ...]
-    op_rounds: int
+    tests: str = "-n 8"  # more options of pytest; of 16 cores: most of their time compiles kernels
+    headline: tuple[str, ...] = ("XL/2", "L/2")  # presets of DiT
+    graphs: tuple[str, ...] = ("S/2", "B/2")
+    profiled: str = "S/2"
+    batch: int = 64
+    num_blocks: tuple[int, ...] = (1, 2, 3, 4, 6)
+    rounds: int = 12  # of training, two for each block
+    launch: str = "ops graph"  # a CPU has no graphs
+    widths: tuple[int, ...] = (1152, 384, 768, 1536)
+    op_rounds: int = 20
     more_of_ops: str = ""
     more: str = ""  # options of every benchmark
     more_of_training: str = ""
     patience: int = 1  # limits of time, of those on a GPU
 
 
-GPU = Sizes(
-    tests="-n 8",  # of 16 cores: most of their time compiles kernels
-    headline=("XL/2", "L/2"),
-    graphs=("S/2", "B/2"),
-    profiled="S/2",
-    batch=64,
-    num_blocks=(1, 2, 3, 4, 6),
-    rounds=12,
-    launch="ops graph",
-    widths=(1152, 384, 768, 1536),
-    op_rounds=20,
-)
+GPU = Sizes()
 REHEARSAL = Sizes(
     tests="-n 0 --rehearse",
     headline=(PRESET,),
@@ -177,9 +166,8 @@ def _preset(name: str) -> float:
     """Of weighing and timing all ways of a preset."""
     step, parameters = _step(name)
     alike = [1.0, 1.33, 1.0, 1.0]  # eager, checkpointed, compiled twice
-    alike += [AGAIN[recompute] / count for count in GPU.num_blocks for recompute in POLICIES]
     # and those of one block of three on the device
-    alike += [AGAIN[recompute] / 3 for recompute in POLICIES]
+    alike += [AGAIN[policy] / count for count in (*GPU.num_blocks, 3) for policy in POLICIES]
     ways = sum(WEIGH + WARM_UP + (9 + GPU.rounds) * share * step for share in alike)
     return ways + STATE * parameters / HOST
 
@@ -205,10 +193,10 @@ def main(arguments: Sequence[str]) -> None:
         if part not in LIMITS:
             raise SystemExit(f"a part must be one of {', '.join(LIMITS)}, got {part}")
     if "--estimate" in arguments:
-        found = {part: time for part, time in seconds().items() if part in parts}
-        for part, time in found.items():
-            print(f"{part}: about {time:.0f} s of {LIMITS[part]} s on an H100 (estimated)")
-        print(f"together: about {sum(found.values()) / 60:.1f} minutes")
+        times = seconds()
+        for part in parts:
+            print(f"{part}: about {times[part]:.0f} s of {LIMITS[part]} s on an H100 (estimated)")
+        print(f"together: about {sum(times[part] for part in parts) / 60:.1f} minutes")
         return
     sizes = REHEARSAL if "--rehearse" in arguments else GPU
     for job in jobs(sizes):

@@ -88,9 +88,7 @@ def _ops(found: Sequence[Row]) -> Iterator[str]:
 
     An op that has one size has a line for it."""
     lines: dict[str, list[str]] = {}
-    for row in found:
-        if row["impl"] != "fused":
-            continue
+    for row in (row for row in found if row["impl"] == "fused"):
         stream = ", f32 stream" if "stream" in row["dtype"] else ""
         size = row["shape"][-1] if len(row["shape"]) == 3 else "x".join(map(str, row["shape"]))
         figures = f"{size}: {1e3 * row['median_ms']:.1f} {100 * row['share_of_copy']:.0f} %"

@@ -77,19 +77,19 @@ class Options(Program):
     def players(self, case: LayerCase) -> list[Competitor]:
         return competitors(self.impls, self.budgets, mixed=case.autocast)
 
+    def key_of(self, case: LayerCase, player: Competitor) -> Row:
+        """What a row is known by."""
+        return asdict(case) | asdict(player) | {"device": device_name(self.on)}
+
     def wanted(self) -> list[Row]:
-        device = {"device": device_name(self.on)}
-        every = [(case, player) for case in self.cases() for player in self.players(case)]
-        return [asdict(case) | asdict(player) | device for case, player in every]
+        return [self.key_of(case, player) for case in self.cases() for player in self.players(case)]
 
     def tables(self, known: Known) -> Iterator[Iterable[Row]]:
         if self.launches:
             self._print_launches()
             return
-        device = {"device": device_name(self.on)}
         for case in self.cases():
-            every = self.players(case)
-            lacks = [p for p in every if known.lacks(asdict(case) | asdict(p) | device)]
+            lacks = [p for p in self.players(case) if known.lacks(self.key_of(case, p))]
             yield rows_of(case, lacks, self) if lacks else ()
 
     def _print_launches(self) -> None:
@@ -116,7 +116,7 @@ def rows_of(case: LayerCase, players: Sequence[Competitor], options: Options) ->
         # before any is captured, whose memory would stay; compiled once for this and for the clock
         weighed = [weigh(case, step, device) for step in steps.values()]
         times = measure.interleaved(steps, device=device, rounds=rounds)
-        about = asdict(ceilings(device, case.compute_dtype)) | asdict(machine(device))
+        about = ceilings(device, case.compute_dtype) | machine(device)
     return [
         asdict(player)
         | asdict(case)
@@ -136,7 +136,7 @@ def weigh(case: LayerCase, step: LayerStep, device: torch.device) -> Row:
     inputs = step.inputs
     found = measure.memory(step, inputs=[*inputs.leaves, inputs.dout], device=device)
     saved = measure.saved_bytes(step.forward, parameters=inputs.parameters)
-    return {"saved_units": saved / case.unit_bytes} | asdict(found)
+    return {"saved_units": saved / case.unit_bytes} | found
 
 
 if __name__ == "__main__":

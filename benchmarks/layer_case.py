@@ -14,12 +14,6 @@ from dbkernels.ops.layer.recompute import policies_of
 
 FUSED_OPS = ("adaln_norm", "gated_adaln_norm", "gated_residual", "gelu")  # of the case's layer
 IMPLS = ("eager", "fused", "compiled", "compiled_budget", "checkpointed")
-METHODS = {
-    "eager": "stock",
-    "compiled": "compiled",
-    "compiled_budget": "compiled",
-    "checkpointed": "checkpointed",
-}
 
 
 @dataclass(frozen=True)
@@ -79,8 +73,8 @@ class Competitor:
         if self.impl == "fused":
             return partial(adaln_layer, num_heads=num_heads, recompute=self.recompute)
         eager = partial(reference.adaln_layer, num_heads=num_heads)
-        budget = 1.0 if self.budget is None else self.budget
-        return by_method(eager, METHODS[self.impl], budget=budget)
+        method = {"eager": "stock", "checkpointed": "checkpointed"}.get(self.impl, "compiled")
+        return by_method(eager, method, budget=1.0 if self.budget is None else self.budget)
 
 
 def competitors(

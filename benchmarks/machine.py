@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 import subprocess
-from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,37 +19,19 @@ ROOT = Path(__file__).parents[1]
 COPY_BYTES = 2**28
 MATMUL = {"cpu": 1024, "cuda": 8192}  # rows and columns of both factors
 ROUNDS = 7
+CEILINGS = ("copy_gbps", "matmul_tflops")
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a figure depends on beside the case."""
-
-    device: str
-    threads: int
-    driver: str | None  # of the GPU
-    torch: str
-    triton: str
-    commit: str | None  # ends with +dirty where tracked or new files differ from it
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the device reached in the same run."""
-
-    copy_gbps: float  # read and written, on memory larger than any cache
-    matmul_tflops: float  # of two square matrices of the case's dtype
-
-
-def machine(device: torch.device) -> Machine:
-    return Machine(
-        device=device_name(device),
-        threads=torch.get_num_threads(),
-        driver=driver(device),
-        torch=torch.__version__,
-        triton=triton.__version__,
-        commit=commit(),
-    )
+def machine(device: torch.device) -> dict[str, object]:
+    """What a figure depends on beside the case, as a row has it."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "driver": driver(device),  # of the GPU
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit(),  # ends with +dirty where tracked or new files differ from it
+    }
 
 
 def device_name(device: torch.device) -> str:
@@ -96,7 +77,9 @@ def _told_commit(told: str) -> str | None:
     return told or None
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What the device reaches, by CEILINGS: copies of memory, and products of two matrices."""
+    # larger than any cache
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     size = MATMUL[device.type]
@@ -106,13 +89,13 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     calls = {"copy": partial(target.copy_, source), "matmul": partial(torch.mm, a, b)}
     times = measure.interleaved(calls, device=device, rounds=ROUNDS)
     copy, matmul = (times[key].median_ms / 1e3 for key in calls)
-    return Ceilings(2 * COPY_BYTES / copy / 1e9, 2 * size**3 / matmul / 1e12)
+    rates = (2 * COPY_BYTES / copy / 1e9, 2 * size**3 / matmul / 1e12)  # read and written
+    return dict(zip(CEILINGS, rates, strict=True))
 
 
-def faster(before: Ceilings, after: Ceilings) -> Ceilings:
+def faster(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     """What the device reached at either of two times: at one, others may have kept it busy."""
-    pairs = zip(astuple(before), astuple(after), strict=True)
-    return Ceilings(*(max(pair) for pair in pairs))
+    return {name: max(rate, after[name]) for name, rate in before.items()}
 
 
 def _output(program: str, *arguments: str) -> str | None:

@@ -47,14 +47,6 @@ class Times:
     timing: str  # "wall clock", "cuda graph", or "cuda events", which see the host's gaps
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Of one call."""
-
-    peak_bytes: int  # allocated peak during the call, minus resident_bytes
-    resident_bytes: int  # on a CPU the inputs; on a GPU also workspaces that outlive a call
-
-
 # time
 
 
@@ -220,13 +212,16 @@ def _warm_up(call: Call, ms: float, synchronise: Callable[[], None]) -> None:
 # memory
 
 
-def memory(call: Call, *, inputs: Iterable[Tensor], device: torch.device) -> Memory:
+def memory(call: Call, *, inputs: Iterable[Tensor], device: torch.device) -> dict[str, int]:
     """Call once to settle what stays, and measure a second call.
 
     Args:
         call:    to measure
         inputs:  what the caller holds through it
         device:  that they are on
+    Returns:
+        resident_bytes, on a CPU the inputs, on a GPU also workspaces that outlive a call; and
+        peak_bytes, the allocated peak during the call beyond them.
     """
     call()
     gc.collect()
@@ -236,7 +231,7 @@ def memory(call: Call, *, inputs: Iterable[Tensor], device: torch.device) -> Mem
     )
     with growth(device) as found:
         call()
-    return Memory(found["peak_bytes"], resident)
+    return {"peak_bytes": found["peak_bytes"], "resident_bytes": resident}
 
 
 @contextmanager

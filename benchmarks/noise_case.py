@@ -82,8 +82,13 @@ class NoiseCase(NamedTuple):
     def implementation(self, impl: str, direction: str) -> str:
         """What computes."""
         op = "add_noise_fwd" if self.op == "add_noise" else "score_loss_fwd"
-        fused = ops.implementation(self.device, op)
-        return {"fused": fused, "compiled": "inductor", "eager": "torch"}[impl]
+        return what_runs(impl, op, self.device)
+
+
+def what_runs(impl: str, op: str, device: torch.device) -> str:
+    """What computes an op, such as gelu_fwd, for one of those who are compared."""
+    fused = ops.implementation(device, op)
+    return {"fused": fused, "compiled": "inductor", "eager": "torch"}[impl]
 
 
 def draw_on(device: torch.device) -> ops.Draw:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from noise_case import what_runs
 from torch import Tensor
 
 from dbkernels import ops
@@ -73,12 +74,11 @@ class OpCase(NamedTuple):
         """Of unit variance, drawn on the device, with the shapes and strides of the report's."""
         random = torch.Generator(self.device).manual_seed(0)
         arguments = CASES[f"{self.op}_fwd"].arguments(self._shapes)[: INPUTS[self.op]]
-        inputs = [self._of_dtype(like) for like in arguments]
-        if self.op == "qk_norm_rotary":  # the table of angles has no gradient
-            *inputs, _ = inputs
-        filled = [_filled(like, random).requires_grad_() for like in inputs]
+        has_table = self.op == "qk_norm_rotary"  # of angles, which has no gradient
+        likes = map(self._of_dtype, arguments[: len(arguments) - has_table])
+        filled = [_filled(like, random).requires_grad_() for like in likes]
         table = rotary_table(torch.arange(T), HEAD_DIM).to(self.device)
-        return [*filled, table] if len(filled) < len(arguments) else filled
+        return [*filled, *[table] * has_table]
 
     @property
     def _shapes(self) -> Shapes:
@@ -126,8 +126,7 @@ class OpCase(NamedTuple):
 
     def implementation(self, impl: str, direction: str) -> str:
         """What computes."""
-        fused = ops.implementation(self.device, f"{self.op}_{direction}")
-        return {"fused": fused, "compiled": "inductor", "eager": "torch"}[impl]
+        return what_runs(impl, f"{self.op}_{direction}", self.device)
 
     def bytes_moved(self, direction: str) -> int:
         case = CASES[f"{self.op}_{direction}"]
@@ -145,12 +144,9 @@ def _on_tensors(function: Callable, op: str, D: int) -> Callable:
     """An op as a function of its tensors alone."""
     if op != "qk_norm_rotary":
         return function
-
-    def heads_given(qkv, q_weight, k_weight, rotary):
-        weights = {"q_weight": q_weight, "k_weight": k_weight}
-        return function(qkv, D // HEAD_DIM, **weights, rotary=rotary)
-
-    return heads_given
+    return lambda qkv, q_weight, k_weight, rotary: function(
+        qkv, D // HEAD_DIM, q_weight=q_weight, k_weight=k_weight, rotary=rotary
+    )
 
 
 def _for_a_branch(
@@ -175,6 +171,5 @@ def _as_tuple(outs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _arch(device: torch.device) -> int:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        if 10 * major + minor in PROCESSORS:
-            return 10 * major + minor
+        return 10 * major + minor if 10 * major + minor in PROCESSORS else H100
     return H100

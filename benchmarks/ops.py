@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import measure
 import torch
@@ -96,8 +97,7 @@ class Options(Program):
             compile_beside([case for cases in tables for case, _ in cases])
         rounds = self.rounds or ROUNDS[device.type]
         with measure.own_stream(device):
-            about = asdict(ceilings(device, DTYPE)) | asdict(machine(device))
-            about |= {"command": called()}
+            about = ceilings(device, DTYPE) | machine(device) | {"command": called()}
             for cases in tables:
                 yield (row | about for row in rows_that_can_be(cases, rounds, failed))
         if failed:
@@ -112,11 +112,11 @@ def key_of(case: Case, impl: str, direction: str) -> Row:
 
 def lacking_of(case: Case, known: Known) -> dict[str, list[str]]:
     """By direction, the implementations without a row."""
-    lacking = {
-        direction: [i for i in case.impls if known.lacks(key_of(case, i, direction))]
-        for direction in case.directions
+    found = {
+        way: [impl for impl in case.impls if known.lacks(key_of(case, impl, way))]
+        for way in case.directions
     }
-    return {direction: impls for direction, impls in lacking.items() if impls}
+    return {direction: impls for direction, impls in found.items() if impls}
 
 
 def rows_of(case: Case, rounds: int, lacking: dict[str, list[str]]) -> Iterator[Row]:
@@ -131,7 +131,10 @@ def rows_of(case: Case, rounds: int, lacking: dict[str, list[str]]) -> Iterator[
     calls = case.calls(inputs)
     for direction, impls in lacking.items():
         competing = {impl: calls[impl, direction] for impl in impls}
-        memory = {impl: weigh(case, each[0], inputs) for impl, each in competing.items()}
+        memory = {
+            impl: measure.memory(call, inputs=chain(*inputs), device=case.device)
+            for impl, (call, *_) in competing.items()
+        }
         competing[COPY] = measure.copies(case.device, moved[direction], count)
         times = measure.interleaved(competing, device=case.device, rounds=rounds)
         copy_gbps = moved[direction] / times.pop(COPY).median_ms / 1e6
@@ -143,8 +146,8 @@ def rows_of(case: Case, rounds: int, lacking: dict[str, list[str]]) -> Iterator[
                 | asdict(of)
                 | {"bytes_moved": moved[direction], "achieved_gbps": gbps}
                 | {"same_size_copy_gbps": copy_gbps, "share_of_copy": gbps / copy_gbps}
-                | {"launches": count, "allocated_bytes": memory[impl].peak_bytes}
-                | {"resident_bytes": memory[impl].resident_bytes}
+                | {"launches": count, "allocated_bytes": memory[impl]["peak_bytes"]}
+                | {"resident_bytes": memory[impl]["resident_bytes"]}
             )
 
 
@@ -173,11 +176,6 @@ def compile_beside(every: Sequence[Case]) -> None:
         for case, done in [(case, pool.submit(compile_alone, case)) for case in every]:
             if error := done.exception():
                 print(f"{case.op} was not compiled beside: {error!r}", file=sys.stderr)
-
-
-def weigh(case: Case, call: measure.Call, inputs: Sequence[list[torch.Tensor]]) -> measure.Memory:
-    tensors = [tensor for each in inputs for tensor in each]
-    return measure.memory(call, inputs=tensors, device=case.device)
 
 
 if __name__ == "__main__":

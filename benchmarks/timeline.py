@@ -10,7 +10,7 @@ One line or row is one step. It needs no GPU, and no memory of the step's size:
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from machine import device_name, machine
 from program import Known, Program, called, main
@@ -84,7 +84,7 @@ class Options(Program):
         shown = levels(prediction, parts=PARTS)
         driver = {} if self.is_here else {"driver": None}
         return (
-            asdict(machine(self.on))
+            machine(self.on)
             | driver
             | self.key_of(recipe)
             | {name: getattr(prediction, name) for name in PREDICTED}

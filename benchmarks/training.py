@@ -25,11 +25,11 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import measure
 import torch
-from machine import Ceilings, ceilings, device_name, faster, machine
+from machine import CEILINGS, ceilings, device_name, faster, machine
 from program import Known, Program, called, main
 from rehearsal import rehearsing, small_preset
 from show import Row
@@ -61,7 +61,7 @@ ROUNDS = {"cpu": 12, "cuda": 36}  # the more blocks, the fewer steps of each
 SWAPS = 3
 TIMES = ("step_ms", "p20_ms", "p80_ms", "sweep_ms", "samples_per_second", "rounds", "timing")
 RATES = ("achieved_tflops", "share_of_matmul_rate")
-UNTIMED = dict.fromkeys((*TIMES, *RATES, *(field.name for field in fields(Ceilings))))
+UNTIMED = dict.fromkeys((*TIMES, *RATES, *CEILINGS))
 PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes")
 # what a GPU runs; with CUDA's own kernels the memory is the same
 ON_A_GPU = {"block_fused": "triton", "compiled": "inductor"}
@@ -105,13 +105,11 @@ class Options(Program):
         if self.preset and self.family is None:
             raise ValueError(f"preset must be given together with family, got {self.preset[0]}")
         with small_preset(self.rehearse):
-            for model in self.models():
-                self._check(model)
-
-    def _check(self, model: Recipe) -> None:
-        self.ways(model)  # refuses numbers of blocks that there cannot be
-        if self.target_of(model.preset) is not None:
-            return
+            models = self.models()
+            for model in models:
+                self.ways(model)  # refuses numbers of blocks that there cannot be
+        if all(self.target_of(model.preset) for model in models):
+            return  # nothing runs
         if self.on.type == "cpu" and not self.rehearse:
             if "cpu" in self.offload:
                 raise ValueError("offload must be none on a CPU, which is its own host, got cpu")
@@ -198,7 +196,7 @@ def rows_of(
     failed: list[str],
 ) -> Iterator[Row]:
     """One row for each way, as they are found; the ways that failed are added to a list."""
-    about = asdict(machine(options.on)) | {"command": called()}
+    about = machine(options.on) | {"command": called()}
     if options.target_of(model.preset) is not None:
         if options.target != "this":
             about |= {"device": options.name_of(model), "driver": None}
@@ -273,7 +271,7 @@ def measured_rows(
         dtype = torch.bfloat16 if together[0].autocast else torch.float32  # of the matmuls
         before = ceilings(device, dtype)
         timed = _timed(steps, device, options.rounds or ROUNDS[device.type])
-        ceiling = asdict(faster(before, ceilings(device, dtype)))
+        ceiling = faster(before, ceilings(device, dtype))
         for recipe, times in timed.items():
             achieved = rows[recipe]["flops"] / times["step_ms"] / 1e9
             rates = (achieved, achieved / ceiling["matmul_tflops"])

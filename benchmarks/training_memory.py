@@ -72,7 +72,7 @@ def weigh(
         if on_gpu and graphs is None:
             reserved = torch.cuda.max_memory_reserved(device)
         figures = {
-            "peak_allocated_bytes": found.peak_bytes + found.resident_bytes - beside,
+            "peak_allocated_bytes": sum(found.values()) - beside,
             "peak_reserved_bytes": None if reserved is None else reserved - beside,
             "saved_bytes": _saved_bytes(trainer, step),
             "memory": "measured",

@@ -4,125 +4,37 @@ import json
 from pathlib import Path
 
 MIB = 2**20
-CPU = {
-    "device": "AMD EPYC",
-    "driver": None,
-    "threads": 2,
-    "torch": "2.13.0+cpu",
-    "triton": "3.9.0",
-    "commit": "abc1234",
-    "copy_gbps": 68.9,
-    "matmul_tflops": 0.178,
-}
-GPU = CPU | {
-    "device": "NVIDIA H100 80GB HBM3",
-    "driver": "570.86",
-    "threads": 16,
-    "torch": "2.13.0+cu130",
-    "copy_gbps": 2900.0,
-    "matmul_tflops": 690.0,
-}
-# saved activations and time of a step, of eager's
-POLICIES = {
-    "none": (0.52, 0.97),
-    "attention": (0.47, 0.99),
-    "mlp": (0.32, 1.06),
-    "qkv": (0.17, 1.12),
-    "layer": (0.055, 1.27),
-}
-WHOLE = {
-    "end_to_end": (None, 1.0, 1.0),
-    "checkpointed": (None, 0.07, 1.34),
-    "selective": (None, 0.45, 1.14),
-}
-BUDGETS = {1.0: (0.85, 0.91), 0.5: (0.42, 0.99), 0.2: (0.2, 1.16)}
+CPU = {"device": "AMD EPYC", "driver": None, "threads": 2, "torch": "2.13.0+cpu", "triton": "3.9.0"}
+CPU |= {"commit": "abc1234", "copy_gbps": 68.9, "matmul_tflops": 0.178}
+GPU = CPU | {"device": "NVIDIA H100 80GB HBM3", "driver": "570.86", "copy_gbps": 2900.0}
+POLICIES = ("none", "attention", "mlp", "qkv", "layer")
+TIMES = ("step_ms", "p20_ms", "p80_ms", "sweep_ms", "samples_per_second", "share_of_matmul_rate")
 
 
-def training_rows(
-    about=GPU,
-    *,
-    family="dit",
-    preset="S/2",
-    batch=64,
-    predicted=False,
-    weights=130 * MIB,
-    saved=5200 * MIB,
-    ms=70.0,
-    num_blocks=(1, 2, 3, 4, 6),
-):
-    """Every way to train one model; bytes and times follow a formula with a little noise."""
-    case = {"family": family, "preset": preset, "batch": batch, "dtype": "float32"}
-    rest = {"weights": weights, "saved": saved, "ms": ms, "predicted": predicted}
-    for method, (budget, kept, time) in WHOLE.items():
-        yield _row(case | about, method, 1, None, budget, "none", kept, time, **rest)
-    for budget, (kept, time) in BUDGETS.items():
-        yield _row(case | about, "compiled", 1, None, budget, "none", kept, time, **rest)
+def training_rows(about=GPU, *, preset="S/2", predicted=False, num_blocks=(1, 2, 3, 4, 6)):
+    """Every way to train one model, each with a smaller peak and a longer sweep than the last."""
+    ways = [(name, 1, None, None, "none") for name in ("end_to_end", "checkpointed", "selective")]
+    ways += [("compiled", 1, None, budget, "none") for budget in (1.0, 0.5, 0.2)]
     for count in num_blocks:
         for offload in ("none", "cpu") if count > 1 else ("none",):
-            if count > 1:
-                yield _row(case | about, "block_stock", count, None, None, offload, 1, 1.06, **rest)
-            for recompute, (kept, time) in POLICIES.items():
-                yield _row(
-                    case | about,
-                    "block_fused",
-                    count,
-                    recompute,
-                    None,
-                    offload,
-                    kept,
-                    time,
-                    **rest,
-                )
-
-
-def _row(
-    about, method, count, recompute, budget, offload, kept, time, *, weights, saved, ms, predicted
-):
-    noise = 1 + 0.01 * ((int(1000 * kept) + count) % 5)
-    time = time * noise * (1.05 if offload == "cpu" else 1) * (1 + 0.01 * (count - 1))
-    held = weights / (count if offload == "cpu" else 1)
-    parts = {
-        "parameters": held,
-        "gradients": weights / count,
-        "optimizer": 2 * held,
-        "inputs": 2 * MIB,
-        "saved_activations": saved * kept / count,
-        "temporaries": saved / 60,
-        "workspaces": 0 if about["driver"] is None else 32 * MIB,
-    }
-    parts = {name: int(size) for name, size in parts.items()}
-    step = ms * time / count
-    flops = 3e12
-    times = {
-        "step_ms": step,
-        "p20_ms": 0.98 * step,
-        "p80_ms": 1.03 * step,
-        "sweep_ms": step * count,
-        "samples_per_second": about["batch"] / step * 1e3,
-        "rounds": 15,
-        "timing": "wall clock" if about["driver"] is None else "cuda graph",
-        "achieved_tflops": flops / step / 1e9,
-        "share_of_matmul_rate": flops / step / 1e9 / about["matmul_tflops"] % 0.9 + 0.01,
-    }
-    peak = sum(parts.values())
-    ways = {"method": method, "num_blocks": count, "recompute": recompute, "budget": budget}
-    ways |= {"optimizer_in_backward": False, "launch": "ops"}
-    implementation = "inductor" if method == "compiled" else "torch"
-    return (
-        {"suite": "training", "offload": offload, "flops": flops}
-        | ways
-        | (dict.fromkeys(times) if predicted else times)
-        | {
-            "peak_allocated_bytes": peak,
-            "peak_reserved_bytes": None if about["driver"] is None else int(peak * 1.06),
-            "saved_bytes": parts["saved_activations"],
-            "by_category": parts,
+            ways += [("block_stock", count, None, None, offload)] * (count > 1)
+            ways += [("block_fused", count, policy, None, offload) for policy in POLICIES]
+    names = ("method", "num_blocks", "recompute", "budget", "offload")
+    for number, way in enumerate(ways):
+        peak, step = (6000 - 50 * number) * MIB, (70.0 + number) / way[1]
+        times = (step, 0.98 * step, 1.03 * step, step * way[1], 64e3 / step, 0.5)
+        measured = {"rounds": 15, "timing": "wall clock"} | dict(zip(TIMES, times, strict=True))
+        fused = "triton" if way[0] == "block_fused" else "torch"
+        yield {
+            "suite": "training", "family": "dit", "preset": preset, "batch": 64,
+            "dtype": "float32", **dict(zip(names, way, strict=True)),
+            "optimizer_in_backward": False, "launch": "ops", "peak_allocated_bytes": peak,
+            "peak_reserved_bytes": peak, "saved_bytes": peak // 2,
             "memory": "predicted" if predicted else "measured",
-            "implementation": "triton" if method == "block_fused" else implementation,
+            "implementation": "inductor" if way[0] == "compiled" else fused,
             "command": "python benchmarks/training.py --family dit",
-        }
-        | about
-    )
+            **(dict.fromkeys(measured) if predicted else measured), **about,
+        }  # fmt: skip
 
 
 def demo_rows(about=CPU):
@@ -139,28 +51,18 @@ def demo_rows(about=CPU):
 
 
 def ops_rows(about=CPU, *, ops=("adaln_norm", "gelu")):
+    """Each op forward and backward; the later implementations are slower."""
+    moved = {"bytes_moved": 3 * MIB, "shape": [4, 256, 384], "dtype": "float32"}
+    moved |= {"rounds": 11, "timing": "wall clock", "command": "python benchmarks/ops.py"}
+    impls = {"fused": "cpp", "eager": "torch", "compiled": "inductor"}
     for op in ops:
         for direction in ("forward", "backward"):
-            for number, impl in enumerate(("fused", "eager", "compiled")):
+            for number, (impl, runs) in enumerate(impls.items()):
                 ms = 0.4 + 0.3 * number + 0.1 * len(direction)
-                yield {
-                    "impl": impl,
-                    "op": op,
-                    "direction": direction,
-                    "implementation": {"fused": "cpp", "eager": "torch"}.get(impl, "inductor"),
-                    "shape": [4, 256, 384],
-                    "dtype": "float32",
-                    "median_ms": ms,
-                    "p20_ms": 0.9 * ms,
-                    "p80_ms": 1.1 * ms,
-                    "rounds": 11,
-                    "timing": "wall clock",
-                    "bytes_moved": 3145728,
-                    "achieved_gbps": 3145728 / ms / 1e6,
-                    "allocated_bytes": 1572864 * number,
-                    "resident_bytes": 3145728,
-                    "command": "python benchmarks/ops.py",
-                } | about
+                row = {"impl": impl, "op": op, "direction": direction, "implementation": runs}
+                row |= {"median_ms": ms, "p20_ms": 0.9 * ms, "p80_ms": 1.1 * ms}
+                row |= {"achieved_gbps": 3 * MIB / ms / 1e6, "allocated_bytes": MIB * number}
+                yield row | moved | about
 
 
 def write(path: Path, rows) -> Path:

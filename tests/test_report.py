@@ -3,8 +3,8 @@ import importlib
 import json
 import os
 import re
-from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import benchmark_rows as made
 import numpy as np
@@ -58,27 +58,10 @@ def lines_of(text, *words):
     return [re.split(r" *\| *", line.replace("**", ""))[1:-1] for line in lines]
 
 
-class Reader(HTMLParser):
-    """Collect the tags and links of a page, and fail where tags do not nest."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.tags, self.links, self.text = [], [], [], ""
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [value for key, value in attrs if key in ("src", "href")]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> closes another tag"
-
-    def handle_data(self, data):
-        self.text += data
+def elements_of(page):
+    """The elements of a page, whose tags must nest."""
+    closed = re.sub(r"<(meta|img)([^>]*)>", r"<\1\2/>", page.removeprefix("<!DOCTYPE html>"))
+    return list(ElementTree.fromstring(closed).iter())
 
 
 def test_the_results_page_of_the_repository_is_what_its_rows_give(written):
@@ -87,13 +70,15 @@ def test_the_results_page_of_the_repository_is_what_its_rows_give(written):
 
 def test_the_page_needs_nothing_from_outside_and_has_every_line_of_the_tables(written):
     page, tables = written
-    reader = Reader(page)
-    assert not {"script", "link", "iframe", "object", "base", "svg"} & set(reader.tags)
-    pictures = [base64.b64decode(link.partition(",")[2]) for link in reader.links]
+    elements = elements_of(page)
+    tags = [element.tag for element in elements]
+    assert not {"script", "link", "iframe", "object", "base", "svg"} & set(tags)
+    links = [link for each in elements for link in (each.get("src"), each.get("href")) if link]
+    pictures = [base64.b64decode(link.partition(",")[2]) for link in links]
     assert len(pictures) == 5 and all(b"<svg" in picture for picture in pictures)
     assert "@import" not in page and "http" not in page
     lines = [line for line in tables.splitlines() if line.startswith("| ") and "---" not in line]
-    assert reader.tags.count("tr") == len(lines)
+    assert tags.count("tr") == len(lines)
     assert "<b>256 MiB</b>" in page and "<code>python benchmarks/layer.py" in page
 
 
@@ -105,33 +90,14 @@ def test_the_figures_of_a_way_stand_beside_each_other(stored, written):
     row = next(row for row in rows if way.items() <= row.items())
     part = part_of(written[1], "ViT digits, batch 64, float32, AMD EPYC")
     peak, sweep = row["peak_allocated_bytes"], row["sweep_ms"]
-    assert lines_of(part, "| 3 |", "fused layers, qkv (cpp)") == [
-        [
-            "3",
-            "fused layers, qkv (cpp)",
-            "all",
-            f"{peak / 2**20:.1f} MiB",
-            f"{peak / eager['peak_allocated_bytes']:.2f}",
-            f"{row['saved_bytes'] / 2**20:.2f} MiB",
-            f"{row['step_ms']:.1f}",
-            f"{row['p20_ms']:.1f} to {row['p80_ms']:.1f}",
-            f"{sweep:.1f}",
-            f"{sweep / eager['sweep_ms']:.2f}",
-            f"{row['samples_per_second']:,.0f}",
-            f"{100 * row['share_of_matmul_rate']:.0f} %",
-        ]
-    ]
+    assert lines_of(part, "| 3 |", "fused layers, qkv (cpp)") == [[
+        "3", "fused layers, qkv (cpp)", "all", f"{peak / 2**20:.1f} MiB",
+        f"{peak / eager['peak_allocated_bytes']:.2f}", f"{row['saved_bytes'] / 2**20:.2f} MiB",
+        f"{row['step_ms']:.1f}", f"{row['p20_ms']:.1f} to {row['p80_ms']:.1f}", f"{sweep:.1f}",
+        f"{sweep / eager['sweep_ms']:.2f}", f"{row['samples_per_second']:,.0f}",
+        f"{100 * row['share_of_matmul_rate']:.0f} %",
+    ]]  # fmt: skip
     assert sum(line.startswith(("| 1 |", "| 3 |")) for line in part.splitlines()) == len(rows)
-
-
-def test_the_best_of_each_group_of_rivals_is_bold(written):
-    part = part_of(written[1], "ViT digits, batch 64, float32, AMD EPYC")
-    bold = [line for line in part.splitlines() if "**16.1 MiB**" in line or "**18.8 MiB**" in line]
-    assert [line[:4] for line in bold] == ["| 1 ", "| 3 "]
-    ops = part_of(written[1], "32 x 256 x 384, float32, AMD EPYC")
-    assert [line.count("**") // 2 for line in ops.splitlines() if "adaln_norm fwd" in line] == [
-        3, 0, 1, 3, 0, 1,
-    ]  # fmt: skip
 
 
 def test_what_no_device_has_run_says_so(stored, written):
@@ -144,24 +110,10 @@ def test_what_no_device_has_run_says_so(stored, written):
     assert "predicted" not in part_of(written[1], "DiT digits, batch 64, float32, AMD EPYC")
 
 
-def test_every_table_says_where_it_comes_from(tool, stored, written):
-    parts = written[1].split("\n### ")[1:]
-    assert len(parts) == sum(len(tool("report_rows").tables(stored, suite))
-                             for suite in tool("report_rows").SUITES)  # fmt: skip
-    for part in parts:
-        words = " ".join(part.split())
-        assert re.search(
-            r"\d CPU threads, torch [\d.+a-z]+, triton [\d.]+, commit [0-9a-f]+", words
-        )
-        assert re.search(r"Printed by `(python benchmarks/\w+\.py|bash tools/demo\.sh)", words)
-
-
 def test_two_commands_that_fill_one_table_are_both_named(tool):
     rows = [a_row(suite="training"), a_row(suite="training", command="bash again.sh")]
     text = tool("report_tables").about(rows)
-    assert text.endswith(
-        "Printed by `python benchmarks/training.py --family dit` and `bash again.sh`."
-    )
+    assert text.endswith("`python benchmarks/training.py --family dit` and `bash again.sh`.")
     assert "The device copies 68.9 GB/s and multiplies 0.178 TFLOP/s." in text
     assert "Times are medians of 15 rounds by wall clock." in text
 
@@ -210,8 +162,9 @@ def test_text_from_the_results_is_escaped(tool, tmp_path):
     file = made.write(tmp_path / "rows.jsonl", rows)
     page, tables = tmp_path / "a.html", tmp_path / "a.md"
     assert tool("report").main([str(file), "--page", str(page), "--tables", str(tables)]) == 0
-    reader = Reader(page.read_text())
-    assert "script" not in reader.tags and hostile in reader.text
+    elements = elements_of(page.read_text())
+    assert "script" not in [each.tag for each in elements]
+    assert hostile in "".join(elements[0].itertext())
     assert hostile.replace("|", "\\|") in tables.read_text()
 
 

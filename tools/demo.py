@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from page import Section, html
 from report_pictures import learning_section
 from report_rows import Row
-from report_tables import about, table_of
+from report_tables import about, blocks_text, table_of
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
@@ -68,7 +68,7 @@ class Demo:
 
     def run(self) -> None:
         begin, folder = time.time(), self.out / time.strftime("%Y%m%d-%H%M%S")
-        setting = asdict(machine(torch.device("cpu"))) | {"command": "bash tools/demo.sh"}
+        setting = machine(torch.device("cpu")) | {"command": "bash tools/demo.sh"}
         setting |= {"suite": "demo", "preset": "digits"}
         (images, labels), (unseen, answers) = (everything(split) for split in ("train", "test"))
         judge = train_classifier(images, labels, seed=0)
@@ -79,8 +79,12 @@ class Demo:
                 if family == "vit":
                     row |= classified(blocks)
                 else:
-                    made, asked = self._generate(blocks)
-                    row |= judged(judge, made, asked, images)
+                    # what was asked for, and digits that should be it
+                    asked = torch.arange(CLASSES).repeat_interleave(self.per_class)
+                    levels, draw = blocks.process.grid(LEVELS, "cdf"), Draw(0, step=0)
+                    made = blocks.sample({"label": asked}, levels, draw, guidance=GUIDANCE)
+                    row |= {"frechet": distance(judge, made, images)}
+                    row |= {"recognised": judge.accuracy(made, asked)}
                     shown[row["name"]] = made[_in_rows(asked)]
                 rows.append(setting | row)
         right = 100 * judge.accuracy(unseen, answers)
@@ -109,7 +113,7 @@ class Demo:
             ema=0.0 if is_vit else 0.99,
             augment=None if is_vit else partial(drop_labels, share=0.1, null=CLASSES),
         )
-        name = "end to end" if count == 1 else f"{count} blocks"
+        name = blocks_text(count)
         task = progress.add_task(f"{family}, {name}", total=trainer.total_steps)
         losses: list[list[float]] = [[] for _ in blocks]
         seconds: list[list[float]] = [[] for _ in blocks]
@@ -124,12 +128,6 @@ class Demo:
         row |= {"updates": trainer.config.steps, "loss": [_means(line) for line in losses]}
         return blocks, row | memory(trainer) | {"step_ms": sum(each) / count, "sweep_ms": sum(each)}
 
-    def _generate(self, blocks: DiffusionBlocks) -> tuple[Tensor, Tensor]:
-        """Digits, and what was asked for."""
-        asked = torch.arange(CLASSES).repeat_interleave(self.per_class)
-        levels = blocks.process.grid(LEVELS, "cdf")
-        return blocks.sample({"label": asked}, levels, Draw(0, step=0), guidance=GUIDANCE), asked
-
 
 def everything(split: str) -> tuple[Tensor, Tensor]:
     """All digits of a split and their labels."""
@@ -141,12 +139,9 @@ def everything(split: str) -> tuple[Tensor, Tensor]:
 def memory(trainer: Trainer) -> Row:
     """Peak of the costliest block's step, and what its forward leaves; trains a step of each."""
     optimizers = [group.optimizer for group in trainer.groups.values()]
-    peaks = [
-        measure_peak(
-            partial(trainer.step_block, block), model=trainer.blocks, optimizers=optimizers
-        )
-        for block in trainer.blocks
-    ]
+    about = {"model": trainer.blocks, "optimizers": optimizers}
+    steps = [partial(trainer.step_block, block) for block in trainer.blocks]
+    peaks = [measure_peak(step, **about) for step in steps]
     saved = max(peak.saved_bytes for peak in peaks)
     return {"peak_bytes": max(peak.total_bytes for peak in peaks), "saved_bytes": saved}
 
@@ -157,11 +152,6 @@ def classified(blocks: DiffusionBlocks) -> Row:
     accuracy = found.metrics["accuracy"]
     figures = {"accuracy": accuracy, "final_accuracy": accuracy[-1]}
     return figures | {"cross_entropy": found.loss_at_most_noise}
-
-
-def judged(judge: DigitClassifier, made: Tensor, asked: Tensor, images: Tensor) -> Row:
-    """How alike generated digits are to real ones, and to what was asked for."""
-    return {"frechet": distance(judge, made, images), "recognised": judge.accuracy(made, asked)}
 
 
 @torch.no_grad()

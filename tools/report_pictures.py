@@ -9,9 +9,9 @@ from page import Section
 from report_rows import BLOCKWISE, METHODS, Row, is_plain, is_predicted, tables
 from report_tables import FAMILIES, LONG, blocks_text, case_text, place_text, way_text
 
-from dbkernels.memory.units import in_words
+from dbkernels.memory.units import UNITS, in_words
 
-GIB = 2**30
+GIB = UNITS["GiB"]
 RATES = {"GB/s": ("achieved_gbps", "copy_gbps"), "TFLOP/s": ("achieved_tflops", "matmul_tflops")}
 # Okabe and Ito's palette, which most eyes tell apart
 PALETTE = ("black", "#0072B2", "#CC79A7", "#E69F00", "#D55E00", "#009E73", "#56B4E9", "#999999")
@@ -106,14 +106,13 @@ def _bytes_axis(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _tradeoff(axes: Axes, rows: list[Row]) -> None:
     timed = [row for row in rows if row["sweep_ms"] is not None]
-    labelled = set()
+    labels = dict(LONG)  # of methods that are not drawn yet
     for row in timed:
         method = row["method"]
-        label = None if method in labelled else LONG[method]
-        labelled.add(method)
         marker = f"${row['num_blocks']}$" if method in BLOCKWISE else "o"
-        style = {"marker": marker, "color": COLOURS[method], "ls": "", "label": label}
-        axes.plot(row["sweep_ms"], row["peak_allocated_bytes"], **style)
+        style = {"marker": marker, "color": COLOURS[method], "ls": ""}
+        label = labels.pop(method, None)
+        axes.plot(row["sweep_ms"], row["peak_allocated_bytes"], label=label, **style)
     axes.set_xlabel("sweep of all blocks, ms")
     _bytes_axis(axes, timed)
     axes.legend(fontsize=7, frameon=False)
@@ -140,9 +139,10 @@ def timeline_section(rows: Sequence[Row]) -> Section:
     """
     drawn = [*rows, min(rows, key=lambda row: row["peak_allocated_bytes"])]
     figure = Figure((2.8 * len(drawn), 3.8), layout="constrained")
-    top = 1.05 * max(row["peak_allocated_bytes"] for row in rows) / GIB
+    highest = max(row["peak_allocated_bytes"] for row in rows)
+    tops = [*[highest] * len(rows), drawn[-1]["peak_allocated_bytes"]]
     panels = figure.subplots(1, len(drawn))
-    for axes, row in zip(panels, drawn, strict=True):
+    for axes, row, top in zip(panels, drawn, tops, strict=True):
         sizes = np.array(list(row["levels"].values())) / GIB
         axes.stackplot(row["starts"], sizes, labels=list(row["levels"]), colors=PALETTE[::-1], lw=0)
         for _, op in row["phases"][1:]:
@@ -151,9 +151,7 @@ def timeline_section(rows: Sequence[Row]) -> Section:
         peak = f"peak {in_words(row['peak_allocated_bytes'])}"
         axes.set_title(f"{way_text(row)}\n{place}\n{peak}", fontsize=7)
         axes.set_xlim(0, row["starts"][-1])
-        axes.set_ylim(
-            0, top if axes is not panels[-1] else 1.05 * row["peak_allocated_bytes"] / GIB
-        )
+        axes.set_ylim(0, 1.05 * top / GIB)
     figure.supylabel("GiB, predicted", fontsize=9)
     handles, names = axes.get_legend_handles_labels()
     names = [name.replace("_", " ") for name in names]

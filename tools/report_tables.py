@@ -35,6 +35,11 @@ def blocks_text(count: int) -> str:
     return "end to end" if count == 1 else f"{count} blocks"
 
 
+def percent_text(share: float) -> str:
+    """Write a share of 1, such as "81 %"."""
+    return f"{100 * share:.0f} %"
+
+
 def shares_text(shares: Sequence[float]) -> str:
     """Write shares of 1, such as "97.2, 96.1, 95.8 %"."""
     return f"{', '.join(f'{100 * share:.1f}' for share in shares)} %"
@@ -112,10 +117,11 @@ def _ratio(name: str, title: str = "of eager") -> Column:
     return Column(title, cell)
 
 
-def _category(title: str, *names: str) -> Column:
-    return Column(
-        title, lambda row, _: in_words(sum(row["by_category"].get(name, 0) for name in names))
-    )
+def _category(*names: str) -> Column:
+    def cell(row: Row, _: Row | None) -> str:
+        return in_words(sum(row["by_category"].get(name, 0) for name in names))
+
+    return Column(names[0].replace("_", " "), cell)
 
 
 def _spread(row: Row, _: Row | None) -> str:
@@ -169,17 +175,15 @@ COLUMNS = {
         SPREAD,
         *SWEEP,
         _number("samples/s", "samples_per_second", number_text, max),
-        _number(
-            "of matmul rate", "share_of_matmul_rate", lambda share: f"{100 * share:.0f} %", max
-        ),
+        _number("of matmul rate", "share_of_matmul_rate", percent_text, max),
     ),
     "timeline": (
         *PEAK,
-        _category("parameters", "parameters"),
-        _category("optimizer", "optimizer"),
-        _category("saved activations", "saved_activations"),
-        _category("gradients", "gradients"),
-        _category("temporaries", "temporaries", "workspaces"),
+        *(
+            _category(name)
+            for name in ("parameters", "optimizer", "saved_activations", "gradients")
+        ),
+        _category("temporaries", "workspaces"),
         Column("op at the peak", lambda row, _: row["at"]),
     ),
     "layer": (
