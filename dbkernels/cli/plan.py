@@ -2,56 +2,40 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Annotated
+from dataclasses import dataclass
 
-import tyro
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from dbkernels.cli.table import table
-from dbkernels.cli.train import FAMILY_HELP, PRESET_HELP
+from dbkernels.cli.preset import OfPreset
+from dbkernels.cli.table import show, table
 from dbkernels.memory.allocator import target_named
 from dbkernels.memory.units import bytes_from, in_words
-from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName
 from dbkernels.planning import search
 from dbkernels.planning.estimate import OP_SECONDS, SHARE, STATE
-from dbkernels.planning.recipe import Recipe, of_preset
+from dbkernels.planning.recipe import Recipe
 
 Row = dict[str, object]
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(OfPreset):
     """Say what limits a run, and which ways of training fit a device, the fastest first.
 
     All of it is predicted, peak memory by dry runs of the steps and time by a stated formula; no
-    GPU is needed.
+    GPU is needed. A plan may cut a batch into micro-batches.
     """
 
     memory: str
     """Memory of the device: a number and one of KiB, MiB, GiB, TiB, such as 24GiB."""
-    family: Annotated[FamilyName, tyro.conf.arg(help=FAMILY_HELP)] = DEFAULT_FAMILY
-    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "digits"
-    batch: int = 128
-    """Samples of a step; a plan may cut them into micro-batches."""
-    autocast: bool = False
-    """Compute in bfloat16; parameters stay float32."""
     target: str = "h100"
     """The device that is predicted: cpu, a100, h100, h200, b200."""
-    json: bool = False
-    """Print one JSON object a line instead of tables."""
 
     def run(self) -> None:
         memory = bytes_from(self.memory)
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, got {self.batch}")
-        recipe = replace(
-            of_preset(self.family, self.preset),
-            batch_size=self.batch,
-            autocast=self.autocast,
-            device=target_named(self.target),
-        )
+        recipe = self.recipe(target_named(self.target))
         answer = search.search(recipe, memory)
         if not answer.plans:
             raise ValueError(_nothing_fits(recipe, memory, answer))
@@ -60,7 +44,7 @@ class Plan:
             for row in rows:
                 print(json.dumps(row))
         else:
-            show(rows, Console(highlight=False))
+            show(*screen(rows))
 
 
 def _nothing_fits(recipe: Recipe, memory: int, answer: search.Answer) -> str:
@@ -90,11 +74,9 @@ def rows_of(recipe: Recipe, memory: int, answer: search.Answer) -> Iterator[Row]
         yield {**common, **row, "peak_reserved_bytes": plan.peak_bytes}
     for plan in answer.plans:
         yield {
+            **plan.recipe.settings(),
             **common,
             "row": "plan",
-            "num_blocks": plan.recipe.num_blocks,
-            "recompute": plan.recipe.recompute,
-            "offload": plan.recipe.offload,
             "micro_batch": plan.recipe.micro_batch,
             "peak_reserved_bytes": plan.peak_bytes,
             "by_category": plan.by_category,
@@ -107,21 +89,18 @@ def rows_of(recipe: Recipe, memory: int, answer: search.Answer) -> Iterator[Row]
 
 
 def _command(recipe: Recipe) -> str:
-    flags = [
-        f"train {recipe.family} --preset {recipe.preset} --batch-size {recipe.batch_size}",
-        f"--num-blocks {recipe.num_blocks} --recompute {recipe.recompute}",
-    ]
-    if recipe.accumulate > 1:
-        flags.append(f"--accumulate {recipe.accumulate}")
-    if recipe.offload == "cpu":
-        flags.append("--offload cpu --steps-per-swap 0")
-    if recipe.autocast:
-        flags.append("--autocast")
-    return " ".join(["python -m dbkernels", *flags])
+    flags = {
+        f"train {recipe.family} --preset {recipe.preset} --batch-size {recipe.batch_size}": True,
+        f"--num-blocks {recipe.num_blocks} --recompute {recipe.recompute}": True,
+        f"--accumulate {recipe.accumulate}": recipe.accumulate > 1,
+        "--offload cpu --steps-per-swap 0": recipe.offload == "cpu",
+        "--autocast": recipe.autocast,
+    }
+    return " ".join(["python -m dbkernels", *(flag for flag, given in flags.items() if given)])
 
 
-def show(rows: list[Row], console: Console) -> None:
-    """Print the rows as a screen of 80 columns."""
+def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
+    """The rows as a screen of 80 columns."""
     limits = [row for row in rows if row["row"] == "limit"]
     plans = [row for row in rows if row["row"] == "plan"]
     whole, best = limits
@@ -130,25 +109,39 @@ def show(rows: list[Row], console: Console) -> None:
     fits = whole["peak_reserved_bytes"] <= whole["memory"] - whole["context"]
     left = f"; {in_words(whole['context'])} are left to CUDA's context" if whole["context"] else ""
     first, second = plans[0]["command"].split(" --num-blocks")
-    console.print(f"{run}, on {whole['target']} with {in_words(whole['memory'])}", style="bold")
-    console.print(
+    yield Text(f"{run}, on {whole['target']} with {in_words(whole['memory'])}", style="bold")
+    yield (
         f"End to end with nothing computed again it needs {_needed(whole)}, and "
         f"{'fits' if fits else 'does not fit'}: {_words(whole['limit'])} limit this run. "
         f"The fastest plan needs {_needed(best)}."
     )
-    console.print("\nwhat fills the device at the predicted peak")
-    console.print(_limits(limits))
-    console.print("\nplans that fit, the fastest first")
-    console.print(_plans(plans))
-    console.print(
+    yield "\nwhat fills the device at the predicted peak"
+    yield _limits(limits)
+    yield "\nplans that fit, the fastest first"
+    yield table(
+        ("blocks", "recompute", "on the device", "micro-batch", "peak", "time"),
+        (
+            (
+                str(row["num_blocks"]),
+                row["recompute"],
+                "all blocks" if row["offload"] == "none" else "one block",
+                str(row["micro_batch"]),
+                in_words(row["peak_reserved_bytes"]),
+                f"{row['relative_time']:.2f}",
+            )
+            for row in plans
+        ),
+        names=3,
+    )
+    yield (
         f"peak: what the allocator takes{left}\n"
         "time: of an update of every layer, 1.00 being end to end with nothing computed\n"
         f"again; by operations at {SHARE:.0%} of the device's peak, {OP_SECONDS * 1e6:.0f} us an "
-        "op, and swaps\nboth are predicted, not measured\n"
+        "op, and swaps\nboth are predicted, not measured\n\n"
+        f"Largest preset of {whole['family']} that fits at all: {rows[-1]['largest']}.\n"
+        "To train by the first of them, with --data and --out of your own:\n"
+        f"  {first} \\\n    --num-blocks{second}"
     )
-    console.print(f"Largest preset of {whole['family']} that fits at all: {rows[-1]['largest']}.")
-    console.print("To train by the first of them, with --data and --out of your own:")
-    console.print(f"  {first} \\\n    --num-blocks{second}", soft_wrap=True)
 
 
 def _needed(row: Row) -> str:
@@ -157,8 +150,7 @@ def _needed(row: Row) -> str:
 
 
 def _limits(limits: list[Row]) -> Table:
-    shown = table("", *(column for row in limits for column in (row["of"], "")))
-    sizes = limits[0]["by_category"]
+    lines, sizes = [], limits[0]["by_category"]
     for name in sorted(sizes, key=sizes.get, reverse=True):
         cells: list[str] = []
         for row in limits:
@@ -166,25 +158,10 @@ def _limits(limits: list[Row]) -> Table:
             share = f"{size / row['peak_reserved_bytes']:.0%}"
             cells += [in_words(size), share] if size else ["", ""]
         if any(cells):
-            shown.add_row(_words(name), *cells)
-    return shown
+            lines.append((_words(name), *cells))
+    return table(["", *(column for row in limits for column in (row["of"], ""))], lines)
 
 
 def _words(category: str) -> str:
     words = category.replace("_", " ")
     return f"{words} of the layers" if category in STATE else words
-
-
-def _plans(plans: list[Row]) -> Table:
-    columns = ("blocks", "recompute", "on the device", "micro-batch", "peak", "time")
-    shown = table(*columns, names=3)
-    for row in plans:
-        shown.add_row(
-            str(row["num_blocks"]),
-            row["recompute"],
-            "all blocks" if row["offload"] == "none" else "one block",
-            str(row["micro_batch"]),
-            in_words(row["peak_reserved_bytes"]),
-            f"{row['relative_time']:.2f}",
-        )
-    return shown

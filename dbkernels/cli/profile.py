@@ -4,36 +4,28 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
-
-import tyro
-from rich.console import Console
 
 from dbkernels.cli import profile_tables as tables
 from dbkernels.cli.device import pick_device
-from dbkernels.cli.train import FAMILY_HELP, PRESET_HELP
+from dbkernels.cli.preset import OfPreset
+from dbkernels.cli.table import show
 from dbkernels.memory.allocator import Target, target_named, target_of
 from dbkernels.memory.timeline import draw, write_timeline
-from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.planning import budgets
 from dbkernels.planning.dry_run import dry_run, predicted, row
 from dbkernels.planning.measure import measured
-from dbkernels.planning.recipe import METHODS, OFFLOAD, Recipe, every_way, of_preset
+from dbkernels.planning.recipe import BLOCKWISE, METHODS, OFFLOAD, Recipe
 
 
-@dataclass(frozen=True)
-class Profile:
+@dataclass(frozen=True, kw_only=True)
+class Profile(OfPreset):
     """Predict the peak memory and the operations of one training step; needs no GPU.
 
     Every method, recompute policy and number of blocks has a row, with all blocks on the
     device and with one. With --measure the same steps are run for real beside it.
     """
 
-    family: Annotated[FamilyName, tyro.conf.arg(help=FAMILY_HELP)] = DEFAULT_FAMILY
-    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "digits"
-    batch: int = 128
-    """Samples of a step; made up, of the preset's shape."""
     num_blocks: str = "1,2,3,4,6"
     """Numbers of blocks with commas between."""
     methods: str = ",".join(METHODS)
@@ -44,8 +36,6 @@ class Profile:
     """none: all blocks and their optimizers' state are on the device; cpu: one block at a time."""
     budget: float = 0.5
     """Share of its activations that the compiled baseline may keep."""
-    autocast: bool = False
-    """Compute in bfloat16; parameters stay float32."""
     optimizer_in_backward: bool = False
     """Update each parameter as soon as the backward has its gradient, and free the gradient."""
     target: str = "auto"
@@ -66,8 +56,6 @@ class Profile:
     """With a file to check: write the peaks of now into the file instead of failing."""
     write: Path | None = None
     """Put the rows that are asked for into this file of budgets, beside those that it has."""
-    json: bool = False
-    """Print one JSON object a line instead of tables."""
 
     def run(self) -> None:
         if self.update and not self.check:
@@ -81,7 +69,7 @@ class Profile:
             )
         if not 0 <= self.budget <= 1:
             raise ValueError(f"budget must be from 0 to 1, got {self.budget}")
-        recipes = self._recipes()
+        recipes = self.recipes()
         if self.timeline or self.picture:
             self._show(recipes)
         predictions = predicted(recipes)
@@ -98,30 +86,42 @@ class Profile:
             budgets.add(self.write, held)
         if not self.json:
             made = tables.measured_tables if self.measure else tables.predicted_tables
-            _print(*made(rows), *tables.not_measured(rows))
+            show(*made(rows), *tables.not_measured(rows))
 
-    def _recipes(self) -> list[Recipe]:
+    def recipes(self) -> list[Recipe]:
+        """Every way to train that is asked for, in the order in which it is asked for.
+
+        End to end comes once, block by block for each number of blocks, the fused layer for each
+        policy.
+        """
         try:
             counts = dict.fromkeys(int(count) for count in self.num_blocks.split(","))
         except ValueError:
             raise ValueError(
                 f"num_blocks must be whole numbers with commas between, got {self.num_blocks}"
             ) from None
-        recipe = replace(
-            of_preset(self.family, self.preset),
-            batch_size=self.batch,
-            autocast=self.autocast,
-            optimizer_in_backward=self.optimizer_in_backward,
-            device=self._target(),
-        )
-        return every_way(
-            recipe,
-            methods=_names("methods", self.methods, METHODS),
-            num_blocks=list(counts),
-            policies=_names("recompute", self.recompute, tuple(POLICIES)),
-            budget=self.budget,
-            offload=_names("offload", self.offload, OFFLOAD),
-        )
+        recipe = self.recipe(self._target())
+        methods = _names("methods", self.methods, METHODS)
+        policies = _names("recompute", self.recompute, tuple(POLICIES))
+        places = _names("offload", self.offload, OFFLOAD)
+        # one block of plain torch is end to end
+        twice = ("block_stock", 1) if "end_to_end" in methods else None
+        return [
+            replace(
+                recipe,
+                optimizer_in_backward=self.optimizer_in_backward,
+                method=method,
+                num_blocks=count,
+                recompute=policy,
+                budget=self.budget if method == "compiled" else None,
+                offload=place,
+            )
+            for method in methods
+            for count in (counts if method in BLOCKWISE else (1,))
+            for policy in (policies if method == "block_fused" else (None,))
+            for place in places
+            if (method, count) != twice
+        ]
 
     def _target(self) -> Target:
         if self.target != "auto":
@@ -161,7 +161,7 @@ class Profile:
             for each in found:
                 print(json.dumps(each.row()))
         else:
-            _print(*tables.budget_tables(found, updated=self.update))
+            show(*tables.budget_tables(found, updated=self.update))
         exceeded = sum(each.exceeded for each in found)
         if self.update:
             budgets.write(path, [each.now for each in found])
@@ -171,12 +171,6 @@ class Profile:
                 f"{max(each.growth for each in found):+.1%}, and {exceeded} of {len(found)} too "
                 "high; add --update where that is meant"
             )
-
-
-def _print(*parts: object) -> None:
-    console = Console(highlight=False)
-    for part in parts:
-        console.print(part, markup=False)
 
 
 def _names(flag: str, text: str, known: Sequence[str]) -> list[str]:

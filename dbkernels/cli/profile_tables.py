@@ -11,16 +11,8 @@ from dbkernels.planning.budgets import GROWTH, Held
 
 FEW = 12  # rows that are shown one below the other
 OP = 24  # letters of an op's name that have room
-SHORT = {
-    "parameters": "param",
-    "gradients": "grad",
-    "optimizer": "optim",
-    "inputs": "input",
-    "saved_activations": "saved",
-    "temporaries": "temp",
-    "workspaces": "work",
-}
-TITLE = 56  # columns: the longest title has its line
+NAMES = ("param", "grad", "optim", "input", "saved", "temp", "work")
+SHORT = dict(zip(CATEGORIES, NAMES, strict=True))
 Row = dict[str, object]
 
 
@@ -43,26 +35,25 @@ def predicted_tables(rows: list[Row]) -> Iterator[Table]:
 def _by_blocks(rows: list[Row], title: str, name: str, unit: int) -> Table:
     """A column for each number of blocks, so that the table stays narrow."""
     counts = sorted({row["num_blocks"] for row in rows})
-    shown = table(
-        "number of blocks", "offload", *map(str, counts), names=2, title=title, width=TITLE
-    )
     lines: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows:
-        line = lines.setdefault((_name(row), _offload(row)), {})
+        line = lines.setdefault((_name(row), _offload(row)), dict.fromkeys(counts, ""))
         line[row["num_blocks"]] = three_digits(row[name] / unit)
-    for names, line in lines.items():
-        shown.add_row(*names, *(line.get(count, "") for count in counts))
-    return shown
+    cells = ((*names, *line.values()) for names, line in lines.items())
+    return table(["number of blocks", "offload", *map(str, counts)], cells, names=2, title=title)
 
 
 def _by_category(rows: list[Row], unit: str) -> Table:
     """A row for each of a few: what is alive at its peak, and below it the op."""
     title = f"what is alive at the peak, {unit}, and the op"
-    shown = table("", *(SHORT[name] for name in CATEGORIES), title=title, width=TITLE)
-    for row in rows:
-        sizes = (three_digits(row["by_category"][name] / UNITS[unit]) for name in CATEGORIES)
-        shown.add_row(f"{_name(row)}, {_blocks(row)}\n  {_op(row['at'])}", *sizes)
-    return shown
+    cells = (
+        (
+            f"{_name(row)}, {_blocks(row)}\n  {_op(row['at'])}",
+            *(three_digits(row["by_category"][name] / UNITS[unit]) for name in CATEGORIES),
+        )
+        for row in rows
+    )
+    return table(["", *SHORT.values()], cells, title=title)
 
 
 def _op(at: str) -> str:
@@ -77,16 +68,16 @@ def measured_tables(rows: list[Row]) -> Iterator[Table]:
     rows = _distinct(rows)
     unit = _unit(rows)
     title = f"peak allocated of a step, {unit}, and its time without swaps, ms"
-    columns = ("predicted", "measured", "off by", "step", "sweep")
-    shown = table("", "blocks", *columns, names=2, title=title, width=TITLE)
+    lines = []
     for row in rows:
         predicted, measured = row["peak_allocated_bytes"], row.get("measured_allocated_bytes")
-        cells = [three_digits(predicted / UNITS[unit])]
+        cells = [_name(row), _blocks(row), three_digits(predicted / UNITS[unit])]
         if measured is not None:
             cells += [three_digits(measured / UNITS[unit]), f"{predicted / measured - 1:+.1%}"]
             cells += [three_digits(row[f"seconds_per_{of}"] * 1e3) for of in ("step", "sweep")]
-        shown.add_row(_name(row), _blocks(row), *cells)
-    yield shown
+        lines.append(cells)
+    columns = ("", "blocks", "predicted", "measured", "off by", "step", "sweep")
+    yield table(columns, lines, names=2, title=title)
 
 
 def not_measured(rows: list[Row]) -> Iterator[str]:
@@ -99,15 +90,15 @@ def not_measured(rows: list[Row]) -> Iterator[str]:
 def budget_tables(found: list[Held], *, updated: bool) -> Iterator[Table | str]:
     """Budgets beside the peaks of now, and by category those that have changed."""
     yield "predicted peaks beside their budgets"
-    shown = table("", "budget", "now", "change")
+    lines = []
     for each in found:
         sizes = (of.peak_allocated_bytes for of in (each.budget, each.now))
-        shown.add_row(_settings(each), *map(in_words, sizes), f"{each.growth:+.1%}")
-    yield shown
+        lines.append((_settings(each), *map(in_words, sizes), f"{each.growth:+.1%}"))
+    yield table(("", "budget", "now", "change"), lines)
     for each in found:
         if abs(each.growth) > GROWTH:
             yield f"\n{_settings(each)}, by category at the peak"
-            yield _difference(each)
+            yield table(("", "budget", "now", "difference"), _differences(each))
     lower = sum(each.growth < -GROWTH for each in found)
     if updated:
         yield "The peaks of now are the budgets from here on."
@@ -115,14 +106,12 @@ def budget_tables(found: list[Held], *, updated: bool) -> Iterator[Table | str]:
         yield f"{lower} of the budgets may be lowered: add --update."
 
 
-def _difference(each: Held) -> Table:
-    shown = table("", "budget", "now", "difference")
+def _differences(each: Held) -> Iterator[tuple[str, ...]]:
     for category in CATEGORIES:
         old, new = (of.by_category[category] for of in (each.budget, each.now))
         change = f"{'-' if new < old else '+'}{in_words(abs(new - old))}" if new != old else ""
         sizes = (in_words(size) if size else "" for size in (old, new))
-        shown.add_row(category.replace("_", " "), *sizes, change)
-    return shown
+        yield category.replace("_", " "), *sizes, change
 
 
 def _settings(each: Held) -> str:

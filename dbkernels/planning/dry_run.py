@@ -21,7 +21,7 @@ from dbkernels.memory.tracker import Trace
 from dbkernels.ops.backend.register import dry_run_on_gpu
 from dbkernels.ops.backend.scratch import scratch_bytes
 from dbkernels.planning.pool import results
-from dbkernels.planning.recipe import OFFLOAD, Recipe
+from dbkernels.planning.recipe import Recipe
 from dbkernels.training.diffusion_blocks import SHARED, own_group
 from dbkernels.training.offload.memory import flat_bytes
 from dbkernels.training.partition import Block
@@ -77,15 +77,12 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
     recipe = replace(recipe, offload="none", prefetch=False, **plain)
     with _pretending(recipe.device):
         trainer = recipe.trainer("cpu")
-        blocks = _costliest(trainer)
-        traces = [_follow(trainer, block, recipe.device) for block in blocks]
-        found: dict[Offload, list[Prediction]] = {place: [] for place in OFFLOAD}
-        for block, trace in zip(blocks, traces, strict=True):
-            for place, more in (
-                ("none", _elsewhere(trainer, block)),
-                ("cpu", _empty(trainer, block, slots)),
-            ):
-                found[place].append(predict(trace.beside(more), recipe.device))
+        found: dict[Offload, list[Prediction]] = {"none": [], "cpu": []}
+        for block in _costliest(trainer):
+            trace = _follow(trainer, block, recipe.device)
+            more = {"none": _elsewhere(trainer, block), "cpu": _empty(trainer, block, slots)}
+            for place, storages in more.items():
+                found[place].append(predict(trace.beside(storages), recipe.device))
     return {
         place: max(several, key=lambda prediction: prediction.peak_allocated_bytes)
         for place, several in found.items()
@@ -111,9 +108,10 @@ def _pretending(target: Target) -> Iterator[None]:
 
 def _costliest(trainer: Trainer) -> list[Block]:
     """Blocks of which one needs the most: no block that runs some of another's ops, or the same."""
-    # how often a step on each block reads a parameter of each shape
+    # how often a step on each block reads a parameter of a layer, by shape
+    layers = trainer.blocks.model.layers
     shapes = [
-        Counter(tuple(p.shape) for p in _on_device(trainer, block).parameters())
+        Counter(tuple(p.shape) for index in block.layers for p in layers[index].parameters())
         for block in trainer.blocks
     ]
     return [
@@ -125,10 +123,11 @@ def _costliest(trainer: Trainer) -> list[Block]:
 
 
 def _on_device(trainer: Trainer, block: Block) -> nn.Module:
-    """What a step on a block reads: its layers, and what is no layer."""
-    model, read = trainer.blocks.of(block), nn.Module()
-    idle = (layer for i, layer in enumerate(model.layers) if i not in block.layers)
-    left_out = {id(parameter) for layer in idle for parameter in layer.parameters()}
+    """What is on the device for a step on a block: its layers, and what no other has alone."""
+    model, frozen, read = trainer.blocks.of(block), trainer.blocks.frozen(), nn.Module()
+    idle = trainer.groups.keys() - {own_group(block), SHARED}
+    of_others = [(*trainer.groups[name].parameters.values(), *frozen[name]) for name in idle]
+    left_out = {id(parameter) for parameters in of_others for parameter in parameters}
     read.own = nn.ParameterList(p for p in model.parameters() if id(p) not in left_out)
     for index, buffer in enumerate(model.buffers()):
         read.register_buffer(f"buffer{index}", buffer)

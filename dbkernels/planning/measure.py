@@ -36,39 +36,25 @@ def measured(recipe: Recipe, device: torch.device, steps: int) -> Figures:
     """
     with processes(1) as pool:
         try:
-            return pool.submit(attempted, partial(figures_of, recipe, device, steps)).result()
+            return pool.submit(figures_of, recipe, device, steps).result()
         except BrokenProcessPool:
             return {"not_measured": KILLED}
 
 
-def attempted(work: Callable[[], Figures]) -> Figures:
-    """What some work finds; or not_measured, where there is no memory for it."""
-    try:
-        return work()
-    except (MemoryError, RuntimeError) as error:
-        reason = out_of_memory(error)
-        if reason is None:
-            raise
-        return {"not_measured": reason}
-
-
 def figures_of(recipe: Recipe, device: torch.device, steps: int) -> Figures:
-    """As `measured`, in this process, where memory may run out."""
-    trainer = recipe.trainer(device)
-    found = profile_trainer(trainer, steps)
+    """As `measured`, in this process."""
+    try:
+        trainer = recipe.trainer(device)
+        found = profile_trainer(trainer, steps)
+    except (MemoryError, RuntimeError) as error:
+        if reason := out_of_memory(error):
+            return {"not_measured": reason}
+        raise
     fits = trainer.micro_batch.size
     if fits < recipe.micro_batch:
         reason = f"of a batch of {recipe.batch_size} the device holds {fits} samples at once"
         return {"not_measured": reason}
-    on_gpu = found["steady_step"] or {}
-    told = ("device", "first_step", "steady_step", "seconds_per_step", "seconds_per_sweep")
-    return {
-        **{name: found[name] for name in told},
-        "measured_allocated_bytes": on_gpu.get("allocated_bytes", found["peak_bytes"]),
-        "measured_reserved_bytes": on_gpu.get("reserved_bytes", found["peak_bytes"]),
-        "measured_by_category": found["by_category"],
-        "measured_saved_bytes": found["saved_bytes"],
-    }
+    return found
 
 
 def profile_trainer(trainer: Trainer, steps: int) -> Figures:
@@ -84,50 +70,47 @@ def profile_trainer(trainer: Trainer, steps: int) -> Figures:
         By name; what only a GPU tells, of the first step and of the steady one that peaks highest,
         is None off a GPU.
     """
+    device = trainer.device
+    blocks = [partial(trainer.step_block, block) for block in trainer.blocks]
     optimizers = [group.optimizer for group in trainer.groups.values()]
     peaks, seconds, first, steady = [], [], [], []
-    for block in trainer.blocks:
-        step = partial(trainer.step_block, block)
-        first += _on_gpu(step, trainer.device)
-        for _ in range(WARM_UP_STEPS - len(first[-1:])):
+    for step in blocks:
+        first.append(_allocated(step, device))
+        for _ in range(WARM_UP_STEPS - 1):
             step()
-        seconds.append(statistics.median(_timed(step, trainer.device) for _ in range(steps)))
-    for block in trainer.blocks:
-        step = partial(trainer.step_block, block)
+        seconds.append(statistics.median(_timed(step, device) for _ in range(steps)))
+    for step in blocks:
         # apart from the tracker, under which autograd adds gradients up in new storages
-        steady += _on_gpu(step, trainer.device)
-        peaks.append(
-            measure_peak(step, model=trainer.blocks, optimizers=optimizers, device=trainer.device)
-        )
+        steady.append(_allocated(step, device))
+        peaks.append(measure_peak(step, model=trainer.blocks, optimizers=optimizers, device=device))
     worst = max(peaks, key=lambda peak: peak.total_bytes)
+    on_gpu = _highest(steady) or {}
     return {
-        "device": trainer.device.type,
-        "peak_bytes": worst.total_bytes,
-        "by_category": worst.by_category,
-        "saved_bytes": max(peak.saved_bytes for peak in peaks),
+        "device": device.type,
         "first_step": _highest(first),
         "steady_step": _highest(steady),
-        "at": worst.at,
         "seconds_per_step": statistics.fmean(seconds),
         "seconds_per_sweep": sum(seconds),
+        "measured_allocated_bytes": on_gpu.get("allocated_bytes", worst.total_bytes),
+        "measured_reserved_bytes": on_gpu.get("reserved_bytes", worst.total_bytes),
+        "measured_by_category": worst.by_category,
+        "measured_saved_bytes": max(peak.saved_bytes for peak in peaks),
     }
 
 
-def _on_gpu(step: Callable[[], object], device: torch.device) -> list[Figures]:
-    """The peak of a step that is run on a GPU; nothing, and no step, off it."""
-    if device.type != "cuda":
-        return []
+def _allocated(step: Callable[[], object], device: torch.device) -> Figures:
+    """Run a step; what a GPU's allocator says of it, and nothing off a GPU."""
     with allocator_peak(device) as found:
         step()
-    return [found]
+    return found
 
 
 def _highest(peaks: list[Figures]) -> Figures | None:
-    return max(peaks, key=lambda peak: peak["allocated_bytes"], default=None)
+    return max(filter(None, peaks), key=lambda peak: peak["allocated_bytes"], default=None)
 
 
 def _timed(step: Callable[[], object], device: torch.device) -> float:
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronise = torch.get_device_module(device).synchronize
     synchronise()
     begin = time.perf_counter()
     step()

@@ -65,6 +65,8 @@ class Recipe:
     """What runs the layers: all but block_fused run plain torch."""
     num_blocks: int = 1
     """1 trains end to end."""
+    layers: tuple[int, ...] | None = None
+    """Indices of layers in running order, the first for the most noise; None runs each once."""
     split: tuple[int, ...] | None = None
     """Layers per block, the noisiest block first; None splits evenly."""
     recompute: Recompute | None = "none"
@@ -99,8 +101,8 @@ class Recipe:
             raise ValueError(f"num_blocks must be 1 for {self.method}, got {self.num_blocks}")
         if self.data_parallel != 1:
             raise ValueError(f"data_parallel must be 1, got {self.data_parallel}")
-        config = self.config()
-        partition(self.model.depth, self.num_blocks, config.prior, split=self.split)
+        order = self.layers or self.model.depth
+        partition(order, self.num_blocks, self.config().prior, split=self.split)
 
     @property
     def micro_batch(self) -> int:
@@ -109,7 +111,8 @@ class Recipe:
 
     def config(self) -> RunConfig:
         """The run, with the settings that `train` has by default; its data is made up."""
-        entry, split = family_named(self.family), ",".join(map(str, self.split or ()))
+        entry = family_named(self.family)
+        layers, split = (",".join(map(str, each or ())) for each in (self.layers, self.split))
         names = [field.name for field in fields(TrainerConfig)]
         same = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return RunConfig(
@@ -120,7 +123,7 @@ class Recipe:
             label_drop=0.0,
             mirror=False,
             shift=0,
-            partition=PartitionConfig(self.num_blocks, split=split, sharing=self.sharing),
+            partition=PartitionConfig(self.num_blocks, layers, split, sharing=self.sharing),
             prior=entry.process,
             trainer=TrainerConfig(
                 steps=STEPS, clip=0.0 if self.optimizer_in_backward else 1.0, **same
@@ -129,9 +132,9 @@ class Recipe:
 
     def trainer(self, device: torch.device | str) -> Trainer:
         """A trainer at its first step, on a device of this machine; its data is made up."""
-        config, baseline = self.config(), BASELINES[self.method]
+        config = self.config()
         blocks = config.build(config.home(device))
-        if baseline is not None:
+        if baseline := BASELINES[self.method]:
             budget = 1.0 if self.budget is None else self.budget
             use_baseline(blocks.model, baseline, budget=budget)
         data = MadeUpData(self.model.fields(), self.batch_size)
@@ -166,47 +169,10 @@ def of_settings(settings: Settings) -> Recipe:
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             kind = getattr(kind, "__name__", kind)
             raise ValueError(f"{name} must be {kind}, got {shortened(value)}")
-    others = {name: value for name, value in settings.items() if name not in ("batch", "target")}
-    recipe, device = of_preset(settings["family"], settings["preset"]), settings["target"]
-    return replace(recipe, batch_size=settings["batch"], device=target_named(device), **others)
-
-
-def every_way(
-    recipe: Recipe,
-    *,
-    methods: Sequence[str],
-    num_blocks: Sequence[int],
-    policies: Sequence[Recompute],
-    budget: float,
-    offload: Sequence[Offload],
-) -> list[Recipe]:
-    """A recipe in every way that there is to train it, in the order of what is given.
-
-    Args:
-        recipe:      which has the settings that all share
-        methods:     end to end comes once, block by block for each number of blocks
-        num_blocks:  of block_stock and block_fused
-        policies:    of block_fused
-        budget:      of compiled
-        offload:     of all
-    """
-    # one block of plain torch is end to end
-    twice = ("block_stock", 1) if "end_to_end" in methods else None
-    return [
-        replace(
-            recipe,
-            method=method,
-            num_blocks=count,
-            recompute=policy,
-            budget=budget if method == "compiled" else None,
-            offload=place,
-        )
-        for method in methods
-        for count in (num_blocks if method in BLOCKWISE else (1,))
-        for policy in (policies if method == "block_fused" else (None,))
-        for place in offload
-        if (method, count) != twice
-    ]
+    others = dict(settings)
+    batch, device = others.pop("batch"), target_named(others.pop("target"))
+    recipe = of_preset(settings["family"], settings["preset"])
+    return replace(recipe, batch_size=batch, device=device, **others)
 
 
 def require_names(name: str, value: object, known: Collection[str]) -> None:

@@ -2,11 +2,12 @@ from dataclasses import replace
 
 import pytest
 
+from dbkernels.cli.profile import Profile
 from dbkernels.cli.train import Train
 from dbkernels.memory.allocator import TARGETS
 from dbkernels.models import FAMILIES, DiTConfig
 from dbkernels.ops.layer.recompute import POLICIES
-from dbkernels.planning.recipe import METHODS, OFFLOAD, Recipe, every_way, of_preset, of_settings
+from dbkernels.planning.recipe import METHODS, Recipe, of_preset, of_settings
 from dbkernels.training.run import PartitionConfig
 
 TINY = DiTConfig(dim=16, depth=4, num_heads=2, image_size=4, channels=1, num_classes=3)
@@ -25,11 +26,12 @@ def test_settings_that_are_not_given_are_those_of_train(family, tmp_path):
 
 def test_a_recipe_decides_the_run():
     recipe = replace(
-        of_preset("dit", "S/2"), batch_size=8, autocast=True, num_blocks=4, recompute="qkv"
+        of_preset("dit", "digits"), batch_size=8, autocast=True, num_blocks=4, recompute="qkv"
     )
-    config = recipe.config()
-    assert config.model == replace(FAMILIES["dit"].model.preset("S/2"), recompute="qkv")
-    assert (config.partition.num_blocks, config.trainer.batch_size) == (4, 8)
+    config = replace(recipe, layers=(1, 0, 1, 2), split=(1, 1, 1, 1), sharing="joint").config()
+    assert config.model == replace(FAMILIES["dit"].model.preset("digits"), recompute="qkv")
+    assert config.partition == PartitionConfig(4, layers="1,0,1,2", split="1,1,1,1")
+    assert config.trainer.batch_size == 8
     assert config.trainer.autocast and config.trainer.clip == 1.0
     inside = replace(recipe, optimizer_in_backward=True).config().trainer
     assert (inside.optimizer_in_backward, inside.clip) == (True, 0.0)
@@ -44,52 +46,28 @@ def test_a_trainer_has_the_layers_of_its_method(method):
     assert kinds == {"AdaLNLayer" if method == "block_fused" else "BaselineLayer"}
 
 
-@pytest.mark.parametrize("offload", OFFLOAD)
-def test_a_row_describes_a_preset_in_full(offload):
-    recipe = replace(
-        of_preset("vit", "cifar100"),
-        batch_size=3,
-        autocast=True,
-        optimizer_in_backward=True,
-        device=TARGETS["a100"],
-        method="block_stock",
-        num_blocks=2,
-        recompute=None,
-        offload=offload,
-    )
+def test_a_row_describes_a_preset_in_full():
+    changes = {"batch_size": 3, "autocast": True, "optimizer_in_backward": True}
+    changes |= {"method": "block_stock", "num_blocks": 2, "recompute": None, "offload": "cpu"}
+    recipe = replace(of_preset("vit", "cifar100"), device=TARGETS["a100"], **changes)
     assert of_settings(recipe.settings()) == recipe
 
 
-def test_every_way_has_end_to_end_once_and_blocks_for_each_number():
-    recipe = replace(of_preset("dit", "digits"), batch_size=4)
-    every = every_way(
-        recipe,
-        methods=METHODS,
-        num_blocks=[1, 2, 4],
-        policies=list(POLICIES),
-        budget=0.5,
-        offload=["cpu"],
-    )
-    alone = [each for each in every if not each.method.startswith("block")]
-    assert [(each.num_blocks, each.recompute) for each in alone] == [(1, None)] * 4
-    assert [each.budget for each in alone] == [None, None, None, 0.5]
-    stock = [each.num_blocks for each in every if each.method == "block_stock"]
-    assert stock == [2, 4]  # with one block it is end to end
-    fused = {(c.num_blocks, c.recompute) for c in every if c.method == "block_fused"}
-    assert fused == {(count, recompute) for count in (1, 2, 4) for recompute in POLICIES}
+def ways(**flags):
+    """What `profile` has a row for."""
+    every = Profile(offload="cpu", batch=4, **flags).recipes()
     assert {(each.batch_size, each.offload) for each in every} == {(4, "cpu")}
+    return {(each.method, each.num_blocks, each.recompute, each.budget) for each in every}
 
 
-def test_one_block_of_plain_torch_is_there_where_end_to_end_is_not():
-    (only,) = every_way(
-        of_preset("vit", "digits"),
-        methods=["block_stock"],
-        num_blocks=[1],
-        policies=["none"],
-        budget=1.0,
-        offload=["none"],
-    )
-    assert (only.method, only.num_blocks, only.recompute) == ("block_stock", 1, None)
+def test_every_way_has_end_to_end_once_and_blocks_for_each_number():
+    assert ways(num_blocks="1,2,4") == {
+        *((method, 1, None, None) for method in ("end_to_end", "checkpointed", "selective")),
+        ("compiled", 1, None, 0.5),
+        *(("block_stock", count, None, None) for count in (2, 4)),  # with one it is end to end
+        *(("block_fused", count, policy, None) for count in (1, 2, 4) for policy in POLICIES),
+    }
+    assert ways(methods="block_stock", num_blocks="1") == {("block_stock", 1, None, None)}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,34 @@
+"""The model that `profile` and `plan` are asked of."""
+
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import tyro
+
+from dbkernels.cli.train import FAMILY_HELP, PRESET_HELP
+from dbkernels.memory.allocator import Target
+from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName
+from dbkernels.planning.recipe import Recipe, of_preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfPreset:
+    """A preset of a family, and a batch for it."""
+
+    family: Annotated[FamilyName, tyro.conf.arg(help=FAMILY_HELP)] = DEFAULT_FAMILY
+    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "digits"
+    batch: int = 128
+    """Samples of a step; made up, of the preset's shape."""
+    autocast: bool = False
+    """Compute in bfloat16; parameters stay float32."""
+    json: bool = False
+    """Print one JSON object a line instead of tables."""
+
+    def recipe(self, target: Target) -> Recipe:
+        """The way to train it that has every other setting by default."""
+        return replace(
+            of_preset(self.family, self.preset),
+            batch_size=self.batch,
+            autocast=self.autocast,
+            device=target,
+        )
