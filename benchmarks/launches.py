@@ -30,8 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels.memory.allocator import Target
-from dbkernels.ops.backend.register import dry_run_on_gpu
-from dbkernels.ops.backend.scratch import scratch_bytes
+from dbkernels.ops.backend.register import dry_run_on_gpu, scratch_bytes
 
 _aten = torch.ops.aten
 

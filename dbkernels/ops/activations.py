@@ -28,10 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops.backend import checks
-from dbkernels.ops.backend.checks import statistics_dtype
+from dbkernels.ops.backend import checks, sums
 from dbkernels.ops.backend.register import register
-from dbkernels.ops.backend.sums import sums_of_all
 from dbkernels.ops.backend.tile import LANES, SHARED_OUT, tiles_per_program
 
 CUBIC = 0.044715
@@ -235,8 +233,13 @@ def _forward_torch(activation, h, bias, u):
 
 def _backward_triton(activation, h, du, bias, dh, u, dbias):
     grid, rows, options = column_launch(du, activation.backward)
-    with sums_of_all(len(du), rows, dbias) as (sums,):
-        _bwd_kernel[grid](h, du, bias, dh, u, sums, *du.shape, rows, activation.halves, **options)
+    with sums.sums_of_all(len(du), rows, dbias) as (part,):
+        _bwd_kernel[grid](h, du, bias, dh, u, part, *du.shape, rows, activation.halves, **options)
+
+
+def _backward_scratch(activation, h, du, bias, dh, u, dbias):
+    (_, programs), *_ = column_launch(du, activation.backward)
+    return sums.scratch_of_all(programs, dbias)
 
 
 def _backward_torch(activation, h, du, bias, dh, u, dbias):
@@ -262,7 +265,7 @@ def chunks(scratch: int, h: Tensor, *others: Tensor | None) -> Iterator[tuple]:
     The scratch is in at least float32 and the same for all chunks, so it stays in the cache.
     """
     rows = min(max(CHUNK * torch.get_num_threads() // h.shape[1], 1), h.shape[0])
-    buffers = h.new_empty(scratch, rows, h.shape[1], dtype=statistics_dtype(h))
+    buffers = h.new_empty(scratch, rows, h.shape[1], dtype=checks.statistics_dtype(h))
     for start in range(0, h.shape[0], rows):
         views = [t if t is None else t[start : start + rows] for t in (h, *others)]
         yield *views, *buffers[:, : len(views[0])]
@@ -283,22 +286,26 @@ def _add_bias(h: Tensor, bias: Tensor | None, x: Tensor) -> None:
         x.copy_(h).add_(bias)
 
 
-def _register(activation: Activation) -> tuple[Callable, Callable]:
-    forward = register(
-        f"{activation.name}_fwd(Tensor h, Tensor? bias, Tensor(a!) u) -> ()",
+_FORWARD_OPS = {
+    name: register(
+        f"{name}_fwd(Tensor h, Tensor? bias, Tensor(a!) u) -> ()",
         triton=partial(_forward_triton, activation),
         torch_=partial(_forward_torch, activation),
     )
-    backward = register(
-        f"{activation.name}_bwd(Tensor h, Tensor du, Tensor? bias, Tensor(a!) dh, Tensor(b!)? u,"
+    for name, activation in ACTIVATIONS.items()
+}
+# dh may be h itself and u may be du itself: each element is read before it is written. u is the
+# activation again; None of u and dbias, which is float32, is not computed
+BACKWARD_OPS = {
+    name: register(
+        f"{name}_bwd(Tensor h, Tensor du, Tensor? bias, Tensor(a!) dh, Tensor(b!)? u,"
         " Tensor(c!)? dbias) -> ()",
         triton=partial(_backward_triton, activation),
         torch_=partial(_backward_torch, activation),
+        scratch=partial(_backward_scratch, activation),
     )
-    return forward, backward
-
-
-_OPS = {name: _register(activation) for name, activation in ACTIVATIONS.items()}
+    for name, activation in ACTIVATIONS.items()
+}
 
 
 # allocation and autograd
@@ -307,30 +314,8 @@ _OPS = {name: _register(activation) for name, activation in ACTIVATIONS.items()}
 def activation_forward(name: str, h: Tensor, bias: Tensor | None) -> Tensor:
     """u (N, F) in the dtype of h, from contiguous h and bias of F columns, or of 2 F for swiglu."""
     u = h.new_empty(h.shape[0], h.shape[1] // ACTIVATIONS[name].halves)
-    if h.numel():
-        _OPS[name][0](h, bias, u)
+    _FORWARD_OPS[name](h, bias, u)
     return u
-
-
-def activation_backward(
-    name: str,
-    h: Tensor,
-    du: Tensor,
-    bias: Tensor | None,
-    *,
-    dh: Tensor,
-    u: Tensor | None,
-    dbias: Tensor | None,
-) -> None:
-    """Writes dh like h, u (N, F), and dbias like bias, which is float32; all contiguous.
-
-    dh may be h itself and u may be du itself: each element is read before it is written. u is the
-    activation again; None of u and dbias is not computed.
-    """
-    if h.numel():
-        _OPS[name][1](h, du, bias, dh, u, dbias)
-    elif dbias is not None:
-        dbias.zero_()
 
 
 class _Activate(torch.autograd.Function):
@@ -346,8 +331,8 @@ class _Activate(torch.autograd.Function):
         h, bias = ctx.saved_tensors
         dh, dbias = torch.empty_like(h), None
         if ctx.needs_input_grad[1]:
-            dbias = torch.empty_like(bias, dtype=statistics_dtype(h))
-        activation_backward(ctx.name, h, du.contiguous(), bias, dh=dh, u=None, dbias=dbias)
+            dbias = torch.empty_like(bias, dtype=checks.statistics_dtype(h))
+        BACKWARD_OPS[ctx.name](h, du.contiguous(), bias, dh, None, dbias)
         return dh, None if dbias is None else dbias.to(bias.dtype), None
 
 

@@ -22,10 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops.backend import checks, tile
-from dbkernels.ops.backend.checks import statistics_dtype
+from dbkernels.ops.backend import checks, sums, tile
 from dbkernels.ops.backend.register import register
-from dbkernels.ops.backend.sums import segment, sums_of_samples
 
 # of a thread, by RowTile.shape: the compiler is held to them, and what it makes does not spill
 FORWARD_REGISTERS = {(4, 1): 40, (4, 2): 48, (4, 3): 64, (8, 1): 64, (8, 2): 64, (8, 3): 128}
@@ -174,7 +172,7 @@ def _bwd_kernel(
                     dh_ptr, row * D, mask, tile.mul_rows(gate, dx, PIECES), D, BLOCK_D, PIECES
                 )
 
-        out = segment(batch, samples_are_shared) * stride_sums
+        out = sums.segment(batch, samples_are_shared) * stride_sums
         if h_ptr is not None:
             tile.store_vector(dgate_ptr, out, tile.sum_over_rows(dgate, PIECES), D, BLOCK_D, PIECES)
         tile.store_vector(dscale_ptr, out, tile.sum_over_rows(dscale, PIECES), D, BLOCK_D, PIECES)
@@ -201,8 +199,8 @@ def launch_backward(
     (h, gate, dh, dgate), (B, T, D) = branch, x.shape
     launch = tile.row_launch(x, registers)
     outs = [dscale, dshift] if h is None else [dgate, dscale, dshift]
-    with sums_of_samples(launch, T, *outs) as sums:
-        dgate, dscale, dshift = [None, *sums][-3:]
+    with sums.sums_of_samples(launch, T, *outs) as parts:
+        dgate, dscale, dshift = [None, *parts][-3:]
         _bwd_kernel[(launch.programs,)](
             dy, dres, x, h, gate, scale, shift, stats, dx, dh, y, dgate, dscale, dshift,
             B * T, T, D, scale.stride(0), dscale.stride(0), launch.samples_are_shared, launch.rows,
@@ -245,7 +243,7 @@ def backward_torch(branch, dy, dres, x, scale, shift, stats, dx, y, dscale, dshi
 
 def normalise(x: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
     """x_hat, and mean and rstd side by side (..., 2), in at least float32."""
-    x = x.to(statistics_dtype(x))
+    x = x.to(checks.statistics_dtype(x))
     if centred:
         x_hat, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
     else:
@@ -280,11 +278,14 @@ _forward_op = register(
     triton=_forward_triton,
     torch_=partial(forward_torch, [None] * 3),
 )
-_backward_op = register(
+# dx has dres added where there is one; y is written again where it is given, and may be dy itself:
+# each row is read before it is written
+adaln_norm_backward = register(
     "adaln_norm_bwd(Tensor dy, Tensor? dres, Tensor x, Tensor scale, Tensor shift, Tensor stats,"
     " Tensor(a!) dx, Tensor(b!)? y, Tensor(c!) dscale, Tensor(d!) dshift, bool centred) -> ()",
     triton=_backward_triton,
     torch_=partial(backward_torch, [None] * 4),
+    scratch=lambda dy, dres, x, *_: sums.scratch_of_samples(x, BACKWARD_REGISTERS, 2),
 )
 
 
@@ -293,7 +294,7 @@ _backward_op = register(
 
 def empty_results(x: Tensor, options: NormOptions) -> tuple[Tensor, Tensor]:
     """y and its statistics (B, T, 2), for x (B, T, D)."""
-    stats = torch.empty((*x.shape[:2], 2), dtype=statistics_dtype(x), device=x.device)
+    stats = torch.empty((*x.shape[:2], 2), dtype=checks.statistics_dtype(x), device=x.device)
     return torch.empty_like(x, dtype=options.dtype), stats
 
 
@@ -302,34 +303,8 @@ def adaln_norm_forward(
 ) -> tuple[Tensor, Tensor]:
     """y (B, T, D) and its statistics (B, T, 2), from contiguous x and (B, D) modulation."""
     y, stats = empty_results(x, options)
-    if x.numel():
-        _forward_op(x, scale, shift, y, stats, options.eps, options.centred)
+    _forward_op(x, scale, shift, y, stats, options.eps, options.centred)
     return y, stats
-
-
-def adaln_norm_backward(
-    dy: Tensor,
-    dres: Tensor | None,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    stats: Tensor,
-    options: NormOptions,
-    *,
-    y: Tensor | None,
-    dscale: Tensor,
-    dshift: Tensor,
-) -> Tensor:
-    """dx, plus dres where there is one; writes dscale and dshift, and y again where it is given.
-
-    y may be dy itself: each row is read before it is written.
-    """
-    dx = torch.empty_like(x)
-    if x.numel():
-        _backward_op(dy, dres, x, scale, shift, stats, dx, y, dscale, dshift, options.centred)
-    else:
-        dscale.zero_(), dshift.zero_()
-    return dx
 
 
 class _AdaLNNorm(torch.autograd.Function):
@@ -337,18 +312,16 @@ class _AdaLNNorm(torch.autograd.Function):
     def forward(ctx, x, scale, shift, options):
         y, stats = adaln_norm_forward(x, scale, shift, options)
         ctx.save_for_backward(x, scale, shift, stats)
-        ctx.options = options
+        ctx.centred = options.centred
         return y
 
     @staticmethod
     def backward(ctx, dy):
         checks.refuse_double_backward("adaln_norm")
-        x, scale, shift, stats = ctx.saved_tensors
-        dscale, dshift = torch.empty_like(scale), torch.empty_like(shift)
-        dx = adaln_norm_backward(
-            dy.contiguous(), None, x, scale, shift, stats, ctx.options,
-            y=None, dscale=dscale, dshift=dshift,
-        )  # fmt: skip
+        saved = ctx.saved_tensors
+        dx, dscale, dshift = map(torch.empty_like, saved[:3])
+        into = dx, None, dscale, dshift
+        adaln_norm_backward(dy.contiguous(), None, *saved, *into, ctx.centred)
         return dx, dscale, dshift, None
 
 
@@ -382,9 +355,5 @@ def adaln_norm(
         RuntimeError: the gradient is differentiated.
     """
     options = NormOptions(eps, checks.check_norm(norm), checks.result_dtype(dtype, x))
-    checks.check_floats(x=x, scale=scale, shift=shift)
-    checks.check_tokens(x=x)
-    checks.check_modulation(x, scale=scale, shift=shift)
-    samples = checks.as_samples(x, scale)
-    y = _AdaLNNorm.apply(samples, checks.as_rows(scale), checks.as_rows(shift), options)
-    return y.view(x.shape)
+    rows = checks.rows_of_samples({"x": x}, {"scale": scale, "shift": shift})
+    return _AdaLNNorm.apply(*rows, options).view(x.shape)

@@ -13,17 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops.backend import checks
-from dbkernels.ops.backend.noise_tile import DRAW, coefficient_at, noise_tile, tile_of_sample
+from dbkernels.ops.backend import checks, noise_tile
 from dbkernels.ops.backend.register import register
-from dbkernels.ops.philox import (
-    Draw,
-    DrawArguments,
-    kernel_draw,
-    noise_chunks,
-    noise_launch,
-    sizes,
-)
+from dbkernels.ops.philox import Draw, kernel_draw, noise_chunks, noise_launch, sizes
 
 # coefficients, of `score_loss` too
 
@@ -65,7 +57,7 @@ def of_chunk(entries: Tensor, elements: int, rows: slice, cols: slice) -> Tensor
 # kernels
 
 
-@triton.jit(do_not_specialize=DRAW)
+@triton.jit(do_not_specialize=noise_tile.DRAW)
 def _fwd_kernel(
     z0_ptr, p_ptr, q_ptr,  # (B, elements), (B, elements / run) twice
     z_ptr,                 # (B, elements)
@@ -73,10 +65,10 @@ def _fwd_kernel(
     elements, run,
     PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    batch, start, lanes, mask = tile_of_sample(elements, BLOCK)
+    batch, start, lanes, mask = noise_tile.tile_of_sample(elements, BLOCK)
     at = batch * elements + start
-    of_run = coefficient_at(batch, start, lanes, elements, run, PER_SAMPLE, BLOCK)
-    noise = noise_tile(batch, start, step_ptr, sample, key_low, key_high, BLOCK)
+    of_run = noise_tile.coefficient_at(batch, start, lanes, elements, run, PER_SAMPLE, BLOCK)
+    noise = noise_tile.noise_tile(batch, start, step_ptr, sample, key_low, key_high, BLOCK)
     # after the noise, or they take registers while it is drawn
     p, q = tl.load(p_ptr + of_run), tl.load(q_ptr + of_run)
     z0 = tl.load(z0_ptr + at + lanes, mask=mask, other=0.0).to(tl.float32)
@@ -114,23 +106,7 @@ _forward_op = register(
 )
 
 
-# allocation and autograd
-
-
-def add_noise_forward(
-    z0: Tensor, p: Tensor, q: Tensor, draw: DrawArguments, dtype: torch.dtype
-) -> Tensor:
-    """z in the shape of z0; all are contiguous."""
-    z = torch.empty_like(z0, dtype=dtype)
-    if z0.numel():
-        _forward_op(z0, p, q, z, *draw)
-    return z
-
-
-def add_noise_backward(dz: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
-    """dz0 in `dtype`; p is of few numbers, so plain torch reads and writes it once too."""
-    p = p.to(torch.promote_types(dtype, p.dtype)).view(*p.shape, *[1] * (dz.dim() - p.dim()))
-    return torch.mul(dz, p, out=torch.empty_like(dz, dtype=dtype))
+# autograd
 
 
 class _AddNoise(torch.autograd.Function):
@@ -138,13 +114,19 @@ class _AddNoise(torch.autograd.Function):
     def forward(ctx, z0, p, q, draw, dtype):
         ctx.save_for_backward(p)
         ctx.dtype = z0.dtype
-        return add_noise_forward(z0, p, q, draw, dtype)
+        z = torch.empty_like(z0, dtype=dtype)
+        _forward_op(z0, p, q, z, *draw)
+        return z
 
     @staticmethod
     def backward(ctx, dz):
         checks.refuse_double_backward("add_noise")
         (p,) = ctx.saved_tensors
-        return add_noise_backward(dz, p, ctx.dtype), None, None, None, None
+        # p is of few numbers, so plain torch reads and writes dz once too
+        p = p.to(torch.promote_types(ctx.dtype, p.dtype))
+        p = p.view(*p.shape, *[1] * (dz.dim() - p.dim()))
+        dz0 = torch.mul(dz, p, out=torch.empty_like(dz, dtype=ctx.dtype))
+        return dz0, None, None, None, None
 
 
 # public

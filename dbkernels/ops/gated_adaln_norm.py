@@ -27,7 +27,7 @@ from dbkernels.ops.adaln_norm import (
     launch_backward,
     launch_forward,
 )
-from dbkernels.ops.backend import checks
+from dbkernels.ops.backend import checks, sums
 from dbkernels.ops.backend.register import register
 
 
@@ -62,12 +62,15 @@ _forward_op = register(
     triton=_forward_triton,
     torch_=partial(_forward, forward_torch),
 )
-_backward_op = register(
+# dh may be h itself and y, which is written again where it is given, may be dy: each row is read
+# before it is written
+gated_adaln_norm_backward = register(
     "gated_adaln_norm_bwd(Tensor dy, Tensor? dx1, Tensor x, Tensor h, Tensor gate, Tensor scale,"
     " Tensor shift, Tensor stats, Tensor(a!) dx, Tensor(b!) dh, Tensor(c!)? y, Tensor(d!) dgate,"
     " Tensor(e!) dscale, Tensor(f!) dshift, bool centred) -> ()",
     triton=_backward_triton,
     torch_=partial(_backward, backward_torch),
+    scratch=lambda dy, dx1, x, *_: sums.scratch_of_samples(x, BACKWARD_REGISTERS, 3),
 )
 
 
@@ -79,35 +82,8 @@ def gated_adaln_norm_forward(
 ) -> tuple[Tensor, Tensor]:
     """y (B, T, D) and its statistics (B, T, 2); writes x1 where it is given."""
     y, stats = empty_results(x, options)
-    if x.numel():
-        _forward_op(x, h, *modulation, x1, y, stats, options.eps, options.centred)
+    _forward_op(x, h, *modulation, x1, y, stats, options.eps, options.centred)
     return y, stats
-
-
-def gated_adaln_norm_backward(
-    dy: Tensor,
-    dx1: Tensor | None,
-    x: Tensor,
-    h: Tensor,
-    modulation: Modulation,
-    stats: Tensor,
-    options: NormOptions,
-    *,
-    dh: Tensor,
-    y: Tensor | None,
-    dmodulation: Modulation,
-) -> Tensor:
-    """dx; writes dh, dmodulation, and y again where it is given.
-
-    dh may be h itself and y may be dy itself: each row is read before it is written.
-    """
-    dx = torch.empty_like(x)
-    if x.numel():
-        _backward_op(dy, dx1, x, h, *modulation, stats, dx, dh, y, *dmodulation, options.centred)
-    else:
-        for gradient in dmodulation:
-            gradient.zero_()
-    return dx
 
 
 class _GatedAdaLNNorm(torch.autograd.Function):
@@ -116,18 +92,16 @@ class _GatedAdaLNNorm(torch.autograd.Function):
         modulation, x1 = Modulation(gate, scale, shift), torch.empty_like(x)
         y, stats = gated_adaln_norm_forward(x, h, modulation, options, x1=x1)
         ctx.save_for_backward(x, h, *modulation, stats)
-        ctx.options = options
+        ctx.centred = options.centred
         return x1, y
 
     @staticmethod
     def backward(ctx, dx1, dy):
         checks.refuse_double_backward("gated_adaln_norm")
-        x, h, *modulation, stats = ctx.saved_tensors
-        dh, dmodulation = torch.empty_like(h), Modulation(*map(torch.empty_like, modulation))
-        dx = gated_adaln_norm_backward(
-            dy.contiguous(), dx1.contiguous(), x, h, Modulation(*modulation), stats, ctx.options,
-            dh=dh, y=None, dmodulation=dmodulation,
-        )  # fmt: skip
+        saved = ctx.saved_tensors
+        dx, dh, *dmodulation = map(torch.empty_like, saved[:5])
+        into = dx, dh, None, *dmodulation
+        gated_adaln_norm_backward(dy.contiguous(), dx1.contiguous(), *saved, *into, ctx.centred)
         return dx, dh, *dmodulation, None
 
 
@@ -161,10 +135,7 @@ def gated_adaln_norm(
         RuntimeError: the gradient is differentiated.
     """
     options = NormOptions(eps, checks.check_norm(norm), h.dtype)
-    checks.check_floats(x=x, h=h, gate=gate, scale=scale, shift=shift)
-    checks.check_tokens(x=x, h=h)
-    checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
-    samples, branch = checks.as_samples(x, gate), checks.as_samples(h, gate)
-    modulation = map(checks.as_rows, (gate, scale, shift))
-    x1, y = _GatedAdaLNNorm.apply(samples, branch, *modulation, options)
+    modulation = {"gate": gate, "scale": scale, "shift": shift}
+    rows = checks.rows_of_samples({"x": x, "h": h}, modulation)
+    x1, y = _GatedAdaLNNorm.apply(*rows, options)
     return x1.view(x.shape), y.view(x.shape)

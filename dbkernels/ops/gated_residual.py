@@ -14,10 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops.backend import checks, tile
-from dbkernels.ops.backend.checks import statistics_dtype
+from dbkernels.ops.backend import checks, sums, tile
 from dbkernels.ops.backend.register import register
-from dbkernels.ops.backend.sums import segment, sums_of_samples
 
 # of a thread, by RowTile.shape: the compiler is held to them, and what it makes does not spill
 FORWARD_REGISTERS = {(4, 1): 40, (4, 2): 40, (4, 3): 48, (8, 1): 64, (8, 2): 64, (8, 3): 128}
@@ -73,7 +71,7 @@ def _bwd_kernel(
 
             tile.store_row(dh_ptr, row * D, mask, dh, D, BLOCK_D, PIECES)
 
-        out = segment(batch, samples_are_shared) * stride_sums
+        out = sums.segment(batch, samples_are_shared) * stride_sums
         tile.store_vector(dgate_ptr, out, tile.sum_over_rows(dgate, PIECES), D, BLOCK_D, PIECES)
 
 
@@ -95,48 +93,34 @@ def _forward_torch(x, h, gate, y):
 def _backward_triton(dy, h, gate, dh, dgate):
     B, T, D = dy.shape
     launch = tile.row_launch(dy, BACKWARD_REGISTERS)
-    with sums_of_samples(launch, T, dgate) as (sums,):
+    with sums.sums_of_samples(launch, T, dgate) as (part,):
         _bwd_kernel[(launch.programs,)](
-            dy, h, gate, dh, sums,
-            B * T, T, D, gate.stride(0), sums.stride(0), launch.samples_are_shared, launch.rows,
+            dy, h, gate, dh, part,
+            B * T, T, D, gate.stride(0), part.stride(0), launch.samples_are_shared, launch.rows,
             **launch.options,
         )  # fmt: skip
 
 
 def _backward_torch(dy, h, gate, dh, dgate):
-    dgate.copy_((dy.to(statistics_dtype(dy)) * h).sum(1))
+    dgate.copy_((dy.to(checks.statistics_dtype(dy)) * h).sum(1))
     torch.mul(dy, gate[:, None], out=dh)
 
 
-_forward_op = register(
+# y may be x itself, and dh may be h
+gated_residual_forward = register(
     "gated_residual_fwd(Tensor x, Tensor h, Tensor gate, Tensor(a!) y) -> ()",
     triton=_forward_triton,
     torch_=_forward_torch,
 )
-_backward_op = register(
+gated_residual_backward = register(
     "gated_residual_bwd(Tensor dy, Tensor h, Tensor gate, Tensor(a!) dh, Tensor(b!) dgate) -> ()",
     triton=_backward_triton,
     torch_=_backward_torch,
+    scratch=lambda dy, *_: sums.scratch_of_samples(dy, BACKWARD_REGISTERS, 1),
 )
 
 
-# allocation and autograd
-
-
-def gated_residual_forward(x: Tensor, h: Tensor, gate: Tensor, *, y: Tensor) -> None:
-    """Writes y (B, T, D), which may be x itself, from contiguous x and h and a gate (B, D)."""
-    if x.numel():
-        _forward_op(x, h, gate, y)
-
-
-def gated_residual_backward(
-    dy: Tensor, h: Tensor, gate: Tensor, *, dh: Tensor, dgate: Tensor
-) -> None:
-    """Writes dh, which may be h itself, and dgate (B, D)."""
-    if dy.numel():
-        _backward_op(dy, h, gate, dh, dgate)
-    else:
-        dgate.zero_()
+# autograd
 
 
 class _GatedResidual(torch.autograd.Function):
@@ -172,8 +156,5 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
         ValueError: a shape, stride, dtype or device disagrees, or D > MAX_D.
         RuntimeError: the gradient is differentiated.
     """
-    checks.check_floats(x=x, h=h, gate=gate)
-    checks.check_tokens(x=x, h=h)
-    checks.check_modulation(x, gate=gate)
-    samples, branch = checks.as_samples(x, gate), checks.as_samples(h, gate)
-    return _GatedResidual.apply(samples, branch, checks.as_rows(gate)).view(x.shape)
+    rows = checks.rows_of_samples({"x": x, "h": h}, {"gate": gate})
+    return _GatedResidual.apply(*rows).view(x.shape)

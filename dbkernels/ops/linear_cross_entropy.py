@@ -12,19 +12,19 @@ backward multiplies them by that number. Losses of single tokens have a vector i
 backward computes the logits of each chunk again.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import triton
 from torch import Tensor
 
+from dbkernels.choices import check_choice
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
 from dbkernels.ops.layer.projection import add_product, chunks
 from dbkernels.ops.softmax_gradient import empty_logits, softmax_gradient
 
 Reduction = Literal["mean", "sum", "none"]
-REDUCTIONS = ("mean", "sum", "none")
 SHARE = 16  # of the logits is a chunk; of what eager holds, which is three times the logits, 48
 ENOUGH = 4096  # tokens, at which reading and writing the sums costs little beside the matmuls
 TILE = 128  # tokens, of which a matmul's tiles are full
@@ -90,9 +90,7 @@ def linear_cross_entropy_forward(
         padded = buffer[: len(x_chunk)]
         _write_logits(padded[:, :V], x_chunk, weight, bias)
         scales = scale[chunk] if head.wanted else None
-        softmax_gradient(
-            padded, target[chunk], scales, nll=nll[chunk], V=V, ignore_index=head.ignore_index
-        )
+        softmax_gradient(padded, target[chunk], scales, nll[chunk], V, head.ignore_index)
         gradients.add(chunk, padded[:, :V], x_chunk, weight)
     return nll, gradients
 
@@ -211,8 +209,7 @@ def linear_cross_entropy(
 
 
 def _check(x, weight, target, bias, token_weight, reduction):
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction}")
+    check_choice("reduction", reduction, get_args(Reduction))
     checks.check_floats(x=x, weight=weight, bias=bias, token_weight=token_weight)
     if target.dtype != torch.int64 or target.device != x.device:
         raise ValueError(

@@ -29,19 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops.backend.noise_tile import (
-    DRAW,
-    INCREMENTS,
-    LEVEL,
-    MULTIPLIERS,
-    NOISE,
-    ROUNDS,
-    TURN,
-    load_step,
-    noise_tile,
-    philox_words,
-    tile_of_sample,
-)
+from dbkernels.ops.backend import noise_tile
 from dbkernels.ops.backend.register import register
 from dbkernels.ops.backend.tile import LANES
 
@@ -54,7 +42,7 @@ CHUNK = 2**16  # elements of plain torch's noise: the words of its counters stay
 LIMITS = {"seed": 2**64, "step": 2**56, "sample": 2**32}
 DrawArguments = tuple[int, Tensor, int]  # as an op takes it: seed, step () int64, sample
 
-_LEVEL = tl.constexpr(LEVEL)  # a kernel reads no other kind of global
+_LEVEL = tl.constexpr(noise_tile.LEVEL)  # a kernel reads no other kind of global
 
 
 # seeds
@@ -187,13 +175,13 @@ def philox(c0, c1, c2, c3, k0: int, k1: int) -> tuple:
     Returns:
         Four integers or int64 tensors in [0, 2**32).
     """
-    for _ in range(ROUNDS):
-        hi0, lo0 = _multiply(c0, MULTIPLIERS[0])
-        hi1, lo1 = _multiply(c2, MULTIPLIERS[1])
+    for _ in range(noise_tile.ROUNDS):
+        hi0, lo0 = _multiply(c0, noise_tile.MULTIPLIERS[0])
+        hi1, lo1 = _multiply(c2, noise_tile.MULTIPLIERS[1])
         c0, c1, c2, c3 = hi1 ^ c1, lo1, hi0 ^ c3, lo0
         c0 ^= k0
         c2 ^= k1
-        k0, k1 = (k0 + INCREMENTS[0]) & WORD, (k1 + INCREMENTS[1]) & WORD
+        k0, k1 = (k0 + noise_tile.INCREMENTS[0]) & WORD, (k1 + noise_tile.INCREMENTS[1]) & WORD
     return c0, c1, c2, c3
 
 
@@ -214,7 +202,7 @@ def normals_at(sample: Tensor, group: Tensor, step_words, key_words) -> Tensor:
     normals = torch.empty(shape, dtype=torch.float32, device=group.device)
     for first in (0, 2):
         r = words[first].float().mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2).sqrt_()
-        a = words[first + 1].float().mul_(TURN)
+        a = words[first + 1].float().mul_(noise_tile.TURN)
         torch.mul(r, a.cos(), out=normals[..., first])
         torch.mul(r, a.sin_(), out=normals[..., first + 1])
     return normals.flatten(1)
@@ -225,7 +213,7 @@ def noise_chunks(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Rows, columns and float32 normals, the caller's to write over, until all are done."""
     seed, step, sample = draw
-    words = counter_words(step, NOISE), key_words(seed)
+    words = counter_words(step, noise_tile.NOISE), key_words(seed)
     rows = max(CHUNK // max(elements, 1), 1)
     for first in range(0, B, rows):
         last = min(first + rows, B)
@@ -245,19 +233,19 @@ def sizes(z0: Tensor) -> tuple[int, int]:
 # kernels
 
 
-@triton.jit(do_not_specialize=DRAW)
+@triton.jit(do_not_specialize=noise_tile.DRAW)
 def _fwd_kernel(
     normals_ptr,  # (B, elements)
     step_ptr, sample, key_low, key_high,  # (), the words of a draw
     elements,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    batch, start, lanes, mask = tile_of_sample(elements, BLOCK)
-    noise = noise_tile(batch, start, step_ptr, sample, key_low, key_high, BLOCK)
+    batch, start, lanes, mask = noise_tile.tile_of_sample(elements, BLOCK)
+    noise = noise_tile.noise_tile(batch, start, step_ptr, sample, key_low, key_high, BLOCK)
     tl.store(normals_ptr + (batch * elements + start) + lanes, noise, mask=mask)
 
 
-@triton.jit(do_not_specialize=DRAW)
+@triton.jit(do_not_specialize=noise_tile.DRAW)
 def _uniform_kernel(
     uniforms_ptr,  # (B, T)
     step_ptr, sample, key_low, key_high,  # (), the words of a draw
@@ -265,8 +253,8 @@ def _uniform_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    step_low, step_high = load_step(step_ptr, _LEVEL)
-    x0, x1, _, _ = philox_words(
+    step_low, step_high = noise_tile.load_step(step_ptr, _LEVEL)
+    x0, x1, _, _ = noise_tile.philox_words(
         (at % T).to(tl.uint32), sample.to(tl.uint32) + (at // T).to(tl.uint32), step_low, step_high,
         key_low.to(tl.uint32), key_high.to(tl.uint32),
     )  # fmt: skip
@@ -311,7 +299,7 @@ def _uniform_torch(uniforms, seed, step, sample):
     B, T = uniforms.shape
     c0 = torch.arange(T, device=uniforms.device)
     c1 = torch.arange(sample, sample + B, device=uniforms.device)[:, None]
-    x0, x1, _, _ = philox(c0, c1, *counter_words(step, LEVEL), *key_words(seed))
+    x0, x1, _, _ = philox(c0, c1, *counter_words(step, noise_tile.LEVEL), *key_words(seed))
     bits = (x0 >> 5) * 2**26 + (x1 >> 6)
     uniforms.copy_((bits.double() + 0.5) * 2.0**-53)
 
@@ -348,8 +336,7 @@ def normals(draw: Draw, B: int, elements: int, device: torch.device | str | None
     """
     arguments = draw.arguments(B, elements, device)
     noise = torch.empty((B, elements), dtype=torch.float32, device=device)
-    if noise.numel():
-        _forward_op(noise, *arguments)
+    _forward_op(noise, *arguments)
     return noise
 
 
@@ -375,6 +362,5 @@ def uniforms(
             raise ValueError(f"T must be in [0, {MAX_TOKENS}], got {T}")
     arguments = draw.arguments(B, device=device)
     numbers = torch.empty((B, 1 if T is None else T), dtype=torch.float64, device=device)
-    if numbers.numel():
-        _uniform_op(numbers, *arguments)
+    _uniform_op(numbers, *arguments)
     return numbers[:, 0] if T is None else numbers

@@ -15,16 +15,16 @@ A tile holds heads by halves, so a thread owns both elements of a pair. In bfloa
 bytes where d / 2 is a multiple of 8 and as many as d / 2 allows elsewhere: 8 at d = 72.
 """
 
+from collections.abc import Iterable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dbkernels.ops.adaln_norm import normalise, rms_norm_backward
-from dbkernels.ops.backend import checks
-from dbkernels.ops.backend.checks import statistics_dtype
+from dbkernels.ops.backend import checks, sums
 from dbkernels.ops.backend.register import register
-from dbkernels.ops.backend.sums import sums_of_all
 from dbkernels.ops.backend.tile import LANES, WARPS, tiles_per_program
 
 MAX_HEAD_DIM = 1024  # both halves of a head live in the registers of one program
@@ -185,7 +185,7 @@ def _forward_triton(qkv, q_weight, k_weight, rotary, qk, heads, eps):
 
 
 def _forward_torch(qkv, q_weight, k_weight, rotary, qk, heads, eps):
-    x = _queries_and_keys(qkv, heads).to(statistics_dtype(qkv))
+    x = _queries_and_keys(qkv, heads).to(checks.statistics_dtype(qkv))
     if q_weight is not None:
         x = normalise(x, eps, centred=False)[0] * torch.stack([q_weight, k_weight])[:, None]
     if rotary is not None:
@@ -194,27 +194,30 @@ def _forward_torch(qkv, q_weight, k_weight, rotary, qk, heads, eps):
     qk.copy_(x)
 
 
-def _backward_triton(
-    dqkv, qkv, q_weight, k_weight, rotary, dq_weight, dk_weight, heads, eps
-):  # fmt: skip
+def _backward_triton(dqkv, qkv, q_weight, k_weight, rotary, dq_weight, dk_weight, heads, eps):
     B, T, _ = dqkv.shape
     programs, each, options = head_launch(dqkv, heads, BACKWARD_REGISTERS)
-    with sums_of_all(B * T, each, dq_weight, dk_weight) as sums:
+    with sums.sums_of_all(B * T, each, dq_weight, dk_weight) as parts:
         _bwd_kernel[(programs, 2)](
-            dqkv, qkv, q_weight, k_weight, rotary, *sums, B * T, T, heads, each, eps, **options
+            dqkv, qkv, q_weight, k_weight, rotary, *parts, B * T, T, heads, each, eps, **options
         )
+
+
+def _backward_scratch(dqkv, qkv, q_weight, k_weight, rotary, dq_weight, dk_weight, heads, eps):
+    programs, *_ = head_launch(dqkv, heads, BACKWARD_REGISTERS)
+    return sums.scratch_of_all(programs, dq_weight, dk_weight)
 
 
 def _backward_torch(dqkv, qkv, q_weight, k_weight, rotary, dq_weight, dk_weight, heads, eps):
     dx = _queries_and_keys(dqkv, heads)
-    g = dx.to(statistics_dtype(dqkv))
+    g = dx.to(checks.statistics_dtype(dqkv))
     if rotary is not None:
         cos, sin = _angles(rotary)
         g = _rotate(g, cos, -sin)
     if q_weight is not None:
         x_hat, stats = normalise(_queries_and_keys(qkv, heads), eps, centred=False)
-        for dweight, sums in zip((dq_weight, dk_weight), (g * x_hat).sum((0, 1, 3)), strict=True):
-            dweight.copy_(sums)
+        dq_sums, dk_sums = (g * x_hat).sum((0, 1, 3))
+        dq_weight.copy_(dq_sums), dk_weight.copy_(dk_sums)
         g = g * torch.stack([q_weight, k_weight])[:, None]
         g = rms_norm_backward(g, x_hat, stats[..., 1:])
     dx.copy_(g)
@@ -239,11 +242,15 @@ _forward_op = register(
     triton=_forward_triton,
     torch_=_forward_torch,
 )
-_backward_op = register(
+# Turns the gradients of processed queries and keys into those of the raw ones, in place, and leaves
+# the last third of dqkv alone. qkv is the raw input of the forward in storage of its own; it is
+# read for the norm only, and without one may be None
+qk_norm_rotary_backward = register(
     "qk_norm_rotary_bwd(Tensor(a!) dqkv, Tensor? qkv, Tensor? q_weight, Tensor? k_weight,"
     " Tensor? rotary, Tensor(b!)? dq_weight, Tensor(c!)? dk_weight, int heads, float eps) -> ()",
     triton=_backward_triton,
     torch_=_backward_torch,
+    scratch=_backward_scratch,
 )
 
 
@@ -251,68 +258,34 @@ _backward_op = register(
 
 
 def qk_norm_rotary_forward(
-    qkv: Tensor,
-    heads: int,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    rotary: Tensor | None,
-    eps: float,
+    qkv: Tensor, weights: Iterable[Tensor | None], rotary: Tensor | None, heads: int, eps: float
 ) -> Tensor:
     """Processed queries and keys (B, T, 2, H, d) from contiguous qkv (B, T, 3 D)."""
     B, T, D = qkv.shape
     qk = qkv.new_empty((B, T, 2, heads, D // (3 * heads)))
-    if qkv.numel():
-        _forward_op(qkv, q_weight, k_weight, rotary, qk, heads, eps)
+    _forward_op(qkv, *weights, rotary, qk, heads, eps)
     return qk
-
-
-def qk_norm_rotary_backward(
-    dqkv: Tensor,
-    qkv: Tensor | None,
-    heads: int,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    rotary: Tensor | None,
-    eps: float,
-    *,
-    dq_weight: Tensor | None,
-    dk_weight: Tensor | None,
-) -> None:
-    """Turn the gradients of processed queries and keys into those of the raw ones, in place.
-
-    dqkv (B, T, 3 D) is contiguous and its last third is left alone. qkv is the raw input of the
-    forward in storage of its own; it is read for the norm only, and without one may be None.
-    """
-    if dqkv.numel():
-        _backward_op(dqkv, qkv, q_weight, k_weight, rotary, dq_weight, dk_weight, heads, eps)
-    elif dq_weight is not None:
-        dq_weight.zero_(), dk_weight.zero_()
 
 
 class _QKNormRotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, q_weight, k_weight, rotary, heads, eps):
         ctx.save_for_backward(None if q_weight is None else qkv, q_weight, k_weight, rotary)
-        ctx.heads, ctx.eps = heads, eps
-        return qk_norm_rotary_forward(qkv, heads, q_weight, k_weight, rotary, eps)
+        ctx.eps = eps
+        return qk_norm_rotary_forward(qkv, (q_weight, k_weight), rotary, heads, eps)
 
     @staticmethod
     def backward(ctx, dqk):
         checks.refuse_double_backward("qk_norm_rotary")
-        qkv, q_weight, k_weight, rotary = ctx.saved_tensors
-        dq_weight, dk_weight = (
-            None if weight is None else torch.empty_like(weight) for weight in (q_weight, k_weight)
-        )
+        _, *weights, _ = saved = ctx.saved_tensors
+        dweights = [None if weight is None else torch.empty_like(weight) for weight in weights]
         B, T, _, H, d = dqk.shape
         dqkv = dqk.new_empty((B, T, 3, H, d))
         dqkv[:, :, :2] = dqk
         dqkv[:, :, 2] = 0
         dqkv = dqkv.flatten(2)
-        qk_norm_rotary_backward(
-            dqkv, qkv, H, q_weight, k_weight, rotary, ctx.eps,
-            dq_weight=dq_weight, dk_weight=dk_weight,
-        )  # fmt: skip
-        return dqkv, dq_weight, dk_weight, None, None, None
+        qk_norm_rotary_backward(dqkv, *saved, *dweights, H, ctx.eps)
+        return dqkv, *dweights, None, None, None
 
 
 # public
@@ -344,21 +317,12 @@ def qk_norm_rotary(
             rotary requires a gradient, one weight is given alone, or there is nothing to do.
         RuntimeError: the gradient is differentiated.
     """
-    _check_heads(qkv, heads, q_weight, k_weight, rotary)
-    qkv, q_weight, k_weight, rotary = (
-        None if x is None else x.contiguous() for x in (qkv, q_weight, k_weight, rotary)
-    )
-    return _QKNormRotary.apply(qkv, q_weight, k_weight, rotary, heads, eps).unbind(2)
+    _check(qkv, heads, q_weight, k_weight, rotary)
+    given = (x if x is None else x.contiguous() for x in (qkv, q_weight, k_weight, rotary))
+    return _QKNormRotary.apply(*given, heads, eps).unbind(2)
 
 
-def _check_heads(
-    qkv: Tensor,
-    heads: int,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    rotary: Tensor | None,
-) -> None:
-    """One shape of head, and something to do with it."""
+def _check(qkv, heads, q_weight, k_weight, rotary):
     if qkv.dim() != 3 or heads < 1 or qkv.shape[2] < 1 or qkv.shape[2] % (3 * heads):
         raise ValueError(
             f"qkv must be (B, T, 3 D) with D a multiple of heads, got {tuple(qkv.shape)} "

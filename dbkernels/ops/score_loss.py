@@ -13,45 +13,26 @@ Gradients, with r the reduction over B, and z a constant for F but not for the l
     dz0 = -alpha * dF
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, get_args
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dbkernels.choices import check_choice
 from dbkernels.ops.add_noise import check_coefficients, check_finite, of_chunk
-from dbkernels.ops.backend import checks
-from dbkernels.ops.backend.noise_tile import (
-    DRAW,
-    coefficient_at,
-    noise_tile,
-    run_of_lane,
-    tile_of_sample,
-)
+from dbkernels.ops.backend import checks, noise_tile
 from dbkernels.ops.backend.register import is_last_to_read, register
-from dbkernels.ops.philox import (
-    Draw,
-    DrawArguments,
-    kernel_draw,
-    noise_chunks,
-    noise_launch,
-    sizes,
-)
+from dbkernels.ops.philox import Draw, kernel_draw, noise_chunks, noise_launch, sizes
 
 Reduction = Literal["mean", "sum", "none"]
-
-
-class _Options(NamedTuple):
-    draw: DrawArguments
-    reduction: Reduction
-    inplace: bool  # whether the gradient goes over the prediction
 
 
 # kernels
 
 
-@triton.jit(do_not_specialize=DRAW)
+@triton.jit(do_not_specialize=noise_tile.DRAW)
 def _fwd_kernel(
     prediction_ptr, z0_ptr,          # (B, elements) twice
     alpha_ptr, beta_ptr, weight_ptr,  # (B, elements / run) each
@@ -62,19 +43,20 @@ def _fwd_kernel(
     elements, run, mask_run, r,
     PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    batch, start, lanes, inside = tile_of_sample(elements, BLOCK)
+    batch, start, lanes, inside = noise_tile.tile_of_sample(elements, BLOCK)
     at = batch * elements + start
-    of_run = coefficient_at(batch, start, lanes, elements, run, PER_SAMPLE, BLOCK)
+    of_run = noise_tile.coefficient_at(batch, start, lanes, elements, run, PER_SAMPLE, BLOCK)
     alpha, beta = tl.load(alpha_ptr + of_run), tl.load(beta_ptr + of_run)
     weight = 1.0 if weight_ptr is None else tl.load(weight_ptr + of_run)
     prediction = tl.load(prediction_ptr + at + lanes, mask=inside, other=0.0).to(tl.float32)
     z0 = tl.load(z0_ptr + at + lanes, mask=inside, other=0.0).to(tl.float32)
 
-    noise = noise_tile(batch, start, step_ptr, sample, key_low, key_high, BLOCK)
+    noise = noise_tile.noise_tile(batch, start, step_ptr, sample, key_low, key_high, BLOCK)
     e = prediction - (alpha * z0 + beta * noise)
     counted = inside
     if mask_ptr is not None:
-        entry = batch * (elements // mask_run) + run_of_lane(start, lanes, mask_run, BLOCK)
+        entry = noise_tile.run_of_lane(start, lanes, mask_run, BLOCK)
+        entry = batch * (elements // mask_run) + entry
         counted = inside & (tl.load(mask_ptr + entry, mask=inside, other=0) != 0)
     # a prediction that does not count may be anything, NaN too
     e = tl.where(counted, e, 0.0)
@@ -99,14 +81,14 @@ def _forward_triton(prediction, z0, alpha, beta, weight, mask, dprediction, dz0,
     run, per_sample = z0.numel() // alpha.numel(), alpha.numel() == B
     mask_run = 1 if mask is None else z0.numel() // mask.numel()
     mask = None if mask is None else mask.view(torch.uint8)
-    tiles = grid[0] // B
-    shape, like = (B, tiles), {"dtype": losses.dtype, "device": losses.device}
-    sums = losses if tiles == 1 else torch.empty(shape, **like)
+    sums, like = losses, {"dtype": losses.dtype, "device": losses.device}
+    if grid[0] > B:
+        sums = torch.empty((B, grid[0] // B), **like)
     _fwd_kernel[grid](
         prediction, z0, alpha, beta, weight, mask, dprediction, dz0, sums,
         *kernel_draw(draw), elements, run, mask_run, r, per_sample, **options,
     )  # fmt: skip
-    if tiles > 1:
+    if sums is not losses:
         torch.sum(sums, 1, out=losses)
 
 
@@ -133,78 +115,55 @@ def _forward_torch(prediction, z0, alpha, beta, weight, mask, dprediction, dz0, 
             torch.mul(weighted, -a, out=dz0.view(B, elements)[rows, cols])
 
 
+def _scratch(prediction, z0, *_):
+    (programs,), _ = noise_launch(*sizes(z0))
+    return programs if programs > len(z0) else 0
+
+
+def _check_finite(prediction, z0, alpha, beta, weight, *_):
+    check_finite(alpha=alpha, beta=beta, weight=weight)
+
+
 _forward_op = register(
     "score_loss_fwd(Tensor prediction, Tensor z0, Tensor alpha, Tensor beta, Tensor? weight,"
     " Tensor? mask, Tensor(a!)? dprediction, Tensor(b!)? dz0, Tensor(c!) losses,"
     " SymInt seed, Tensor step, SymInt sample, float r) -> ()",
     triton=_forward_triton,
     torch_=_forward_torch,
-    check=lambda prediction, z0, alpha, beta, weight, *_: check_finite(
-        alpha=alpha, beta=beta, weight=weight
-    ),
+    check=_check_finite,
+    scratch=_scratch,
 )
 
 
-# allocation and autograd
-
-
-def score_loss_forward(
-    prediction: Tensor,
-    z0: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    options: _Options,
-    *,
-    dprediction: Tensor | None,
-    dz0: Tensor | None,
-) -> Tensor:
-    """losses (B,); writes the gradients that are given. dprediction may be prediction itself.
-
-    All are contiguous.
-    """
-    dtype = torch.promote_types(torch.promote_types(prediction.dtype, torch.float32), z0.dtype)
-    losses = torch.empty(len(z0), dtype=dtype, device=z0.device)
-    if z0.numel():
-        r = 1 / len(z0) if options.reduction == "mean" else 1.0
-        _forward_op(
-            prediction, z0, alpha, beta, weight, mask, dprediction, dz0, losses, *options.draw, r
-        )
-    else:
-        losses.zero_()
-    return losses
+# autograd
 
 
 class _ScoreLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, prediction, z0, alpha, beta, weight, mask, options):
+    def forward(ctx, prediction, z0, alpha, beta, weight, mask, draw, reduction, inplace):
         dprediction = dz0 = None
-        if ctx.needs_input_grad[0]:
-            dprediction = _buffer(prediction, options.inplace)
+        if ctx.needs_input_grad[0] and inplace:
+            # whoever else had saved it is told, instead of reading a gradient for a prediction
+            torch.autograd.graph.increment_version(prediction)
+            dprediction = prediction.detach()
+        elif ctx.needs_input_grad[0]:
+            dprediction = torch.empty_like(prediction)
         if ctx.needs_input_grad[1]:
             dz0 = torch.empty_like(z0)
-        losses = score_loss_forward(
-            prediction, z0, alpha, beta, weight, mask, options, dprediction=dprediction, dz0=dz0
-        )
+        dtype = torch.promote_types(checks.statistics_dtype(prediction), z0.dtype)
+        losses = torch.empty(len(z0), dtype=dtype, device=z0.device)
+        r = 1 / max(len(z0), 1) if reduction == "mean" else 1.0
+        _forward_op(prediction, z0, alpha, beta, weight, mask, dprediction, dz0, losses, *draw, r)
         ctx.save_for_backward(dprediction, dz0)
-        reduced = {"mean": losses.mean, "sum": losses.sum, "none": losses.clone}
         ctx.mark_non_differentiable(losses)
-        return reduced[options.reduction](), losses
+        reduced = {"mean": losses.mean, "sum": losses.sum, "none": losses.clone}
+        return reduced[reduction](), losses
 
     @staticmethod
     def backward(ctx, dloss, _):
         checks.refuse_double_backward("score_loss")
         grads = ctx.saved_tensors
-        return *(None if grad is None else _scaled(grad, dloss) for grad in grads), *[None] * 5
-
-
-def _buffer(prediction: Tensor, inplace: bool) -> Tensor:
-    if not inplace:
-        return torch.empty_like(prediction)
-    # whoever else had saved it is told, instead of reading a gradient for a prediction
-    torch.autograd.graph.increment_version(prediction)
-    return prediction.detach()
+        return *(None if grad is None else _scaled(grad, dloss) for grad in grads), *[None] * 7
 
 
 def _scaled(grad: Tensor, dloss: Tensor) -> Tensor:
@@ -258,13 +217,13 @@ def score_loss(
     _check(prediction, z0, alpha, beta, weight, reduction, mask)
     if inplace and prediction.is_leaf and prediction.requires_grad:
         raise ValueError("prediction must be computed, got a leaf that requires a gradient")
-    options = _Options(draw.arguments(*sizes(z0), z0.device), reduction, inplace)
+    arguments = draw.arguments(*sizes(z0), z0.device)
     coefficients = _alike(alpha, beta, _over_all_elements(weight, mask, z0))
     mask = None if mask is None else mask.contiguous()
     prediction, z0 = prediction.contiguous(), z0.contiguous()
     if not torch.is_grad_enabled():  # which no function is told that asks who requires a gradient
         prediction, z0 = prediction.detach(), z0.detach()
-    return _ScoreLoss.apply(prediction, z0, *coefficients, mask, options)
+    return _ScoreLoss.apply(prediction, z0, *coefficients, mask, arguments, reduction, inplace)
 
 
 def _check(prediction, z0, alpha, beta, weight, reduction, mask):
@@ -275,8 +234,7 @@ def _check(prediction, z0, alpha, beta, weight, reduction, mask):
             f"prediction must have the shape of z0 = {tuple(z0.shape)}, "
             f"got {tuple(prediction.shape)}"
         )
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be mean, sum or none, got {reduction}")
+    check_choice("reduction", reduction, get_args(Reduction))
     if weight is not None:
         check_coefficients(z0, weight=weight)
     if mask is None:
@@ -295,7 +253,7 @@ def _over_all_elements(weight: Tensor | None, mask: Tensor | None, z0: Tensor) -
     if mask is None or not z0.numel():
         return weight
     counted = mask.reshape(len(z0), -1).sum(1).clamp_(min=1)
-    share = (mask.numel() // len(z0)) / counted.to(torch.promote_types(z0.dtype, torch.float32))
+    share = (mask.numel() // len(z0)) / counted.to(checks.statistics_dtype(z0))
     if weight is None:
         return share
     return weight * (share[:, None] if weight.dim() == 2 else share)
@@ -304,8 +262,6 @@ def _over_all_elements(weight: Tensor | None, mask: Tensor | None, z0: Tensor) -
 def _alike(alpha: Tensor, beta: Tensor, weight: Tensor | None) -> list[Tensor | None]:
     """All of each token where one is."""
     shape = weight.shape if weight is not None and weight.dim() == 2 else alpha.shape
-    each = (
-        c if c is None or c.dim() == len(shape) else c[:, None].expand(shape)
-        for c in (alpha, beta, weight)
-    )
-    return [c if c is None else c.contiguous() for c in each]
+    each = (alpha, beta, weight)
+    wide = (c if c is None or c.dim() == len(shape) else c[:, None].expand(shape) for c in each)
+    return [c if c is None else c.contiguous() for c in wide]

@@ -110,7 +110,12 @@ def _check_targets(logits, target, scale, nll, V, ignore_index):
         )
 
 
-_gradient_op = register(
+# Writes nll (N,), and the gradient over logits (N, S) of `empty_logits`. nll and scale are float32,
+# with float64 logits float64. The nll of an ignored target is 0, and its scale must be. Without
+# scale there is no gradient, and the logits are lost. A target that is neither a column nor ignored
+# is a ValueError on a CPU; elsewhere, where to look at it would wait for the device, its nll and
+# its row's gradient are NaN
+softmax_gradient = register(
     "softmax_gradient(Tensor(a!) logits, Tensor target, Tensor? scale, Tensor(b!) nll,"
     " SymInt V, int ignore_index) -> ()",
     triton=_gradient_triton,
@@ -119,23 +124,6 @@ _gradient_op = register(
 )
 
 
-# allocation
-
-
 def empty_logits(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, S), of which the logits are the first V columns."""
     return torch.empty((rows, -(-V // LINE) * LINE), dtype=dtype, device=device)
-
-
-def softmax_gradient(
-    logits: Tensor, target: Tensor, scale: Tensor | None, *, nll: Tensor, V: int, ignore_index: int
-) -> None:
-    """Writes nll (N,), and the gradient over logits (N, S) of `empty_logits`.
-
-    nll and scale are float32, with float64 logits float64. The nll of an ignored target is 0, and
-    its scale must be. Without scale there is no gradient, and the logits are lost. A target that is
-    neither a column nor ignored is a ValueError on a CPU; elsewhere, where to look at it would wait
-    for the device, its nll and its row's gradient are NaN.
-    """
-    if logits.numel():
-        _gradient_op(logits, target, scale, nll, V, ignore_index)

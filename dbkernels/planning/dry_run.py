@@ -18,8 +18,7 @@ from dbkernels.data.images import forget_orders
 from dbkernels.memory.allocator import Target
 from dbkernels.memory.measure import Prediction, predict, record
 from dbkernels.memory.tracker import Trace
-from dbkernels.ops.backend.register import dry_run_on_gpu
-from dbkernels.ops.backend.scratch import scratch_bytes
+from dbkernels.ops.backend.register import dry_run_on_gpu, scratch_bytes
 from dbkernels.planning.pool import results
 from dbkernels.planning.recipe import Recipe
 from dbkernels.training.diffusion_blocks import SHARED, own_group

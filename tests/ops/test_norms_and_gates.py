@@ -77,7 +77,7 @@ def test_rejects_an_option(option):
 
 
 def test_rejects_an_unknown_norm():
-    with pytest.raises(ValueError, match="norm must be layer or rms, got group"):
+    with pytest.raises(ValueError, match="norm must be one of layer, rms, got group"):
         gated_adaln_norm(*inputs("gated_adaln_norm"), norm="group")
 
 
@@ -154,17 +154,11 @@ class Buffers:
         if self.name == "gated_residual":
             gated_residual_backward(self.dy, self.h, *self.modulation, dh=dh, dgate=sums[0])
             return [dh, *sums]
-        saved = self.dy, dres, self.x
-        if self.name == "adaln_norm":
-            dx = adaln_norm_backward(
-                *saved, *self.modulation, self.stats, self.options,
-                y=y, dscale=sums[0], dshift=sums[1],
-            )  # fmt: skip
-        else:
-            dx = gated_adaln_norm_backward(
-                *saved, self.h, Modulation(*self.modulation), self.stats, self.options,
-                dh=dh, y=y, dmodulation=Modulation(*sums),
-            )  # fmt: skip
+        branch = [] if self.h is None else [self.h]
+        saved = self.dy, dres, self.x, *branch, *self.modulation, self.stats
+        dx, dbranch = torch.empty_like(self.x), [] if self.h is None else [dh]
+        op = gated_adaln_norm_backward if branch else adaln_norm_backward
+        op(*saved, dx, *dbranch, y, *sums, self.options.centred)
         return [t for t in (dx, dh, y, *sums) if t is not None]
 
 

@@ -107,10 +107,8 @@ def test_values_have_no_gradient_and_are_left_alone_in_place():
 
     dqkv = torch.randn_like(qkv)
     expected = dqkv[..., 32:].clone()
-    qk_norm_rotary_backward(
-        dqkv, qkv, 2, q_weight, k_weight, table, 1e-6,
-        dq_weight=torch.empty_like(q_weight), dk_weight=torch.empty_like(k_weight),
-    )  # fmt: skip
+    dweights = torch.empty_like(q_weight), torch.empty_like(k_weight)
+    qk_norm_rotary_backward(dqkv, qkv, q_weight, k_weight, table, *dweights, 2, 1e-6)
     assert torch.equal(dqkv[..., 32:], expected)
 
 
@@ -120,7 +118,7 @@ def test_a_rotation_needs_no_saved_input():
     q, k = qk_norm_rotary(x, 2, rotary=table)
     (expected,) = torch.autograd.grad(q.sum() + k.sum(), x, retain_graph=True)
     dqkv = torch.ones_like(qkv)
-    qk_norm_rotary_backward(dqkv, None, 2, None, None, table, 1e-6, dq_weight=None, dk_weight=None)
+    qk_norm_rotary_backward(dqkv, None, None, None, table, None, None, 2, 1e-6)
     assert torch.equal(dqkv[..., :32], expected[..., :32])
     kept = q.grad_fn.next_functions[0][0].saved_tensors
     assert [None if x is None else x.shape for x in kept] == [None, None, None, table.shape]
@@ -144,7 +142,7 @@ def test_compiles_with_inductor():
 
 def test_allocates_queries_and_keys_only():
     qkv, q_weight, k_weight, table = inputs(2, 5, 2, 8)
-    qk = qk_norm_rotary_forward(qkv, 2, q_weight, k_weight, table, 1e-6)
+    qk = qk_norm_rotary_forward(qkv, (q_weight, k_weight), table, 2, 1e-6)
     assert qk.shape == (2, 5, 2, 2, 8) and qk.is_contiguous()
     q, k = qk_norm_rotary(qkv, 2, q_weight=q_weight, k_weight=k_weight, rotary=table)
     assert torch.equal(torch.stack([q, k], 2), qk)

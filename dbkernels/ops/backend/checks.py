@@ -1,10 +1,11 @@
 """What the public functions of this room refuse, with the name, the expected and the got."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from dbkernels.choices import check_choice
 from dbkernels.ops.backend.register import implementation
 from dbkernels.ops.backend.tile import MAX_D
 
@@ -14,8 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def check_norm(norm: str) -> bool:
     """Whether the norm subtracts the mean."""
-    if norm not in ("layer", "rms"):
-        raise ValueError(f"norm must be layer or rms, got {norm}")
+    check_choice("norm", norm, get_args(Norm))
     return norm == "layer"
 
 
@@ -69,6 +69,16 @@ def check_modulation(x: Tensor, **tensors: Tensor) -> None:
             "strides, the last 1, got "
             + _list(f"{tensor.dtype} {tensor.stride()}" for tensor in tensors.values())
         )
+
+
+def rows_of_samples(tokens: dict[str, Tensor], modulation: dict[str, Tensor]) -> list[Tensor]:
+    """Check x and what else is (B, T, D), and its modulation; all of them by `as_samples`."""
+    check_floats(**tokens, **modulation)
+    check_tokens(**tokens)
+    check_modulation(tokens["x"], **modulation)
+    first = next(iter(modulation.values()))
+    samples = [as_samples(tensor, first) for tensor in tokens.values()]
+    return [*samples, *map(as_rows, modulation.values())]
 
 
 def as_samples(x: Tensor, modulation: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 import triton
 from torch import Tensor
+from torch._ops import OpOverload
 
 from dbkernels.choices import check_choice
 from dbkernels.ops.backend import library
@@ -23,27 +24,40 @@ NAMES: tuple[Implementation, ...] = get_args(Implementation)
 
 _LIBRARY = torch.library.Library("dbkernels", "DEF")
 _COMPILED = torch.library.Library("dbkernels_compiled", "DEF")
+_FLOAT32 = 4  # bytes: of a partial sum
 _asked_for: list[Implementation] = []
-_ops: list[str] = []
+_ops: dict[str, Callable | None] = {}  # elements that a launch allocates and frees again
 _processors: list[int] = []  # of the GPU of a dry run, innermost last
 
 
 def register(
-    schema: str, *, triton: Callable, torch_: Callable, check: Callable | None = None
+    schema: str,
+    *,
+    triton: Callable,
+    torch_: Callable,
+    check: Callable | None = None,
+    scratch: Callable | None = None,
 ) -> Callable:
     """Register two launchers with the same arguments under `schema`; return the op.
 
+    Where the first tensor is empty no launcher runs, and what the op writes is a sum of nothing.
     `check` looks at values, and raises before anything is written. It is called where that does not
     wait for a GPU, and not in the public function: compilers and fake tensors have no values.
+    `scratch` counts the float32 partial sums of Triton's launcher, which no dispatcher sees.
     """
     name = schema.partition("(")[0]
-    _ops.append(name)
+    _ops[name] = scratch
     _COMPILED.define(schema.replace("SymInt", "int"))
     compiled = getattr(torch.ops.dbkernels_compiled, name).default
     launchers = {"triton": triton, "torch": torch_, "cpp": compiled, "cuda": compiled}
     reads = [argument.alias_info is None for argument in compiled._schema.arguments]
 
     def launch(*args):
+        if not args[0].numel():
+            for arg, is_read in zip(args, reads, strict=True):
+                if not is_read and arg is not None:
+                    arg.zero_()
+            return
         device = args[0].device
         if check is not None and device.type == "cpu":
             check(*args)
@@ -151,6 +165,19 @@ def _float64_is_chosen(args: tuple, reads: list[bool]) -> bool:
 
 
 # fake tensors of a CPU on which ops run as on a GPU: what a prediction of memory runs on
+
+
+def scratch_bytes(func: OpOverload, args: tuple) -> int:
+    """Bytes that one call of an op allocates inside itself and frees again.
+
+    Their number is that of the launch itself, on the GPU of a dry run.
+
+    Args:
+        func:  any op; those of others, and those without partial sums, have 0
+        args:  that it was called with
+    """
+    scratch = _ops.get(func._opname) if func.namespace == "dbkernels" else None
+    return _FLOAT32 * scratch(*args) if scratch is not None and args[0].numel() else 0
 
 
 def runs_as_on_gpu(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops.backend.tile import RowLaunch
+from dbkernels.ops.backend.tile import Registers, RowLaunch, row_launch
 
 MOST = 3  # sums of one kernel
 BLOCK_D = 128  # columns of a program, one 16-byte load to a thread of a warp
@@ -114,3 +114,17 @@ def sums_of_all(rows: int, rows_per_program: int, *outs: Tensor | None) -> Itera
     segments = Segments(rows, rows_per_program, programs)
     with partial_sums(segments, *(out[None] for out in outs)) as sums:
         yield sums
+
+
+# elements of partial sums that a launch allocates; 0 where programs write the outputs themselves
+
+
+def scratch_of_samples(x: Tensor, registers: Registers, sums: int) -> int:
+    """Of `sums_of_samples`, in the launch over x (B, T, D)."""
+    launch = row_launch(x, registers)
+    return launch.samples_are_shared * sums * launch.segments(len(x)) * x.shape[-1]
+
+
+def scratch_of_all(programs: int, *outs: Tensor | None) -> int:
+    """Of `sums_of_all`."""
+    return 0 if programs == 1 else programs * sum(out.numel() for out in outs if out is not None)

@@ -6,7 +6,7 @@ The MLP runs in chunks of tokens: its widest tensors exist a part at a time.
 import torch
 from torch import Tensor
 
-from dbkernels.ops.activations import activation_backward, activation_forward
+from dbkernels.ops.activations import BACKWARD_OPS, activation_forward
 from dbkernels.ops.attention import attention_backward, attention_forward
 from dbkernels.ops.backend.checks import statistics_dtype
 from dbkernels.ops.backend.register import runs_as_on_gpu
@@ -50,14 +50,11 @@ def attend_backward(
     if w.q_weight is None and rotary is None:
         return
     whole = dqkv.whole()
-    dq_weight, dk_weight = (None if t is None else torch.empty_like(t) for t in w.qk_norms)
-    qk_norm_rotary_backward(
-        whole, qkv.whole(), heads, *w.qk_norms, rotary, QK_EPS,
-        dq_weight=dq_weight, dk_weight=dk_weight,
-    )  # fmt: skip
+    dweights = [None if t is None else torch.empty_like(t) for t in w.qk_norms]
+    qk_norm_rotary_backward(whole, qkv.whole(), *w.qk_norms, rotary, *dweights, heads, QK_EPS)
     dqkv.take(whole)
-    gradients.add("q_weight", dq_weight)
-    gradients.add("k_weight", dk_weight)
+    gradients.add("q_weight", dweights[0])
+    gradients.add("k_weight", dweights[1])
 
 
 def _by_head(qkv: QKV, heads: int, w: LayerWeights, rotary: Tensor | None) -> list[Tensor]:
@@ -65,7 +62,7 @@ def _by_head(qkv: QKV, heads: int, w: LayerWeights, rotary: Tensor | None) -> li
     q, k, v = qkv.by_head(heads)
     if w.q_weight is not None or rotary is not None:
         N = q.shape[2]
-        qk = qk_norm_rotary_forward(qkv.whole(), heads, *w.qk_norms, rotary, QK_EPS)
+        qk = qk_norm_rotary_forward(qkv.whole(), w.qk_norms, rotary, heads, QK_EPS)
         q, k = qk.permute(2, 0, 3, 1, 4)
         q = q[:, :, :N]
     return [q, k, v]
@@ -111,7 +108,7 @@ def mlp_backward(
         dh = h if hidden is None else dhidden[chunk]
         u = project(rows[chunk], w.fc2_weight.T)  # du, until the activation is written over it
         dbias = h.new_empty(h.shape[1], dtype=statistics_dtype(h))
-        activation_backward(mlp, h, u, w.fc1_bias, dh=dh, u=u, dbias=dbias)
+        BACKWARD_OPS[mlp](h, u, w.fc1_bias, dh, u, dbias)
         gradients.add_weight("fc2", rows[chunk], u, part=part)
         gradients.add("fc1_bias", dbias)
         if hidden is None:

@@ -169,11 +169,11 @@ class LayerCall(NamedTuple):
             dm, y, hidden, self.options.mlp, self.weights, dhidden=dhidden, gradients=gradients
         )
         del m, dm, y
-        da, dy_rows = kept.buffer(a), self.by_sample(dy)
-        dx1 = gated_adaln_norm_backward(
-            dy_rows, dout, x, self.by_sample(a), mod.between, kept.pop("stats2"),
-            self.options.norm, dh=self.by_sample(da), y=None if hidden is None else dy_rows,
-            dmodulation=dmod.between,
+        da, dy_rows, dx1 = kept.buffer(a), self.by_sample(dy), torch.empty_like(x)
+        gated_adaln_norm_backward(
+            dy_rows, dout, x, self.by_sample(a), *mod.between, kept.pop("stats2"),
+            dx1, self.by_sample(da), None if hidden is None else dy_rows, *dmod.between,
+            self.options.norm.centred,
         )  # fmt: skip
         if hidden is not None:
             gradients.add_weight("fc1", dhidden, dy)  # y is written over dy by now
@@ -198,10 +198,11 @@ class LayerCall(NamedTuple):
         del attended
         dy = dqkv.backward(w)
         dy_rows, dx1_rows = self.by_sample(dy), dx1 if N is None else None
-        dx = adaln_norm_backward(
-            dy_rows, dx1_rows, self.by_sample(self.x), mod.scale1, mod.shift1, kept.pop("stats1"),
-            self.options.norm, y=dy_rows, dscale=dmod.scale1, dshift=dmod.shift1,
-        ).view(self.x.shape)  # fmt: skip
+        x, dx = self.by_sample(self.x), torch.empty_like(self.x)
+        adaln_norm_backward(
+            dy_rows, dx1_rows, x, mod.scale1, mod.shift1, kept.pop("stats1"),
+            self.by_sample(dx), dy_rows, dmod.scale1, dmod.shift1, self.options.norm.centred,
+        )  # fmt: skip
         dqkv.add_to(gradients, dy)  # y is written over dy by now
         if N is not None:
             dx[:, :N] += dx1.view(len(dx), N, dx.shape[-1])

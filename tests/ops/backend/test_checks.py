@@ -8,7 +8,7 @@ from dbkernels.ops.backend.tile import MAX_D
 
 def test_knows_which_norm_subtracts_the_mean():
     assert checks.check_norm("layer") is True and checks.check_norm("rms") is False
-    with pytest.raises(ValueError, match="norm must be layer or rms, got batch"):
+    with pytest.raises(ValueError, match="norm must be one of layer, rms, got batch"):
         checks.check_norm("batch")
 
 

@@ -6,8 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels.ops import LayerWeights, adaln_layer
-from dbkernels.ops.backend.register import dry_run_on_gpu, use_implementation
-from dbkernels.ops.backend.scratch import scratch_bytes
+from dbkernels.ops.backend.register import dry_run_on_gpu, scratch_bytes, use_implementation
 from dbkernels.ops.philox import Draw
 from dbkernels.ops.score_loss import score_loss
 

@@ -209,5 +209,5 @@ def test_compiles_without_graph_breaks(backend, recompute):
 def test_rejects_an_unknown_norm():
     layer = OneLayer()
     layer.options["norm"] = "batch"
-    with pytest.raises(ValueError, match="norm must be layer or rms, got batch"):
+    with pytest.raises(ValueError, match="norm must be one of layer, rms, got batch"):
         layer.run(layer.tensors)
