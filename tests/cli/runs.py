@@ -16,10 +16,10 @@ class Outcome(NamedTuple):
     err: str
 
 
-def write_npz(path, shape=(1, 8, 8), classes=3, first=0):
+def write_npz(path, shape=(1, 8, 8), classes=3):
     """24 images of noise in 3 classes, and 9 to test on."""
     images = np.random.default_rng(0).integers(0, 256, (24, *shape), dtype=np.uint8)
-    labels = first + np.arange(24) % classes
+    labels = np.arange(24) % classes
     np.savez(path, images=images, labels=labels, test_images=images[:9], test_labels=labels[:9])
 
 

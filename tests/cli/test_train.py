@@ -20,43 +20,28 @@ def log_of(directory):
     ("flags", "message"),
     [
         ("--num-blocks 4", "num_blocks must be between 1 and the 3 layers, got 4"),
-        ("--num-blocks 0", "num_blocks must be between 1 and the 3 layers, got 0"),
-        ("--sigma-min 90", "0 < sigma_min < sigma_max, got sigma_min 90.0"),
         ("--sigma-max nan", "got sigma_min 0.002 and sigma_max nan"),
-        ("--split 1,1", "add up to 3 layers, got [1, 1] with sum 2"),
         ("--split a,b,c", "split must be whole numbers with commas between, got a,b,c"),
         ("--layers 0,1,3", "layers must be 0 to 2, got [0, 1, 3]"),
         ("--layers 0;1", "layers must be whole numbers with commas between, got 0;1"),
         ("--data nope", "data source nope does not exist"),
         ("--data=", "data must be digits or a path, got an empty text"),
-        ("--data empty", "empty has no data"),
-        ("--data empty.npz", "empty.npz is not a whole .npz file"),
-        ("--data negative.npz", "labels must not be negative, got -1"),
         ("--data odd.npz", "the patch must divide the image size, got 2 and 7"),
-        ("--data wide.npz", "images must be square, got 8 x 6"),
-        ("--patch 3", "the patch must divide the image size, got 3 and 8"),
         ("--preset huge", "preset of ViT must be one of cifar100, digits, got huge"),
         ("--num-heads 3", "dim must be a multiple of num_heads, got 16 and 3"),
         ("--num-heads -1", "num_heads must be positive, or 0 for the preset's, got -1"),
-        ("--label-drop 0.1", "label_drop must be 0 for vit, got 0.1"),
         ("--clip inf", "clip must be finite, got inf"),
         ("--weight-decay inf", "weight_decay must be finite, got inf"),
-        ("--steps 0", "steps must be at least 1, got 0"),
         ("--resume latest", "out must hold a checkpoint, got none"),
         ("--resume nope", "nope is not a checkpoint"),
-        ("--device tpu", "device must be auto, cpu or cuda, got tpu"),
         ("--device cuda", "device cuda needs an NVIDIA GPU"),
         ("--out file", "out must be a directory, got the file file"),
         ("--out file/run", "error: Not a directory: file/run"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_touches_no_file(train, no_gpu, tmp_path, flags, message):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty.npz").touch()
     (tmp_path / "file").write_text("mine")
-    write_npz(tmp_path / "negative.npz", first=-1)
     write_npz(tmp_path / "odd.npz", (1, 7, 7))
-    write_npz(tmp_path / "wide.npz", (1, 8, 6))
     before = read_tree(tmp_path)
     assert refused(train(f"vit out {flags}"), message)
     assert not (tmp_path / "out").exists() and read_tree(tmp_path) == before
