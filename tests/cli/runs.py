@@ -1,25 +1,13 @@
 """Runs of the command line for its tests: tiny data, tiny models, and what was printed."""
 
 import fcntl
+import json
 import time
 from typing import NamedTuple
 
 import numpy as np
 
-SIZES = [
-    "--depth",
-    "3",
-    "--dim",
-    "16",
-    "--num-heads",
-    "2",
-    "--steps",
-    "2",
-    "--batch-size",
-    "8",
-    "--device",
-    "cpu",
-]
+SIZES = ["--depth=3", "--dim=16", "--num-heads=2", "--steps=2", "--batch-size=8", "--device=cpu"]
 
 
 class Outcome(NamedTuple):
@@ -28,10 +16,10 @@ class Outcome(NamedTuple):
     err: str
 
 
-def write_npz(path, shape=(1, 8, 8), labels=None):
+def write_npz(path, shape=(1, 8, 8), classes=3):
     """24 images of noise in 3 classes, and 9 to test on."""
     images = np.random.default_rng(0).integers(0, 256, (24, *shape), dtype=np.uint8)
-    labels = np.arange(24) % 3 if labels is None else labels
+    labels = np.arange(24) % classes
     np.savez(path, images=images, labels=labels, test_images=images[:9], test_labels=labels[:9])
 
 
@@ -42,6 +30,16 @@ def refused(outcome, message):
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
     assert message in outcome.err
     return True
+
+
+def rows_of(outcome):
+    """The JSON objects that a run printed."""
+    assert outcome.code == 0, outcome
+    return [json.loads(line) for line in outcome.out.splitlines()]
+
+
+def read_tree(directory):
+    return {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 class Lock:

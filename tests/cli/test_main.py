@@ -1,36 +1,23 @@
 import re
 from dataclasses import fields, is_dataclass
+from typing import get_args
 
 import pytest
 import torch
-from cli.runs import refused
 
 from dbkernels.cli.device import pick_device
-from dbkernels.cli.doctor import Doctor
-from dbkernels.cli.evaluate import Evaluate
-from dbkernels.cli.plan import Plan
+from dbkernels.cli.main import Verb
 from dbkernels.cli.profile import Profile
-from dbkernels.cli.sample import Sample
-from dbkernels.cli.train import PriorFlags, Train, TrainerFlags
-from dbkernels.training.run import PartitionConfig
 
-VERBS = {
-    "train": Train,
-    "sample": Sample,
-    "evaluate": Evaluate,
-    "profile": Profile,
-    "plan": Plan,
-    "doctor": Doctor,
-}
-NESTED = {"partition": PartitionConfig, "prior": PriorFlags, "trainer": TrainerFlags}
-POSITIONAL = {"family", "run_dir", "run_dirs"}
+VERBS = {conf.name: verb for verb, conf in map(get_args, get_args(Verb))}
 
 
-def flags_of(verb):
-    for field in fields(VERBS[verb]):
-        if verb == "train" and field.name in NESTED:
-            yield from (inner.name for inner in fields(NESTED[field.name]))
-        elif verb in ("profile", "plan") or field.name not in POSITIONAL:
+def flags_of(config):
+    """The names of all fields, those of nested configurations in their place."""
+    for field in fields(config):
+        if is_dataclass(field.type):
+            yield from flags_of(field.type)
+        else:
             yield field.name
 
 
@@ -38,10 +25,11 @@ def flags_of(verb):
 @pytest.mark.parametrize("columns", ["80", "120"])
 def test_help_has_a_sentence_for_every_flag(cli, monkeypatch, verb, columns):
     monkeypatch.setenv("COLUMNS", columns)
-    outcome = cli(verb, "--help")
+    outcome = cli(f"{verb} --help")
     text = re.sub(r"[│\s]+", " ", outcome.out)
     assert outcome.code == 0
-    for name in flags_of(verb):
+    positional = {"run_dir", "run_dirs", *(["family"] if verb == "train" else [])}
+    for name in set(flags_of(VERBS[verb])) - positional:
         flag = "--" + name.replace("_", "-")
         kind = r"(, --no-[a-z-]+| [A-Z]+| {[^}]+}(\|[A-Z]+)?)"
         found = re.search(rf" {flag}{kind} (.+?\.) \(", text)
@@ -50,20 +38,14 @@ def test_help_has_a_sentence_for_every_flag(cli, monkeypatch, verb, columns):
     assert "dummy" not in text and "(default: )" not in text
 
 
-def test_nested_flags_are_those_of_the_configuration():
-    assert all(is_dataclass(flags) for flags in NESTED.values())
-    assert Train(family="vit", out=None).trainer.steps == TrainerFlags().steps
-
-
 def test_help_names_every_verb(cli):
     outcome = cli("--help")
-    assert outcome.code == 0
-    for verb in VERBS:
-        assert f"• {verb}" in outcome.out
+    assert outcome.code == 0 and len(VERBS) == 6
+    assert all(f"• {verb}" in outcome.out for verb in VERBS)
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ("train vit --out out --foo 1", "--foo"),
         ("train vit --out out --partition.gamma 1", "--partition.gamma"),
@@ -81,86 +63,73 @@ def test_help_names_every_verb(cli):
     ],
 )
 def test_a_bad_flag_exits_with_2_and_touches_no_file(cli, tmp_path, arguments, message):
-    outcome = cli(*arguments.split())
-    assert outcome.code == 2
+    outcome = cli(arguments)
+    assert outcome.code == 2 and outcome.out == ""
     assert message in outcome.err
-    assert outcome.out == ""
     assert [p.name for p in tmp_path.iterdir()] == ["data.npz"]
 
 
-def test_cuda_is_refused_where_there_is_none(cli, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert refused(trained("vit", "out", "--device", "cuda"), "device cuda needs an NVIDIA GPU")
-    assert not (tmp_path / "out").exists()
-    for verb in (["sample", "out"], ["evaluate", "out"], ["profile", "--measure"]):
-        assert refused(cli(*verb, "--device", "cuda"), "device cuda needs an NVIDIA GPU")
+def raising(error):
+    def run(self):
+        raise error
+
+    return run
+
+
+TOO_LARGE = f"can't allocate memory: you tried to allocate {2**62}"
 
 
 @pytest.mark.parametrize(
-    "error, line",
+    ("run", "code", "line"),
     [
-        (ValueError("a [bold] word " * 9), "error: " + "a [bold] word " * 9),
-        (FloatingPointError("nan"), "error: nan"),
-        (PermissionError(13, "Permission denied", "out"), "error: Permission denied: out"),
-        (OSError("no name"), "error: no name"),
-        (torch.OutOfMemoryError("too large"), "error: too large"),
-        (MemoryError("Unable to allocate 3 TiB"), "error: Unable to allocate 3 TiB"),
+        (raising(ValueError("a [bold] word " * 9)), 1, "error: " + "a [bold] word " * 9),
+        (raising(FloatingPointError("nan")), 1, "error: nan"),
+        (raising(PermissionError(13, "Denied", "out")), 1, "error: Denied: out"),
+        (raising(OSError("no name")), 1, "error: no name"),
+        (raising(torch.OutOfMemoryError("too large")), 1, "error: too large"),
+        (raising(MemoryError("Unable to allocate")), 1, "error: Unable to allocate"),
+        (lambda self: torch.empty(2**62, dtype=torch.uint8), 1, f"error: {TOO_LARGE}"),
+        (raising(KeyboardInterrupt), 130, ""),
     ],
 )
-def test_an_error_is_one_line_as_it_stands(cli, monkeypatch, error, line):
-    def fail(self):
-        raise error
-
-    monkeypatch.setattr(Profile, "run", fail)
+def test_an_error_is_one_line_as_it_stands_and_an_interrupt_is_none(
+    cli, monkeypatch, run, code, line
+):
+    monkeypatch.setattr(Profile, "run", run)
     outcome = cli("profile")
-    assert (outcome.code, outcome.err.rstrip()) == (1, line.rstrip())
-
-
-def test_an_interrupt_ends_quietly(cli, monkeypatch):
-    def interrupt(self):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Profile, "run", interrupt)
-    assert cli("profile") == (130, "", "")
-
-
-def test_a_host_out_of_memory_is_one_line(cli, monkeypatch):
-    monkeypatch.setattr(Profile, "run", lambda self: torch.empty(2**62, dtype=torch.uint8))
-    outcome = cli("profile")
-    assert outcome.code == 1 and outcome.err.count("\n") == 1
-    assert outcome.err.startswith(f"error: can't allocate memory: you tried to allocate {2**62}")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (code, "", bool(line))
+    assert re.sub(r" bytes\. Error code.*", "", outcome.err).rstrip() == line.rstrip()
 
 
 @pytest.mark.parametrize("error", [AssertionError("ours"), RuntimeError("ours")])
 def test_a_fault_of_ours_keeps_its_traceback(cli, monkeypatch, error):
-    def fail(self):
-        raise error
-
-    monkeypatch.setattr(Profile, "run", fail)
+    monkeypatch.setattr(Profile, "run", raising(error))
     with pytest.raises(type(error), match="ours"):
         cli("profile")
 
 
-# the device
+NO_DEVICE = "device must be auto, cpu or cuda, got "
+NO_GPU = "device {} needs an NVIDIA GPU, got a machine without one"
 
 
-@pytest.mark.parametrize("has_gpu", [False, True])
-def test_auto_takes_a_gpu_where_there_is_one_and_the_cpu_can_be_named(has_gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    assert pick_device("auto").type == ("cuda" if has_gpu else "cpu")
-    assert pick_device("cpu") == torch.device("cpu")
-    for name in ("tpu", "cuda:x", "mps", "meta", ""):
-        with pytest.raises(ValueError, match=f"device must be auto, cpu or cuda, got {name}"):
+@pytest.mark.parametrize(
+    ("gpus", "name", "expected"),
+    [
+        (0, "auto", "cpu"),
+        (2, "auto", "cuda"),
+        (2, "cpu", "cpu"),
+        (2, "cuda:1", "cuda:1"),
+        (2, "cuda:2", "device cuda:2 must be below cuda:2 on this machine"),
+        # it is never replaced by the CPU
+        *((0, name, NO_GPU.format(name)) for name in ("cuda", "cuda:1")),
+        *((2, name, NO_DEVICE + name) for name in ("tpu", "cuda:x", "mps", "meta", "")),
+    ],
+)
+def test_a_device_is_the_one_that_is_named_or_refused(monkeypatch, gpus, name, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if expected.startswith("device"):
+        with pytest.raises(ValueError, match=expected):
             pick_device(name)
-
-
-def test_cuda_is_never_replaced_by_the_cpu_or_another_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("cuda", "cuda:1"):
-        with pytest.raises(ValueError, match=f"device {name} needs an NVIDIA GPU"):
-            pick_device(name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(ValueError, match="device cuda:2 must be below cuda:2 on this machine"):
-        pick_device("cuda:2")
+    else:
+        assert pick_device(name) == torch.device(expected)

@@ -1,7 +1,5 @@
-import json
-
 import pytest
-from cli.runs import refused
+from cli.runs import refused, rows_of
 from planning.reckoned import in_turn, reckoned, wide
 
 from dbkernels.planning import search as module
@@ -11,44 +9,35 @@ from dbkernels.planning import search as module
 def plan(cli, monkeypatch):
     """Plans for a batch of 64 of the digits; more flags may follow."""
     monkeypatch.setattr(module, "results", in_turn)
-
-    def run(memory, *flags):
-        return cli("plan", "--memory", memory, "--batch", "64", *flags)
-
-    return run
+    return lambda memory, flags="": cli(f"plan --memory {memory} --batch 64 {flags}")
 
 
 @pytest.fixture
 def quick(plan, monkeypatch):
     monkeypatch.setattr(module, "estimate", reckoned)
-
-    def run(memory, *flags):
-        return plan(memory, "--family", "dit", "--target", "cpu", *flags)
-
-    return run
+    return lambda memory, flags="": plan(memory, f"--family dit --target cpu {flags}")
 
 
 @pytest.fixture
 def planned(quick):
     """All rows, and the plans among them."""
 
-    def found(memory, *flags):
-        every = [json.loads(line) for line in quick(memory, *flags, "--json").out.splitlines()]
+    def found(memory, flags=""):
+        every = rows_of(quick(memory, f"{flags} --json"))
         return every, [row for row in every if row["row"] == "plan"]
 
     return found
 
 
 def test_a_plan_of_a_preset_is_a_command_that_train_takes(plan, cli):
-    outcome = plan("120 MiB", "--target", "cpu", "--batch", "4", "--json")
-    every = [json.loads(line) for line in outcome.out.splitlines()]
+    every = rows_of(plan("120MiB", "--target cpu --batch 4 --json"))
     plans = [row for row in every if row["row"] == "plan"]
-    assert outcome.code == 0 and len(plans) == 11
+    assert len(plans) == 11
     assert plans[0]["relative_time"] == 1.0 and plans[0]["num_blocks"] == 1
     assert all(row["peak_reserved_bytes"] <= 120 * 2**20 for row in plans)
     assert every[-1]["largest"] == "cifar100"
-    command = plans[-1]["command"].split()[3:]
-    trained = cli(*command, "--steps", "1", "--data", "data.npz", "--out", "out", "--device", "cpu")
+    command = plans[-1]["command"].removeprefix("python -m dbkernels ")
+    trained = cli(f"{command} --steps 1 --data data.npz --out out --device cpu")
     assert trained.code == 0, trained.err
 
 
@@ -76,10 +65,10 @@ def test_the_screen_fits_and_leads_with_what_limits(planned, quick):
     assert "it needs 8.62 GiB" in said and "does not fit: saved activations limit this run" in said
     at = next(i for i, line in enumerate(lines) if line.strip().startswith("blocks"))
     for row, line in zip(plans, lines[at + 2 :], strict=False):
-        count, recompute, offload, micro_batch, peak, time = (c.strip() for c in line.split("│"))
-        assert (int(count), recompute) == (row["num_blocks"], row["recompute"])
-        assert offload == {"none": "all blocks", "cpu": "one block"}[row["offload"]]
-        assert int(micro_batch) == row["micro_batch"] and peak.endswith("iB")
+        *choices, peak, time = (cell.strip() for cell in line.split("│"))
+        place = {"none": "all blocks", "cpu": "one block"}[row["offload"]]
+        expected = row["num_blocks"], row["recompute"], place, row["micro_batch"]
+        assert choices == [*map(str, expected)] and peak.endswith("iB")
         assert time == f"{row['relative_time']:.2f}"
     assert "Largest preset of dit that fits at all: XL/2." in lines
     assert "not measured" in text
@@ -87,7 +76,7 @@ def test_the_screen_fits_and_leads_with_what_limits(planned, quick):
 
 
 def test_a_gpu_keeps_memory_for_its_context(quick):
-    outcome = quick("2GiB", "--target", "h100", "--batch", "128")
+    outcome = quick("2GiB", "--target h100 --batch 128")
     assert outcome.code == 0
     assert outcome.out.startswith("dit digits, batch 128, float32 compute, on h100 with 2.00 GiB\n")
     assert "512 MiB are left to CUDA's context" in outcome.out
@@ -99,9 +88,8 @@ def test_the_command_has_every_choice_that_differs_from_the_defaults(planned, qu
     start = "python -m dbkernels train dit --preset digits --batch-size 64"
     cut = 64 // one["micro_batch"]
     middle = f"--num-blocks {one['num_blocks']} --recompute {one['recompute']}"
-    assert cut > 1
     end = "--offload cpu --steps-per-swap 0 --autocast"
-    assert one["command"] == f"{start} {middle} --accumulate {cut} {end}"
+    assert cut > 1 and one["command"] == f"{start} {middle} --accumulate {cut} {end}"
     first = plans[0]["command"].split(" --num-blocks")
     text = quick("150MiB", "--autocast").out
     assert f"  {first[0]} \\\n    --num-blocks{first[1]}\n" in text
@@ -109,49 +97,30 @@ def test_the_command_has_every_choice_that_differs_from_the_defaults(planned, qu
     assert "--accumulate" not in whole["command"]
 
 
-def test_a_memory_that_nothing_fits_gets_the_smallest_plan_and_what_it_needs(quick):
+def test_a_memory_that_nothing_fits_gets_the_smallest_plan_and_what_would_fit(quick, monkeypatch):
     # a layer of 30 MiB with 1 of activations, the head with 16, and 1 that the allocator holds
     message = (
-        "memory must be at least 560 MiB for dit XL/2 at batch 32, got 50.0 MiB: that is its "
-        "smallest plan, num_blocks 28, offload cpu, recompute layer, micro-batch 1; "
-        "no preset of the family fits"
+        "error: memory must be at least 560 MiB for dit XL/2 at batch 32, got 50.0 MiB: that is "
+        "its smallest plan, num_blocks 28, offload cpu, recompute layer, micro-batch 1; "
+        "no preset of the family fits\n"
     )
-    flags = ("--preset", "XL/2", "--batch", "32", "--target", "h100")
-    outcome = quick("50MiB", *flags)
-    assert (outcome.code, outcome.out, outcome.err) == (1, "", f"error: {message}\n")
-    assert quick("560MiB", *flags).code == 0
-
-
-def test_a_smaller_preset_that_fits_is_named(quick, monkeypatch):
+    flags = "--preset XL/2 --batch 32 --target h100"
+    assert quick("50MiB", flags) == (1, "", message)
+    assert quick("560MiB", flags).code == 0
     monkeypatch.setattr(module, "estimate", wide)
-    outcome = quick("800MiB", "--preset", "XL/2")
+    outcome = quick("800MiB", "--preset XL/2")
     assert "; the largest preset of the family that fits is B/2" in outcome.err
 
 
 @pytest.mark.parametrize(
-    "memory, flags, message",
+    ("flags", "message"),
     [
-        *(
-            (text, [], f"such as 24GiB, got {text}\n")
-            for text in ("24GB", "24G", "a lot", "0", "0GiB", "24 Gib")
-        ),
-        (
-            "1GiB",
-            ["--preset", "huge"],
-            "preset of DiT must be one of S/2, B/2, L/2, XL/2, digits, got huge",
-        ),
-        ("1GiB", ["--batch", "0"], "batch must be at least 1, got 0"),
-        (
-            "1GiB",
-            ["--target", "tpu"],
-            "target must be one of cpu, a100, h100, h200, b200, got tpu",
-        ),
+        ("--memory a", "memory must be a positive number and one of KiB, MiB, GiB, TiB, such as"),
+        ("--memory=-24GiB", "such as 24GiB, got -24GiB\n"),
+        ("--preset huge", "preset of DiT must be one of S/2, B/2, L/2, XL/2, digits, got huge"),
+        ("--batch 0", "batch must be at least 1, got 0"),
+        ("--target tpu", "target must be one of cpu, a100, h100, h200, b200, got tpu"),
     ],
 )
-def test_rejects(quick, memory, flags, message):
-    assert refused(quick(memory, *flags), message)
-
-
-def test_a_negative_memory_is_refused(cli):
-    message = "memory must be a positive number and one of KiB, MiB, GiB, TiB"
-    assert refused(cli("plan", "--memory=-24GiB"), message)
+def test_rejects(quick, flags, message):
+    assert refused(quick("1GiB", flags), message)

@@ -10,37 +10,35 @@ from dbkernels.diffusion.process import Interval
 
 PRIOR = LogNormal()
 
-# arXiv:2506.14202, section 3.3, with the constants of its appendix E
-BOUNDARIES = {
-    2: [80, 0.301200, 0.002],
-    3: [80, 0.505041, 0.179632, 0.002],
-    4: [80, 0.676649, 0.301200, 0.134076, 0.002],
-    6: [80, 0.961665, 0.505041, 0.301200, 0.179632, 0.094340, 0.002],
-}
-
 
 def boundaries(intervals):
     return [intervals[0].high, *(interval.low for interval in intervals)]
 
 
-def random(count):
-    return torch.rand(count, dtype=torch.float64)
-
-
-def test_range_cuts_off_the_published_mass():
+def test_the_range_cuts_off_the_published_mass_and_quantiles_invert_it():
     assert PRIOR.cdf(PRIOR.sigma_min) == pytest.approx(1.464998e-5, rel=1e-6)
     assert PRIOR.cdf(PRIOR.sigma_max) == pytest.approx(0.99999835, abs=5e-9)
-
-
-def test_quantile_inverts_cdf():
     for sigma in (0.01, 0.3, 5.0):
         assert PRIOR.quantile(PRIOR.cdf(sigma)) == pytest.approx(sigma, rel=1e-12)
 
 
-@pytest.mark.parametrize("num_blocks", BOUNDARIES)
-def test_equal_probability_boundaries(num_blocks):
-    actual = boundaries(PRIOR.intervals(num_blocks))
-    assert actual == pytest.approx(BOUNDARIES[num_blocks], abs=5e-7)
+# arXiv:2506.14202, section 3.3, with the constants of its appendix E
+@pytest.mark.parametrize(
+    ("scheme", "inner"),
+    [
+        ("equal_probability", [0.301200]),
+        ("equal_probability", [0.505041, 0.179632]),
+        ("equal_probability", [0.676649, 0.301200, 0.134076]),
+        ("equal_probability", [0.961665, 0.505041, 0.301200, 0.179632, 0.094340]),
+        ("log_uniform", [2.339214, 0.068399]),
+        ("linear", [53.334, 26.668]),
+    ],
+)
+def test_intervals_are_the_published_ones_and_tile_the_range(scheme, inner):
+    intervals = PRIOR.intervals(len(inner) + 1, scheme)
+    assert boundaries(intervals) == pytest.approx([80, *inner, 0.002], rel=1e-6, abs=5e-7)
+    assert (intervals[-1].low, intervals[0].high) == (PRIOR.sigma_min, PRIOR.sigma_max)
+    assert all(upper.low == lower.high for upper, lower in pairwise(intervals))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 12])
@@ -49,77 +47,43 @@ def test_equal_probability_intervals_hold_equal_mass(num_blocks):
         assert PRIOR.mass(interval) == pytest.approx(1 / num_blocks, rel=1e-9)
 
 
-def test_log_uniform_boundaries():
-    intervals = PRIOR.intervals(3, "log_uniform")
-    assert boundaries(intervals) == pytest.approx([80, 2.339214, 0.068399, 0.002], abs=5e-7)
-    masses = [PRIOR.mass(interval) for interval in intervals]
+def test_other_schemes_put_most_mass_into_one_block():
+    masses = [PRIOR.mass(interval) for interval in PRIOR.intervals(3, "log_uniform")]
     assert masses == pytest.approx([0.044, 0.848, 0.108], abs=5e-4)
-
-
-def test_linear_puts_almost_all_mass_into_the_last_block():
-    intervals = PRIOR.intervals(3, "linear")
-    assert boundaries(intervals) == pytest.approx([80, 53.334, 26.668, 0.002], rel=1e-6)
-    assert PRIOR.mass(intervals[2]) == pytest.approx(0.99991, abs=5e-6)
-
-
-@pytest.mark.parametrize("scheme", ["equal_probability", "log_uniform", "linear"])
-def test_intervals_tile_the_range(scheme):
-    intervals = PRIOR.intervals(5, scheme)
-    assert (intervals[-1].low, intervals[0].high) == (PRIOR.sigma_min, PRIOR.sigma_max)
-    for upper, lower in pairwise(intervals):
-        assert upper.low == lower.high
+    assert PRIOR.mass(PRIOR.intervals(3, "linear")[2]) == pytest.approx(0.99991, abs=5e-6)
 
 
 @pytest.mark.parametrize(
-    ("num_blocks", "gamma", "expected", "masses"),
+    ("gamma", "expected", "masses"),
     [
-        (3, 0.05, [(0.39205, 80), (0.17058, 0.53183), (0.002, 0.22493)], [0.413, 0.364, 0.404]),
+        (0.05, [(0.39205, 80), (0.17058, 0.53183), (0.002, 0.22493)], [0.413, 0.364, 0.404]),
         (
-            4,
             0.1,
             [(0.41985, 80), (0.27778, 0.73369), (0.12365, 0.32659), (0.002, 0.20417)],
             [0.391, 0.298, 0.298, 0.373],
         ),
     ],
 )
-def test_overlap_is_the_published_one(num_blocks, gamma, expected, masses):
-    for interval, ends, mass in zip(PRIOR.intervals(num_blocks), expected, masses, strict=True):
+def test_overlap_is_the_published_one_and_none_changes_nothing(gamma, expected, masses):
+    intervals = PRIOR.intervals(len(expected))
+    for interval, ends, mass in zip(intervals, expected, masses, strict=True):
         wide = PRIOR.widen(interval, gamma)
         assert (wide.low, wide.high) == pytest.approx(ends, abs=5e-6)
         assert PRIOR.mass(wide) == pytest.approx(mass, abs=5e-4)
-
-
-def test_no_overlap_changes_nothing():
-    for interval in PRIOR.intervals(4):
-        wide = PRIOR.widen(interval, 0.0)
-        assert (wide.low, wide.high) == (interval.low, interval.high)
-
-
-def test_samples_follow_the_prior_inside_the_interval():
-    for interval in PRIOR.intervals(3):
-        sigma = PRIOR.level_at(interval, random(20_000)).double()
-        q_low, q_high = PRIOR.cdf(interval.low), PRIOR.cdf(interval.high)
-        uniform = [(PRIOR.cdf(float(s)) - q_low) / (q_high - q_low) for s in sigma]
-        assert stats.kstest(uniform, "uniform").pvalue > 1e-3
-
-
-def test_samples_stay_inside_the_interval_after_rounding():
-    for interval in (Interval(0.3, 0.3000001), PRIOR.range):
-        sigma = PRIOR.level_at(interval, random(5000))
-        assert sigma.dtype == torch.float32
-        low, high = torch.tensor([interval.low, interval.high], dtype=torch.float32)
-        assert low <= sigma.min() and sigma.max() <= high
+        assert PRIOR.widen(interval, 0.0) == interval
 
 
 def test_levels_at_uniform_numbers_are_those_of_a_truncated_log_normal():
     u = torch.linspace(0.001, 0.999, 101, dtype=torch.float64)
     for prior in (PRIOR, LogNormal(mean=0.4, std=0.7, sigma_min=0.1, sigma_max=20)):
-        for interval in prior.intervals(3):
+        for interval in (*prior.intervals(3), prior.range, Interval(0.3, 0.3000001)):
             ends = [(math.log(s) - prior.mean) / prior.std for s in (interval.low, interval.high)]
             expected = prior.mean + prior.std * stats.truncnorm.ppf(u.numpy(), *ends)
             sigma = prior.level_at(interval, u)
             assert sigma.dtype == torch.float32
             assert sigma.log().tolist() == pytest.approx(expected.tolist(), abs=3e-7)
+            low, high = torch.tensor([interval.low, interval.high])
+            assert low <= sigma.min() and sigma.max() <= high
 
 
 def test_levels_at_the_ends_are_above_low_and_up_to_high():
@@ -132,19 +96,10 @@ def test_levels_at_the_ends_are_above_low_and_up_to_high():
             assert high * (1 - 2.0**-22) < sigma[2] <= sigma[3] <= high
 
 
-@pytest.mark.parametrize(
-    ("count", "expected"),
-    [
-        (3, [80, 0.3012, 0.002]),
-        (4, [80, 0.50504, 0.17963, 0.002]),
-        (5, [80, 0.67665, 0.3012, 0.13408, 0.002]),
-    ],
-)
-def test_cdf_grid(count, expected):
+@pytest.mark.parametrize("count", [3, 4, 5, 7])
+def test_the_cdf_grid_has_equal_mass_between_levels_and_meets_boundaries_exactly(count):
+    expected = boundaries(PRIOR.intervals(count - 1))
     assert PRIOR.grid(count) == pytest.approx(expected, abs=5e-6)
-
-
-def test_cdf_grid_meets_the_boundaries_exactly():
     assert PRIOR.grid(7)[2:-1:2] == boundaries(PRIOR.intervals(3))[1:-1]
 
 
@@ -170,21 +125,21 @@ def test_karras_grid_is_the_published_one():
         (lambda: PRIOR.intervals(2, "cubic"), "scheme must be one of .*, got cubic"),
         (lambda: PRIOR.widen(PRIOR.range, -0.1), "gamma must be finite and at least 0, got -0.1"),
         (lambda: PRIOR.widen(PRIOR.range, math.nan), "gamma must be finite"),
-        (lambda: PRIOR.level_at(Interval(0.001, 1), random(2)), r"must lie in \[0.002, 80.0\]"),
+        (
+            lambda: PRIOR.level_at(Interval(0.001, 1), torch.rand(2).double()),
+            r"must lie in \[0.002, 80.0\]",
+        ),
         (lambda: PRIOR.level_at(Interval(1, 81), torch.rand(2).double()), r"must lie in .*1, 81"),
         (lambda: PRIOR.level_at(PRIOR.range, torch.rand(2)), "u must be torch.float64, got torch"),
         (lambda: PRIOR.grid(5, "even"), "spacing must be cdf or karras, got even"),
         (lambda: PRIOR.grid(1), "at least 2 levels, got 1"),
         (lambda: PRIOR.grid(1, "karras"), "at least 2 levels, got 1"),
         (lambda: PRIOR.grid(5, "karras", rho=0), "rho must be positive, got 0"),
+        (lambda: Interval(1.0, 1.0), "needs low < high, got low"),
+        (lambda: Interval(2.0, 1.0), "needs low < high, got low"),
+        (lambda: Interval(math.nan, 1.0), "needs low < high, got low"),
     ],
 )
 def test_rejects(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-@pytest.mark.parametrize("ends", [(1.0, 1.0), (2.0, 1.0), (float("nan"), 1.0)])
-def test_rejects_ends_out_of_order(ends):
-    with pytest.raises(ValueError, match="needs low < high, got low"):
-        Interval(*ends)

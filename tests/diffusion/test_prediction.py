@@ -65,30 +65,24 @@ def test_edm_reads_and_predicts_unit_variance(sigma_data):
         torch.testing.assert_close(variance, torch.ones_like(SIGMA))
 
 
-def test_edm_at_sigma_data_is_that_of_the_paper():
-    # Karras et al. 2022, table 1, at sigma = sigma_data = 1/2
-    half, prediction = SIGMA[1:2], EDM(SIGMA_DATA)
-    assert [x.item() for x in prediction.input(half)] == pytest.approx([2**0.5, 0.5 * 2**0.5])
-    assert [x.item() for x in prediction.estimate(half)] == pytest.approx([0.5, 0.5 / 2**0.5])
-    assert log_level(half).item() == pytest.approx(math.log(0.5) / 4)
-
-
 @pytest.mark.parametrize(
-    ("prediction", "target", "estimate"),
+    ("prediction", "level", "inputs", "target", "estimate"),
     [
+        # Karras et al. 2022, table 1, at sigma = sigma_data = 1/2
+        (EDM(0.5), 0.5, (2**0.5, 0.5**0.5), (2**0.5, -(0.5**0.5)), (0.5, 0.5 / 2**0.5)),
         # at s = 0.6 a is 0.8, but for the straight path's 0.4
-        (Flow(), (-1, 1), (1, -0.6)),
-        (Velocity(), (-0.6, 0.8), (0.8, -0.6)),
-        (Epsilon(), (0, 1), (1.25, -0.75)),
-        (X0(), (1, 0), (0, 1)),
+        (Flow(), 0.6, (0.4, 0.6), (-1, 1), (1, -0.6)),
+        (Velocity(), 0.6, (0.8, 0.6), (-0.6, 0.8), (0.8, -0.6)),
+        (Epsilon(), 0.6, (0.8, 0.6), (0, 1), (1.25, -0.75)),
+        (X0(), 0.6, (0.8, 0.6), (1, 0), (0, 1)),
     ],
 )
-def test_the_other_rows_are_those_of_the_table(prediction, target, estimate):
-    level = torch.tensor([0.6], dtype=torch.float64)
+def test_rows_are_those_of_the_table(prediction, level, inputs, target, estimate):
+    level = torch.tensor([level], dtype=torch.float64)
+    assert [x.item() for x in prediction.input(level)] == pytest.approx(inputs)
     assert [x.item() for x in prediction.target(level)] == pytest.approx(target)
     assert [x.item() for x in prediction.estimate(level)] == pytest.approx(estimate)
-    expected = (0.4, 0.6) if isinstance(prediction, Flow) else (0.8, 0.6)
-    assert [x.item() for x in prediction.input(level)] == pytest.approx(expected)
+    assert log_level(level).item() == pytest.approx(math.log(level) / 4)
 
 
 def test_a_path_of_constant_variance_has_variance_one():

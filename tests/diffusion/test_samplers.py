@@ -7,16 +7,6 @@ from dbkernels.diffusion.samplers import euler, guided, heun
 GRID = LogNormal().grid(6)
 
 
-def counting(denoiser):
-    levels = []
-
-    def counted(z, level):
-        levels.append(level)
-        return denoiser(z, level)
-
-    return counted, levels
-
-
 @pytest.mark.parametrize("sampler", [euler, heun])
 def test_a_perfect_denoiser_lands_on_the_target_with_the_next_noise(sampler):
     y, noise = torch.randn(2, 5, dtype=torch.float64)
@@ -32,17 +22,11 @@ def test_a_perfect_denoiser_lands_on_the_target_with_the_next_noise(sampler):
         torch.testing.assert_close(z, y + level * noise)
 
 
-def test_euler_evaluates_once_per_level():
-    denoiser, levels = counting(lambda z, level: z / 2)
-    euler(denoiser, torch.ones(1), GRID)
-    assert levels == GRID
-
-
-def test_heun_evaluates_each_inner_level_twice():
-    denoiser, levels = counting(lambda z, level: z / 2)
-    heun(denoiser, torch.ones(1), GRID)
-    assert len(levels) == 2 * len(GRID) - 1
-    assert sorted(set(levels), reverse=True) == GRID
+@pytest.mark.parametrize(("sampler", "count"), [(euler, 6), (heun, 11)])
+def test_euler_evaluates_each_level_and_heun_each_inner_one_twice(sampler, count):
+    levels = []
+    sampler(lambda z, level: levels.append(level) or z / 2, torch.ones(1), GRID)
+    assert len(levels) == count and sorted(set(levels), reverse=True) == GRID
 
 
 def errors(sampler, counts):
@@ -61,22 +45,18 @@ def errors(sampler, counts):
     return found
 
 
-def test_euler_is_of_first_order_and_heun_of_second():
-    coarse, fine = errors(euler, [401, 801])
-    assert coarse / fine == pytest.approx(2, rel=0.1)
-    coarse, fine = errors(heun, [401, 801])
-    assert coarse / fine == pytest.approx(4, rel=0.1)
+@pytest.mark.parametrize(("sampler", "ratio"), [(euler, 2), (heun, 4)])
+def test_euler_is_of_first_order_and_heun_of_second(sampler, ratio):
+    coarse, fine = errors(sampler, [401, 801])
+    assert coarse / fine == pytest.approx(ratio, rel=0.1)
 
 
 def test_guidance_extrapolates_from_unconditional():
     denoiser = guided(lambda z, level: z + 1, lambda z, level: z - level, 2.0)
     z = torch.randn(4)
     torch.testing.assert_close(denoiser(z, 3.0), z - 3 + 2 * 4)
-
-
-def test_guidance_of_one_asks_the_conditional_denoiser_alone():
-    conditional = lambda z, level: z  # noqa: E731
-    assert guided(conditional, None, 1) is conditional
+    # without guidance nothing is asked for no condition
+    assert guided(denoiser, None, 1) is denoiser
 
 
 def test_start_has_the_spread_of_the_noisiest_marginal():
