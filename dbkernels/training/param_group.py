@@ -159,17 +159,6 @@ def tensor_sizes(parameters: Iterable[nn.Parameter], ema: float) -> list[int]:
     return [size for parameter in parameters for size in (step, *[parameter.nbytes] * copies)]
 
 
-class AllOnDevice:
-    """Stands where an `Offloader` would, for groups that never leave the device."""
-
-    slot = 0
-
-    def enter(self, name: str | None = None) -> None:
-        """As `Offloader.enter`; so with the others."""
-
-    prefetch = wait = settle = close = enter
-
-
 class Updater:
     """Makes of a loss the updates of some groups. Nothing is read back from the device.
 

@@ -29,20 +29,20 @@ from dbkernels.training.offload.memory import (
     flat_bytes,
     views,
 )
-from dbkernels.training.param_group import AllOnDevice, ParamGroup, tensor_sizes
+from dbkernels.training.param_group import ParamGroup, tensor_sizes
 from dbkernels.training.trainer_config import TrainerConfig
 
 
 def open_offloader(
     models: DiffusionBlocks, device: torch.device, config: TrainerConfig
-) -> "Offloader | AllOnDevice":
+) -> "Offloader":
     """The offloader that a configuration asks for; it has adopted no group yet.
+
+    Until it adopts a group it moves nothing.
 
     Raises:
         ValueError: the disk has no room for the blocks.
     """
-    if config.offload == "none":
-        return AllOnDevice()
     memory: OffloadMemory = CpuMemory(device)
     if config.offload == "disk":
         groups = models.groups().items()
