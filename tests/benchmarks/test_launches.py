@@ -30,57 +30,49 @@ def launched(bench):
     return count
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: x.view(6),
-        lambda x: x.T,
-        lambda x: x[0].expand(4, 3).unsqueeze(0).transpose(1, 2),
-        lambda x: x.chunk(3, dim=-1),
-        lambda x: x.detach(),
-        torch.empty_like,
-        lambda x: x.new_empty(7),
-        lambda x: (x.device, x.shape, x.to(F32)),
-    ],
-)
-def test_views_and_new_memory_launch_nothing(launched, function):
-    assert launched(function, (2, 3)) == 0
+FEW = [(2, 3)]
+NOTHING = [  # views, and new memory
+    lambda x: x.view(6),
+    lambda x: x.T,
+    lambda x: x[0].expand(4, 3).unsqueeze(0).transpose(1, 2),
+    lambda x: x.chunk(3, dim=-1),
+    lambda x: x.detach(),
+    torch.empty_like,
+    lambda x: x.new_empty(7),
+    lambda x: (x.device, x.shape, x.to(F32)),
+]
+ONE = [
+    lambda x: x + 1,
+    lambda x: x.mul_(2),
+    lambda x: x.to(BF16),
+    lambda x: x.clone(),
+    lambda x: x.sum(0),
+    lambda x: x.mean(),
+    lambda x: x @ x.T,
+    lambda x: x.new_zeros(3),
+    lambda x: F.gelu(x, approximate="tanh"),
+    lambda x: F.layer_norm(x, (3,)),
+]
+JOINED = [
+    (lambda *t: torch.cat(t), FEW * 3, 1),
+    (lambda *t: torch.cat(t), FEW * 129, 2),
+    (lambda *t: torch.cat([x.T for x in t]), FEW * 65, 2),
+    (lambda *t: torch.cat(t), [(1,) * 5] * 3, 3),
+    (lambda *t: torch.stack(t, 2), [(1,) * 4] * 3, 1),
+    (lambda *t: torch.stack(t, -1), [(1,) * 4] * 3, 3),
+]
+BIASES = [  # added by the matmul if it is a dense vector
+    (torch.addmm, [(6,), (8, 4), (4, 6)], 1),
+    (lambda b, x, w: torch.addmm(b[::2], x, w), [(12,), (8, 4), (4, 6)], 2),
+    (torch.addmm, [(8, 6), (8, 4), (4, 6)], 2),
+    (lambda total, x, w: total.addmm_(x, w), [(8, 6), (8, 4), (4, 6)], 1),
+]
+KERNELS = [(function, FEW, 0) for function in NOTHING] + [(function, FEW, 1) for function in ONE]
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: x + 1,
-        lambda x: x.mul_(2),
-        lambda x: x.to(BF16),
-        lambda x: x.clone(),
-        lambda x: x.sum(0),
-        lambda x: x.mean(),
-        lambda x: x @ x.T,
-        lambda x: x.new_zeros(3),
-        lambda x: F.gelu(x, approximate="tanh"),
-        lambda x: F.layer_norm(x, (3,)),
-    ],
-)
-def test_an_op_of_torch_launches_one_kernel(launched, function):
-    assert launched(function, (2, 3)) == 1
-
-
-def test_a_bias_is_added_by_the_matmul_if_it_is_a_dense_vector(launched):
-    x, w = (8, 4), (4, 6)
-    assert launched(torch.addmm, (6,), x, w) == 1
-    assert launched(lambda b, x, w: torch.addmm(b[::2], x, w), (12,), x, w) == 2
-    assert launched(torch.addmm, (8, 6), x, w) == 2
-    assert launched(lambda total, x, w: total.addmm_(x, w), (8, 6), x, w) == 1
-
-
-def test_tensors_are_joined_by_one_launch_if_they_have_few_dimensions(launched):
-    assert launched(lambda *t: torch.cat(t), *[(2, 3)] * 3) == 1
-    assert launched(lambda *t: torch.cat(t), *[(2, 3)] * 129) == 2
-    assert launched(lambda *t: torch.cat([x.T for x in t]), *[(2, 3)] * 65) == 2
-    assert launched(lambda *t: torch.cat(t), *[(1,) * 5] * 3) == 3
-    assert launched(lambda *t: torch.stack(t, 2), *[(1,) * 4] * 3) == 1
-    assert launched(lambda *t: torch.stack(t, -1), *[(1,) * 4] * 3) == 3
+@pytest.mark.parametrize(("function", "shapes", "expected"), KERNELS + JOINED + BIASES)
+def test_an_op_of_torch_launches_its_kernels(launched, function, shapes, expected):
+    assert launched(function, *shapes) == expected
 
 
 CHUNK = 65536
@@ -139,43 +131,43 @@ def test_a_gradient_of_a_part_is_zeros_and_a_copy(launched):
     assert launched(backward, (2, 3), grad=True) == forward + 1 + 2
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [(BF16, 3), (F32, 4)])
-def test_attention_launches_one_kernel_and_several_backward(launched, dtype, expected):
-    shapes = [(2, 5, 3, 8)] * 3
-    forward = launched(lambda *qkv: attention(*qkv), *shapes, dtype=dtype, grad=True)
-    assert forward == 1
+@pytest.fixture
+def both(launched):
+    """How many kernels a function and its backward launch."""
 
-    def both(q, k, v):
-        y = attention(q, k, v)
-        torch.autograd.grad(y, (q, k, v), torch.empty_like(y))
+    def run(function, *shapes, **more):
+        def forward_and_backward(*tensors):
+            y = function(*tensors)
+            torch.autograd.grad(y, tensors, torch.empty_like(y))
 
-    assert launched(both, *shapes, dtype=dtype, grad=True) == 1 + expected
+        forward = launched(function, *shapes, grad=True, **more)
+        return forward, launched(forward_and_backward, *shapes, grad=True, **more) - forward
 
-
-# programs share a sample of many tokens; one with a condition for each token is nobody else's
-@pytest.mark.parametrize(("samples", "T", "expected"), [(2, 64, 2), (128, 1, 1)])
-def test_an_op_of_ours_launches_one_more_where_programs_share_sums(launched, samples, T, expected):
-    def both(x, scale, shift):
-        y = adaln_norm(x, scale, shift)
-        torch.autograd.grad(y, (x, scale, shift), torch.empty_like(y))
-
-    shapes = [(samples, T, 32), (samples, 32), (samples, 32)]
-    assert launched(both, *shapes, grad=True) == 1 + expected
+    return run
 
 
-def test_a_condition_s_projection_casts_at_once_and_rounds_nothing(launched):
-    def forward(x, weight, bias):
-        with torch.autocast("cpu", BF16):
-            return linear(x, weight, bias)
+def bfloat16_linear(x, weight, bias):
+    with torch.autocast("cpu", BF16):
+        return linear(x, weight, bias)
 
-    def both(x, weight, bias):
-        y = forward(x, weight, bias)
-        torch.autograd.grad(y, (x, weight, bias), torch.empty_like(y))
 
-    shapes = (8, 7), (4, 7), (4,)
-    # the cast and the matmul; then the cast, two matmuls and a sum
-    assert launched(forward, *shapes, grad=True) == 2
-    assert launched(both, *shapes, grad=True) == 2 + 4
+@pytest.mark.parametrize(
+    ("function", "shapes", "dtype", "expected"),
+    [
+        (attention, [(2, 5, 3, 8)] * 3, BF16, (1, 3)),
+        (attention, [(2, 5, 3, 8)] * 3, F32, (1, 4)),
+        # programs share a sample of many tokens; one with a condition for each token is nobody's
+        (adaln_norm, [(2, 64, 32), (2, 32), (2, 32)], F32, (1, 2)),
+        (adaln_norm, [(128, 1, 32), (128, 32), (128, 32)], F32, (1, 1)),
+        # a condition's projection: a cast and the matmul; then a cast, two matmuls and a sum
+        (bfloat16_linear, [(8, 7), (4, 7), (4,)], F32, (2, 4)),
+    ],
+    ids=["attention", "float32 attention", "shared sums", "sums apart", "linear"],
+)
+def test_an_op_of_ours_launches_its_kernels_forward_and_backward(
+    both, function, shapes, dtype, expected
+):
+    assert both(function, *shapes, dtype=dtype) == expected
 
 
 def test_what_is_counted_is_what_eager_s_ops_say(bench):
@@ -219,29 +211,22 @@ def counted(bench):
 @pytest.mark.parametrize("sizes", [DIT_XL, VIT], ids=["DiT-XL/2", "ViT"])
 def test_a_layer_launches_less_than_half_of_what_eager_does(counted, sizes):
     forward, backward = counted(sizes, "autocast", "fused", recompute="none")
-    assert forward <= 22 and backward <= 45
-    eager = counted(sizes, "autocast", "eager")
-    assert eager == (28, 56)  # at any size
-    assert 2 * forward < eager[0] and 2 * backward < eager[1]
+    assert counted(sizes, "autocast", "eager") == (28, 56)  # at any size
+    assert forward <= 22 and 2 * forward < 28 and backward <= 45 and 2 * backward < 56
 
 
 def test_a_layer_s_launches_are_these(counted):
     # the cast, three norms and residuals, four matmuls, attention, gelu
     # the cast, four matmuls and as many for weights, three sums, four ops with sums of their own,
     # attention, and the concatenation of its gradients
-    assert counted(DIT_XL, "autocast", "fused", recompute="none") == (10, 1 + 8 + 3 + 2 * 4 + 3 + 1)
-
-
-def test_a_batch_twice_as_large_is_two_chunks_of_the_mlp(counted):
     one = counted(DIT_XL, "autocast", "fused", recompute="none")
+    assert one == (10, 1 + 8 + 3 + 2 * 4 + 3 + 1)
+    # a batch twice as large is two chunks of the MLP: gelu between its two matmuls; and their two
+    # sums over chunks, with gelu's own sum
     two = counted((128, *DIT_XL[1:]), "autocast", "fused", recompute="none")
-    # gelu between its two matmuls; and their two sums over chunks, with gelu's own sum
     assert (two[0] - one[0], two[1] - one[1]) == (3, 3 + 2 + 2)
-
-
-def test_without_autocast_nothing_is_cast_in_the_forward(counted):
-    autocast = counted(DIT_XL, "autocast", "fused", recompute="none")
-    assert counted(DIT_XL, "bfloat16", "fused", recompute="none")[0] == autocast[0] - 1
+    # without autocast nothing is cast in the forward
+    assert counted(DIT_XL, "bfloat16", "fused", recompute="none")[0] == one[0] - 1
 
 
 def test_what_a_compiler_makes_is_not_counted(counted):

@@ -47,32 +47,27 @@ def test_every_op_with_a_kernel_is_timed(op_case):
     }
 
 
-def test_every_op_computes_what_plain_torch_does(op_case):
-    for op in op_case.INPUTS:
-        case = op_case.OpCase(op, 64, PAIR, CPU)
+BF16, F32 = torch.bfloat16, torch.float32
+MIXED = {  # dtypes of the inputs and of the outputs beside a float32 stream
+    "adaln_norm": ([F32, BF16, BF16], [BF16]),
+    "gated_adaln_norm": ([F32, *[BF16] * 4], [F32, BF16]),
+    "gated_residual": ([F32, BF16, BF16], [F32]),
+}
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["alike", "mixed"])
+def test_every_op_computes_what_plain_torch_does(op_case, mixed):
+    assert MIXED.keys() == set(op_case.STREAM)
+    for op in MIXED if mixed else op_case.INPUTS:
+        case = op_case.OpCase(op, 64, PAIR, CPU, mixed=mixed)
         calls = case.calls([case.inputs()])
         for direction in ("fwd", "bwd"):
             fused, eager = (op_case._as_tuple(calls[impl, direction][0]()) for impl in case.impls)
             torch.testing.assert_close(fused, eager, rtol=0.05, atol=0.05)
-
-
-def test_beside_a_float32_stream_branches_are_bfloat16(op_case):
-    bf16, f32 = torch.bfloat16, torch.float32
-    dtypes = {
-        "adaln_norm": ([f32, bf16, bf16], [bf16]),
-        "gated_adaln_norm": ([f32, *[bf16] * 4], [f32, bf16]),
-        "gated_residual": ([f32, bf16, bf16], [f32]),
-    }
-    assert dtypes.keys() == set(op_case.STREAM)
-    for op, (inputs, outputs) in dtypes.items():
-        case = op_case.OpCase(op, 64, PAIR, CPU, mixed=True)
-        calls = case.calls([case.inputs()])
-        fused, eager = (op_case._as_tuple(calls[impl, "fwd"][0]()) for impl in case.impls)
-        assert [t.dtype for t in case.inputs()] == inputs
-        assert [t.dtype for t in fused] == [t.dtype for t in eager] == outputs
-        torch.testing.assert_close(fused, eager, rtol=0.05, atol=0.05)
-        grads = calls["fused", "bwd"][0]()
-        assert [t.dtype for t in grads] == inputs
+            if mixed:
+                inputs, outputs = MIXED[op]
+                assert [t.dtype for t in case.inputs()] == inputs
+                assert [t.dtype for t in fused] == (outputs if direction == "fwd" else inputs)
 
 
 def test_a_float32_stream_moves_twice_its_bytes(op_case):
@@ -105,18 +100,14 @@ def test_bytes_of_a_forward_are_those_of_its_kernel(op_case):
     assert moved == 3 * tokens * row + modulation
 
 
-def test_a_row_names_what_ran_its_op_in_its_direction(op_case, monkeypatch):
-    def implementation(device, op):
-        return "cpp" if op == "gelu_bwd" else "torch"
-
-    monkeypatch.setattr(op_case.ops, "implementation", implementation)
-    case = op_case.OpCase("gelu", 64, (), CPU)
-    assert [case.implementation("fused", direction) for direction in ("fwd", "bwd")] == [
-        "torch",
-        "cpp",
-    ]
+def test_a_row_names_what_ran_its_op_in_its_direction(op_case, noise_case, monkeypatch):
+    monkeypatch.setattr(noise_case.ops, "implementation", lambda device, op: f"{op} on {device}")
+    case, noise = op_case.OpCase("gelu", 64, (), CPU), make_case(noise_case, "noise_and_loss")
+    assert case.implementation("fused", "fwd") == "gelu_fwd on cpu"
+    assert case.implementation("fused", "bwd") == "gelu_bwd on cpu"
     assert case.implementation("compiled", "fwd") == "inductor"
     assert case.implementation("eager", "bwd") == "torch"
+    assert noise.implementation("fused", "fwd+bwd") == "score_loss_fwd on cpu"
 
 
 # the noise and the loss
@@ -159,13 +150,6 @@ def test_bytes_are_those_of_the_tensors_that_must_be_touched(noise_case, op, pas
     assert make_case(noise_case, op).bytes_moved("fwd+bwd") == passes * 5 * 16 * 4
 
 
-def test_a_row_of_the_noise_names_what_ran_its_op(noise_case, monkeypatch):
-    monkeypatch.setattr(noise_case.ops, "implementation", lambda device, op: f"{op} on {device}")
-    case = make_case(noise_case, "noise_and_loss")
-    assert case.implementation("fused", "fwd+bwd") == "score_loss_fwd on cpu"
-    assert case.implementation("compiled", "fwd+bwd") == "inductor"
-
-
 # rows
 
 
@@ -183,20 +167,16 @@ def test_ops_row_has_its_op_times_and_rate(ops, rows_of):
 def test_every_copy_of_the_inputs_has_a_call_and_the_ceiling_too(ops, rows_of, bench, monkeypatch):
     measure, timed = bench("measure"), []
     monkeypatch.setattr(measure, "rotations", lambda device, moved_bytes: 3)
-    interleaved = measure.interleaved
-
-    def seen(calls, **more):
-        timed.append(calls)
-        return interleaved(calls, **more)
-
-    monkeypatch.setattr(measure, "interleaved", seen)
+    run = measure.interleaved
+    monkeypatch.setattr(
+        measure, "interleaved", lambda calls, **more: timed.append(calls) or run(calls, **more)
+    )
     (row, _) = rows_of(ops.OpCase("gelu", 64, ("eager",), CPU))
     assert row["launches"] == 3
     for calls in timed:
         assert {key: len(each) for key, each in calls.items()} == {"eager": 3, "copy": 3}
         assert len({call().data_ptr() for call in calls["copy"]}) == 3
-    forward = timed[0]["eager"]
-    assert len({call.args[0].data_ptr() for call in forward}) == 3
+    assert len({call.args[0].data_ptr() for call in timed[0]["eager"]}) == 3
 
 
 def test_a_float32_stream_is_a_table_of_the_ops_that_have_one(ops):
@@ -215,11 +195,8 @@ def test_one_function_is_compiled_for_a_case(ops, rows_of, bench, monkeypatch):
 def test_a_tables_cases_share_a_width_or_a_shape(ops):
     options = ops.Options(op=("gelu", "score_loss", "swiglu"), dim=(64, 128), device="cpu")
     tables = [[(case.op, case.shape) for case in cases] for cases in options.cases()]
-    assert tables == [
-        [("gelu", (2, 8, 64)), ("swiglu", (2, 8, 64))],
-        [("gelu", (2, 8, 128)), ("swiglu", (2, 8, 128))],
-        [("score_loss", (3, 1, 4, 4))],
-    ]
+    layers = [[(op, (2, 8, D)) for op in ("gelu", "swiglu")] for D in (64, 128)]
+    assert tables == [*layers, [("score_loss", (3, 1, 4, 4))]]
 
 
 def test_a_row_says_where_it_ran_and_by_which_command(run_main, capsys):
