@@ -44,26 +44,18 @@ def change(request):
     return changed
 
 
-def test_a_change_is_a_function_of_the_draw(change):
-    batch = make_batch(40)
-    first, again, *others = (
-        change(batch, Draw(*draw)) for draw in ((1, 0), (1, 0), (2, 0), (1, 1))
-    )
-    assert torch.equal(first, again) and not any(torch.equal(first, other) for other in others)
-
-
-def test_a_step_in_memory_is_that_of_the_integer(change):
+def test_a_change_is_a_function_of_the_draw_and_of_the_sample_alone(change):
     batch, step = make_batch(40), torch.tensor(0)
+    first, again, *others = (change(batch, Draw(*d)) for d in ((1, 0), (1, 0), (2, 0), (1, 1)))
+    assert torch.equal(first, again) and not any(torch.equal(first, other) for other in others)
+    # a batch that is cut
+    rest = {name: tensor[13:] for name, tensor in batch.items()}
+    assert torch.equal(change(rest, Draw(1, 0, sample=13)), first[13:])
+    # a step in memory is that of the integer
     for value in (0, 1, 2**40):
         step.fill_(value)
         expected = change(batch, Draw(1, value, sample=3))
         assert torch.equal(change(batch, Draw(1, step, sample=3)), expected)
-
-
-def test_a_sample_changes_alike_in_a_batch_that_is_cut(change):
-    batch = make_batch(40)
-    rest = {name: tensor[13:] for name, tensor in batch.items()}
-    assert torch.equal(change(batch, DRAW)[13:], change(rest, Draw(1, 0, sample=13)))
 
 
 def test_changes_are_independent_of_each_other_and_of_the_noise():

@@ -7,7 +7,6 @@ from accuracy import assert_as_accurate_as_eager
 from models.tiny import make_batch, make_model, randomise
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
-from training.tiny import equal, make_trainer, weights
 
 from dbkernels.memory.measure import record
 from dbkernels.models import AdaLNLayer, LayerConfig
@@ -20,7 +19,6 @@ from dbkernels.models.baseline import (
 )
 from dbkernels.models.layer import run_layers
 from dbkernels.models.rotary import rotary_table
-from dbkernels.training.trainer import load_weights
 
 B, T, D, H = 3, 5, 12, 3
 CONFIGS = [
@@ -178,24 +176,6 @@ def test_a_copy_is_independent(method):
     assert all(parameter.grad is None for parameter in model.parameters())
     for index, layer in enumerate(other.layers):
         assert all((p.grad is None) == (index == 1) for p in layer.parameters())
-
-
-@pytest.mark.parametrize("sharing", ["joint", "copies"])
-@each_method
-def test_blocks_train_as_with_fused_layers(method, sharing):
-    fused = make_trainer("dit", num_blocks=2, sharing=sharing, steps=1)
-    trainer = make_trainer("dit", num_blocks=2, sharing=sharing, steps=1)
-    randomise(fused.blocks.model.layers)
-    load_weights(trainer.blocks, weights(fused))
-    use_baseline(trainer.blocks.model, method)
-    before = weights(trainer)
-    for each in (fused, trainer):
-        each.run()
-    after, expected = weights(trainer), weights(fused)
-    for name in after:
-        assert torch.equal(after[name], before[name]) == torch.equal(expected[name], before[name])
-    torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-3)
-    assert not equal(after, before)
 
 
 def test_a_baseline_may_replace_another():

@@ -11,6 +11,7 @@ from models.tiny import DRAW, LEVEL, SCALE, every_family, make_batch, make_model
 from torch import nn
 from training.tiny import PRIOR
 
+from dbkernels.data.dataset import as_data
 from dbkernels.diffusion.prediction import EDM, log_level
 from dbkernels.diffusion.samplers import euler, heun
 from dbkernels.models import AdaLNLayer, LayerConfig
@@ -151,13 +152,7 @@ def test_a_step_runs_one_end_before_its_layers_and_one_after(made, monkeypatch):
         layer.register_forward_hook(lambda *_: running.append("layer"))
 
     def announced(name, end):
-        def run(*args):
-            running.append(name)
-            result = end(*args)
-            running.append(name)
-            return result
-
-        return run
+        return lambda *args: (running.append(name), end(*args), running.append(name))[1]
 
     for name in model.stem_and_head:
         monkeypatch.setattr(type(model), name, announced(name, getattr(type(model), name)))
@@ -207,17 +202,9 @@ class Recurrent(nn.Module):
         return prediction.softmax(-1) @ self.rows()
 
 
-class Tokens:
-    """Words, each to be answered by the word after it in the alphabet."""
-
-    token = torch.randint(5, (12, 6), generator=torch.Generator().manual_seed(4))
-
-    def __len__(self):
-        return len(self.token)
-
-    def batch(self, indices, put):
-        token = put(self.token[indices])
-        return {"token": token, "answer": (token + 1) % 5}
+# words, each to be answered by the word after it in the alphabet
+WORDS = torch.randint(5, (12, 6), generator=torch.Generator().manual_seed(4))
+SENTENCES = [{"token": words, "answer": (words + 1) % 5} for words in WORDS]
 
 
 @pytest.mark.parametrize(
@@ -225,13 +212,13 @@ class Tokens:
 )
 def test_a_recurrent_stack_is_trained_and_sampled_unchanged(num_blocks, groups):
     how = {"process": PRIOR, "weighting": "none", "layers": [0, 1, 1, 1, 2]}
-    blocks, data = DiffusionBlocks(Recurrent(), num_blocks, **how), Tokens()
+    blocks, data = DiffusionBlocks(Recurrent(), num_blocks, **how), as_data(SENTENCES)
     trainer = Trainer(blocks, data, steps=60 // num_blocks, batch_size=8, lr=2e-2, ema=0.5)
     trainer.run()
     assert set(trainer.counters()["groups"]) == groups
     if num_blocks == 2:
         assert "model.layers.1.mlp.fc1.weight" in trainer.groups["shared"].parameters
-    batch = data.batch(torch.arange(12), torch.clone)
+    batch = data.batch(torch.arange(12))
     z = PRIOR.start(torch.randn(12, 6, 16), 80.0, 0.5)
     # heun's correction magnifies errors by the ratio of neighbouring levels
     halving = [80 / 2**i for i in range(11)]

@@ -55,11 +55,3 @@ def test_rejects(family, ask, message):
     model = FAMILIES[family].model
     with pytest.raises(ValueError, match=message.format(model.__name__, ", ".join(model.presets))):
         ask(model)
-
-
-def test_what_samples_asks_for_so_many_of_each_class_and_has_a_label_for_none():
-    entry, config = FAMILIES["dit"], DiT.preset("digits")
-    labels = entry.prompts(config, 2, torch.device("cpu"))["label"]
-    assert labels.tolist() == [label for label in range(10) for _ in range(2)]
-    assert entry.null_label(config) == 10
-    assert FAMILIES["vit"].prompts is None and FAMILIES["vit"].null_label is None
