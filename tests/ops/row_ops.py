@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from accuracy import upstream_of, with_grads
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels import ops
 from dbkernels.ops import reference
@@ -173,7 +174,10 @@ ROW_OPS = (
         by_heads,
         ((2, 1, 4, 10), (2, 5, 3, 6), (3, 11, 3, 8), (2, 33, 5, 40)),
         ({}, {"offset": 30.0}),
-        (((2, 5, 3, 6), {"normed": False}), ((2, 5, 3, 6), {"rotated": False})),
+        (
+            ((2, 5, 3, 6), {"normed": False}),
+            *(((2, 5, 3, d), {"rotated": False}) for d in (1, 2, 6, 7)),
+        ),
         optional=({}, {"normed": False}),
         mixed=((BF16, F32, F32), (F32, BF16, BF16)),
         small=(2, 9, 2, 8),
@@ -187,42 +191,6 @@ def outputs_of(f: Callable, args: list[Tensor], **options) -> tuple[Tensor, ...]
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def upstream_of(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Gradients that come in: one line over all outputs, so that those of each have one sign.
-
-    Sums that cancel would have no digits left to compare.
-    """
-    line = torch.linspace(-1, 1, sum(y.numel() for y in outputs), dtype=torch.float64)
-    parts = line.split([y.numel() for y in outputs])
-    return [part.reshape(y.shape).to(y) for part, y in zip(parts, outputs, strict=True)]
-
-
-def results(f: Callable, args: list[Tensor], upstream=upstream_of, **options) -> list[Tensor]:
+def results(f: Callable, args: list[Tensor], upstream=upstream_of, **options) -> tuple[Tensor, ...]:
     """The outputs and the gradient in every argument."""
-    args = [a.detach().requires_grad_() for a in args]  # detach keeps the strides, clone would not
-    outputs = outputs_of(f, args, **options)
-    grads = torch.autograd.grad(outputs, args, upstream(outputs))
-    return [*(y.detach() for y in outputs), *grads]
-
-
-class Calls(TorchDispatchMode):
-    """Notes the raw ops that are called, with copies of their arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "dbkernels":
-            copies = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
-            self.found.append((func, tuple(copies)))
-        return func(*args, **(kwargs or {}))
-
-
-def opcheck_calls(function: Callable[[], object]) -> None:
-    """Check every raw op of this package that a function calls, with what it is given there."""
-    with Calls() as calls:
-        function()
-    assert calls.found
-    for func, args in calls.found:
-        torch.library.opcheck(func, args)
+    return with_grads(partial(f, **options), *args, upstream=upstream)
