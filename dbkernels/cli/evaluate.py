@@ -11,11 +11,11 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
+from dbkernels.cli.table import show
 from dbkernels.data.images import open_data
 from dbkernels.training.run import load_run
 
@@ -58,7 +58,7 @@ class Evaluate:
         if self.json:
             print("\n".join(map(json.dumps, rows)))
         else:
-            Console().print(_table([*rows, *_means(rows)]))
+            show(_table([*rows, *_means(rows)]))
 
     def _row(self, directory: Path) -> Row:
         averaged = self.weights == "average"

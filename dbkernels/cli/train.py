@@ -1,7 +1,6 @@
 """`python -m dbkernels train`."""
 
 import warnings
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +17,6 @@ from dbkernels.models.registry import FAMILIES, FamilyName, family_named
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.training.pending import Row
 from dbkernels.training.run import PartitionConfig, RunConfig, train
-from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import TrainerConfig
 
 FAMILY_HELP = "; ".join(f"{name} {entry.summary}" for name, entry in FAMILIES.items()) + "."
@@ -128,7 +126,11 @@ class Train:
                 tensorboard=self.tensorboard,
                 on_step=shown.step,
             )
-        print(_summary(trainer, shown.steps, self.out))
+        if not shown.steps:
+            print(f"nothing to do: all {trainer.total_steps} steps are trained already: {self.out}")
+            return
+        count = len(trainer.blocks)
+        print(f"trained {shown.steps} steps in {count} block{'s' * (count > 1)}: {self.out}")
 
 
 class ProgressBar:
@@ -144,13 +146,12 @@ class ProgressBar:
         # whole lines: a message that is cut at the terminal's width cannot be searched for
         self._console = Console(stderr=True, soft_wrap=True)
         self._progress = Progress(*columns, console=self._console)
-        self._stack = ExitStack()
 
     def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *_) -> None:
-        self._stack.close()
+        self._progress.stop()
 
     def warn(self, message: Warning | str, *_: object) -> None:
         """Show a warning above the bar, without the line of code that gave it."""
@@ -159,15 +160,8 @@ class ProgressBar:
     def step(self, row: Row) -> None:
         """Show one row of the log."""
         if not self.steps:
-            self._stack.enter_context(self._progress)
+            self._progress.start()
             self._task = self._progress.add_task("training", total=self.total, row="")
         self.steps += 1
         text = f"block {row['block']} loss {row['loss']:.4g}"
         self._progress.update(self._task, completed=row["step"] + 1, row=text)
-
-
-def _summary(trainer: Trainer, steps: int, out: Path) -> str:
-    if not steps:
-        return f"nothing to do: all {trainer.total_steps} steps are trained already: {out}"
-    count = len(trainer.blocks)
-    return f"trained {steps} steps in {count} block{'s' if count > 1 else ''}: {out}"
