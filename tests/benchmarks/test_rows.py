@@ -50,7 +50,9 @@ def test_a_row_counts_for_its_case_commit_and_device_and_once_it_has_its_times(b
 def test_a_file_that_holds_no_rows_is_refused_with_its_line(run_main, tmp_path, line):
     out = tmp_path / "rows.jsonl"
     out.write_text(f'{{"row": 1}}\n{line}\n')
-    with pytest.raises(SystemExit, match=r"line 2 of .*rows.jsonl must be an object .* got '"):
+    with pytest.raises(
+        SystemExit, match=r"line 2 of .*rows.jsonl: a line must be one JSON object, got '"
+    ):
         run_main("ops", f"{GELU} eager --out {out}")
     assert out.read_text() == f'{{"row": 1}}\n{line}\n'
 
