@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layer_case import LayerCase
-from noise_case import PASSES, SHAPES
-from op_case import INPUTS, STREAM
+from op_case import INPUTS, PASSES, SHAPES, STREAM
 from rehearsal import PRESET
 from training_memory import BUDGETS
 

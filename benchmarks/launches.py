@@ -92,10 +92,6 @@ def _addmm(args: tuple, out: Tensor) -> int:
     return 1 if bias is out or (bias.dim() == 1 and bias.is_contiguous()) else 2
 
 
-def _cat(args: tuple, out: Tensor) -> int:
-    return _joined(args[0], out.dim())
-
-
 def _stack(args: tuple, out: Tensor) -> int:
     # along a dimension that the tensors have, stack is cat and a view
     last = (args[1] if len(args) > 1 else 0) in (-1, out.dim() - 1)
@@ -139,7 +135,7 @@ _RULES: dict[str, Callable[[tuple, object], int]] = {
     "addmm": _addmm,
     "addmm_": _addmm,
     "_addmm_activation": _addmm,
-    "cat": _cat,
+    "cat": lambda args, out: _joined(args[0], out.dim()),
     "stack": _stack,
     "_foreach_copy_": _foreach_copy,
     "slice_backward": lambda args, out: 2,

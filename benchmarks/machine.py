@@ -63,18 +63,15 @@ def commit() -> str | None:
     # a checkout that lies within another's would be given the other's
     top = _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != ROOT.resolve():
-        return _told_commit(os.environ.get("DBKERNELS_COMMIT", ""))
+        told = os.environ.get("DBKERNELS_COMMIT", "")
+        if told and not re.fullmatch(r"[0-9a-f]{7,40}(\+dirty)?", told):
+            raise ValueError(f"DBKERNELS_COMMIT must be a commit such as 1a2b3c4, got {told!r}")
+        return told or None
     name = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
     # what a benchmark itself wrote says nothing about the code
     status = ["status", "--porcelain", "--", ".", ":!benchmarks/results"]
     changes = _output("git", "-C", str(ROOT), *status)
     return name and name + ("+dirty" if changes else "")
-
-
-def _told_commit(told: str) -> str | None:
-    if told and not re.fullmatch(r"[0-9a-f]{7,40}(\+dirty)?", told):
-        raise ValueError(f"DBKERNELS_COMMIT must be a commit such as 1a2b3c4, got {told!r}")
-    return told or None
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

@@ -22,8 +22,7 @@ from itertools import chain
 import measure
 import torch
 from machine import ceilings, device_name, machine
-from noise_case import PASSES, SHAPES, NoiseCase
-from op_case import DTYPE, DTYPES, HEAD_DIM, INPUTS, STREAM, OpCase
+from op_case import DTYPE, DTYPES, HEAD_DIM, INPUTS, PASSES, SHAPES, STREAM, NoiseCase, OpCase
 from program import Known, Program, called, main
 from show import Row
 

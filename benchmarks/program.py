@@ -15,7 +15,7 @@ from typing import TypeVar
 import machine
 import torch
 import tyro
-from show import Row, show
+from show import Row, object_of, show
 
 from dbkernels.cli.device import pick_device
 from dbkernels.memory.allocator import Target, target_named, target_of
@@ -104,17 +104,13 @@ def read(path: Path) -> list[Row]:
         ValueError: another line is no row; names the file and the line.
     """
     *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return [_row(path, number, line) for number, line in enumerate(whole, 1)]
-
-
-def _row(path: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise ValueError(f"line {number} of {path} must be an object of JSON, got {line[:60]!r}")
-    return row
+    rows = []
+    for number, line in enumerate(whole, 1):
+        try:
+            rows.append(object_of(line))
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path}: {error}") from None
+    return rows
 
 
 def rounded(row: Mapping[str, object]) -> Row:

@@ -11,26 +11,32 @@ from rich.table import Table
 
 # the report's files stand beside each other and are no package
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
-from report_rows import SUITES, Row, read, tables
+from report_rows import SUITES, Row, object_of, read, suite_of, tables
 from report_tables import about, case_text, table_of
 
+__all__ = ["Row", "object_of", "read", "rich_table", "show", "way_of"]
 WHOLE = ("op", "way", "model", "p20 to p80", "launches")  # columns of which no cell is broken
 
 
 def show(rows: Sequence[Row]) -> None:
     """Print the rows of one case as one table; below it, what it ran on and by which command."""
-    first = rows[0]
-    suite = first.get("suite") or ("ops" if "op" in first else "layer")
-    rows = [{"suite": suite} | row for row in rows]
-    headings, *lines = table_of(rows)
-    title = f"{suite}: {case_text(rows[0])}, {first['device']}" if suite != "demo" else suite
-    table = Table(title=title, caption=escape(about(rows)), caption_justify="left")
+    rows = [{"suite": suite_of(row)} | row for row in rows]
+    suite, device = rows[0]["suite"], rows[0]["device"]
+    title = suite if suite == "demo" else f"{suite}: {case_text(rows[0])}, {device}"
+    # a table that is cut at the width of a terminal, or of a pipe, cannot be read
+    console = Console(width=max(Console().width, 240))
+    console.print(rich_table(table_of(rows), title, about(rows)))
+
+
+def rich_table(lines: Sequence[Sequence[str]], title: str, caption: str) -> Table:
+    """A table of the report for a terminal; its first line is the headings."""
+    headings, *rest = lines
+    table = Table(title=title, caption=escape(caption), caption_justify="left")
     for heading in headings:
         table.add_column(heading, no_wrap=heading in WHOLE)
-    for line in lines:
+    for line in rest:
         table.add_row(*(re.sub(r"\*\*(.+?)\*\*", r"[b]\1[/b]", escape(cell)) for cell in line))
-    # a table that is cut at the width of a terminal, or of a pipe, cannot be read
-    Console(width=max(Console().width, 240)).print(table)
+    return table
 
 
 def way_of(row: Row) -> str:

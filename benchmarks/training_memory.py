@@ -166,14 +166,12 @@ class Preparation:
 
     def __init__(self, pool: Executor, device: torch.device, rehearse: bool = False):
         self._pool, self._device, self._rehearse = pool, device, rehearse
-        self._predictions: dict[Recipe, Future] = {}
-        self._compiling: dict[Recipe, Future] = {}
+        self._tasks: dict[tuple[Callable[..., object], Recipe], Future] = {}
 
     def predict(self, every: Sequence[Recipe]) -> None:
         """Begin to predict some ways."""
         for recipe in map(with_all, every):
-            if recipe not in self._predictions:
-                self._predictions[recipe] = self._submit(predicted, recipe)
+            self._begin(predicted, recipe)
 
     def compile(self, every: Sequence[Recipe]) -> None:
         """Begin to compile what the layers of some ways need."""
@@ -181,13 +179,16 @@ class Preparation:
             # a model of one layer has every kernel that one of many has
             model = replace(recipe.model, depth=1)
             alone = replace(recipe, model=model, num_blocks=1, optimizer_in_backward=False)
-            if alone not in self._compiling:
-                self._compiling[alone] = self._submit(compile_alone, alone, self._device)
+            self._begin(compile_alone, alone, self._device)
+
+    def _begin(self, function: Callable[..., object], recipe: Recipe, *more: object) -> None:
+        if (function, recipe) not in self._tasks:
+            self._tasks[function, recipe] = self._submit(function, recipe, *more)
 
     def figures(self, recipe: Recipe) -> Row | None:
         """What is predicted of one way; None, and the reason on stderr, where nothing could be."""
         try:
-            return self._predictions[with_all(recipe)].result()[recipe.offload]
+            return self._tasks[predicted, with_all(recipe)].result()[recipe.offload]
         except Exception as error:  # whatever it is, the way itself may well run
             print(f"{named(recipe)} was not predicted: {error!r}", file=sys.stderr)
             return None
@@ -221,11 +222,10 @@ class Preparation:
 
     def wait(self) -> None:
         """Return when no other process works; says what could not be compiled."""
-        wait([*self._predictions.values(), *self._compiling.values()])
-        for recipe, task in self._compiling.items():
-            if error := task.exception():
+        wait(self._tasks.values())
+        for function, recipe in [key for key in self._tasks if key[0] is compile_alone]:
+            if error := self._tasks.pop((function, recipe)).exception():
                 print(f"{named(recipe)} was not compiled beside: {error!r}", file=sys.stderr)
-        self._compiling.clear()
 
 
 def with_all(recipe: Recipe) -> Recipe:

@@ -6,6 +6,7 @@ has the words of a test or of CI that run it or its pieces, at a small size too.
 """
 
 import ast
+import os
 import re
 import shlex
 from pathlib import Path
@@ -84,6 +85,7 @@ def place(tmp_path, monkeypatch, capsys):
     """A directory with what the pages' commands read: latents, and a row of the budgets."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # to start other processes takes longer
     for suffix in ("", "_test"):
         np.save(f"latents{suffix}.npy", np.zeros((8, 4, 8, 8), dtype=np.float32))
         np.save(f"latents{suffix}_labels.npy", np.arange(8) % 2)

@@ -35,16 +35,9 @@ def test_a_code_line_is_not_blank_nor_comment_nor_docstring(count, source, lines
 
 
 def test_folders_are_added_up_and_tests_are_in_no_longest_file(count, tmp_path):
-    for name, lines in {
-        "dbkernels/a.py": 3,
-        "dbkernels/deep/b.py": 4,
-        "tools/c.py": 5,
-        "tools/d.sh": 90,
-        "benchmarks/e.py": 6,
-        "tests/f.py": 50,
-        "tests/deep/g.py": 1,
-        "setup.py": 2,
-    }.items():
+    sizes = {"dbkernels/a.py": 3, "dbkernels/deep/b.py": 4, "tools/c.py": 5, "tools/d.sh": 90}
+    sizes |= {"benchmarks/e.py": 6, "tests/f.py": 50, "tests/deep/g.py": 1, "setup.py": 2}
+    for name, lines in sizes.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x = 1\n" * lines + "# no code\n")
@@ -57,18 +50,13 @@ def test_folders_are_added_up_and_tests_are_in_no_longest_file(count, tmp_path):
 
 
 def test_files_run_are_those_of_the_folder_whose_functions_run(count, tmp_path):
-    for name in ("called", "imported", "outside"):
-        path = tmp_path / ("in" if name != "outside" else "out") / f"{name}.py"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("def f():\n    return 1\n")
-        scope = {}
-        exec(compile(path.read_text(), str(path), "exec"), scope)
-        if name == "called":
-            called = scope["f"]
-        if name == "outside":
-            outside = scope["f"]
+    scopes = {}
+    for name in ("in/called", "in/imported", "out/outside"):
+        path, scopes[name] = tmp_path / f"{name}.py", {}
+        exec(compile("def f():\n    return 1\n", str(path), "exec"), scopes[name])
     before = sys.getprofile()
-    files = count.files_run(lambda: (called(), outside()), tmp_path / "in")
+    run = (scopes["in/called"]["f"], scopes["out/outside"]["f"])
+    files = count.files_run(lambda: [function() for function in run], tmp_path / "in")
     assert files == {tmp_path / "in" / "called.py"}
     assert sys.getprofile() is before
 

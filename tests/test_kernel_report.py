@@ -139,18 +139,18 @@ SPILLING, SOUND = (
 
 
 def test_a_library_s_kernels_are_read_with_their_architecture(tool):
-    assert list(tool("kernel_library").read_usage(USAGE)) == [SPILLING, SOUND]
+    assert list(tool("kernel_compile").read_usage(USAGE)) == [SPILLING, SOUND]
 
 
 def test_a_symbol_is_left_as_it_is_where_nothing_reads_it(tool, monkeypatch):
-    library = tool("kernel_library")
+    library = tool("kernel_compile")
     monkeypatch.setattr(library.shutil, "which", lambda name: None)
     assert library.short_name.__wrapped__("_Z3addv") == "_Z3addv"
 
 
 @pytest.mark.parametrize(("cuda", "reason"), [(0, None), (13, "stale")])
 def test_a_library_without_cuda_or_that_does_not_serve_has_no_rows(tool, monkeypatch, cuda, reason):
-    library = tool("kernel_library")
+    library = tool("kernel_compile")
     backend = library.library
     manifest = backend.Manifest("0" * 64, cuda, (90,))
     monkeypatch.setattr(backend, "library", lambda: backend.Library(reason, manifest=manifest))

@@ -90,14 +90,12 @@ def test_builds_a_library_that_knows_its_sources(checkout, build):
     assert f"{reason} {cost}\n" in done.stderr
 
 
-def test_builds_again_what_a_header_changes_and_nothing_otherwise(checkout, build):
+def test_builds_again_what_a_header_changes_or_a_source_adds_and_nothing_otherwise(checkout, build):
     build(*IN_PLACE)
     assert "no work to do" in build(*IN_PLACE).stdout
     (checkout / "csrc" / "answer.h").write_text("constexpr int answer = 42;\n")
     assert "library.cpp" in build(*IN_PLACE).stdout
-
-
-def test_a_new_source_is_built_without_being_named_anywhere(checkout, build):
+    # a new source is built without being named anywhere
     (checkout / "csrc" / "other.cpp").write_text("int other() { return 1; }\n")
     assert "other.cpp" in build(*IN_PLACE).stdout
 
@@ -173,20 +171,16 @@ def test_an_nvcc_that_says_nothing_is_none(checkout, build, fake_nvcc):
     assert "no nvcc was found that works" in note_of(checkout)
 
 
-def test_nvcc_is_asked_for_the_architectures_that_it_knows(checkout, build, fake_nvcc):
-    (checkout / "csrc" / "op.cu").write_text("\n")
-    commands = build(*IN_PLACE, CUDA_HOME=fake_nvcc).stdout
-    assert "code=sm_80" in commands and "code=sm_90 " in commands
-    assert "code=sm_75" not in commands and "code=sm_100" not in commands
-
-
-@pytest.mark.parametrize("asked", ["9.0", "7.5;9.0+PTX", "9.0a 12.0"])
-def test_nvcc_is_asked_for_no_other_architecture_than_those_named(
-    checkout, build, fake_nvcc, asked
+@pytest.mark.parametrize(
+    ("asked", "built"),
+    [("", {"80", "90"}), ("9.0", {"90"}), ("7.5;9.0+PTX", {"90"}), ("9.0a 12.0", {"90"})],
+)
+def test_nvcc_is_asked_for_the_architectures_that_it_knows_and_that_are_named(
+    checkout, build, fake_nvcc, asked, built
 ):
     (checkout / "csrc" / "op.cu").write_text("\n")
     commands = build(*IN_PLACE, CUDA_HOME=fake_nvcc, TORCH_CUDA_ARCH_LIST=asked).stdout
-    assert set(re.findall(r"code=sm_(\d+)", commands)) == {"90"}
+    assert set(re.findall(r"code=sm_(\d+)", commands)) == built
 
 
 def test_an_architecture_that_is_none_of_ours_gets_no_code(checkout, build, fake_nvcc):

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import tyro
-from digit_features import DigitClassifier, train_classifier
 from machine import machine
 from matplotlib.figure import Figure
 from page import Section, html
@@ -18,8 +18,8 @@ from report_rows import Row
 from report_tables import about, blocks_text, table_of
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
-from rich.table import Table
-from torch import Tensor
+from show import rich_table
+from torch import Tensor, nn
 
 from dbkernels import DiffusionBlocks, DiT, Draw, LogNormal, Trainer, ViT, measure_peak, open_data
 from dbkernels.data.augment import drop_labels
@@ -30,6 +30,8 @@ from dbkernels.whole_file import write_whole
 CLASSES, SHOWN = 10, 8  # digits of each class in the picture
 POINTS = 50  # of a line of losses
 LEVELS, GUIDANCE = 30, 1.5  # of the sampler
+FEATURES = 32  # of the classifier that judges what is generated
+JUDGE_STEPS, JUDGE_BATCH = 400, 128  # of its training
 # below sigma = 0.3 the label can be read off the noisy target, and a block that trains there alone
 # need not look at the image, so the ViT's noise is stronger than the published prior. End to end it
 # has the most noise alone and is the ordinary classifier, which is harder to beat
@@ -39,6 +41,7 @@ NOISE = {
     ("dit", 1): LogNormal(),
     ("dit", 3): LogNormal(),
 }
+SHOWN_AS = "Unseen digits, after the same number of updates of every layer"
 TITLE = "Training a network block by block, against end to end"
 INTRODUCTION = """Training a deep network normally keeps what every layer computed in memory until
 the backward pass has used it. DiffusionBlocks (arXiv:2506.14202) reads the network as a machine
@@ -93,7 +96,8 @@ class Demo:
         folder.mkdir(parents=True)
         write_whole(folder / "demo.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_whole(folder / "report.html", html(TITLE, sections(rows, shown, note)))
-        Console().print(terminal_table(rows, note))
+        read_so = " ".join(HOW_TO_READ.split()).replace("*", "")
+        Console().print(rich_table(transposed(rows), SHOWN_AS, f"{read_so} {note}"))
         print(f"report: {folder / 'report.html'}  ({time.time() - begin:.0f} s in all)")
 
     def _train(self, family: str, count: int, progress: Progress) -> tuple[DiffusionBlocks, Row]:
@@ -127,6 +131,45 @@ class Demo:
         row = {"family": family, "num_blocks": count, "name": name}
         row |= {"updates": trainer.config.steps, "loss": [_means(line) for line in losses]}
         return blocks, row | memory(trainer) | {"step_ms": sum(each) / count, "sweep_ms": sum(each)}
+
+
+class DigitClassifier(nn.Module):
+    """8 x 8 images (B, 1, 8, 8) to logits (B, 10), through FEATURES numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 4 * 4, FEATURES),
+        )
+        self.head = nn.Linear(FEATURES, 10)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(F.relu(self.features(image)))
+
+    @torch.no_grad()
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """Share of images, in [0, 1], to which the classifier gives their label."""
+        return float((self(images).argmax(-1) == labels).float().mean())
+
+
+def train_classifier(images: Tensor, labels: Tensor, seed: int) -> DigitClassifier:
+    """Train on real digits (N, 1, 8, 8), end to end; takes a few seconds."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DigitClassifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(JUDGE_STEPS):
+        chosen = torch.randint(len(images), (JUDGE_BATCH,), generator=random)
+        F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
 
 
 def everything(split: str) -> tuple[Tensor, Tensor]:
@@ -187,19 +230,6 @@ def transposed(rows: list[Row]) -> list[list[str]]:
     (model, trained, *lines) = [list(line) for line in zip(*table_of(rows), strict=True)]
     heads = [f"{a}, {b}" for a, b in zip(model[1:], trained[1:], strict=True)]
     return [["", *heads], *lines]
-
-
-def terminal_table(rows: list[Row], note: str) -> Table:
-    """The same for a terminal."""
-    heads, *lines = transposed(rows)
-    table = Table(title="Unseen digits, after the same number of updates of every layer")
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="right" if number else "left")
-    for line in lines:
-        table.add_row(*(f"[b]{cell[2:-2]}[/b]" if cell.startswith("**") else cell for cell in line))
-    table.caption = f"{' '.join(HOW_TO_READ.split()).replace('*', '')} {note}"
-    table.caption_justify = "left"
-    return table
 
 
 def digits_picture(shown: dict[str, Tensor]) -> Figure:

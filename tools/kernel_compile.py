@@ -1,15 +1,18 @@
-"""Compile a Triton kernel for a GPU that is not here, and read what the compiler made of it."""
+"""What a compiler made of a kernel: of Triton's, which are compiled for a GPU that is not here, and
+of every CUDA kernel of the compiled library, which is read from the library itself."""
 
 import importlib
 import inspect
 import math
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +22,7 @@ from kernel_cases import LAUNCHERS, B, Case, Shapes, T
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dbkernels.ops.backend import library
 from dbkernels.ops.backend.register import dry_run_on_gpu
 
 Widths = dict[str, tuple[int, ...]]  # bytes of the memory instructions, by argument
@@ -39,6 +43,9 @@ _USAGE = re.compile(
     r"REG:(?P<registers>\d+) STACK:(?P<stack_bytes>\d+) SHARED:(?P<shared_bytes>\d+) "
     r"LOCAL:(?P<local_bytes>\d+)"
 )
+_ARCH = re.compile(r"^arch = sm_(\d+)")
+_FUNCTION = re.compile(r"^ Function (\w+):")
+_NAMESPACES = re.compile(r"(?:\w+|\(anonymous namespace\))::")
 _LOAD_PARAM = re.compile(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]")
 _ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?((?:\.v[248])?)\.[busf](\d+)\s[^;\[]*\[ ?(%rd\d+)")
 _REGISTER = re.compile(r"%rd\d+")
@@ -58,32 +65,20 @@ def record(case: Case, shapes: Shapes, arch: int) -> tuple[object, Launch]:
     """The kernel of a case, and its launch by its launcher on tensors without data."""
     op = importlib.import_module(f"dbkernels.ops.{case.module or case.op}")
     launcher, kernel_name = LAUNCHERS[case.direction]
-    launches = {}
+    recorders = {}
     # launchers share work among the processors of a device; tensors without data have none
     with ExitStack() as stack, dry_run_on_gpu(PROCESSORS[arch]):
         for module in [m for name, m in sys.modules.items() if name.startswith("dbkernels.ops.")]:
             for name in {name for _, name in LAUNCHERS.values()} & vars(module).keys():
-                recorder = _Recorder(getattr(module, name), launches)
+                recorder = recorders.setdefault(getattr(module, name), mock.MagicMock())
                 stack.enter_context(mock.patch.object(module, name, recorder))
         getattr(op, launcher)(*case.first, *case.arguments(shapes))
-    kernel, grid, args, options = launches[kernel_name]
+    named = {k: of.__getitem__ for k, of in recorders.items() if k.__name__ == kernel_name}
+    ((kernel, seen),) = [(k, launch) for k, launch in named.items() if launch.called]
+    (grid,), (args, options) = seen.call_args.args, seen.return_value.call_args
     warps, registers = options.pop("num_warps", DEFAULT_WARPS), options.pop("maxnreg", None)
     bound = inspect.signature(kernel.fn).bind(*args, **options)
     return kernel, Launch(dict(bound.arguments), math.prod(grid), warps, registers)
-
-
-@dataclass(frozen=True)
-class _Recorder:
-    """Stands for a kernel and notes how it is launched."""
-
-    kernel: object
-    launches: dict[str, tuple]
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
-        def note(*args, **options):
-            self.launches[self.kernel.__name__] = self.kernel, grid, args, options
-
-        return note
 
 
 def compile_launch(kernel, launch: Launch, arch: int) -> tuple[dict[str, int], Widths, Widths]:
@@ -182,3 +177,40 @@ def _follow(line: str, origin: dict[str, str | None]) -> None:
     found = {origin.get(source) for source in sources} - {None}
     if len(found) == 1:
         origin[target] = found.pop()
+
+
+# of the compiled library
+
+
+def library_rows() -> list[dict[str, object]]:
+    """By kernel and architecture; none where the library does not serve or is without CUDA."""
+    loaded = library.library()
+    if loaded.reason is not None or not loaded.manifest.cuda:
+        return []
+    rows = read_usage(cuobjdump(library.PATH))
+    return sorted(rows, key=lambda row: (row["kernel"], row["arch"]))
+
+
+def read_usage(text: str) -> Iterator[dict[str, object]]:
+    """The rows of what cuobjdump prints, which has one section to an architecture."""
+    arch = name = None
+    for line in text.splitlines():
+        if found := _ARCH.match(line):
+            arch = int(found[1])
+        elif found := _FUNCTION.match(line):
+            name = short_name(found[1])
+        elif name and (used := usage(line)):
+            yield {"kernel": name, "arch": arch, **used}
+            name = None
+
+
+@cache
+def short_name(symbol: str) -> str:
+    """Without namespaces and arguments; the symbol itself where nothing here can read it."""
+    if shutil.which("c++filt") is None:
+        return symbol
+    command = ["c++filt", symbol]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    text = _NAMESPACES.sub("", text).removeprefix("void ")
+    # the arguments follow the name, or the > that ends its template's
+    return re.match(r"\w+(?:<.*?>(?=\())?", text)[0]

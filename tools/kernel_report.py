@@ -18,8 +18,14 @@ from unittest import mock
 import torch
 import tyro
 from kernel_cases import CASES, DTYPE, B, Case, Shapes, T
-from kernel_compile import PROCESSORS, bytes_moved, compile_launch, record, row_arguments
-from kernel_library import library_rows
+from kernel_compile import (
+    PROCESSORS,
+    bytes_moved,
+    compile_launch,
+    library_rows,
+    record,
+    row_arguments,
+)
 from rich.console import Console
 from rich.table import Table
 

@@ -77,15 +77,29 @@ def _rows(file: Path) -> Iterator[Row]:
                 raise ValueError(f"{file}:{number}: {error}") from None
 
 
-def _row(line: str) -> Row:
+def object_of(line: str) -> Row:
+    """The object of a line of JSON.
+
+    Raises:
+        ValueError: the line is none.
+    """
     try:
         row = json.loads(line)
     except ValueError:
         row = None
     if not isinstance(row, dict):
         raise ValueError(f"a line must be one JSON object, got {line[:40]!r}")
-    # rows of the ops and of a layer do not name their suite
-    name = row.get("suite") or ("ops" if "op" in row else "layer" if "saved_units" in row else None)
+    return row
+
+
+def suite_of(row: Row) -> object:
+    """What a row names as its suite; rows of the ops and of a layer name none."""
+    return row.get("suite") or ("ops" if "op" in row else "layer" if "saved_units" in row else None)
+
+
+def _row(line: str) -> Row:
+    row = object_of(line)
+    name = suite_of(row)
     if not isinstance(name, str) or name not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}")
     needed = " ".join((*SUITES[name], SETTING, "command")).split()

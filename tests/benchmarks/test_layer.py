@@ -41,21 +41,6 @@ def test_a_layer_names_every_implementation_of_its_ops(bench, monkeypatch):
     assert layer_case.Competitor("compiled").implementation(device) == "inductor"
 
 
-def test_each_budget_compiles_for_itself(bench, small_case, monkeypatch):
-    import torch._inductor.compile_fx as inductor
-
-    def compile_fx(graph, inputs):
-        budgets.append(torch._functorch.config.activation_memory_budget)
-        return graph.forward
-
-    budgets = []
-    monkeypatch.setattr(inductor, "compile_fx", compile_fx)
-    layer_case, (case, inputs) = bench("layer_case"), small_case
-    for player in layer_case.competitors(("compiled_budget", "compiled"), (0.9, 0.2), mixed=False):
-        layer_case.LayerStep(player.function(case.num_heads), inputs, False).forward()
-    assert budgets == [0.9, 0.2, 1.0]
-
-
 def test_autocast_has_the_policy_that_rounds_and_units_of_what_it_computes_in(bench):
     layer_case = bench("layer_case")
     case = layer_case.LayerCase(2, 8, 16, 2, 64, "autocast")
@@ -96,21 +81,23 @@ def test_inputs_are_drawn_where_they_are_used(bench, small_case, monkeypatch):
     assert set(devices) == {("cpu", "cpu")} and len(devices) == 11
 
 
-def test_each_competitor_is_compiled_once(bench, small_case, monkeypatch):
+def test_each_competitor_is_compiled_once_and_each_budget_for_itself(
+    bench, small_case, monkeypatch
+):
     import torch._inductor.compile_fx as inductor
 
     def compile_fx(graph, inputs):
-        compiled.append(graph)
+        budgets.append(torch._functorch.config.activation_memory_budget)
         return graph.forward
 
-    compiled = []
+    budgets = []
     monkeypatch.setattr(inductor, "compile_fx", compile_fx)
     layer, case = bench("layer"), small_case[0]
     options = layer.Options(
-        impls=("compiled", "compiled_budget"), budgets=(0.5,), rounds=2, device="cpu"
+        impls=("compiled_budget", "compiled"), budgets=(0.9, 0.2), rounds=2, device="cpu"
     )
-    (row, other) = layer.rows_of(case, options.players(case), options)
-    assert len(compiled) == 2 and row["budget"] is None and other["budget"] == 0.5
+    rows = layer.rows_of(case, options.players(case), options)
+    assert budgets == [0.9, 0.2, 1.0] and [row["budget"] for row in rows] == [0.9, 0.2, None]
 
 
 def test_flops_are_three_forwards(small_case):
@@ -126,13 +113,8 @@ def test_prints_a_line_for_every_policy_and_competitor(bench, layer_rows):
     assert names == ["eager", "none", "attention", "mlp", "qkv", "layer", "checkpointed"]
     for row in layer_rows:
         assert row.keys() >= MEASURED | MACHINE | CEILINGS | {"saved_units", "achieved_tflops"}
-        assert (row["B"], row["T"], row["dim"], row["num_heads"], row["hidden"]) == (
-            2,
-            32,
-            64,
-            2,
-            256,
-        )
+        sizes = [row[name] for name in ("B", "T", "dim", "num_heads", "hidden")]
+        assert sizes == [2, 32, 64, 2, 256]
         assert (row["dtype"], row["threads"], row["budget"]) == ("float32", 1, None)
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["implementation"] == (fused if row["recompute"] else "torch")

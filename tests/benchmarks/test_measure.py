@@ -126,18 +126,17 @@ def test_all_results_of_a_graph_are_alive_at_once(bench, gpu):
     assert (most[0], alive[0]) == (4, 0)
 
 
-def test_what_cannot_be_captured_is_timed_by_events(bench, gpu, monkeypatch):
-    def refused(*_):
-        raise RuntimeError("a value was read back")
-
-    monkeypatch.setattr(FakeGraph, "__enter__", refused)
-    run, timing = bench("measure")._CudaClock(CPU, capture=True).ready(lambda: "result")
-    assert (run(), timing) == ("result", "cuda events")
+def refused(*_):
+    raise RuntimeError("a value was read back")
 
 
-def test_nothing_is_captured_on_the_default_stream(bench, gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: "default")
-    monkeypatch.delattr(torch.cuda, "CUDAGraph")
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [(FakeGraph, "__enter__", refused), (torch.cuda, "current_stream", lambda *_: "default")],
+    ids=["a read", "the default stream"],
+)
+def test_what_cannot_be_captured_is_timed_by_events(bench, gpu, monkeypatch, where, name, value):
+    monkeypatch.setattr(where, name, value)
     run, timing = bench("measure")._CudaClock(CPU, capture=True).ready(lambda: "result")
     assert (run(), timing) == ("result", "cuda events")
 
@@ -209,26 +208,29 @@ def test_what_is_saved_is_what_the_forward_leaves_alive(bench, small_case, impl,
     assert found["left_bytes"] - out.nbytes == saved
 
 
-def test_samples_are_of_the_last_calls_and_in_their_order(bench, monkeypatch):
-    clock, made = [0.0], []
+@pytest.fixture
+def clock(bench, monkeypatch):
+    """What the wall clock says, in seconds, to be moved on."""
+    now = [0.0]
+    monkeypatch.setattr(bench("measure").time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(bench("measure"), "WARM_UP_MS", {"cpu": 5})
+    return now
+
+
+def test_samples_are_of_the_last_calls_and_in_their_order(bench, clock):
+    made = []
 
     def call():
         made.append(len(made))
         clock[0] += 0.001 * made[-1]
 
-    measure = bench("measure")
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(measure, "WARM_UP_MS", {"cpu": 5})
-    ((milliseconds, timing),) = measure.samples({"a": call}, device=CPU, rounds=3).values()
+    samples = bench("measure").samples({"a": call}, device=CPU, rounds=3)
+    ((milliseconds, timing),) = samples.values()
     assert milliseconds == pytest.approx([float(number) for number in made[-3:]])
     assert timing == "wall clock"
 
 
-def test_what_is_prepared_before_a_call_takes_no_time(bench, monkeypatch):
-    measure, clock = bench("measure"), [0.0]
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(measure, "WARM_UP_MS", {"cpu": 0})
-
+def test_what_is_prepared_before_a_call_takes_no_time(bench, clock):
     class Prepared:
         def prepare(self):
             clock[0] += 5
@@ -236,5 +238,5 @@ def test_what_is_prepared_before_a_call_takes_no_time(bench, monkeypatch):
         def __call__(self):
             clock[0] += 0.001
 
-    times = measure.interleaved({"a": Prepared()}, device=CPU, rounds=2)
+    times = bench("measure").interleaved({"a": Prepared()}, device=CPU, rounds=2)
     assert times["a"].median_ms == pytest.approx(1.0)

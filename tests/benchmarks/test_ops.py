@@ -26,11 +26,6 @@ def op_case(bench, ops):
 
 
 @pytest.fixture
-def noise_case(bench):
-    return bench("noise_case")
-
-
-@pytest.fixture
 def rows_of(ops, bench):
     """The rows of a case, none of which is known."""
 
@@ -100,9 +95,9 @@ def test_bytes_of_a_forward_are_those_of_its_kernel(op_case):
     assert moved == 3 * tokens * row + modulation
 
 
-def test_a_row_names_what_ran_its_op_in_its_direction(op_case, noise_case, monkeypatch):
-    monkeypatch.setattr(noise_case.ops, "implementation", lambda device, op: f"{op} on {device}")
-    case, noise = op_case.OpCase("gelu", 64, (), CPU), make_case(noise_case, "noise_and_loss")
+def test_a_row_names_what_ran_its_op_in_its_direction(op_case, monkeypatch):
+    monkeypatch.setattr(op_case.ops, "implementation", lambda device, op: f"{op} on {device}")
+    case, noise = op_case.OpCase("gelu", 64, (), CPU), make_case(op_case, "noise_and_loss")
     assert case.implementation("fused", "fwd") == "gelu_fwd on cpu"
     assert case.implementation("fused", "bwd") == "gelu_bwd on cpu"
     assert case.implementation("compiled", "fwd") == "inductor"
@@ -113,12 +108,12 @@ def test_a_row_names_what_ran_its_op_in_its_direction(op_case, noise_case, monke
 # the noise and the loss
 
 
-def make_case(noise_case, op, shape=(5, 1, 4, 4), impls=PAIR):
-    return noise_case.NoiseCase(op, shape, torch.float32, impls, CPU)
+def make_case(op_case, op, shape=(5, 1, 4, 4), impls=PAIR):
+    return op_case.NoiseCase(op, shape, torch.float32, impls, CPU)
 
 
-def test_every_implementation_has_the_noise_that_it_should(noise_case):
-    case = make_case(noise_case, "add_noise", (4, 20_000))
+def test_every_implementation_has_the_noise_that_it_should(op_case):
+    case = make_case(op_case, "add_noise", (4, 20_000))
     z0, sigma, _ = inputs = case.inputs()
     scale = (sigma**2 + 0.25).sqrt()[:, None]
     for (call,) in case.calls([inputs]).values():
@@ -126,19 +121,19 @@ def test_every_implementation_has_the_noise_that_it_should(noise_case):
         assert noise.std(1) == pytest.approx(torch.ones(4), abs=0.03)
 
 
-def test_the_losses_of_one_noise_agree(noise_case):
-    case = make_case(noise_case, "score_loss")
+def test_the_losses_of_one_noise_agree(op_case):
+    case = make_case(op_case, "score_loss")
     z0, sigma, prediction = case.inputs()
-    draw = noise_case.draw_on(CPU)
-    noise = noise_case.ops.normals(draw, 5, 16).view(5, 1, 4, 4)
+    draw = op_case.draw_on(CPU)
+    noise = op_case.ops.normals(draw, 5, 16).view(5, 1, 4, 4)
     z = z0 + sigma.view(-1, 1, 1, 1) * noise
-    eager = noise_case._eager_loss(prediction, z, z0, sigma)
-    fused = noise_case._loss(draw, prediction, None, z0, sigma)
+    eager = op_case._eager_loss(prediction, z, z0, sigma)
+    fused = op_case._loss(draw, prediction, None, z0, sigma)
     torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-6)
 
 
-def test_before_and_after_the_network_give_its_input_and_the_predictions_gradient(noise_case):
-    case = make_case(noise_case, "noise_and_loss")
+def test_before_and_after_the_network_give_its_input_and_the_predictions_gradient(op_case):
+    case = make_case(op_case, "noise_and_loss")
     inputs = case.inputs()
     for (call,) in case.calls([inputs]).values():
         scaled, (gradient,) = call()
@@ -146,8 +141,8 @@ def test_before_and_after_the_network_give_its_input_and_the_predictions_gradien
 
 
 @pytest.mark.parametrize(("op", "passes"), [("add_noise", 2), ("score_loss", 3)])
-def test_bytes_are_those_of_the_tensors_that_must_be_touched(noise_case, op, passes):
-    assert make_case(noise_case, op).bytes_moved("fwd+bwd") == passes * 5 * 16 * 4
+def test_bytes_are_those_of_the_tensors_that_must_be_touched(op_case, op, passes):
+    assert make_case(op_case, op).bytes_moved("fwd+bwd") == passes * 5 * 16 * 4
 
 
 # rows

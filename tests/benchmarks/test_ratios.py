@@ -63,7 +63,7 @@ def modulation(count):
 
 
 def test_noise_and_loss(bench, times_faster):
-    case = bench("noise_case").NoiseCase(
+    case = bench("op_case").NoiseCase(
         "noise_and_loss", (64, 4, 64, 64), torch.float32, ("fused", "eager"), CPU
     )
     calls = case.calls([case.inputs()])

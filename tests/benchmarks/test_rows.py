@@ -1,8 +1,10 @@
 """Rows of benchmarks: where they were measured, and how they are written, read and shown."""
 
 import json
+from itertools import islice
 from pathlib import Path
 
+import benchmark_rows as made
 import pytest
 import torch
 
@@ -50,7 +52,9 @@ def test_a_row_counts_for_its_case_commit_and_device_and_once_it_has_its_times(b
 def test_a_file_that_holds_no_rows_is_refused_with_its_line(run_main, tmp_path, line):
     out = tmp_path / "rows.jsonl"
     out.write_text(f'{{"row": 1}}\n{line}\n')
-    with pytest.raises(SystemExit, match=r"line 2 of .*rows.jsonl must be an object .* got '"):
+    with pytest.raises(
+        SystemExit, match=r"line 2 of .*rows.jsonl: a line must be one JSON object, got '"
+    ):
         run_main("ops", f"{GELU} eager --out {out}")
     assert out.read_text() == f'{{"row": 1}}\n{line}\n'
 
@@ -85,21 +89,14 @@ def test_a_table_has_a_row_for_each_competitor_and_its_ratio_to_eager(bench, lay
     assert "of eager" not in capsys.readouterr().out
 
 
-def test_the_table_of_the_noise_can_be_read(ops_row, bench, capsys):
-    rows = [ops_row | {"impl": impl, "implementation": "cpp"} for impl in ("fused", "eager")]
+def test_the_table_of_the_noise_can_be_read(bench, capsys):
+    command = "python benchmarks/ops.py --op noise_and_loss"
+    about = {"op": "noise_and_loss", "direction": "fwd+bwd", "shape": [3, 1, 4, 4]}
+    rows = [row | about | {"command": command} for row in islice(made.ops_rows(), 2)]
     bench("show").show(rows)
     shown = capsys.readouterr().out
     assert "3 x 1 x 4 x 4, float32" in shown and "noise_and_loss fwd+bwd" in shown
-    assert "Printed by `python benchmarks/ops.py --op noise_and_loss`" in " ".join(shown.split())
-
-
-@pytest.fixture
-def ops_row(layer_rows):
-    sizes = ("B", "T", "dim", "num_heads", "hidden")
-    row = {name: value for name, value in layer_rows[0].items() if name not in sizes}
-    row |= {"op": "noise_and_loss", "direction": "fwd+bwd", "shape": [3, 1, 4, 4]}
-    row |= {"bytes_moved": 960, "achieved_gbps": 0.1, "share_of_copy": 0.5, "allocated_bytes": 0}
-    return row | {"command": "python benchmarks/ops.py --op noise_and_loss"}
+    assert f"Printed by `{command}`" in " ".join(shown.split())
 
 
 def test_a_file_of_results_is_shown_case_by_case(bench, layer_rows, tmp_path, capsys):
@@ -120,24 +117,26 @@ def test_a_device_names_its_folder(bench, monkeypatch):
     assert machine.folder_name(CPU) == "nvidia-h100-80gb-hbm3"
 
 
+HERE, OTHER = str(ROOT), "1a2b3c4"
+
+
 @pytest.mark.parametrize(
-    ("status", "expected"), [("", "abc"), (" M x", "abc+dirty"), (None, "abc")]
+    ("top", "status", "told", "expected"),
+    [
+        # a commit says that files differ from it
+        (HERE, "", "0000000", "abc"),
+        (HERE, " M x", "0000000", "abc+dirty"),
+        (HERE, None, "0000000", "abc"),
+        # where no git is, or only that of another checkout, it is told
+        *((top, "", told, told or None) for top in (None, "/") for told in (OTHER, "")),
+        (None, "", f"{OTHER}+dirty", f"{OTHER}+dirty"),
+    ],
 )
-def test_a_commit_says_that_files_differ_from_it(bench, monkeypatch, status, expected):
-    machine = bench("machine")
-    git = {"--show-toplevel": str(ROOT), "--short": "abc", "--porcelain": status}
-    monkeypatch.setattr(machine, "_output", lambda *command: git[command[4]])
-    monkeypatch.setenv("DBKERNELS_COMMIT", "0000000")
-    assert machine.commit() == expected
-
-
-@pytest.mark.parametrize("top", [None, "/"])
-@pytest.mark.parametrize("told", ["1a2b3c4", "1a2b3c4+dirty", None])
-def test_where_no_git_is_a_commit_is_told(bench, monkeypatch, top, told):
-    machine = bench("machine")
-    monkeypatch.setattr(machine, "_output", lambda *command: top)
-    monkeypatch.setenv("DBKERNELS_COMMIT", told or "")
-    assert machine.commit() == told
+def test_a_commit_is_the_checkouts_or_what_is_told(bench, monkeypatch, top, status, told, expected):
+    git = {"--show-toplevel": top, "--short": "abc", "--porcelain": status}
+    monkeypatch.setattr(bench("machine"), "_output", lambda *command: git[command[4]])
+    monkeypatch.setenv("DBKERNELS_COMMIT", told)
+    assert bench("machine").commit() == expected
 
 
 def test_what_is_told_must_be_a_commit(bench, monkeypatch):

@@ -175,7 +175,9 @@ def test_a_file_that_is_none_of_rows_ends_a_run_with_its_name(bench, tmp_path, c
     with pytest.raises(SystemExit, match="1"):
         run.main(run.Run(out=tmp_path, device="cpu"), [run.Job("small", "timeline", 1)])
     out = capsys.readouterr().out
-    assert re.search("error: line 1 of .*small.jsonl must be an object of JSON, got 'no row'", out)
+    assert re.search(
+        "error: line 1 of .*small.jsonl: a line must be one JSON object, got 'no row'", out
+    )
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
