@@ -139,7 +139,8 @@ def _budget(row: object) -> Budget:
     sizes = (*require_names("by_category", parts, CATEGORIES), peak)
     if any(type(size) is not int or size < 0 for size in sizes):
         raise ValueError(f"bytes must be whole numbers from 0, got {shortened(sizes)}")
-    if not 0 < peak == (total := sum(parts.values())):
+    total = sum(parts.values())
+    if not 0 < peak == total:
         raise ValueError(
             f"peak_allocated_bytes must be what by_category adds up to, got {peak} and {total}"
         )
