@@ -118,13 +118,6 @@ def test_plans_of_every_number_of_blocks_come_the_fastest_first(ask):
     assert times == sorted(times)
 
 
-def test_end_to_end_is_what_others_are_measured_by_and_stem_and_head_are_told_apart(ask):
-    found = ask(400)
-    assert chosen(found.whole.recipe) == (1, "none", BATCH)
-    assert found.whole.peak_bytes > 400 * MiB
-    assert found.outside == {"parameters": 4 * MiB, "optimizer": 12 * MiB}
-
-
 def test_a_gpu_leaves_room_for_its_context(ask):
     on_cpu, on_gpu = (ask(800, target=name) for name in ("cpu", "h100"))
     assert max(plan.peak_bytes for plan in on_cpu.plans) > 288 * MiB
