@@ -183,10 +183,6 @@ class Prediction:
     def __post_init__(self):
         assert sum(self.by_category.values()) == self.peak_allocated_bytes
 
-    def bare(self) -> "Prediction":
-        """The same without all that happened before, which is too large to pass on."""
-        return replace(self, trace=None, blocks=None)
-
 
 def predict(trace: Trace, target: Target) -> Prediction:
     """What a run needs on a target.
