@@ -78,7 +78,7 @@ class Profile(OfPreset):
             predictions = list(predictions)
         rows, held = [], []
         for recipe, found in zip(recipes, predictions, strict=True):
-            held.append(budgets.Budget(recipe, found.peak_allocated_bytes, found.by_category))
+            held.append(budgets.budget_of(recipe, found))
             rows.append(row(recipe, found) | (self._measured(recipe) if self.measure else {}))
             if self.json:
                 print(json.dumps(rows[-1]), flush=True)

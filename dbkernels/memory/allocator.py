@@ -56,9 +56,13 @@ class CachingAllocator:
 
     def __init__(self) -> None:
         self.segments: dict[int, int] = {}  # bytes of each, by its first address
-        self.reserved_bytes = 0
         # end of each free block, by its address; of the pool of small blocks and of the other
         self._free: dict[bool, dict[int, int]] = {True: {}, False: {}}
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Taken from the driver; never given back, so it is also the peak."""
+        return sum(self.segments.values())
 
     def allocate(self, size: int) -> Block:
         """A block of at least `size` bytes, size > 0."""
@@ -91,7 +95,6 @@ class CachingAllocator:
             size = LARGE_SEGMENT if size < OWN_SEGMENT else _round_up(size, ROUND_LARGE)
         start = self.reserved_bytes
         self.segments[start] = size
-        self.reserved_bytes += size
         return size, start
 
 
@@ -100,19 +103,16 @@ class Placement:
     """What a caching allocator makes of events.
 
     Args:
-        events:       of the blocks, with their bytes in place of those that were asked for
-        addresses:    of each event's block
-        segments:     address and bytes of each, in the order in which they were taken
+        events:          of the blocks, with their bytes in place of those that were asked for
+        addresses:       of each event's block
+        segments:        address and bytes of each, in the order in which they were taken
+        reserved_bytes:  of all segments
     """
 
     events: list[Event]
     addresses: list[int]
     segments: list[tuple[int, int]]
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Taken from the driver; never given back, so it is also the peak."""
-        return sum(size for _, size in self.segments)
+    reserved_bytes: int
 
 
 def place(events: Iterable[Event]) -> Placement:
@@ -134,7 +134,8 @@ def place(events: Iterable[Event]) -> Placement:
             placed.append((replace(event, delta_bytes=-old.size), old.address))
             allocator.free(old)
     events, addresses = ([each[i] for each in placed] for i in (0, 1))
-    return Placement(events, addresses, list(allocator.segments.items()))
+    segments = list(allocator.segments.items())
+    return Placement(events, addresses, segments, allocator.reserved_bytes)
 
 
 def _round_up(size: int, multiple: int) -> int:

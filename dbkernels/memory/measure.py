@@ -73,14 +73,9 @@ def measure_peak(
     with allocator_peak(device) as own:
         trace = record(step, model=model, optimizers=optimizers, inputs=inputs, device=device)
     peak = trace.peak()
-    return Peak(
-        total_bytes=peak.total_bytes,
-        by_category=dict(zip(MEASURED, peak.by_category, strict=False)),
-        saved_bytes=trace.saved,
-        at=trace.name(peak.op),
-        allocated_bytes=own.get("allocated_bytes"),
-        reserved_bytes=own.get("reserved_bytes"),
-    )
+    parts = dict(zip(MEASURED, peak.by_category, strict=False))
+    gpu = (own.get(name) for name in ("allocated_bytes", "reserved_bytes"))
+    return Peak(peak.total_bytes, parts, trace.saved, trace.name(peak.op), *gpu)
 
 
 def record(
@@ -187,10 +182,6 @@ class Prediction:
 
     def __post_init__(self):
         assert sum(self.by_category.values()) == self.peak_allocated_bytes
-
-    def bare(self) -> "Prediction":
-        """The same without all that happened before, which is too large to pass on."""
-        return replace(self, trace=None, blocks=None)
 
 
 def predict(trace: Trace, target: Target) -> Prediction:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dbkernels.memory.allocator import target_named
+from dbkernels.memory.measure import Prediction
 from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.planning.dry_run import predicted
 from dbkernels.planning.recipe import METHODS, Recipe, of_settings, require_names, shortened
@@ -37,6 +38,11 @@ class Budget:
     recipe: Recipe
     peak_allocated_bytes: int
     by_category: dict[str, int]
+
+
+def budget_of(recipe: Recipe, found: Prediction) -> Budget:
+    """What a recipe needs now."""
+    return Budget(recipe, found.peak_allocated_bytes, found.by_category)
 
 
 @dataclass(frozen=True)
@@ -74,11 +80,9 @@ def hold(path: Path) -> list[Held]:
         ValueError, OSError: as `read`.
     """
     budgets = read(path)
-    now = predicted([each.recipe for each in budgets])
-    return [
-        Held(each, Budget(each.recipe, found.peak_allocated_bytes, found.by_category))
-        for each, found in zip(budgets, now, strict=True)
-    ]
+    recipes = [each.recipe for each in budgets]
+    now = map(budget_of, recipes, predicted(recipes))
+    return [Held(*each) for each in zip(budgets, now, strict=True)]
 
 
 def read(path: Path) -> list[Budget]:
@@ -125,24 +129,20 @@ def add(path: Path, budgets: Sequence[Budget]) -> None:
 
 def write(path: Path, budgets: Sequence[Budget]) -> None:
     """Write a file of budgets, whole or not at all."""
-    parts = [
-        (each.recipe.settings(), each.peak_allocated_bytes, each.by_category) for each in budgets
-    ]
+    parts = [(b.recipe.settings(), b.peak_allocated_bytes, b.by_category) for b in budgets]
     rows = [dict(zip(NAMES, each, strict=True)) for each in parts]
     write_whole(path, json.dumps(rows, indent=2) + "\n")
 
 
 def _budget(row: object) -> Budget:
-    require_names("a budget", row, NAMES)
-    settings, peak, parts = (row[name] for name in NAMES)
-    require_names("by_category", parts, CATEGORIES)
-    sizes = (*parts.values(), peak)
+    settings, peak, parts = require_names("a budget", row, NAMES)
+    sizes = (*require_names("by_category", parts, CATEGORIES), peak)
     if any(type(size) is not int or size < 0 for size in sizes):
         raise ValueError(f"bytes must be whole numbers from 0, got {shortened(sizes)}")
-    if not 0 < peak == sum(parts.values()):
+    total = sum(parts.values())
+    if not 0 < peak == total:
         raise ValueError(
-            "peak_allocated_bytes must be what by_category adds up to, "
-            f"got {peak} and {sum(parts.values())}"
+            f"peak_allocated_bytes must be what by_category adds up to, got {peak} and {total}"
         )
     recipe = of_settings(settings)
     if recipe.method not in HELD:

@@ -55,7 +55,8 @@ def row(recipe: Recipe, prediction: Prediction) -> dict[str, object]:
 
 
 def _bare(recipe: Recipe) -> dict[Offload, Prediction]:
-    return {name: prediction.bare() for name, prediction in dry_run(recipe).items()}
+    # all that happened before the peak is too large to pass on
+    return {name: replace(p, trace=None, blocks=None) for name, p in dry_run(recipe).items()}
 
 
 def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:

@@ -163,9 +163,8 @@ def of_settings(settings: Settings) -> Recipe:
     Raises:
         ValueError: a name is missing or unknown, or a value is none that it may have.
     """
-    require_names("settings", settings, SETTINGS)
-    for name, kind in SETTINGS.items():
-        value = settings[name]
+    values = require_names("settings", settings, SETTINGS)
+    for (name, kind), value in zip(SETTINGS.items(), values, strict=True):
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             kind = getattr(kind, "__name__", kind)
             raise ValueError(f"{name} must be {kind}, got {shortened(value)}")
@@ -175,11 +174,12 @@ def of_settings(settings: Settings) -> Recipe:
     return replace(recipe, batch_size=batch, device=device, **others)
 
 
-def require_names(name: str, value: object, known: Collection[str]) -> None:
-    """Raise ValueError unless a value is a dictionary with all known names and no more."""
+def require_names(name: str, value: object, known: Collection[str]) -> list[object]:
+    """What a value holds by each name; ValueError unless it is a dictionary of just the known."""
     if not isinstance(value, dict) or set(value) != set(known):
         got = ", ".join(value) or "nothing" if isinstance(value, dict) else shortened(value)
         raise ValueError(f"{name} must have {', '.join(known)} and no more, got {got}")
+    return [value[each] for each in known]
 
 
 def shortened(value: object) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 
 from dbkernels.memory.allocator import Target
 from dbkernels.memory.tracker import CATEGORIES
-from dbkernels.models.registry import ModelConfig, family_named
+from dbkernels.models.registry import family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute, policies_of
 from dbkernels.planning.estimate import STATE, Estimate, estimate
 from dbkernels.planning.pool import results
@@ -71,7 +71,7 @@ def search(recipe: Recipe, memory: int) -> Answer:
     limit, depth = memory - context_bytes(recipe.device), recipe.model.depth
     counts = [count for count in range(1, depth + 1) if depth % count == 0]
     presets = family_named(recipe.family).model.presets
-    by_size = sorted(presets, key=lambda name: _size(presets[name]), reverse=True)
+    by_size = sorted(presets, key=lambda n: -presets[n].depth * presets[n].dim ** 2)
     least = [_smallest(replace(recipe, preset=name, model=presets[name])) for name in by_size]
     jobs = [partial(plans_of, replace(recipe, num_blocks=n), estimate, limit) for n in counts]
     found = list(results([*jobs, *(partial(estimate, each) for each in least)], "predicting"))
@@ -85,10 +85,6 @@ def search(recipe: Recipe, memory: int) -> Answer:
         largest=next(fits, None),
         outside=outside_layers(needed[recipe.preset], depth),
     )
-
-
-def _size(model: ModelConfig) -> int:
-    return model.depth * model.dim**2
 
 
 def _smallest(recipe: Recipe) -> Recipe:
@@ -148,7 +144,12 @@ def _fastest(
         if best and planned(recompute, batch).seconds >= best.seconds:
             slow.append(recompute)
             continue
-        plan = _largest(_worth_trying(sizes, recompute, best), partial(planned, recompute), limit)
+        worth = sizes
+        if best:
+            # with no smaller micro-batch, nor the same where it computes more, it may be faster
+            more = _redoes(recompute, best.recipe.recompute)
+            worth = sizes[bisect_left(sizes, best.recipe.micro_batch) + more :]
+        plan = _largest(worth, partial(planned, recompute), limit)
         if plan and (best is None or plan.seconds < best.seconds):
             best = plan
     return best
@@ -157,16 +158,6 @@ def _fastest(
 def _redoes(recompute: Recompute, other: Recompute) -> bool:
     """Whether a policy computes all again that another does."""
     return POLICIES[recompute].keeps <= POLICIES[other].keeps
-
-
-def _worth_trying(
-    sizes: Sequence[int], recompute: Recompute, best: Estimate | None
-) -> Sequence[int]:
-    """Micro-batches with which a policy may be faster than the best of those before it."""
-    if best is None:
-        return sizes
-    more = _redoes(recompute, best.recipe.recompute)
-    return sizes[bisect_left(sizes, best.recipe.micro_batch) + more :]
 
 
 def _largest(

@@ -63,15 +63,6 @@ def test_parameters_that_share_a_storage_count_it_once():
         assert peak_of(lambda: None, model).total_bytes == floats * FLOAT
 
 
-def apart():
-    torch.zeros(1000)
-    torch.zeros(2000)
-
-
-def together():
-    return torch.zeros(1000), torch.zeros(2000)[:1]
-
-
 def grown_unseen():
     x = torch.zeros(10)
     torch.zeros(2000)
@@ -82,20 +73,17 @@ def grown_unseen():
 BEFORE = torch.zeros(50)
 
 
-def read_late():
-    torch.zeros(200)
-    BEFORE.sum()
-
-
 @pytest.mark.parametrize(
     "step, floats, inputs, op",
     [
-        (apart, 2000, 0, "zeros"),  # the first is gone before the peak
-        (together, 3000, 0, "zeros"),
+        # the first is gone before the peak
+        (lambda: [torch.zeros(count) is None for count in (1000, 2000)], 2000, 0, "zeros"),
+        (lambda: (torch.zeros(1000), torch.zeros(2000)[:1]), 3000, 0, "zeros"),
         (lambda: torch.zeros(10).resize_(500), 500, 0, "resize_"),
         (grown_unseen, 10 + 2000, 0, "zeros"),  # found by the op that comes after the peak
         (lambda: torch.tensor([1.0, 2.0]) * 2, 2 * 2, 0, "mul.Tensor"),
-        (read_late, 200, 50, "zeros"),  # what the step reads counts from the start
+        # what the step reads counts from the start
+        (lambda: (torch.zeros(200) is None, BEFORE.sum()), 200, 50, "zeros"),
         # of two equal peaks the first is named
         (lambda: [make(100) is None for make in (torch.zeros, torch.ones)], 100, 0, "zeros"),
     ],

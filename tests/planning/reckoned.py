@@ -18,13 +18,14 @@ def reckoned(recipe):
         sizes = {
             "parameters": 4 + 10 * held,
             "optimizer": 12 + 20 * held,
-            "saved_activations": recipe.micro_batch * layers * policy.units,
+            # all but the last policy have twice as many bytes to a unit
+            "saved_activations": recipe.micro_batch * layers * policy.units / (1 + policy.narrow),
         }
         flops, swapped = 10**12 * (20 - policy.units), 60 * MiB * depth * (offload == "cpu")
         found[offload] = Estimate(
             recipe=replace(recipe, offload=offload),
-            peak_bytes=MiB * sum(sizes.values()) + MiB,
-            by_category={name: MiB * sizes.get(name, 0) for name in CATEGORIES},
+            peak_bytes=int(MiB * sum(sizes.values())) + MiB,
+            by_category={name: int(MiB * sizes.get(name, 0)) for name in CATEGORIES},
             flops=flops,
             seconds=seconds_of(recipe, flops, 1000 * recipe.accumulate, swapped),
         )

@@ -15,6 +15,7 @@ from dbkernels.planning import dry_run as module
 from dbkernels.planning import pool
 from dbkernels.planning.dry_run import dry_run, predicted
 from dbkernels.planning.recipe import OFFLOAD, Recipe
+from dbkernels.training.run import RunConfig
 
 DIT = DiTConfig(dim=64, depth=4, num_heads=4, image_size=8, channels=4, num_classes=10)
 VIT = ViTConfig(
@@ -122,7 +123,17 @@ def test_end_to_end_everything_is_touched():
 
 @pytest.mark.parametrize("sharing", ["joint", "copies"])
 @pytest.mark.parametrize("family", MODELS)
-def test_parameters_are_one_blocks_and_what_is_no_layer_or_all_there_are(family, sharing):
+def test_parameters_are_one_blocks_and_what_is_no_layer_or_all_there_are(
+    family, sharing, monkeypatch
+):
+    def half_frozen(config, device):
+        blocks = build(config, device)
+        for layer in blocks.model.layers:
+            next(layer.parameters()).requires_grad_(False)
+        return blocks
+
+    build = RunConfig.build
+    monkeypatch.setattr(RunConfig, "build", half_frozen)
     recipe = replace(FUSED, family=family, model=MODELS[family], num_blocks=4, sharing=sharing)
     trainer = real_trainer(recipe, steps=0)
     found, network = dry_run(replace(recipe, ema=0.9)), trainer.blocks.model

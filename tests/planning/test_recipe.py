@@ -28,7 +28,7 @@ def test_a_recipe_decides_the_run():
     recipe = replace(
         of_preset("dit", "digits"), batch_size=8, autocast=True, num_blocks=4, recompute="qkv"
     )
-    config = replace(recipe, layers=(1, 0, 1, 2), split=(1, 1, 1, 1), sharing="joint").config()
+    config = replace(recipe, layers=(1, 0, 1, 2), split=(1, 1, 1, 1)).config()
     assert config.model == replace(FAMILIES["dit"].model.preset("digits"), recompute="qkv")
     assert config.partition == PartitionConfig(4, layers="1,0,1,2", split="1,1,1,1")
     assert config.trainer.batch_size == 8

@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from dbkernels.planning.search import FREE, outside_layers, plans_of, search, sh
 
 TINY = DiTConfig(dim=32, depth=4, num_heads=2, image_size=8, channels=1, num_classes=10)
 SMALL = Recipe("dit", "", TINY, batch_size=8)
-DEPTH, BATCH = 12, 64
+BATCH = 64
 # all policies differ in autocast alone
 LARGE = replace(of_preset("dit", "digits"), batch_size=BATCH, autocast=True)
 EVEN = {"none": 100, "attention": 105, "mlp": 115, "qkv": 120, "layer": 133, "layer_narrow": 133}
@@ -24,61 +25,39 @@ UNEVEN = {"none": 100, "attention": 130, "mlp": 104, "qkv": 240, "layer": 260, "
 PIECE = 3  # of the time of a sweep, for every micro-batch
 
 
-class Predictor:
-    """Bytes and operations of a model that is easy to reckon with; counts how often it is asked."""
-
-    def __init__(self, flops=EVEN):
-        self.flops, self.asked = flops, []
-
-    def __call__(self, recipe):
-        self.asked.append(chosen(recipe))
-        layers = DEPTH // recipe.num_blocks
-        policy, samples = POLICIES[recipe.recompute], recipe.micro_batch
-        # all but the last have twice as many bytes to a unit
-        grown = policy.units * layers * samples // (1 + policy.narrow) + 5 * samples
-        return {
-            offload: Estimate(
-                recipe=replace(recipe, offload=offload),
-                peak_bytes=30 * held + 10 + grown,
-                by_category=parts(parameters=10 * held, optimizer=20 * held, temporaries=grown),
-                flops=0,
-                seconds=self.flops[recipe.recompute]
-                + PIECE * recipe.accumulate
-                + 2 * (offload == "cpu"),
-            )
-            for offload, held in (("none", DEPTH), ("cpu", layers))
-        }
-
-
 def chosen(recipe):
     """What a search chooses, beside offload."""
     return recipe.num_blocks, recipe.recompute, recipe.micro_batch
 
 
-def parts(**sizes):
-    return {**dict.fromkeys(CATEGORIES, 0), **sizes}
+class Predictor:
+    """Reckons, with other times; knows what it was asked."""
+
+    def __init__(self, flops):
+        self.flops, self.asked = flops, []
+
+    def __call__(self, recipe):
+        self.asked.append(chosen(recipe))
+        seconds = self.flops[recipe.recompute] + PIECE * recipe.accumulate
+        found = reckoned(recipe)
+        return {k: replace(v, seconds=seconds + 2 * (k == "cpu")) for k, v in found.items()}
 
 
 def plans(num_blocks, limit, flops=EVEN):
     predict = Predictor(flops)
-    return plans_of(replace(LARGE, num_blocks=num_blocks), predict, limit), predict
+    return plans_of(replace(LARGE, num_blocks=num_blocks), predict, limit * MiB), predict
 
 
 def tried_out(num_blocks, limit, flops):
     """The fastest of all that fit, by trying each."""
-    predict, best = Predictor(flops), []
+    predict, recipe = Predictor(flops), replace(LARGE, num_blocks=num_blocks)
+    pieces = [2**power for power in range(7)]
+    every = itertools.product(POLICIES, pieces)
+    found = [predict(replace(recipe, recompute=one, accumulate=cut)) for one, cut in every]
     for offload in ("none",) if num_blocks == 1 else ("none", "cpu"):
-        fitting = [
-            found.seconds
-            for recompute in POLICIES
-            for pieces in (1, 2, 4, 8, 16, 32, 64)
-            for recipe in [
-                replace(LARGE, num_blocks=num_blocks, recompute=recompute, accumulate=pieces)
-            ]
-            if (found := predict(recipe)[offload]).peak_bytes <= limit
-        ]
-        best += [(min(fitting), offload)] if fitting else []
-    return best
+        fitting = [each[offload] for each in found if each[offload].peak_bytes <= limit * MiB]
+        if fitting:
+            yield min(plan.seconds for plan in fitting), offload
 
 
 # the plans of one number of blocks
@@ -90,8 +69,8 @@ def tried_out(num_blocks, limit, flops):
 def test_finds_the_fastest_that_fits_and_asks_for_each_once(num_blocks, limit, flops):
     found, predict = plans(num_blocks, limit, flops)
     best = [(plan.seconds, plan.recipe.offload) for plan in found.fitting]
-    assert best == tried_out(num_blocks, limit, flops)
-    assert all(plan.peak_bytes <= limit for plan in found.fitting)
+    assert best == list(tried_out(num_blocks, limit, flops))
+    assert all(plan.peak_bytes <= limit * MiB for plan in found.fitting)
     assert all(plan.recipe.num_blocks == num_blocks for plan in found.fitting)
     assert len(set(predict.asked)) == len(predict.asked)
 
@@ -112,9 +91,9 @@ def test_where_nothing_fits_two_predictions_do_and_the_smallest_is_named():
     assert (found.smallest.recipe.offload, found.whole.recipe.offload) == ("cpu", "none")
 
 
-def test_few_predictions_find_a_micro_batch():
-    _, predict = plans(1, 1200)
-    assert len(predict.asked) <= 14, "of 42 that there are"
+@pytest.mark.parametrize("num_blocks, limit, most", [(1, 420, 15), (2, 3000, 5), (4, 200, 16)])
+def test_few_predictions_find_a_micro_batch(num_blocks, limit, most):
+    assert len(plans(num_blocks, limit)[1].asked) <= most, "of 42 that there are"
 
 
 # the search of all
@@ -139,13 +118,6 @@ def test_plans_of_every_number_of_blocks_come_the_fastest_first(ask):
     assert times == sorted(times)
 
 
-def test_end_to_end_is_what_others_are_measured_by_and_stem_and_head_are_told_apart(ask):
-    found = ask(400)
-    assert chosen(found.whole.recipe) == (1, "none", BATCH)
-    assert found.whole.peak_bytes > 400 * MiB
-    assert found.outside == {"parameters": 4 * MiB, "optimizer": 12 * MiB}
-
-
 def test_a_gpu_leaves_room_for_its_context(ask):
     on_cpu, on_gpu = (ask(800, target=name) for name in ("cpu", "h100"))
     assert max(plan.peak_bytes for plan in on_cpu.plans) > 288 * MiB
@@ -168,21 +140,22 @@ def test_the_largest_preset_has_the_widest_and_most_layers(ask, monkeypatch):
 
 
 def test_stem_and_head_are_what_no_number_of_blocks_divides():
-    sizes = parts(parameters=70, optimizer=140, temporaries=9)
+    none = dict.fromkeys(CATEGORIES, 0)
+    sizes = {**none, "parameters": 70, "optimizer": 140, "temporaries": 9}
     everything = Estimate(LARGE, 250, sizes, 0, 0)
-    one = replace(everything, by_category=parts(parameters=25, optimizer=50, temporaries=9))
+    one = replace(everything, by_category={**sizes, "parameters": 25, "optimizer": 50})
     outside = outside_layers({"none": everything, "cpu": one}, 4)
     assert outside == {"parameters": 10, "optimizer": 20}
     found = shares(everything, outside)
-    rest = {"stem_and_head": 30, FREE: 31}
-    assert found == {**parts(parameters=60, optimizer=120, temporaries=9), **rest}
+    layers = {"parameters": 60, "optimizer": 120, "temporaries": 9}
+    assert found == {**none, **layers, "stem_and_head": 30, FREE: 31}
     assert sum(found.values()) == everything.peak_bytes
 
 
 # the estimates of bytes and time
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 4, 8])
+@pytest.mark.parametrize("pieces", [1, 2, 8])
 def test_two_micro_batches_tell_of_all(pieces):
     recipe = replace(SMALL, num_blocks=2, accumulate=pieces)
     found, steps = estimate(recipe), dry_run(recipe)
