@@ -1,7 +1,7 @@
 import statistics
 
 import pytest
-from cli.runs import refused, rows_of, write_npz
+from cli.runs import rows_of
 
 
 @pytest.mark.parametrize("levels", [2, 4])
@@ -56,22 +56,3 @@ def test_weights_split_and_seed_change_the_losses(cli, runs, flag):
     run = runs("vit --lr 0.1 --ema 0.9")
     (row,), (other,) = (rows_of(cli(f"evaluate {run} --json {more}")) for more in ("", flag))
     assert row["loss_at_sigma_max"] != other["loss_at_sigma_max"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("", "run_dirs must name at least one run, got none"),
-        ("out out", "run_dirs must name each run once, got out twice"),
-        ("nope", "a run's directory must hold config.json, got none in nope"),
-        ("out --checkpoint nope", "nope is not a checkpoint"),
-        ("out --data rgb.npz", "must be (1, 8, 8), as the run was trained, got (3, 8, 8)"),
-        ("out --data more.npz", "labels must be in [0, 3), got 4"),
-        ("out --device cuda", "device cuda needs an NVIDIA GPU"),
-    ],
-)
-def test_rejects(cli, runs, no_gpu, tmp_path, arguments, message):
-    (tmp_path / "out").symlink_to(runs("vit"))
-    write_npz(tmp_path / "rgb.npz", (3, 8, 8))
-    write_npz(tmp_path / "more.npz", classes=5)
-    assert refused(cli(f"evaluate {arguments}"), message)

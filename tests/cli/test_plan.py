@@ -1,5 +1,5 @@
 import pytest
-from cli.runs import refused, rows_of
+from cli.runs import rows_of
 from planning.reckoned import in_turn, reckoned, wide
 
 from dbkernels.planning import search as module
@@ -110,17 +110,3 @@ def test_a_memory_that_nothing_fits_gets_the_smallest_plan_and_what_would_fit(qu
     monkeypatch.setattr(module, "estimate", wide)
     outcome = quick("800MiB", "--preset XL/2")
     assert "; the largest preset of the family that fits is B/2" in outcome.err
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--memory a", "memory must be a positive number and one of KiB, MiB, GiB, TiB, such as"),
-        ("--memory=-24GiB", "such as 24GiB, got -24GiB\n"),
-        ("--preset huge", "preset of DiT must be one of S/2, B/2, L/2, XL/2, digits, got huge"),
-        ("--batch 0", "batch must be at least 1, got 0"),
-        ("--target tpu", "target must be one of cpu, a100, h100, h200, b200, got tpu"),
-    ],
-)
-def test_rejects(quick, flags, message):
-    assert refused(quick("1GiB", flags), message)

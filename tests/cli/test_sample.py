@@ -3,7 +3,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli.runs import refused
 from PIL import Image
 
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
@@ -51,31 +50,6 @@ DROPPED = "dit --lr 0.1 --label-drop 0.5"
 )
 def test_every_setting_changes_the_images_but_the_default_of_guidance(sample, line, flags, same):
     assert np.array_equal(sample(line), sample(line, flags)) == same
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("vit", "sample needs a run that generates, got one of vit"),
-        ("dit --out x.gif", "out must end in .png or .npy, got x.gif"),
-        ("dit --out no/x.png", "out must lie in a directory that exists, got no/x.png"),
-        ("dit --out folder.png", "out must be a file, got the directory folder.png"),
-        ("dit --per-class 0", "per_class must be at least 1, got 0"),
-        ("dit --guidance nan", "guidance must be finite, got nan"),
-        ("dit --guidance 2", "guidance must be 1 for a run that never dropped labels"),
-        ("dit --device cuda", "device cuda needs an NVIDIA GPU"),
-        ("nope", "a run's directory must hold config.json, got none in nope"),
-    ],
-)
-def test_rejects_in_one_sentence_and_writes_no_image(
-    cli, runs, no_gpu, tmp_path, arguments, message
-):
-    for name in ("vit", "dit"):
-        (tmp_path / name).symlink_to(runs(name))
-    (tmp_path / "folder.png").mkdir()
-    before = set(tmp_path.rglob("*"))
-    assert refused(cli(f"sample {arguments}"), message)
-    assert set(tmp_path.rglob("*")) == before
 
 
 def test_a_picture_has_a_row_for_each_class_and_numbers_are_as_they_are(cli, runs, monkeypatch):

@@ -3,7 +3,6 @@
 import io
 import sys
 import zipfile
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -29,39 +28,29 @@ def everything(data):
     return data.batch(torch.arange(len(data)))
 
 
-def save_npz(folder, save=np.savez, **arrays):
-    """An .npz of two grey images; an array that is None is left out."""
-    arrays = {"images": GREY, "labels": [0, 1]} | arrays
-    path = folder / "a.npz"
-    save(path, **{name: array for name, array in arrays.items() if array is not None})
-    return path
-
-
-def save_latents(folder, latents=LATENTS, labels=(0, 6, 2, 1, 0), stem="z"):
-    np.save(folder / f"{stem}.npy", latents, allow_pickle=True)
-    if labels is not None:
-        np.save(folder / f"{stem}_labels.npy", np.array(labels), allow_pickle=True)
-    return folder / "z.npy"
-
-
 def save_image(path, mode="RGB", size=(6, 4), value=0):
     """One image of `size` (W, H), its pixels distinct and set apart by `value`; as (C, H, W)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shape = (3, *size[::-1]) if mode == "RGB" else size[::-1]
+    shape = (*size[::-1], 3) if mode == "RGB" else (*size[::-1], 1)
     content = (value + np.arange(np.prod(shape)) % 100).astype(np.uint8).reshape(shape)
-    Image.fromarray(np.moveaxis(content, 0, -1) if mode == "RGB" else content).convert(mode).save(
-        path
-    )
-    return content.reshape(-1, *size[::-1])
+    Image.fromarray(content.squeeze(2) if mode != "RGB" else content).convert(mode).save(path)
+    return content.transpose(2, 0, 1)
 
 
-def folder_of(*names):
-    def save(root):
-        for name in names:
-            save_image(root / name)
-        return root
-
-    return save
+def write(folder, files):
+    """Write each file by what its content is, delete it, or change the bytes that it has."""
+    for name, content in files.items():
+        (path := folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            path.unlink()
+        elif isinstance(content, str):  # the mode of an image
+            save_image(path, content)
+        elif isinstance(content, np.ndarray):
+            np.save(path, content, allow_pickle=True)
+        elif isinstance(content, dict):
+            np.savez(path, **content)
+        else:
+            path.write_bytes(content(path.read_bytes()) if callable(content) else content)
+    return folder
 
 
 # each saves a source: where it is, its classes, the files that are mapped, and its samples, of
@@ -79,10 +68,10 @@ def npz(folder, name="a", save=np.savez, mapped="*.npz", last=2, dtype=np.uint8,
 
 def latents(folder, dtype=np.float16, has_test=True):
     images, labels, count = LATENTS.astype(dtype), [0, 6, 2, 1, 0], 5 if has_test else 3
+    write(folder, {"z.npy": images[:3], "z_labels.npy": np.uint8(labels[:3])})
     if has_test:
-        save_latents(folder, images[3:], labels[3:], stem="z_test")
-    path = save_latents(folder, images[:3], np.array(labels[:3], np.uint8))
-    return path, 7, "z.npy", images[:count], labels[:count], 3
+        write(folder, {"z_test.npy": images[3:], "z_test_labels.npy": np.array(labels[3:])})
+    return folder / "z.npy", 7, "z.npy", images[:count], labels[:count], 3
 
 
 def cifar(folder, classes=10, inside="", has_train=True):
@@ -105,9 +94,10 @@ def cifar(folder, classes=10, inside="", has_train=True):
 
 
 def folder(root, mode="RGB"):
-    names = [f"train/{name}" for name in ("a/z.png", "b/10.png", "b/2.png", "c/0.bmp")]
-    names, images = [*names, "test/a/0.png"], {}
+    names, images = ["a/z.png", "b/10.png", "b/2.png", "c/0.bmp"], {}
+    names = [*(f"train/{name}" for name in names), "test/a/0.png"]
     for name in reversed(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         images[name] = save_image(root / name, mode, value=20 * len(images))
     return root, 3, None, np.stack([images[name] for name in names]), [0, 1, 1, 2, 0], 4
 
@@ -177,8 +167,14 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
 # what only some formats have
 
 
+def two_grey(**arrays):
+    """An .npz of two grey images; an array that is None is left out."""
+    arrays = {"images": GREY, "labels": [0, 1]} | arrays
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
 def test_a_compressed_npz_is_read_whole_up_to_a_size(tmp_path, monkeypatch):
-    path = save_npz(tmp_path, np.savez_compressed)
+    np.savez_compressed(path := tmp_path / "a.npz", **two_grey())
     monkeypatch.setattr(formats, "MAX_COMPRESSED_BYTES", GREY.size + 128)
     assert np.array_equal(open_data(path).images, GREY)
     monkeypatch.setattr(formats, "MAX_COMPRESSED_BYTES", GREY.size + 127)
@@ -187,19 +183,16 @@ def test_a_compressed_npz_is_read_whole_up_to_a_size(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_channels_are_found_first_or_last(tmp_path, channels):
-    first = pixels(2, channels, 8, 5)
+def test_channels_are_found_first_or_last_and_labels_may_have_more_classes(tmp_path, channels):
+    first, path = pixels(2, channels, 8, 5), tmp_path / "a.npz"
     for images in (first, first.transpose(0, 2, 3, 1)):
-        found = open_data(save_npz(tmp_path, images=images)).images
-        assert np.array_equal(found, first) and not found.flags.writeable
-
-
-def test_num_classes_may_be_larger_than_the_labels_show(tmp_path):
-    path = save_npz(tmp_path, labels=[0, 3])
-    for given, found in ((None, 4), (4, 4), (1000, 1000)):
-        assert open_data(path, num_classes=given).num_classes == found
-    with pytest.raises(ValueError, match=r"labels must be in \[0, 3\), got 3"):
-        open_data(path, num_classes=3)
+        write(tmp_path, {"a.npz": two_grey(images=images, labels=[0, 3])})
+        for given, classes in ((None, 4), (4, 4), (1000, 1000)):
+            data = open_data(path, num_classes=given)
+            assert np.array_equal(data.images, first) and not data.images.flags.writeable
+            assert data.num_classes == classes
+        with pytest.raises(ValueError, match=r"labels must be in \[0, 3\), got 3"):
+            open_data(path, num_classes=3)
 
 
 @pytest.mark.parametrize(
@@ -211,30 +204,21 @@ def test_num_classes_may_be_larger_than_the_labels_show(tmp_path):
         ("train/a/0.png val/a/0.png test/a/0.png test/a/1.png", "test", [0, 0], 1),
         ("a/0.png b/0.png", "train", [0, 1], 2),
         ("test/a/0.png", "test", [0], 1),
+        *((f"a/0.{suffix}", "train", [0], 1) for suffix in ("jpg", "JPEG", "webp", "bmp")),
     ],
 )
 def test_the_training_classes_number_those_of_a_split(tmp_path, names, split, labels, num_classes):
-    data = open_data(folder_of(*names.split())(tmp_path), split)
+    data = open_data(write(tmp_path, dict.fromkeys(names.split(), "RGB")), split)
     assert data.labels.tolist() == labels and data.num_classes == num_classes
+    assert everything(data)["image"].shape == (len(labels), 3, 4, 6)
 
 
-@pytest.mark.parametrize(
-    ("files", "channels"),
-    [
-        *(({f"0.{suffix}": "RGB"}, 3) for suffix in ("png", "jpg", "JPEG", "webp", "bmp")),
-        ({"0.png": "L", "1.png": "1", "2.png": "L"}, 1),
-        ({"0.png": "RGB", "1.png": "P", "2.png": "RGB"}, 3),
-        ({"0.png": "P", "1.png": "RGB"}, 3),
-    ],
-)
-def test_suffixes_and_modes_of_one_family_mix_and_all_else_is_ignored(tmp_path, files, channels):
-    for name, mode in files.items():
-        save_image(tmp_path / "a" / name, mode)
-    for name in ("a/notes.txt", "a/._0.png", ".cache/0.png", "README"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("not an image")
-    data = open_data(tmp_path)
-    assert everything(data)["image"].shape == (len(files), channels, 4, 6)
+@pytest.mark.parametrize("modes", [["L", "1", "L"], ["RGB", "P", "RGB"], ["P", "RGB"]])
+def test_modes_of_one_family_mix_and_what_is_no_image_is_ignored(tmp_path, modes):
+    write(tmp_path, {f"a/{i}.png": mode for i, mode in enumerate(modes)})
+    write(tmp_path, dict.fromkeys(("a/notes.txt", "a/._0.png", ".cache/0.png", "README"), b"?"))
+    data, channels = open_data(tmp_path), 3 if "RGB" in modes else 1
+    assert everything(data)["image"].shape == (len(modes), channels, 4, 6)
     assert data.num_classes == 1
 
 
@@ -261,50 +245,32 @@ SHAPE = r"must .* expected \(3, 60, 64\), got"
     ],
 )
 def test_an_image_is_refused_when_it_is_drawn(tmp_path, options, damage, message):
-    first, path = tmp_path / "a/0.png", tmp_path / "a/1.png"
-    save_image(first, size=(64, 60))
-    save_image(path, **{"size": (64, 60), **options})
-    path.write_bytes(damage(path.read_bytes()))
-    data = open_data(tmp_path)
+    (tmp_path / "a").mkdir()
+    save_image(tmp_path / "a/0.png", size=(64, 60))
+    save_image(tmp_path / "a/1.png", **{"size": (64, 60), **options})
+    data = open_data(write(tmp_path, {"a/1.png": damage}))
     data.batch(torch.tensor([0]))
     with pytest.raises(ValueError, match=f"1.png {message}"):
         everything(data)
 
 
-def damaged(save, damage):
-    def saved(folder):
-        path = save(folder)
-        path.write_bytes(damage(path.read_bytes()))
-        return path
-
-    return saved
+def compressed(arrays):
+    np.savez_compressed(file := io.BytesIO(), **arrays)
+    return file.getvalue()
 
 
-def npz_whose_images(damage):
-    def save(folder):
-        np.save(saved := io.BytesIO(), GREY)
-        path = save_npz(folder, images=None)
-        with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr("images.npy", damage(saved.getvalue()))
-        return path
-
-    return save
+def with_images(damage):
+    """An .npz without images that gets a member of that name."""
+    np.savez(file := io.BytesIO(), labels=[0, 1])
+    np.save(saved := io.BytesIO(), GREY)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("images.npy", damage(saved.getvalue()))
+    return file.getvalue()
 
 
-def with_no_deflated_block(compressed):
-    start = compressed.index(b"images.npy") + len("images.npy") + 20  # past the extra field
-    return compressed[:start] + b"\xff" + compressed[start + 1 :]
-
-
-def cifar_with(name, content):
-    def save(root):
-        cifar(root)
-        (root / name).write_bytes(content or b"")
-        if content is None:
-            (root / name).unlink()
-        return root
-
-    return save
+def with_no_deflated_block(npz):
+    start = npz.index(b"images.npy") + len("images.npy") + 20  # past the extra field
+    return npz[:start] + b"\xff" + npz[start + 1 :]
 
 
 TWO_WAYS = r"only one way to read them, got \(2, "
@@ -341,48 +307,51 @@ MEMBERS = [
     lambda saved: saved[:6] + b"\x03" + saved[7:],  # a version of the format that has names
     lambda saved: saved.replace(b"'|u1'", b"'|O' ") + bytes(7 * 2 * 8 * 8),
 ]
+# a source that is whole, the files that are then written, and what is opened of all
 BROKEN = [
-    *((partial(save_npz, save=save, **arrays), split, message)
-      for save in (np.savez, np.savez_compressed) for arrays, split, message in ARRAYS),
-    *((npz_whose_images(damage), "train", f"images {NOT_NUMBERS}") for damage in MEMBERS),
-    (damaged(partial(save_npz, save=np.savez_compressed), with_no_deflated_block), "train",
+    *((None, {"a.npz": save(two_grey(**arrays))}, "a.npz", split, message)
+      for save in (dict, compressed) for arrays, split, message in ARRAYS),
+    *((None, {"a.npz": with_images(damage)}, "a.npz", "train", f"images {NOT_NUMBERS}")
+      for damage in MEMBERS),
+    (None, {"a.npz": with_no_deflated_block(compressed(two_grey()))}, "a.npz", "train",
      f"images {NOT_NUMBERS}"),
-    *((damaged(save_npz, itemgetter(slice(size))), "train", "a.npz is not a whole .npz file")
+    *((npz, {"a.npz": itemgetter(slice(size))}, "a.npz", "train", "a.npz is not a whole .npz file")
       for size in (0, 100, -30)),
-    *((damaged(save_latents, itemgetter(slice(size))), "train", f"z.npy {NOT_WHOLE}")
-      for size in (0, 50, -1)),
-    (partial(save_latents, latents=PICKLED), "train", f"z.npy {NOT_WHOLE}"),
-    (partial(save_latents, labels=PICKLED), "train", f"z_labels.npy {NOT_WHOLE}"),
-    (partial(save_latents, labels=None), "train", r"file .*z_labels.npy is missing"),
-    (save_latents, "test", r"file .*z_test.npy is missing"),
-    (partial(save_latents, latents=np.zeros((2, 4), "f4")), "train",
+    *((latents, {"z.npy": content}, "z.npy", "train", f"z.npy {NOT_WHOLE}")
+      for content in (PICKLED, *(itemgetter(slice(size)) for size in (0, 50, -1)))),
+    (latents, {"z_labels.npy": PICKLED}, "z.npy", "train", f"z_labels.npy {NOT_WHOLE}"),
+    (latents, {"z_labels.npy": None}, "z.npy", "train", r"file .*z_labels.npy is missing"),
+    (latents, {"z_test.npy": None}, "z.npy", "test", r"file .*z_test.npy is missing"),
+    (latents, {"z.npy": np.zeros((2, 4), "f4")}, "z.npy", "train",
      r"latents must be \(N, C, H, W\) float16 or float32, got \(2, 4\) float32"),
-    (partial(save_latents, latents=GREY), "train", "float16 or float32, got .* uint8"),
-    (partial(save_latents, latents=LATENTS[:0], labels=np.zeros(0, int)), "train",
+    (latents, {"z.npy": GREY}, "z.npy", "train", "float16 or float32, got .* uint8"),
+    (latents, {"z.npy": LATENTS[:0], "z_labels.npy": np.zeros(0, int)}, "z.npy", "train",
      r"are empty: shape \(0, 4, 2, 2\)"),
-    *((cifar_with("data_batch_4.bin", bytes(size)), "train", f"{TRUNCATED} {size}")
+    *((cifar, {"data_batch_4.bin": bytes(size)}, "", "train", f"{TRUNCATED} {size}")
       for size in (0, 3072, 3074)),
-    (cifar_with("data_batch_3.bin", bytes([10] * 3073)), "train",
+    (cifar, {"data_batch_3.bin": bytes([10] * 3073)}, "", "train",
      r"labels must be in \[0, 10\), got 10"),
-    (cifar_with("data_batch_5.bin", None), "train", r"file .*data_batch_5.bin is missing"),
-    (folder_of("a/0.png"), "test", "no test split: expected a folder test or val inside"),
-    (folder_of("test/a/0.png"), "train", "no train split: expected a folder train inside"),
-    (folder_of("train/a/0.png", "test/b/0.png"), "test",
+    (cifar, {"data_batch_5.bin": None}, "", "train", r"file .*data_batch_5.bin is missing"),
+    (None, {"a/0.png": "RGB"}, "", "test", "no test split: expected a folder test or val inside"),
+    (None, {"test/a/0.png": "RGB"}, "", "train", "no train split: expected a folder train inside"),
+    (None, {"train/a/0.png": "RGB", "test/b/0.png": "RGB"}, "", "test",
      r"test/b is not a class of the train split: \['a'\]"),
-    (folder_of(), "train", "has no data: expected CIFAR's .bin files or one folder"),
-    (lambda root: (root / "a").mkdir() or root, "train",
-     r"class folder .*a is empty: expected images"),
-    *((lambda root, mode=mode: save_image(root / "a/0.png", mode) is not None and root, "train",
+    (None, {}, "", "train", "has no data: expected CIFAR's .bin files or one folder"),
+    (None, {"a/notes.txt": b""}, "", "train", r"class folder .*a is empty: expected images"),
+    *((None, {"a/0.png": mode}, "", "train",
        f"0.png must be a grey or RGB image, got mode {mode}") for mode in ("RGBA", "LA", "I;16")),
-    (lambda root: root / "missing.npz", "train", r"data source .*missing.npz does not exist"),
-    (lambda root: save_image(root / "a.bmp") is not None and root / "a.bmp", "train",
-     r"unknown format a.bmp: expected a folder"),
-    (lambda root: "digits", "val", "split must be 'train' or 'test', got 'val'"),
+    (None, {}, "missing.npz", "train", r"data source .*missing.npz does not exist"),
+    (None, {"a.csv": b"1,2"}, "a.csv", "train", r"unknown format a.csv: expected a folder"),
+    (npz, {}, "a.npz", "val", "split must be 'train' or 'test', got 'val'"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("save", "split", "message"), BROKEN, ids=[row[2] for row in BROKEN])
-def test_rejects_a_source_and_says_why(tmp_path, save, split, message):
-    source = save(tmp_path)
+@pytest.mark.parametrize(
+    ("whole", "files", "name", "split", "message"), BROKEN, ids=[row[-1] for row in BROKEN]
+)
+def test_rejects_a_source_and_says_why(tmp_path, whole, files, name, split, message):
+    if whole:
+        whole(tmp_path)
+    write(tmp_path, files)
     with pytest.raises(ValueError, match=message):
-        open_data(source, split)
+        open_data(tmp_path / name, split)

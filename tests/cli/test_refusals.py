@@ -1,0 +1,88 @@
+"""What each verb judges itself, in one sentence and before it writes anything."""
+
+import shutil
+
+import pytest
+from cli.runs import SIZES, read_tree, refused, write_npz
+
+# what stands between the verb and its flags; of a flag that is there twice the last one counts
+BEFORE = {
+    "train": f"vit --out out --data data.npz {' '.join(SIZES)}",
+    "profile": "--batch 2 --steps 1 --device cpu",
+    "plan": "--memory 1GiB --family dit",
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train --num-blocks 4", "num_blocks must be between 1 and the 3 layers, got 4"),
+        ("train --sigma-max nan", "got sigma_min 0.002 and sigma_max nan"),
+        ("train --split a,b,c", "split must be whole numbers with commas between, got a,b,c"),
+        ("train --layers 0,1,3", "layers must be 0 to 2, got [0, 1, 3]"),
+        ("train --layers 0;1", "layers must be whole numbers with commas between, got 0;1"),
+        ("train --data nope", "data source nope does not exist"),
+        ("train --data=", "data must be digits or a path, got an empty text"),
+        ("train --data odd.npz", "the patch must divide the image size, got 2 and 7"),
+        ("train --preset huge", "preset of ViT must be one of cifar100, digits, got huge"),
+        ("train --num-heads 3", "dim must be a multiple of num_heads, got 16 and 3"),
+        ("train --num-heads -1", "num_heads must be positive, or 0 for the preset's, got -1"),
+        ("train --clip inf", "clip must be finite, got inf"),
+        ("train --weight-decay inf", "weight_decay must be finite, got inf"),
+        ("train --resume latest", "out must hold a checkpoint, got none"),
+        ("train --resume nope", "nope is not a checkpoint"),
+        ("train --device cuda", "device cuda needs an NVIDIA GPU"),
+        ("train --out file", "out must be a directory, got the file file"),
+        ("train --out file/run", "error: Not a directory: file/run"),
+        ("train --out vit", "vit must hold no run yet"),
+        ("sample vit", "sample needs a run that generates, got one of vit"),
+        ("sample dit --out x.gif", "out must end in .png or .npy, got x.gif"),
+        ("sample dit --out no/x.png", "out must lie in a directory that exists, got no/x.png"),
+        ("sample dit --out folder.png", "out must be a file, got the directory folder.png"),
+        ("sample dit --per-class 0", "per_class must be at least 1, got 0"),
+        ("sample dit --guidance nan", "guidance must be finite, got nan"),
+        ("sample dit --guidance 2", "guidance must be 1 for a run that never dropped labels"),
+        ("sample dit --device cuda", "device cuda needs an NVIDIA GPU"),
+        ("sample nope", "a run's directory must hold config.json, got none in nope"),
+        ("evaluate", "run_dirs must name at least one run, got none"),
+        ("evaluate vit vit", "run_dirs must name each run once, got vit twice"),
+        ("evaluate nope", "a run's directory must hold config.json, got none in nope"),
+        ("evaluate vit --levels 1", "a grid needs at least 2 levels, got 1"),
+        ("evaluate vit --checkpoint nope", "nope is not a checkpoint"),
+        ("evaluate vit --data rgb.npz", "must be (1, 8, 8), as the run was trained, got (3, 8, 8)"),
+        ("evaluate vit --data more.npz", "labels must be in [0, 3), got 4"),
+        ("evaluate vit --device tpu", "device must be auto, cpu or cuda, got tpu"),
+        ("evaluate vit --device cuda", "device cuda needs an NVIDIA GPU"),
+        ("profile --num-blocks 13", "num_blocks must be between 1 and the 12 layers, got 13"),
+        ("profile --num-blocks 1;2", "num_blocks must be whole numbers with commas between"),
+        ("profile --batch 0", "batch and steps must be at least 1, got batch 0 and steps 1"),
+        ("profile --steps 0", "batch and steps must be at least 1, got batch 2 and steps 0"),
+        ("profile --device cuda --measure", "device cuda needs an NVIDIA GPU"),
+        ("profile --budget 1.5", "budget must be from 0 to 1, got 1.5"),
+        ("profile --methods fused", "of end_to_end, checkpointed, selective, compiled, block"),
+        ("profile --recompute none,all", "of none, attention, mlp, qkv, layer, layer_narrow, got"),
+        ("profile --offload some", "offload must be of none, cpu, got some"),
+        ("profile --target v100", "target must be one of cpu, a100, h100, h200, b200, got v100"),
+        ("profile --target h100 --measure", "target must be auto for measure, got h100"),
+        ("profile --timeline t.pickle", "show one step: methods, num_blocks, recompute and"),
+        ("profile --check none.json", "No such file or directory: none.json"),
+        ("profile --update", "update must come with check and its file, got none"),
+        ("plan --memory a", "must be a positive number and one of KiB, MiB, GiB, TiB, such as"),
+        ("plan --memory=-24GiB", "such as 24GiB, got -24GiB\n"),
+        ("plan --preset huge", "preset of DiT must be one of S/2, B/2, L/2, XL/2, digits, got"),
+        ("plan --batch 0", "batch must be at least 1, got 0"),
+        ("plan --target tpu", "target must be one of cpu, a100, h100, h200, b200, got tpu"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_touches_no_file(cli, runs, no_gpu, tmp_path, line, message):
+    for family in ("vit", "dit"):
+        shutil.copytree(runs(family), tmp_path / family)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("mine")
+    write_npz(tmp_path / "odd.npz", (1, 7, 7))
+    write_npz(tmp_path / "rgb.npz", (3, 8, 8))
+    write_npz(tmp_path / "more.npz", classes=5)
+    before = read_tree(tmp_path)
+    verb, *flags = line.split()
+    assert refused(cli(" ".join([verb, BEFORE.get(verb, ""), *flags])), message)
+    assert read_tree(tmp_path) == before and not (tmp_path / "out").exists()
