@@ -5,15 +5,14 @@ from functools import partial
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, assert_op_is_accurate, with_grads
-from implementations import implementations
-from ops.raw_calls import assert_calls_write_their_outputs_alone, opcheck_calls
+from implementations import each_implementation
+from ops.raw_calls import assert_calls_stay_within_their_tensors, opcheck_calls
 from ops.row_ops import BF16, DTYPES, F32, MIXED, ROW_OPS_BY_NAME
 
 from dbkernels import ops
 from dbkernels.ops import adaln_norm, reference
 from dbkernels.ops.affine import fold_affine
 from dbkernels.ops.backend import tile
-from dbkernels.ops.backend.register import use_implementation
 
 NORMS = ["adaln_norm", "gated_adaln_norm"]
 GATES = ["gated_residual", "gated_adaln_norm"]
@@ -23,10 +22,7 @@ each_norm = pytest.mark.parametrize("norm", ["layer", "rms"])
 stream_of_its_own = pytest.mark.parametrize("x_dtype", [None, F32])
 
 
-@pytest.fixture(params=implementations("adaln_norm_fwd"), autouse=True)
-def implementation(request):
-    with use_implementation(request.param):
-        yield request.param
+implementation = each_implementation("adaln_norm_fwd", autouse=True)
 
 
 def inputs(name, shape=(2, 7, 65), dtype=F32, offset=3.0):
@@ -201,7 +197,7 @@ def test_a_layer_asks_for_what_well_formed_ops_write_alone(name):
     asked = [b.forward, b.backward, lambda: b.backward(dres=b.dres, y=torch.empty_like(b.y))]
     for call in asked:
         opcheck_calls(call)
-        assert_calls_write_their_outputs_alone(call)
+        assert_calls_stay_within_their_tensors(call)
 
 
 # a norm's own weight and bias, which are folded into the modulation
