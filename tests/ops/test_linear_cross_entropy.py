@@ -117,10 +117,12 @@ def test_an_ignored_token_has_no_part_in_anything(reduction):
     assert not actual[1].view(-1, D)[[1, 11]].any()
 
 
-def test_another_index_may_be_ignored():
+@pytest.mark.parametrize("index", [-1, 5])
+def test_another_index_may_be_ignored_which_may_be_a_column(index):
     args, (target, _) = inputs(), targets()
-    other = target.where(target != -100, -1)
-    actual = with_grads(loss(other, ignore_index=-1), *args)
+    target = target.where(target != 5, 6)
+    other = target.where(target != -100, index)
+    actual = with_grads(loss(other, ignore_index=index), *args)
     assert_same_bits(actual, with_grads(loss(target), *args))
 
 

@@ -238,11 +238,9 @@ def test_each_part_of_a_draw_changes_every_number(implementation):
 
 
 def test_numbers_follow_their_distributions():
-    x = normals(Draw(2, 3), 16, 4096)
+    x = normals(Draw(3, 4), 256, 4096).double()
     for place in range(4):  # of a group
         assert stats.kstest(x[:, place::4].flatten().numpy(), "norm").pvalue > 1e-3
-    x = normals(Draw(3, 4), 256, 4096).double().flatten()
-    assert stats.kstest(x.numpy(), "norm").pvalue > 1e-3
     for radius in (3.0, 4.0):
         expected = x.numel() * 2 * stats.norm.sf(radius)
         assert abs(int((x.abs() > radius).sum()) - expected) < 3.9 * math.sqrt(expected)

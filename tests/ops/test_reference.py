@@ -76,14 +76,6 @@ def test_queries_and_keys_are_normalised_by_head_and_then_turned():
         assert actual[0, 2, 1, 1::2].tolist() == pytest.approx([turned.real, turned.imag])
 
 
-def test_attention_is_what_torch_calls_it():
-    q, k, v = (tokens(2, 3, 2, 4) for _ in range(3))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    )
-    torch.testing.assert_close(reference.attention(q, k, v), expected.transpose(1, 2))
-
-
 @pytest.mark.parametrize("per_token", [False, True])
 def test_a_layer_is_what_torch_calls_a_transformer_layer_whose_last_weights_are_gated(per_token):
     layer = nn.TransformerEncoderLayer(

@@ -38,8 +38,8 @@ def test_the_digest_changes_with_every_source_its_name_and_where_it_ends(csrc):
         digests.append(toolchain.digest(csrc))
     (csrc / "a.h").rename(csrc / "b.h")
     digests.append(toolchain.digest(csrc))
-    (csrc / "b.h").write_text("")
-    (csrc / "a.cuh").write_text("// other\n// other\n")
+    (csrc / "b.h").unlink()
+    (csrc / "a.cuh").write_text("// other\nb.h// other\n")
     digests.append(toolchain.digest(csrc))
     assert len(set(digests)) == len(digests)
     # and with nothing else
