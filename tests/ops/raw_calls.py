@@ -36,23 +36,27 @@ def opcheck_calls(function: Callable[[], object]) -> None:
         torch.library.opcheck(func, args)
 
 
-def assert_calls_write_their_outputs_alone(function: Callable[[], object]) -> None:
-    """All of them and nothing beside, in parts of larger buffers, as a caller may pass them.
+def assert_calls_stay_within_their_tensors(function: Callable[[], object]) -> None:
+    """All outputs are written, and nothing beside them; and nothing beside an input has a part.
 
-    What was never written is NaN, as in all of these tests.
+    All are parts of larger buffers, as a caller may pass them. What was never written is NaN.
     """
     for func, args in calls_of(function):
-        buffers, arguments = [], func._schema.arguments
+        written = [argument.alias_info is not None for argument in func._schema.arguments]
         args = [
-            _amid(buffers, arg) if argument.alias_info and arg is not None else arg
-            for argument, arg in zip(arguments, args, strict=True)
+            _amid(arg, UNTOUCHED if is_written else torch.nan)
+            if isinstance(arg, Tensor) and arg.is_floating_point()
+            else arg
+            for arg, is_written in zip(args, written, strict=True)
         ]
         func(*args)
-        for buffer in buffers:
-            assert (buffer[:GUARD] == UNTOUCHED).all() and (buffer[-GUARD:] == UNTOUCHED).all()
-            assert not buffer.isnan().any(), func
+        for arg, is_written in zip(args, written, strict=True):
+            if is_written and arg is not None:
+                whole = arg._base
+                beside = torch.cat([whole[:GUARD], whole[-GUARD:]])
+                assert (beside == UNTOUCHED).all() and not arg.isnan().any(), func
 
 
-def _amid(buffers: list[Tensor], tensor: Tensor) -> Tensor:
-    buffers.append(tensor.new_full((tensor.numel() + 2 * GUARD,), UNTOUCHED))
-    return buffers[-1][GUARD:-GUARD].view(tensor.shape).copy_(tensor)
+def _amid(tensor: Tensor, guard: float) -> Tensor:
+    whole = tensor.new_full((tensor.numel() + 2 * GUARD,), guard)
+    return whole[GUARD:-GUARD].view(tensor.shape).copy_(tensor)

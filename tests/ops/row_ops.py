@@ -1,4 +1,4 @@
-"""The ops over rows, and inputs on which their tests go over all of them."""
+"""The ops over rows and attention, and inputs on which their tests go over all of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +48,14 @@ def by_heads(names, shape, dtype=F32, *, offset=0.0, normed=True, rotated=True):
     weights = [(1.5 + torch.randn(d)).to(dtype), (0.5 * torch.randn(d) - 1).to(dtype)]
     table = rotary_table(3 + torch.arange(T), d) if rotated else None
     return [qkv, *weights][: 3 if normed else 1], {"heads": H, "rotary": table}
+
+
+def queries_keys_values(names, shape, dtype=F32):
+    """Slices of a projection, as the model passes them."""
+    B, T, H, d = shape
+    # keys and values far from zero mean: a dropped row sum of the backward would show
+    qkv = torch.randn(B, T, 3, H, d) + torch.tensor([0.0, 1.0, 3.0])[:, None, None]
+    return list(qkv.to(dtype).unbind(2)), {}
 
 
 def on_heads(op):
@@ -109,6 +117,19 @@ MIXED = (
     (F16, F16, F16),
 )
 BIAS_MIXED = ((F32, BF16), (BF16, F32), (F16, F32), (BF16, F16))
+
+
+def activation(name, halves, atol):
+    # (1, 1) smallest; 7 and 37 leave a ragged last tile of rows; all but 512 and 1024 leave masked
+    # columns; 600, and 1200 in halves, have three column tiles
+    shapes = (1, halves), (7, 64), (5, 512 * halves), (37, 300), (2, 9, 600 * halves)
+    biased = ({}, {"biased": False})
+    return RowOp(
+        name, ("h", "bias"), projected, shapes, biased, optional=biased, mixed=BIAS_MIXED,
+        rounding=(0.0, atol),
+    )  # fmt: skip
+
+
 ROW_OPS = (
     # (1, 1, 1) smallest; 7 and 11 leave a ragged last split and a ragged last tile; 50, 64, 257 and
     # 1152 leave masked lanes; 257 has several tiles to a program, 1152 three pieces to a row
@@ -143,28 +164,8 @@ ROW_OPS = (
         rounding=(1e-6, 1e-6),
         kept=("h", "gate"),
     ),
-    # (1, 1) smallest; 7 and 37 leave a ragged last tile of rows; all but 512 and 1024 leave masked
-    # columns; 600, and 1200 in halves, have three column tiles
-    RowOp(
-        "gelu",
-        ("h", "bias"),
-        projected,
-        ((1, 1), (7, 64), (5, 512), (37, 300), (2, 9, 600)),
-        ({}, {"biased": False}),
-        optional=({}, {"biased": False}),
-        mixed=BIAS_MIXED,
-        rounding=(0.0, 2e-6),
-    ),
-    RowOp(
-        "swiglu",
-        ("h", "bias"),
-        projected,
-        ((1, 2), (7, 64), (5, 1024), (37, 300), (2, 9, 1200)),
-        ({}, {"biased": False}),
-        optional=({}, {"biased": False}),
-        mixed=BIAS_MIXED,
-        rounding=(0.0, 1e-5),
-    ),
+    activation("gelu", 1, 2e-6),
+    activation("swiglu", 2, 1e-5),
     # B, T, H, d: one token; halves of 3, 5 and 20 leave idle lanes; the last has several tiles to a
     # program, and the tokens of its programs do not end with a tile or with a sample. Offset 30
     # gives heads whose rms is far from their spread
@@ -182,6 +183,15 @@ ROW_OPS = (
         mixed=((BF16, F32, F32), (F32, BF16, BF16)),
         small=(2, 9, 2, 8),
     ),
+)
+# one token; fewer tokens than a tile of the kernels; more than one
+ATTENTION = RowOp(
+    "attention",
+    ("q", "k", "v"),
+    queries_keys_values,
+    ((1, 1, 1, 8), (2, 5, 3, 8), (3, 70, 2, 16)),
+    ({},),
+    small=(2, 9, 2, 8),
 )
 ROW_OPS_BY_NAME = {op.name: op for op in ROW_OPS}
 

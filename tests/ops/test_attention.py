@@ -1,48 +1,25 @@
+"""What attention promises beside what `test_row_ops` goes over."""
+
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_eager, with_grads
+from accuracy import with_grads
+from ops.row_ops import ATTENTION, DTYPES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels.ops import reference
 from dbkernels.ops.attention import attention, attention_backward, attention_forward
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# B, T, H, d: one token; fewer tokens than a tile of the kernels; more than one
-SHAPES = [(1, 1, 1, 8), (2, 5, 3, 8), (3, 70, 2, 16)]
 
-
-def inputs(B, T, H, d, dtype=torch.float32):
-    """Queries, keys and values as slices of a projection, as the model passes them."""
-    # keys and values far from zero mean: a dropped row sum of the backward would show
-    qkv = torch.randn(B, T, 3, H, d) + torch.tensor([0.0, 1.0, 3.0])[:, None, None]
-    return qkv.to(dtype).unbind(2)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_accurate_as_eager(shape, dtype):
-    args = inputs(*shape, dtype)
-    actual = with_grads(attention, *args)
-    eager = with_grads(reference.attention, *args)
-    exact = with_grads(reference.attention, *(a.double() for a in args))
-    for name, *results in zip(["out", "dq", "dk", "dv"], actual, eager, exact, strict=True):
-        assert_as_accurate_as_eager(name, *results)
+def inputs(*shape):
+    return ATTENTION.inputs(shape)[0]
 
 
 @pytest.mark.parametrize("d", [1, 5])
 def test_any_head_width_on_a_cpu(d):
     args = [x.cpu().double() for x in inputs(2, 5, 3, d)]
-    for actual, exact in zip(
-        with_grads(attention, *args), with_grads(reference.attention, *args), strict=True
-    ):
-        torch.testing.assert_close(actual, exact)
-
-
-def test_gradients_are_those_of_differences():
-    args = [x.cpu().double().requires_grad_() for x in inputs(1, 3, 2, 4)]
-    torch.autograd.gradcheck(attention, args)
-    torch.autograd.gradgradcheck(reference.attention, args)
+    expected = with_grads(reference.attention, *args)
+    torch.testing.assert_close(with_grads(attention, *args), expected)
 
 
 def test_the_logsumexp_is_of_the_scaled_products():
@@ -51,6 +28,10 @@ def test_the_logsumexp_is_of_the_scaled_products():
     expected = (q.double() @ k.double().mT / 4).logsumexp(-1)
     torch.testing.assert_close(logsumexp[..., :5].double(), expected, rtol=1e-5, atol=1e-5)
     assert out.shape == (2, 5, 48) and out.is_contiguous()
+    # float64 where those are, even when empty
+    for B in (0, 2):
+        q, k, v = (x.cpu().double().transpose(1, 2) for x in inputs(B, 5, 3, 8))
+        assert attention_forward(q, k, v)[1].dtype == torch.float64
 
 
 class Lengths(TorchDispatchMode):
@@ -74,59 +55,22 @@ def test_a_gpus_backward_is_given_the_lengths_of_its_forward():
     assert tuple(lengths.given) == tuple(lengths.told) == (4, 9)
 
 
-def test_the_order_of_the_keys_does_not_matter():
-    q, k, v = inputs(2, 9, 2, 8)
-    order = torch.randperm(9)
-    torch.testing.assert_close(attention(q, k[:, order], v[:, order]), attention(q, k, v))
-
-
-def test_samples_and_heads_do_not_see_each_other():
+def test_heads_do_not_see_each_other():
     args = inputs(3, 5, 3, 8)
     before = with_grads(attention, *args)
     changed = [x.clone() for x in args]
     for x in changed:
-        x[1] += 1
         x[:, :, 1] -= 1
     for a, b in zip(before, with_grads(attention, *changed), strict=True):
-        assert torch.equal(a[::2, :, ::2], b[::2, :, ::2])
-        assert not torch.equal(a[1], b[1]) and not torch.equal(a[:, :, 1], b[:, :, 1])
+        assert torch.equal(a[:, :, ::2], b[:, :, ::2]) and not torch.equal(a[:, :, 1], b[:, :, 1])
 
 
 def test_large_products_do_not_overflow():
     q, k, v = inputs(2, 5, 2, 8)
-    results = with_grads(attention, 1e4 * q, 1e4 * k, v)
-    assert all(x.isfinite().all() for x in results)
+    out, *grads = with_grads(attention, 1e4 * q, 1e4 * k, v)
+    assert all(x.isfinite().all() for x in grads)
     exact = reference.attention(1e4 * q.double(), 1e4 * k.double(), v.double())
-    torch.testing.assert_close(results[0].double(), exact, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("layout", ["dense", "heads first", "columns apart", "shared by samples"])
-def test_takes_any_layout(layout):
-    args = [x.contiguous() for x in inputs(2, 5, 3, 8)]
-    strided = {
-        "dense": lambda x: x,
-        "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-        "columns apart": lambda x: torch.stack([x, x], dim=-1)[..., 0],
-        "shared by samples": lambda x: x[:1].expand_as(x),
-    }[layout]
-    values = [strided(x).contiguous() for x in args]
-    for actual, expected in zip(
-        with_grads(attention, *map(strided, args)), with_grads(attention, *values), strict=True
-    ):
-        assert torch.equal(actual, expected)
-
-
-def test_takes_any_layout_of_gradient():
-    args = [x.detach().requires_grad_() for x in inputs(2, 5, 3, 8)]
-    out = attention(*args)
-    ones = torch.ones_like(out)
-    dense = torch.autograd.grad(out, args, ones, retain_graph=True)
-    heads_first = torch.ones(2, 3, 5, 8).transpose(1, 2)
-    for dout in (torch.ones(()).expand_as(out), heads_first):
-        for a, b in zip(
-            torch.autograd.grad(out, args, dout, retain_graph=True), dense, strict=True
-        ):
-            assert torch.equal(a, b)
+    torch.testing.assert_close(out, exact, check_dtype=False, rtol=1e-4, atol=1e-4)
 
 
 def test_keeps_one_out_and_one_logsumexp():
@@ -137,23 +81,10 @@ def test_keeps_one_out_and_one_logsumexp():
     assert logsumexp.dtype == torch.float32 and logsumexp.shape[:2] == (2, 3)
 
 
-def test_same_bits_every_run():
-    args = inputs(2, 70, 2, 8)
-    for a, b in zip(with_grads(attention, *args), with_grads(attention, *args), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("shape", [(0, 5, 3, 8), (2, 0, 3, 8)], ids=str)
-def test_empty_batch(shape):
-    assert all(x.shape == shape for x in with_grads(attention, *inputs(*shape)))
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_without_graph_breaks(backend):
+def test_compiles_with_inductor():
     args = inputs(2, 9, 2, 8)
-    compiled = torch.compile(attention, backend=backend, fullgraph=True)
-    for a, b in zip(with_grads(compiled, *args), with_grads(attention, *args), strict=True):
-        torch.testing.assert_close(a, b)
+    compiled = torch.compile(attention, backend="inductor", fullgraph=True)
+    torch.testing.assert_close(with_grads(compiled, *args), with_grads(attention, *args))
 
 
 # a GPU's kernels cannot run here, but what they are given and return has shapes
@@ -172,18 +103,6 @@ def test_shapes_without_data(device, dtype):
         for x in attention_backward(torch.empty_like(out), q, k, v, out, logsumexp):
             assert (x.shape, x.dtype, x.device) == (q.shape, dtype, q.device)
             assert x.transpose(1, 2).is_contiguous()
-
-
-def test_float64_has_a_float64_logsumexp_even_when_empty():
-    for B in (0, 2):
-        q, k, v = (x.cpu().double().transpose(1, 2) for x in inputs(B, 5, 3, 8))
-        assert attention_forward(q, k, v)[1].dtype == torch.float64
-
-
-def test_refuses_a_second_derivative():
-    q, k, v = (x.detach().requires_grad_() for x in inputs(1, 3, 2, 8))
-    with pytest.raises(RuntimeError, match="attention has no second derivative"):
-        torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
 
 
 @pytest.mark.parametrize(

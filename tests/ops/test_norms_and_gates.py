@@ -5,15 +5,14 @@ from functools import partial
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, assert_op_is_accurate, with_grads
-from implementations import implementations
-from ops.raw_calls import assert_calls_write_their_outputs_alone, opcheck_calls
+from implementations import each_implementation
+from ops.raw_calls import assert_calls_stay_within_their_tensors, opcheck_calls
 from ops.row_ops import BF16, DTYPES, F32, MIXED, ROW_OPS_BY_NAME
 
 from dbkernels import ops
 from dbkernels.ops import adaln_norm, reference
 from dbkernels.ops.affine import fold_affine
 from dbkernels.ops.backend import tile
-from dbkernels.ops.backend.register import use_implementation
 
 NORMS = ["adaln_norm", "gated_adaln_norm"]
 GATES = ["gated_residual", "gated_adaln_norm"]
@@ -23,10 +22,7 @@ each_norm = pytest.mark.parametrize("norm", ["layer", "rms"])
 stream_of_its_own = pytest.mark.parametrize("x_dtype", [None, F32])
 
 
-@pytest.fixture(params=implementations("adaln_norm_fwd"), autouse=True)
-def implementation(request):
-    with use_implementation(request.param):
-        yield request.param
+implementation = each_implementation("adaln_norm_fwd", autouse=True)
 
 
 def inputs(name, shape=(2, 7, 65), dtype=F32, offset=3.0):
@@ -88,13 +84,13 @@ def test_a_gradient_of_the_stream_or_of_y_may_arrive_alone(output, dtype):
 class Buffers:
     """What forward leaves for backward, and the raw ops with a caller's tensors."""
 
-    def __init__(self, name, dtype=F32, *, x_dtype=None, norm="layer"):
-        self.name, args = name, inputs(name, dtype=dtype)
+    def __init__(self, name, dtype=F32, *, x_dtype=None, norm="layer", T=7):
+        self.name, args = name, inputs(name, (2, T, 65), dtype)
         self.args = args = [args[0].to(x_dtype or dtype), *args[1:]]
         self.x, self.centred = args[0], norm == "layer"
         self.branch = args[1:2] if "h" in ROW_OPS_BY_NAME[name].arguments else []
         self.modulation = args[1 + len(self.branch) :]
-        self.stats, self.x1 = torch.empty(2, 7, 2), torch.empty_like(self.x)
+        self.stats, self.x1 = torch.empty(2, T, 2), torch.empty_like(self.x)
         self.y = self.forward(self.x1) if name in NORMS else None
         self.dy = torch.randn_like(self.x if self.y is None else self.y)
         self.dres = torch.randn_like(self.x)
@@ -183,11 +179,12 @@ def test_a_gated_branch_may_be_written_over_the_stream(dtype, x_dtype):
     assert torch.equal(b.x, expected)
 
 
-@pytest.mark.parametrize("processors", [1, 100])
+# 4 tokens are a tile: no program ends within a sample
+@pytest.mark.parametrize(("processors", "T"), [(1, 7), (100, 7), (100, 4)])
 @pytest.mark.parametrize("name", ALL)
-def test_backward_writes_its_sums_into_slices(name, processors, monkeypatch):
+def test_backward_writes_its_sums_into_slices(name, processors, T, monkeypatch):
     monkeypatch.setattr(tile, "processors", lambda device: processors)
-    b = Buffers(name)
+    b = Buffers(name, T=T)
     count, whole = len(b.modulation), torch.zeros(2, 6 * 65)
     slices = whole.chunk(6, dim=1)[2 : 2 + count]
     expected = b.backward()[-count:]
@@ -201,7 +198,7 @@ def test_a_layer_asks_for_what_well_formed_ops_write_alone(name):
     asked = [b.forward, b.backward, lambda: b.backward(dres=b.dres, y=torch.empty_like(b.y))]
     for call in asked:
         opcheck_calls(call)
-        assert_calls_write_their_outputs_alone(call)
+        assert_calls_stay_within_their_tensors(call)
 
 
 # a norm's own weight and bias, which are folded into the modulation

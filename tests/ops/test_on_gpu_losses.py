@@ -4,42 +4,21 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from accuracy import assert_as_accurate_as_eager, with_grads
 from captured import capture
+from ops.logits import assert_gradient_is_accurate, assert_loss_is_accurate
 
 from dbkernels import ops
-from dbkernels.ops import reference
-from dbkernels.ops.softmax_gradient import empty_logits, softmax_gradient
 
 pytestmark = pytest.mark.gpu
 
 BF16, F32 = torch.bfloat16, torch.float32
-IGNORED = -100
 
 
 @pytest.mark.parametrize("V", [1000, 50257])
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 @pytest.mark.usefixtures("by_triton")
-def test_the_gradient_of_softmax_is_as_accurate_as_eager(dtype, V, gpu, size):
-    N, V = size((2048, V), (5, V % 97))
-    padded = empty_logits(N, V, dtype, gpu)
-    padded[:, :V] = 30 + 3 * torch.randn(N, V)
-    logits, target = padded[:, :V].clone(), torch.randint(0, V, (N,))
-    scale = torch.linspace(-1, 2, N)
-    target[N // 2], scale[N // 2] = IGNORED, 0
-    nll = torch.empty(N)
-    softmax_gradient(padded, target, scale, nll=nll, V=V, ignore_index=IGNORED)
-
-    def eager(leaf, wide):
-        losses = F.cross_entropy(leaf.to(wide), target, ignore_index=IGNORED, reduction="none")
-        (dx,) = torch.autograd.grad(losses, leaf, scale.to(wide))
-        return losses.detach(), dx
-
-    by_eager = eager(logits.clone().requires_grad_(), F32)
-    exact = eager(logits.double().requires_grad_(), torch.float64)
-    for name, *results in zip(["nll", "dx"], (nll, padded[:, :V]), by_eager, exact, strict=True):
-        assert_as_accurate_as_eager(name, *results)
+def test_the_gradient_of_softmax_is_as_accurate_as_eager(dtype, V, size):
+    assert_gradient_is_accurate(*size((2048, V), (5, V % 97)), dtype)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -47,25 +26,10 @@ def test_the_gradient_of_softmax_is_as_accurate_as_eager(dtype, V, gpu, size):
 @pytest.mark.usefixtures("by_triton")
 def test_cross_entropy_is_as_accurate_as_eager(dtype, reduction, size):
     N, V, D = size((2048, 32000, 768), (9, 70, 12))
-    args = [
-        t.to(dtype) for t in (2 + torch.randn(N, D), torch.randn(V, D) / D**0.5, torch.randn(V))
-    ]
+    args = 2 + torch.randn(N, D), torch.randn(V, D) / D**0.5, torch.randn(V)
     target, weight = torch.randint(0, V, (N,)), 0.5 + torch.rand(N)
-    target[1] = IGNORED
-
-    def by(f, wide=None):
-        given = args if wide is None else [a.to(wide) for a in args]
-        of = weight if wide is None else weight.to(wide)
-
-        def loss(x, matrix, bias):
-            return f(x, matrix, target, bias=bias, token_weight=of, reduction=reduction)
-
-        return with_grads(loss, *given)
-
-    results = by(ops.linear_cross_entropy), by(reference.linear_cross_entropy)
-    exact = by(reference.linear_cross_entropy, torch.float64)
-    for name, *each in zip(["loss", "dx", "dweight", "dbias"], *results, exact, strict=True):
-        assert_as_accurate_as_eager(name, *each)
+    target[1] = -100
+    assert_loss_is_accurate([t.to(dtype) for t in args], target, weight, reduction=reduction)
 
 
 def noise_case(dtype, dims=1):

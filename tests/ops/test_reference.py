@@ -66,81 +66,38 @@ def test_the_first_half_gates_the_second():
 def test_queries_and_keys_are_normalised_by_head_and_then_turned():
     qkv, q_weight, k_weight = tokens(1, 3, 3 * 2 * 4), tokens(4), tokens(4)
     angles = tokens(3, 2).repeat(1, 2)
-    q, k = reference.qk_norm_rotary(
-        qkv,
-        2,
-        q_weight=q_weight,
-        k_weight=k_weight,
-        rotary=torch.stack([angles.cos(), angles.sin()]),
-        eps=EPS,
-    )
-    for part, (actual, weight) in enumerate([(q, q_weight), (k, k_weight)]):
-        row = qkv.view(3, 3, 2, 4)[2, part, 1].tolist()
-        scaled = [w * value for w, value in zip(weight.tolist(), row_norm(row, "rms"), strict=True)]
-        pair = complex(scaled[1], scaled[3])
-        turned = pair * complex(angles[2, 1].cos(), angles[2, 1].sin())
-        assert actual[0, 2, 1, 1].item() == pytest.approx(turned.real)
-        assert actual[0, 2, 1, 3].item() == pytest.approx(turned.imag)
+    norms = {"q_weight": q_weight, "k_weight": k_weight, "eps": EPS}
+    table = torch.stack([angles.cos(), angles.sin()])
+    results = reference.qk_norm_rotary(qkv, 2, rotary=table, **norms)
+    for part, (actual, weight) in enumerate(zip(results, (q_weight, k_weight), strict=True)):
+        row = row_norm(qkv.view(3, 3, 2, 4)[2, part, 1].tolist(), "rms")
+        turned = complex(weight[1] * row[1], weight[3] * row[3])
+        turned *= complex(angles[2, 1].cos(), angles[2, 1].sin())
+        assert actual[0, 2, 1, 1::2].tolist() == pytest.approx([turned.real, turned.imag])
 
 
-def test_attention_is_what_torch_calls_it():
-    q, k, v = (tokens(2, 3, 2, 4) for _ in range(3))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    )
-    torch.testing.assert_close(reference.attention(q, k, v), expected.transpose(1, 2))
-
-
-def wrapped(layer):
-    """A layer of torch's own, with gates of 1 and the norms' weights as the modulation."""
-    one = torch.ones_like(layer.norm1.bias)
-    modulation = [
-        part
-        for norm in (layer.norm1, layer.norm2)
-        for part in (norm.bias, norm.weight - 1, one)
-    ]  # fmt: skip
-    attention = layer.self_attn
-    weights = LayerWeights(
-        attention.in_proj_weight, attention.in_proj_bias,
-        attention.out_proj.weight, attention.out_proj.bias,
-        layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias,
-    )  # fmt: skip
-    return torch.cat(modulation), weights
-
-
-def test_a_layer_with_open_gates_is_what_torch_calls_a_transformer_layer():
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_layer_is_what_torch_calls_a_transformer_layer_whose_last_weights_are_gated(per_token):
     layer = nn.TransformerEncoderLayer(
         8, 2, 12, dropout=0.0, activation=lambda x: nn.functional.gelu(x, approximate="tanh"),
         layer_norm_eps=EPS, batch_first=True, norm_first=True, dtype=torch.float64,
     )  # fmt: skip
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
-    x, (modulation, weights) = 2 + tokens(2, 3, 8), wrapped(layer)
-    y = reference.adaln_layer(x, modulation.expand(2, -1), weights, num_heads=2, eps=EPS)
+    attention, norms, gates = layer.self_attn, (layer.norm1, layer.norm2), tokens(2, 8)
+    last = attention.out_proj, layer.linear2
+    weights = LayerWeights(
+        attention.in_proj_weight, attention.in_proj_bias, *map(torch.clone, last[0].parameters()),
+        *layer.linear1.parameters(), *map(torch.clone, last[1].parameters()),
+    )  # fmt: skip
+    x, modulation = 2 + tokens(2, 3, 8), []
+    for norm, gate, linear in zip(norms, gates, last, strict=True):
+        modulation += [norm.bias, norm.weight - 1, gate]
+        linear.weight.data *= gate[:, None]
+        linear.bias.data *= gate
+    modulation = torch.cat(modulation).expand(2, *[3][:per_token], -1)
+    y = reference.adaln_layer(x, modulation, weights, num_heads=2, eps=EPS)
     torch.testing.assert_close(y, layer(x))
-    each = modulation.expand(2, 3, -1)
-    torch.testing.assert_close(
-        reference.adaln_layer(x, each, weights, num_heads=2, eps=EPS), layer(x)
-    )
-
-
-@pytest.mark.parametrize(("gate", "open_part"), [(2, "attention"), (5, "mlp")])
-def test_each_branch_of_a_layer_has_a_gate(gate, open_part):
-    layer = OneLayer(dtypes=(torch.float64,) * 3)
-    w, x = layer.weights, layer.tensors["x"]
-    parts = layer.tensors["modulation"].view(2, 6, 24)
-    parts[:, 7 - gate] = 0
-    shift, scale = parts[:, gate - 2], parts[:, gate - 1]
-    y = reference.adaln_norm(x, scale, shift, norm="layer")
-    if open_part == "attention":
-        qkv = y @ w.qkv_weight.T + w.qkv_bias
-        q, k = reference.qk_norm_rotary(qkv, 3, q_weight=w.q_weight, k_weight=w.k_weight)
-        h = reference.attention(q, k, qkv.unflatten(-1, (3, 3, 8))[:, :, 2]).flatten(2)
-        h = h @ w.out_weight.T + w.out_bias
-    else:
-        h = reference.gelu(y @ w.fc1_weight.T + w.fc1_bias) @ w.fc2_weight.T + w.fc2_bias
-    expected = reference.gated_residual(x, h, parts[:, gate])
-    torch.testing.assert_close(layer.run(layer.tensors, reference.adaln_layer), expected)
 
 
 def test_the_branches_of_a_layer_run_in_the_dtype_of_the_weights():
@@ -167,30 +124,21 @@ def test_a_layer_has_a_second_derivative():
 def test_the_mean_cross_entropy_is_over_the_tokens_that_count(weighted):
     x, weight, bias, target = tokens(1, 3, 4), tokens(5, 4), tokens(5), torch.tensor([[4, -100, 0]])
     token_weight = torch.tensor([[0.5, 7.0, 2.0]]).double() if weighted else None
-    losses = []
-    for n, label in ((0, 4), (2, 0)):
-        logits = [
-            sum((x[0, n] * row).tolist()) + b.item() for row, b in zip(weight, bias, strict=True)
-        ]
-        nll = math.log(sum(map(math.exp, logits))) - logits[label]
-        losses.append(nll * (token_weight[0, n].item() if weighted else 1))
+    logits = (x[0] @ weight.T + bias).exp()
+    nll = [-math.log(logits[n, label] / logits[n].sum()) for n, label in ((0, 4), (2, 0))]
+    first, last = nll[0] * (0.5 if weighted else 1), nll[1] * (2 if weighted else 1)
+    expected = {"none": [[first, 0, last]], "sum": first + last, "mean": (first + last) / 2}
     options = {"bias": bias, "token_weight": token_weight}
-    by_token = reference.linear_cross_entropy(x, weight, target, **options, reduction="none")
-    assert by_token.tolist() == [pytest.approx([losses[0], 0, losses[1]])]
-    for reduction, expected in (("sum", sum(losses)), ("mean", sum(losses) / 2)):
+    for reduction, value in expected.items():
         loss = reference.linear_cross_entropy(x, weight, target, **options, reduction=reduction)
-        assert loss.item() == pytest.approx(expected)
+        torch.testing.assert_close(loss, torch.tensor(value, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("per_token", [False, True])
 def test_a_noisy_target_has_its_sample_s_or_its_token_s_coefficients(per_token):
-    z0, noise, (p, q) = (
-        tokens(2, 3, 4),
-        tokens(2, 3, 4),
-        tokens(2, *((2, 3) if per_token else (2,))),
-    )
+    (z0, noise), at = tokens(2, 2, 3, 4), (1, 2)[: 1 + per_token]
+    p, q = tokens(2, *(2, 3)[: len(at)])
     z = reference.add_noise(z0, p, q, noise)
-    at = (1, 2) if per_token else (1,)
     assert z[1, 2, 3] == p[at] * z0[1, 2, 3] + q[at] * noise[1, 2, 3]
 
 
@@ -204,11 +152,11 @@ def test_with_coefficients_of_edm_the_score_loss_is_the_weighted_error_of_the_de
     loss, losses = reference.score_loss(
         prediction, z0, alpha, beta, noise, weight=weight * c_out**2, mask=mask
     )
+    counts = torch.ones(2, 3, dtype=torch.bool) if mask is None else mask
     expected = []
     for b, (s, r) in enumerate(zip(sigma.tolist(), root.tolist(), strict=True)):
         denoised = (s_data / r) ** 2 * (z0[b] + s * noise[b]) + c_out[b] * prediction[b]
-        error = (denoised - z0[b]) ** 2
-        expected.append(weight[b] * (error[mask[b]] if masked else error).mean())
+        expected.append(weight[b] * (denoised - z0[b]).square()[counts[b]].mean())
     torch.testing.assert_close(losses, torch.stack(expected))
     torch.testing.assert_close(loss, losses.mean())
 

@@ -1,4 +1,4 @@
-"""What all ops over rows promise, in every implementation: an op is an entry of `row_ops`."""
+"""What ops over rows and attention promise, in every implementation: entries of `row_ops`."""
 
 from functools import partial
 from itertools import product
@@ -7,8 +7,9 @@ import pytest
 import torch
 from accuracy import assert_op_is_accurate
 from implementations import implementations
-from ops.raw_calls import assert_calls_write_their_outputs_alone, opcheck_calls
+from ops.raw_calls import assert_calls_stay_within_their_tensors, opcheck_calls
 from ops.row_ops import (
+    ATTENTION,
     BF16,
     DTYPES,
     F32,
@@ -24,22 +25,28 @@ from ops.row_ops import (
 from dbkernels.ops.backend import tile
 from dbkernels.ops.backend.register import use_implementation
 
-TOKENS = {"x", "h", "qkv"}  # arguments with a row to a token
+TOKENS = {"x", "h", "qkv", "q", "k", "v"}  # arguments with a row to a token
 OF_SAMPLES = TOKENS | {"gate", "scale", "shift"}
 STRIDED = {
     "zero": lambda dy: dy[:1, :1, :1].expand_as(dy),
     "transposed": lambda dy: dy.transpose(0, 1).contiguous().transpose(0, 1),
+    "heads first": lambda dy: dy.transpose(1, 2).contiguous().transpose(1, 2),
     "every second": lambda dy: torch.stack([dy, -dy], -1)[..., 0],
 }
+RUNS = [(op, name) for op in ROW_OPS for name in implementations(f"{op.name}_fwd")]
 
 
-@pytest.fixture(
-    params=[(op, name) for op in ROW_OPS for name in implementations(f"{op.name}_fwd")],
-    ids=lambda param: f"{param[0].name}-{param[1]}",
-)
-def op(request):
+def run_by(request):
     with use_implementation(request.param[1]):
         yield request.param[0]
+
+
+def run_id(param):
+    return f"{param[0].name}-{param[1]}"
+
+
+row_op = pytest.fixture(params=RUNS, ids=run_id)(run_by)
+op = pytest.fixture(params=[*RUNS, (ATTENTION, "torch")], ids=run_id)(run_by)
 
 
 def assert_accurate(op, where, args, options):
@@ -69,43 +76,30 @@ def assert_rounded_once(op, args, options):
         torch.testing.assert_close(got.double(), value, rtol=half + rtol, atol=atol)
 
 
-def test_each_result_is_rounded_once_whatever_its_dtype(op):
-    norms = [{"norm": "layer"}, {"norm": "rms"}] if op.stats else [{}]
-    for dtypes, norm in product(op.mixed, norms):
+def test_each_result_is_rounded_once_whatever_its_dtype(row_op):
+    norms = [{"norm": "layer"}, {"norm": "rms"}] if row_op.stats else [{}]
+    for dtypes, norm in product(row_op.mixed, norms):
         # of a float32 h the sum with a bias is rounded, too
-        exact = op.make is not projected or dtypes[0] != F32
-        if op.stats:
-            args, options = op.inputs((2, 7, 72), offset=3.0, eps=0.1, **norm)
-        else:
-            args, options = op.inputs(offset=30.0 if exact and op.make is not by_heads else 0.0)
+        exact = row_op.make is not projected or dtypes[0] != F32
+        offset = 30.0 if exact and row_op.make is not by_heads else 0.0
+        variant = {"offset": 3.0, "eps": 0.1, **norm} if row_op.stats else {"offset": offset}
+        args, options = row_op.inputs((2, 7, 72) if row_op.stats else None, **variant)
         args = [a.to(dtype) for a, dtype in zip(args, dtypes, strict=True)]
         if exact:
-            assert_rounded_once(op, args, options)
+            assert_rounded_once(row_op, args, options)
         else:
-            assert_accurate(op, f"of {dtypes}", args, options)
+            assert_accurate(row_op, f"of {dtypes}", args, options)
 
 
 @pytest.mark.parametrize("processors", [1, 2, 100])
-def test_any_number_of_programs_shares_the_samples(op, processors, monkeypatch):
+def test_any_number_of_programs_shares_the_samples(row_op, processors, monkeypatch):
     monkeypatch.setattr(tile, "processors", lambda device: processors)
-    width = op.small[2:]
+    width = row_op.small[2:]
     for shape, dtype in (((1, 21), F32), ((2, 21), BF16), ((9, 5), F32), ((2, 9), BF16)):
         # 300: two tiles of columns
-        shape = (*shape, *((300,) if op.make is projected and dtype == BF16 else width))
-        args, options = op.inputs(shape, dtype)
-        assert_accurate(op, f"at {shape} on {processors} processors", args, options)
-
-
-def test_tokens_do_not_see_each_other(op):
-    rotated = {} if op.make is not by_heads else {"rotated": False}
-    args, options = op.inputs((1, 13, 40) if op.make is projected else None, **rotated)
-    order = torch.randperm(args[0].shape[1])
-    shuffled = [
-        a[:, order] if name in TOKENS else a for name, a in zip(op.arguments, args, strict=True)
-    ]
-    before = outputs_of(op.fused, args, **options)
-    for y, y_there in zip(before, outputs_of(op.fused, shuffled, **options), strict=True):
-        assert torch.equal(y_there, y[:, order])
+        shape = (*shape, *((300,) if row_op.make is projected and dtype == BF16 else width))
+        args, options = row_op.inputs(shape, dtype)
+        assert_accurate(row_op, f"at {shape} on {processors} processors", args, options)
 
 
 def test_samples_do_not_see_each_other(op):
@@ -133,31 +127,33 @@ def test_same_bits_every_run_and_no_argument_is_changed(op):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_in_its_token(op, value):
-    args, options = op.inputs()
-    clean = [y.clone() for y in outputs_of(op.fused, args, **options)]
+def test_tokens_do_not_see_each_other_and_what_is_not_finite_stays_in_its_own(row_op, value):
+    args, options = row_op.inputs()
+    count = len(outputs_of(row_op.fused, args, **options))
+    # and the gradient of the first argument
+    clean = [t.clone() for t in results(row_op.fused, args, **options)[: count + 1]]
     args[0][1, 4, 3] = value
-    outputs = outputs_of(op.fused, args, **options)
-    assert not all(y[1, 4].isfinite().all() for y in outputs)
-    for before, after in zip(clean, outputs, strict=True):
+    there = results(row_op.fused, args, **options)[: count + 1]
+    assert not all(t[1, 4].isfinite().all() for t in there[:count])
+    for before, after in zip(clean, there, strict=True):
         after[1, 4] = before[1, 4]
         assert torch.equal(after, before)
 
 
 def test_arguments_may_have_any_strides(op):
     args, options = op.inputs()
-    expected = results(op.fused, args, **options)
-    for strided in (STRIDED["transposed"], STRIDED["every second"]):
+    for strided in STRIDED.values():
+        # modulation is in slices, and says so where it is not
         given = [
-            strided(a)
-            if name in TOKENS
-            # modulation is in slices, and says so where it is not
-            else a
-            if name in OF_SAMPLES
-            else a.repeat_interleave(2)[::2]
+            strided(a) if name in TOKENS else a if a.dim() > 1 else a.repeat_interleave(2)[::2]
             for name, a in zip(op.arguments, args, strict=True)
         ]
-        assert all(map(torch.equal, results(op.fused, given, **options), expected))
+        dense = [
+            a if name in OF_SAMPLES - TOKENS else a.contiguous()
+            for name, a in zip(op.arguments, given, strict=True)
+        ]
+        actual, expected = (results(op.fused, values, **options) for values in (given, dense))
+        assert all(map(torch.equal, actual, expected))
 
 
 @pytest.mark.parametrize("strided", STRIDED.values(), ids=STRIDED)
@@ -179,21 +175,21 @@ def test_an_incoming_gradient_may_have_any_strides(op, strided):
         assert all(map(torch.equal, actual, expected))
 
 
-def test_keeps_arguments_and_at_most_two_numbers_a_token(op):
-    args, options = op.inputs()
+def test_keeps_arguments_and_at_most_two_numbers_a_token(row_op):
+    args, options = row_op.inputs()
     leaves = {
         name: a.requires_grad_()
-        for name, a in zip(op.arguments, args, strict=True)
-        if op.kept is None or name in op.kept or a.requires_grad_() is None
+        for name, a in zip(row_op.arguments, args, strict=True)
+        if row_op.kept is None or name in row_op.kept or a.requires_grad_() is None
     }
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda kept: kept):
-        outputs_of(op.fused, args, **options)
+        outputs_of(row_op.fused, args, **options)
     expected = [a.data_ptr() for a in leaves.values()]
     if options.get("rotary") is not None:
         expected.append(options["rotary"].data_ptr())
     assert {t.data_ptr() for t in kept[: len(expected)]} == set(expected)
-    stats = [((2, 9, 2), F32)] if op.stats else []
+    stats = [((2, 9, 2), F32)] if row_op.stats else []
     assert [(t.shape, t.dtype) for t in kept[len(expected) :]] == stats
 
 
@@ -209,20 +205,20 @@ def test_an_empty_batch_has_zero_gradients(op, leading, per_token):
         assert torch.equal(grad, torch.zeros_like(arg))
 
 
-def test_is_made_of_well_formed_torch_ops(op):
-    for variant in op.optional:
-        args, options = op.inputs((2, 3, *op.small[2:]), **variant)
-        opcheck_calls(lambda args=args, options=options: results(op.fused, args, **options))
+def test_is_made_of_well_formed_torch_ops(row_op):
+    for variant in row_op.optional:
+        args, options = row_op.inputs((2, 3, *row_op.small[2:]), **variant)
+        opcheck_calls(lambda args=args, options=options: results(row_op.fused, args, **options))
 
 
-# rows begin amid vectors, and are narrower than one
-@pytest.mark.parametrize("width", [2, 8, 34, 66])
+# rows begin amid vectors, and are narrower than one, or have several pieces
+@pytest.mark.parametrize("width", [2, 8, 34, 66, 386])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_but_its_outputs_is_written(op, dtype, width):
-    odd = width - (op.make is modulated)
-    for variant in op.optional:
-        args, options = op.inputs((2, 11, *op.small[2:-1], odd), dtype, **variant)
-        assert_calls_write_their_outputs_alone(partial(results, op.fused, args, **options))
+def test_touches_nothing_beside_its_tensors(row_op, dtype, width):
+    odd = width - (row_op.make is modulated)
+    for variant in row_op.optional:
+        args, options = row_op.inputs((2, 11, *row_op.small[2:-1], odd), dtype, **variant)
+        assert_calls_stay_within_their_tensors(partial(results, row_op.fused, args, **options))
 
 
 def test_compiles_without_graph_breaks(op):
@@ -238,16 +234,14 @@ def test_compiles_without_graph_breaks(op):
             assert all(map(torch.equal, actual, expected))
 
 
-@pytest.mark.parametrize("op", ROW_OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [*ROW_OPS, ATTENTION], ids=lambda op: op.name)
 def test_plain_torch_agrees_with_differences_in_float64(op):
-    with use_implementation("torch"):
-        for norm in ({"norm": "layer", "eps": 0.1}, {"norm": "rms", "eps": 0.1}):
-            shape = (2, 3, *((2, 4) if op.make is by_heads else (6,)))
-            args, options = op.inputs(shape, **(norm if op.stats else {}))
+    with use_implementation("torch"), torch.device("cpu"):
+        norms = [{"norm": "layer", "eps": 0.1}, {"norm": "rms", "eps": 0.1}] if op.stats else [{}]
+        for norm in norms:
+            args, options = op.inputs((2, 3, *((2, 4) if len(op.small) == 4 else (6,))), **norm)
             args = [a.double().requires_grad_() for a in args]
             assert torch.autograd.gradcheck(partial(op.fused, **options), args)
-            if not op.stats:
-                break
 
 
 def test_refuses_a_second_derivative(op):
@@ -258,13 +252,13 @@ def test_refuses_a_second_derivative(op):
         torch.autograd.grad(y.sum(), args, create_graph=True)
 
 
-def test_eps_is_one_millionth_of_a_unit_of_variance_or_what_is_said(op):
-    if op.stats or op.make is by_heads:
-        args, options = op.inputs()
-        args = [1e-3 * a if name in TOKENS else a for name, a in zip(op.arguments, args)]  # noqa: B905
+def test_eps_is_one_millionth_of_a_unit_of_variance_or_what_is_said(row_op):
+    if row_op.stats or row_op.make is by_heads:
+        args, options = row_op.inputs()
+        args = [1e-3 * a if name in TOKENS else a for name, a in zip(row_op.arguments, args)]  # noqa: B905
         for given, eps in (({}, 1e-6), ({"eps": 1e-4}, 1e-4)):
-            specification = partial(op.specification, **options, eps=eps)
-            assert_op_is_accurate(partial(op.fused, **options, **given), specification, args)
+            specification = partial(row_op.specification, **options, eps=eps)
+            assert_op_is_accurate(partial(row_op.fused, **options, **given), specification, args)
 
 
 ACTIVATIONS_REJECT = [

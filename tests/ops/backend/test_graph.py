@@ -1,7 +1,17 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
+from dbkernels.ops.backend.register import (
+    compute_dtype,
+    dry_run_on_gpu,
+    dry_run_processors,
+    dtypes_as_they_are,
+    is_last_to_read,
+    runs_as_on_gpu,
+)
+from dbkernels.ops.backend.tile import processors
+from dbkernels.ops.layer.projection import add_product
 
 
 class Asks(torch.autograd.Function):
@@ -49,3 +59,33 @@ def test_a_backward_can_leave_autocast():
         assert (x @ x).dtype == torch.bfloat16
     with dtypes_as_they_are("meta"):
         assert (x @ x).dtype == torch.float32
+
+
+# of a dry run
+
+
+def test_a_cpu_goes_its_own_way_outside_a_dry_run_on_a_gpu():
+    cpu = torch.device("cpu")
+    x = torch.ones(2, device=cpu)
+    assert not runs_as_on_gpu(x) and dry_run_processors() is None and processors(cpu) == 1
+    with pytest.raises(KeyError), dry_run_on_gpu(132):
+        assert runs_as_on_gpu(x) and dry_run_processors() == processors(cpu) == 132
+        with dry_run_on_gpu(108):
+            assert processors(cpu) == 108
+        assert processors(cpu) == 132
+        raise KeyError
+    assert not runs_as_on_gpu(x) and dry_run_processors() is None and processors(cpu) == 1
+
+
+def test_a_dry_run_on_a_gpu_multiplies_bfloat16_into_float32():
+    seen = []
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    left, right = torch.ones(2, 2, 2, dtype=torch.bfloat16, device="meta")
+    with dry_run_on_gpu(132), Ops():
+        add_product(torch.zeros(2, 2, device="meta"), left, right)
+    assert "aten::mm.dtype" in seen

@@ -3,9 +3,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from ops.one_layer import OneLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dbkernels.ops import LayerWeights, adaln_layer
 from dbkernels.ops.backend.register import dry_run_on_gpu, scratch_bytes, use_implementation
 from dbkernels.ops.philox import Draw
 from dbkernels.ops.score_loss import score_loss
@@ -36,16 +36,9 @@ class Scratch(TorchDispatchMode):
 
 
 def layer_scratch(mlp="gelu", qk_norm=False, processors=PROCESSORS, samples=B):
-    hidden = 4 * D
-    shapes = [(3 * D, D), (3 * D,), (D, D), (D,), (hidden, D), (hidden,), (D, hidden), (D,)]
-    if mlp == "swiglu":
-        shapes[4:6] = [(2 * hidden, D), (2 * hidden,)]
-    shapes += [(D // H,)] * 2 if qk_norm else []
-    weights = LayerWeights(*(torch.ones(shape, requires_grad=True) for shape in shapes))
-    modulation = torch.ones(samples, 6 * D, requires_grad=True)
-    x = torch.ones(samples, T, D, requires_grad=True)
+    layer = OneLayer(samples, T, D, H, hidden=4 * D, mlp=mlp, qk_norm=qk_norm)
     with dry_run_on_gpu(processors), Scratch() as scratch:
-        adaln_layer(x, modulation, weights, num_heads=H, mlp=mlp).sum().backward()
+        layer.run(layer.leaves()).sum().backward()
     return scratch
 
 

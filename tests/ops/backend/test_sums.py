@@ -1,44 +1,8 @@
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from dbkernels.ops.backend import sums as sums_module
-from dbkernels.ops.backend import tile
-from dbkernels.ops.backend.sums import Segments, partial_sums, segment, sums_of_samples
-from dbkernels.ops.backend.tile import row_launch
-
-REGISTERS = {(4, 1): 72, (4, 2): 80, (4, 3): 96}
-
-
-@triton.jit
-def _segments_kernel(out_ptr, rows, T, samples_are_shared, rows_per_program, D: tl.constexpr):
-    """Each segment's number of rows into its own row of sums, and nothing anywhere else."""
-    first, last = tile.rows_of_program(rows, rows_per_program)
-    for batch in range(first // T, tl.cdiv(last, T)):
-        begin, end = tile.rows_of_sample(batch, first, last, T)
-        out = segment(batch, samples_are_shared) * D + tl.arange(0, D)
-        tl.store(out_ptr + out, tl.zeros((D,), tl.float32) + (end - begin))
-
-
-@pytest.mark.parametrize("processors", [1, 2, 5])
-@pytest.mark.parametrize(("B", "T"), [(1, 1), (1, 40), (3, 16), (5, 7), (40, 1), (2, 9)])
-def test_the_segments_of_a_sample_add_up_to_its_rows(B, T, processors, monkeypatch):
-    monkeypatch.setattr(tile, "processors", lambda device: processors)
-    launch, D = row_launch(torch.empty(B, T, 1152), REGISTERS), 4
-    counts = torch.full((B, D), -1.0)
-    with sums_of_samples(launch, T, counts) as (sums,):
-        _segments_kernel[(launch.programs,)](
-            sums, B * T, T, launch.samples_are_shared, launch.rows, D
-        )
-    assert torch.equal(counts, torch.full((B, D), float(T)))
-
-
-def test_programs_with_whole_samples_write_the_result_itself(monkeypatch):
-    launch = row_launch(torch.empty(4, 1, 1152), REGISTERS)
-    outs = torch.empty(4, 3), torch.empty(4, 3)
-    with sums_of_samples(launch, 1, *outs) as sums:
-        assert sums[0] is outs[0] and sums[1] is outs[1]
+from dbkernels.ops.backend.sums import Segments, partial_sums
 
 
 def test_parts_are_added_in_float32_and_rounded_once_into_slices():
@@ -86,13 +50,3 @@ def test_all_sums_of_a_kernel_take_one_launch(monkeypatch):
         for part in sums:
             part.zero_()
     assert grids == [(2, 3)]
-
-
-def test_sums_are_the_same_bits_every_run():
-    parts, found = torch.randn(50, 40), []
-    for _ in range(2):
-        out = torch.empty(1, 40)
-        with partial_sums(Segments(T=50, rows=1, count=50), out) as (sums,):
-            sums.copy_(parts)
-        found.append(out)
-    assert torch.equal(*found)

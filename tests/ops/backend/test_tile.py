@@ -3,9 +3,7 @@ import importlib
 import pytest
 import torch
 import triton
-import triton.language as tl
 
-from dbkernels.ops import adaln_norm, gated_adaln_norm, gated_residual
 from dbkernels.ops.backend import tile
 from dbkernels.ops.backend.tile import (
     MAX_D,
@@ -35,12 +33,6 @@ def is_power_of_two(n):
     return n & (n - 1) == 0
 
 
-@pytest.mark.parametrize("D", WIDTHS)
-def test_at_most_a_quarter_of_the_lanes_of_a_common_width_is_idle(D):
-    tile = row_tile(D)
-    assert D / (tile.BLOCK_D * tile.PIECES) >= 0.75
-
-
 @pytest.mark.parametrize(
     "D", [1, 2, 383, 384, 385, *WIDTHS, 3072, 3073, 4096, 4097, 6144, 6145, 8193, MAX_D]
 )
@@ -51,22 +43,24 @@ def test_a_tile_holds_a_row_with_lanes_that_the_compiler_takes(D):
     assert is_power_of_two(tile.num_warps) and 4 <= tile.num_warps <= 32
     # the registers of a kernel are said for each shape that there is
     assert tile.shape in REGISTERS
+    # of a common width at most a quarter of the lanes are idle
+    assert D not in WIDTHS or D / (tile.BLOCK_D * tile.PIECES) >= 0.75
 
 
-def test_a_warp_has_rows_of_up_to_384_elements_for_itself():
-    assert row_tile(128) == RowTile(BLOCK_T=4, BLOCK_D=128, PIECES=1, num_warps=4)
-    assert row_tile(384) == RowTile(BLOCK_T=4, BLOCK_D=128, PIECES=3, num_warps=4)
-    assert row_tile(385) == RowTile(BLOCK_T=2, BLOCK_D=256, PIECES=2, num_warps=4)
-
-
-def test_wider_rows_have_more_warps():
-    assert row_tile(768) == RowTile(BLOCK_T=2, BLOCK_D=256, PIECES=3, num_warps=4)
-    assert row_tile(1152) == RowTile(BLOCK_T=1, BLOCK_D=512, PIECES=3, num_warps=4)
-    assert row_tile(3072) == RowTile(BLOCK_T=1, BLOCK_D=1024, PIECES=3, num_warps=8)
-    assert row_tile(4096) == RowTile(BLOCK_T=1, BLOCK_D=4096, PIECES=1, num_warps=16)
-    assert row_tile(5120) == RowTile(BLOCK_T=1, BLOCK_D=2048, PIECES=3, num_warps=8)
-    assert row_tile(6145) == RowTile(BLOCK_T=1, BLOCK_D=8192, PIECES=1, num_warps=32)
-    assert row_tile(MAX_D) == RowTile(BLOCK_T=1, BLOCK_D=8192, PIECES=2, num_warps=32)
+def test_a_warp_has_narrow_rows_for_itself_and_wider_rows_have_more_warps():
+    tiles = {  # BLOCK_T, BLOCK_D, PIECES, num_warps
+        128: (4, 128, 1, 4),
+        384: (4, 128, 3, 4),
+        385: (2, 256, 2, 4),
+        768: (2, 256, 3, 4),
+        1152: (1, 512, 3, 4),
+        3072: (1, 1024, 3, 8),
+        4096: (1, 4096, 1, 16),
+        5120: (1, 2048, 3, 8),
+        6145: (1, 8192, 1, 32),
+        MAX_D: (1, 8192, 2, 32),
+    }
+    assert {D: row_tile(D) for D in tiles} == {D: RowTile(*tile) for D, tile in tiles.items()}
 
 
 @pytest.mark.parametrize(
@@ -103,20 +97,6 @@ def test_a_thread_has_no_more_registers_than_its_program_leaves_it():
     assert row_launch(tokens(1, 1, MAX_D), REGISTERS | {(8, 2): 128}).registers == 64
 
 
-OPS = (adaln_norm, gated_adaln_norm, gated_residual)
-TABLES = ("FORWARD_REGISTERS", "BACKWARD_REGISTERS")
-
-
-def registers_of(op, table):
-    return getattr(importlib.import_module(op.__module__), table)
-
-
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("table", TABLES)
-def test_every_op_says_its_registers_for_every_shape(op, table):
-    assert registers_of(op, table).keys() == REGISTERS.keys()
-
-
 def efficiency(B, D, registers):
     """The rows of a processor if all had the same, over those of the one with most."""
     launch = row_launch(tokens(B, 256, D), registers)
@@ -124,29 +104,20 @@ def efficiency(B, D, registers):
     return B * 256 / (H100 * most)
 
 
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("D", WIDTHS)
-def test_a_common_batch_uses_nine_tenths_of_a_device(D, op, table, h100):
-    for B in (8, 32, 64, 128, 256):
-        assert efficiency(B, D, registers_of(op, table)) >= 0.96, B
-
-
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("D", WIDTHS)
-def test_a_batch_that_uses_less_is_small_and_rare(D, op, table, h100):
-    found = {B: efficiency(B, D, registers_of(op, table)) for B in range(8, 257)}
-    # a processor has so few tiles of them that one more or less counts
-    wasteful = {B for B, share in found.items() if share < 0.9}
-    assert len(wasteful) <= 10 and max(wasteful, default=0) < 48
-    assert min(found.values()) > 0.7
-
-
-@pytest.mark.parametrize("op", [adaln_norm, gated_adaln_norm])
-def test_every_batch_fills_the_backward_of_a_norm_of_dit_xl(op, h100):
-    registers = registers_of(op, "BACKWARD_REGISTERS")
-    assert min(efficiency(B, 1152, registers) for B in range(8, 257)) >= 0.96
+@pytest.mark.parametrize("table", ["FORWARD_REGISTERS", "BACKWARD_REGISTERS"])
+@pytest.mark.parametrize("op", ["adaln_norm", "gated_adaln_norm", "gated_residual"])
+def test_every_op_uses_nine_tenths_of_a_device(op, table, h100):
+    registers = getattr(importlib.import_module(f"dbkernels.ops.{op}"), table)
+    assert registers.keys() == REGISTERS.keys()
+    for D in WIDTHS:
+        found = {B: efficiency(B, D, registers) for B in range(8, 257)}
+        assert min(found[B] for B in (8, 32, 64, 128, 256)) >= 0.96
+        # a batch that uses less is small and rare: a processor has so few tiles of it that one
+        # more or less counts
+        wasteful = {B for B, share in found.items() if share < 0.9}
+        assert len(wasteful) <= 10 and max(wasteful, default=0) < 48 and min(found.values()) > 0.7
+        if D == 1152 and table == "BACKWARD_REGISTERS" and op != "gated_residual":  # DiT-XL
+            assert min(found.values()) >= 0.96
 
 
 def test_fewer_programs_share_tiles_where_the_last_would_have_little(h100):
@@ -158,44 +129,3 @@ def test_fewer_programs_share_tiles_where_the_last_would_have_little(h100):
 def test_tiles_beside_each_other_share_the_programs(h100):
     assert tiles_per_program(3 * H100, 128, 4, CPU, beside=4) == 3
     assert tiles_per_program(1, 128, 4, CPU, beside=10**6) == 1
-
-
-def test_the_interpreter_counts_as_one_processor():
-    assert tile.processors(CPU) == 1
-
-
-@triton.jit
-def _round_trip_kernel(
-    x_ptr, v_ptr, y_ptr, mean_ptr, sum_ptr, T, D,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
-    t = tl.arange(0, BLOCK_T)[:, None]
-    x = tile.load_row(x_ptr, t * D, t < T, D, BLOCK_D, PIECES)
-    v = tile.load_vector(v_ptr, 0, D, BLOCK_T, BLOCK_D, PIECES)
-    total = tile.zero_row(BLOCK_T, BLOCK_D, PIECES)
-
-    total = tile.add_rows(x, total, PIECES)
-    y = tile.mul_add_rows(v, x, tile.mul_rows(x, x, PIECES), PIECES)
-
-    tile.store_row(y_ptr, t * D, t < T, y, D, BLOCK_D, PIECES)
-    tl.store(mean_ptr + t, tile.mean_row(x, D, PIECES), mask=t < T)
-    tile.store_vector(sum_ptr, 0, tile.sum_over_rows(total, PIECES), D, BLOCK_D, PIECES)
-
-
-@pytest.mark.parametrize("D", [1, 48, 64, 65, 191, 192])
-def test_rows_are_loaded_summed_and_stored_within_their_bounds(D):
-    T, guard = 3, 7.0
-    x, v = torch.randn(T, D), torch.randn(D)
-    y, mean, total = (torch.full((n + 9,), guard) for n in (T * D, T, D))
-    # a fourth row, and lanes past D, of which no kernel may read or write anything
-    x_guarded = torch.cat([x.reshape(-1), torch.full((256,), float("nan"))])
-    v_guarded = torch.cat([v, torch.full((256,), float("nan"))])
-    _round_trip_kernel[(1,)](
-        x_guarded, v_guarded, y, mean, total, T, D, BLOCK_T=4, BLOCK_D=64, PIECES=3
-    )
-    assert torch.equal(y[T * D :], torch.full((9,), guard))
-    assert torch.equal(mean[T:], torch.full((9,), guard))
-    assert torch.equal(total[D:], torch.full((9,), guard))
-    torch.testing.assert_close(y[: T * D].view(T, D), v * x + x * x)
-    torch.testing.assert_close(mean[:T], x.mean(1))
-    torch.testing.assert_close(total[:D], x.sum(0))

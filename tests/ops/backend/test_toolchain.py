@@ -19,7 +19,7 @@ def command(tmp_path, monkeypatch):
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
-    for name in ("CXX", "CUDA_HOME"):
+    for name in ("CC", "CXX", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
 
     def make(name):
@@ -31,42 +31,47 @@ def command(tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("name", ["a.cpp", "a.cu", "a.cuh", "a.h"])
-def test_the_digest_changes_with_every_source(csrc, name):
-    before = toolchain.digest(csrc)
-    (csrc / name).write_text("// other\n")
-    assert toolchain.digest(csrc) != before
-
-
-def test_the_digest_knows_names_and_where_each_file_ends(csrc):
-    before = toolchain.digest(csrc)
+def test_the_digest_changes_with_every_source_its_name_and_where_it_ends(csrc):
+    digests = [toolchain.digest(csrc)]
+    for name in ("a.cpp", "a.cu", "a.cuh", "a.h"):
+        (csrc / name).write_text("// other\n")
+        digests.append(toolchain.digest(csrc))
     (csrc / "a.h").rename(csrc / "b.h")
-    renamed = toolchain.digest(csrc)
-    (csrc / "b.h").write_text("")
-    (csrc / "a.cuh").write_text("// a.cuh\n// a.h\n")
-    assert len({before, renamed, toolchain.digest(csrc)}) == 3
-
-
-def test_the_digest_is_of_sources_alone(csrc):
-    before = toolchain.digest(csrc)
+    digests.append(toolchain.digest(csrc))
+    (csrc / "b.h").unlink()
+    (csrc / "a.cuh").write_text("// other\nb.h// other\n")
+    digests.append(toolchain.digest(csrc))
+    assert len(set(digests)) == len(digests)
+    # and with nothing else
     (csrc / "a.o").write_text("object")
-    assert toolchain.digest(csrc) == before
+    assert toolchain.digest(csrc) == digests[-1]
 
 
-def test_the_compiler_is_the_first_on_path(command):
-    assert toolchain.compiler() is None
-    command("clang++")
-    assert toolchain.compiler() == ["clang++"]
-    command("c++")
-    assert toolchain.compiler() == ["c++"]
-
-
-def test_cxx_names_the_compiler_with_its_flags_and_no_other_is_taken(command, monkeypatch):
-    command("c++")
-    monkeypatch.setenv("CXX", "mine -m64")
-    assert toolchain.compiler() is None
-    command("mine")
-    assert toolchain.compiler() == ["mine", "-m64"]
+@pytest.mark.parametrize(
+    ("find", "variable", "there", "given", "found"),
+    [
+        (toolchain.compiler, "CXX", [], None, None),
+        (toolchain.compiler, "CXX", ["clang++"], None, ["clang++"]),
+        (toolchain.compiler, "CXX", ["clang++", "c++"], None, ["c++"]),
+        # with its flags, and no other is taken
+        (toolchain.compiler, "CXX", ["c++"], "mine -m64", None),
+        (toolchain.compiler, "CXX", ["c++", "mine"], "mine -m64", ["mine", "-m64"]),
+        # that of C is the one that triton takes
+        (toolchain.c_compiler, "CC", [], None, None),
+        (toolchain.c_compiler, "CC", ["clang"], None, ["clang"]),
+        (toolchain.c_compiler, "CC", ["clang", "gcc"], None, ["gcc"]),
+        (toolchain.c_compiler, "CC", ["gcc"], "my-cc", None),
+        (toolchain.c_compiler, "CC", ["gcc", "my-cc"], "my-cc", ["my-cc"]),
+    ],
+)
+def test_the_compiler_is_the_one_that_is_named_or_the_first_on_path(
+    command, monkeypatch, find, variable, there, given, found
+):
+    for name in there:
+        command(name)
+    if given:
+        monkeypatch.setenv(variable, given)
+    assert find() == found
 
 
 def test_nvcc_of_cuda_home_counts_and_no_other(command, monkeypatch, tmp_path):
@@ -78,21 +83,3 @@ def test_nvcc_of_cuda_home_counts_and_no_other(command, monkeypatch, tmp_path):
     of_home = tmp_path / "cuda" / "bin" / "nvcc"
     os.rename(on_path, of_home)
     assert toolchain.nvcc() == str(of_home)
-
-
-@pytest.mark.parametrize(
-    ("given", "there", "found"),
-    [
-        (None, {"gcc", "clang"}, ["gcc"]),
-        (None, {"clang"}, ["clang"]),
-        (None, set(), None),
-        ("my-cc", {"gcc", "my-cc"}, ["my-cc"]),
-        ("my-cc", {"gcc"}, None),
-    ],
-)
-def test_the_c_compiler_is_the_one_that_triton_takes(monkeypatch, given, there, found):
-    monkeypatch.delenv("CC", raising=False)
-    if given:
-        monkeypatch.setenv("CC", given)
-    monkeypatch.setattr(toolchain.shutil, "which", lambda name: name if name in there else None)
-    assert toolchain.c_compiler() == found
