@@ -14,6 +14,7 @@ from ops.one_layer import (
 from torch.utils.checkpoint import checkpoint
 
 from dbkernels.ops import adaln_layer
+from dbkernels.ops.layer.tensors import Activations, Kept
 
 QUERIES = pytest.mark.parametrize("num_queries", [None, 2])
 
@@ -60,6 +61,15 @@ def test_a_retained_graph_gives_the_same_bits_again(recompute, qk_norm, num_quer
         assert_same_bits(gradients(y, leaves, retain_graph=retain), expected)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         gradients(y, leaves)
+
+
+def test_whoever_else_saved_what_is_written_over_gets_an_error():
+    saved, weight = torch.ones(3), torch.ones(3, requires_grad=True)
+    y = (saved * weight).sum()
+    nothing = Activations(*(None for _ in Activations._fields))
+    assert Kept(nothing, owned=True).buffer(saved) is saved
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 @pytest.mark.parametrize(
