@@ -1,14 +1,19 @@
-import math
+"""One layer and a stack of them, against the equations of layer.py by torch's own modules."""
+
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models.tiny import randomise
+from ops.one_layer import saved_bytes
 from torch import nn
 
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.models.rotary import rotary_table
+from dbkernels.ops import reference
 
 B, T, D, H = 3, 5, 12, 3
 CONFIG = LayerConfig(dim=D, num_heads=H, mlp_hidden=20, cond_dim=7)
@@ -19,6 +24,7 @@ OPTIONS = [
     )
 ]
 CHUNKS = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")
+PROJECTIONS = ("attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2")
 
 
 def inputs(dtype=torch.float32, *, per_token=False):
@@ -31,129 +37,90 @@ def rotary():
     return rotary_table(torch.arange(T), D // H)
 
 
-def normed(norm, config, x):
-    if config.norm == "layer":
-        x = x - x.mean(-1, keepdim=True)
-    x = x / (x.square().mean(-1, keepdim=True) + config.eps).sqrt()
-    if config.affine:
-        x = x * norm.weight
-        x = x + norm.bias if config.norm == "layer" else x
-    return x
+def equations(layer, x, c, rotary):
+    m = F.linear(F.silu(c), layer.modulation.weight, layer.modulation.bias)
+    shift1, scale1, gate1, shift2, scale2, gate2 = reference.over_tokens(m).chunk(6, dim=-1)
+    qkv = layer.attention.qkv((1 + scale1) * layer.norm1(x) + shift1)
+    q, k, v = qkv.unflatten(-1, (3, H, -1)).unbind(2)
+    if layer.config.qk_norm:
+        q, k = layer.attention.q_norm(q), layer.attention.k_norm(k)
+    if rotary is not None:
+        q, k = (reference.rotate(t, rotary) for t in (q, k))
+    a = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+    x = x + gate1 * layer.attention.out(a.transpose(1, 2).flatten(2))
+    h = layer.mlp.fc1((1 + scale2) * layer.norm2(x) + shift2)
+    if layer.config.mlp == "swiglu":
+        return x + gate2 * layer.mlp.fc2(F.silu(h[..., :20]) * h[..., 20:])
+    return x + gate2 * layer.mlp.fc2(F.gelu(h, approximate="tanh"))
 
 
-def silu(x):
-    return x / (1 + torch.exp(-x))
-
-
-def turned(x, base=10000.0):
-    """Rotary positions as a multiplication of complex numbers; x (B, T, H, d)."""
-    half = x.shape[-1] // 2
-    frequency = base ** -(torch.arange(half, dtype=torch.float64) / half)
-    angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None, None] * frequency
-    z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat([z.real, z.imag], dim=-1)
-
-
-def attention(part, config, x, rotated):
-    """Attention one head at a time, by an explicit softmax."""
-    d = D // H
-    q, k, v = part.qkv(x).split(D, dim=-1)
-    q, k, v = (t.reshape(*x.shape[:2], H, d) for t in (q, k, v))
-    if config.qk_norm:
-        q = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() * part.q_norm.weight
-        k = k / (k.square().mean(-1, keepdim=True) + 1e-6).sqrt() * part.k_norm.weight
-    if rotated:
-        q, k = turned(q), turned(k)
-    heads = []
-    for head in range(H):
-        scores = q[:, :, head] @ k[:, :, head].transpose(1, 2) / math.sqrt(d)
-        heads.append((scores.exp() / scores.exp().sum(-1, keepdim=True)) @ v[:, :, head])
-    return part.out(torch.cat(heads, dim=-1))
-
-
-def mlp(part, config, x):
-    x = part.fc1(x)
-    if config.mlp == "swiglu":
-        return part.fc2(silu(x[..., :20]) * x[..., 20:])
-    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-    return part.fc2(0.5 * x * (1 + torch.tanh(inner)))
-
-
-def exact(layer, config, x, c, rotated):
-    """The two equations at the head of layer.py."""
-    m = silu(c) @ layer.modulation.weight.T + layer.modulation.bias
-    m = m if m.dim() == 3 else m[:, None].expand(-1, T, -1)
-    shift1, scale1, gate1, shift2, scale2, gate2 = (m[..., i * D : (i + 1) * D] for i in range(6))
-    h = (1 + scale1) * normed(layer.norm1, config, x) + shift1
-    x = x + gate1 * attention(layer.attention, config, h, rotated)
-    h = (1 + scale2) * normed(layer.norm2, config, x) + shift2
-    return x + gate2 * mlp(layer.mlp, config, h)
+def with_gradients(modules, run, x, c, *rest):
+    """The output, and the gradient in x, in c and in each parameter."""
+    x, c = (t.detach().requires_grad_() for t in (x, c))
+    out = run(x, c, *rest)
+    dout = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out)
+    return out, *torch.autograd.grad(out, [x, c, *nn.ModuleList(modules).parameters()], dout)
 
 
 @pytest.mark.parametrize("config", OPTIONS)
 def test_a_new_layer_returns_its_input_bitwise(config):
     layer = AdaLNLayer(config)
     x, c = inputs()
-    assert torch.equal(layer(x, c), x)
-    assert torch.equal(layer(x, c, rotary()), x)
+    assert torch.equal(layer(x, c), x) and torch.equal(layer(x, c, rotary()), x)
 
 
 @pytest.mark.parametrize("config", OPTIONS)
 def test_agrees_with_the_equations(config):
     layer = randomise(AdaLNLayer(config)).double()
-    for per_token, rotated in product([False, True], repeat=2):
-        x, c = inputs(torch.float64, per_token=per_token)
-        tolerance = 1e-5 if rotated else 1e-10  # the table is float32
-        actual = layer(x, c, rotary() if rotated else None)
-        expected = exact(layer, config, x, c, rotated)
-        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    for per_token, table in product([False, True], [None, rotary()]):
+        args = *inputs(torch.float64, per_token=per_token), table
+        runs = layer, partial(equations, layer)
+        actual, expected = (with_gradients([layer], run, *args) for run in runs)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_a_condition_of_the_sample_is_the_condition_of_each_token():
-    layer = randomise(AdaLNLayer(CONFIG))
+@pytest.mark.parametrize("num_queries", [1, T - 1, T])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("config", [OPTIONS[0], replace(OPTIONS[-1], recompute="qkv")])
+def test_the_first_tokens_of_a_stack_are_the_first_of_all(config, depth, per_token, num_queries):
+    layers, shapes = [randomise(AdaLNLayer(config)).double() for _ in range(depth)], []
+    args = *inputs(torch.float64, per_token=per_token), rotary()
+    whole = with_gradients(layers, lambda *a: run_layers(layers, *a)[:, :num_queries], *args)
+    for layer in layers:
+        layer.register_forward_hook(lambda _, args, out: shapes.append(out.shape[1]))
+    some = with_gradients(layers, lambda *a: run_layers(layers, *a, num_queries), *args)
+    assert shapes == [T] * (depth - 1) + [num_queries]
+    torch.testing.assert_close(some, whole, rtol=1e-10, atol=1e-10)
+
+
+def test_no_layer_gives_the_first_tokens_of_x():
     x, c = inputs()
-    torch.testing.assert_close(layer(x, c), layer(x, c[:, None].expand(B, T, 7)))
+    assert run_layers([], x, c) is x
+    assert torch.equal(run_layers([], x, c, num_queries=2), x[:, :2])
 
 
-@pytest.mark.parametrize("open_gate", [None, "gate1", "gate2"])
-def test_a_closed_gate_closes_its_branch_alone(open_gate):
-    layer = AdaLNLayer(CONFIG)
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_rejects_more_tokens_than_there_are(depth):
+    message = r"num_queries must be an integer from 1 to T = 5, or None, got 6"
+    with pytest.raises(ValueError, match=message):
+        run_layers([AdaLNLayer(CONFIG)] * depth, *inputs(), num_queries=6)
+
+
+def test_a_stack_keeps_its_residual_stream_once():
+    layers = [randomise(AdaLNLayer(CONFIG)) for _ in range(3)]
+    order = [layers[i] for i in (0, 1, 1, 2)]  # a layer may come again
     x, c = inputs()
-    with torch.no_grad():
-        for name, bias in zip(CHUNKS, layer.modulation.bias.chunk(6), strict=True):
-            bias.fill_(1.0 if name == open_gate or "gate" not in name else 0.0)
-    h = 2 * layer.norm1(x) + 1
-    branches = {
-        None: 0,
-        "gate1": attention(layer.attention, CONFIG, h, rotated=False),
-        "gate2": mlp(layer.mlp, CONFIG, h),
-    }
-    torch.testing.assert_close(layer(x, c), x + branches[open_gate])
 
+    def one_by_one():
+        y = x
+        for layer in order:
+            y = layer(y, c)
+        return y
 
-def test_tokens_may_be_permuted_unless_positions_rotate_them():
-    layer = randomise(AdaLNLayer(CONFIG)).double()
-    x, c = inputs(torch.float64)
-    order = torch.tensor([3, 0, 4, 1, 2])
-    torch.testing.assert_close(layer(x[:, order], c), layer(x, c)[:, order])
-    moved = layer(x[:, order], c, rotary()), layer(x, c, rotary())[:, order]
-    assert not torch.allclose(*moved, atol=1e-3)
-
-
-def test_samples_do_not_see_each_other():
-    layer = randomise(AdaLNLayer(CONFIG))
-    x, c = (value.requires_grad_() for value in inputs())
-    layer(x, c, rotary())[1].square().sum().backward()
-    for grad in (x.grad, c.grad):
-        assert not grad[[0, 2]].any() and grad[1].all()
-
-
-@pytest.mark.parametrize("config", [OPTIONS[0], OPTIONS[-1]])
-def test_gradients_reach_all_parameters(config):
-    layer = randomise(AdaLNLayer(config))
-    layer(*inputs(), rotary()).square().sum().backward()
-    for name, parameter in layer.named_parameters():
-        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+    assert torch.equal(one_by_one(), run_layers(order, x, c))
+    once = saved_bytes(lambda: run_layers(order, x, c))
+    assert saved_bytes(one_by_one) - once == 3 * x.nbytes
 
 
 def test_a_new_layer_learns_through_its_gates_first():
@@ -164,35 +131,26 @@ def test_a_new_layer_learns_through_its_gates_first():
     assert not layer.attention.qkv.weight.grad.any() and not layer.mlp.fc2.weight.grad.any()
 
 
-def test_the_state_of_the_default_layer():
-    assert {name: tuple(t.shape) for name, t in AdaLNLayer(CONFIG).state_dict().items()} == {
-        "attention.qkv.weight": (36, 12),
-        "attention.qkv.bias": (36,),
-        "attention.out.weight": (12, 12),
-        "attention.out.bias": (12,),
-        "mlp.fc1.weight": (20, 12),
-        "mlp.fc1.bias": (20,),
-        "mlp.fc2.weight": (12, 20),
-        "mlp.fc2.bias": (12,),
-        "modulation.weight": (72, 7),
-        "modulation.bias": (72,),
-    }
-
-
 def test_options_add_and_remove_parameters():
-    def names(**options):
-        return set(AdaLNLayer(replace(CONFIG, **options)).state_dict())
+    def shapes(**options):
+        state = AdaLNLayer(replace(CONFIG, **options)).state_dict()
+        return {name: tuple(t.shape) for name, t in state.items()}
 
-    default = names()
-    norms = {f"norm{i}.{name}" for i in (1, 2) for name in ("weight", "bias")}
-    assert names(affine=True) - default == norms
-    assert names(affine=True, norm="rms") - default == {"norm1.weight", "norm2.weight"}
-    assert names(qk_norm=True) - default == {"attention.q_norm.weight", "attention.k_norm.weight"}
-    assert default - names(bias=False) == {
-        f"{part}.bias" for part in ("attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2")
-    }
-    swiglu = AdaLNLayer(replace(CONFIG, mlp="swiglu")).mlp
-    assert swiglu.fc1.weight.shape == (40, 12) and swiglu.fc2.weight.shape == (12, 20)
+    weights = dict(zip(PROJECTIONS, [(36, 12), (12, 12), (20, 12), (12, 20)], strict=True))
+    weights["modulation"] = (72, 7)
+    default = {f"{name}.weight": shape for name, shape in weights.items()}
+    default |= {f"{name}.bias": shape[:1] for name, shape in weights.items()}
+    norms = {f"norm{i}.{name}": (12,) for i in (1, 2) for name in ("weight", "bias")}
+    rms = {name: shape for name, shape in norms.items() if "weight" in name}
+    heads = {"attention.q_norm.weight": (4,), "attention.k_norm.weight": (4,)}
+    assert shapes() == default
+    assert shapes(affine=True) == default | norms
+    assert shapes(affine=True, norm="rms") == default | rms
+    assert shapes(qk_norm=True) == default | heads
+    wide = {"mlp.fc1.weight": (40, 12), "mlp.fc1.bias": (40,)}
+    assert shapes(mlp="swiglu") == default | wide
+    biases = {f"{name}.bias" for name in PROJECTIONS}
+    assert shapes(bias=False) == {n: shape for n, shape in default.items() if n not in biases}
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -200,10 +158,9 @@ def test_initialise_sets_the_projections_and_nothing_else(bias):
     layer = randomise(AdaLNLayer(replace(CONFIG, affine=True, qk_norm=True, bias=bias)))
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
     layer.initialise(nn.init.ones_)
-    projections = ("attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2")
     for name, parameter in layer.named_parameters():
         part, _, kind = name.rpartition(".")
-        if part in projections:
+        if part in PROJECTIONS:
             assert (parameter == (1 if kind == "weight" else 0)).all(), name
         else:
             assert torch.equal(parameter, before[name]), name
@@ -218,44 +175,16 @@ def test_the_residual_stream_keeps_its_dtype_under_autocast():
     torch.testing.assert_close(y, layer(x, c, rotary()), rtol=0.02, atol=0.05)
 
 
-def test_a_stack_keeps_its_residual_stream_once():
-    layers = [randomise(AdaLNLayer(CONFIG)) for _ in range(3)]
-    order = [layers[i] for i in (0, 1, 1, 2)]  # a layer may come again
-    (x, c), table = inputs(), rotary()
-
-    def stored(function):
-        seen = {}
-
-        def pack(tensor):
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            return function(), sum(seen.values())
-
-    def one_by_one():
-        y = x
-        for layer in order:
-            y = layer(y, c, table)
-        return y
-
-    expected, many = stored(one_by_one)
-    actual, once = stored(lambda: run_layers(order, x, c, table))
-    assert torch.equal(actual, expected)
-    assert many - once == 3 * x.nbytes
-
-
-def test_empty_batch():
-    layer = AdaLNLayer(CONFIG)
-    assert layer(torch.empty(0, T, D), torch.empty(0, 7)).shape == (0, T, D)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"norm": "batch"}, "norm must be one of layer, rms, got batch"),
         ({"mlp": "relu"}, "mlp must be one of gelu, swiglu, got relu"),
         ({"num_heads": 5}, "dim must be a multiple of num_heads, got 12 and 5"),
+        (
+            {"recompute": "all"},
+            "recompute must be one of none, attention, mlp, qkv, layer, layer_narrow, got all",
+        ),
     ],
 )
 def test_rejects(options, message):

@@ -1,9 +1,11 @@
 """Tensors of one AdaLN layer for its tests, and the layer as a function of tensors alone."""
 
+from functools import wraps
 from itertools import product
 
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels.models.rotary import rotary_table
 from dbkernels.ops import POLICIES, LayerWeights, adaln_layer, reference
@@ -25,36 +27,20 @@ class OneLayer:
 
     def __init__(
         self,
-        B=2,
-        T=5,
-        D=24,
-        H=3,
-        *,
-        hidden=40,
-        mlp="gelu",
-        norm="layer",
-        bias=True,
-        qk_norm=True,
-        rotated=False,
-        per_token=False,
-        dtypes=(torch.float32,) * 3,
-    ):
+        B=2, T=5, D=24, H=3, *, hidden=40, mlp="gelu", norm="layer", bias=True, qk_norm=True,
+        rotated=False, per_token=False, dtypes=(torch.float32,) * 3,
+    ):  # fmt: skip
         def normal(*shape, std=1.0, mean=0.0):
             return mean + std * torch.randn(shape, dtype=torch.float64)
 
         first, d = (2 * hidden if mlp == "swiglu" else hidden), D // H
-        weights = {
-            "qkv_weight": normal(3 * D, D, std=D**-0.5),
-            "qkv_bias": normal(3 * D, std=0.3),
-            "out_weight": normal(D, D, std=D**-0.5),
-            "out_bias": normal(D, std=0.3),
-            "fc1_weight": normal(first, D, std=D**-0.5),
-            "fc1_bias": normal(first, std=0.3),
-            "fc2_weight": normal(D, hidden, std=hidden**-0.5),
-            "fc2_bias": normal(D, std=0.3),
-            "q_weight": normal(d, std=0.5, mean=1.5),
-            "k_weight": normal(d, std=0.5, mean=-1.0),
-        }
+        shapes = {"qkv": (3 * D, D), "out": (D, D), "fc1": (first, D), "fc2": (D, hidden)}
+        weights = {}
+        for name, (width, read) in shapes.items():
+            weights[f"{name}_weight"] = normal(width, read, std=read**-0.5)
+            weights[f"{name}_bias"] = normal(width, std=0.3)
+        weights["q_weight"] = normal(d, std=0.5, mean=1.5)
+        weights["k_weight"] = normal(d, std=0.5, mean=-1.0)
         x_dtype, modulation_dtype, dtype = dtypes
         samples = (B, T) if per_token else (B,)
         self.tensors = {
@@ -122,8 +108,36 @@ def assert_same_bits(actual, expected):
         assert torch.equal(actual[name], expected[name]), name
 
 
-def saved_by(step):
-    """step(), and what autograd kept for its backward: a tensor of each storage, by address."""
+def assert_close(actual, expected, tolerance=1e-11):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=tolerance, atol=tolerance,
+            msg=lambda message, name=name: f"{name}: {message}",
+        )  # fmt: skip
+
+
+def gradients(y, leaves, dy=None, **options):
+    """The gradient in every leaf that wants one, by name."""
+    wanted = {name: t for name, t in leaves.items() if t.requires_grad}
+    grads = torch.autograd.grad(y, list(wanted.values()), dy, **options)
+    return dict(zip(wanted, grads, strict=True))
+
+
+def in_autocast(op):
+    @wraps(op)
+    def f(*args, **options):
+        with torch.autocast("cpu", torch.bfloat16):
+            return op(*args, **options)
+
+    return f
+
+
+def saved_by(step, *, but=()):
+    """step(), and what autograd kept for its backward: a tensor of each storage, by address.
+
+    The storages of the tensors in `but` are left out.
+    """
     kept = {}
 
     def pack(t):
@@ -132,4 +146,24 @@ def saved_by(step):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = step()
+    for t in but:
+        kept.pop(t.untyped_storage().data_ptr(), None)
     return result, kept
+
+
+def saved_bytes(step, *, but=()):
+    """Bytes of the storages that autograd keeps for the backward of step()."""
+    return sum(t.untyped_storage().nbytes() for t in saved_by(step, but=but)[1].values())
+
+
+class Ops(TorchDispatchMode):
+    """The ops that run within: the name of each, and the shapes of its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        shapes = [t.shape for t in args if isinstance(t, torch.Tensor)]
+        self.calls.append((func._schema.name.partition("::")[2], shapes))
+        return func(*args, **(kwargs or {}))

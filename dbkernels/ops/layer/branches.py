@@ -10,8 +10,8 @@ from dbkernels.ops.activations import BACKWARD_OPS, activation_forward
 from dbkernels.ops.attention import attention_backward, attention_forward
 from dbkernels.ops.backend.checks import statistics_dtype
 from dbkernels.ops.backend.register import runs_as_on_gpu
-from dbkernels.ops.layer.projection import QKV, Gradients, as_rows, chunks, project
-from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.ops.layer.projection import QKV, Gradients, as_rows, project
+from dbkernels.ops.layer.tensors import Kept, LayerCall, LayerWeights, chunks, like
 from dbkernels.ops.qk_norm_rotary import qk_norm_rotary_backward, qk_norm_rotary_forward
 
 QK_EPS = 1e-6  # of the norms of queries and keys
@@ -19,53 +19,46 @@ CHUNK = 8192  # tokens: enough of them to fill a GPU with one matmul
 _addmm_gelu = torch.ops.aten._addmm_activation
 
 
-def attend(qkv: QKV, heads: int, w: LayerWeights, rotary: Tensor | None) -> tuple[Tensor, Tensor]:
+def attend(call: LayerCall, qkv: QKV) -> tuple[Tensor, Tensor]:
     """The attention's result (B, N, D) and its logsumexp, for N queries of each sample."""
-    return attention_forward(*_by_head(qkv, heads, w, rotary))
+    return attention_forward(*_by_head(call, qkv))
 
 
-def attend_backward(
-    da: Tensor,
-    qkv: QKV,
-    attended: Tensor | None,
-    logsumexp: Tensor | None,
-    heads: int,
-    w: LayerWeights,
-    rotary: Tensor | None,
-    *,
-    dqkv: QKV,
-    gradients: Gradients,
-) -> None:
-    """From the gradient of the branch's output to dqkv, which is written.
+def attend_backward(call: LayerCall, da: Tensor, qkv: QKV, kept: Kept, grads: Gradients) -> QKV:
+    """dqkv, from the gradient of the branch's output.
 
-    dqkv may be qkv itself where queries and keys have no norm, whose backward reads qkv again.
-    Where attended is None, it is computed again.
+    It is written over qkv where that is owned and queries and keys have no norm, whose backward
+    reads qkv again. Where the attention was not kept, it is computed again.
     """
-    by_head = _by_head(qkv, heads, w, rotary)
+    w, rotary = call.weights, call.rotary
+    dqkv = QKV(*(kept.buffer(t) if w.q_weight is None else like(t) for t in qkv))
+    by_head = _by_head(call, qkv)
+    attended, logsumexp = kept.pop("attended"), kept.pop("logsumexp")
     if attended is None:
         attended, logsumexp = attention_forward(*by_head)
-    gradients.add_projection("out", da, attended)
+    grads.add_projection("out", da, attended)
     dattended = project(da, w.out_weight.T)
     dqkv.write(*attention_backward(dattended, *by_head, attended, logsumexp))
     if w.q_weight is None and rotary is None:
-        return
+        return dqkv
     whole = dqkv.whole()
-    dweights = [None if t is None else torch.empty_like(t) for t in w.qk_norms]
+    dweights, heads = [like(t) for t in w.qk_norms], call.options.num_heads
     qk_norm_rotary_backward(whole, qkv.whole(), *w.qk_norms, rotary, *dweights, heads, QK_EPS)
     dqkv.take(whole)
-    gradients.add("q_weight", dweights[0])
-    gradients.add("k_weight", dweights[1])
+    grads.add("q_weight", dweights[0])
+    grads.add("k_weight", dweights[1])
+    return dqkv
 
 
-def _by_head(qkv: QKV, heads: int, w: LayerWeights, rotary: Tensor | None) -> list[Tensor]:
+def _by_head(call: LayerCall, qkv: QKV) -> list[Tensor]:
     """Queries and keys as the attention sees them, and values, (B, H, N or T, D / H) each."""
+    heads, w = call.options.num_heads, call.weights
     q, k, v = qkv.by_head(heads)
-    if w.q_weight is not None or rotary is not None:
-        N = q.shape[2]
-        qk = qk_norm_rotary_forward(qkv.whole(), w.qk_norms, rotary, heads, QK_EPS)
-        q, k = qk.permute(2, 0, 3, 1, 4)
-        q = q[:, :, :N]
-    return [q, k, v]
+    if w.q_weight is None and call.rotary is None:
+        return [q, k, v]
+    qk = qk_norm_rotary_forward(qkv.whole(), w.qk_norms, call.rotary, heads, QK_EPS)
+    seen, k = qk.permute(2, 0, 3, 1, 4)
+    return [seen[:, :, : q.shape[2]], k, v]
 
 
 def mlp(y: Tensor, mlp: str, w: LayerWeights, *, hidden: Tensor | None) -> Tensor:
@@ -84,38 +77,31 @@ def mlp(y: Tensor, mlp: str, w: LayerWeights, *, hidden: Tensor | None) -> Tenso
 
 
 def mlp_backward(
-    dm: Tensor,
-    y: Tensor | None,
-    hidden: Tensor | None,
-    mlp: str,
-    w: LayerWeights,
-    *,
-    dhidden: Tensor | None,
-    gradients: Gradients,
-) -> Tensor:
-    """dy (B, T, D), from the gradient of the MLP's output.
+    call: LayerCall, dm: Tensor, y: Tensor | None, kept: Kept, grads: Gradients
+) -> tuple[Tensor, Tensor | None]:
+    """dy (B, T, D), from the gradient of the MLP's output, and the gradient of hidden.
 
-    With hidden, dhidden is written, which may be hidden itself, and the gradient of fc1's weight is
-    left to the caller, who has y later. Without, hidden is computed again from y. dy is written
-    over dm, a chunk at a time.
+    Where hidden was kept, its gradient is written over it if it is owned, and the gradient of fc1's
+    weight is left to the caller, who has y later. Else hidden is computed again from y, and has
+    none. dy is written over dm, a chunk at a time.
     """
-    rows = as_rows(dm)
-    size = _chunk(rows, 2 if hidden is None else 1)
+    w, rows, hidden = call.weights, as_rows(dm), kept.pop("hidden")
+    dhidden, size = kept.buffer(hidden), _chunk(rows, 2 if hidden is None else 1)
     part = len(rows) > size
-    gradients.add_bias("fc2", dm)
+    grads.add_bias("fc2", dm)
     for chunk in chunks(len(rows), size):
         h = project(as_rows(y)[chunk], w.fc1_weight) if hidden is None else hidden[chunk]
         dh = h if hidden is None else dhidden[chunk]
         u = project(rows[chunk], w.fc2_weight.T)  # du, until the activation is written over it
         dbias = h.new_empty(h.shape[1], dtype=statistics_dtype(h))
-        BACKWARD_OPS[mlp](h, u, w.fc1_bias, dh, u, dbias)
-        gradients.add_weight("fc2", rows[chunk], u, part=part)
-        gradients.add("fc1_bias", dbias)
+        BACKWARD_OPS[call.options.mlp](h, u, w.fc1_bias, dh, u, dbias)
+        grads.add_weight("fc2", rows[chunk], u, part=part)
+        grads.add("fc1_bias", dbias)
         if hidden is None:
-            gradients.add_weight("fc1", dh, as_rows(y)[chunk], part=part)
+            grads.add_weight("fc1", dh, as_rows(y)[chunk], part=part)
         project(dh, w.fc1_weight.T, out=rows[chunk])
         del h, dh, u, dbias
-    return dm
+    return dm, dhidden
 
 
 def _has_epilogue(rows: Tensor, mlp: str, w: LayerWeights) -> bool:

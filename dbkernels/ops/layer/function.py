@@ -19,21 +19,13 @@ from dbkernels.ops.adaln_norm import NormOptions
 from dbkernels.ops.attention import check_head_width
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
-from dbkernels.ops.layer.passes import Kept, LayerCall
+from dbkernels.ops.layer import passes, tensors
 from dbkernels.ops.layer.projection import Gradients, cast
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
-from dbkernels.ops.layer.tensors import (
-    Activations,
-    LayerModulation,
-    LayerOptions,
-    LayerWeights,
-    ResidualStream,
-    check_first,
-    end_of_run,
-)
+from dbkernels.ops.layer.tensors import LayerCall, LayerOptions, LayerWeights, ResidualStream
 from dbkernels.ops.qk_norm_rotary import check_rotary
 
-WEIGHTS, KEPT = len(LayerWeights._fields), len(Activations._fields)
+WEIGHTS, KEPT = len(LayerWeights._fields), len(tensors.Activations._fields)
 
 # autograd
 
@@ -49,45 +41,41 @@ class _AdaLNLayer(torch.autograd.Function):
         weights, run = rest[:WEIGHTS], rest[WEIGHTS:]
         w = LayerWeights(*cast(weights, options.norm.dtype))
         call = LayerCall(x, modulation, rotary, w, options)
-        out, activations = call.forward()
-        keeps = POLICIES[options.recompute].keeps
-        kept = (t if name in keeps else None for name, t in activations._asdict().items())
+        out, kept = passes.forward(call)
         if POLICIES[options.recompute].narrow:
-            run = (call.narrowed(),)
+            run = (passes.narrowed(call),)
         ctx.save_for_backward(modulation, rotary, *weights, *kept, *run)
-        branches = activations.a, activations.m
-        ctx.mark_non_differentiable(*(branch for branch in branches if branch is not None))
+        ctx.mark_non_differentiable(*(branch for branch in (kept.a, kept.m) if branch is not None))
         ctx.set_materialize_grads(False)
         ctx.options = options
-        return out, *branches
+        return out, kept.a, kept.m
 
     @staticmethod
     def backward(ctx, dout, da, dm):
         checks.refuse_double_backward("adaln_layer")
+        needed = ctx.needs_input_grad
         if dout is None:
-            return (None,) * len(ctx.needs_input_grad)
+            return (None,) * len(needed)
         owned = is_last_to_read()
         modulation, rotary, *saved = ctx.saved_tensors
         weights, saved = LayerWeights(*saved[:WEIGHTS]), saved[WEIGHTS:]
-        kept = Kept(dict(zip(Activations._fields, saved[:KEPT], strict=True)), owned=owned)
+        kept = tensors.Kept(tensors.Activations(*saved[:KEPT]), owned=owned)
         start, *sums = saved[KEPT:]
         if owned:
             # nothing but kept holds what the forward kept, so each tensor dies with its last use
             ctx.maybe_clear_saved_tensors()
         del saved
-        x = end_of_run(start, sums)
-        wanted = dict(zip(LayerWeights._fields, ctx.needs_input_grad[4:], strict=False))
-        names = [name for name in wanted if wanted[name]]
-        gradients = Gradients(frozenset(names), weights.qkv_weight.dtype)
+        x = tensors.end_of_run(start, sums)
+        wanted = zip(LayerWeights._fields, needed[4:], strict=False)
+        gradients = Gradients(frozenset(n for n, want in wanted if want), weights.qkv_weight.dtype)
         # kept from the forward, the casts would take 2 bytes for each parameter of a block at the
         # peak of its step: to read 4 bytes and write 2 again costs far less than that memory
         w = LayerWeights(*cast(weights, ctx.options.norm.dtype))
         call = LayerCall(x, modulation, rotary, w, ctx.options)
         with dtypes_as_they_are(dout.device.type):
-            dx, dmodulation = call.backward(dout.contiguous(), kept, gradients)
-        dweights = cast([gradients.sums.get(name) for name in wanted], gradients.dtype)
-        run = (None,) * (len(ctx.needs_input_grad) - 4 - WEIGHTS)
-        return None, dx, dmodulation, None, *dweights, *run
+            dx, dmodulation = passes.backward(call, dout.contiguous(), kept, gradients)
+        dweights = cast([gradients.sums.get(name) for name in w._fields], gradients.dtype)
+        return None, dx, dmodulation, None, *dweights, *(None,) * (len(needed) - 4 - WEIGHTS)
 
 
 # public
@@ -133,15 +121,13 @@ def adaln_layer(
             from 1 to T.
         RuntimeError: the gradient is differentiated.
     """
-    if mlp not in ACTIVATIONS:
-        raise ValueError(f"mlp must be one of {', '.join(ACTIVATIONS)}, got {mlp}")
-    if recompute not in POLICIES:
-        raise ValueError(f"recompute must be one of {', '.join(POLICIES)}, got {recompute}")
+    for name, value, known in (("mlp", mlp, ACTIVATIONS), ("recompute", recompute, POLICIES)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
     dtype = compute_dtype(x, weights.qkv_weight)
-    options = LayerOptions(
-        num_heads, mlp, NormOptions(eps, checks.check_norm(norm), dtype), recompute, num_queries
-    )
-    _check(x, modulation, rotary, weights, options)
+    norms = NormOptions(eps, checks.check_norm(norm), dtype)
+    options = LayerOptions(num_heads, mlp, norms, recompute, num_queries)
+    _check(LayerCall(x, modulation, rotary, weights, options))
     if num_queries == x.shape[1]:
         options = options._replace(num_queries=None)
     x, modulation = x.contiguous(), checks.as_rows(modulation)
@@ -149,17 +135,15 @@ def adaln_layer(
         modulation = modulation.contiguous()
     run = (x.detach(),) if stream is None else stream.run_to(x)
     out, a, m = _AdaLNLayer.apply(options, x, modulation, rotary, *weights, *run)
-    followed = stream is not None and options.num_queries is None
-    if followed and out.requires_grad and {"a", "m"} <= POLICIES[recompute].keeps:
-        mod = LayerModulation.of(modulation)
+    if stream is not None and options.num_queries is None and out.requires_grad and a is not None:
+        mod = tensors.LayerModulation.of(modulation)
         stream.extend(run, out, mod.gate1, a, mod.gate2, m)
     return out
 
 
-def _check(
-    x: Tensor, modulation: Tensor, rotary: Tensor | None, w: LayerWeights, options: LayerOptions
-) -> None:
+def _check(call: LayerCall) -> None:
     """Shapes, dtypes and devices of one call."""
+    x, modulation, rotary, w, options = call
     checks.check_floats(x=x, modulation=modulation, rotary=rotary, **w._asdict())
     checks.check_tokens(x=x)
     B, T, D = x.shape
@@ -172,23 +156,19 @@ def _check(
         raise ValueError(f"num_heads must divide D = {D}, got {options.num_heads}")
     d = D // options.num_heads
     check_head_width(x.device, d)
-    check_first(options.num_queries, T)
+    tensors.check_first(options.num_queries, T)
     if rotary is not None:
         check_rotary(rotary, T, d)
     if (w.q_weight is None) != (w.k_weight is None):
         raise ValueError("q_weight and k_weight must be given together, got one of them")
-    first, hidden = len(w.fc1_weight), w.fc2_weight.shape[-1]
+    first, hidden, dtype = len(w.fc1_weight), w.fc2_weight.shape[-1], w.qkv_weight.dtype
     expected = LayerWeights(
         (3 * D, D), (3 * D,), (D, D), (D,),
         (2 * hidden if options.mlp == "swiglu" else hidden, D), (first,), (D, hidden), (D,),
         (d,), (d,),
     )  # fmt: skip
-    for name, shape in expected._asdict().items():
-        weight = getattr(w, name)
-        if weight is not None and tuple(weight.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(weight.shape)}")
-        if weight is not None and weight.dtype != w.qkv_weight.dtype:
-            raise ValueError(
-                f"{name} must have the dtype of qkv_weight, {w.qkv_weight.dtype}, "
-                f"got {weight.dtype}"
-            )
+    for name, t, shape in zip(w._fields, w, expected, strict=True):
+        if t is not None and tuple(t.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
+        if t is not None and t.dtype != dtype:
+            raise ValueError(f"{name} must have the dtype of qkv_weight, {dtype}, got {t.dtype}")

@@ -3,16 +3,15 @@
 y = x W^T + b,    dx = dy W,    dW = dy^T x,    db = sum dy
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dbkernels.ops.backend import checks
-from dbkernels.ops.backend.checks import statistics_dtype
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, runs_as_on_gpu
-from dbkernels.ops.layer.tensors import LayerWeights, first_tokens
+from dbkernels.ops.layer.tensors import LayerWeights, chunks, first_tokens
 
 CPU_CHUNK = 1024  # tokens whose operands a CPU holds in float32 beside them
 
@@ -32,12 +31,6 @@ def project(
 def as_rows(x: Tensor) -> Tensor:
     """(..., D) as (tokens, D)."""
     return x if x.dim() == 2 else x.view(-1, x.shape[-1])
-
-
-def chunks(rows: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` rows; an empty one where there are none, so that sums are zeros."""
-    for start in range(0, max(rows, 1), size):
-        yield slice(start, min(start + size, rows))
 
 
 class Gradients:
@@ -61,28 +54,26 @@ class Gradients:
 
     def add_weight(self, name: str, dy: Tensor, x: Tensor, *, part: bool = False) -> None:
         """The weight's gradient, or the part of it that a chunk of tokens gives."""
-        name = f"{name}_weight"
-        if name not in self.wanted:
-            return
-        left, right = as_rows(dy).T, as_rows(x)
+        name, left, right = f"{name}_weight", as_rows(dy).T, as_rows(x)
         if name in self.sums:
             add_product(self.sums[name], left, right)
-        else:
-            dtype = statistics_dtype(x) if part or self.parts else sum_dtype(dy, self.dtype)
+        elif name in self.wanted:
+            dtype = checks.statistics_dtype(x) if part or self.parts else sum_dtype(dy, self.dtype)
             self.sums[name] = product(left, right, dtype)
 
-    def add_bias(self, name: str, dy: Tensor) -> None:
+    def add_bias(self, name: str, *dy: Tensor) -> None:
+        """The bias's gradient, of outputs in one tensor or side by side in several."""
         if f"{name}_bias" in self.wanted:
-            self.add(f"{name}_bias", as_rows(dy).sum(0, dtype=sum_dtype(dy, self.dtype)))
+            sums = [as_rows(t).sum(0, dtype=sum_dtype(t, self.dtype)) for t in dy]
+            self.add(f"{name}_bias", torch.cat(sums) if len(sums) > 1 else sums[0])
 
     def add(self, name: str, value: Tensor) -> None:
         """Add a part if it is wanted, in float32 where there is more than one."""
-        if name not in self.wanted:
-            return
-        total = self.sums.get(name)
-        if total is not None:
-            value = total.to(torch.promote_types(total.dtype, torch.float32)).add_(value)
-        self.sums[name] = value
+        if name in self.sums:
+            total = self.sums[name]
+            value = total.to(checks.statistics_dtype(total)).add_(value)
+        if name in self.wanted:
+            self.sums[name] = value
 
 
 def sum_dtype(operand: Tensor, wanted: torch.dtype) -> torch.dtype:
@@ -90,9 +81,7 @@ def sum_dtype(operand: Tensor, wanted: torch.dtype) -> torch.dtype:
     return wanted if wanted == torch.float32 and runs_as_on_gpu(operand) else operand.dtype
 
 
-def product(
-    left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor | None = None
-) -> Tensor:
+def product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """left @ right in their dtype or, where it is narrower, in float32; into out where given."""
     if out is None:
         out = left.new_empty((len(left), right.shape[1]), dtype=dtype)
@@ -126,11 +115,9 @@ def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | 
     found = [
         t if t is None or t.dtype == dtype else torch.empty_like(t, dtype=dtype) for t in tensors
     ]
-    pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
-    for copy, source in zip(found, tensors, strict=True):
-        if copy is not source:
-            pairs.setdefault(source.dtype, []).append((copy, source))
-    for of_one_dtype in pairs.values():
+    pairs = [(copy, t) for copy, t in zip(found, tensors, strict=True) if copy is not t]
+    for source in dict.fromkeys(t.dtype for _, t in pairs):
+        of_one_dtype = [pair for pair in pairs if pair[1].dtype == source]
         torch._foreach_copy_(*map(list, zip(*of_one_dtype, strict=True)))
     return found
 
@@ -164,10 +151,9 @@ class QKV(NamedTuple):
         """(B, T, 3 D), with zeros for the queries that are not there."""
         if self.q is None:
             return self.qkv
-        B, N, D = self.q.shape
-        whole = self.qkv.new_zeros((B, self.qkv.shape[1], 3 * D))
+        _, N, D = self.q.shape
+        whole = torch.nn.functional.pad(self.qkv, (D, 0))
         whole[:, :N, :D] = self.q
-        whole[..., D:] = self.qkv
         return whole
 
     def take(self, whole: Tensor) -> None:
@@ -201,16 +187,13 @@ class QKV(NamedTuple):
             gradients.add_projection("qkv", self.qkv, y)
             return
         _, N, D = self.q.shape
-        dq, dkv = as_rows(self.q), as_rows(self.qkv)
         if "qkv_weight" in gradients.wanted:
             # whole from the start: its parts beside it would be the step's highest moment
-            total = y.new_empty((3 * D, D), dtype=statistics_dtype(y))
-            product(dq.T, as_rows(first_tokens(y, N)), total.dtype, out=total[:D])
-            product(dkv.T, as_rows(y), total.dtype, out=total[D:])
+            total = y.new_empty((3 * D, D), dtype=checks.statistics_dtype(y))
+            product(as_rows(self.q).T, as_rows(first_tokens(y, N)), total.dtype, out=total[:D])
+            product(as_rows(self.qkv).T, as_rows(y), total.dtype, out=total[D:])
             gradients.add("qkv_weight", total)
-        if "qkv_bias" in gradients.wanted:
-            dtype = sum_dtype(dq, gradients.dtype)
-            gradients.add("qkv_bias", torch.cat([part.sum(0, dtype=dtype) for part in (dq, dkv)]))
+        gradients.add_bias("qkv", self.q, self.qkv)
 
 
 def _apart(parameter: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -237,18 +220,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         checks.refuse_double_backward("linear")
-        x, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        rows, shape, dtypes = as_rows(dy.contiguous()), x.shape, (x.dtype, weight.dtype)
-        dx = dweight = dbias = None
+        (x, weight), needed = ctx.saved_tensors, ctx.needs_input_grad
+        rows, dx, dweight, dbias = as_rows(dy.contiguous()), None, None, None
         with dtypes_as_they_are(dy.device.type):
-            read = x if needed[1] else None, weight if needed[0] else None
-            x, weight = cast(read, ctx.dtype)
-            if needed[0]:
-                dx = product(rows, weight, sum_dtype(rows, dtypes[0])).to(dtypes[0]).view(shape)
-            del weight, read
+            read = cast([x if needed[1] else None, weight if needed[0] else None], ctx.dtype)
+            if needed[0]:  # the weight's copy dies with its only use
+                dx = product(rows, read.pop(), sum_dtype(rows, x.dtype)).to(x.dtype).view(x.shape)
             if needed[1]:
-                dweight = product(rows.T, as_rows(x), sum_dtype(rows, dtypes[1])).to(dtypes[1])
+                dtype = weight.dtype
+                dweight = product(rows.T, as_rows(read[0]), sum_dtype(rows, dtype)).to(dtype)
             if needed[2]:
                 dbias = rows.sum(0, dtype=sum_dtype(rows, ctx.bias_dtype)).to(ctx.bias_dtype)
         return dx, dweight, dbias, None

@@ -20,7 +20,7 @@ Recompute = Literal["none", "attention", "mlp", "qkv", "layer", "layer_narrow"]
 
 
 @dataclass(frozen=True)
-class RecomputePolicy:
+class Policy:
     """One choice of what a layer keeps for its backward and what it computes again."""
 
     keeps: frozenset[str]
@@ -33,19 +33,15 @@ class RecomputePolicy:
     """Whether x is kept in the dtype of the branches where that is narrower."""
 
 
-_ALL = frozenset(Activations._fields)
+_ALL, _NOTHING = frozenset(Activations._fields), frozenset[str]()
 
-POLICIES: dict[Recompute, RecomputePolicy] = {
-    "none": RecomputePolicy(_ALL, 11, "nothing"),
-    "attention": RecomputePolicy(_ALL - {"attended", "logsumexp"}, 10, "the attention"),
-    "mlp": RecomputePolicy(_ALL - {"hidden"}, 7, "fc1"),
-    "qkv": RecomputePolicy(
-        _ALL - {"hidden", "q", "qkv"}, 4, "fc1 and the projection to q, k and v"
-    ),
-    "layer": RecomputePolicy(frozenset(), 1, "everything"),
-    "layer_narrow": RecomputePolicy(
-        frozenset(), 1, "everything, from x in the branches' dtype", narrow=True
-    ),
+POLICIES: dict[Recompute, Policy] = {
+    "none": Policy(_ALL, 11, "nothing"),
+    "attention": Policy(_ALL - {"attended", "logsumexp"}, 10, "the attention"),
+    "mlp": Policy(_ALL - {"hidden"}, 7, "fc1"),
+    "qkv": Policy(_ALL - {"hidden", "q", "qkv"}, 4, "fc1 and the projection to q, k and v"),
+    "layer": Policy(_NOTHING, 1, "everything"),
+    "layer_narrow": Policy(_NOTHING, 1, "everything, from x in the branches' dtype", narrow=True),
 }
 
 

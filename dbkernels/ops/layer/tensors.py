@@ -6,7 +6,7 @@ A layer keeps its branches' outputs a and m for the gradients of its gates, so i
 only the first need keep x. The others compute it again, by the same sums in the same order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -106,6 +106,61 @@ class Activations(NamedTuple):
     """(B, N, D), output of the MLP."""
 
 
+class LayerCall(NamedTuple):
+    """A layer and what goes in; weights have the dtype of the branches, x that of the stream."""
+
+    x: Tensor
+    """(B, T, D); in a backward it may be narrower than the stream."""
+    modulation: Tensor
+    """(samples, 6 D); a token is a sample where each has a condition of its own."""
+    rotary: Tensor | None
+    """(2, T, D / H)"""
+    weights: LayerWeights
+    options: LayerOptions
+
+    @property
+    def mod(self) -> LayerModulation:
+        return LayerModulation.of(self.modulation)
+
+    def by_sample(self, t: Tensor) -> Tensor:
+        return by_sample(t, len(self.modulation))
+
+    def first(self) -> "LayerCall":
+        """The tokens whose result is wanted, (B, N, D), for all that follows the attention."""
+        N, modulation = self.options.num_queries, self.modulation
+        if N is None:
+            return self
+        if len(modulation) != len(self.x):
+            modulation = first_tokens(by_sample(modulation, len(self.x)), N).flatten(0, 1)
+        return self._replace(x=first_tokens(self.x, N), modulation=modulation)
+
+    def parts(self, dtype: torch.dtype, tokens: int) -> Iterator[tuple[slice, "LayerCall"]]:
+        """Calls of a few samples each, one after another, with x in the dtype of the stream."""
+        B, T, _ = self.x.shape
+        for samples in chunks(B, max(tokens // max(T, 1), 1)):
+            modulation = rows_of(self.modulation, samples, B)
+            yield samples, self._replace(x=self.x[samples].to(dtype), modulation=modulation)
+
+
+class Kept(dict[str, Tensor | None]):
+    """What a forward kept, by the names of `Activations`.
+
+    What is owned is written over: no one reads it after this.
+    """
+
+    def __init__(self, activations: Activations, *, owned: bool):
+        super().__init__(activations._asdict())
+        self.owned = owned
+
+    def buffer(self, tensor: Tensor | None) -> Tensor | None:
+        """Where a gradient of this shape goes: over the tensor itself, if it may."""
+        if tensor is None or not self.owned:
+            return like(tensor)
+        # whoever else had saved it is told, instead of reading a gradient for an activation
+        torch.autograd.graph.increment_version(tensor)
+        return tensor
+
+
 class ResidualStream:
     """Follows x through a stack of layers, so that not each of them keeps it.
 
@@ -139,18 +194,33 @@ def end_of_run(start: Tensor, sums: Sequence[Tensor]) -> Tensor:
     x = start
     for gate, h in zip(sums[::2], sums[1::2], strict=True):
         y = torch.empty_like(x) if x is start else x
-        gated_residual_forward(
-            *(by_sample(t, len(gate)) for t in (x, h)), gate, y=by_sample(y, len(gate))
-        )
+        x_rows, h_rows, y_rows = (by_sample(t, len(gate)) for t in (x, h, y))
+        gated_residual_forward(x_rows, h_rows, gate, y=y_rows)
         x = y
     return x
 
 
 def by_sample(t: Tensor, samples: int) -> Tensor:
-    """(B, T, D) as (samples, tokens of one, D)."""
-    if t.dim() == 3 and len(t) == samples:
-        return t
+    """(..., D) as (samples, tokens of one, D)."""
     return t.view(samples, t.numel() // (max(samples, 1) * t.shape[-1]), t.shape[-1])
+
+
+def rows_of(tensor: Tensor | None, samples: slice, B: int) -> Tensor | None:
+    """Some samples of a tensor that has a row, or several, for each of B."""
+    if tensor is None:
+        return None
+    each = len(tensor) // max(B, 1)
+    return tensor[samples.start * each : samples.stop * each]
+
+
+def chunks(rows: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` rows; an empty one where there are none, so that sums are zeros."""
+    for start in range(0, max(rows, 1), size):
+        yield slice(start, min(start + size, rows))
+
+
+def like(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else torch.empty_like(tensor)
 
 
 def first_tokens(x: Tensor, num_queries: int | None) -> Tensor:
@@ -173,9 +243,7 @@ def first_tokens(x: Tensor, num_queries: int | None) -> Tensor:
 
 def check_first(num_queries: int | None, T: int) -> None:
     """Whether a sequence of T tokens has so many."""
-    if num_queries is None:
-        return
-    if not isinstance(num_queries, int) or not 1 <= num_queries <= T:
+    if num_queries is not None and not (isinstance(num_queries, int) and 1 <= num_queries <= T):
         raise ValueError(
             f"num_queries must be an integer from 1 to T = {T}, or None, got {num_queries}"
         )

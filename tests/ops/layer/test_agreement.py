@@ -1,0 +1,147 @@
+"""A layer against its specification: in float64, and as accurate as eager in the other dtypes."""
+
+import pytest
+import torch
+from ops.one_layer import (
+    ALL_OPTIONS,
+    EVERY_POLICY,
+    SAME_BITS,
+    OneLayer,
+    assert_close,
+    assert_same_bits,
+    gradients,
+    in_autocast,
+)
+
+from dbkernels.ops import adaln_layer, reference, use_implementation
+from dbkernels.ops.layer import branches, passes
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+# x, modulation, weights: the third is a model in bfloat16 whose stream is not, the fourth one whose
+# norms have weights of their own, which `fold_affine` leaves in float32
+DTYPES = [
+    (F32,) * 3, (BF16,) * 3, (F32, BF16, BF16), (BF16, F32, BF16), (BF16, F32, F32), (F16,) * 3
+]  # fmt: skip
+# every two choices of any two options meet in one of these
+SOME_OPTIONS = [ALL_OPTIONS[i] for i in (0, 9, 22, 27, 36, 45, 50, 63)]
+SHARED = {"qk_norm": False}  # the published ViT's: a condition of each sample
+EACH = {"mlp": "swiglu", "rotated": True, "per_token": True}
+
+
+def describe(value):
+    if isinstance(value, dict):
+        return "-".join(name if on is True else str(on) for name, on in value.items() if on)
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in value)
+
+
+@pytest.mark.parametrize("num_queries", [None, 1, 4])
+@pytest.mark.parametrize("options", ALL_OPTIONS, ids=describe)
+def test_agrees_in_float64_at_every_policy(options, num_queries):
+    layer = OneLayer(**options, dtypes=(F64,) * 3)
+    told = {"num_queries": num_queries, "eps": 0.1}  # both norms feel it
+    exact = layer.exact(**told)
+    for recompute in EVERY_POLICY:
+        assert_close(layer.with_grads(recompute=recompute, **told), exact)
+
+
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+@pytest.mark.parametrize(
+    ("samples", "tokens", "num_queries"), [(0, 5, None), (0, 5, 2), (2, 0, None), (1, 1, None)]
+)
+@pytest.mark.parametrize("options", [SHARED, EACH], ids=describe)
+def test_one_token_or_none_agrees_too(options, samples, tokens, num_queries, recompute):
+    layer = OneLayer(samples, tokens, **options, dtypes=(F64,) * 3)
+    result = layer.with_grads(recompute=recompute, num_queries=num_queries)
+    assert_close(result, layer.exact(num_queries=num_queries))
+
+
+# parts of two samples leave one of one, chunks of three tokens leave one of one or two
+@pytest.mark.parametrize(("part", "chunk"), [(10, 3), (1, 5)])
+@pytest.mark.parametrize("num_queries", [None, 1, 3])
+@pytest.mark.parametrize("options", [{**EACH, "norm": "rms"}, SHARED], ids=describe)
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+def test_small_parts_of_samples_and_chunks_of_tokens_agree_too(
+    recompute, options, num_queries, part, chunk, monkeypatch
+):
+    monkeypatch.setattr(passes, "PART", part)
+    monkeypatch.setattr(branches, "CHUNK", chunk)
+    layer = OneLayer(5, **options, dtypes=(F64,) * 3)
+    result = layer.with_grads(recompute=recompute, num_queries=num_queries)
+    assert_close(result, layer.exact(num_queries=num_queries))
+
+
+@pytest.mark.parametrize("num_queries", [None, 19])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=describe)
+@pytest.mark.parametrize("options", SOME_OPTIONS, ids=describe)
+def test_as_accurate_as_eager_and_policies_give_the_same_bits(options, dtypes, num_queries):
+    layer = OneLayer(3, 37, 128, 1, hidden=160, **options, dtypes=dtypes)
+    first, *others, last = (
+        layer.with_grads(recompute=recompute, num_queries=num_queries) for recompute in EVERY_POLICY
+    )
+    given = {"out": layer.tensors["x"], **layer.tensors}
+    assert {name: t.dtype for name, t in first.items()} == {n: t.dtype for n, t in given.items()}
+    for result in others if dtypes[0].itemsize > dtypes[2].itemsize else [*others, last]:
+        assert_same_bits(result, first)
+    # of fewer tokens the largest error that a rounded x leaves is a fluke
+    compared = [first, last] if num_queries is None else [first]
+    layer.assert_as_accurate_as_eager(*compared, num_queries=num_queries)
+
+
+@pytest.mark.parametrize("num_queries", [None, 19])
+@pytest.mark.parametrize("options", [{}, SHARED, EACH], ids=describe)
+def test_autocast_runs_the_branches_in_bfloat16_and_nothing_else(options, num_queries):
+    layer = OneLayer(3, 37, 128, 1, hidden=160, **options)
+    fused, told = in_autocast(adaln_layer), {"num_queries": num_queries}
+    results = [layer.with_grads(fused, recompute=recompute, **told) for recompute in EVERY_POLICY]
+    for result in results:
+        assert {t.dtype for t in result.values()} == {F32}
+    for result in results[1 : len(SAME_BITS)]:
+        assert_same_bits(result, results[0])
+    assert not torch.equal(results[0]["out"], layer.run(layer.tensors, **told))
+    eager = layer.with_grads(in_autocast(reference.adaln_layer), **told)
+    layer.compare([results[0], results[-1]], eager, **told)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_mean_of_x_that_is_large_beside_the_rest_is_not_rounded_with_it(norm):
+    layer = OneLayer(3, 37, 128, 1, hidden=160, norm=norm, dtypes=(F32, BF16, BF16))
+    layer.tensors["x"] = layer.tensors["x"].add(300.0 if norm == "layer" else 0.0)
+    layer.assert_as_accurate_as_eager(layer.with_grads(recompute="layer_narrow"))
+
+
+@pytest.mark.parametrize(
+    ("recompute", "num_queries", "options"),
+    [
+        ("none", None, SHARED),
+        ("none", 2, SHARED),
+        ("none", 2, EACH),
+        ("mlp", None, {**EACH, "norm": "rms", "bias": False}),
+        ("qkv", None, {"rotated": True, "dtypes": (F32, BF16, BF16)}),
+    ],
+)
+def test_kernels_are_as_accurate_as_eager(recompute, num_queries, options):
+    layer = OneLayer(2, 5, 24, 2, **options)
+    with use_implementation("triton"):
+        result = layer.with_grads(recompute=recompute, num_queries=num_queries)
+    layer.assert_as_accurate_as_eager(result, num_queries=num_queries)
+
+
+@pytest.mark.parametrize("num_queries", [None, 1])
+@pytest.mark.parametrize("recompute", ["mlp", "qkv", "layer"])
+def test_many_small_parts_in_bfloat16_are_not_lost(recompute, num_queries, monkeypatch):
+    monkeypatch.setattr(passes, "PART", 1)
+    monkeypatch.setattr(branches, "CHUNK", 1)
+    layer, samples = OneLayer(1, 2, dtypes=(BF16,) * 3), 65
+    for name in ("x", "modulation"):
+        layer.tensors[name] = layer.tensors[name].repeat_interleave(samples, 0)
+    # the sum of the weights' gradients grows from 256 by a half each, which bfloat16 rounds away
+    factors = torch.full((samples, 1, 1), 0.5).index_fill(0, torch.tensor(0), 256)
+    dy = (factors * torch.randn(num_queries or 2, 24)).to(BF16)
+    leaves = layer.leaves()
+    exact = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+    y = layer.run(leaves, recompute=recompute, num_queries=num_queries)
+    expected = layer.run(exact, reference.adaln_layer, num_queries=num_queries)
+    expected = gradients(expected, exact, dy.double())
+    for name, grad in gradients(y, leaves, dy).items():
+        error = (grad.double() - expected[name]).norm() / expected[name].norm()
+        assert error < 0.05, name
