@@ -5,10 +5,17 @@ value of then. A replay runs the ops in order and puts what they return where it
 computed in between is as it was, as it is in a graph.
 """
 
+from functools import partial
+from unittest.mock import patch
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training.tiny import make_trainer
+
+import dbkernels.training.trainer as module
+from dbkernels.training.cuda_graphs import CudaGraphs
 
 READS = (torch.ops.aten._local_scalar_dense.default,)
 
@@ -36,10 +43,14 @@ class Ops(TorchDispatchMode):
 
 
 class OpRecorder:
-    """Stands for the recorder of CUDA graphs."""
+    """Stands for the recorder of CUDA graphs.
 
-    def __init__(self):
-        self.warm, self.recorded, self.replayed = 0, 0, 0
+    Args:
+        moved:  gives what a step may move
+    """
+
+    def __init__(self, moved=list):
+        self.moved, self.warm, self.recorded, self.replayed = moved, 0, 0, 0
 
     def warm_up(self, step):
         self.warm += 1
@@ -62,17 +73,20 @@ class OpRecorder:
 
         return replay, outputs
 
-    def moved(self):
-        return []
 
+def make_captured(*arguments, device=None, **settings):
+    """A trainer that replays its steps, and its recorder; None stands for that of a GPU."""
+    make = partial(make_trainer, *arguments, device=device, cuda_graphs=True, **settings)
+    if device is not None and device.type == "cuda":
+        return make(), None
 
-class TrainerRecorder(OpRecorder):
-    """Knows what the steps of its trainer move."""
-
-    trainer = None
-
-    def moved(self):
+    def moved():
         # a block that is still on its way home must arrive there before all is put back
-        self.trainer.offloader.wait()
-        groups = self.trainer.groups.values()
-        return [self.trainer.updater._finite, *(t for group in groups for t in group.tensors())]
+        trainer.offloader.wait()
+        groups = trainer.groups.values()
+        return [trainer.updater._finite, *(t for group in groups for t in group.tensors())]
+
+    recorder = OpRecorder(moved)
+    with patch.object(module, "open_cuda_graphs", lambda *_: CudaGraphs(recorder)):
+        trainer = make()
+    return trainer, recorder

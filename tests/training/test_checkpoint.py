@@ -250,21 +250,16 @@ def test_every_bit_and_every_length_counts(tmp_path, name):
             file.seek(bit // 8)
             file.write(whole[bit // 8 : bit // 8 + 1])
         load(path)
+        if name == "model.safetensors":
+            changed = bytes([*whole[:-1], whole[-1] ^ 1])
+            (path / name).write_bytes(changed)
+            assert_refused(path, f"sha256 {sha256(whole)}, got {sha256(changed)}$")
+            (path / name).write_bytes(whole[:-1])
+            assert_refused(path, f"bytes {len(whole)}, got {len(whole) - 1}$")
+            (path / name).write_bytes(whole)
         for size in [len(whole) + 1, *range(len(whole) - 1, -1, -1)]:
             file.truncate(size)
             assert_refused(path, f"^checkpoint {path}: {name}: expected ")
-
-
-def test_says_what_was_expected_and_what_came(tmp_path):
-    (path,) = saved(tmp_path, 1)
-    whole = (path / "model.safetensors").read_bytes()
-    changed = whole[:-1] + b"\1"
-    for data, message in [
-        (whole[:-1], f"bytes {len(whole)}, got {len(whole) - 1}$"),
-        (changed, f"sha256 {sha256(whole)}, got {sha256(changed)}$"),
-    ]:
-        (path / "model.safetensors").write_bytes(data)
-        assert_refused(path, f"model.safetensors: expected {message}")
 
 
 def test_files_of_other_checkpoints_count(tmp_path):
@@ -277,19 +272,25 @@ def test_files_of_other_checkpoints_count(tmp_path):
     assert_holds(moved.rename(tmp_path / "best"), 1)
 
 
-def test_a_missing_or_unlisted_file_counts(tmp_path):
-    first, second = saved(tmp_path, 1, 2)
-    (first / "ema.safetensors").unlink()
-    assert_refused(first, r"step-00000001: ema.safetensors: expected a file, got none")
-    (second / "x.safetensors").touch()
-    assert_refused(second, "x.safetensors: expected no file that state.json does not list, got one")
+STATES = ["[]", "3", "null", "{", "[" * 100_000, '{"format":2}']
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "null", "{", "[" * 100_000, '{"format":2}'])
-def test_a_state_file_of_another_kind_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("ema.safetensors", None, "ema.safetensors: expected a file, got none"),
+        ("x.safetensors", "", "x.safetensors: expected no file that state.json does not list, got"),
+        ("state.json", None, "is not a checkpoint: .*got a directory without it$"),
+        *(("state.json", s, "state.json: expected (a JSON object|format 1), got ") for s in STATES),
+    ],
+    ids=range(3 + len(STATES)),
+)
+def test_a_missing_or_unlisted_file_and_a_state_of_another_kind_are_refused(
+    tmp_path, name, text, message
+):
     (path,) = saved(tmp_path, 1)
-    (path / "state.json").write_text(text)
-    assert_refused(path, r"state.json: expected (a JSON object|format 1), got ")
+    (path / name).unlink() if text is None else (path / name).write_text(text)
+    assert_refused(path, message)
 
 
 def test_points_to_the_nearest_intact_checkpoint(tmp_path):
@@ -304,7 +305,6 @@ def test_points_to_the_nearest_intact_checkpoint(tmp_path):
 
 def test_a_path_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    assert_refused(tmp_path, r"is not a checkpoint: .*got a directory without it$")
     for name in ("file", "missing"):
         assert_refused(tmp_path / name, rf"{name} is not a checkpoint: .*got no directory$")
 

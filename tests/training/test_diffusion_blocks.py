@@ -11,11 +11,6 @@ from dbkernels.ops.philox import Draw, uniforms
 from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, load_weights
 
 
-def test_joint_blocks_use_the_very_same_model():
-    blocks = make_blocks(sharing="joint")
-    assert all(blocks.of(block) is blocks.model for block in blocks)
-
-
 def test_copies_share_layers_and_target_and_nothing_else():
     blocks = make_blocks(sharing="copies")
     first, *others = [blocks.of(block) for block in blocks]
@@ -29,38 +24,27 @@ def test_copies_share_layers_and_target_and_nothing_else():
         assert torch.equal(other.patch.weight, first.patch.weight)
 
 
-def test_copies_freeze_what_makes_the_target_and_joint_trains_it():
-    assert not make_blocks(sharing="copies").model.label_table.weight.requires_grad
-    assert make_blocks(sharing="joint").model.label_table.weight.requires_grad
-
-
 @pytest.mark.parametrize("family", ["vit", "dit"])
 @pytest.mark.parametrize("sharing", ["joint", "copies"])
 def test_every_trainable_parameter_is_in_one_group_under_its_own_name(family, sharing):
     blocks = make_blocks(family, sharing=sharing)
-    groups = blocks.groups()
-    names = [name for parameters in groups.values() for name in parameters]
-    expected = {name: p for name, p in blocks.named_parameters() if p.requires_grad}
-    assert sorted(names) == sorted(expected)
-    for parameters in groups.values():
-        assert all(expected[name] is p for name, p in parameters.items())
-
-
-def test_joint_blocks_own_their_layers_and_share_the_rest():
-    groups = make_blocks(sharing="joint").groups()
-    assert set(groups) == {"block0", "block1", "block2", SHARED}
-    for index in range(3):
-        assert all(name.startswith(f"model.layers.{index}.") for name in groups[f"block{index}"])
-    assert not any("layers" in name for name in groups[SHARED])
-
-
-def test_copies_leave_nothing_shared():
-    groups = make_blocks(sharing="copies").groups()
-    assert set(groups) == {"block0", "block1", "block2"}
-    assert "model.patch.weight" in groups["block0"]
-    assert "copies.0.patch.weight" in groups["block1"]
-    assert "copies.1.patch.weight" in groups["block2"]
-    assert "model.layers.1.norm1.weight" in groups["block1"]
+    groups, joint = blocks.groups(), sharing == "joint"
+    pairs = [(name, id(p)) for group in groups.values() for name, p in group.items()]
+    named = dict(blocks.named_parameters())
+    assert sorted(pairs) == sorted((name, id(p)) for name, p in named.items() if p.requires_grad)
+    # copies freeze what makes the target
+    frozen = {n for n, p in named.items() if not p.requires_grad}
+    parts = () if joint else blocks.model.target_parts
+    assert frozen == {n for n in named if n.split(".")[1] in parts}
+    assert list(groups) == ["block0", "block1", "block2", *[SHARED] * joint]
+    for index, block in enumerate(blocks):
+        first = joint or index == 0
+        assert (blocks.of(block) is blocks.model) == first
+        prefix = "model." if first else f"copies.{index - 1}."
+        rest = {n for n in named if n.startswith(prefix) and "layers." not in n} - frozen
+        layers = {n for n in named if n.startswith(f"model.layers.{index}.")}
+        assert set(groups[f"block{index}"]) == (layers if joint else layers | rest)
+        assert not joint or groups[SHARED].keys() == rest
 
 
 @pytest.mark.parametrize("sharing", ["joint", "copies"])
@@ -70,9 +54,10 @@ def test_one_block_shares_nothing_and_trains_everything(sharing):
     assert len(blocks.groups()["block0"]) == len(list(blocks.parameters()))
 
 
-def test_a_layer_of_several_blocks_is_shared():
-    blocks = make_blocks(num_blocks=2, layers=[0, 1, 1, 2])
+def test_layers_run_in_the_order_that_was_asked_and_one_of_several_blocks_is_shared():
+    blocks = make_blocks(num_blocks=2, layers=[0, 1, 1, 2], split=[2, 2])
     groups = blocks.groups()
+    assert [block.layers for block in blocks] == [(0, 1), (1, 2)]
     assert any(name.startswith("model.layers.1.") for name in groups[SHARED])
     assert all(name.startswith("model.layers.0.") for name in groups["block0"])
 
@@ -111,11 +96,6 @@ def test_a_family_brings_its_own_process_and_weighting_unless_another_is_given()
         blocks = make_blocks(family, process=other, weighting="published")
         assert (blocks.process, blocks.weighting) == (other, "published")
         assert blocks[0].noise == other.intervals(3)[0]
-
-
-def test_layers_run_in_the_order_that_was_asked():
-    blocks = make_blocks(num_blocks=2, layers=[2, 0, 1, 1], split=[1, 3])
-    assert [block.layers for block in blocks] == [(2,), (0, 1, 1)]
 
 
 def test_loading_rejects_weights_of_another_model():

@@ -83,23 +83,10 @@ def test_classifying_crosses_from_block_to_block_on_unit_rows():
             z = share * z + (1 - share) * logits.softmax(-1) @ rows
     actual = blocks.predictions(batch, LEVELS, seeded())
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_classifying_does_not_read_labels_and_keeps_no_graph():
-    blocks, batch = ready("vit"), make_images()
-    first = blocks.predictions(batch, LEVELS, seeded())
-    second = blocks.predictions({**batch, "label": LABELS % 3}, LEVELS, seeded())
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b) and not a.requires_grad
-
-
-@pytest.mark.parametrize("guidance", [1, 1.0])
-def test_without_guidance_nothing_is_evaluated_unconditionally(guidance, monkeypatch):
-    blocks = ready("dit")
-    calls = spied(blocks, monkeypatch)
-    blocks.sample(ASKED, LEVELS, seeded(), guidance=guidance)
-    assert [layers for _, _, layers, _ in calls] == [(0,), (1,), (2,), (2,)]
-    assert all(torch.equal(batch["label"], LABELS) for *_, batch in calls)
+    # it does not read labels and keeps no graph
+    again = blocks.predictions({**batch, "label": LABELS % 3}, LEVELS, seeded())
+    assert all(map(torch.equal, again, actual))
+    assert not any(each.requires_grad for each in actual)
 
 
 def test_guidance_extrapolates_from_no_label_to_the_label():
@@ -115,24 +102,23 @@ def test_guidance_extrapolates_from_no_label_to_the_label():
     assert not torch.allclose(conditional, unconditional, atol=1e-2)
 
 
-@pytest.mark.parametrize(("sampler", "count"), [("euler", 4), ("heun", 7)])
-def test_guidance_evaluates_twice_as_often(sampler, count, monkeypatch):
-    blocks = ready("dit")
-    calls = spied(blocks, monkeypatch)
-    blocks.sample(ASKED, LEVELS, seeded(), guidance=2.0, sampler=sampler)
-    labels = [batch["label"].tolist() for *_, batch in calls]
-    assert labels.count(LABELS.tolist()) == labels.count([3] * 5) == count
-
-
 @sharings
-def test_heun_corrects_with_the_block_of_the_next_level(sharing, monkeypatch):
+@pytest.mark.parametrize(
+    ("sampler", "served"), [("euler", [0, 1, 2, 2]), ("heun", [0, 1, 1, 2, 2, 2, 2])]
+)
+@pytest.mark.parametrize("guidance", [1, 1.0, 2.0])
+def test_samplers_ask_the_serving_block_and_once_more_without_a_label_where_guided(
+    sharing, sampler, served, guidance, monkeypatch
+):
     blocks = ready("dit", sharing)
     calls = spied(blocks, monkeypatch)
-    blocks.sample(ASKED, LEVELS, seeded(), sampler="heun")
-    served = [index for (index,) in (layers for _, _, layers, _ in calls)]
-    assert served == [0, 1, 1, 2, 2, 2, 2]
-    for (model, *_), index in zip(calls, served, strict=True):
-        assert model is blocks.of(blocks[index])
+    blocks.sample(ASKED, LEVELS, seeded(), guidance=guidance, sampler=sampler)
+    times = 1 if guidance == 1 else 2
+    assert [layers for _, _, layers, _ in calls] == [(i,) for i in served for _ in range(times)]
+    assert all(model is blocks.of(blocks[i]) for model, _, (i,), _ in calls)
+    labels = [batch["label"].tolist() for *_, batch in calls]
+    assert labels.count(LABELS.tolist()) == len(served)
+    assert labels.count([3] * 5) == len(labels) - len(served)
 
 
 def test_heun_is_heuns_rule():
@@ -159,32 +145,23 @@ def test_the_same_seed_gives_the_same_images_and_another_seed_others():
     torch.testing.assert_close(last, first[3:])
 
 
-def test_a_perfect_denoiser_gives_its_image(monkeypatch):
-    blocks, image = ready("dit"), torch.randn(5, 1, 4, 4)
-    monkeypatch.setattr(blocks.model, "denoise", lambda *_: image)
-    assert torch.equal(blocks.sample(ASKED, LEVELS, seeded()), image)
-
-
 def test_no_labels_are_no_images():
     empty = torch.empty(0, dtype=torch.int64)
     assert ready("dit").sample({"label": empty}, LEVELS, seeded()).shape == (0, 1, 4, 4)
 
 
 @pytest.mark.parametrize(
-    ("labels", "levels", "options", "message"),
+    ("family", "batch", "levels", "options", "message"),
     [
-        ([0, 3], LEVELS, {}, "labels must be 0 to 2, got 0 to 3"),
-        ([-1, 2], LEVELS, {}, "labels must be 0 to 2, got -1 to 2"),
-        ([0], LEVELS, {"sampler": "rk4"}, "sampler must be one of euler, heun, got rk4"),
-        ([0], [81.0, 1.0], {}, r"level must lie in \[0.002, 80.0\], got 81"),
-        ([0], [1.0, 2.0], {}, "levels must be descending and positive"),
+        ("dit", [0, 3], LEVELS, {}, "labels must be 0 to 2, got 0 to 3"),
+        ("dit", [-1, 2], LEVELS, {}, "labels must be 0 to 2, got -1 to 2"),
+        ("dit", [0], LEVELS, {"sampler": "rk4"}, "sampler must be one of euler, heun, got rk4"),
+        ("dit", [0], [81.0, 1.0], {}, r"level must lie in \[0.002, 80.0\], got 81"),
+        ("dit", [0], [1.0, 2.0], {}, "levels must be descending and positive"),
+        ("vit", [0], LEVELS, {"guidance": 2}, "guidance must be 1 for ViT, got 2"),
     ],
 )
-def test_rejects(labels, levels, options, message):
+def test_rejects(family, batch, levels, options, message):
+    batch = {"label": torch.tensor(batch), "image": torch.zeros(len(batch), 1, 4, 4)}
     with pytest.raises(ValueError, match=message):
-        ready("dit").sample({"label": torch.tensor(labels)}, levels, seeded(), **options)
-
-
-def test_a_family_that_needs_its_condition_is_not_guided():
-    with pytest.raises(ValueError, match="guidance must be 1 for ViT, got 2"):
-        ready("vit").sample(make_images(), LEVELS, seeded(), guidance=2)
+        ready(family).sample(batch, levels, seeded(), **options)

@@ -13,26 +13,26 @@ def served(levels, num_blocks):
     return [block_at(blocks, level).index for level in levels]
 
 
-def test_block_0_has_the_first_layers_and_the_most_noise():
-    blocks = partition(12, 3, PRIOR)
-    assert [block.layers for block in blocks] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
+@pytest.mark.parametrize(
+    ("depth", "split", "sizes"),
+    [
+        (12, None, [4, 4, 4]),
+        (13, None, [5, 4, 4]),
+        (14, None, [5, 5, 4]),
+        (7, None, [3, 2, 2]),
+        (3, None, [1, 1, 1]),
+        (12, [3, 6, 3], [3, 6, 3]),
+        (12, [2, 4, 6], [2, 4, 6]),
+    ],
+)
+def test_block_0_has_the_first_layers_and_the_most_noise_and_no_layer_is_dropped(
+    depth, split, sizes
+):
+    blocks = partition(depth, 3, PRIOR, split=split)
+    assert [len(block.layers) for block in blocks] == sizes
+    assert sum((block.layers for block in blocks), ()) == tuple(range(depth))
     assert [block.index for block in blocks] == [0, 1, 2]
     assert blocks[0].noise.high == 80 and blocks[2].noise.low == 0.002
-
-
-@pytest.mark.parametrize("split", [[4, 4, 4], [3, 6, 3], [6, 4, 2], [2, 4, 6]])
-def test_splits_by_hand(split):
-    blocks = partition(12, 3, PRIOR, split=split)
-    assert [len(block.layers) for block in blocks] == split
-    assert sum((block.layers for block in blocks), ()) == tuple(range(12))
-
-
-@pytest.mark.parametrize(("depth", "num_blocks"), [(13, 3), (14, 3), (7, 7), (5, 2)])
-def test_no_layer_is_dropped(depth, num_blocks):
-    blocks = partition(depth, num_blocks, PRIOR)
-    assert sum((block.layers for block in blocks), ()) == tuple(range(depth))
-    sizes = [len(block.layers) for block in blocks]
-    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
 
 
 def test_layers_may_repeat():

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training.races import Machine
 from training.tiny import equal, make_data
 
 from dbkernels.training.pending import (
@@ -22,7 +21,7 @@ from dbkernels.training.pending import (
 
 INDICES = torch.tensor([3, 1, 4, 1, 5])
 
-# staging
+# samples
 
 
 def test_a_tensor_that_is_where_it_is_wanted_is_not_copied():
@@ -32,23 +31,20 @@ def test_a_tensor_that_is_where_it_is_wanted_is_not_copied():
 
 
 def test_a_gpu_is_given_locked_pages_on_a_stream_that_the_steps_wait_for(monkeypatch):
-    told, current = [], ["steps"]
-    steps = SimpleNamespace(
-        name="steps", wait_stream=lambda other: told.append(("wait for", other))
-    )
+    told = []
+    steps = SimpleNamespace(wait_stream=lambda other: told.append(f"steps wait for {other}"))
 
     @contextmanager
     def on(stream):
-        current.append(stream)
+        told.append(f"on {stream}")
         yield
-        current.pop()
 
-    def to(tensor, device, *, non_blocking=False):
-        told.append((device.type, non_blocking, current[-1]))
+    def to(tensor, device, *, non_blocking):
+        told.append((device.type, non_blocking))
         return tensor.clone()
 
     def record_stream(tensor, stream):
-        told.append(("used by", stream.name))
+        told.append("used by steps" if stream is steps else stream)
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "copies")
     monkeypatch.setattr(torch.cuda, "stream", on)
@@ -58,15 +54,12 @@ def test_a_gpu_is_given_locked_pages_on_a_stream_that_the_steps_wait_for(monkeyp
     monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
     staging, tensor = Staging("cuda"), torch.arange(3)
     arrived = staging.put(tensor)
-    assert told == ["lock", ("cuda", True, "copies"), ("wait for", "copies"), ("used by", "steps")]
+    one = ["lock", "on copies", ("cuda", True), "steps wait for copies", "used by steps"]
+    assert told == one
     tensor.zero_()
     assert arrived.tolist() == [0, 1, 2]
     # all of a batch goes this way
-    batch = make_data().batch(torch.arange(4), staging.put)
-    assert told.count("lock") == 1 + len(batch) == 3
-
-
-# samples
+    assert len(make_data().batch(torch.arange(4), staging.put)) == 2 and told == one * 3
 
 
 def test_samples_that_are_read_and_held_give_the_same_pieces_as_often_as_they_are_asked():
@@ -82,19 +75,17 @@ def test_samples_that_are_read_and_held_give_the_same_pieces_as_often_as_they_ar
 
 def test_held_samples_stay_at_their_addresses_and_are_not_those_that_were_given():
     data, held = make_data(), HeldSamples()
-    given = data.batch(INDICES)
+    given, other = data.batch(INDICES), data.batch(INDICES.flip(0))
     held.fill(given)
     (piece,) = held.pieces(5)
-    addresses = {name: tensor.data_ptr() for name, tensor in piece.items()}
     given["image"].zero_()
     assert piece["image"].abs().sum() > 0
-    other = data.batch(INDICES.flip(0))
     held.fill(other)
-    assert equal(piece, other)
     (again,) = held.pieces(5)
-    for name, address in addresses.items():
-        assert again[name].data_ptr() == address
-        assert address not in (given[name].data_ptr(), other[name].data_ptr())
+    assert equal(piece, other)
+    for name, tensor in piece.items():
+        assert again[name].data_ptr() == tensor.data_ptr()
+        assert tensor.data_ptr() not in (given[name].data_ptr(), other[name].data_ptr())
 
 
 # micro-batches
@@ -118,166 +109,99 @@ class Memory:
     def undo(self):
         self.undone += 1
 
-
-def attempt(micro_batch, memory):
-    return micro_batch.attempt(memory.gradient, memory.undo, "block 1 at its step 3")
-
-
-def test_a_micro_batch_runs_once_where_memory_is_enough():
-    micro_batch, memory = MicroBatch(8, 16), Memory(fits=8)
-    assert attempt(micro_batch, memory) == 8
-    assert (memory.sizes, memory.undone, micro_batch.size) == ([8], 0, 8)
+    def attempt(self, micro_batch):
+        return micro_batch.attempt(self.gradient, self.undo, "block 1 at its step 3")
 
 
-@pytest.mark.parametrize("size, half", [(8, 4), (5, 3), (2, 1)])
-def test_a_micro_batch_is_halved_once_and_stays_at_the_half(size, half):
-    micro_batch, memory = MicroBatch(size, 16), Memory(fits=half)
-    message = (
-        f"out of memory in block 1 at its step 3 with batch 16 in micro-batches of {size}: "
-        f"they have {half} from now on"
-    )
-    with pytest.warns(UserWarning, match=message):
-        assert attempt(micro_batch, memory) == half
-    assert attempt(micro_batch, memory) == half
-    assert (memory.sizes, memory.undone, micro_batch.size) == ([size, half, half], 1, half)
+@pytest.mark.parametrize("size, half", [(8, 8), (8, 4), (5, 3), (2, 1)])
+def test_a_micro_batch_is_halved_once_where_it_must_be_and_stays_at_the_half(size, half, recwarn):
+    micro_batch, memory, told = MicroBatch(size, 16), Memory(fits=half), []
+    assert memory.attempt(micro_batch) == memory.attempt(micro_batch) == half
+    if half < size:
+        where = f"block 1 at its step 3 with batch 16 in micro-batches of {size}"
+        told = [f"out of memory in {where}: they have {half} from now on"]
+    assert [str(warning.message) for warning in recwarn] == told
+    assert memory.sizes == [*[size] * len(told), half, half]
+    assert (memory.undone, micro_batch.size) == (len(told), half)
 
 
-def test_a_second_failure_in_a_step_is_raised_with_its_sizes():
-    micro_batch, memory = MicroBatch(8, 16), Memory(fits=2)
-    message = "block 1 at its step 3 with batch 16 in micro-batches of 4, halved in this step"
-    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError, match=message):
-        attempt(micro_batch, memory)
-    assert (memory.sizes, memory.undone) == ([8, 4], 2)
-
-
-@pytest.mark.parametrize("size, least", [(1, 1), (8, 8)])
-def test_one_sample_and_the_least_cannot_be_halved(size, least):
-    micro_batch, memory = MicroBatch(size, 16, least=least), Memory(fits=size - 1)
-    message = f"with batch 16 in micro-batches of {size}, which cannot be halved"
+@pytest.mark.filterwarnings("ignore:out of memory")
+@pytest.mark.parametrize(
+    "size, least, fits, sizes, message",
+    [
+        (8, 1, 2, [8, 4], "in micro-batches of 4, halved in this step already"),
+        (1, 1, 0, [1], "in micro-batches of 1, which cannot be halved"),
+        (8, 8, 7, [8], "in micro-batches of 8, which cannot be halved"),
+    ],
+)
+def test_a_failure_after_which_nothing_can_be_halved_is_raised(size, least, fits, sizes, message):
+    micro_batch, memory = MicroBatch(size, 16, least=least), Memory(fits)
+    message = f"out of memory in block 1 at its step 3 with batch 16 {message}"
     with pytest.raises(torch.OutOfMemoryError, match=message):
-        attempt(micro_batch, memory)
-    assert (memory.sizes, memory.undone, micro_batch.size) == ([size], 1, size)
-
-
-def test_other_errors_pass():
-    def broken(size):
-        raise RuntimeError("something else")
-
-    with pytest.raises(RuntimeError, match="something else"):
-        MicroBatch(8, 16).attempt(broken, lambda: None, "block 0")
+        memory.attempt(micro_batch)
+    assert memory.sizes == sizes and memory.undone == len(sizes)
+    assert micro_batch.size == sizes[-1]
 
 
 # rows
 
 
-def pending(step, loss=1.0, norm=2.0):
+def pending(step):
     row = {"step": step, "loss": math.nan, "grad_norm": math.nan, "lr": 0.1}
-    numbers = Numbers([torch.tensor(loss), torch.tensor(norm)])
-    return Pending(row, numbers, lambda *numbers: FloatingPointError("{} {}".format(*numbers)))
+    return Pending(row, Numbers([torch.tensor(1.0), torch.tensor(2.0)]), None)
 
 
-def test_a_row_has_its_numbers_in_their_places():
-    assert list(pending(3).row().items()) == [
-        ("step", 3), ("loss", 1.0), ("grad_norm", 2.0), ("lr", 0.1),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "loss, norm", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)]
-)
-def test_a_row_is_refused_where_either_number_is_not_finite(loss, norm):
-    with pytest.raises(FloatingPointError, match=f"{loss} {norm}"):
-        pending(0, loss, norm).row()
-
-
-@pytest.fixture
-def steps():
-    """Steps of the rows that were handed on; a list that takes rows."""
-
-    class Steps(list):
-        def take(self, row):
-            self.append(row["step"])
-
-    return Steps()
-
-
-def test_rows_are_handed_on_in_order_one_step_late_and_once(steps):
-    with Rows(steps.take) as rows:
+def test_rows_are_handed_on_in_order_one_step_late_and_once():
+    rows, told = Rows(lambda row: told.append(row["step"])), []
+    with rows:
         for step in range(3):
             rows.add(pending(step))
-            assert steps == list(range(step))
-    assert steps == [0, 1, 2]
+            assert told == list(range(step))
+    assert told == [0, 1, 2]
     with rows:
         rows.add(pending(3))
         rows.settle()
-        assert steps == [0, 1, 2, 3]
-    assert steps == [0, 1, 2, 3]
+        assert told == [0, 1, 2, 3]
+    assert told == [0, 1, 2, 3]
+    # with its numbers in their places
+    whole = [("step", 3), ("loss", 1.0), ("grad_norm", 2.0), ("lr", 0.1)]
+    assert list(pending(3).row().items()) == whole
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), KeyboardInterrupt()])
-def test_the_last_row_is_handed_on_where_the_next_launch_fails(steps, error):
-    with pytest.raises(type(error)), Rows(steps.take) as rows:
-        rows.add(pending(0))
-        raise error
-    assert steps == [0]
+def test_a_gpu_is_waited_for_when_its_numbers_are_read_and_no_sooner(monkeypatch):
+    told = []
 
+    class Page(list):
+        def copy_(self, source, *, non_blocking):
+            told.append(f"copy {source.values}, non_blocking={non_blocking}")
+            self.source = source
+            return self
 
-def test_a_step_after_one_that_was_not_finite_is_not_handed_on(steps):
-    with pytest.raises(FloatingPointError), Rows(steps.take) as rows:
-        rows.add(pending(0))
-        rows.add(pending(1, math.nan))
-        rows.add(pending(2))
-    assert steps == [0]
-
-
-# numbers
-
-
-class Page(list):
-    """Locked pages, which hold what was copied there when the copy is through."""
-
-    def copy_(self, source, *, non_blocking):
-        assert non_blocking
-        self.coming = source
-        return self
-
-
-@pytest.fixture
-def pages(monkeypatch):
-    """The pages that were given for numbers of a GPU, which copies when it is waited for."""
-    machine, pages = Machine(), []
-    machine.install(monkeypatch)
-    arrive = machine.Event.synchronize
-
-    def synchronize(event):
-        arrive(event)
-        for page in pages:
-            page[:] = page.coming.values
+    def arrive():
+        told.append("wait")
+        page[:] = page.source.values
 
     def stack(numbers):
         values = [number.value for number in numbers]
-        return SimpleNamespace(dtype=torch.float32, device=None, values=values)
+        return SimpleNamespace(dtype=torch.float32, device="cuda", values=values)
 
     def empty(count, *, dtype, pin_memory):
-        assert pin_memory and dtype == torch.float32
-        pages.append(Page([math.nan] * count))
-        return pages[-1]
+        told.append((count, dtype, pin_memory))
+        return page
 
-    monkeypatch.setattr(machine.Event, "synchronize", synchronize)
+    def record_event():
+        told.append("record")
+        return SimpleNamespace(synchronize=arrive)
+
+    page = Page([math.nan] * 2)
+    stream = SimpleNamespace(record_event=record_event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch, "stack", stack)
     monkeypatch.setattr(torch, "empty", empty)
-    return pages
-
-
-def test_a_gpu_is_waited_for_when_its_numbers_are_read_and_no_sooner(pages):
-    numbers = [SimpleNamespace(is_cuda=True, value=value) for value in (1.5, 2.5)]
-    read, waited = Numbers(numbers), Numbers(numbers[:1])
-    assert all(math.isnan(value) for page in pages for value in page)
-    assert read.read() == [1.5, 2.5]
-    pages[1][:] = []
-    waited.wait()
-    assert pages[1] == [1.5]
-
-
-def test_numbers_on_a_cpu_are_read_as_they_are():
-    assert Numbers([torch.tensor(1.5), torch.tensor(2.0)]).read() == [1.5, 2.0]
+    numbers = Numbers([SimpleNamespace(is_cuda=True, value=value) for value in (1.5, 2.5)])
+    sent = [(2, torch.float32, True), "copy [1.5, 2.5], non_blocking=True", "record"]
+    assert told == sent
+    numbers.wait()
+    assert told == [*sent, "wait"] and page == [1.5, 2.5]
+    page[:] = []
+    assert numbers.read() == [1.5, 2.5]

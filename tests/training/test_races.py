@@ -15,9 +15,9 @@ from dbkernels.training.offload.offloader import Offloader
 CUDA = torch.device("cuda")
 
 
-def on_streams(monkeypatch, tmp_path, *, prefetch, disk, deaf=()):
+def on_streams(monkeypatch, tmp_path, *, prefetch, disk):
     """A trainer whose copies go as on a GPU, and the machine that watches them."""
-    machine = Machine(deaf)
+    machine = Machine()
     machine.install(monkeypatch)
     # a few pieces to a block, so that both of the staging buffers are used again
     monkeypatch.setattr(memory_module, "STAGING_BYTES", 2**14)
@@ -52,16 +52,23 @@ def go(trainer, machine):
             trainer.step = 0
 
 
-EVERY = pytest.mark.parametrize(
-    "prefetch, disk", [(False, False), (False, True), (True, False), (True, True)]
-)
+@pytest.fixture
+def races(monkeypatch, tmp_path):
+    """Races of a run where something is changed."""
+
+    def run(change, prefetch, disk):
+        trainer, machine = on_streams(monkeypatch, tmp_path, prefetch=prefetch, disk=disk)
+        machine.deaf = change(monkeypatch)
+        go(trainer, machine)
+        return machine.races
+
+    return run
 
 
-@EVERY
-def test_a_run_has_no_race(monkeypatch, tmp_path, prefetch, disk):
-    trainer, machine = on_streams(monkeypatch, tmp_path, prefetch=prefetch, disk=disk)
-    go(trainer, machine)
-    assert machine.races == []
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_run_has_no_race(races, prefetch, disk):
+    assert races(deaf(), prefetch, disk) == []
 
 
 def deaf(*waits):
@@ -127,8 +134,5 @@ FORGOTTEN = [
 
 
 @pytest.mark.parametrize("change, prefetch, disk", FORGOTTEN)
-def test_a_wait_that_is_forgotten_is_a_race(monkeypatch, tmp_path, change, prefetch, disk):
-    trainer, machine = on_streams(monkeypatch, tmp_path, prefetch=prefetch, disk=disk)
-    machine.deaf = change(monkeypatch)
-    go(trainer, machine)
-    assert machine.races
+def test_a_wait_that_is_forgotten_is_a_race(races, change, prefetch, disk):
+    assert races(change, prefetch, disk)

@@ -1,7 +1,11 @@
-"""Tiny runs for tests: seconds are spent on what a test asks, not on a model."""
+"""Tiny runs for tests, and when two are the same: seconds are spent on what a test asks."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
+from dbkernels.data.augment import mirror, shift
 from dbkernels.data.images import ImageData
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.models import DiT, DiTConfig, ViT, ViTConfig
@@ -9,18 +13,12 @@ from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.trainer import Trainer
 
 PRIOR = LogNormal()
-DIT = DiTConfig(dim=16, depth=3, num_heads=2, image_size=4, channels=1, num_classes=3)
-VIT = ViTConfig(
-    image_size=4,
-    patch=2,
-    channels=1,
-    num_classes=3,
-    dim=16,
-    depth=3,
-    num_heads=2,
-    mlp_hidden=32,
-    cond_dim=8,
-)
+SIZES = {"dim": 16, "depth": 3, "num_heads": 2, "image_size": 4, "channels": 1, "num_classes": 3}
+DIT = DiTConfig(**SIZES)
+VIT = ViTConfig(**SIZES, patch=2, mlp_hidden=32, cond_dim=8)
+IN_BACKWARD = {"optimizer_in_backward": True, "clip": 0.0}
+CPU = {"offload": "cpu"}
+PREFETCH = {"offload": "cpu", "prefetch": True}
 
 
 def make_data(count=10):
@@ -29,32 +27,95 @@ def make_data(count=10):
     return ImageData(images, torch.arange(count) % 3, 3)
 
 
-def make_blocks(family="vit", num_blocks=3, sharing="joint", **settings):
+def make_blocks(family="vit", num_blocks=3, sharing="joint", dim=16, **settings):
+    """Always of the same weights."""
     torch.manual_seed(1)
-    model = ViT(VIT) if family == "vit" else DiT(DIT)
+    model = ViT(replace(VIT, dim=dim)) if family == "vit" else DiT(replace(DIT, dim=dim))
     return DiffusionBlocks(model, num_blocks, sharing=sharing, **settings)
 
 
 def make_trainer(
-    family="vit",
-    num_blocks=3,
-    sharing="joint",
-    objective=None,
-    frozen=None,
-    **config,
+    family="vit", num_blocks=3, sharing="joint", objective=None, frozen=None, device=None, **config
 ):
     """A trainer at its first step; parameters with `frozen` in their names are not trained."""
     settings = {"steps": 4, "batch_size": 4, "lr": 1e-2, **config}
-    blocks = make_blocks(family, num_blocks, sharing)
+    cuda = device is not None and device.type == "cuda"
+    # a GPU has kernels for heads of no less
+    blocks = make_blocks(family, num_blocks, sharing, dim=64 if cuda else 16)
+    if cuda and settings.get("offload", "none") == "none":
+        blocks = blocks.to(device)
     for name, parameter in blocks.named_parameters():
         if frozen and frozen in name:
             parameter.requires_grad_(False)
-    return Trainer(blocks, make_data(), objective=objective, **settings)
+    return Trainer(blocks, make_data(), objective=objective, device=device, **settings)
+
+
+def augment(batch, draw):
+    return shift(mirror(batch, draw), draw, pixels=1)
+
+
+def short_of_memory(fits):
+    """An objective with room for so many samples, and the sizes and draws that it met."""
+    met = []
+
+    def objective(blocks, block, batch, draw):
+        met.append((len(batch["label"]), draw))
+        loss = DiffusionBlocks.loss(blocks, block, batch, draw)
+        if len(batch["label"]) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    return objective, met
 
 
 def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.blocks.named_parameters()}
 
 
+def copies(trainer):
+    """All that a checkpoint holds, by group."""
+    return {
+        group: {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+        for group, tensors in trainer.tensors().items()
+    }
+
+
 def equal(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def assert_holds(trainer, tensors):
+    """All that a checkpoint holds is what `copies` once gave."""
+    ours = copies(trainer)
+    assert ours.keys() == tensors.keys()
+    for group, expected in tensors.items():
+        assert equal(ours[group], expected), group
+
+
+def assert_same(trainer, other):
+    """In all that a checkpoint holds."""
+    assert_holds(trainer, copies(other))
+    assert trainer.counters() == other.counters()
+
+
+def steps(trainer, order):
+    """Rows of steps on blocks in an order, each waited for."""
+    return [trainer.step_block(trainer.blocks[index]) for index in order]
+
+
+def assert_same_steps(trainer, other, order=None, rel=0.0):
+    """Of blocks in an order, or of the rest of the run; then in all that a checkpoint holds.
+
+    All steps of the first are launched before a row of theirs is read; rows differ by `rel`.
+    """
+    count = trainer.total_steps - trainer.step if order is None else len(order)
+    pending, rows = [], []
+    for index in range(count):
+        ours, theirs = (
+            t.next_block() if order is None else t.blocks[order[index]] for t in (trainer, other)
+        )
+        pending.append(trainer.launch(ours))
+        rows.append(other.step_block(theirs))
+    for each, row in zip(pending, rows, strict=True):
+        assert each.row() == pytest.approx(row, rel=rel, abs=0)
+    assert_same(trainer, other)

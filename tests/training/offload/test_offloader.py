@@ -1,5 +1,4 @@
 import gc
-import os
 import threading
 import time
 import weakref
@@ -8,39 +7,31 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from training.bits import assert_same, assert_same_steps, copies
-from training.tiny import make_trainer
+from training.tiny import CPU, PREFETCH, assert_same, assert_same_steps, make_trainer, steps
 
 from dbkernels.training.offload.memory import CpuMemory, flat_bytes
 from dbkernels.training.offload.offloader import Offloader, _Flat
 from dbkernels.training.param_group import ParamGroup
 from dbkernels.training.trainer_config import TrainerConfig
 
-SETTINGS = {"ema": 0.9, "warmup": 1, "decay": "cosine"}
-SEQUENTIAL = {"prefetch": True, "order": "sequential", "steps": 2}
+SEQUENTIAL = {**PREFETCH, "order": "sequential", "steps": 2}
 BLOCKS = ("block0", "block1", "block2")
+places = pytest.mark.parametrize("settings", [CPU, PREFETCH], ids=["between", "beside"])
 
 
-def swapping(family="vit", folder=None, **settings):
-    """A trainer whose blocks are in host memory, or on disk where a folder is given."""
-    where = {"offload": "cpu"}
-    if folder is not None:
-        where = {"offload": "disk", "offload_dir": str(folder / "off")}
-    return make_trainer(family, **{**SETTINGS, **settings}, **where)
-
-
-def step(trainer, count):
-    for _ in range(count):
-        trainer.step_block(trainer.next_block())
+def pair(**settings):
+    """A trainer whose blocks are swapped, and the same with all on the device."""
+    whole = {k: v for k, v in settings.items() if k not in PREFETCH}
+    return make_trainer(ema=0.9, **settings), make_trainer(ema=0.9, **whole)
 
 
 def addresses(trainer, name):
     return [tensor.data_ptr() for tensor in trainer.groups[name].tensors()]
 
 
-def in_slot(trainer, pointers, index=None):
-    """Whether addresses lie in a slot, that of the current block where none is named."""
-    slot = trainer.offloader._slots[trainer.offloader.slot if index is None else index]
+def in_slot(trainer, pointers):
+    """Whether addresses lie in the slot of the current block."""
+    slot = trainer.offloader._slots[trainer.offloader.slot]
     inside = {0 <= each - slot.data_ptr() < slot.nbytes for each in pointers}
     assert len(inside) == 1
     return inside == {True}
@@ -49,64 +40,30 @@ def in_slot(trainer, pointers, index=None):
 # the bits of a run whose blocks all stay on the device
 
 
-@pytest.mark.parametrize(
-    "family, sharing, steps_per_swap, disk, prefetch",
-    [
-        ("vit", "joint", 1, False, False),
-        ("vit", "joint", 3, True, True),
-        ("vit", "copies", 1, False, True),
-        ("dit", "joint", 3, False, True),
-        ("dit", "joint", 1, True, False),
-        ("dit", "copies", 3, True, False),
-        ("dit", "copies", 1, True, True),
-    ],
-)
-def test_gives_the_bits_of_a_run_without_offload(
-    tmp_path, family, sharing, steps_per_swap, disk, prefetch
-):
-    common = {"sharing": sharing, "steps_per_swap": steps_per_swap}
-    whole = make_trainer(family, **SETTINGS, **common)
-    swapped = swapping(family, tmp_path if disk else None, prefetch=prefetch, **common)
-    assert_same_steps(swapped, whole)
-    swapped.close()
-    assert_same(swapped, whole)
-    if disk:
-        assert os.listdir(tmp_path / "off") == []
-
-
-@pytest.mark.parametrize("prefetch", [False, True])
-def test_gives_the_same_bits_when_the_blocks_come_in_another_order(prefetch):
-    whole, swapped = make_trainer(**SETTINGS), swapping(prefetch=prefetch)
-    assert_same_steps(swapped, whole, (2, 2, 0, 1, 0, 2, 1, 1, 0))
-
-
-@pytest.mark.parametrize("disk", [False, True])
-@pytest.mark.parametrize("prefetch", [False, True])
-def test_frozen_layers_travel_with_their_block(tmp_path, disk, prefetch):
-    whole = make_trainer(frozen="mlp", **SETTINGS)
-    swapped = swapping(folder=tmp_path if disk else None, prefetch=prefetch, frozen="mlp")
+@places
+def test_frozen_layers_travel_with_their_block_and_are_never_copied_back(settings):
+    swapped, whole = pair(frozen="mlp", **settings)
     for index in (1, 0, 2, 2, 1):
         assert_same_steps(swapped, whole, [index])
         for name in BLOCKS:
             frozen = [parameter.data_ptr() for parameter in swapped.blocks.frozen()[name]]
             assert in_slot(swapped, frozen) == (name == f"block{index}")
+    flat = swapped.offloader._blocks["block1"]
+    frozen = flat_bytes(p.nbytes for p in swapped.blocks.frozen()["block1"])
+    assert 0 < frozen == len(flat.home) - flat.updated_bytes
+    before = flat.home[flat.updated_bytes :].clone()
+    flat.home[flat.updated_bytes :] = 7
+    steps(swapped, [2])
+    swapped.offloader.settle()
+    assert (flat.home[flat.updated_bytes :] == 7).all()
+    flat.home[flat.updated_bytes :] = before
+    steps(whole, [2])
     swapped.close()
     assert_same(swapped, whole)
 
 
-def test_what_is_frozen_is_never_copied_back():
-    trainer = swapping(frozen="mlp")
-    trainer.step_block(trainer.blocks[0])
-    flat = trainer.offloader._blocks["block0"]
-    frozen = flat_bytes(p.nbytes for p in trainer.blocks.frozen()["block0"])
-    assert 0 < frozen == len(flat.home) - flat.updated_bytes
-    flat.home[flat.updated_bytes :] = 7
-    trainer.step_block(trainer.blocks[1])
-    assert (flat.home[flat.updated_bytes :] == 7).all()
-
-
 def test_closing_frees_the_slot_and_a_step_opens_it_again():
-    trainer, whole = swapping(), make_trainer(**SETTINGS)
+    trainer, whole = pair(**CPU)
     assert_same_steps(trainer, whole, (0, 1))
     slot = weakref.ref(trainer.offloader._slots[0])
     trainer.close()
@@ -115,50 +72,17 @@ def test_closing_frees_the_slot_and_a_step_opens_it_again():
     assert_same_steps(trainer, whole, (1, 2, 0, 0))
 
 
-def test_a_trainer_that_has_prefetched_restores_in_the_middle_of_a_turn():
-    whole, first = (
-        make_trainer(**SETTINGS, steps_per_swap=3),
-        swapping(steps_per_swap=3, prefetch=True),
-    )
-    step(whole, 12)
-    step(first, 5)
-    # one that has already trained something else, and prefetched it
-    second = swapping(steps_per_swap=3, prefetch=True, seed=4)
-    step(second, 4)
-    second.config, second.block_order = first.config, first.block_order
-    second.restore(copies(first), first.counters())
-    step(second, 7)
-    assert_same(second, whole)
-
-
-@pytest.mark.parametrize("trained", range(6, 9))
-def test_what_was_prefetched_before_a_restore_is_not_trained_after_it(trained):
-    whole, first, second = make_trainer(**SETTINGS), swapping(), swapping(prefetch=True)
-    step(whole, 12)
-    step(first, 3)
-    step(second, trained)
-    second.restore(copies(first), first.counters())
-    step(second, 9)
-    assert_same(second, whole)
-
-
 def test_a_block_on_its_way_off_the_device_is_waited_for_before_it_is_read():
-    whole, swapped = make_trainer(**SETTINGS), swapping(prefetch=True)
-    memory = swapped.offloader._memory
-    store = memory.store
-
-    def slow(slot, home):
-        time.sleep(0.05)
-        store(slot, home)
-
-    memory.store = slow
+    swapped, whole = pair(**PREFETCH)
+    memory, store = swapped.offloader._memory, swapped.offloader._memory.store
+    memory.store = lambda slot, home: time.sleep(0.05) or store(slot, home)
     assert_same_steps(swapped, whole, (0, 1))
 
 
-@pytest.mark.parametrize("prefetch", [False, True])
+@places
 @pytest.mark.parametrize("following", [0, 1, 2])
 @pytest.mark.parametrize("call", [2, 3], ids=["while one leaves", "while one enters"])
-def test_a_swap_that_was_cut_short_loses_nothing(monkeypatch, call, following, prefetch):
+def test_a_swap_that_was_cut_short_loses_nothing(monkeypatch, call, following, settings):
     inner, calls = _Flat.lie_in, []
 
     def lie_in(flat, buffer):
@@ -169,11 +93,10 @@ def test_a_swap_that_was_cut_short_loses_nothing(monkeypatch, call, following, p
         inner(flat, buffer)
 
     monkeypatch.setattr(_Flat, "lie_in", lie_in)
-    whole, swapped = make_trainer(**SETTINGS), swapping(prefetch=prefetch)
-    for trainer in (whole, swapped):
-        trainer.step_block(trainer.blocks[0])
+    swapped, whole = pair(**settings)
+    assert_same_steps(swapped, whole, [0])
     with pytest.raises(KeyboardInterrupt):
-        swapped.step_block(swapped.blocks[1])
+        steps(swapped, [1])
     for index in (following, 1, 0):
         assert_same_steps(swapped, whole, [index])
         assert in_slot(swapped, addresses(swapped, f"block{index}"))
@@ -183,10 +106,10 @@ def test_a_swap_that_was_cut_short_loses_nothing(monkeypatch, call, following, p
 
 
 def test_only_the_trained_block_lies_in_the_slot_and_at_the_same_addresses_at_every_turn():
-    trainer, seen = swapping(), []
+    trainer, seen = make_trainer(**CPU), []
     objects = {name: [id(t) for t in group.tensors()] for name, group in trainer.groups.items()}
     for index in (0, 1, 2, 0, 1, 2):
-        trainer.step_block(trainer.blocks[index])
+        steps(trainer, [index])
         for name in (*BLOCKS, "shared"):
             assert in_slot(trainer, addresses(trainer, name)) == (name == f"block{index}")
         seen.append((addresses(trainer, f"block{index}"), addresses(trainer, "shared")))
@@ -199,38 +122,23 @@ def test_only_the_trained_block_lies_in_the_slot_and_at_the_same_addresses_at_ev
     assert [slot.nbytes, *homes] == [own] * 4
 
 
-def test_prefetching_takes_a_second_slot_and_fills_it_before_the_turn():
-    trainer = swapping(**SEQUENTIAL)
-    step(trainer, 1)
-    offloader = trainer.offloader
-    assert len(offloader._slots) == 2
+def test_prefetching_fills_a_second_slot_before_the_turn_and_drops_it_when_all_is_settled():
+    trainer = make_trainer(**SEQUENTIAL)
+    offloader, group = trainer.offloader, trainer.groups["block1"]
+    trainer.step_block(trainer.next_block())
     offloader.wait()
     # already there, although the block may be read and written at home until its turn
-    assert torch.equal(offloader._slots[offloader._other_slot()], offloader._blocks["block1"].home)
-    assert not any(in_slot(trainer, addresses(trainer, "block1"), index) for index in (0, 1))
+    slots, home = offloader._slots, offloader._blocks["block1"].home
+    assert len(slots) == 2 and any(torch.equal(slot[: len(home)], home) for slot in slots)
+    assert addresses(trainer, "block1")[0] == home.data_ptr()
     before = threading.active_count()
-    step(trainer, 2)
-    assert threading.active_count() == before
-
-
-def test_what_a_prefetched_slot_holds_is_dropped_when_all_is_settled():
-    trainer = swapping(**SEQUENTIAL)
-    step(trainer, 1)
-    trainer.offloader.settle()
+    offloader.settle()
     with torch.no_grad():
-        for parameter in trainer.groups["block1"].parameters.values():
+        for parameter in group.parameters.values():
             parameter.fill_(2.0)
-    trainer.offloader.enter("block1")
-    assert all((p == 2.0).all() for p in trainer.groups["block1"].parameters.values())
-
-
-def test_an_error_while_copying_beside_the_steps_is_raised():
-    trainer = swapping(**SEQUENTIAL)
-    step(trainer, 1)
-    trainer.offloader.wait()
-    trainer.offloader._memory.load = raising(OSError("no such disk"))
-    with pytest.raises(OSError, match="no such disk"):
-        step(trainer, 4)
+    offloader.enter("block1")
+    assert all((parameter == 2.0).all() for parameter in group.parameters.values())
+    assert threading.active_count() == before
 
 
 def raising(error):
@@ -238,6 +146,15 @@ def raising(error):
         raise error
 
     return call
+
+
+def test_an_error_while_copying_beside_the_steps_is_raised():
+    trainer = make_trainer(**SEQUENTIAL)
+    trainer.step_block(trainer.next_block())
+    trainer.offloader.wait()
+    trainer.offloader._memory.load = raising(OSError("no such disk"))
+    with pytest.raises(OSError, match="no such disk"):
+        trainer.run()
 
 
 # an offloader without a trainer
@@ -262,24 +179,21 @@ def adopted():
 
 def test_the_slot_holds_the_largest_block_and_those_at_home_can_be_written(adopted, monkeypatch):
     offloader, groups = adopted
+    offloader.enter("unknown")
+    assert offloader._slots == []
     offloader.enter("small")
     with torch.no_grad():
         groups["small"].parameters["weight"].fill_(3.0)
         groups["large"].parameters["bias"].fill_(7.0)
     expected = [tensor.clone() for tensor in groups["large"].tensors()]
     offloader.enter("large")
+    assert 0 < offloader.swap_seconds() < 1
     assert all(map(torch.equal, groups["large"].tensors(), expected))
     offloader.enter("small")
     assert (groups["small"].parameters["weight"] == 3.0).all()
     # entering again copies nothing
     monkeypatch.setattr(offloader, "_memory", None)
     offloader.enter("small")
-
-
-def test_leaves_alone_what_it_was_not_given(adopted):
-    offloader, _ = adopted
-    offloader.enter("unknown")
-    assert offloader._slots == []
 
 
 def test_tensors_that_were_moved_meanwhile_are_refused(adopted):
@@ -289,28 +203,6 @@ def test_tensors_that_were_moved_meanwhile_are_refused(adopted):
     weight.data = weight.data.clone()
     with pytest.raises(ValueError, match="the tensors of large must be where training left them"):
         offloader.enter("large")
-
-
-def test_what_a_step_writes_is_copied_after_the_step(adopted, monkeypatch):
-    offloader, _ = adopted
-    submitted = []
-
-    def submit(copy, after_steps=False):
-        submitted.append((copy.func.__name__, after_steps))
-
-    monkeypatch.setattr(offloader._copy_stream, "submit", submit)
-    for name in ("small", "large"):
-        offloader.enter(name)
-    assert submitted == [("load", False), ("store", True), ("load", False)]
-
-
-def test_times_the_way_off_the_device_and_back(adopted):
-    offloader, groups = adopted
-    offloader.enter("large")
-    before = [tensor.clone() for tensor in groups["large"].tensors()]
-    assert 0 < offloader.swap_seconds() < 1
-    assert all(map(torch.equal, groups["large"].tensors(), before))
-    assert offloader._current == "large"
 
 
 def test_what_was_moved_to_the_device_leaves_it_where_no_room_was_left_for_a_slot(

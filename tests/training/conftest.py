@@ -1,0 +1,38 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training.tiny import DIT, PRIOR, VIT
+
+from dbkernels.training import run
+from dbkernels.training.run import PartitionConfig, RunConfig
+from dbkernels.training.trainer_config import TrainerConfig
+
+
+@pytest.fixture
+def make_config(tmp_path, monkeypatch):
+    """Makes configurations of runs in a directory of their own, which has their data."""
+    monkeypatch.chdir(tmp_path)
+    np.save("data.npy", np.random.default_rng(0).standard_normal((12, 1, 4, 4)).astype(np.float32))
+    np.save("data_labels.npy", np.arange(12) % 3)
+    model, weighting = {"vit": VIT, "dit": DIT}, {"vit": "none", "dit": "edm"}
+    trainer = TrainerConfig(steps=4, batch_size=4, lr=1e-2, ema=0.9)
+    fields = {"data": "data.npy", "label_drop": 0.0, "mirror": False, "shift": 0, "prior": PRIOR}
+
+    def make(family="vit", *, partition=None, **changes):
+        own = {"weighting": weighting[family], **fields}
+        own |= {name: changes.pop(name) for name in own if name in changes}
+        own |= {"partition": PartitionConfig(**partition or {})}
+        own |= {"trainer": replace(trainer, **changes)}
+        return RunConfig(family=family, model=model[family], **own)
+
+    return make
+
+
+@pytest.fixture
+def train():
+    """Trains a run on this processor, in a directory of this name."""
+    return lambda config, name="run", **options: run.train(
+        config, Path(name), device="cpu", **options
+    )
