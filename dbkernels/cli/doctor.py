@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import groupby
 
 import torch
 import triton
@@ -94,9 +93,11 @@ def show(report: Report, console: Console) -> None:
 def _table(report: Report) -> Table:
     gpu = "on a GPU" if report["gpu"] else "on a GPU, if there were one"
     table = Table("op", "on a CPU", gpu, show_edge=False)
-    for op, directions in groupby(report["ops"], lambda name: re.sub("_[fb]wd$", "", name)):
-        where = [report["ops"][direction] for direction in directions]
-        cells = (dict.fromkeys(each[device] for each in where) for device in ("cpu", "cuda"))
+    rows: dict[str, list[dict[str, str]]] = {}
+    for name, where in report["ops"].items():
+        rows.setdefault(re.sub("_[fb]wd$", "", name), []).append(where)
+    for op, directions in rows.items():
+        cells = (dict.fromkeys(where[device] for where in directions) for device in ("cpu", "cuda"))
         table.add_row(op, *(", backward ".join(cell) for cell in cells))
     return table
 

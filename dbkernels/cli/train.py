@@ -151,7 +151,8 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_) -> None:
-        self._progress.stop()
+        if self.steps:
+            self._progress.stop()
 
     def warn(self, message: Warning | str, *_: object) -> None:
         """Show a warning above the bar, without the line of code that gave it."""
