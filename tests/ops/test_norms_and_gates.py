@@ -12,7 +12,6 @@ from dbkernels.ops.backend import tile
 from dbkernels.ops.backend.checks import statistics_dtype
 from dbkernels.ops.backend.register import use_implementation
 from dbkernels.ops.gated_adaln_norm import (
-    Modulation,
     gated_adaln_norm_backward,
     gated_adaln_norm_forward,
 )
@@ -142,10 +141,8 @@ class Buffers:
 
     def forward(self, x1=None):
         if self.name == "adaln_norm":
-            return adaln_norm_forward(*self.args, self.options)
-        return gated_adaln_norm_forward(
-            self.x, self.h, Modulation(*self.modulation), self.options, x1=x1
-        )
+            return adaln_norm_forward(self.options, *self.args)
+        return gated_adaln_norm_forward(self.options, self.x, self.h, *self.modulation, x1)
 
     def backward(self, *, dres=None, dh=None, y=None, sums=None):
         """Every result that the op has, in one order."""

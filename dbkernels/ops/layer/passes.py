@@ -102,13 +102,13 @@ class LayerCall(NamedTuple):
     def first_norm(self) -> tuple[Tensor, Tensor]:
         """y1 (B, T, D) and its statistics."""
         mod, x = self.mod, self.by_sample(self.x)
-        y, stats = adaln_norm_forward(x, mod.scale1, mod.shift1, self.options.norm)
+        y, stats = adaln_norm_forward(self.options.norm, x, mod.scale1, mod.shift1)
         return y.view(self.x.shape), stats
 
     def second_norm(self, a: Tensor, *, x1: Tensor | None) -> tuple[Tensor, Tensor]:
         """y2 (B, T, D) and its statistics; writes x1 where it is given."""
         x, a = map(self.by_sample, (self.x, a))
-        y, stats = gated_adaln_norm_forward(x, a, self.mod.between, self.options.norm, x1=x1)
+        y, stats = gated_adaln_norm_forward(self.options.norm, x, a, *self.mod.between, x1)
         return y.view(self.x.shape), stats
 
     def backward(self, dout: Tensor, kept: "Kept", gradients: Gradients) -> tuple[Tensor, Tensor]:
