@@ -190,7 +190,6 @@ def _swiglu_gradient_torch(x: Tensor, du: Tensor, dx: Tensor) -> tuple[Tensor, T
 class Activation(NamedTuple):
     """What one activation has for itself."""
 
-    name: str
     halves: int  # of a row of h: 2 where one gates the other
     forward: Share
     backward: Share
@@ -198,11 +197,9 @@ class Activation(NamedTuple):
     backward_torch: Callable
 
 
-GELU = Activation("gelu", 1, Share(4, 88, 1), Share(2, 96, 2), _gelu_torch, _gelu_gradient_torch)
-SWIGLU = Activation(
-    "swiglu", 2, Share(4, 64, 0), Share(2, 128, 0), _swiglu_torch, _swiglu_gradient_torch
-)
-ACTIVATIONS = {activation.name: activation for activation in (GELU, SWIGLU)}
+GELU = Activation(1, Share(4, 88, 1), Share(2, 96, 2), _gelu_torch, _gelu_gradient_torch)
+SWIGLU = Activation(2, Share(4, 64, 0), Share(2, 128, 0), _swiglu_torch, _swiglu_gradient_torch)
+ACTIVATIONS = {"gelu": GELU, "swiglu": SWIGLU}
 
 # launchers: they write into tensors of their caller
 
@@ -375,8 +372,7 @@ def _activate(name: str, h: Tensor, bias: Tensor | None, *, columns: str) -> Ten
     if h.dim() == 0 or h.shape[-1] == 0 or h.shape[-1] % halves:
         raise ValueError(f"h must be (..., {columns}) with F at least 1, got {tuple(h.shape)}")
     width = h.shape[-1]
-    if bias is not None and bias.shape != (width,):
-        raise ValueError(f"bias must be ({columns},) = ({width},), got {tuple(bias.shape)}")
+    checks.check_shape((width,), f"({columns},)", bias=bias)
     bias = None if bias is None else bias.contiguous()
     u = _Activate.apply(h.contiguous().view(-1, width), bias, name)
     return u.view(*h.shape[:-1], width // halves)

@@ -14,6 +14,7 @@ Backward, with g = (1 + scale) * dy and every mean over D:
 The kernels serve `gated_adaln_norm` too: where there is an h they first add a branch, gate * h.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -225,12 +226,18 @@ def backward_torch(branch, dy, dres, x, scale, shift, stats, dx, y, dscale, dshi
     if h is not None:
         h = h.to(stats.dtype)
         x = torch.addcmul(x, gate[:, None], h)
-    mean, rstd = stats.split(1, dim=-1)
+    mean, rstd = (t.contiguous() for t in stats.split(1, dim=-1))
     x_hat = (x - mean).mul_(rstd)
     dscale.copy_((dy * x_hat).sum(1))
     dshift.copy_(dy.sum(1))
     weight = 1 + scale[:, None].to(stats.dtype)
-    grad = _normalise_backward(weight * dy, x, x_hat, stats, centred)
+    g = weight * dy
+    if centred:  # in one pass, where sums and products would take six
+        grad, _, _ = torch.ops.aten.native_layer_norm_backward(
+            g, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
+        )
+    else:
+        grad = rms_norm_backward(g, x_hat, rstd)
     if y is not None:
         torch.addcmul(shift[:, None], x_hat, weight, out=y)
     if dres is not None:
@@ -250,18 +257,6 @@ def normalise(x: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
         rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
         x_hat, mean = x * rstd, torch.zeros_like(rstd)
     return x_hat, torch.cat([mean, rstd], dim=-1)
-
-
-def _normalise_backward(g: Tensor, x: Tensor, x_hat: Tensor, stats: Tensor, centred: bool):
-    """dx in the dtype of g, x and x_hat, which is that of stats."""
-    mean, rstd = (t.contiguous() for t in stats.split(1, dim=-1))
-    if not centred:
-        return rms_norm_backward(g, x_hat, rstd)
-    # one pass, where sums and products would take six
-    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-        g, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
-    )
-    return dx
 
 
 def rms_norm_backward(g: Tensor, x_hat: Tensor, rstd: Tensor) -> Tensor:
@@ -292,25 +287,23 @@ adaln_norm_backward = register(
 # allocation and autograd
 
 
-def empty_results(x: Tensor, options: NormOptions) -> tuple[Tensor, Tensor]:
-    """y and its statistics (B, T, 2), for x (B, T, D)."""
-    stats = torch.empty((*x.shape[:2], 2), dtype=checks.statistics_dtype(x), device=x.device)
-    return torch.empty_like(x, dtype=options.dtype), stats
-
-
-def adaln_norm_forward(
-    x: Tensor, scale: Tensor, shift: Tensor, options: NormOptions
+def norm_forward(
+    op: Callable, options: NormOptions, x: Tensor, *others: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, D) and its statistics (B, T, 2), from contiguous x and (B, D) modulation."""
-    y, stats = empty_results(x, options)
-    _forward_op(x, scale, shift, y, stats, options.eps, options.centred)
+    """y (B, T, D) and its statistics (B, T, 2), by an op that is given them after the others."""
+    y = torch.empty_like(x, dtype=options.dtype)
+    stats = torch.empty((*x.shape[:2], 2), dtype=checks.statistics_dtype(x), device=x.device)
+    op(x, *others, y, stats, options.eps, options.centred)
     return y, stats
+
+
+adaln_norm_forward = partial(norm_forward, _forward_op)
 
 
 class _AdaLNNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, shift, options):
-        y, stats = adaln_norm_forward(x, scale, shift, options)
+        y, stats = adaln_norm_forward(options, x, scale, shift)
         ctx.save_for_backward(x, scale, shift, stats)
         ctx.centred = options.centred
         return y

@@ -38,8 +38,9 @@ def check_coefficients(z0: Tensor, **coefficients: Tensor) -> None:
             raise ValueError(f"{name} must not require a gradient, because it is given none")
 
 
-def check_finite(**coefficients: Tensor | None) -> None:
-    for name, given in coefficients.items():
+def check_finite(names: tuple[str, ...], *coefficients: Tensor | None) -> None:
+    """Of an op's arguments those that have names."""
+    for name, given in zip(names, coefficients, strict=False):
         wrong = given[~given.isfinite()] if given is not None else ()
         if len(wrong):
             raise ValueError(f"{name} must be finite, got {wrong[0].item()}")
@@ -102,7 +103,7 @@ _forward_op = register(
     " SymInt seed, Tensor step, SymInt sample) -> ()",
     triton=_forward_triton,
     torch_=_forward_torch,
-    check=lambda z0, p, q, *_: check_finite(p=p, q=q),
+    check=lambda z0, *given: check_finite(("p", "q"), *given),
 )
 
 

@@ -10,6 +10,8 @@ So no kernel needs to know whether a norm is affine: the fold is over samples, n
 import torch
 from torch import Tensor
 
+from dbkernels.ops.backend import checks
+
 
 def fold_affine(
     scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None = None
@@ -33,9 +35,7 @@ def fold_affine(
             f"scale and shift must have one shape, got {tuple(scale.shape)} and "
             f"{tuple(shift.shape)}"
         )
-    for name, tensor in {"weight": weight, "bias": bias}.items():
-        if tensor is not None and tensor.shape != (D,):
-            raise ValueError(f"{name} must be (D,) = ({D},), got {tuple(tensor.shape)}")
+    checks.check_shape((D,), "(D,)", weight=weight, bias=bias)
     dtype = torch.promote_types(scale.dtype, torch.float32)
     one_plus = 1 + scale.to(dtype)
     shift = shift.to(dtype) if bias is None else torch.addcmul(shift.to(dtype), one_plus, bias)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dbkernels.ops.backend import checks
-from dbkernels.ops.backend.checks import statistics_dtype
 
 _aten = torch.ops.aten
 
@@ -31,7 +30,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """
     B, H, N, d = q.shape
     if not q.numel():
-        return q.new_empty((B, N, H * d)), q.new_empty((B, H, N), dtype=statistics_dtype(q))
+        return q.new_empty((B, N, H * d)), q.new_empty((B, H, N), dtype=checks.statistics_dtype(q))
     if q.device.type == "cpu":
         out, logsumexp = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     elif q.dtype == torch.float32:

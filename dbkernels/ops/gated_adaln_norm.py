@@ -14,7 +14,6 @@ residual stream, dx_norm of `adaln_norm` for g = (1 + scale) * dy, and x1 rebuil
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,22 +21,13 @@ from torch import Tensor
 from dbkernels.ops.adaln_norm import (
     NormOptions,
     backward_torch,
-    empty_results,
     forward_torch,
     launch_backward,
     launch_forward,
+    norm_forward,
 )
 from dbkernels.ops.backend import checks, sums
 from dbkernels.ops.backend.register import register
-
-
-class Modulation(NamedTuple):
-    """(B, D) each, equal strides."""
-
-    gate: Tensor
-    scale: Tensor
-    shift: Tensor
-
 
 # of a thread, by RowTile.shape: the compiler is held to them, and what it makes does not spill
 FORWARD_REGISTERS = {(4, 1): 48, (4, 2): 72, (4, 3): 96, (8, 1): 128, (8, 2): 64, (8, 3): 192}
@@ -62,6 +52,8 @@ _forward_op = register(
     triton=_forward_triton,
     torch_=partial(_forward, forward_torch),
 )
+# of options, x, h, the modulation, and x1, which is written where it is given
+gated_adaln_norm_forward = partial(norm_forward, _forward_op)
 # dh may be h itself and y, which is written again where it is given, may be dy: each row is read
 # before it is written
 gated_adaln_norm_backward = register(
@@ -74,24 +66,15 @@ gated_adaln_norm_backward = register(
 )
 
 
-# allocation and autograd
-
-
-def gated_adaln_norm_forward(
-    x: Tensor, h: Tensor, modulation: Modulation, options: NormOptions, *, x1: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """y (B, T, D) and its statistics (B, T, 2); writes x1 where it is given."""
-    y, stats = empty_results(x, options)
-    _forward_op(x, h, *modulation, x1, y, stats, options.eps, options.centred)
-    return y, stats
+# autograd
 
 
 class _GatedAdaLNNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h, gate, scale, shift, options):
-        modulation, x1 = Modulation(gate, scale, shift), torch.empty_like(x)
-        y, stats = gated_adaln_norm_forward(x, h, modulation, options, x1=x1)
-        ctx.save_for_backward(x, h, *modulation, stats)
+        x1 = torch.empty_like(x)
+        y, stats = gated_adaln_norm_forward(options, x, h, gate, scale, shift, x1)
+        ctx.save_for_backward(x, h, gate, scale, shift, stats)
         ctx.centred = options.centred
         return x1, y
 

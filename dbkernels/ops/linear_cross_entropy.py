@@ -12,19 +12,17 @@ backward multiplies them by that number. Losses of single tokens have a vector i
 backward computes the logits of each chunk again.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from dbkernels.choices import check_choice
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
 from dbkernels.ops.layer.projection import add_product, chunks
 from dbkernels.ops.softmax_gradient import empty_logits, softmax_gradient
 
-Reduction = Literal["mean", "sum", "none"]
 SHARE = 16  # of the logits is a chunk; of what eager holds, which is three times the logits, 48
 ENOUGH = 4096  # tokens, at which reading and writing the sums costs little beside the matmuls
 TILE = 128  # tokens, of which a matmul's tiles are full
@@ -49,36 +47,17 @@ class Head(NamedTuple):
 # allocation and autograd
 
 
-class HeadGradients(NamedTuple):
-    """Those that are wanted: of x as its matmul gives it, the others sums in float32 at least."""
-
-    x: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def add(self, chunk: slice, g: Tensor, x: Tensor, weight: Tensor) -> None:
-        if self.x is not None:
-            torch.mm(g, weight, out=self.x[chunk])
-        if self.weight is not None:
-            add_product(self.weight, g.T, x)
-        if self.bias is not None:
-            self.bias.add_(g.sum(0, dtype=self.bias.dtype))
-
-
-def empty_gradients(x: Tensor, weight: Tensor, head: Head) -> HeadGradients:
-    dtype = torch.promote_types(head.dtype, torch.float32)
-    return HeadGradients(
-        x=torch.empty_like(x, dtype=head.dtype) if "x" in head.wanted else None,
-        weight=x.new_zeros(weight.shape, dtype=dtype) if "weight" in head.wanted else None,
-        bias=x.new_zeros(len(weight), dtype=dtype) if "bias" in head.wanted else None,
-    )
-
-
 def linear_cross_entropy_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor, head: Head
-) -> tuple[Tensor, HeadGradients]:
-    """nll (N,), and the gradients of sum_n scale[n] * nll[n] that are wanted, from x (N, D)."""
-    gradients = empty_gradients(x, weight, head)
+) -> tuple[Tensor, list[Tensor | None]]:
+    """nll (N,), and the gradients of sum_n scale[n] * nll[n] that are wanted, from x (N, D).
+
+    That of x is as its matmul gives it, those of weight and bias are sums in float32 at least.
+    """
+    wide = {"dtype": torch.promote_types(head.dtype, torch.float32)}
+    dx = torch.empty_like(x, dtype=head.dtype) if "x" in head.wanted else None
+    dweight = x.new_zeros(weight.shape, **wide) if "weight" in head.wanted else None
+    dbias = x.new_zeros(len(weight), **wide) if "bias" in head.wanted else None
     weight = weight.to(head.dtype)
     bias = None if bias is None else bias.to(head.dtype)
     V, D = weight.shape
@@ -91,8 +70,14 @@ def linear_cross_entropy_forward(
         _write_logits(padded[:, :V], x_chunk, weight, bias)
         scales = scale[chunk] if head.wanted else None
         softmax_gradient(padded, target[chunk], scales, nll[chunk], V, head.ignore_index)
-        gradients.add(chunk, padded[:, :V], x_chunk, weight)
-    return nll, gradients
+        g = padded[:, :V]
+        if dx is not None:
+            torch.mm(g, weight, out=dx[chunk])
+        if dweight is not None:
+            add_product(dweight, g.T, x_chunk)
+        if dbias is not None:
+            dbias.add_(g.sum(0, dtype=dbias.dtype))
+    return nll, [dx, dweight, dbias]
 
 
 def _write_logits(logits: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -164,7 +149,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     token_weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: Reduction = "mean",
+    reduction: checks.Reduction = "mean",
 ) -> Tensor:
     """Cross-entropy of the logits x W^T + b, which never exist as a whole.
 
@@ -209,7 +194,7 @@ def linear_cross_entropy(
 
 
 def _check(x, weight, target, bias, token_weight, reduction):
-    check_choice("reduction", reduction, get_args(Reduction))
+    checks.check_reduction(reduction)
     checks.check_floats(x=x, weight=weight, bias=bias, token_weight=token_weight)
     if target.dtype != torch.int64 or target.device != x.device:
         raise ValueError(
@@ -220,10 +205,7 @@ def _check(x, weight, target, bias, token_weight, reduction):
             "x and weight must be (..., D) and (V, D) with V and D at least 1, "
             f"got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    expected = {"target": (target, x.shape[:-1]), "bias": (bias, weight.shape[:1])}
-    expected["token_weight"] = (token_weight, x.shape[:-1])
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
+    checks.check_shape(x.shape[:-1], target=target, token_weight=token_weight)
+    checks.check_shape(weight.shape[:1], bias=bias)
     if token_weight is not None and token_weight.requires_grad:
         raise ValueError("token_weight must not require a gradient, got one that does")

@@ -102,7 +102,9 @@ class Draw:
         for name, limit in LIMITS.items():
             value = getattr(self, name)
             if name == "step" and isinstance(value, Tensor):
-                _check_step(value)
+                if value.shape != () or value.dtype != torch.int64:
+                    got = f"{tuple(value.shape)} {value.dtype}"
+                    raise ValueError(f"step must be an integer or () torch.int64, got {got}")
                 continue
             _check_integer(name, value)
             if not 0 <= value < limit:
@@ -139,13 +141,6 @@ class Draw:
         if self.step.device != device:
             raise ValueError(f"step must be on {device}, got {self.step.device}")
         return self.step
-
-
-def _check_step(step: Tensor) -> None:
-    if step.shape != () or step.dtype != torch.int64:
-        raise ValueError(
-            f"step must be an integer or () torch.int64, got {tuple(step.shape)} {step.dtype}"
-        )
 
 
 def _check_integer(name: str, value: int) -> None:

@@ -189,8 +189,7 @@ def _forward_torch(qkv, q_weight, k_weight, rotary, qk, heads, eps):
     if q_weight is not None:
         x = normalise(x, eps, centred=False)[0] * torch.stack([q_weight, k_weight])[:, None]
     if rotary is not None:
-        cos, sin = _angles(rotary)
-        x = _rotate(x, cos, sin)
+        x = _rotate(x, rotary)
     qk.copy_(x)
 
 
@@ -212,8 +211,7 @@ def _backward_torch(dqkv, qkv, q_weight, k_weight, rotary, dq_weight, dk_weight,
     dx = _queries_and_keys(dqkv, heads)
     g = dx.to(checks.statistics_dtype(dqkv))
     if rotary is not None:
-        cos, sin = _angles(rotary)
-        g = _rotate(g, cos, -sin)
+        g = _rotate(g, rotary, back=True)
     if q_weight is not None:
         x_hat, stats = normalise(_queries_and_keys(qkv, heads), eps, centred=False)
         dq_sums, dk_sums = (g * x_hat).sum((0, 1, 3))
@@ -227,11 +225,9 @@ def _queries_and_keys(qkv: Tensor, heads: int) -> Tensor:
     return qkv.unflatten(-1, (3, heads, -1))[:, :, :2]  # (B, T, 2, H, d)
 
 
-def _angles(rotary: Tensor) -> Tensor:
-    return rotary[:, :, None, None, : rotary.shape[-1] // 2]  # (2, T, 1, 1, d/2)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, rotary: Tensor, *, back: bool = False) -> Tensor:
+    cos, sin = rotary[:, :, None, None, : rotary.shape[-1] // 2]  # (T, 1, 1, d/2) each
+    sin = -sin if back else sin
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -336,9 +332,7 @@ def _check(qkv, heads, q_weight, k_weight, rotary):
     T, d = qkv.shape[1], qkv.shape[2] // (3 * heads)
     if d > MAX_HEAD_DIM:
         raise ValueError(f"the head width must be 1 to {MAX_HEAD_DIM}, got {d}")
-    for name, weight in {"q_weight": q_weight, "k_weight": k_weight}.items():
-        if weight is not None and weight.shape != (d,):
-            raise ValueError(f"{name} must be (d,) = ({d},), got {tuple(weight.shape)}")
+    checks.check_shape((d,), "(d,)", q_weight=q_weight, k_weight=k_weight)
     if rotary is not None:
         check_rotary(rotary, T, d)
 

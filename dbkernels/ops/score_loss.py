@@ -13,21 +13,15 @@ Gradients, with r the reduction over B, and z a constant for F but not for the l
     dz0 = -alpha * dF
 """
 
-from typing import Literal, get_args
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.choices import check_choice
 from dbkernels.ops.add_noise import check_coefficients, check_finite, of_chunk
 from dbkernels.ops.backend import checks, noise_tile
 from dbkernels.ops.backend.register import is_last_to_read, register
 from dbkernels.ops.philox import Draw, kernel_draw, noise_chunks, noise_launch, sizes
-
-Reduction = Literal["mean", "sum", "none"]
-
 
 # kernels
 
@@ -81,9 +75,9 @@ def _forward_triton(prediction, z0, alpha, beta, weight, mask, dprediction, dz0,
     run, per_sample = z0.numel() // alpha.numel(), alpha.numel() == B
     mask_run = 1 if mask is None else z0.numel() // mask.numel()
     mask = None if mask is None else mask.view(torch.uint8)
-    sums, like = losses, {"dtype": losses.dtype, "device": losses.device}
+    sums = losses
     if grid[0] > B:
-        sums = torch.empty((B, grid[0] // B), **like)
+        sums = torch.empty((B, grid[0] // B), dtype=losses.dtype, device=losses.device)
     _fwd_kernel[grid](
         prediction, z0, alpha, beta, weight, mask, dprediction, dz0, sums,
         *kernel_draw(draw), elements, run, mask_run, r, per_sample, **options,
@@ -120,17 +114,13 @@ def _scratch(prediction, z0, *_):
     return programs if programs > len(z0) else 0
 
 
-def _check_finite(prediction, z0, alpha, beta, weight, *_):
-    check_finite(alpha=alpha, beta=beta, weight=weight)
-
-
 _forward_op = register(
     "score_loss_fwd(Tensor prediction, Tensor z0, Tensor alpha, Tensor beta, Tensor? weight,"
     " Tensor? mask, Tensor(a!)? dprediction, Tensor(b!)? dz0, Tensor(c!) losses,"
     " SymInt seed, Tensor step, SymInt sample, float r) -> ()",
     triton=_forward_triton,
     torch_=_forward_torch,
-    check=_check_finite,
+    check=lambda prediction, z0, *given: check_finite(("alpha", "beta", "weight"), *given),
     scratch=_scratch,
 )
 
@@ -183,7 +173,7 @@ def score_loss(
     draw: Draw,
     *,
     weight: Tensor | None = None,
-    reduction: Reduction = "mean",
+    reduction: checks.Reduction = "mean",
     mask: Tensor | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -234,7 +224,7 @@ def _check(prediction, z0, alpha, beta, weight, reduction, mask):
             f"prediction must have the shape of z0 = {tuple(z0.shape)}, "
             f"got {tuple(prediction.shape)}"
         )
-    check_choice("reduction", reduction, get_args(Reduction))
+    checks.check_reduction(reduction)
     if weight is not None:
         check_coefficients(z0, weight=weight)
     if mask is None:
@@ -259,9 +249,8 @@ def _over_all_elements(weight: Tensor | None, mask: Tensor | None, z0: Tensor) -
     return weight * (share[:, None] if weight.dim() == 2 else share)
 
 
-def _alike(alpha: Tensor, beta: Tensor, weight: Tensor | None) -> list[Tensor | None]:
+def _alike(*given: Tensor | None) -> list[Tensor | None]:
     """All of each token where one is."""
-    shape = weight.shape if weight is not None and weight.dim() == 2 else alpha.shape
-    each = (alpha, beta, weight)
-    wide = (c if c is None or c.dim() == len(shape) else c[:, None].expand(shape) for c in each)
+    shape = next((c.shape for c in given if c is not None and c.dim() == 2), given[0].shape)
+    wide = (c if c is None or c.dim() == len(shape) else c[:, None].expand(shape) for c in given)
     return [c if c is None else c.contiguous() for c in wide]

@@ -10,6 +10,7 @@ from dbkernels.ops.backend.register import implementation
 from dbkernels.ops.backend.tile import MAX_D
 
 Norm = Literal["layer", "rms"]
+Reduction = Literal["mean", "sum", "none"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -17,6 +18,18 @@ def check_norm(norm: str) -> bool:
     """Whether the norm subtracts the mean."""
     check_choice("norm", norm, get_args(Norm))
     return norm == "layer"
+
+
+def check_reduction(reduction: str) -> None:
+    check_choice("reduction", reduction, get_args(Reduction))
+
+
+def check_shape(shape: tuple[int, ...], letters: str = "", **tensors: Tensor | None) -> None:
+    """That of each tensor, which errors tell in letters too; None was not given."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            expected = f"{letters} = {tuple(shape)}" if letters else tuple(shape)
+            raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}")
 
 
 def check_floats(**tensors: Tensor | None) -> None:
@@ -60,14 +73,11 @@ def check_modulation(x: Tensor, **tensors: Tensor) -> None:
             f"{_list(tensors)} must be (B, D) = ({B}, {D}) or (B, T, D) = ({B}, {T}, {D}), "
             f"got {_shapes(tensors)}"
         )
-    if first.stride(-1) != 1 or any(
-        tensor.stride() != first.stride() or tensor.dtype != first.dtype
-        for tensor in tensors.values()
-    ):
+    kinds = [(tensor.dtype, tensor.stride()) for tensor in tensors.values()]
+    if first.stride(-1) != 1 or any(kind != kinds[0] for kind in kinds):
         raise ValueError(
             f"{_list(tensors)} must be slices of one modulation tensor: equal dtypes, equal "
-            "strides, the last 1, got "
-            + _list(f"{tensor.dtype} {tensor.stride()}" for tensor in tensors.values())
+            "strides, the last 1, got " + _list(f"{dtype} {stride}" for dtype, stride in kinds)
         )
 
 

@@ -126,10 +126,7 @@ def _innermost(stack: list, value: object) -> Iterator[None]:
 def _why_not(name: Implementation) -> str | None:
     """Why an implementation cannot run here at all."""
     if name == "triton" and not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
-        return (
-            "needs an NVIDIA GPU, or TRITON_INTERPRET=1 in the environment before dbkernels is "
-            "imported"
-        )
+        return "needs an NVIDIA GPU, or TRITON_INTERPRET=1 set before dbkernels is imported"
     reason = library.library().reason if name == "cpp" else None
     if name == "cuda":
         reason = library.cuda_reason(torch.device("cuda"))
@@ -156,12 +153,9 @@ def _float64_is_chosen(args: tuple, reads: list[bool]) -> bool:
     An op that reads none, at most integers, has float64 in its output by its meaning and not by its
     caller's choice.
     """
-    if not any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
-        return False
-    return any(
-        read and isinstance(arg, Tensor) and arg.is_floating_point()
-        for arg, read in zip(args, reads, strict=True)
-    )
+    tensors = [each for each in zip(args, reads, strict=True) if isinstance(each[0], Tensor)]
+    wide = any(tensor.dtype == torch.float64 for tensor, _ in tensors)
+    return wide and any(read and tensor.is_floating_point() for tensor, read in tensors)
 
 
 # fake tensors of a CPU on which ops run as on a GPU: what a prediction of memory runs on

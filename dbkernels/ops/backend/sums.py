@@ -5,7 +5,7 @@ and has a row of each sum for itself. No atomics: every run of a kernel gives th
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -90,30 +90,23 @@ def partial_sums(segments: Segments, *outs: Tensor) -> Iterator[list[Tensor]]:
     )  # fmt: skip
 
 
-@contextmanager
-def sums_of_samples(launch: RowLaunch, T: int, *outs: Tensor) -> Iterator[list[Tensor]]:
+def sums_of_samples(launch: RowLaunch, T: int, *outs: Tensor) -> AbstractContextManager:
     """Where the programs of a launch write the sums of samples, outs (B, D) themselves if alone."""
     if not launch.samples_are_shared:
-        yield list(outs)
-        return
-    segments = Segments(T, launch.rows, launch.segments(len(outs[0])))
-    with partial_sums(segments, *outs) as sums:
-        yield sums
+        return nullcontext(outs)
+    return partial_sums(Segments(T, launch.rows, launch.segments(len(outs[0]))), *outs)
 
 
-@contextmanager
-def sums_of_all(rows: int, rows_per_program: int, *outs: Tensor | None) -> Iterator[list]:
+def sums_of_all(rows: int, rows_per_program: int, *outs: Tensor | None) -> AbstractContextManager:
     """Where programs write sums over all rows, outs (D,) themselves if one program has them.
 
     None is a sum that nobody asked for, and then there is none.
     """
     programs = triton.cdiv(rows, rows_per_program)
     if programs == 1 or outs[0] is None:
-        yield list(outs)
-        return
+        return nullcontext(outs)
     segments = Segments(rows, rows_per_program, programs)
-    with partial_sums(segments, *(out[None] for out in outs)) as sums:
-        yield sums
+    return partial_sums(segments, *(out[None] for out in outs))
 
 
 # elements of partial sums that a launch allocates; 0 where programs write the outputs themselves

@@ -5,7 +5,7 @@ holds BLOCK_T rows, one to each group of warps. One warp works on a row of up to
 so without a barrier.
 """
 
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,8 +31,7 @@ Registers = dict[tuple[int, int], int]  # of a thread, by RowTile.shape, of one 
 OF_MORE_ROWS = 16  # registers on top: each thread then has an address and a mask of its own
 
 
-@dataclass(frozen=True)
-class RowTile:
+class RowTile(NamedTuple):
     """The tile of a kernel that works on whole rows."""
 
     BLOCK_T: int
@@ -60,8 +59,7 @@ def row_tile(D: int) -> RowTile:
     return RowTile(rows, WARP * VECTOR * warps, pieces, num_warps=warps * rows)
 
 
-@dataclass(frozen=True)
-class RowLaunch:
+class RowLaunch(NamedTuple):
     """How the B * T rows of x (B, T, D) are shared out, in their order, over the samples' ends."""
 
     tile: RowTile
@@ -76,7 +74,7 @@ class RowLaunch:
     @property
     def options(self) -> dict[str, int]:
         """Of the launch; with its registers limited, so many programs fit as were counted on."""
-        return {**asdict(self.tile), "maxnreg": self.registers}
+        return {**self.tile._asdict(), "maxnreg": self.registers}
 
     def segments(self, B: int) -> int:
         """Runs of rows of one sample in one program, which have sums of their own, at most."""

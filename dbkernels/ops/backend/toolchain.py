@@ -40,7 +40,6 @@ def c_compiler() -> list[str] | None:
 
 def nvcc() -> str | None:
     """The CUDA compiler: of CUDA_HOME where that is set, else on PATH or at its usual place."""
-    home = os.environ.get("CUDA_HOME")
-    if home:
+    if home := os.environ.get("CUDA_HOME"):
         return shutil.which(str(Path(home, "bin", "nvcc")))
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")

@@ -64,14 +64,14 @@ def _write(call: LayerCall, out: Tensor) -> Activations:
 def _first_norm(call: LayerCall) -> tuple[Tensor, Tensor]:
     """y1 (B, T, D) and its statistics."""
     mod, x = call.mod, call.by_sample(call.x)
-    y, stats = adaln_norm_forward(x, mod.scale1, mod.shift1, call.options.norm)
+    y, stats = adaln_norm_forward(call.options.norm, x, mod.scale1, mod.shift1)
     return y.view(call.x.shape), stats
 
 
 def _second_norm(call: LayerCall, a: Tensor, *, x1: Tensor | None) -> tuple[Tensor, Tensor]:
     """y2 (B, T, D) and its statistics; writes x1 where it is given."""
     x, h = map(call.by_sample, (call.x, a))
-    y, stats = gated_adaln_norm_forward(x, h, call.mod.between, call.options.norm, x1=x1)
+    y, stats = gated_adaln_norm_forward(call.options.norm, x, h, *call.mod.between, x1)
     return y.view(call.x.shape), stats
 
 

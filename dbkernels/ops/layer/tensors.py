@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dbkernels.ops.adaln_norm import NormOptions
-from dbkernels.ops.gated_adaln_norm import Modulation
 from dbkernels.ops.gated_residual import gated_residual_forward
 
 LENGTH = 4  # layers of a run: the last of n rebuilds x by 2 (n - 1) gated sums
@@ -64,9 +63,9 @@ class LayerModulation(NamedTuple):
         return cls(*modulation.chunk(6, dim=-1))
 
     @property
-    def between(self) -> Modulation:
-        """From the attention branch to the MLP."""
-        return Modulation(self.gate1, self.scale2, self.shift2)
+    def between(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, scale and shift from the attention branch to the MLP."""
+        return self.gate1, self.scale2, self.shift2
 
 
 class LayerOptions(NamedTuple):
