@@ -10,7 +10,7 @@ from ops.row_ops import BF16, F32, ROW_OPS_BY_NAME, outputs_of
 
 from dbkernels import ops
 from dbkernels.ops import LayerWeights, reference
-from dbkernels.ops.layer.branches import mlp
+from dbkernels.ops.layer.passes import mlp
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("by_triton")]
 

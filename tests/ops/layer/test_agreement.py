@@ -14,7 +14,7 @@ from ops.one_layer import (
 )
 
 from dbkernels.ops import adaln_layer, reference, use_implementation
-from dbkernels.ops.layer import branches, passes
+from dbkernels.ops.layer import passes
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # x, modulation, weights: the third is a model in bfloat16 whose stream is not, the fourth one whose
@@ -64,7 +64,7 @@ def test_small_parts_of_samples_and_chunks_of_tokens_agree_too(
     recompute, options, num_queries, part, chunk, monkeypatch
 ):
     monkeypatch.setattr(passes, "PART", part)
-    monkeypatch.setattr(branches, "CHUNK", chunk)
+    monkeypatch.setattr(passes, "CHUNK", chunk)
     layer = OneLayer(5, **options, dtypes=(F64,) * 3)
     result = layer.with_grads(recompute=recompute, num_queries=num_queries)
     assert_close(result, layer.exact(num_queries=num_queries))
@@ -130,7 +130,7 @@ def test_kernels_are_as_accurate_as_eager(recompute, num_queries, options):
 @pytest.mark.parametrize("recompute", ["mlp", "qkv", "layer"])
 def test_many_small_parts_in_bfloat16_are_not_lost(recompute, num_queries, monkeypatch):
     monkeypatch.setattr(passes, "PART", 1)
-    monkeypatch.setattr(branches, "CHUNK", 1)
+    monkeypatch.setattr(passes, "CHUNK", 1)
     layer, samples = OneLayer(1, 2, dtypes=(BF16,) * 3), 65
     for name in ("x", "modulation"):
         layer.tensors[name] = layer.tensors[name].repeat_interleave(samples, 0)

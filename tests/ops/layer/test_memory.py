@@ -22,8 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from dbkernels.memory.measure import measure_peak
 from dbkernels.ops import POLICIES, adaln_layer, reference
 from dbkernels.ops.backend.register import dry_run_on_gpu
-from dbkernels.ops.layer import branches, passes
-from dbkernels.ops.layer.branches import CHUNK
+from dbkernels.ops.layer import passes
+from dbkernels.ops.layer.passes import CHUNK
 from dbkernels.ops.layer.recompute import Recompute, policies_of
 from dbkernels.ops.layer.tensors import first_tokens
 
@@ -127,9 +127,9 @@ def test_each_tensor_dies_with_its_last_use(monkeypatch):
 
     mlp = {"dm": lambda _, dm, *rest: dm, "hidden": lambda _, dm, y, kept, *rest: kept["hidden"]}
     attention = {"attended": lambda _, da, qkv, kept, *rest: kept["attended"]}
-    watch(branches, "mlp_backward", args=mlp, ask=[])
+    watch(passes, "mlp_backward", args=mlp, ask=[])
     watch(passes, "gated_adaln_norm_backward", args={}, ask=["dm", "hidden"])
-    watch(branches, "attend_backward", args=attention, ask=["dm", "hidden"])
+    watch(passes, "attend_backward", args=attention, ask=["dm", "hidden"])
     watch(passes, "adaln_norm_backward", args={}, ask=["attended"])
     leaves = (layer := OneLayer()).leaves()
     gradients(layer.run(leaves).sum(), leaves)
@@ -166,7 +166,7 @@ def test_a_few_samples_at_a_time_lower_the_peak(monkeypatch):
     layer = OneLayer(64)
     whole = peaks()
     monkeypatch.setattr(passes, "PART", 10)
-    monkeypatch.setattr(branches, "CHUNK", 10)
+    monkeypatch.setattr(passes, "CHUNK", 10)
     for (_, part), (share, bytes_of_all) in zip(peaks(), whole, strict=True):
         assert part < share * bytes_of_all
 
@@ -177,7 +177,7 @@ def test_the_temporaries_of_a_chunk_die_before_the_next_has_its_own(mlp, monkeyp
         layer = OneLayer(1, tokens, 2, 1, hidden=4000, mlp=mlp, bias=False, qk_norm=False)
         return peak_bytes(layer, recompute="mlp")
 
-    monkeypatch.setattr(branches, "CHUNK", 100)
+    monkeypatch.setattr(passes, "CHUNK", 100)
     # three chunks have longer streams than one, but no chunk of the hidden layer more
     assert peak_beside(300) - peak_beside(100) < 4 * 100 * 4000 / 2
 
