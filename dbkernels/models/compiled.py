@@ -10,14 +10,13 @@ and may also order ops better and let a kernel write over what it reads.
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
-from torch.fx.graph import _BoxedCodeGen
-
-Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 MATMULS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
@@ -63,27 +62,24 @@ def own_code(function: Callable[..., object]) -> Callable[..., object]:
 def _memory_alone(
     graph: GraphModule, inputs: Sequence[Tensor], **_: object
 ) -> Callable[[list[Tensor]], object]:
-    """A graph that allocates as a fused one, and lets go of each tensor with its last use."""
-    for node in list(graph.graph.nodes):
-        if not _is_fused(node) or _is_view(node):
-            continue
-        made, layout = _result_of(node)
-        with graph.graph.inserting_before(node):
-            arguments = (layout, _is_written(node), *node.all_input_nodes)
-            result = graph.graph.call_function(made, arguments)
-        node.replace_all_uses_with(result)
-        graph.graph.erase_node(node)
-    graph.graph.set_codegen(_BoxedCodeGen())
-    graph.recompile()
-    return _boxed(graph)
+    """What runs a graph for its memory: it allocates as a fused one does."""
 
-
-def _boxed(graph: GraphModule) -> Callable[[list[Tensor]], object]:
     def run(inputs: list[Tensor]) -> object:
-        return graph.forward(inputs)
+        # one for each call, for it still has what it returned
+        return _Fused(graph).boxed_run(inputs)
 
     run._boxed_call = True
     return run
+
+
+class _Fused(Interpreter):
+    """Runs a graph node by node, and lets go of each tensor with its last use."""
+
+    def run_node(self, node: Node) -> object:
+        if not _is_fused(node) or _is_view(node):
+            return super().run_node(node)
+        reads = [self.env[read] for read in node.all_input_nodes]
+        return tree_map(partial(_result, _is_written(node), reads), node.meta["val"])
 
 
 def _is_fused(node: Node) -> bool:
@@ -108,27 +104,11 @@ def _is_written(node: Node) -> bool:
     )
 
 
-def _result_of(node: Node) -> tuple[Callable[..., object], object]:
-    """What gives a node's one tensor or its several, and their layout."""
-    value = node.meta["val"]
-    if isinstance(value, Tensor):
-        return _result, _layout(value)
-    return _results, tuple(_layout(tensor) for tensor in value)
-
-
-def _layout(tensor: Tensor) -> Layout:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
-
-
-def _results(layouts: tuple[Layout, ...], written: bool, *reads: object) -> tuple[Tensor, ...]:
-    return tuple(_result(layout, written, *reads) for layout in layouts)
-
-
-def _result(layout: Layout, written: bool, *reads: object) -> Tensor:
-    shape, stride, dtype, device = layout
+def _result(written: bool, reads: Sequence[object], like: Tensor) -> Tensor:
+    shape, made = like.shape, {"dtype": like.dtype, "device": like.device}
     if written:
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    result = torch.empty((), dtype=dtype, device=device).expand(shape)
+        return torch.empty_strided(shape, like.stride(), **made)
+    result = torch.empty((), **made).expand(shape)
     # a kernel that writes what is made of it reads all of these, so they live until then; a view
     # of it holds it as its base
     result.reads = reads

@@ -14,6 +14,7 @@ and v are all that is computed and kept.
 import torch
 from torch import Tensor
 
+from dbkernels.choices import check_choice
 from dbkernels.ops.activations import ACTIVATIONS
 from dbkernels.ops.adaln_norm import NormOptions
 from dbkernels.ops.attention import check_head_width
@@ -121,9 +122,8 @@ def adaln_layer(
             from 1 to T.
         RuntimeError: the gradient is differentiated.
     """
-    for name, value, known in (("mlp", mlp, ACTIVATIONS), ("recompute", recompute, POLICIES)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value}")
+    check_choice("mlp", mlp, ACTIVATIONS)
+    check_choice("recompute", recompute, POLICIES)
     dtype = compute_dtype(x, weights.qkv_weight)
     norms = NormOptions(eps, checks.check_norm(norm), dtype)
     options = LayerOptions(num_heads, mlp, norms, recompute, num_queries)
