@@ -4,7 +4,6 @@ It is loaded when an op first asks for it. It must have been built from the sour
 beside it, where they do: the build writes a manifest into it, which is read without loading.
 """
 
-import mmap
 import platform
 import re
 from functools import cache
@@ -100,14 +99,10 @@ def processor_serves() -> bool:
 
 def read_manifest(path: Path) -> Manifest | None:
     """What the build wrote into a library; None in a file that it did not make."""
-    with open(path, "rb") as file:
-        if not path.stat().st_size:
-            return None
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            found = _MANIFEST.search(data)
-            if found is None:
-                return None
-            csrc, cuda, architectures = found.groups()
+    found = _MANIFEST.search(path.read_bytes())
+    if found is None:
+        return None
+    csrc, cuda, architectures = found.groups()
     numbers = tuple(map(int, architectures.split(b","))) if architectures else ()
     return Manifest(csrc.decode(), int(cuda or 0), numbers)
 
