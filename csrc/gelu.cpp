@@ -1,4 +1,4 @@
-// gelu on the CPU; the maths is in dbkernels/ops/gelu.py.
+// gelu on the CPU; the maths is in dbkernels/ops/activations.py.
 //
 // h, u, du, dh are (N, F) and contiguous, each of its own dtype, bias and dbias (F,). dh may be h
 // and u may be du: elements are read before they are written.

@@ -1,4 +1,4 @@
-// swiglu on the CPU; the maths is in dbkernels/ops/swiglu.py.
+// swiglu on the CPU; the maths is in dbkernels/ops/activations.py.
 //
 // h and dh are (N, 2 F), u and du (N, F), contiguous, each of its own dtype, bias and dbias (2 F,).
 // dh may be h and u may be du: elements are read before they are written.
