@@ -1,4 +1,4 @@
-// The norm of one row, its modulation, and their gradients; the maths is in dbkernels/ops/adaln_norm.py.
+// The norm of one row, its modulation and their gradients; the maths: dbkernels/ops/adaln_norm.py.
 //
 //     y = weight * x_hat + shift,    x_hat = (x - mean) * rstd,    weight = 1 + scale
 //
