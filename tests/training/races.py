@@ -34,14 +34,13 @@ class Actor:
 class Machine(TorchDispatchMode):
     """Runs ops on its current stream, and keeps the races between them.
 
-    Args:
-        deaf:  waits that do nothing: some of "wait_event", "wait_stream", "event.synchronize",
-               "stream.synchronize", "record"
+    Waits in `deaf` do nothing: some of "wait_event", "wait_stream", "event.synchronize",
+    "stream.synchronize".
     """
 
-    def __init__(self, deaf=()):
+    def __init__(self):
         super().__init__()
-        self.deaf, self.races = deaf, []
+        self.deaf, self.races = (), []
         self.main, self.thread = Actor("host"), Actor("copying thread")
         self.host, self.stream = self.main, self.make_stream(None, name="steps")
         self._host_memory, self._device_memory = set(), set()
@@ -57,12 +56,10 @@ class Machine(TorchDispatchMode):
                 self.knows = {}
 
             def record(self, stream=None):
-                if "record" not in machine.deaf:
-                    self.knows = dict((stream or machine.stream).knows)
+                self.knows = dict((stream or machine.stream).knows)
 
             def synchronize(self):
-                if "event.synchronize" not in machine.deaf:
-                    machine.host.learn(self.knows)
+                machine.wait("event.synchronize", machine.host, self)
 
         self.Event = Event
         monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -80,18 +77,19 @@ class Machine(TorchDispatchMode):
                 return event
 
             def wait_event(self, event):
-                if "wait_event" not in machine.deaf:
-                    self.learn(event.knows)
+                machine.wait("wait_event", self, event)
 
             def wait_stream(self, stream):
-                if "wait_stream" not in machine.deaf:
-                    self.learn(stream.knows)
+                machine.wait("wait_stream", self, stream)
 
             def synchronize(self):
-                if "stream.synchronize" not in machine.deaf:
-                    machine.host.learn(self.knows)
+                machine.wait("stream.synchronize", machine.host, self)
 
         return Stream(name)
+
+    def wait(self, how, actor, other):
+        if how not in self.deaf:
+            actor.learn(other.knows)
 
     @contextmanager
     def _on(self, stream):
@@ -147,11 +145,10 @@ class Machine(TorchDispatchMode):
         where = address(tensor)
         if where not in self._host_memory | self._device_memory:
             return
-        for book in books:
-            for other, time in book.get(where, {}).items():
-                if actor.knows.get(other, 0) < time:
-                    place = "host" if where in self._host_memory else "device"
-                    self.races.append(f"{actor.name} against {other.name} in {place} memory")
+        place = "host" if where in self._host_memory else "device"
+        for other, time in (item for book in books for item in book.get(where, {}).items()):
+            if actor.knows.get(other, 0) < time:
+                self.races.append(f"{actor.name} against {other.name} in {place} memory")
 
     def read_on_host(self, tensors):
         """What a caller does with tensors that it was told are there."""

@@ -57,32 +57,25 @@ def test_a_level_is_predicted_by_the_model_and_the_layers_that_serve_it(sharing,
 
 
 @sharings
-def test_classifying_evaluates_the_serving_block_once_per_level(sharing, monkeypatch):
-    blocks = ready("vit", sharing)
-    calls = spied(blocks, monkeypatch)
-    logits = blocks.predictions(make_images(), LEVELS, seeded())
-    assert [tuple(each.shape) for each in logits] == [(5, 3)] * 4
-    assert [layers for _, _, layers, _ in calls] == [(0,), (1,), (2,), (2,)]
-    for (model, level, _, _), index, expected in zip(calls, (0, 1, 2, 2), LEVELS, strict=True):
-        assert model is blocks.of(blocks[index])
-        torch.testing.assert_close(level, torch.full((5,), expected))
-
-
-def test_classifying_crosses_from_block_to_block_on_unit_rows():
-    blocks, batch = ready("vit"), make_images()
-    model = blocks.model
-    rows = model.label_table.weight / model.label_table.weight.norm(dim=1, keepdim=True)
+def test_classifying_crosses_the_blocks_that_serve_on_unit_rows(sharing, monkeypatch):
+    blocks, batch = ready("vit", sharing), make_images()
+    rows = blocks.model.label_table.weight
+    rows = rows / rows.norm(dim=1, keepdim=True)
     z = unit_noise(5, VIT.dim) * (80**2 + VIT.sigma_data**2) ** 0.5
+    models = [blocks.of(blocks[index]) for index in (0, 1, 2, 2)]
     expected = []
-    for i, level in enumerate(LEVELS):
-        block = next(b for b in reversed(blocks) if level <= b.noise.high)
-        logits = model.denoise(z, torch.full((5,), level), block.layers, batch)
+    for index, model, level, then in zip(
+        (0, 1, 2, 2), models, LEVELS, [*LEVELS[1:], 0], strict=True
+    ):
+        logits = model.denoise(z, torch.full((5,), level), (index,), batch)
         expected.append(logits)
-        if i + 1 < len(LEVELS):
-            share = LEVELS[i + 1] / level
-            z = share * z + (1 - share) * logits.softmax(-1) @ rows
+        z = then / level * z + (1 - then / level) * logits.softmax(-1) @ rows
+    calls = spied(blocks, monkeypatch)
     actual = blocks.predictions(batch, LEVELS, seeded())
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    # each level is evaluated once
+    assert [layers for _, _, layers, _ in calls] == [(0,), (1,), (2,), (2,)]
+    assert [id(model) for model, *_ in calls] == [id(model) for model in models]
     # it does not read labels and keeps no graph
     again = blocks.predictions({**batch, "label": LABELS % 3}, LEVELS, seeded())
     assert all(map(torch.equal, again, actual))
@@ -143,11 +136,7 @@ def test_the_same_seed_gives_the_same_images_and_another_seed_others():
     assert not first.requires_grad
     last = blocks.sample({"label": LABELS[3:]}, LEVELS, Draw(1, step=0, sample=3))
     torch.testing.assert_close(last, first[3:])
-
-
-def test_no_labels_are_no_images():
-    empty = torch.empty(0, dtype=torch.int64)
-    assert ready("dit").sample({"label": empty}, LEVELS, seeded()).shape == (0, 1, 4, 4)
+    assert blocks.sample({"label": LABELS[:0]}, LEVELS, seeded()).shape == (0, 1, 4, 4)
 
 
 @pytest.mark.parametrize(

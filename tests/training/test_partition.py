@@ -35,11 +35,6 @@ def test_block_0_has_the_first_layers_and_the_most_noise_and_no_layer_is_dropped
     assert blocks[0].noise.high == 80 and blocks[2].noise.low == 0.002
 
 
-def test_layers_may_repeat():
-    blocks = partition([0, 1, 1, 1, 1, 2], 3, PRIOR)
-    assert [block.layers for block in blocks] == [(0, 1), (1, 1), (1, 2)]
-
-
 def test_trained_noise_contains_the_served_noise():
     for block in partition(12, 4, PRIOR, gamma=0.1):
         assert block.trained_noise.low <= block.noise.low

@@ -2,8 +2,7 @@
 
 import math
 import weakref
-from contextlib import contextmanager
-from types import SimpleNamespace
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -31,35 +30,22 @@ def test_a_tensor_that_is_where_it_is_wanted_is_not_copied():
 
 
 def test_a_gpu_is_given_locked_pages_on_a_stream_that_the_steps_wait_for(monkeypatch):
-    told = []
-    steps = SimpleNamespace(wait_stream=lambda other: told.append(f"steps wait for {other}"))
-
-    @contextmanager
-    def on(stream):
-        told.append(f"on {stream}")
-        yield
-
-    def to(tensor, device, *, non_blocking):
-        told.append((device.type, non_blocking))
-        return tensor.clone()
-
-    def record_stream(tensor, stream):
-        told.append("used by steps" if stream is steps else stream)
-
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "copies")
-    monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: steps)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: told.append("lock") or t.clone())
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    monkeypatch.setattr(torch.Tensor, "record_stream", record_stream)
-    staging, tensor = Staging("cuda"), torch.arange(3)
-    arrived = staging.put(tensor)
-    one = ["lock", "on copies", ("cuda", True), "steps wait for copies", "used by steps"]
-    assert told == one
-    tensor.zero_()
-    assert arrived.tolist() == [0, 1, 2]
-    # all of a batch goes this way
-    assert len(make_data().batch(torch.arange(4), staging.put)) == 2 and told == one * 3
+    told, device = MagicMock(), torch.device("cuda")
+    monkeypatch.setattr(torch, "cuda", told)
+    arrived = Staging("cuda").put(told.tensor)
+    copies, steps = told.Stream.return_value, told.current_stream.return_value
+    assert arrived is told.tensor.pin_memory.return_value.to.return_value
+    assert told.mock_calls == [
+        call.Stream(device),
+        call.tensor.pin_memory(),
+        call.current_stream(device),
+        call.stream(copies),
+        call.stream().__enter__(),
+        call.tensor.pin_memory().to(device, non_blocking=True),
+        call.stream().__exit__(None, None, None),
+        call.current_stream().wait_stream(copies),
+        call.tensor.pin_memory().to().record_stream(steps),
+    ]
 
 
 def test_samples_that_are_read_and_held_give_the_same_pieces_as_often_as_they_are_asked():
@@ -169,39 +155,22 @@ def test_rows_are_handed_on_in_order_one_step_late_and_once():
 
 
 def test_a_gpu_is_waited_for_when_its_numbers_are_read_and_no_sooner(monkeypatch):
-    told = []
-
-    class Page(list):
-        def copy_(self, source, *, non_blocking):
-            told.append(f"copy {source.values}, non_blocking={non_blocking}")
-            self.source = source
-            return self
-
-    def arrive():
-        told.append("wait")
-        page[:] = page.source.values
-
-    def stack(numbers):
-        values = [number.value for number in numbers]
-        return SimpleNamespace(dtype=torch.float32, device="cuda", values=values)
-
-    def empty(count, *, dtype, pin_memory):
-        told.append((count, dtype, pin_memory))
-        return page
-
-    def record_event():
-        told.append("record")
-        return SimpleNamespace(synchronize=arrive)
-
-    page = Page([math.nan] * 2)
-    stream = SimpleNamespace(record_event=record_event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch, "stack", stack)
-    monkeypatch.setattr(torch, "empty", empty)
-    numbers = Numbers([SimpleNamespace(is_cuda=True, value=value) for value in (1.5, 2.5)])
-    sent = [(2, torch.float32, True), "copy [1.5, 2.5], non_blocking=True", "record"]
-    assert told == sent
+    told = MagicMock()
+    told.loss.is_cuda = True
+    for name in ("stack", "empty", "cuda"):
+        monkeypatch.setattr(torch, name, getattr(told, name))
+    numbers = Numbers([told.loss, told.norm])
+    together = told.stack.return_value
+    assert told.mock_calls == [
+        call.stack([told.loss, told.norm]),
+        call.empty(2, dtype=together.dtype, pin_memory=True),
+        call.empty().copy_(together, non_blocking=True),
+        call.cuda.current_stream(together.device),
+        call.cuda.current_stream().record_event(),
+    ]
+    told.reset_mock()
+    told.empty.return_value.copy_.return_value.__iter__.return_value = [1.5, 2.5]
     numbers.wait()
-    assert told == [*sent, "wait"] and page == [1.5, 2.5]
-    page[:] = []
     assert numbers.read() == [1.5, 2.5]
+    wait = "cuda.current_stream().record_event().synchronize"
+    assert [name for name, *_ in told.mock_calls] == [wait, wait, "empty().copy_().__iter__"]

@@ -15,54 +15,46 @@ from dbkernels.training.offload.offloader import Offloader
 CUDA = torch.device("cuda")
 
 
-def on_streams(monkeypatch, tmp_path, *, prefetch, disk):
-    """A trainer whose copies go as on a GPU, and the machine that watches them."""
+@pytest.fixture
+def races(monkeypatch, tmp_path):
+    """Races of a run whose copies go as on a GPU, where something is changed."""
     machine = Machine()
     machine.install(monkeypatch)
     # a few pieces to a block, so that both of the staging buffers are used again
     monkeypatch.setattr(memory_module, "STAGING_BYTES", 2**14)
-    where = {"offload": "disk", "offload_dir": str(tmp_path)} if disk else {"offload": "cpu"}
-    trainer = make_trainer(prefetch=prefetch, ema=0.9, **where)
-    offloader = trainer.offloader
-    offloader._copy_stream = CopyStream(CUDA, beside=prefetch)
-    if prefetch:
-        offloader._copy_stream._thread = Inline(machine)
-    machine.watch_host(*(flat.home for flat in offloader._blocks.values()))
-    if disk:
-        staging = offloader._memory._staging
-        machine.watch_host(*staging._buffers)
-        staging._read = [machine.Event(), machine.Event()]
-    return trainer, machine
+
+    def run(change, prefetch, disk):
+        where = {"offload": "disk", "offload_dir": str(tmp_path)} if disk else {"offload": "cpu"}
+        trainer = make_trainer(prefetch=prefetch, ema=0.9, **where)
+        offloader = trainer.offloader
+        offloader._copy_stream = CopyStream(CUDA, beside=prefetch)
+        if prefetch:
+            offloader._copy_stream._thread = Inline(machine)
+        machine.watch_host(*(flat.home for flat in offloader._blocks.values()))
+        if disk:
+            staging = offloader._memory._staging
+            machine.watch_host(*staging._buffers)
+            staging._read = [machine.Event(), machine.Event()]
+        machine.deaf = change(monkeypatch)
+        with machine:
+            go(trainer, machine)
+        return machine.races
+
+    return run
 
 
 def go(trainer, machine):
     """Steps, a look at all tensors as a checkpoint takes it, a timed swap, and an end, twice."""
-    with machine:
-        for _ in range(2):
-            for _ in range(4):
-                block = trainer.next_block()
-                trainer.launch(block)
-            machine.read_on_host(
-                [t for group in trainer.tensors().values() for t in group.values()]
-            )
-            trainer.offloader.swap_seconds()
+    for _ in range(2):
+        for _ in range(4):
+            block = trainer.next_block()
             trainer.launch(block)
-            trainer.close()
-            machine.read_on_host([t for group in trainer.groups.values() for t in group.tensors()])
-            trainer.step = 0
-
-
-@pytest.fixture
-def races(monkeypatch, tmp_path):
-    """Races of a run where something is changed."""
-
-    def run(change, prefetch, disk):
-        trainer, machine = on_streams(monkeypatch, tmp_path, prefetch=prefetch, disk=disk)
-        machine.deaf = change(monkeypatch)
-        go(trainer, machine)
-        return machine.races
-
-    return run
+        machine.read_on_host(t for group in trainer.tensors().values() for t in group.values())
+        trainer.offloader.swap_seconds()
+        trainer.launch(block)
+        trainer.close()
+        machine.read_on_host(t for group in trainer.groups.values() for t in group.tensors())
+        trainer.step = 0
 
 
 @pytest.mark.parametrize("disk", [False, True])

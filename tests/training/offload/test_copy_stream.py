@@ -1,5 +1,4 @@
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,13 +57,3 @@ def test_a_copy_that_failed_beside_the_steps_raises_later(later):
     failed.exception(timeout=10)
     with pytest.raises(ZeroDivisionError):
         later(copy_stream, failed)
-
-
-def test_copies_follow_the_steps_on_a_stream_of_their_own(monkeypatch):
-    waits = []
-    copies = SimpleNamespace(wait_stream=waits.append)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: copies)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "steps")
-    CopyStream(torch.device("cuda"), beside=True).follow()
-    CopyStream(torch.device("cuda"), beside=False).follow()
-    assert waits == ["steps"]
