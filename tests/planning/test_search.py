@@ -10,9 +10,18 @@ from dbkernels.models import DiTConfig
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.planning import search as module
 from dbkernels.planning.dry_run import dry_run
-from dbkernels.planning.estimate import Estimate, estimate, seconds_of, swapped_bytes
 from dbkernels.planning.recipe import Recipe, of_preset
-from dbkernels.planning.search import FREE, outside_layers, plans_of, search, shares
+from dbkernels.planning.search import (
+    FREE,
+    Estimate,
+    estimate,
+    outside_layers,
+    plans_of,
+    search,
+    seconds_of,
+    shares,
+    swapped_bytes,
+)
 
 TINY = DiTConfig(dim=32, depth=4, num_heads=2, image_size=8, channels=1, num_classes=10)
 SMALL = Recipe("dit", "", TINY, batch_size=8)
