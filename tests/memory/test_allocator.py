@@ -4,14 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dbkernels.memory.allocator import (
-    TARGETS,
-    CachingAllocator,
-    MiB,
-    place,
-    target_named,
-    target_of,
-)
+from dbkernels.memory.allocator import TARGETS, CachingAllocator, MiB, place, target_of
 from dbkernels.memory.tracker import Event
 
 aten = torch.ops.aten
@@ -168,12 +161,6 @@ def test_attention_adds_up_the_gradient_of_queries_in_float32(shape, dtype, targ
 def test_cublas_has_a_workspace_to_each_of_two_threads(name, cublas):
     assert sorted(TARGETS[name].resident) == [("workspaces", n) for n in [MiB] * 2 + [cublas] * 2]
     assert TARGETS["cpu"].resident == []
-
-
-def test_a_target_is_named():
-    assert target_named("h100") is TARGETS["h100"]
-    with pytest.raises(ValueError, match=r"target must be one of cpu, a100, .*, got v100"):
-        target_named("v100")
 
 
 @pytest.mark.parametrize("major, like", [(8, "a100"), (9, "h100"), (12, "h100")])

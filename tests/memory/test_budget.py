@@ -89,7 +89,7 @@ def test_a_target_adds_its_workspaces():
     "changes, message",
     [
         ({"ceiling": "2 GB"}, "ceiling must be a positive number"),
-        ({"target": "tpu"}, r"target must be one of cpu, .* got tpu"),
+        ({"target": "tpu"}, r"target must be one of cpu, a100, .*, got tpu"),
         ({"model": nn.Linear(1, 1, device="meta")}, "model must be on the CPU, got one on meta"),
         ({"model": nn.GELU()}, "model must be on the CPU, got one on nothing"),
     ],

@@ -191,20 +191,18 @@ def test_buffers_or_else_inputs_tell_the_device():
     assert measure_peak(lambda: None, model=nn.ReLU(), inputs=[x]).total_bytes == 10 * FLOAT
 
 
+SGD = torch.optim.SGD([torch.zeros(1)])
+TWO = nn.ModuleList(nn.Linear(1, 1, device=device) for device in ("cpu", "meta"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"inputs": torch.zeros(2, 3)}, "inputs must be a sequence of Tensor, got Tensor"),
         ({"inputs": [1.0]}, "inputs must be a sequence of Tensor, got a float in it"),
-        (
-            {"optimizers": torch.optim.SGD([torch.zeros(1)])},
-            "optimizers must be a sequence of Optimizer, got SGD",
-        ),
+        ({"optimizers": SGD}, "optimizers must be a sequence of Optimizer, got SGD"),
         ({"model": nn.ReLU()}, r"exactly one, .* on \[\]"),
-        (
-            {"model": nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1, device="meta")])},
-            r"device must be given unless .* on \['cpu', 'meta'\]",
-        ),
+        ({"model": TWO}, r"device must be given unless .* on \['cpu', 'meta'\]"),
     ],
 )
 def test_rejects(arguments, message):
