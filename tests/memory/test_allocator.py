@@ -61,17 +61,6 @@ def test_the_best_free_block_is_taken(sizes, freed, taken):
     assert [block.address for block in blocks[2:]] == [(sizes[0] + 3) * MiB, (sizes[0] + 7) * MiB]
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 0, 2)])
-def test_free_neighbours_become_one_block(order):
-    allocator = CachingAllocator()
-    taken = [allocator.allocate(6 * MiB) for _ in range(3)]
-    for index in order:
-        allocator.free(taken[index])
-    allocator.allocate(18 * MiB)
-    # beyond OWN_SEGMENT, and yet in the 20 MiB that are there
-    assert allocator.reserved_bytes == 20 * MiB
-
-
 def test_segments_are_never_given_back():
     events = [Event(0, 0, 50 * MiB), Event(1, 0, -50 * MiB), Event(2, 1, 60 * MiB)]
     assert place(events).segments == [(0, 50 * MiB), (50 * MiB, 60 * MiB)]

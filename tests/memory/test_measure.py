@@ -16,15 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dbkernels.memory import measure as module
 from dbkernels.memory.allocator import TARGETS, MiB
-from dbkernels.memory.measure import (
-    MEASURED,
-    allocator_peak,
-    measure_peak,
-    out_of_memory,
-    predict,
-    process_bytes,
-    record,
-)
+from dbkernels.memory.measure import MEASURED, measure_peak, predict, record
 from dbkernels.memory.tracker import CATEGORIES, START, Event, Trace
 
 GPU = torch.device("cuda", 0)
@@ -249,7 +241,7 @@ def test_a_measurement_has_the_peaks_of_the_cuda_allocator(gpu):
 
 def test_a_step_alone_is_between_the_reset_and_the_reading(gpu, monkeypatch):
     monkeypatch.setattr(module, "process_bytes", lambda device: 999)
-    with allocator_peak(GPU) as found:
+    with module.allocator_peak(GPU) as found:
         gpu.calls.append("step")
         gpu.stats["num_alloc_retries"] += 2
     peaks = {"allocated_bytes": 111, "active_bytes": 112, "reserved_bytes": 222}
@@ -277,7 +269,7 @@ def test_the_driver_is_asked_for_this_process(gpu, monkeypatch, processes, expec
     nvml.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
     nvml.nvmlDeviceGetComputeRunningProcesses = running
     monkeypatch.setitem(sys.modules, "pynvml", nvml if processes else None)
-    assert process_bytes(GPU) == expected
+    assert module.process_bytes(GPU) == expected
 
 
 @pytest.mark.parametrize(
@@ -291,7 +283,7 @@ def test_the_driver_is_asked_for_this_process(gpu, monkeypatch, processes, expec
     ],
 )
 def test_only_a_lack_of_memory_has_a_sentence(error, sentence):
-    assert out_of_memory(error) == sentence
+    assert module.out_of_memory(error) == sentence
 
 
 # predictions

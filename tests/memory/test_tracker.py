@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from memory.steps import FLOAT, B, D, allocator_peak, chain, one_parameter, train_step, transformer
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from dbkernels.memory.measure import measure_peak
 from dbkernels.memory.tracker import CATEGORIES, START, Event, Moment, Trace, Tracker
@@ -261,12 +259,6 @@ QKV = [torch.ones(2, 3, 5, D, requires_grad=True) for _ in range(3)]
 OF_ATTENTION = 2 * 2 * 3 * 5 * 5 * D
 
 
-def counted(step):
-    with Tracker(CPU) as tracker:
-        step()
-    return tracker.flops
-
-
 @pytest.mark.parametrize(
     "step, flops",
     [
@@ -281,16 +273,6 @@ def counted(step):
     ],
 )
 def test_a_matmul_takes_two_operations_for_each_product(step, flops):
-    assert counted(step) == flops
-
-
-def test_operations_of_a_network_are_torchs_own_and_those_of_fake_tensors():
-    def step():
-        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-        model(torch.ones(3, 8)).sum().backward()
-
-    with FlopCounterMode(display=False) as expected:
+    with Tracker(CPU) as tracker:
         step()
-    assert counted(step) == expected.get_total_flops() > 0
-    with FakeTensorMode():
-        assert counted(step) == expected.get_total_flops()
+    assert tracker.flops == flops
