@@ -12,8 +12,8 @@ from dbkernels.cli.table import show, table
 from dbkernels.memory.allocator import target_named
 from dbkernels.memory.units import bytes_from, in_words
 from dbkernels.planning import search
-from dbkernels.planning.estimate import OP_SECONDS, SHARE, STATE
 from dbkernels.planning.recipe import Recipe
+from dbkernels.planning.search import OP_SECONDS, SHARE, STATE
 
 Row = dict[str, object]
 

@@ -95,7 +95,12 @@ def record(
     Raises:
         ValueError: optimizers or inputs is no sequence.
     """
-    _check_owners(optimizers, inputs)
+    for name, values, kind in (("optimizers", optimizers, Optimizer), ("inputs", inputs, Tensor)):
+        known = isinstance(values, Sequence)
+        wrong = [type(v).__name__ for v in values if not isinstance(v, kind)] if known else []
+        if wrong or not known:
+            got = f"a {wrong[0]} in it" if known else type(values).__name__
+            raise ValueError(f"{name} must be a sequence of {kind.__name__}, got {got}")
     tracker = Tracker(device, workspace)
     tracker.tag(inputs, "inputs")
     _tag_state(tracker, model, optimizers)
@@ -103,15 +108,6 @@ def record(
         step()
         _tag_state(tracker, model, optimizers)
     return tracker.trace()
-
-
-def _check_owners(optimizers: Sequence[Optimizer], inputs: Sequence[Tensor]) -> None:
-    for name, values, kind in (("optimizers", optimizers, Optimizer), ("inputs", inputs, Tensor)):
-        known = isinstance(values, Sequence)
-        wrong = [type(v).__name__ for v in values if not isinstance(v, kind)] if known else []
-        if wrong or not known:
-            got = f"a {wrong[0]} in it" if known else type(values).__name__
-            raise ValueError(f"{name} must be a sequence of {kind.__name__}, got {got}")
 
 
 def _only_device(model: nn.Module, inputs: Sequence[Tensor]) -> torch.device:

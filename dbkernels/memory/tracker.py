@@ -16,6 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -129,10 +130,6 @@ class _Saved:
         self.tensor = tensor.detach()
 
 
-def _unpack(saved: _Saved) -> Tensor:
-    return saved.tensor
-
-
 class Tracker(TorchDispatchMode):
     """Log the storages of one device while the mode is on. Enter it once.
 
@@ -158,7 +155,7 @@ class Tracker(TorchDispatchMode):
         self._alive: dict[int, int] = {}  # address of a storage -> its index
         self._watches: list[weakref.finalize] = []
         self._reused: tuple[int | None, int] | None = None  # storage, position of the op in events
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, attrgetter("tensor"))
 
     def __enter__(self) -> "Tracker":
         super().__enter__()

@@ -17,10 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dbkernels.data.images import forget_orders
 from dbkernels.memory.allocator import Target
 from dbkernels.memory.measure import Prediction, predict, record
-from dbkernels.memory.tracker import Trace
 from dbkernels.ops.backend.register import dry_run_on_gpu, scratch_bytes
 from dbkernels.planning.pool import results
-from dbkernels.planning.recipe import Recipe
+from dbkernels.planning.recipe import OFFLOAD, Recipe
 from dbkernels.training.diffusion_blocks import SHARED, own_group
 from dbkernels.training.offload.memory import flat_bytes
 from dbkernels.training.partition import Block
@@ -47,7 +46,7 @@ def predicted(recipes: Sequence[Recipe]) -> Iterator[Prediction]:
         yield found[key][recipe.offload]
 
 
-def row(recipe: Recipe, prediction: Prediction) -> dict[str, object]:
+def row_of(recipe: Recipe, prediction: Prediction) -> dict[str, object]:
     """A recipe and its prediction, for JSON."""
     peaks = ("peak_allocated_bytes", "peak_reserved_bytes", "by_category")
     names = (*peaks, "saved_bytes", "at", "flops")
@@ -69,20 +68,32 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
         By what is on the device: all blocks with their optimizers' state, or only what the step
         updates or reads and the rest of the slots, the other blocks being on the host.
     """
-    slots = 1 + recipe.prefetch
+    slots, target = 1 + recipe.prefetch, recipe.device
+
+    def workspace(func: OpOverload, args: tuple, kwargs: dict) -> int:
+        own = scratch_bytes(func, args) if target.is_gpu else 0
+        return own or target.workspace(func, args, kwargs)
+
     # host and device are one memory here, in which blocks off the device would count; a graph's
     # steps need what they need op by op, but for a cut batch, which it holds as a whole; a compiled
     # stem or head keeps no more than op by op, and has no kernels here
     plain = {"cuda_graphs": False, "compile_stem_and_head": False}
     recipe = replace(recipe, offload="none", prefetch=False, **plain)
-    with _pretending(recipe.device):
+    with _pretending(target):
         trainer = recipe.trainer("cpu")
-        found: dict[Offload, list[Prediction]] = {"none": [], "cpu": []}
+        found: dict[Offload, list[Prediction]] = {place: [] for place in OFFLOAD}
         for block in _costliest(trainer):
-            trace = _follow(trainer, block, recipe.device)
-            more = {"none": _elsewhere(trainer, block), "cpu": _empty(trainer, block, slots)}
-            for place, storages in more.items():
-                found[place].append(predict(trace.beside(storages), recipe.device))
+            moved, on_device = trainer.moved(block), _on_device(trainer, block)
+            trace = record(
+                partial(trainer.advance, block),
+                model=on_device,
+                optimizers=[group.optimizer for group in moved],
+                inputs=[tensor for group in moved for tensor in group.average.values()],
+                workspace=workspace,
+            )
+            elsewhere, empty = _elsewhere(trainer, block, on_device), _empty(trainer, block, slots)
+            for place, storages in zip(OFFLOAD, (elsewhere, empty), strict=True):
+                found[place].append(predict(trace.beside(storages), target))
     return {
         place: max(several, key=lambda prediction: prediction.peak_allocated_bytes)
         for place, several in found.items()
@@ -134,32 +145,14 @@ def _on_device(trainer: Trainer, block: Block) -> nn.Module:
     return read
 
 
-def _follow(trainer: Trainer, block: Block, target: Target) -> Trace:
-    moved = trainer.moved(block)
-    return record(
-        partial(trainer.advance, block),
-        model=_on_device(trainer, block),
-        optimizers=[group.optimizer for group in moved],
-        inputs=[tensor for group in moved for tensor in group.average.values()],
-        workspace=partial(_workspace, target),
-    )
-
-
-def _workspace(target: Target, func: OpOverload, args: tuple, kwargs: dict) -> int:
-    own = scratch_bytes(func, args) if target.is_gpu else 0
-    return own or target.workspace(func, args, kwargs)
-
-
-def _elsewhere(trainer: Trainer, block: Block) -> list[tuple[str, int]]:
+def _elsewhere(trainer: Trainer, block: Block, on_device: nn.Module) -> list[tuple[str, int]]:
     """Category and bytes of what a step on a block does not touch."""
-    on_device = _on_device(trainer, block)
     read = {id(tensor) for tensor in (*on_device.parameters(), *on_device.buffers())}
     moved = trainer.moved(block)
-    idle = [group for group in trainer.groups.values() if group not in moved]
     # copies of what the blocks share have buffers of their own
     every = [*trainer.blocks.parameters(), *trainer.blocks.buffers()]
     tensors = [("parameters", tensor) for tensor in every if id(tensor) not in read]
-    for group in idle:
+    for group in (group for group in trainer.groups.values() if group not in moved):
         tensors += [("optimizer", tensor) for tensor in group.optimizer_tensors().values()]
         tensors += [("inputs", tensor) for tensor in group.average.values()]
     return [(name, tensor.nbytes) for name, tensor in tensors]

@@ -1,4 +1,19 @@
-"""Which ways of training fit a device, the fastest first; all by prediction."""
+"""Which ways of training fit a device, the fastest first; all by prediction.
+
+An estimate of one way has the bytes of its costliest step and the operations of a sweep.
+
+A sweep is one step of every block: each layer is updated once. Where a batch is cut into
+micro-batches, all but the first find gradients there to add to, and need the same; so two of them
+tell of all.
+
+The time of a sweep is taken to be
+
+    flops / (SHARE * peak flops) + ops * OP_SECONDS + swapped bytes / (SHARE * link)
+
+with the speeds of the target. A run with one block on the device takes so many steps per swap that
+swaps are SWAP_SHARE of its time, so they are not counted as more. Only ratios of such times are
+meant to be read.
+"""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
@@ -6,19 +21,82 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from dbkernels.memory.allocator import Target
+from dbkernels.memory.measure import Prediction
 from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.models.registry import family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute, policies_of
-from dbkernels.planning.estimate import STATE, Estimate, estimate
+from dbkernels.planning.dry_run import dry_run
 from dbkernels.planning.pool import results
-from dbkernels.planning.recipe import Recipe
+from dbkernels.planning.recipe import OFFLOAD, Recipe
+from dbkernels.training.block_order import fewest_steps_per_swap
 from dbkernels.training.trainer_config import Offload
-
-Predictor = Callable[[Recipe], dict[Offload, Estimate]]
 
 CONTEXT = 2**29  # bytes that CUDA's context takes beside a run's tensors; differs by driver
 FREE = "free_in_allocator"  # beside CATEGORIES
 GROWING = ("inputs", "saved_activations", "temporaries", "workspaces")  # with the micro-batch
+FOLLOWED = 2  # micro-batches
+STATE = "parameters", "optimizer"  # categories of which a block brings its own with it
+SHARE = 0.5  # of a peak that a step reaches
+OP_SECONDS = 5e-6  # to launch an op, and for a GPU to fill and drain
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recipe needs of its device.
+
+    Args:
+        recipe:       whose offload is that of the estimate
+        peak_bytes:   what the costliest step takes from the driver
+        by_category:  bytes of each of CATEGORIES at the step's peak of allocated bytes
+        flops:        of matmuls and attention, in a sweep
+        seconds:      of a sweep
+    """
+
+    recipe: Recipe
+    peak_bytes: int
+    by_category: dict[str, int]
+    flops: int
+    seconds: float
+
+
+Estimates = dict[Offload, Estimate]  # by what is on the device
+
+
+def estimate(recipe: Recipe) -> Estimates:
+    """What a recipe needs with all blocks on the device, and with one block on it."""
+    followed = min(recipe.accumulate, FOLLOWED)
+    fewer = replace(recipe, batch_size=followed * recipe.micro_batch, accumulate=followed)
+    times, found = recipe.num_blocks * recipe.accumulate / followed, dry_run(fewer)
+    estimates = {}
+    for offload, prediction in found.items():
+        swapped = 0 if offload == "none" else swapped_bytes(found, recipe.num_blocks)
+        # the few ops that a step has once are counted with every micro-batch
+        flops, ops = round(times * prediction.flops), round(times * prediction.ops)
+        estimates[offload] = Estimate(
+            recipe=replace(recipe, offload=offload),
+            peak_bytes=prediction.peak_reserved_bytes,
+            by_category=prediction.by_category,
+            flops=flops,
+            seconds=seconds_of(recipe, flops, ops, swapped),
+        )
+    return estimates
+
+
+def swapped_bytes(found: dict[Offload, Prediction], num_blocks: int) -> int:
+    """Bytes that a sweep moves, with each block brought once and taken back."""
+    every, one = (found[offload].by_category for offload in OFFLOAD)
+    # the others are all blocks but one
+    own = sum(every[name] - one[name] for name in STATE) // max(1, num_blocks - 1)
+    return 2 * own * num_blocks
+
+
+def seconds_of(recipe: Recipe, flops: int, ops: int, swapped: int) -> float:
+    """Of a sweep, by the formula above."""
+    float32, bfloat16, link = recipe.device.speeds
+    working = flops / (SHARE * (bfloat16 if recipe.autocast else float32)) + ops * OP_SECONDS
+    swapping = swapped / (SHARE * link)
+    steps = fewest_steps_per_swap(working / recipe.num_blocks, swapping / recipe.num_blocks)
+    return working + swapping / steps
 
 
 @dataclass(frozen=True)
@@ -72,12 +150,17 @@ def search(recipe: Recipe, memory: int) -> Answer:
     counts = [count for count in range(1, depth + 1) if depth % count == 0]
     presets = family_named(recipe.family).model.presets
     by_size = sorted(presets, key=lambda n: -presets[n].depth * presets[n].dim ** 2)
-    least = [_smallest(replace(recipe, preset=name, model=presets[name])) for name in by_size]
+    # what needs the least
+    least = {"recompute": policies_of(mixed=recipe.autocast)[-1], "accumulate": recipe.batch_size}
     jobs = [partial(plans_of, replace(recipe, num_blocks=n), estimate, limit) for n in counts]
-    found = list(results([*jobs, *(partial(estimate, each) for each in least)], "predicting"))
-    needed = dict(zip(by_size, found[len(jobs) :], strict=True))
+    for name in by_size:
+        model = presets[name]
+        small = replace(recipe, preset=name, model=model, num_blocks=model.depth, **least)
+        jobs.append(partial(estimate, small))
+    found = list(results(jobs, "predicting"))
+    needed = dict(zip(by_size, found[len(counts) :], strict=True))
     fits = (n for n in by_size if min(e.peak_bytes for e in needed[n].values()) <= limit)
-    found = found[: len(jobs)]
+    found = found[: len(counts)]
     return Answer(
         whole=found[0].whole,
         plans=sorted((plan for each in found for plan in each.fitting), key=lambda p: p.seconds),
@@ -87,15 +170,7 @@ def search(recipe: Recipe, memory: int) -> Answer:
     )
 
 
-def _smallest(recipe: Recipe) -> Recipe:
-    """The recipe with the settings that need the least."""
-    last = policies_of(mixed=recipe.autocast)[-1]
-    return replace(
-        recipe, num_blocks=recipe.model.depth, recompute=last, accumulate=recipe.batch_size
-    )
-
-
-def plans_of(recipe: Recipe, predict: Predictor, limit: int) -> Found:
+def plans_of(recipe: Recipe, predict: Callable[[Recipe], Estimates], limit: int) -> Found:
     """The fastest plans of a recipe's number of blocks.
 
     A micro-batch needs less than a larger one, and a policy less than the one before: each policy's
@@ -107,7 +182,7 @@ def plans_of(recipe: Recipe, predict: Predictor, limit: int) -> Found:
         predict:  what a recipe needs; asked once for each
         limit:    bytes that a plan may take
     """
-    known: dict[Recipe, dict[Offload, Estimate]] = {}
+    known: dict[Recipe, Estimates] = {}
 
     def planned(offload: Offload, recompute: Recompute, micro_batch: int) -> Estimate:
         pieces = recipe.batch_size // micro_batch
@@ -172,18 +247,15 @@ def _largest(
             best, low = plan, place
         else:
             high = place
-        place = min(max(_guess(plan, sizes, limit), low + 1), high - 1)
+        # the largest size that fits if what grows with it were all in proportion
+        growing = sum(plan.by_category[name] for name in GROWING)
+        room = (limit - (plan.peak_bytes - growing)) / max(1, growing)
+        guess = bisect_right(sizes, plan.recipe.micro_batch * room) - 1
+        place = min(max(guess, low + 1), high - 1)
     return best
 
 
-def _guess(plan: Estimate, sizes: Sequence[int], limit: int) -> int:
-    """Index of the largest size that fits if what grows with it were all in proportion."""
-    growing = sum(plan.by_category[name] for name in GROWING)
-    room = limit - (plan.peak_bytes - growing)
-    return bisect_right(sizes, plan.recipe.micro_batch * room / max(1, growing)) - 1
-
-
-def outside_layers(several: dict[Offload, Estimate], num_blocks: int) -> dict[str, int]:
+def outside_layers(several: Estimates, num_blocks: int) -> dict[str, int]:
     """Bytes of the stem and the head, which no number of blocks divides: each of STATE.
 
     Args:
@@ -194,16 +266,16 @@ def outside_layers(several: dict[Offload, Estimate], num_blocks: int) -> dict[st
     return {name: one[name] - (every[name] - one[name]) // (num_blocks - 1) for name in STATE}
 
 
-def shares(estimate: Estimate, outside: dict[str, int]) -> dict[str, int]:
+def shares(plan: Estimate, outside: dict[str, int]) -> dict[str, int]:
     """What fills a device at the peak, in bytes that add up to it.
 
     Args:
-        estimate:  of a plan
-        outside:   of `outside_layers`
+        plan:     that was found
+        outside:  of `outside_layers`
     Returns:
         Each of CATEGORIES without the stem's and the head's share of STATE; that share; and what
         the allocator holds free.
     """
-    layers = {name: estimate.by_category[name] - outside.get(name, 0) for name in CATEGORIES}
-    free = estimate.peak_bytes - sum(estimate.by_category.values())
+    layers = {name: plan.by_category[name] - outside.get(name, 0) for name in CATEGORIES}
+    free = plan.peak_bytes - sum(plan.by_category.values())
     return {**layers, "stem_and_head": sum(outside.values()), FREE: free}

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dbkernels.cli import profile
 from dbkernels.cli.main import main
-from dbkernels.cli.profile_tables import measured_tables, not_measured, predicted_tables
+from dbkernels.cli.profile import measured_tables, not_measured, predicted_tables
 from dbkernels.memory.allocator import TARGETS
 from dbkernels.memory.measure import MEASURED
 from dbkernels.memory.tracker import CATEGORIES

@@ -16,15 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dbkernels.memory import measure as module
 from dbkernels.memory.allocator import TARGETS, MiB
-from dbkernels.memory.measure import (
-    MEASURED,
-    allocator_peak,
-    measure_peak,
-    out_of_memory,
-    predict,
-    process_bytes,
-    record,
-)
+from dbkernels.memory.measure import MEASURED, measure_peak, predict, record
 from dbkernels.memory.tracker import CATEGORIES, START, Event, Trace
 
 GPU = torch.device("cuda", 0)
@@ -65,9 +57,8 @@ def test_what_is_there_before_counts_from_the_start():
     peak = measure_peak(lambda: None, model=model, inputs=[torch.zeros(100)])
     buffers = 2 * 5 * FLOAT + 8  # running mean and variance, and an int64 count
     assert peak.at == "start"
-    assert peak.by_category == dict(
-        zip(MEASURED, (2 * 5 * FLOAT + buffers, 5 * FLOAT, 0, 100 * FLOAT, 0, 0), strict=True)
-    )
+    sizes = (2 * 5 * FLOAT + buffers, 5 * FLOAT, 0, 100 * FLOAT, 0, 0)
+    assert tuple(map(peak.by_category.get, MEASURED)) == sizes
 
 
 # gradients
@@ -192,20 +183,18 @@ def test_buffers_or_else_inputs_tell_the_device():
     assert measure_peak(lambda: None, model=nn.ReLU(), inputs=[x]).total_bytes == 10 * FLOAT
 
 
+SGD = torch.optim.SGD([torch.zeros(1)])
+TWO = nn.ModuleList(nn.Linear(1, 1, device=device) for device in ("cpu", "meta"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"inputs": torch.zeros(2, 3)}, "inputs must be a sequence of Tensor, got Tensor"),
         ({"inputs": [1.0]}, "inputs must be a sequence of Tensor, got a float in it"),
-        (
-            {"optimizers": torch.optim.SGD([torch.zeros(1)])},
-            "optimizers must be a sequence of Optimizer, got SGD",
-        ),
+        ({"optimizers": SGD}, "optimizers must be a sequence of Optimizer, got SGD"),
         ({"model": nn.ReLU()}, r"exactly one, .* on \[\]"),
-        (
-            {"model": nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1, device="meta")])},
-            r"device must be given unless .* on \['cpu', 'meta'\]",
-        ),
+        ({"model": TWO}, r"device must be given unless .* on \['cpu', 'meta'\]"),
     ],
 )
 def test_rejects(arguments, message):
@@ -252,7 +241,7 @@ def test_a_measurement_has_the_peaks_of_the_cuda_allocator(gpu):
 
 def test_a_step_alone_is_between_the_reset_and_the_reading(gpu, monkeypatch):
     monkeypatch.setattr(module, "process_bytes", lambda device: 999)
-    with allocator_peak(GPU) as found:
+    with module.allocator_peak(GPU) as found:
         gpu.calls.append("step")
         gpu.stats["num_alloc_retries"] += 2
     peaks = {"allocated_bytes": 111, "active_bytes": 112, "reserved_bytes": 222}
@@ -280,7 +269,7 @@ def test_the_driver_is_asked_for_this_process(gpu, monkeypatch, processes, expec
     nvml.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
     nvml.nvmlDeviceGetComputeRunningProcesses = running
     monkeypatch.setitem(sys.modules, "pynvml", nvml if processes else None)
-    assert process_bytes(GPU) == expected
+    assert module.process_bytes(GPU) == expected
 
 
 @pytest.mark.parametrize(
@@ -294,7 +283,7 @@ def test_the_driver_is_asked_for_this_process(gpu, monkeypatch, processes, expec
     ],
 )
 def test_only_a_lack_of_memory_has_a_sentence(error, sentence):
-    assert out_of_memory(error) == sentence
+    assert module.out_of_memory(error) == sentence
 
 
 # predictions

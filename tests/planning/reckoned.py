@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.ops.layer.recompute import POLICIES
-from dbkernels.planning.estimate import Estimate, seconds_of
+from dbkernels.planning.search import Estimate, seconds_of
 
 MiB = 2**20
 

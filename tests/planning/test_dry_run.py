@@ -8,7 +8,7 @@ from memory.steps import allocator_peak
 from dbkernels.data.images import batch_indices
 from dbkernels.memory.allocator import TARGETS, MiB
 from dbkernels.memory.measure import MEASURED, measure_peak
-from dbkernels.models import DiTConfig, ViTConfig, stem_and_head
+from dbkernels.models import FAMILIES, DiTConfig, stem_and_head
 from dbkernels.ops.backend.register import registered
 from dbkernels.ops.layer.recompute import policies_of
 from dbkernels.planning import dry_run as module
@@ -18,17 +18,7 @@ from dbkernels.planning.recipe import OFFLOAD, Recipe
 from dbkernels.training.run import RunConfig
 
 DIT = DiTConfig(dim=64, depth=4, num_heads=4, image_size=8, channels=4, num_classes=10)
-VIT = ViTConfig(
-    image_size=8,
-    patch=2,
-    channels=1,
-    num_classes=10,
-    dim=16,
-    depth=4,
-    num_heads=2,
-    mlp_hidden=32,
-    cond_dim=8,
-)
+VIT = replace(FAMILIES["vit"].model.preset("digits"), depth=4)
 MODELS = {"dit": DIT, "vit": VIT}
 FUSED = Recipe("dit", "", DIT, batch_size=8, num_blocks=2, device=TARGETS["cpu"])
 PLAIN = replace(FUSED, method="end_to_end", num_blocks=1, recompute=None)
@@ -114,9 +104,7 @@ def test_all_blocks_on_the_device_add_what_the_step_does_not_touch():
     every, one = (found[place].peak_allocated_bytes for place in OFFLOAD)
     assert every - one == sum(more.values())
     assert found["none"].flops == found["cpu"].flops
-
-
-def test_end_to_end_everything_is_touched():
+    # end to end the step touches everything
     found = dry_run(replace(FUSED, num_blocks=1))
     assert found["none"] == found["cpu"]
 

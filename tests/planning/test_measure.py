@@ -21,10 +21,6 @@ RECIPE = replace(
 CPU = torch.device("cpu")
 
 
-def steps_of(trainer):
-    return {group.steps for name, group in trainer.groups.items() if name != "shared"}
-
-
 # a trainer's steps
 
 
@@ -41,7 +37,7 @@ def test_the_costliest_blocks_peak_and_the_time_of_all():
     weights = sum(p.nbytes for p in trainer.blocks.parameters())
     assert row["measured_by_category"]["parameters"] >= weights
     # two to warm up, three timed, one for the allocator's peak and one for the tracker's
-    assert steps_of(trainer) == {2 + 3 + 2}
+    assert {g.steps for name, g in trainer.groups.items() if name != "shared"} == {2 + 3 + 2}
 
 
 def test_what_a_gpu_tells_of_the_first_and_of_a_steady_step_stands_before_the_tracker(monkeypatch):

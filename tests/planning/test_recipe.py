@@ -15,13 +15,10 @@ TINY = DiTConfig(dim=16, depth=4, num_heads=2, image_size=4, channels=1, num_cla
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_settings_that_are_not_given_are_those_of_train(family, tmp_path):
-    made, trained = (
-        of_preset(family, "digits").config(),
-        Train(family=family, out=tmp_path, partition=PartitionConfig(num_blocks=1)).config(),
-    )
-    assert made == replace(
-        trained, data="made up", trainer=replace(trained.trainer, steps=made.trainer.steps)
-    )
+    made = of_preset(family, "digits").config()
+    flags = Train(family=family, out=tmp_path, partition=PartitionConfig(num_blocks=1))
+    trainer = replace(flags.config().trainer, steps=made.trainer.steps)
+    assert made == replace(flags.config(), data="made up", trainer=trainer)
 
 
 def test_a_recipe_decides_the_run():
@@ -70,6 +67,9 @@ def test_every_way_has_end_to_end_once_and_blocks_for_each_number():
     assert ways(methods="block_stock", num_blocks="1") == {("block_stock", 1, None, None)}
 
 
+COMPILED = {"method": "compiled", "recompute": None}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -77,14 +77,8 @@ def test_every_way_has_end_to_end_once_and_blocks_for_each_number():
         ({"recompute": None}, "recompute of block_fused must be of none, attention, .* got null"),
         ({"method": "selective"}, "recompute of selective must be of null, got none"),
         ({"budget": 0.5}, r"budget must be None for block_fused, got 0\.5"),
-        (
-            {"method": "compiled", "recompute": None, "budget": 1.5},
-            r"budget must be from 0 to 1, got 1\.5",
-        ),
-        (
-            {"method": "compiled", "recompute": None, "num_blocks": 2},
-            "num_blocks must be 1 for compiled, got 2",
-        ),
+        ({**COMPILED, "budget": 1.5}, r"budget must be from 0 to 1, got 1\.5"),
+        ({**COMPILED, "num_blocks": 2}, "num_blocks must be 1 for compiled, got 2"),
         ({"num_blocks": 13}, "num_blocks must be between 1 and the 12 layers, got 13"),
         ({"offload": "disk"}, "offload must be of none, cpu, got disk"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),

@@ -10,9 +10,8 @@ from dbkernels.models import DiTConfig
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.planning import search as module
 from dbkernels.planning.dry_run import dry_run
-from dbkernels.planning.estimate import Estimate, estimate, seconds_of, swapped_bytes
 from dbkernels.planning.recipe import Recipe, of_preset
-from dbkernels.planning.search import FREE, outside_layers, plans_of, search, shares
+from dbkernels.planning.search import Estimate, estimate, plans_of, search, seconds_of
 
 TINY = DiTConfig(dim=32, depth=4, num_heads=2, image_size=8, channels=1, num_classes=10)
 SMALL = Recipe("dit", "", TINY, batch_size=8)
@@ -144,11 +143,11 @@ def test_stem_and_head_are_what_no_number_of_blocks_divides():
     sizes = {**none, "parameters": 70, "optimizer": 140, "temporaries": 9}
     everything = Estimate(LARGE, 250, sizes, 0, 0)
     one = replace(everything, by_category={**sizes, "parameters": 25, "optimizer": 50})
-    outside = outside_layers({"none": everything, "cpu": one}, 4)
+    outside = module.outside_layers({"none": everything, "cpu": one}, 4)
     assert outside == {"parameters": 10, "optimizer": 20}
-    found = shares(everything, outside)
+    found = module.shares(everything, outside)
     layers = {"parameters": 60, "optimizer": 120, "temporaries": 9}
-    assert found == {**none, **layers, "stem_and_head": 30, FREE: 31}
+    assert found == {**none, **layers, "stem_and_head": 30, module.FREE: 31}
     assert sum(found.values()) == everything.peak_bytes
 
 
@@ -164,7 +163,7 @@ def test_two_micro_batches_tell_of_all(pieces):
         assert found[offload].peak_bytes == step.peak_reserved_bytes
         assert found[offload].flops == 2 * step.flops
         # what clips the gradient and updates is counted with every micro-batch
-        swapped = swapped_bytes(steps, 2) if offload == "cpu" else 0
+        swapped = module.swapped_bytes(steps, 2) if offload == "cpu" else 0
         least, most = (
             seconds_of(recipe, 2 * step.flops, 2 * ops, swapped)
             for ops in (step.ops, 1.1 * step.ops)
@@ -176,7 +175,7 @@ def test_two_micro_batches_tell_of_all(pieces):
 
 @pytest.mark.parametrize("num_blocks", [1, 4])
 def test_a_sweep_swaps_every_layer_in_and_out(num_blocks):
-    swapped = swapped_bytes(dry_run(replace(SMALL, num_blocks=num_blocks)), num_blocks)
+    swapped = module.swapped_bytes(dry_run(replace(SMALL, num_blocks=num_blocks)), num_blocks)
     layers = SMALL.config().build("cpu").model.layers
     others = 2 * 3 * sum(p.nbytes for p in layers.parameters()) if num_blocks > 1 else 0
     # the allocator rounds each tensor up, and every parameter has a count of steps
