@@ -62,6 +62,8 @@ def test_predictions_loss_and_gradients_have_the_bits_of_the_equations(equations
         expected, expected_loss = equations(model, batch)
         actual = model.denoise(noisy(model, batch), LEVEL, range(3), batch)
         loss = model.loss(DRAW, LEVEL, SCALE, range(3), batch)
+        losses = model.losses(DRAW, LEVEL, range(3), batch)
+    torch.testing.assert_close(loss, (SCALE * losses).sum())
     assert torch.equal(actual, expected) and torch.equal(loss, expected_loss)
     grads = (torch.autograd.grad(each, parameters) for each in (loss, expected_loss))
     assert all(map(torch.equal, *grads))
