@@ -17,6 +17,7 @@ from models.tiny import (
     noisy,
     randomise,
 )
+from ops.one_layer import assert_same_bits
 from torch._dynamo.utils import counters
 from torch._inductor import config, cpp_builder
 
@@ -59,12 +60,6 @@ def step(model, layers=(1,), count=3, draw=DRAW):
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     found = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
     return {"loss": loss.detach(), **found}
-
-
-def assert_equal(first, second):
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
 
 
 def inputs_of(family):
@@ -149,7 +144,7 @@ def test_every_block_and_step_runs_the_same_code_and_half_a_batch_other_code(tra
 def test_a_model_and_its_copy_run_the_same_ops_each_on_its_own_parameters(traced, compiled):
     other = randomise(copy.deepcopy(compiled))
     for model in (compiled, other):
-        assert_equal(step(model), step(plain_twin(model)))
+        assert_same_bits(step(model), step(plain_twin(model)))
     assert compiled_graphs() == 2
 
 
