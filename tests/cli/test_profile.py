@@ -203,13 +203,6 @@ def printed(tables):
     return lines
 
 
-def test_the_screen_is_tables_that_fit_a_terminal(cli):
-    outcome = cli(f"{FAST} {FEW_WAYS} --num-blocks 6")
-    lines = outcome.out.splitlines()
-    assert outcome.code == 0 and "…" not in outcome.out and max(map(len, lines)) <= 80
-    assert sum("fused none" in line for line in lines) >= 2
-
-
 @pytest.mark.parametrize("told", [False, True])
 def test_a_title_says_what_was_trained_and_the_unit(told):
     lines = printed(predicted_tables([row(optimizer_in_backward=told, size=3 * 2**20)]))

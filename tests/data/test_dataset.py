@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset
-from training.tiny import equal, make_data, make_trainer
+from training.tiny import equal, make_data
 
 from dbkernels.data.dataset import DatasetBatches, as_data
 from dbkernels.data.made_up import Field, MadeUpData
@@ -46,14 +46,6 @@ def test_batches_follow_their_indices_and_are_put_where_they_are_wanted():
     assert len(as_data(one_by_one(data))) == len(data)
     # what gives batches is data as it is
     assert as_data(data) is data
-
-
-def test_a_trainer_takes_the_same_steps_on_a_dataset():
-    plain, other = make_trainer(ema=0.9), make_trainer(ema=0.9)
-    other.data = as_data(one_by_one(plain.data))
-    for _ in range(4):
-        assert other.step_block(other.next_block()) == plain.step_block(plain.next_block())
-    assert equal(other.tensors()["model"], plain.tensors()["model"])
 
 
 def test_arrays_and_numbers_become_tensors_and_an_empty_batch_keeps_its_shape():

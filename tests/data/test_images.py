@@ -67,14 +67,6 @@ def test_floats_leave_as_they_are_stored(dtype):
     assert image.dtype == torch.float32 and image.flatten().tolist() == [-300.5, 0.0, 2.25, 7.0]
 
 
-def test_batch_follows_the_order_of_its_indices():
-    data = dataset(np.arange(6, dtype=np.float32).reshape(6, 1, 1, 1), [5, 4, 3, 2, 1, 0])
-    batch = data.batch(torch.tensor([4, 0, 4]))
-    assert batch["image"].flatten().tolist() == [4, 0, 4]
-    assert batch["label"].tolist() == [1, 5, 1] and batch["label"].dtype == torch.int64
-    assert len(data) == 6 and data.image_shape == (1, 1, 1)
-
-
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_a_batch_may_be_empty_or_written_into_and_is_put_where_it_is_wanted(dtype):
     data, both = dataset(np.ones((2, 1, 2, 5), dtype)), torch.tensor([0, 1])

@@ -137,6 +137,7 @@ def test_a_source_has_its_samples_in_any_order_and_maps_what_it_can(tmp_path, sa
         rows = [len(own) - 1, *range(len(own)), 0]
         batch, is_pixels = data.batch(torch.tensor(rows)), images.dtype == np.uint8
         assert batch["label"].tolist() == [own[row] for row in rows]
+        assert batch["label"].dtype == torch.int64
         # bytes are scaled to [-1, 1], floats are as they are
         exact = torch.from_numpy(np.float32(images / 127.5 - 1 if is_pixels else images)[rows])
         torch.testing.assert_close(batch["image"], exact, atol=1e-6 * is_pixels, rtol=0)

@@ -1,19 +1,21 @@
 """The whole layer and its attention on a GPU, against float64."""
 
+from functools import partial
+
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
 from captured import capture, warm_up
 from ops.one_layer import EVERY_POLICY, SAME_BITS, OneLayer, assert_same_bits
+from ops.row_ops import ATTENTION, ROW_OPS_BY_NAME
 
-from dbkernels import ops
-from dbkernels.models.rotary import rotary_table
 from dbkernels.ops import reference
 
 pytestmark = pytest.mark.gpu
 
 BF16, F32 = torch.bfloat16, torch.float32
 PLAIN, MIXED = (BF16,) * 3, (F32, BF16, BF16)  # dtypes of the stream, the modulation, the weights
+ROTARY = ROW_OPS_BY_NAME["qk_norm_rotary"]
 # T, heads, their width; one token alone has gradients of 0 for queries and keys, which a kernel
 # that rounds two sums apart misses by more than eager: the layers below have such a case
 HEADS = [(77, 12, 32), (256, 12, 64), (256, 16, 72), (1024, 12, 128)]
@@ -25,40 +27,23 @@ def cut(shape, size):
     return size((T, H, d), (min(T, 5), 2, 8))
 
 
-@pytest.mark.parametrize("shape", HEADS, ids=str)
-def test_attention_is_as_accurate_as_eager(shape, size):
-    T, H, d = cut(shape, size)
-    # keys and values far from zero mean, in slices of a projection
-    means = torch.tensor([0.0, 1.0, 3.0])[:, None, None]
-    args = (torch.randn(2, T, 3, H, d) + means).to(BF16).unbind(2)
-    results = [with_grads(f, *args) for f in (ops.attention, reference.attention)]
-    exact = with_grads(reference.attention, *(a.double() for a in args))
-    for name, *each in zip(["out", "dq", "dk", "dv"], *results, exact, strict=True):
-        assert_as_accurate_as_eager(name, *each)
-
-
-def queries_and_keys(f, H, table):
-    def both(qkv, q_weight, k_weight):
-        return torch.stack(f(qkv, H, q_weight=q_weight, k_weight=k_weight, rotary=table))
-
-    return both
-
-
-@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [(ATTENTION, BF16), (ROTARY, BF16), (ROTARY, F32)],
+    ids=["attention", "rotary-bfloat16", "rotary-float32"],
+)
 @pytest.mark.parametrize("shape", HEADS, ids=str)
 @pytest.mark.usefixtures("by_triton")
-def test_queries_and_keys_are_as_accurate_as_eager(shape, dtype, size):
-    T, H, d = cut(shape, size)
-    qkv = torch.randn(2, T, 3 * H * d).to(dtype)
-    norms = (1.5 + torch.randn(d)).to(dtype), (0.5 * torch.randn(d) - 1).to(dtype)
-    args, table = (qkv, *norms), rotary_table(torch.arange(T), d)
-    given = [queries_and_keys(f, H, table) for f in (ops.qk_norm_rotary, reference.qk_norm_rotary)]
-    actual, eager = (with_grads(f, *args) for f in given)
-    exact = with_grads(given[1], *(a.double() for a in args))
-    # of so few elements as those of a norm's weight the largest error is a fluke
-    actual, eager, exact = ((*r[:2], torch.cat(r[2:])) for r in (actual, eager, exact))
-    for name, *each in zip(["qk", "dqkv", "dweights"], actual, eager, exact, strict=True):
-        assert_as_accurate_as_eager(name, *each)
+def test_heads_are_as_accurate_as_eager(shape, op, dtype, size):
+    args, options = op.inputs((2, *cut(shape, size)), dtype)
+    fused, specification = (partial(f, **options) for f in (op.fused, op.specification))
+    results = [with_grads(f, *args) for f in (fused, specification)]
+    results.append(with_grads(specification, *(a.double() for a in args)))
+    if op is ROTARY:
+        # of so few elements as those of a norm's weight the largest error is a fluke
+        results = [(*result[:-2], torch.cat(result[-2:])) for result in results]
+    for i, each in enumerate(zip(*results, strict=True)):
+        assert_as_accurate_as_eager(f"result {i}", *each)
 
 
 # every pair of a policy, a head width, a length, an activation, a norm and a stream that matters

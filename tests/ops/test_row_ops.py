@@ -289,10 +289,15 @@ def rejected():
             for name in slices:
                 sizes = r"\(B, D\) = \(2, 40\) or \(B, T, D\) = \(2, 9, 40\), got"
                 yield op.name, name, lambda a: a[:1], f"{alike} must be {sizes}"
-                one = f"{alike} must be slices of one modulation"
+                yield op.name, name, lambda a: a[:, None], f"{alike} must be {sizes}"
+                one = (
+                    f"{alike} must be slices of one modulation tensor: equal dtypes, equal strides"
+                )
                 yield op.name, name, lambda a: a.repeat(1, 2)[:, ::2], one
             if len(slices) > 1:
                 yield op.name, "shift", torch.Tensor.half, one
+                yield op.name, "shift", torch.Tensor.clone, rf"{one}.*, 1\) and torch.* \(40, 1\)"
+                yield op.name, "shift", lambda a: a[:, None].expand(-1, 9, -1), sizes
     yield from ACTIVATIONS_REJECT
 
 

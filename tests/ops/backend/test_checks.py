@@ -40,23 +40,6 @@ def slices(*shape):
     return torch.empty(*shape[:-1], 6 * shape[-1]).chunk(6, dim=-1)
 
 
-ONE_TENSOR = "scale and shift must be slices of one modulation tensor: equal dtypes, equal strides"
-
-
-@pytest.mark.parametrize(
-    ("scale", "shift", "message"),
-    [
-        (slices(2, 1, 8)[0], slices(2, 1, 8)[1], r"\(2, 3, 8\), got \(2, 1, 8\)"),
-        (slices(2, 8)[0], slices(2, 3, 8)[1], r"got \(2, 3, 8\) and \(2, 8\)"),
-        (slices(2, 8)[0], torch.empty(2, 8), ONE_TENSOR + r".*\(48, 1\) and torch.* \(8, 1\)"),
-        (torch.empty(8, 2).T, torch.empty(8, 2).T, ONE_TENSOR + ", the last 1"),
-    ],
-)
-def test_refuses_a_modulation_that_a_kernel_cannot_address(scale, shift, message):
-    with pytest.raises(ValueError, match=message):
-        checks.check_modulation(torch.empty(2, 3, 8), scale=scale, shift=shift)
-
-
 def test_a_token_with_its_own_modulation_is_a_sample_and_no_modulation_is_copied():
     x = torch.randn(3, 2, 8).transpose(0, 1)
     per_sample, per_token = slices(2, 8)[1], slices(2, 3, 8)[1]

@@ -1,14 +1,26 @@
-"""The equations of each family written out, and what its new weights are."""
+"""The equations of each family written out, its new weights, and what it alone has."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models.tiny import CONFIGS, DRAW, LEVEL, SCALE, every_family, make_batch, make_model, noisy
+from models.tiny import (
+    CONFIGS,
+    DRAW,
+    LEVEL,
+    SCALE,
+    every_family,
+    make_batch,
+    make_model,
+    noisy,
+    randomise,
+)
 
 from dbkernels.diffusion.prediction import EDM
-from dbkernels.models import FAMILIES
+from dbkernels.models import FAMILIES, DiT, ViT
+from dbkernels.models.baseline import use_baseline
 from dbkernels.models.embed import patchify, unpatchify
 from dbkernels.models.layer import run_layers
 from dbkernels.ops import adaln_norm, add_noise, score_loss
@@ -62,6 +74,8 @@ def test_predictions_loss_and_gradients_have_the_bits_of_the_equations(equations
         expected, expected_loss = equations(model, batch)
         actual = model.denoise(noisy(model, batch), LEVEL, range(3), batch)
         loss = model.loss(DRAW, LEVEL, SCALE, range(3), batch)
+        losses = model.losses(DRAW, LEVEL, range(3), batch)
+    torch.testing.assert_close(loss, (SCALE * losses).sum())
     assert torch.equal(actual, expected) and torch.equal(loss, expected_loss)
     grads = (torch.autograd.grad(each, parameters) for each in (loss, expected_loss))
     assert all(map(torch.equal, *grads))
@@ -104,3 +118,80 @@ def test_new_weights_are_a_small_table_and_xavier_projections(family):
         assert not linear.bias.any()
     if family == "vit":
         assert model.positions.std().item() == pytest.approx(1, rel=0.1)
+
+
+# what a vit alone has
+
+
+def test_target_and_estimate_are_rows_of_unit_length():
+    model = make_model("vit")
+    rows = model.label_table.weight / model.label_table.weight.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(model.target(make_batch(model)), rows[[3, 0, 2]])
+    logits = torch.randn(3, 5)
+    probability = logits.exp() / logits.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(model.estimate(logits), probability @ rows)
+
+
+def kept_widths(model, layers):
+    """Numbers for each sample in what autograd keeps, apart from parameters."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes() // tensor.element_size() // len(LEVEL)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.losses(DRAW, LEVEL, layers, make_batch(model))
+    return [width for address, width in saved.items() if address not in weights]
+
+
+def test_the_last_layer_keeps_of_one_token_all_but_keys_and_values():
+    tokens, hidden = 5, 17  # a width like no other
+    model = randomise(ViT(replace(CONFIGS["vit"], mlp_hidden=hidden)))
+    for layers in ((0,), (0, 1), (0, 1, 0)):
+        widths = kept_widths(model, layers)
+        assert widths.count(tokens * hidden) == len(layers) - 1
+        assert widths.count(hidden) == 1
+
+
+def test_the_last_layers_tokens_are_not_kept_for_the_one_that_answers():
+    model, x = make_model("vit"), 5 * CONFIGS["vit"].dim
+    fused = kept_widths(model, (0,)).count(x)
+    use_baseline(model, "checkpointed")
+    assert fused == kept_widths(model, (0,)).count(x) == 1
+
+
+def test_norms_have_weights_only_if_asked():
+    names = {"norm.weight", "norm.bias", "layers.0.norm1.weight", "layers.1.norm2.bias"}
+    assert names <= set(ViT(CONFIGS["vit"]).state_dict())
+    plain = ViT(replace(CONFIGS["vit"], affine=False))
+    assert not any("norm" in name for name in plain.state_dict())
+
+
+# what a dit alone has
+
+
+def test_the_target_is_the_image_and_the_estimate_the_prediction():
+    model = make_model("dit")
+    batch, prediction = make_batch(model), torch.randn(3, 3, 6, 6)
+    assert model.target(batch) is batch["image"] and model.estimate(prediction) is prediction
+
+
+def test_the_unconditional_batch_uses_the_last_row():
+    model = make_model("dit")
+    batch = {**make_batch(model), "mask": torch.ones(3)}
+    without = model.unconditional(batch)
+    assert without["label"].tolist() == [4, 4, 4] and without["label"].dtype == torch.int64
+    assert FAMILIES["dit"].null_label(model.config) == 4
+    assert without["image"] is batch["image"] and without["mask"] is batch["mask"]
+    assert batch["label"].tolist() == [3, 0, 2]
+    model.denoise(torch.randn(3, 3, 6, 6), LEVEL, (0,), without).sum().backward()
+    assert model.label_table.weight.grad.any(1).tolist() == [False] * 4 + [True]
+
+
+def test_positions_are_not_saved_and_move_with_the_model():
+    model = DiT(CONFIGS["dit"])
+    assert "positions" not in model.state_dict()
+    assert "positions" in dict(model.named_buffers())
