@@ -1,4 +1,5 @@
 import operator
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -62,30 +63,40 @@ def test_layers_run_in_the_order_that_was_asked_and_one_of_several_blocks_is_sha
     assert all(name.startswith("model.layers.0.") for name in groups["block0"])
 
 
+two = partial(make_blocks, num_blocks=2)
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("call", "message"),
     [
-        ({"sharing": "both"}, "sharing must be one of joint, copies, got both"),
-        ({"weighting": "soft"}, "weighting must be one of none, .*, got soft"),
-        ({"layers": [0, 1, 2, 3]}, r"layers must be 0 to 2, got \[0, 1, 2, 3\]"),
-        ({"layers": [-1, 1, 2]}, "layers must be 0 to 2"),
-        ({"layers": [0, 1, 1, 2], "sharing": "copies"}, "in one block, got layer 1 in several"),
-        ({"num_blocks": 4}, "num_blocks must be between 1 and the 3 layers, got 4"),
+        (lambda: two(sharing="both"), "sharing must be one of joint, copies, got both"),
+        (lambda: two(weighting="soft"), "weighting must be one of none, .*, got soft"),
+        (lambda: two(layers=[0, 1, 2, 3]), r"layers must be 0 to 2, got \[0, 1, 2, 3\]"),
+        (lambda: two(layers=[-1, 1, 2]), "layers must be 0 to 2"),
+        (lambda: two(layers=[0, 1, 1, 2], sharing="copies"), "one block, got layer 1 in several"),
+        (lambda: make_blocks(num_blocks=4), "num_blocks must be between 1 and the 3 layers, got 4"),
+        # a model of no known family needs both
+        (
+            lambda: DiffusionBlocks(Known(), weighting="none"),
+            r"process must be given for Known, .*, got None",
+        ),
+        (
+            lambda: DiffusionBlocks(Known(), process=PRIOR),
+            r"weighting must be one of none, .*, got None",
+        ),
+        (
+            lambda: load_weights(make_blocks(), {"model.head.bias": torch.zeros(4)}),
+            r"weight model.head.bias must be \(3,\), got \(4,\)",
+        ),
+        (
+            lambda: load_weights(make_blocks(), {"neck": torch.zeros(4)}),
+            "weight neck must be no such parameter",
+        ),
     ],
 )
-def test_rejects(settings, message):
+def test_rejects(call, message):
     with pytest.raises(ValueError, match=message):
-        make_blocks(**{"num_blocks": 2, **settings})
-
-
-def test_a_model_of_no_known_family_brings_its_process_and_weighting():
-    model = nn.Module()
-    model.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(3))
-    with pytest.raises(ValueError, match=r"process must be given for Module, .*, got None"):
-        DiffusionBlocks(model, weighting="none")
-    with pytest.raises(ValueError, match=r"weighting must be one of none, .*, got None"):
-        DiffusionBlocks(model, process=LogNormal())
-    assert len(DiffusionBlocks(model, process=LogNormal(), weighting="none")) == 3
+        call()
 
 
 def test_a_family_brings_its_own_process_and_weighting_unless_another_is_given():
@@ -96,14 +107,6 @@ def test_a_family_brings_its_own_process_and_weighting_unless_another_is_given()
         blocks = make_blocks(family, process=other, weighting="published")
         assert (blocks.process, blocks.weighting) == (other, "published")
         assert blocks[0].noise == other.intervals(3)[0]
-
-
-def test_loading_rejects_weights_of_another_model():
-    blocks = make_blocks()
-    with pytest.raises(ValueError, match=r"weight model.head.bias must be \(3,\), got \(4,\)"):
-        load_weights(blocks, {"model.head.bias": torch.zeros(4)})
-    with pytest.raises(ValueError, match="weight neck must be no such parameter"):
-        load_weights(blocks, {"neck": torch.zeros(4)})
 
 
 @pytest.mark.parametrize("sharing", ["joint", "copies"])

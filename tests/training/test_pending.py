@@ -111,24 +111,6 @@ def test_a_micro_batch_is_halved_once_where_it_must_be_and_stays_at_the_half(siz
     assert (memory.undone, micro_batch.size) == (len(told), half)
 
 
-@pytest.mark.filterwarnings("ignore:out of memory")
-@pytest.mark.parametrize(
-    "size, least, fits, sizes, message",
-    [
-        (8, 1, 2, [8, 4], "in micro-batches of 4, halved in this step already"),
-        (1, 1, 0, [1], "in micro-batches of 1, which cannot be halved"),
-        (8, 8, 7, [8], "in micro-batches of 8, which cannot be halved"),
-    ],
-)
-def test_a_failure_after_which_nothing_can_be_halved_is_raised(size, least, fits, sizes, message):
-    micro_batch, memory = MicroBatch(size, 16, least=least), Memory(fits)
-    message = f"out of memory in block 1 at its step 3 with batch 16 {message}"
-    with pytest.raises(torch.OutOfMemoryError, match=message):
-        memory.attempt(micro_batch)
-    assert memory.sizes == sizes and memory.undone == len(sizes)
-    assert micro_batch.size == sizes[-1]
-
-
 # rows
 
 

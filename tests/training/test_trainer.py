@@ -243,7 +243,8 @@ def test_out_of_memory_in_a_later_piece_leaves_nothing_of_the_earlier_ones():
 @pytest.mark.parametrize(
     "settings, fits, sizes, message",
     [
-        ({}, 1, [4, 2], "with batch 4 in micro-batches of 2, halved in this step"),
+        ({}, 1, [4, 2], "with batch 4 in micro-batches of 2, halved in this step already"),
+        ({"accumulate": 4}, 0, [1], "with batch 4 in micro-batches of 1, which cannot be halved"),
         # gradients that are gone cannot be added up
         (IN_BACKWARD, 3, [4], "with batch 4 in micro-batches of 4, which cannot be halved"),
     ],
@@ -252,10 +253,13 @@ def test_memory_that_does_not_suffice_stops_before_the_update(settings, fits, si
     objective, met = short_of_memory(fits)
     trainer = make_trainer(objective=objective, **settings)
     before = copies(trainer)
-    with pytest.raises(torch.OutOfMemoryError, match=f"block 2 at its step 0 {message}"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match=f"^out of memory in block 2 at its step 0 {message}"
+    ):
         steps(trainer, [2])
     assert_holds(trainer, before)
     assert trainer.step == 0 and [size for size, _ in met] == sizes
+    assert trainer.micro_batch.size == sizes[-1]
     assert all(parameter.grad is None for parameter in trainer.blocks.parameters())
 
 

@@ -2,8 +2,7 @@ import gc
 import mmap
 import os
 import shutil
-import warnings
-from types import SimpleNamespace
+from unittest.mock import MagicMock, Mock, call
 
 import pytest
 import torch
@@ -87,51 +86,43 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
 
 @pytest.fixture
 def locks(monkeypatch):
-    """What the CUDA runtime was asked for; it grants two locks."""
-    asked = []
-
-    def register(address, nbytes, flags):
-        asked.append(("register", address, nbytes, flags))
-        return 0 if len(asked) <= 2 else 2
-
-    runtime = SimpleNamespace(
-        cudaHostRegister=register,
-        cudaHostUnregister=lambda address: asked.append(("unregister", address)),
-    )
+    """The CUDA runtime, which grants two locks and refuses a third."""
+    runtime = MagicMock()
+    runtime.cudaHostRegister.side_effect = [0, 0, 2]
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: warnings.catch_warnings())
-    return asked
+    monkeypatch.setattr(torch.cuda, "device", MagicMock())
+    return runtime
 
 
 def test_buffers_for_a_gpu_are_locked_as_they_are_and_unlocked_before_they_are_freed(locks):
     memory = CpuMemory(CUDA)
     buffers = [memory.room(700) for _ in range(2)]
     addresses = [buffer.data_ptr() for buffer in buffers]
-    assert locks == [("register", address, 700, 0) for address in addresses]
+    assert locks.mock_calls == [call.cudaHostRegister(each, 700, 0) for each in addresses]
     del buffers
     gc.collect()
-    assert len(locks) == 2
+    assert len(locks.mock_calls) == 2
     del memory
     gc.collect()
-    assert locks[2:] == [("unregister", address) for address in addresses]
+    assert locks.mock_calls[2:] == [call.cudaHostUnregister(each) for each in addresses]
 
 
 def test_refused_page_locking_falls_back_with_one_warning_that_names_the_cost(locks, monkeypatch):
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: (_ for _ in ()).throw(RuntimeError()))
+    monkeypatch.setattr(torch, "zeros", Mock(side_effect=RuntimeError))
     memory = CpuMemory(CUDA)
     memory.room(2**12), memory.room(512)
     message = r"32\.0 MiB of host memory cannot be page-locked.*twice as long and no swap runs"
     with pytest.warns(UserWarning, match=message + " beside") as told:
         buffers = [memory.room(2**25), memory.room(512)]
     assert len(told) == 1 and [buffer.nbytes for buffer in buffers] == [2**25, 512]
-    assert [call[0] for call in locks] == ["register"] * 3
     del memory
     gc.collect()
-    assert [call[0] for call in locks[3:]] == ["unregister"] * 2
+    asked = [name for name, *_ in locks.mock_calls]
+    assert asked == ["cudaHostRegister"] * 3 + ["cudaHostUnregister"] * 2
 
 
 def test_buffers_lie_in_pages_of_their_own_and_are_not_locked_for_a_cpu(locks):
     memory = CpuMemory(CPU)
     buffers = [memory.room(nbytes) for nbytes in (1, 700, 5000)]
     assert all(buffer.data_ptr() % mmap.PAGESIZE == 0 for buffer in buffers)
-    assert [buffer.nbytes for buffer in buffers] == [1, 700, 5000] and locks == []
+    assert [buffer.nbytes for buffer in buffers] == [1, 700, 5000] and locks.mock_calls == []
