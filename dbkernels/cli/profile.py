@@ -10,7 +10,7 @@ from rich.table import Table
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.preset import OfPreset
 from dbkernels.cli.table import show, table
-from dbkernels.memory.allocator import Target, target_named, target_of
+from dbkernels.memory.allocator import target_named, target_of
 from dbkernels.memory.timeline import draw, write_timeline
 from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.memory.units import UNITS, in_words, three_digits, unit_of
@@ -108,7 +108,11 @@ class Profile(OfPreset):
             raise ValueError(
                 f"num_blocks must be whole numbers with commas between, got {self.num_blocks}"
             ) from None
-        recipe = self.recipe(self._target())
+        if self.measure and self.target != "auto":
+            raise ValueError(f"target must be auto for measure, got {self.target}")
+        name = "h100" if self.target == "auto" else self.target
+        target = target_of(pick_device(self.device)) if self.measure else target_named(name)
+        recipe = self.recipe(target)
         methods = _names("methods", self.methods, METHODS)
         policies = _names("recompute", self.recompute, tuple(POLICIES))
         places = _names("offload", self.offload, OFFLOAD)
@@ -130,13 +134,6 @@ class Profile(OfPreset):
             for place in places
             if (method, count) != twice
         ]
-
-    def _target(self) -> Target:
-        if self.target != "auto":
-            if self.measure:
-                raise ValueError(f"target must be auto for measure, got {self.target}")
-            return target_named(self.target)
-        return target_of(pick_device(self.device)) if self.measure else target_named("h100")
 
     def _show(self, recipes: list[Recipe]) -> None:
         if len(recipes) != 1:
