@@ -107,22 +107,6 @@ def test_the_target_is_made_by_the_target_parts_alone(made):
         assert not torch.equal(model.target(batch), before)
 
 
-@every_family
-def test_a_step_runs_one_end_before_its_layers_and_one_after(made, monkeypatch):
-    (model, batch), running = made, []
-    for layer in model.layers:
-        layer.register_forward_hook(lambda *_: running.append("layer"))
-
-    def announced(name, end):
-        return lambda *args: (running.append(name), end(*args), running.append(name))[1]
-
-    for name in model.stem_and_head:
-        monkeypatch.setattr(type(model), name, announced(name, getattr(type(model), name)))
-    model.loss(DRAW, LEVEL, SCALE, (0, 1), batch)
-    before, after = model.stem_and_head
-    assert running == [before, before, "layer", "layer", after, after]
-
-
 class Recurrent(nn.Module):
     """Prelude, core and coda over tokens; the core is run as often as a block's layers say."""
 
