@@ -71,6 +71,12 @@ def test_keeps_one_out_and_one_logsumexp():
     assert logsumexp.dtype == torch.float32 and logsumexp.shape[:2] == (2, 3)
 
 
+def test_compiles_with_inductor():
+    args = inputs(2, 9, 2, 8)
+    compiled = torch.compile(attention, backend="inductor", fullgraph=True)
+    torch.testing.assert_close(with_grads(compiled, *args), with_grads(attention, *args))
+
+
 # a GPU's kernels cannot run here, but what they are given and return has shapes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
