@@ -14,7 +14,7 @@ from dbkernels.data.images import open_data
 from dbkernels.models import stem_and_head
 from dbkernels.training import checkpoint
 from dbkernels.training.log import read_log
-from dbkernels.training.run import RunConfig, load_run, read_config
+from dbkernels.training.run import RunConfig, load_run, read_config, write_config
 
 RUN = Path("run")
 
@@ -24,6 +24,13 @@ def files(directory=RUN):
 
 
 # from a configuration to a trainer
+
+
+@pytest.mark.parametrize("family", ["vit", "dit"])
+def test_config_comes_back_as_it_was_written(make_config, family, tmp_path):
+    config = make_config(family, partition={"split": "1,1,1"}, lr=1 / 3)
+    write_config(config, tmp_path)
+    assert read_config(tmp_path) == config
 
 
 def test_blocks_are_built_of_the_seed_alone_whatever_the_partition(make_config):
