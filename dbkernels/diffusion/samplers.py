@@ -40,7 +40,7 @@ def heun(denoiser: Denoiser, z: Tensor, levels: Sequence[float]) -> Tensor:
 
     The correction is evaluated at the next level, so by the block that serves that level. It grows
     an error of the estimates by (level / following - 1) / 2: keep neighbouring levels within a
-    factor of about two, as `cdf_grid` does not.
+    factor of about two, which the cdf spacing does not.
     Arguments, result and errors are those of `euler`.
     """
     _check_levels(levels)

@@ -3,8 +3,8 @@
     loss of a block = E over its levels of weight(level) * loss(level)
 
 arXiv:2506.14202, section 3.3 and equation 6. N levels of a sampler are N evaluations of one block
-each, as in the published code. That code trains one stem, table and head
-with every block's steps; its text lets no parameter be shared. Both are here: `sharing`.
+each, as in the published code. That code trains one stem, table and head with every block's steps;
+the paper's text lets no parameter be shared. Both are here: `sharing`.
 """
 
 import copy
