@@ -1,12 +1,12 @@
 """CIFAR-10 and CIFAR-100 as their binary archives hold them, mapped where they lie."""
 
-from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dbkernels.data.formats import Arrays
+from dbkernels.data.formats import Arrays, OneByOne
 
 
 class CifarLayout(NamedTuple):
@@ -26,24 +26,6 @@ CIFAR = (
 )
 
 
-class Chain:
-    """Arrays of equal samples, one after the other, without a copy of the whole."""
-
-    def __init__(self, parts: Sequence[np.ndarray]):
-        self.parts = parts
-        self.starts = np.cumsum([0] + [len(part) for part in parts])
-        self.shape = (int(self.starts[-1]), *parts[0].shape[1:])
-        self.dtype = parts[0].dtype
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        samples = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        owner = np.searchsorted(self.starts, rows, side="right") - 1
-        for index, part in enumerate(self.parts):
-            mine = owner == index
-            samples[mine] = part[rows[mine] - self.starts[index]]
-        return samples
-
-
 def find_cifar(root: Path) -> tuple[Path, CifarLayout] | None:
     """The folder, this one or the archive's inside it, that has any of CIFAR's files."""
     for layout in CIFAR:
@@ -56,9 +38,11 @@ def find_cifar(root: Path) -> tuple[Path, CifarLayout] | None:
 def read_cifar(folder: Path, layout: CifarLayout, split: str) -> Arrays:
     """CIFAR-10, or CIFAR-100 with its fine labels."""
     names = layout.train if split == "train" else layout.test
-    records = [_map_records(folder / name, layout) for name in names]
-    images = Chain([part[:, layout.label_bytes :].reshape(-1, 3, 32, 32) for part in records])
-    labels = np.concatenate([part[:, layout.label_bytes - 1] for part in records])
+    files = [_map_records(folder / name, layout) for name in names]
+    # a view of each: no pixel is read before its row is asked for
+    records, shape = list(chain.from_iterable(files)), (3, 32, 32)
+    images = OneByOne(records, shape, lambda record: record[layout.label_bytes :].reshape(shape))
+    labels = np.concatenate([file[:, layout.label_bytes - 1] for file in files])
     return Arrays(images, labels.astype(np.int64), layout.num_classes)
 
 
@@ -70,4 +54,4 @@ def _map_records(path: Path, layout: CifarLayout) -> np.ndarray:
         raise ValueError(
             f"{path} is truncated: expected a multiple of {record_bytes} bytes, got {size}"
         )
-    return np.memmap(path, np.uint8, mode="r").reshape(-1, record_bytes)
+    return np.asarray(np.memmap(path, np.uint8, mode="r")).reshape(-1, record_bytes)

@@ -9,7 +9,7 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -18,10 +18,6 @@ import numpy as np
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 MAX_COMPRESSED_BYTES = 2**28  # compressed images up to this many bytes are read whole
 DIGITS_SPLIT_SEED = 0  # every run must hold out the same digits
-_HEADER_READERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
 
 
 class Images(Protocol):
@@ -31,6 +27,29 @@ class Images(Protocol):
     dtype: np.dtype
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray: ...  # (B,) int64 -> (B, C, H, W)
+
+
+class OneByOne:
+    """`Images` of bytes that are read one by one.
+
+    Args:
+        sources:  of each image, what `read` takes
+        shape:    (C, H, W), of every image
+        read:     source -> pixels (C, H, W)
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self, sources: Sequence[object], shape: tuple[int, ...], read: Callable[..., np.ndarray]
+    ):
+        self.sources, self.shape, self.read = sources, (len(sources), *shape), read
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        images = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        for image, row in zip(images, rows, strict=True):
+            image[:] = self.read(self.sources[row])
+        return images
 
 
 class Arrays(NamedTuple):
@@ -149,9 +168,10 @@ def _map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         return _read_member(archive, name)
     with archive.open(info) as file:
         try:
-            version = np.lib.format.read_magic(file)
-            shape, fortran, dtype = _HEADER_READERS[version](file)
-        except (ValueError, KeyError) as error:
+            major, minor = np.lib.format.read_magic(file)
+            read_header = getattr(np.lib.format, f"read_array_header_{major}_{minor}")
+            shape, fortran, dtype = read_header(file)
+        except (ValueError, AttributeError) as error:
             raise _broken(archive, name, error) from error
         header_bytes = file.tell()
     expected = header_bytes + dtype.itemsize * math.prod(shape)

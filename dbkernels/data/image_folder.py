@@ -1,30 +1,16 @@
 """A folder of images, one sub-folder per class, decoded when a batch asks for them."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dbkernels.data.formats import Arrays
+from dbkernels.data.formats import Arrays, OneByOne
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # a palette is a way to store RGB; other modes (alpha, 16 bits, CMYK) would lose something
 MODES = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
-
-
-class FolderImages:
-    """Image files of one size and mode as an array of pixels; only their paths are kept."""
-
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
-        self.dtype = np.dtype(np.uint8)
-        self.shape = (len(paths), *_decode(paths[0], None).shape)
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        pixels = np.empty((len(rows), *self.shape[1:]), np.uint8)
-        for sample, row in zip(pixels, rows, strict=True):
-            sample[:] = _decode(self.paths[row], self.shape[1:])
-        return pixels
 
 
 def read_folder(root: Path, split: str) -> Arrays:
@@ -46,7 +32,9 @@ def read_folder(root: Path, split: str) -> Arrays:
         files = _image_files(folder)
         paths += files
         labels += [classes.index(folder.name)] * len(files)
-    return Arrays(FolderImages(paths), np.array(labels, dtype=np.int64), len(classes))
+    shape = _decode(paths[0], None).shape
+    images = OneByOne(paths, shape, partial(_decode, expected=shape))
+    return Arrays(images, np.array(labels, dtype=np.int64), len(classes))
 
 
 def _class_folders(folder: Path) -> list[Path]:
