@@ -14,6 +14,7 @@ from functools import partial
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -21,7 +22,6 @@ from dbkernels.choices import check_choice
 from dbkernels.models.compiled import compiled
 from dbkernels.models.layer import AdaLNLayer
 from dbkernels.ops import reference
-from dbkernels.ops.layer.tensors import ResidualStream, first_tokens
 
 Baseline = Literal["stock", "checkpointed", "selective", "compiled"]
 
@@ -37,53 +37,12 @@ EXPENSIVE = (  # the attention by each name that torch may choose
 )
 
 
-class BaselineLayer(AdaLNLayer):
-    """The modules of a fused layer, run by plain torch; hooks of the layer itself stay behind.
-
-    Args:
-        layer:  whose modules these are from now on, too
-        run:    (layer, x, c, rotary) -> out: `stock_layer`, or what `by_method` made of it
-    """
-
-    def __init__(self, layer: AdaLNLayer, run: Callable[..., Tensor]):
-        with torch.device("meta"):  # weights that are replaced at once: no memory, no random draw
-            super().__init__(layer.config)
-            # the fused layer's own keeps no rounded copy of its weight, as plain torch does
-            modulation = nn.Linear(layer.config.cond_dim, 6 * layer.config.dim)
-        modulation.weight, modulation.bias = layer.modulation.weight, layer.modulation.bias
-        for name, module in (*layer.named_children(), ("modulation", modulation)):
-            setattr(self, name, module)
-        self.run = run
-        self.train(layer.training)
-
-    def forward(
-        self,
-        x: Tensor,
-        c: Tensor,
-        rotary: Tensor | None = None,
-        stream: ResidualStream | None = None,
-        num_queries: int | None = None,
-    ) -> Tensor:
-        """One layer, as `AdaLNLayer.forward` but for the stream, which it leaves alone.
-
-        Every token is computed and the first are taken of all, as in the published code.
-        """
-        return first_tokens(self.run(self, x, c, rotary), num_queries)
-
-
 def stock_layer(layer: AdaLNLayer, x: Tensor, c: Tensor, rotary: Tensor | None) -> Tensor:
     """The specification, with the parameters of a layer."""
-    config = layer.config
-    return reference.adaln_layer(
-        x,
-        layer._modulation(c),
-        layer._weights(),
-        num_heads=config.num_heads,
-        rotary=rotary,
-        mlp=config.mlp,
-        norm=config.norm,
-        eps=config.eps,
-    )
+    # the fused layer's own projection keeps no rounded copy of its weight, as plain torch does
+    modulation = F.linear(F.silu(c), layer.modulation.weight, layer.modulation.bias)
+    parameters = layer.folded(modulation), layer.weights()
+    return reference.adaln_layer(x, *parameters, rotary=rotary, **layer.config.of_op())
 
 
 def by_method(
@@ -116,17 +75,18 @@ def by_method(
 
 
 def use_baseline(model: nn.Module, method: Baseline, *, budget: float = 1.0) -> None:
-    """Put a baseline in the place of each layer of a model, with the layer's own parameters.
+    """Have plain torch run each layer of a model from now on, with the layer's own parameters.
 
-    Their objects, names, order and values stay, so optimizers and checkpoints do not notice.
+    A layer then leaves the stream alone. It computes every token, and the first are taken of all,
+    as in the published code.
 
     Args:
-        model:   a family, whose layers may be baselines already
+        model:   a family, in place; its layers may be baselines already
         method:  a name of `BASELINES`
         budget:  as that of `by_method`
     Raises:
         ValueError: as `by_method`.
     """
     run = by_method(stock_layer, method, budget=budget)
-    for index, layer in enumerate(model.layers):
-        model.layers[index] = BaselineLayer(layer, run)
+    for layer in model.layers:
+        layer.run = run

@@ -51,6 +51,10 @@ class LayerConfig:
     recompute: Recompute = "none"
     """What the backward computes again rather than keep: a key of `dbkernels.ops.POLICIES`."""
 
+    def of_op(self) -> dict[str, object]:
+        """The settings of `dbkernels.ops.adaln_layer`, and of its specification, by name."""
+        return {name: getattr(self, name) for name in ("num_heads", "mlp", "norm", "eps")}
+
 
 class AdaLNLayer(nn.Module):
     """Attention and MLP, each between a conditioned norm and a conditioned gate.
@@ -77,6 +81,8 @@ class AdaLNLayer(nn.Module):
         self.attention, self.mlp = Attention(config), MLP(config)
         self.modulation = Projection(config.cond_dim, 6 * config.dim)
         initialise_linear(self.modulation, nn.init.zeros_)
+        # (layer, x, c, rotary) -> out in the op's place: of `use_baseline`
+        self.run: Callable[..., Tensor] | None = None
 
     def initialise(self, initialise_weight: Callable[[Tensor], object]) -> None:
         """Initialise the weights of the attention's and the MLP's projections; biases become 0."""
@@ -106,24 +112,21 @@ class AdaLNLayer(nn.Module):
             ValueError: a shape, dtype or device disagrees, or num_queries is not from 1 to T.
             RuntimeError: a module inside was replaced or hooked, or the gradient is differentiated.
         """
-        config = self.config
+        if self.run is not None:
+            return first_tokens(self.run(self, x, c, rotary), num_queries)
         return adaln_layer(
             x,
-            self._modulation(c),
-            self._weights(),
-            num_heads=config.num_heads,
+            self.folded(self.modulation(F.silu(c))),
+            self.weights(),
             rotary=rotary,
-            mlp=config.mlp,
-            norm=config.norm,
-            eps=config.eps,
-            recompute=config.recompute,
+            recompute=self.config.recompute,
             stream=stream,
             num_queries=num_queries,
+            **self.config.of_op(),
         )
 
-    def _modulation(self, c: Tensor) -> Tensor:
+    def folded(self, modulation: Tensor) -> Tensor:
         """(..., 6 D), with the norms' own weights folded in."""
-        modulation = self.modulation(F.silu(c))
         if not self.config.affine:
             return modulation
         parts = list(modulation.chunk(6, dim=-1))
@@ -133,7 +136,8 @@ class AdaLNLayer(nn.Module):
             parts[first + 1], parts[first] = folded
         return torch.cat(parts, dim=-1)
 
-    def _weights(self) -> LayerWeights:
+    def weights(self) -> LayerWeights:
+        """Of the projections, for the op; each module inside must be as it was made."""
         attention, mlp = self.attention, self.mlp
         _check_unseen(attention, Attention), _check_unseen(mlp, MLP)
         projections = (attention.qkv, attention.out, mlp.fc1, mlp.fc2)
