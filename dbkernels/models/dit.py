@@ -20,35 +20,20 @@ from dbkernels.models.family import Presets
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, run_layers
 from dbkernels.ops.adaln_norm import adaln_norm
 from dbkernels.ops.add_noise import add_noise
-from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.ops.philox import Draw
 from dbkernels.ops.score_loss import score_loss
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DiTConfig(embed.ImageConfig):
-    """A diffusion transformer."""
+    """A diffusion transformer; the condition is as wide as the residual stream."""
 
-    dim: int
-    """Of the residual stream and of the condition."""
-    depth: int
-    """Number of layers."""
-    num_heads: int
-    """Of the attention; divides dim."""
-    image_size: int = 32
-    """Pixels, or cells of the latent; square."""
     patch: int = 2
-    """The same unit; divides image_size."""
     channels: int = 4
-    """Of the image or latent."""
     num_classes: int = 1000
     """Labels are 0 to num_classes - 1; num_classes itself means "no label"."""
     mlp_ratio: int = 4
     """Width of the MLP's hidden layer over dim."""
-    sigma_data: float = 0.5
-    """Standard deviation of the data that the preconditioning assumes."""
-    recompute: Recompute = "none"
-    """What the backward computes again: a key of `dbkernels.ops.POLICIES`; moves only rounding."""
 
 
 PRESETS = {

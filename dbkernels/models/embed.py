@@ -1,7 +1,7 @@
 """How pixels, positions, noise levels and labels become tokens and conditions."""
 
 import math
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dbkernels.data.images import ImageData
 from dbkernels.data.made_up import Field
+from dbkernels.ops.layer.recompute import Recompute
 
 FREQUENCIES = 256  # width of the sinusoid that embeds a noise level
 MAX_PERIOD = 10000.0  # longest wavelength of that sinusoid, over 2 pi
@@ -94,13 +95,29 @@ class FinalModulation(nn.Module):
         return self.linear(F.silu(c)).chunk(2, dim=-1)
 
 
+@dataclass(frozen=True)
 class ImageConfig:
-    """What the configurations of image models share; they have the fields that are read here."""
+    """What the configurations of image models share."""
 
-    image_size: int
+    dim: int
+    """Width of the residual stream."""
+    depth: int
+    """Number of layers."""
+    num_heads: int
+    """Of the attention; divides dim."""
+    _: KW_ONLY
+    image_size: int = 32
+    """Pixels, or cells of a latent; square."""
     patch: int
+    """The same unit; divides image_size."""
     channels: int
+    """Of the image or latent."""
     num_classes: int
+    """Labels are 0 to num_classes - 1."""
+    sigma_data: float = 0.5
+    """Standard deviation of the clean target that the preconditioning assumes."""
+    recompute: Recompute = "none"
+    """What the backward computes again: a key of `dbkernels.ops.POLICIES`; moves only rounding."""
 
     def __post_init__(self):
         size, patch = self.image_size, self.patch

@@ -22,38 +22,22 @@ from dbkernels.models.embed import FinalModulation, ImageConfig, NoiseEmbedding,
 from dbkernels.models.family import Presets
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm, run_layers
 from dbkernels.ops.add_noise import add_noise
-from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.ops.philox import Draw
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ViTConfig(ImageConfig):
-    """A vision transformer."""
+    """A vision transformer; the embedding of a label is as wide as the residual stream."""
 
-    dim: int
-    """Of the residual stream; also of the label's embedding."""
-    depth: int
-    """Number of layers."""
-    num_heads: int
-    """Of the attention; divides dim."""
     mlp_hidden: int
     """Width of the MLP's hidden layer."""
     cond_dim: int
     """Width of the noise condition."""
-    image_size: int = 32
-    """Pixels, square."""
     patch: int = 4
-    """Pixels; divides image_size."""
     channels: int = 3
-    """Of the image."""
     num_classes: int = 100
-    """Labels are 0 to num_classes - 1."""
     affine: bool = True
     """Whether the norms have weights of their own."""
-    sigma_data: float = 0.5
-    """Standard deviation of the clean target that the preconditioning assumes."""
-    recompute: Recompute = "none"
-    """What the backward computes again: a key of `dbkernels.ops.POLICIES`; moves only rounding."""
 
     def resized(self, sizes: dict[str, int]) -> "ViTConfig":
         """With other sizes by field; the MLP keeps its ratio to dim."""
