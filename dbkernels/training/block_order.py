@@ -18,8 +18,8 @@ class BlockOrder:
     """The order of a run's blocks; a block's turn is some steps in a row.
 
     Every block has had `steps` steps at the end. Where the run measures steps_per_swap, it is 0
-    until enough steps of the first turn were timed. It depends on the machine then, so a checkpoint
-    must hold it.
+    until enough steps of the first turn were timed, which are waited for. It depends on the machine
+    then, so a checkpoint must hold it.
 
     Args:
         num_blocks:  number of blocks
@@ -57,11 +57,6 @@ class BlockOrder:
             return None
         *_, left = self._turn(step)
         return self.block(step + left) if step + left < end else None
-
-    @property
-    def times(self) -> bool:
-        """Whether steps have to be timed."""
-        return not self.steps_per_swap
 
     def timed(self, steps: int, seconds: float, swap_seconds: Callable[[], float]) -> bool:
         """Find steps_per_swap by the time of a step, once enough of them were timed.

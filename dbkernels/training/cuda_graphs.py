@@ -5,15 +5,11 @@ its end but for a few numbers, and what it returns is copied out at once. A grap
 samples and counts at the addresses that it was captured with; who moves them must `drop` it.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-
-from dbkernels.training.param_group import ParamGroup
 
 Step = Callable[[], tuple[Tensor, ...]]
 
@@ -22,12 +18,14 @@ class CudaRecorder:
     """Runs a step as it comes, or records it as a CUDA graph without running it.
 
     Args:
-        device:      an NVIDIA GPU
-        optimizers:  that steps use
+        device:  to train on
+    Raises:
+        ValueError: the device is no NVIDIA GPU.
     """
 
-    def __init__(self, device: torch.device, optimizers: Sequence[Optimizer]):
-        self._optimizers = optimizers
+    def __init__(self, device: torch.device):
+        if device.type != "cuda":
+            raise ValueError(f"cuda_graphs must be run on an NVIDIA GPU, got device {device}")
         # the gradients' nodes stay on the stream of the step that made them
         self._stream = torch.cuda.Stream(device)
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
@@ -51,22 +49,10 @@ class CudaRecorder:
         capture = torch.cuda.graph(
             graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
         )
-        with self._capturable(), capture:
+        with capture:
             outputs = step()
         self._graphs.add(graph)
         return graph.replay, outputs
-
-    @contextmanager
-    def _capturable(self) -> Iterator[None]:
-        """Let optimizers be recorded; outside of a capture they would warn of this setting."""
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        for group in groups:
-            group["capturable"] = True
-        try:
-            yield
-        finally:
-            for group in groups:
-                group["capturable"] = False
 
 
 class CudaGraphs:
@@ -112,17 +98,3 @@ class CudaGraphs:
     def drop(self) -> None:
         """Forget all graphs, and free their memory."""
         self._recorded.clear()
-
-
-def open_cuda_graphs(device: torch.device, groups: Sequence[ParamGroup]) -> CudaGraphs:
-    """The graphs of a trainer's steps.
-
-    Args:
-        device:  to train on
-        groups:  that steps update
-    Raises:
-        ValueError: the device is no NVIDIA GPU.
-    """
-    if device.type != "cuda":
-        raise ValueError(f"cuda_graphs must be run on an NVIDIA GPU, got device {device}")
-    return CudaGraphs(CudaRecorder(device, [group.optimizer for group in groups]))

@@ -76,12 +76,20 @@ class ParamGroup:
         # of the newest parameters in the average
         self._newest = torch.zeros((), device=device)
         self.optimizer = torch.optim.AdamW(
-            parameters.values(), weight_decay=config.weight_decay, fused=True
+            parameters.values(),
+            weight_decay=config.weight_decay,
+            capturable=config.cuda_graphs,
+            fused=True,
         )
         # a number where it can be one: fake tensors know no optimizer whose rate is a tensor
         self._rate = torch.zeros((), device=device) if config.cuda_graphs else None
         for parameter in parameters.values():
-            self.optimizer.state[parameter] = _fresh_state(parameter)
+            # what a fused AdamW makes in its first step
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter.detach()),
+                "exp_avg_sq": torch.zeros_like(parameter.detach()),
+            }
         self.average = {n: p.detach().clone() for n, p in parameters.items()} if self.ema else {}
 
     def prepare(self, lr: float) -> None:
@@ -138,19 +146,9 @@ class ParamGroup:
     ) -> None:
         """Take back what `steps`, `average` and `optimizer_tensors` once gave."""
         self.steps = steps
-        for name, tensor in self.average.items():
-            tensor.copy_(average[name])
-        for name, tensor in self.optimizer_tensors().items():
-            tensor.copy_(optimizer_tensors[name])
-
-
-def _fresh_state(parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What a fused AdamW makes in its first step."""
-    return {
-        "step": torch.zeros((), device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter.detach()),
-        "exp_avg_sq": torch.zeros_like(parameter.detach()),
-    }
+        for ours, saved in ((self.average, average), (self.optimizer_tensors(), optimizer_tensors)):
+            for name, tensor in ours.items():
+                tensor.copy_(saved[name])
 
 
 def tensor_sizes(parameters: Iterable[nn.Parameter], ema: float) -> list[int]:
@@ -162,13 +160,17 @@ def tensor_sizes(parameters: Iterable[nn.Parameter], ema: float) -> list[int]:
 class Updater:
     """Makes of a loss the updates of some groups. Nothing is read back from the device.
 
+    It updates when all gradients are there; not at all where the loss or one is not finite.
+
     Args:
+        clip:    largest norm of an update's gradient; 0 for no limit
         device:  of the parameters that are updated
     """
 
-    def __init__(self, device: torch.device | str):
+    def __init__(self, clip: float, device: torch.device | str):
         # loss and gradients of every update so far; written in place, where a graph finds it
         self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._clip = clip or torch.inf
 
     def backward(self, loss: Tensor) -> None:
         """Differentiate a loss, or a micro-batch's share of one, whose gradients add up."""
@@ -180,27 +182,6 @@ class Updater:
         Returns:
             The gradient's norm before it was clipped, (); NaN after an update that was not finite.
         """
-        raise NotImplementedError
-
-    def go_on(self) -> None:
-        """Update again, after loss or gradients that were not finite."""
-        self._finite.fill_(True)
-
-
-class OptimizerAfterBackward(Updater):
-    """Updates when all gradients are there; not at all where the loss or one is not finite.
-
-    Args:
-        clip:    largest norm of an update's gradient; 0 for no limit
-        device:  of the parameters that are updated
-    """
-
-    def __init__(self, clip: float, device: torch.device | str):
-        super().__init__(device)
-        self._clip = clip or torch.inf
-
-    def finish(self, loss: Tensor, groups: Sequence[ParamGroup]) -> Tensor:
-        """As `Updater.finish`."""
         parameters = [p for group in groups for p in group.parameters.values()]
         norm = nn.utils.clip_grad_norm_(parameters, self._clip)
         norm = torch.where(self._finite, norm, torch.nan)
@@ -210,8 +191,12 @@ class OptimizerAfterBackward(Updater):
             group.move_average(where=self._finite)
         return norm
 
+    def go_on(self) -> None:
+        """Update again, after loss or gradients that were not finite."""
+        self._finite.fill_(True)
 
-class OptimizerInBackward(Updater):
+
+class UpdaterInBackward(Updater):
     """Updates in the backward, by hooks; nothing from the first gradient on that is not finite.
 
     Where the loss is not finite nothing is updated at all. Whoever else differentiates something
@@ -223,7 +208,7 @@ class OptimizerInBackward(Updater):
     """
 
     def __init__(self, groups: Sequence[ParamGroup], device: torch.device | str):
-        super().__init__(device)
+        super().__init__(0.0, device)
         self._squares, self._updates = torch.zeros(()), False
         for group in groups:
             for parameter in group.parameters.values():
@@ -251,18 +236,3 @@ class OptimizerInBackward(Updater):
         for group in groups:
             group.move_average(where=self._finite)
         return self._squares.sqrt()
-
-
-def updater(
-    config: TrainerConfig, groups: Sequence[ParamGroup], device: torch.device | str
-) -> Updater:
-    """The updater of a configuration.
-
-    Args:
-        config:  whether a parameter is updated as soon as it has its gradient, and clip
-        groups:  all that it will ever update
-        device:  of their updates
-    """
-    if config.optimizer_in_backward:
-        return OptimizerInBackward(groups, device)
-    return OptimizerAfterBackward(config.clip, device)

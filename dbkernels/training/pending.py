@@ -49,22 +49,19 @@ class Staging:
         return arrived
 
 
-class ReadSamples:
+Pieces = Callable[[int], Iterator[Batch]]  # a step's samples in order, so many at a time
+
+
+def read_pieces(data: Data, indices: Tensor, put: Put, size: int) -> Iterator[Batch]:
     """A step's samples, read piece by piece: no more of them are on the device than one piece.
 
     Args:
         data:     gives batches by sample index
         indices:  (B,) int64, of the step
         put:      brings them to the device
+        size:     samples of a piece
     """
-
-    def __init__(self, data: Data, indices: Tensor, put: Put):
-        self._data, self._indices, self._put = data, indices, put
-
-    def pieces(self, size: int) -> Iterator[Batch]:
-        """All of them in order, `size` at a time; again if they are asked for again."""
-        for piece in self._indices.split(size):
-            yield self._data.batch(piece, self._put)
+    return (data.batch(piece, put) for piece in indices.split(size))
 
 
 class HeldSamples:
@@ -76,19 +73,15 @@ class HeldSamples:
     def fill(self, batch: Batch) -> None:
         """Put the samples of a step in the place of the last one's, of the same shapes."""
         for name, tensor in batch.items():
-            if name in self._batch:
-                self._batch[name].copy_(tensor)
-            else:
-                self._batch[name] = tensor.clone()
+            if name not in self._batch:
+                self._batch[name] = torch.empty_like(tensor)
+            self._batch[name].copy_(tensor)
 
     def pieces(self, size: int) -> Iterator[Batch]:
-        """As `ReadSamples.pieces`, views of what is held."""
+        """As `read_pieces`, views of what is held."""
         count = len(next(iter(self._batch.values())))
         for first in range(0, count, size):
             yield {name: tensor[first : first + size] for name, tensor in self._batch.items()}
-
-
-Samples = ReadSamples | HeldSamples
 
 
 class MicroBatch:
@@ -117,37 +110,38 @@ class MicroBatch:
         Raises:
             torch.OutOfMemoryError: half the size is too much too, or the least is.
         """
-        try:
-            return gradient(self.size)
-        except torch.OutOfMemoryError:
-            undo()
-            if self.size <= self._least:
-                raise self._error(where, "which cannot be halved") from None
-        # here the error is gone, and what the attempt had kept for its backward with it
-        told = self._told(where)
-        self.size = -(-self.size // 2)
-        warnings.warn(f"{told}: they have {self.size} from now on", stacklevel=2)
-        try:
-            return gradient(self.size)
-        except torch.OutOfMemoryError:
-            undo()
-            raise self._error(where, "halved in this step already") from None
-
-    def _told(self, where: str) -> str:
-        return f"out of memory in {where} with batch {self.batch} in micro-batches of {self.size}"
-
-    def _error(self, where: str, reason: str) -> torch.OutOfMemoryError:
-        return torch.OutOfMemoryError(f"{self._told(where)}, {reason}")
+        final = "which cannot be halved" if self.size <= self._least else ""
+        while True:
+            told = f"{where} with batch {self.batch} in micro-batches of {self.size}"
+            try:
+                return gradient(self.size)
+            except torch.OutOfMemoryError:
+                undo()
+                if final:
+                    raise torch.OutOfMemoryError(f"out of memory in {told}, {final}") from None
+            # here the error is gone, and what the attempt had kept for its backward with it
+            self.size, final = -(-self.size // 2), "halved in this step already"
+            message = f"out of memory in {told}: they have {self.size} from now on"
+            warnings.warn(message, stacklevel=2)
 
 
-class Numbers:
-    """Some numbers of a step, on their way to the host.
+class Pending:
+    """A step that was launched: its numbers are on their way to the host.
 
     Args:
-        numbers:  () each, of one dtype and one device; what they hold now is what is read
+        row:      what the host knows of it, with places for "loss" and "grad_norm"
+        numbers:  these two, () each, of one dtype and one device; what they hold now is read
+        refused:  (loss, norm) -> the error of a step of which one is not finite; it undoes what
+                  the host had counted of this step and of later ones
     """
 
-    def __init__(self, numbers: Sequence[Tensor]):
+    def __init__(
+        self,
+        row: Row,
+        numbers: Sequence[Tensor],
+        refused: Callable[[float, float], FloatingPointError],
+    ):
+        self._row, self._refused = row, refused
         self._numbers, self._arrived = numbers, None
         if numbers[0].is_cuda:
             together = torch.stack(list(numbers))
@@ -157,30 +151,9 @@ class Numbers:
             self._arrived = torch.cuda.current_stream(together.device).record_event()
 
     def wait(self) -> None:
-        """Return when they are there, and so when all that was launched before them is done."""
+        """Return when its numbers are there, and so when all launched before them is done."""
         if self._arrived is not None:
             self._arrived.synchronize()
-
-    def read(self) -> list[float]:
-        """Their values, when they are there."""
-        self.wait()
-        return [float(number) for number in self._numbers]
-
-
-class Pending:
-    """A step that was launched.
-
-    Args:
-        row:      what the host knows of it, with places for "loss" and "grad_norm"
-        numbers:  these two
-        refused:  (loss, norm) -> the error of a step of which one is not finite; it undoes what
-                  the host had counted of this step and of later ones
-    """
-
-    def __init__(
-        self, row: Row, numbers: Numbers, refused: Callable[[float, float], FloatingPointError]
-    ):
-        self._row, self._numbers, self._refused = row, numbers, refused
 
     def row(self) -> Row:
         """The step's row, when the device is done with it.
@@ -191,7 +164,8 @@ class Pending:
         Raises:
             FloatingPointError: the loss or its gradient is not finite.
         """
-        loss, norm = self._numbers.read()
+        self.wait()
+        loss, norm = (float(number) for number in self._numbers)
         if not math.isfinite(loss + norm):
             raise self._refused(loss, norm)
         return self._row | {"loss": loss, "grad_norm": norm}

@@ -23,10 +23,10 @@ from dbkernels.models import stem_and_head
 from dbkernels.ops.philox import Draw, stream_seed
 from dbkernels.training import pending
 from dbkernels.training.block_order import BlockOrder
-from dbkernels.training.cuda_graphs import open_cuda_graphs
+from dbkernels.training.cuda_graphs import CudaGraphs, CudaRecorder
 from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, load_weights, own_group
 from dbkernels.training.offload.offloader import open_offloader
-from dbkernels.training.param_group import ParamGroup, learning_rate, updater
+from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward, learning_rate
 from dbkernels.training.partition import Block
 from dbkernels.training.trainer_config import Decay, Offload, Order, TrainerConfig
 
@@ -85,9 +85,7 @@ class Trainer:
     ):
         # each of its fields is an argument, with its default
         settings = locals()
-        config = TrainerConfig(
-            **{field.name: settings[field.name] for field in fields(TrainerConfig)}
-        )
+        config = TrainerConfig(**{each.name: settings[each.name] for each in fields(TrainerConfig)})
         self.config = config
         self.blocks, self.data = blocks.train(), as_data(data)
         self.objective, self.augment = objective or DiffusionBlocks.loss, augment
@@ -97,12 +95,10 @@ class Trainer:
                 stem_and_head.compile_stem_and_head(model, self.device)
         self.step = 0
         self.block_order = BlockOrder(len(self.blocks), config)
-        self.micro_batch = pending.MicroBatch(
-            config.batch_size // config.accumulate,
-            config.batch_size,
-            # an optimizer in the backward cannot wait for gradients to add up
-            least=1 if not config.optimizer_in_backward else config.batch_size,
-        )
+        size = config.batch_size // config.accumulate
+        # an optimizer in the backward cannot wait for gradients to add up
+        least = config.batch_size if config.optimizer_in_backward else 1
+        self.micro_batch = pending.MicroBatch(size, config.batch_size, least=least)
         self.offloader = open_offloader(blocks, self.device, config)
         self.groups: dict[str, ParamGroup] = {}
         frozen = self.blocks.frozen()
@@ -112,10 +108,11 @@ class Trainer:
             self.groups[name] = group
             if config.offload != "none":
                 self.offloader.adopt(name, group, frozen.get(name, ()))
-        groups = list(self.groups.values())
-        self.updater = updater(config, groups, self.device)
+        self.updater = Updater(config.clip, self.device)
+        if config.optimizer_in_backward:
+            self.updater = UpdaterInBackward(list(self.groups.values()), self.device)
         self.staging = pending.Staging(self.device)
-        self.cuda_graphs = open_cuda_graphs(self.device, groups) if config.cuda_graphs else None
+        self.cuda_graphs = CudaGraphs(CudaRecorder(self.device)) if config.cuda_graphs else None
         # what a graph reads of a step
         self._held = pending.HeldSamples()
         self._block_step = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -163,7 +160,7 @@ class Trainer:
         own, *_ = moved = self.moved(block)
         row = {"step": self.step, "block": block.index, "block_step": own.steps}
         row |= {"loss": math.nan, "grad_norm": math.nan, "lr": self._rate(own)}
-        numbers = pending.Numbers(self.advance(block))
+        launched = pending.Pending(row, self.advance(block), partial(self._refused, block, before))
         if (following := self.block_order.next_block(self.step)) is not None:
             self.offloader.prefetch(own_group(self.blocks[following]))
         for group in moved:
@@ -171,14 +168,14 @@ class Trainer:
         self.step += 1
         if self.micro_batch.size != micro_batch:
             row["micro_batch"] = self.micro_batch.size
-        if self.block_order.times:
+        if not self.block_order.steps_per_swap:
             # the few steps that are timed are waited for
-            numbers.wait()
+            launched.wait()
             if self.block_order.timed(
                 self.step, perf_counter() - begin, self.offloader.swap_seconds
             ):
                 row["steps_per_swap"] = self.block_order.steps_per_swap
-        return pending.Pending(row, numbers, partial(self._refused, block, before))
+        return launched
 
     def _refused(
         self, block: Block, before: Counters, loss: float, norm: float
@@ -212,21 +209,17 @@ class Trainer:
         _drop_gradients(moved)
         for group in moved:
             group.prepare(self._rate(group))
-        block_step = moved[0].steps
-        indices = batch_indices(
-            len(self.data),
-            self.config.batch_size,
-            seed=self.config.seed,
-            block=block.index,
-            step=block_step,
-        )
-        draw = Draw(stream_seed(self.config.seed, block.index), block_step)
+        config, block_step = self.config, moved[0].steps
+        of_step = {"seed": config.seed, "block": block.index, "step": block_step}
+        indices = batch_indices(len(self.data), config.batch_size, **of_step)
+        draw = Draw(stream_seed(config.seed, block.index), block_step)
         if self.cuda_graphs is None:
-            samples = pending.ReadSamples(self.data, indices, self.staging.put)
-            return self._update(block, draw, samples)
+            pieces = partial(pending.read_pieces, self.data, indices, self.staging.put)
+            return self._update(block, draw, pieces)
         self._held.fill(self.data.batch(indices, self.staging.put))
         self._block_step.fill_(block_step)
-        update = partial(self._update, block, replace(draw, step=self._block_step), self._held)
+        draw = replace(draw, step=self._block_step)
+        update = partial(self._update, block, draw, self._held.pieces)
         # steps that one graph serves have the same tensors at the same addresses
         return self.cuda_graphs.run(
             lambda: (block.index, self.offloader.slot, self.micro_batch.size), update
@@ -237,21 +230,21 @@ class Trainer:
         names = own_group(block), SHARED
         return [self.groups[name] for name in names if name in self.groups]
 
-    def _update(self, block: Block, draw: Draw, samples: pending.Samples) -> tuple[Tensor, Tensor]:
+    def _update(self, block: Block, draw: Draw, pieces: pending.Pieces) -> tuple[Tensor, Tensor]:
         """What a step runs on the device, once its inputs are there; loss and norm."""
         moved = self.moved(block)
         loss = self.micro_batch.attempt(
-            partial(self._accumulate, block, draw, samples),
+            partial(self._accumulate, block, draw, pieces),
             partial(_drop_gradients, moved),
             f"block {block.index} at its step {moved[0].steps}",
         )
         return loss, self.updater.finish(loss, moved)
 
-    def _accumulate(self, block: Block, draw: Draw, samples: pending.Samples, size: int) -> Tensor:
+    def _accumulate(self, block: Block, draw: Draw, pieces: pending.Pieces, size: int) -> Tensor:
         """Backward of the mean loss over the block's next batch; the loss, detached."""
         config = self.config
         total = torch.zeros((), device=self.device)
-        for batch in samples.pieces(size):
+        for batch in pieces(size):
             count = len(next(iter(batch.values())))
             if self.augment:
                 batch = self.augment(batch, draw)

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from training.tiny import make_trainer
 
 import dbkernels.training.trainer as module
-from dbkernels.training.cuda_graphs import CudaGraphs
 
 READS = (torch.ops.aten._local_scalar_dense.default,)
 
@@ -87,6 +86,6 @@ def make_captured(*arguments, device=None, **settings):
         return [trainer.updater._finite, *(t for group in groups for t in group.tensors())]
 
     recorder = OpRecorder(moved)
-    with patch.object(module, "open_cuda_graphs", lambda *_: CudaGraphs(recorder)):
+    with patch.object(module, "CudaRecorder", lambda device: recorder):
         trainer = make()
     return trainer, recorder

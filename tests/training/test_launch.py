@@ -13,7 +13,7 @@ from training.tiny import CPU, IN_BACKWARD, PREFETCH, assert_same, augment, make
 import dbkernels.training.trainer as module
 from dbkernels.training.block_order import BlockOrder
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
-from dbkernels.training.pending import Numbers, Rows
+from dbkernels.training.pending import Pending, Rows
 from dbkernels.training.trainer import Trainer
 
 # a value that is read, and a tensor that is made of numbers of the host: on a GPU both would wait
@@ -124,7 +124,7 @@ def test_a_run_reads_each_row_behind_the_next_launch(monkeypatch):
 def test_steps_that_are_timed_are_waited_for(monkeypatch):
     waited = []
     trainer = make_trainer(**CPU, steps_per_swap=0, steps=9)
-    monkeypatch.setattr(Numbers, "wait", lambda numbers: waited.append(trainer.step))
+    monkeypatch.setattr(Pending, "wait", lambda launched: waited.append(trainer.step))
     for _ in range(8):
         trainer.launch(trainer.next_block())
     assert waited == [1, 2, 3, 4, 5]

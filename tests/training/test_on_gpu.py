@@ -17,7 +17,7 @@ import dbkernels.training.offload.memory as memory_module
 from dbkernels.training.cuda_graphs import CudaRecorder
 from dbkernels.training.offload.copy_stream import CopyStream
 from dbkernels.training.offload.memory import CpuMemory, DiskMemory, pin
-from dbkernels.training.pending import Numbers, Staging
+from dbkernels.training.pending import Pending, Staging
 
 pytestmark = pytest.mark.gpu
 
@@ -116,7 +116,7 @@ def test_a_launch_that_waits_would_be_noticed(gpu):
 
 @pytest.mark.needs_gpu("the memory of graphs")
 def test_graphs_share_one_pool(gpu):
-    recorder, x = CudaRecorder(gpu, []), torch.ones(64 * MiB // 4, device=gpu)
+    recorder, x = CudaRecorder(gpu), torch.ones(64 * MiB // 4, device=gpu)
 
     def step():
         return ((x * 2 + x * 3).sum(),)
@@ -135,7 +135,7 @@ def test_graphs_share_one_pool(gpu):
 
 @pytest.mark.needs_gpu("what CUDA forbids beside a capture")
 def test_another_thread_may_copy_and_allocate_during_a_capture(gpu):
-    recorder, x = CudaRecorder(gpu, []), torch.ones(3, device=gpu)
+    recorder, x = CudaRecorder(gpu), torch.ones(3, device=gpu)
     stream, host, copied = torch.cuda.Stream(), torch.ones(MiB), []
 
     def beside():
@@ -257,5 +257,5 @@ def test_numbers_are_those_of_their_step(gpu, late):
     for step in range(1, 4):
         late()
         # in new memory, as a step gives them
-        read.append(Numbers([loss + step, norm + 2 * step]))
-    assert [numbers.read() for numbers in read] == [[1, 2], [2, 4], [3, 6]]
+        read.append(Pending({}, [loss + step, norm + 2 * step], None))
+    assert [each.row() for each in read] == [{"loss": n, "grad_norm": 2 * n} for n in (1, 2, 3)]

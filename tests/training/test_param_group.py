@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,15 @@ def test_a_rate_that_a_graph_reads_gives_the_same_bits():
     assert rates[0] == rates[1].item() != 1e-4 / 3
     tensor.prepare(0.3)
     assert rates[1] is tensor.optimizer.param_groups[0]["lr"] and rates[1] == torch.tensor(0.3)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("capturing", [False, True])
+def test_what_a_graph_captures_may_be_captured_and_else_warns_of_nothing(monkeypatch, capturing):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    stream = SimpleNamespace(is_capturing=lambda: capturing)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream)
+    update(make_group(cuda_graphs=True), 0.1, 1.0)
 
 
 # the optimizer in the backward

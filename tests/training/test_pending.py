@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from functools import partial
 from unittest.mock import MagicMock, call
 
 import pytest
@@ -11,11 +12,10 @@ from training.tiny import equal, make_data
 from dbkernels.training.pending import (
     HeldSamples,
     MicroBatch,
-    Numbers,
     Pending,
-    ReadSamples,
     Rows,
     Staging,
+    read_pieces,
 )
 
 INDICES = torch.tensor([3, 1, 4, 1, 5])
@@ -52,9 +52,9 @@ def test_samples_that_are_read_and_held_give_the_same_pieces_as_often_as_they_ar
     data, held = make_data(), HeldSamples()
     whole = data.batch(INDICES)
     held.fill(whole)
-    for samples in (ReadSamples(data, INDICES, torch.clone), held):
+    for pieces_of in (partial(read_pieces, data, INDICES, torch.clone), held.pieces):
         for size, sizes in ((5, [5]), (2, [2, 2, 1]), (9, [5])):
-            pieces = list(samples.pieces(size))
+            pieces = list(pieces_of(size))
             assert [len(piece["label"]) for piece in pieces] == sizes
             assert equal({n: torch.cat([piece[n] for piece in pieces]) for n in whole}, whole)
 
@@ -116,7 +116,7 @@ def test_a_micro_batch_is_halved_once_where_it_must_be_and_stays_at_the_half(siz
 
 def pending(step):
     row = {"step": step, "loss": math.nan, "grad_norm": math.nan, "lr": 0.1}
-    return Pending(row, Numbers([torch.tensor(1.0), torch.tensor(2.0)]), None)
+    return Pending(row, [torch.tensor(1.0), torch.tensor(2.0)], None)
 
 
 def test_rows_are_handed_on_in_order_one_step_late_and_once():
@@ -141,7 +141,7 @@ def test_a_gpu_is_waited_for_when_its_numbers_are_read_and_no_sooner(monkeypatch
     told.loss.is_cuda = True
     for name in ("stack", "empty", "cuda"):
         monkeypatch.setattr(torch, name, getattr(told, name))
-    numbers = Numbers([told.loss, told.norm])
+    launched = Pending({}, [told.loss, told.norm], None)
     together = told.stack.return_value
     assert told.mock_calls == [
         call.stack([told.loss, told.norm]),
@@ -152,7 +152,7 @@ def test_a_gpu_is_waited_for_when_its_numbers_are_read_and_no_sooner(monkeypatch
     ]
     told.reset_mock()
     told.empty.return_value.copy_.return_value.__iter__.return_value = [1.5, 2.5]
-    numbers.wait()
-    assert numbers.read() == [1.5, 2.5]
+    launched.wait()
+    assert launched.row() == {"loss": 1.5, "grad_norm": 2.5}
     wait = "cuda.current_stream().record_event().synchronize"
     assert [name for name, *_ in told.mock_calls] == [wait, wait, "empty().copy_().__iter__"]
