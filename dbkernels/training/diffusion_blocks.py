@@ -22,7 +22,7 @@ from dbkernels.diffusion.samplers import SAMPLERS, Denoiser, Sampler, euler, gui
 from dbkernels.models.family import WEIGHTINGS, Weighting
 from dbkernels.models.registry import family_of
 from dbkernels.ops.philox import Draw, normals, uniforms
-from dbkernels.training.evaluation import LEVELS_PER_BLOCK, Evaluation, Means, batches
+from dbkernels.training.evaluation import LEVELS_PER_BLOCK, Evaluation, batches
 from dbkernels.training.partition import Block, block_at, partition
 
 Sharing = Literal["joint", "copies"]
@@ -133,35 +133,30 @@ class DiffusionBlocks(nn.Module):
         Every parameter is in one group, under its name in `named_parameters`. A layer that several
         blocks run is shared.
         """
-        reached = {own_group(block): self._reached(block) for block in self}
-        own, shared = _by_readers(reached)
+        own, shared = self._read(trained=True)
         return {**own, SHARED: shared} if shared else own
 
     def frozen(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters that no step updates, of the layers that one block alone runs, by its group.
+        """Parameters that no step updates, by the group of the block whose steps read them.
 
         One that several blocks read is in none.
         """
-        layers = self.model.layers
-        read = {
-            own_group(block): {
-                id(p): p for index in block.layers for p in layers[index].parameters()
-            }
-            for block in self
-        }
-        own, _ = _by_readers(read)
-        return {
-            group: [p for p in parameters.values() if not p.requires_grad]
-            for group, parameters in own.items()
-        }
+        own, _ = self._read(trained=False)
+        return {group: list(parameters.values()) for group, parameters in own.items()}
 
-    def _reached(self, block: Block) -> Parameters:
-        """The trainable parameters that a step on a block can move."""
-        model = self.of(block)
-        idle = (layer for i, layer in enumerate(model.layers) if i not in block.layers)
-        untouched = {id(parameter) for layer in idle for parameter in layer.parameters()}
-        moved = {id(p) for p in model.parameters() if p.requires_grad} - untouched
-        return {name: p for name, p in self.named_parameters() if id(p) in moved}
+    def _read(self, *, trained: bool) -> tuple[dict[str, Parameters], Parameters]:
+        """What the steps of one block alone read, by its group, and those of several."""
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad == trained]
+        read = {}
+        for block in self:
+            model = self.of(block)
+            running = {id(p) for index in block.layers for p in model.layers[index].parameters()}
+            idle = {id(p) for p in model.layers.parameters()} - running
+            every = {id(p) for p in model.parameters()} - idle
+            read[own_group(block)] = {name: p for name, p in named if id(p) in every}
+        times = Counter(name for parameters in read.values() for name in parameters)
+        own = {g: {n: p for n, p in found.items() if times[n] == 1} for g, found in read.items()}
+        return own, {n: p for found in read.values() for n, p in found.items() if times[n] > 1}
 
     def loss(self, block: Block, batch: Batch, draw: Draw) -> Tensor:
         """Loss of one block, () float32: its gradient reaches its layers and what blocks share.
@@ -290,12 +285,12 @@ class DiffusionBlocks(nn.Module):
         At the highest level z holds nothing of the target, so there the loss cannot be won by
         copying it.
         """
-        block, means = block_at(self, level), Means()
+        block, total = block_at(self, level), 0.0
         model = self.of(block)
         for batch, draw in batches(data, batch_size, self.device, seed=seed):
             levels = torch.full(model.level_shape(batch), level, device=self.device)
-            means.add("loss", model.losses(draw, levels, block.layers, batch))
-        return means["loss"]
+            total += float(model.losses(draw, levels, block.layers, batch).sum())
+        return total / len(data)
 
     def evaluate(
         self, data: Data, *, levels: int | Sequence[float] = 3, seed: int = 0, batch_size: int = 256
@@ -330,22 +325,14 @@ class DiffusionBlocks(nn.Module):
         self, data: Data, grid: Sequence[float], *, seed: int, batch_size: int
     ) -> dict[str, tuple[float, ...]]:
         """Means of the family's own numbers after each step, by name."""
-        steps = [Means() for _ in grid]
-        if not steps:
+        totals: dict[str, list[float]] = {}
+        if not grid:
             return {}
         for batch, draw in batches(data, batch_size, self.device, seed=seed):
-            for means, prediction in zip(steps, self.predictions(batch, grid, draw), strict=True):
+            for step, prediction in enumerate(self.predictions(batch, grid, draw)):
                 for name, numbers in self.metrics(prediction, batch).items():
-                    means.add(name, numbers)
-        return {name: tuple(means[name] for means in steps) for name in steps[0]}
-
-
-def _by_readers(found: dict[str, dict]) -> tuple[dict[str, dict], dict]:
-    """What one group alone has, by group, and what several have."""
-    times = Counter(key for parameters in found.values() for key in parameters)
-    own = {g: {k: p for k, p in named.items() if times[k] == 1} for g, named in found.items()}
-    shared = {k: p for named in found.values() for k, p in named.items() if times[k] > 1}
-    return own, shared
+                    totals.setdefault(name, [0.0] * len(grid))[step] += float(numbers.sum())
+        return {name: tuple(x / len(data) for x in each) for name, each in totals.items()}
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """What trained blocks are worth on some data: means over its samples, and distances of samples."""
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -35,29 +34,14 @@ class Evaluation:
         lines = {
             "loss of each block": self.block_losses,
             "loss at the most noise": (self.loss_at_most_noise,),
-            **{f"{name} after each step": values for name, values in self.metrics.items()},
         }
-        lines = {name.replace("_", " "): values for name, values in lines.items()}
+        for name, values in self.metrics.items():
+            lines[f"{name.replace('_', ' ')} after each step"] = values
         width = max(map(len, lines))
         return "\n".join(
             f"{name:{width}}  {'  '.join(f'{value:.4g}' for value in values)}"
             for name, values in lines.items()
         )
-
-
-class Means(dict[str, float]):
-    """Means by name over all numbers that were added."""
-
-    def __init__(self):
-        super().__init__()
-        self._counts: dict[str, int] = defaultdict(int)
-        self._sums: dict[str, float] = defaultdict(float)
-
-    def add(self, name: str, numbers: Tensor) -> None:
-        """Count some more numbers, of any shape."""
-        self._sums[name] += float(numbers.sum())
-        self._counts[name] += numbers.numel()
-        self[name] = self._sums[name] / self._counts[name]
 
 
 def batches(
