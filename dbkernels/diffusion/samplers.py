@@ -58,10 +58,8 @@ SAMPLERS = {"euler": euler, "heun": heun}
 def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:
     """Classifier-free guidance: D = D_unconditional + scale * (D_conditional - D_unconditional).
 
-    Ho & Salimans 2022 (arXiv:2207.12598); scale 1 is the conditional denoiser itself.
+    Ho & Salimans 2022 (arXiv:2207.12598).
     """
-    if scale == 1:
-        return conditional
 
     def denoiser(z: Tensor, level: float) -> Tensor:
         without = unconditional(z, level)

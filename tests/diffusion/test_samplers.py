@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.diffusion.samplers import euler, guided, heun
+from dbkernels.diffusion.samplers import euler, heun
 
 GRID = LogNormal().grid(6)
 
@@ -49,14 +49,6 @@ def errors(sampler, counts):
 def test_euler_is_of_first_order_and_heun_of_second(sampler, ratio):
     coarse, fine = errors(sampler, [401, 801])
     assert coarse / fine == pytest.approx(ratio, rel=0.1)
-
-
-def test_guidance_extrapolates_from_unconditional():
-    denoiser = guided(lambda z, level: z + 1, lambda z, level: z - level, 2.0)
-    z = torch.randn(4)
-    torch.testing.assert_close(denoiser(z, 3.0), z - 3 + 2 * 4)
-    # without guidance nothing is asked for no condition
-    assert guided(denoiser, None, 1) is denoiser
 
 
 def test_start_has_the_spread_of_the_noisiest_marginal():

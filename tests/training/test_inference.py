@@ -114,20 +114,6 @@ def test_samplers_ask_the_serving_block_and_once_more_without_a_label_where_guid
     assert labels.count([3] * 5) == len(labels) - len(served)
 
 
-def test_heun_is_heuns_rule():
-    blocks, (high, low) = ready("dit"), (2.0, 1.0)
-    denoiser = blocks.denoiser({"label": LABELS})
-    with torch.no_grad():
-        z = unit_noise(5, 1, 4, 4) * (high**2 + 0.25) ** 0.5
-        first = (z - denoiser(z, high)) / high
-        middle = z - first
-        second = (middle - denoiser(middle, low)) / low
-        expected = denoiser(z - (first + second) / 2, low)
-    actual = blocks.sample(ASKED, [high, low], seeded(), sampler="heun")
-    torch.testing.assert_close(actual, expected)
-    assert not torch.allclose(actual, blocks.sample(ASKED, [high, low], seeded()), atol=1e-3)
-
-
 def test_the_same_seed_gives_the_same_images_and_another_seed_others():
     blocks = ready("dit")
     first, second, other = (blocks.sample(ASKED, LEVELS, seeded(s)) for s in (1, 1, 2))
