@@ -22,7 +22,7 @@ class RunLog:
     """
 
     def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = False):
-        self._writer = _tensorboard_writer(directory / "tensorboard", first_step, tensorboard)
+        self._writer = _tensorboard_writer(directory, first_step) if tensorboard else None
         directory.mkdir(parents=True, exist_ok=True)
         self._release = weakref.finalize(self, os.close, _claim(directory))
         path = directory / "log.jsonl"
@@ -66,9 +66,7 @@ def read_log(path: Path) -> list[dict[str, float | int]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _tensorboard_writer(directory: Path, first_step: int, wanted: bool):
-    if not wanted:
-        return None
+def _tensorboard_writer(directory: Path, first_step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -76,4 +74,4 @@ def _tensorboard_writer(directory: Path, first_step: int, wanted: bool):
             "tensorboard must be installed for its log (pip install dbkernels[tensorboard]), "
             "got an environment without it"
         ) from None
-    return SummaryWriter(str(directory), purge_step=first_step or None)
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)

@@ -5,6 +5,7 @@ Shing et al. 2026 (arXiv:2506.14202), section 3.3: the first layers meet the mos
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -56,23 +57,19 @@ def partition(
         raise ValueError(
             f"num_blocks must be between 1 and the {len(order)} layers, got {num_blocks}"
         )
-    sizes = _even_split(len(order), num_blocks) if split is None else tuple(split)
+    # of parts that cannot be even, the first are longer by one
+    even = [len(part) for part in np.array_split(order, num_blocks)]
+    sizes = even if split is None else list(split)
     if len(sizes) != num_blocks or sum(sizes) != len(order) or min(sizes) < 1:
         raise ValueError(
             f"split must give {num_blocks} blocks at least one layer each and add up to "
-            f"{len(order)} layers, got {list(sizes)} with sum {sum(sizes)}"
+            f"{len(order)} layers, got {sizes} with sum {sum(sizes)}"
         )
-    ends = np.cumsum(sizes).tolist()
-    groups = [order[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-    intervals = process.intervals(num_blocks, scheme)
+    running, intervals = iter(order), process.intervals(num_blocks, scheme)
     return tuple(
-        Block(index, group, interval, process.widen(interval, gamma))
-        for index, (group, interval) in enumerate(zip(groups, intervals, strict=True))
+        Block(index, tuple(islice(running, size)), interval, process.widen(interval, gamma))
+        for index, (size, interval) in enumerate(zip(sizes, intervals, strict=True))
     )
-
-
-def _even_split(count: int, parts: int) -> tuple[int, ...]:
-    return tuple(count // parts + (part < count % parts) for part in range(parts))
 
 
 def block_at(blocks: Sequence[Block], level: float) -> Block:

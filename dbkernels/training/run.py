@@ -248,32 +248,26 @@ def _save(trainer: Trainer, config: RunConfig, directory: Path) -> None:
 
 def restore(trainer: Trainer, config: RunConfig, directory: Path, which: str) -> None:
     """Set a trainer to a checkpoint of its own run, "latest" or a path."""
-    path = checkpoint_path(directory, which)
-    tensors, state = checkpoint.load(path)
-    _require_same_config(state, config, path)
+    tensors, state = _load(config, directory, which)
     trainer.restore(tensors, state["counters"])
 
 
-def _require_same_config(state: dict, config: RunConfig, path: Path) -> None:
-    """Refuse a checkpoint of other settings; some settings move no number."""
+def _load(config: RunConfig, directory: Path, which: str) -> tuple[checkpoint.Tensors, dict]:
+    """A checkpoint of a run, "latest" or a path; its settings are those of the run.
+
+    Raises:
+        ValueError: the run has no checkpoint, or one of other settings, or it is damaged.
+    """
+    path = checkpoint.latest(directory / "checkpoints") if which == "latest" else Path(which)
+    if path is None:
+        raise ValueError(f"{directory} must hold a checkpoint, got none")
+    tensors, state = checkpoint.load(path)
     saved = _config(state["config"], state.get("version"), path)
+    # some settings move no number
     same = {key: getattr(config.trainer, key) for key in PLACEMENT}
     saved = replace(saved, trainer=replace(saved.trainer, **same))
     checkpoint.require_same_config(asdict(saved), asdict(config), path)
-
-
-def checkpoint_path(directory: Path, which: str) -> Path:
-    """The newest checkpoint of a run for "latest", else the path itself.
-
-    Raises:
-        ValueError: the run has no checkpoint.
-    """
-    if which != "latest":
-        return Path(which)
-    path = checkpoint.latest(directory / "checkpoints")
-    if path is None:
-        raise ValueError(f"{directory} must hold a checkpoint, got none")
-    return path
+    return tensors, state
 
 
 def load_run(
@@ -290,8 +284,7 @@ def load_run(
         ValueError: there is no such run or checkpoint, or it is damaged.
     """
     config = read_config(directory)
-    tensors, state = checkpoint.load(path := checkpoint_path(directory, which))
-    _require_same_config(state, config, path)
+    tensors, _ = _load(config, directory, which)
     blocks = config.build(device)
     load_weights(blocks, tensors["model"])
     if averaged:

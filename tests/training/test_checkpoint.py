@@ -288,6 +288,8 @@ def test_a_missing_or_unlisted_file_and_a_state_of_another_kind_are_refused(
     (path,) = saved(tmp_path, 1)
     (path / name).unlink() if text is None else (path / name).write_text(text)
     assert_refused(path, message)
+    for other in (path / name, tmp_path / "missing"):
+        assert_refused(other, rf"{other.name} is not a checkpoint: .*got no directory$")
 
 
 def test_points_to_the_nearest_intact_checkpoint(tmp_path):
@@ -298,12 +300,6 @@ def test_points_to_the_nearest_intact_checkpoint(tmp_path):
         assert_refused(paths[index], f"; the previous checkpoint step-0000000{hint} is intact$")
     (paths[4] / "ema.safetensors").unlink()
     assert_refused(paths[3], r"got 0$")
-
-
-def test_a_path_that_is_no_checkpoint_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    for name in ("file", "missing"):
-        assert_refused(tmp_path / name, rf"{name} is not a checkpoint: .*got no directory$")
 
 
 @pytest.mark.parametrize(

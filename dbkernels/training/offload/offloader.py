@@ -194,7 +194,7 @@ class _Flat:
         self.home = memory.room(flat_bytes(tensor.nbytes for tensor in self.tensors))
         for tensor, view in zip(self.tensors, views(self.home, self.tensors), strict=True):
             view.copy_(tensor.detach())
-            tensor.data = view
+        self.lie_in(self.home)
 
     def lie_in(self, buffer: Tensor) -> None:
         """Give each tensor its place in a buffer; nothing is copied."""
@@ -202,10 +202,8 @@ class _Flat:
             tensor.data = view
 
     def require_home(self, name: str) -> None:
-        homes = views(self.home, self.tensors)
-        if any(
-            t.data_ptr() != home.data_ptr() for t, home in zip(self.tensors, homes, strict=True)
-        ):
+        found, homes = self.tensors, views(self.home, self.tensors)
+        if [tensor.data_ptr() for tensor in found] != [home.data_ptr() for home in homes]:
             raise ValueError(
                 f"the tensors of {name} must be where training left them, got some that were "
                 "moved since"

@@ -85,8 +85,8 @@ def test_a_swap_that_was_cut_short_loses_nothing(monkeypatch, call, following, s
             raise KeyboardInterrupt
         inner(flat, buffer)
 
-    monkeypatch.setattr(_Flat, "lie_in", lie_in)
     swapped, whole = pair(**settings)
+    monkeypatch.setattr(_Flat, "lie_in", lie_in)
     assert_same_steps(swapped, whole, [0])
     with pytest.raises(KeyboardInterrupt):
         steps(swapped, [1])
