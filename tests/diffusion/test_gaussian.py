@@ -9,6 +9,7 @@ from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.process import Interval
 
 PRIOR = LogNormal()
+HALF = torch.tensor([0.5], dtype=torch.float64)
 
 
 def boundaries(intervals):
@@ -45,12 +46,6 @@ def test_intervals_are_the_published_ones_and_tile_the_range(scheme, inner):
 def test_equal_probability_intervals_hold_equal_mass(num_blocks):
     for interval in PRIOR.intervals(num_blocks):
         assert PRIOR.mass(interval) == pytest.approx(1 / num_blocks, rel=1e-9)
-
-
-def test_other_schemes_put_most_mass_into_one_block():
-    masses = [PRIOR.mass(interval) for interval in PRIOR.intervals(3, "log_uniform")]
-    assert masses == pytest.approx([0.044, 0.848, 0.108], abs=5e-4)
-    assert PRIOR.mass(PRIOR.intervals(3, "linear")[2]) == pytest.approx(0.99991, abs=5e-6)
 
 
 @pytest.mark.parametrize(
@@ -125,12 +120,9 @@ def test_karras_grid_is_the_published_one():
         (lambda: PRIOR.intervals(2, "cubic"), "scheme must be one of .*, got cubic"),
         (lambda: PRIOR.widen(PRIOR.range, -0.1), "gamma must be finite and at least 0, got -0.1"),
         (lambda: PRIOR.widen(PRIOR.range, math.nan), "gamma must be finite"),
-        (
-            lambda: PRIOR.level_at(Interval(0.001, 1), torch.rand(2).double()),
-            r"must lie in \[0.002, 80.0\]",
-        ),
-        (lambda: PRIOR.level_at(Interval(1, 81), torch.rand(2).double()), r"must lie in .*1, 81"),
-        (lambda: PRIOR.level_at(PRIOR.range, torch.rand(2)), "u must be torch.float64, got torch"),
+        (lambda: PRIOR.level_at(Interval(0.001, 1), HALF), r"must lie in \[0.002, 80.0\]"),
+        (lambda: PRIOR.level_at(Interval(1, 81), HALF), r"must lie in .*1, 81"),
+        (lambda: PRIOR.level_at(PRIOR.range, HALF.float()), "u must be torch.float64, got torch"),
         (lambda: PRIOR.grid(5, "even"), "spacing must be cdf or karras, got even"),
         (lambda: PRIOR.grid(1), "at least 2 levels, got 1"),
         (lambda: PRIOR.grid(1, "karras"), "at least 2 levels, got 1"),

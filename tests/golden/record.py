@@ -11,22 +11,38 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))
 
-from golden import recording  # noqa: E402
+from golden import configurations, recording  # noqa: E402
 
 CAPABILITIES = ("default", "avx2", "avx512")  # as ATEN_CPU_CAPABILITY names them
+HERE = "--here"  # prints the runs of this process's environment, as JSON
+
+
+def measured(threads: int, *, plain: bool) -> dict[str, dict | str]:
+    """Numbers and digests of all runs by key, and their environment."""
+    row = {"numbers": {}, "digests": {}}
+    settled, torch_alone = configurations.settled(threads), configurations.plain_torch(plain)
+    with settled, torch_alone, TemporaryDirectory() as directory:
+        row["environment"] = recording.environment(configurations.implementation_name())
+        for index, key in enumerate(configurations.CONFIGURATIONS):
+            (place := Path(directory) / str(index)).mkdir()
+            done = configurations.run(key, place)
+            row["numbers"][key] = recording.numbers(done)
+            row["digests"][key] = recording.digests(done)
+    return row
 
 
 def measure(capability: str) -> list[dict]:
-    """What `measured.py` prints in a process of its own."""
+    """What a process of its own measures."""
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     setting = {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": path}
     # two threads that spin while they wait take minutes where a core is busy with something else
     setting["OMP_WAIT_POLICY"] = "passive"
-    command = [sys.executable, "-m", "golden.measured"]
+    command = [sys.executable, __file__, HERE]
     done = subprocess.run(command, env=os.environ | setting, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)
 
@@ -55,6 +71,10 @@ def moved(before: dict[str, dict], after: dict[str, dict]) -> list[str]:
 
 
 def main() -> None:
+    if HERE in sys.argv:
+        # the digests are those of one thread, which come first, and of these plain torch's
+        rows = [measured(threads, plain=plain) for threads in (1, 2) for plain in (True, False)]
+        return json.dump(rows, sys.stdout)
     rows = [row for capability in CAPABILITIES for row in measure(capability)]
     numbers, bits = rows[0]["numbers"], {}
     for row in rows:

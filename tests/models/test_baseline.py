@@ -4,18 +4,13 @@ from functools import partial
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
-from models.tiny import make_batch, make_model, randomise
+from models.tiny import make_model, randomise
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbkernels.memory.measure import record
 from dbkernels.models import AdaLNLayer, LayerConfig
-from dbkernels.models.baseline import (
-    BASELINES,
-    by_method,
-    stock_layer,
-    use_baseline,
-)
+from dbkernels.models.baseline import BASELINES, by_method, stock_layer, use_baseline
 from dbkernels.models.layer import run_layers
 from dbkernels.models.rotary import rotary_table
 
@@ -154,17 +149,6 @@ def test_fused_layers_and_baselines_may_stand_in_one_stack():
     (expected,) = torch.autograd.grad(run_layers(fused, x, c).square().sum(), x)
     (actual,) = torch.autograd.grad(run_layers(mixed, x, c).square().sum(), x)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-@each_method
-def test_a_copy_is_independent(method):
-    model = make_model("dit")
-    use_baseline(model, method)
-    other, batch = copy.deepcopy(model), make_batch(model)
-    other.denoise(batch["image"], torch.ones(3), (0, 2), batch).sum().backward()
-    assert all(parameter.grad is None for parameter in model.parameters())
-    for index, layer in enumerate(other.layers):
-        assert all((p.grad is None) == (index == 1) for p in layer.parameters())
 
 
 def test_a_baseline_may_replace_another():

@@ -61,9 +61,21 @@ def test_layers_run_in_the_order_that_was_asked_and_one_of_several_blocks_is_sha
     assert [block.layers for block in blocks] == [(0, 1), (1, 2)]
     assert any(name.startswith("model.layers.1.") for name in groups[SHARED])
     assert all(name.startswith("model.layers.0.") for name in groups["block0"])
+    # as is a weight that layers of two blocks have in common
+    first, *_, last = blocks.model.layers
+    last.mlp.fc1.weight = first.mlp.fc1.weight
+    assert "model.layers.0.mlp.fc1.weight" in blocks.groups()[SHARED]
 
 
 two = partial(make_blocks, num_blocks=2)
+
+
+def known(**settings):
+    return DiffusionBlocks(Known(), **settings)
+
+
+def load(name):
+    load_weights(make_blocks(), {name: torch.zeros(4)})
 
 
 @pytest.mark.parametrize(
@@ -76,22 +88,10 @@ two = partial(make_blocks, num_blocks=2)
         (lambda: two(layers=[0, 1, 1, 2], sharing="copies"), "one block, got layer 1 in several"),
         (lambda: make_blocks(num_blocks=4), "num_blocks must be between 1 and the 3 layers, got 4"),
         # a model of no known family needs both
-        (
-            lambda: DiffusionBlocks(Known(), weighting="none"),
-            r"process must be given for Known, .*, got None",
-        ),
-        (
-            lambda: DiffusionBlocks(Known(), process=PRIOR),
-            r"weighting must be one of none, .*, got None",
-        ),
-        (
-            lambda: load_weights(make_blocks(), {"model.head.bias": torch.zeros(4)}),
-            r"weight model.head.bias must be \(3,\), got \(4,\)",
-        ),
-        (
-            lambda: load_weights(make_blocks(), {"neck": torch.zeros(4)}),
-            "weight neck must be no such parameter",
-        ),
+        (lambda: known(weighting="none"), "process must be given for Known, .*, got None"),
+        (lambda: known(process=PRIOR), "weighting must be one of none, .*, got None"),
+        (lambda: load("model.head.bias"), r"weight model.head.bias must be \(3,\), got \(4,\)"),
+        (lambda: load("neck"), "weight neck must be no such parameter"),
     ],
 )
 def test_rejects(call, message):
@@ -155,7 +155,7 @@ def weighed(losses, weight, weighting, mean_weight):
 @pytest.mark.parametrize("shape", [(512,), (64, 9)])
 @pytest.mark.parametrize("weighting", ["none", "edm", "normalised", "published"])
 def test_a_loss_weighs_the_losses_of_the_levels_that_it_drew(weighting, shape):
-    blocks = DiffusionBlocks(Known(), process=PRIOR, weighting=weighting)
+    blocks = known(process=PRIOR, weighting=weighting)
     block, batch, draw = blocks[1], {"levels": torch.zeros(shape)}, Draw(3, 4, 5)
     loss, seen, noise = blocks.loss(block, batch, draw), blocks.model.seen, block.trained_noise
     assert seen.draw is draw and seen.batch is batch and seen.layers == block.layers

@@ -35,14 +35,6 @@ def test_block_0_has_the_first_layers_and_the_most_noise_and_no_layer_is_dropped
     assert blocks[0].noise.high == 80 and blocks[2].noise.low == 0.002
 
 
-def test_trained_noise_contains_the_served_noise():
-    for block in partition(12, 4, PRIOR, gamma=0.1):
-        assert block.trained_noise.low <= block.noise.low
-        assert block.trained_noise.high >= block.noise.high
-    inner = partition(12, 4, PRIOR, gamma=0.1)[1]
-    assert inner.trained_noise.low < inner.noise.low < inner.noise.high < inner.trained_noise.high
-
-
 def test_every_trained_level_without_overlap_is_served_by_its_block():
     blocks = partition(12, 6, PRIOR, gamma=0.0)
     for block in blocks:

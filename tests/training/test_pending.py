@@ -1,22 +1,13 @@
-"""What a step sends to the device and what comes back: samples, micro-batches, numbers, rows."""
+"""What a step sends to the device and what comes back: samples, numbers, rows."""
 
 import math
-import weakref
 from functools import partial
 from unittest.mock import MagicMock, call
 
-import pytest
 import torch
 from training.tiny import equal, make_data
 
-from dbkernels.training.pending import (
-    HeldSamples,
-    MicroBatch,
-    Pending,
-    Rows,
-    Staging,
-    read_pieces,
-)
+from dbkernels.training.pending import HeldSamples, Pending, Rows, Staging, read_pieces
 
 INDICES = torch.tensor([3, 1, 4, 1, 5])
 
@@ -72,43 +63,6 @@ def test_held_samples_stay_at_their_addresses_and_are_not_those_that_were_given(
     for name, tensor in piece.items():
         assert again[name].data_ptr() == tensor.data_ptr()
         assert tensor.data_ptr() not in (given[name].data_ptr(), other[name].data_ptr())
-
-
-# micro-batches
-
-
-class Memory:
-    """A gradient that needs more memory than there is for more than `fits` samples."""
-
-    def __init__(self, fits):
-        self.fits, self.sizes, self.undone, self.kept = fits, [], 0, []
-
-    def gradient(self, size):
-        self.sizes.append(size)
-        assert not any(kept() is not None for kept in self.kept), "the failed attempt is alive"
-        activations = torch.ones(3)
-        self.kept.append(weakref.ref(activations))
-        if size > self.fits:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return torch.tensor(float(size))
-
-    def undo(self):
-        self.undone += 1
-
-    def attempt(self, micro_batch):
-        return micro_batch.attempt(self.gradient, self.undo, "block 1 at its step 3")
-
-
-@pytest.mark.parametrize("size, half", [(8, 8), (8, 4), (5, 3), (2, 1)])
-def test_a_micro_batch_is_halved_once_where_it_must_be_and_stays_at_the_half(size, half, recwarn):
-    micro_batch, memory, told = MicroBatch(size, 16), Memory(fits=half), []
-    assert memory.attempt(micro_batch) == memory.attempt(micro_batch) == half
-    if half < size:
-        where = f"block 1 at its step 3 with batch 16 in micro-batches of {size}"
-        told = [f"out of memory in {where}: they have {half} from now on"]
-    assert [str(warning.message) for warning in recwarn] == told
-    assert memory.sizes == [*[size] * len(told), half, half]
-    assert (memory.undone, micro_batch.size) == (len(told), half)
 
 
 # rows

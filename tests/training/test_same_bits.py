@@ -82,36 +82,45 @@ def test_in_the_backward_and_after_it_give_the_same_bits(family, sharing):
     assert all(p.grad is None for p in inside.blocks.parameters())
 
 
-def infinite_loss(blocks, block, batch, draw):
-    return blocks.loss(block, batch, draw) + torch.inf
-
-
-def infinite_gradient(blocks, block, batch, draw):
-    # the square root of 0 has no slope that could be multiplied by 0
-    return blocks.loss(block, batch, draw) + (blocks.model.head.weight * 0).sqrt().sum() * 0
-
-
 @pytest.mark.parametrize(
-    "objective, settings",
+    "breaks, settings, captured",
     [
-        (infinite_gradient, {}),
-        (infinite_loss, {}),
-        (infinite_loss, IN_BACKWARD),
-        (infinite_loss, {"accumulate": 2}),
-        (infinite_loss, CPU),
+        ("gradient", {}, False),
+        ("gradient", {}, True),
+        ("loss", {}, False),
+        ("loss", {}, True),
+        ("loss", IN_BACKWARD, False),
+        ("loss", IN_BACKWARD, True),
+        ("loss", {"accumulate": 2}, False),
+        ("loss", CPU, False),
     ],
+    ids=str,
 )
 def test_nothing_launched_after_a_step_that_was_not_finite_updates_anything(
-    device, objective, settings
+    device, breaks, settings, captured
 ):
-    trainer, whole = (make_trainer("dit", device=device, ema=0.9, **settings) for _ in range(2))
-    first = [trainer.launch(trainer.next_block()) for _ in range(2)]
+    added, root = torch.zeros((), device=device), torch.ones((), device=device)
+
+    def objective(blocks, block, batch, draw):
+        # the square root of 0 has no slope that could be multiplied by 0
+        nothing = (blocks.model.head.weight * 0 + root).sqrt().sum() * 0
+        return blocks.loss(block, batch, draw) + nothing + added
+
+    settings = {"device": device, "ema": 0.9, "objective": objective, **settings}
+    whole, recorder = make_trainer("dit", **settings), None
+    if captured:
+        trainer, recorder = make_captured("dit", **settings)
+    else:
+        trainer = make_trainer("dit", **settings)
+    # every block has had its first step, so that one which is captured is replayed
+    first = [trainer.launch(trainer.next_block()) for _ in range(5)]
     before, counters, block = copies(trainer), trainer.counters(), trainer.next_block()
-    trainer.objective = objective
+    added.fill_(torch.inf) if breaks == "loss" else root.zero_()
     broken = trainer.launch(block)
-    trainer.objective = whole.objective
+    added.zero_(), root.fill_(1)
     later = [trainer.launch(trainer.next_block()) for _ in range(2)]
     assert_holds(trainer, before)
+    assert not recorder or recorder.replayed == 5
     for each in first:
         each.row()
         whole.step_block(whole.next_block())

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from implementations import implementations
 from training.tiny import (
     CPU,
     IN_BACKWARD,
@@ -22,6 +23,7 @@ from training.tiny import (
     weights,
 )
 
+from dbkernels.ops import use_implementation
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import TrainerConfig
@@ -56,6 +58,17 @@ def test_copies_give_the_same_bits_in_any_order(family):
         results.append(trainer)
     for other in results[1:]:
         assert_same(other, results[0])
+
+
+@families
+def test_the_loss_curve_is_that_of_plain_torch_on_every_implementation(family):
+    curves = {}
+    for name in {*implementations("adaln_norm_fwd")} & {*implementations("add_noise_fwd")}:
+        with use_implementation(name):
+            curves[name] = [row["loss"] for row in steps(make_trainer(family), (0, 0))]
+        assert len(set(curves[name])) == 2
+    for name, losses in curves.items():
+        assert losses == pytest.approx(curves["torch"], rel=1e-4), name
 
 
 def test_a_run_gives_every_block_its_steps_and_the_bits_of_its_seed():
@@ -212,14 +225,16 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch_and_its_noise(
     objective, met = short_of_memory(fits)
     settings = {"batch_size": batch_size, "ema": 0.9}
     whole, halved = make_trainer(**settings), make_trainer(objective=objective, **settings)
-    expected, message = steps(whole, (0, 1, 0)), f"block 0 at its step 0 with batch {batch_size} "
-    with pytest.warns(UserWarning, match=message + f"in micro-batches of {batch_size}"):
+    expected, size = steps(whole, (0, 1, 0)), f"with batch {batch_size} in micro-batches of "
+    message = f"^out of memory in block 0 at its step 0 {size}{batch_size}: they have {fits} from"
+    with pytest.warns(UserWarning, match=f"{message} now on$") as told:
         rows = steps(halved, (0, 1, 0))
+    assert len(told) == 1
     assert [row.pop("micro_batch", None) for row in rows] == [fits, None, None]
     for row, other in zip(rows, expected, strict=True):
         assert row == pytest.approx(other, rel=1e-4)
     assert_near(halved, whole)
-    assert [size for size, _ in met] == sizes
+    assert [(size, alive) for size, _, alive in met] == [(size, 0) for size in sizes]
     assert met[0][1] == met[1][1] == replace(met[2][1], sample=0) and met[2][1].sample == fits
 
 
@@ -258,7 +273,7 @@ def test_memory_that_does_not_suffice_stops_before_the_update(settings, fits, si
     ):
         steps(trainer, [2])
     assert_holds(trainer, before)
-    assert trainer.step == 0 and [size for size, _ in met] == sizes
+    assert trainer.step == 0 and [size for size, *_ in met] == sizes
     assert trainer.micro_batch.size == sizes[-1]
     assert all(parameter.grad is None for parameter in trainer.blocks.parameters())
 

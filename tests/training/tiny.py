@@ -1,5 +1,6 @@
 """Tiny runs for tests, and when two are the same: seconds are spent on what a test asks."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -55,13 +56,18 @@ def augment(batch, draw):
 
 
 def short_of_memory(fits):
-    """An objective with room for so many samples, and the sizes and draws that it met."""
-    met = []
+    """An objective with room for so many samples.
+
+    And what it met: sizes, draws, and how many losses that found no room were alive.
+    """
+    met, failed = [], []
 
     def objective(blocks, block, batch, draw):
-        met.append((len(batch["label"]), draw))
+        alive = sum(loss() is not None for loss in failed)
+        met.append((len(batch["label"]), draw, alive))
         loss = DiffusionBlocks.loss(blocks, block, batch, draw)
         if len(batch["label"]) > fits:
+            failed.append(weakref.ref(loss))
             raise torch.OutOfMemoryError("CUDA out of memory")
         return loss
 

@@ -134,18 +134,11 @@ def test_prefetching_fills_a_second_slot_before_the_turn_and_drops_it_when_all_i
     assert threading.active_count() == before
 
 
-def raising(error):
-    def call(*_, **__):
-        raise error
-
-    return call
-
-
 def test_an_error_while_copying_beside_the_steps_is_raised():
     trainer = make_trainer(**SEQUENTIAL)
     trainer.step_block(trainer.next_block())
     trainer.offloader.wait()
-    trainer.offloader._memory.load = raising(OSError("no such disk"))
+    trainer.offloader._memory.load = Mock(side_effect=OSError("no such disk"))
     with pytest.raises(OSError, match="no such disk"):
         trainer.run()
 
