@@ -46,7 +46,9 @@ def test_running_out_of_memory_drops_the_graph_of_the_larger_micro_batch():
     rows = steps(captured, [0])
     captured.objective, _ = short_of_memory(fits=2)
     with pytest.warns(UserWarning, match="block 0 at its step 1 with batch 4 in micro-batches"):
-        rows += steps(captured, [0, 0, 0])
+        rows += steps(captured, [0])
+    assert recorder.replayed == 0
+    rows += steps(captured, [0, 0])
     assert [row.pop("micro_batch", None) for row in rows] == [None, 2, None, None]
     # the first at the full size, the second at half of it op by op; the others are replayed
     assert recorder.warm == 2 and recorder.recorded == 2 and recorder.replayed == 2
