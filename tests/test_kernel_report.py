@@ -30,16 +30,13 @@ def told(monkeypatch, capsys):
     return run
 
 
-def run(*arguments):
-    command = [sys.executable, str(TOOLS / "kernel_report.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
 @pytest.fixture(scope="module")
 def compiled():
     """Two backwards, at widths that fit the registers and at one that does not."""
     kernels, widths = ("gated_adaln_norm_bwd", "adaln_norm_bwd"), (768, 1024, 1152, 16384)
-    done = run("--json", "--kernel", *kernels, "--arch", "90", "--D", *map(str, widths))
+    words = ["--json", "--kernel", *kernels, "--arch", "90", "--D", *map(str, widths)]
+    command = [sys.executable, str(TOOLS / "kernel_report.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(row["kernel"], row["arch"], row["D"], row["stream"]) for row in rows] == [
         (kernel, 90, D, stream)

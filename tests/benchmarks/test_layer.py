@@ -34,10 +34,9 @@ def test_a_layer_names_every_implementation_of_its_ops(bench, monkeypatch):
 
     layer_case = bench("layer_case")
     monkeypatch.setattr(layer_case, "implementation", implementation)
-    device = torch.device("cpu")
-    assert layer_case.Competitor("fused").implementation(device) == "cpp + torch"
-    assert layer_case.Competitor("eager").implementation(device) == "torch"
-    assert layer_case.Competitor("compiled").implementation(device) == "inductor"
+    expected = {"fused": "cpp + torch", "eager": "torch", "compiled": "inductor"}
+    for impl, name in expected.items():
+        assert layer_case.Competitor(impl).implementation(torch.device("cpu")) == name
 
 
 def test_autocast_has_the_policy_that_rounds_and_units_of_what_it_computes_in(bench):

@@ -246,8 +246,7 @@ def test_a_rehearsal_runs_what_a_gpu_alone_measures(training, options_of, rows_b
     )  # fmt: skip
     rows = rows_by(options)
     assert all(row["step_ms"] > 0 and row["memory"] == "measured" for row in rows)
-    compiled = [row["implementation"] for row in rows if row["method"] == "compiled"]
-    assert compiled == ["inductor"]
+    assert {row["method"] for row in rows if row["implementation"] == "inductor"} == {"compiled"}
     assert [row["swap_ms"] > 0 for row in rows if row["offload"] == "cpu"] == [True] * 4
     # ways with offload are timed apart, by their number of blocks
     here, two, three = (
