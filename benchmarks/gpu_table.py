@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from program import read
-from show import Row, way_of
+from show import Row, cut_text
 
 LINES = 60
 FAILURES = 8  # of tests that are named here; the file of the tests has all
@@ -63,12 +63,11 @@ def _training(found: Sequence[Row]) -> Iterator[str]:
     presets = list(dict.fromkeys(str(row["preset"]) for row in found))
     lines: dict[str, dict[str, Row]] = {}
     for row in found:  # one that is timed replaces the earlier one of its memory
-        way = f"{way_of(row)}, {row['num_blocks']}"
-        lines.setdefault(way, {})[row["preset"]] = row
+        lines.setdefault(cut_text(row), {})[row["preset"]] = row
     titles = [f"{name}: GiB, predicted, reserved, sweep ms, rate" for name in presets]
-    for way, of in ({"way, blocks": None} | lines if lines else {}).items():
+    for way, of in ({"way": None} | lines if lines else {}).items():
         cells = [_figures(of.get(name)) for name in presets] if of else titles
-        yield " | ".join([way.ljust(34), *(cell.ljust(42) for cell in cells)])
+        yield " | ".join([way.ljust(46), *(cell.ljust(42) for cell in cells)])
 
 
 def _figures(row: Row | None) -> str:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import machine
 import torch
 import tyro
-from show import Row, object_of, show
+from show import Row, object_of, parsed, show
 
 from dbkernels.cli.device import pick_device
 from dbkernels.memory.allocator import Target, target_named, target_of
@@ -103,14 +103,8 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: another line is no row; names the file and the line.
     """
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    rows = []
-    for number, line in enumerate(whole, 1):
-        try:
-            rows.append(object_of(line))
-        except ValueError as error:
-            raise ValueError(f"line {number} of {path}: {error}") from None
-    return rows
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return list(parsed(whole, object_of, path))
 
 
 def rounded(row: Mapping[str, object]) -> Row:

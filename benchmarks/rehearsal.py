@@ -5,32 +5,18 @@ guards to the cut of forward and backward under a budget, is done. The presets h
 is small.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule
-from torch.fx.graph import _BoxedCodeGen
 
 from dbkernels.models import dit
 
 PRESET = "rehearsal"
 SMALL = replace(dit.PRESETS["digits"], dim=32, depth=3, num_heads=2)
-
-
-@contextmanager
-def small_preset(really: bool) -> Iterator[None]:
-    """Know the small preset within.
-
-    Args:
-        really:  whether; else nothing is changed
-    """
-    with mock.patch.dict(dit.PRESETS, {PRESET: SMALL} if really else {}):
-        yield
 
 
 @contextmanager
@@ -43,24 +29,15 @@ def rehearsing(really: bool) -> Iterator[None]:
     if not really:
         yield
         return
+    from torch._dynamo.backends.debugging import boxed_nop
     from torch._inductor import compile_fx as inductor
 
-    in_plain_torch = partial(inductor.compile_fx, inner_compile=_plain)
-    # from a cache would come the kernels of a real run, and into it would go none
-    settings = torch._functorch.config.patch(enable_autograd_cache=False)
-    patched = mock.patch.object(inductor, "compile_fx", in_plain_torch)
-    with settings, small_preset(really), patched:
+    inner = {"inner_compile": lambda graph, inputs, **_: boxed_nop(graph, inputs)}
+    in_plain_torch = partial(inductor.compile_fx, **inner)
+    with (
+        mock.patch.dict(dit.PRESETS, {PRESET: SMALL}),
+        mock.patch.object(inductor, "compile_fx", in_plain_torch),
+        # from a cache would come the kernels of a real run, and into it would go none
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
         yield
-
-
-def _plain(
-    graph: GraphModule, inputs: Sequence[Tensor], **_: object
-) -> Callable[[list[Tensor]], object]:
-    graph.graph.set_codegen(_BoxedCodeGen())
-    graph.recompile()
-
-    def run(inputs: list[Tensor]) -> object:
-        return graph.forward(inputs)
-
-    run._boxed_call = True
-    return run

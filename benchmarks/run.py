@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -95,47 +95,44 @@ def jobs(*, full: bool, on_gpu: bool) -> list[Job]:
     """
     if full:
         found = [
-            Job("full-timeline", "timeline", 30),
-            Job("full-ops", "ops", 120),
-            Job("full-layer", "layer", 240 if on_gpu else 60),
-            _training("full", "vit", "cifar100", 300 if on_gpu else 1800),
+            Job("timeline", "timeline", 30),
+            Job("ops", "ops", 120),
+            Job("layer", "layer", 240 if on_gpu else 60),
+            _training("vit", "cifar100", 300 if on_gpu else 1800),
         ]
-        if not on_gpu:
-            found += [_training("full", family, "digits", 200) for family in ("vit", "dit")]
+        found += [] if on_gpu else [_training(family, "digits", 200) for family in ("vit", "dit")]
         for number, name in enumerate(LARGE, 1):
-            found.append(_training("full", "dit", name, (600 if on_gpu else 120) * number))
-            found += [_graphs("full", name)] if on_gpu else []
-        return found
-    if on_gpu:
+            found.append(_training("dit", name, (600 if on_gpu else 120) * number))
+            found += [_graphs(name)] if on_gpu else []
+    elif on_gpu:
         found = [
-            _training("quick", "dit", "S/2", 150, f"{FEW} --rounds 12"),
+            _training("dit", "S/2", 150, f"{FEW} --rounds 12"),
             # apart from the others, which it does not take along should it fail
-            _graphs("quick", "S/2"),
-            *(_training("quick", "dit", p, 20, f"{PREDICTED} --target this") for p in LARGE[1:]),
+            _graphs("S/2"),
+            *(_training("dit", p, 20, f"{PREDICTED} --target this") for p in LARGE[1:]),
         ]
     else:
         found = [
-            _training("quick", "vit", "cifar100", 105, PUBLISHED),
-            _training("quick", "vit", "digits", 45, f"{FEW} --rounds 15"),
-            _training("quick", "dit", "digits", 40, f"{FEW} --rounds 15"),
-            *(_training("quick", "dit", p, 18, PREDICTED) for p in LARGE),
+            _training("vit", "cifar100", 105, PUBLISHED),
+            _training("vit", "digits", 45, f"{FEW} --rounds 15"),
+            _training("dit", "digits", 40, f"{FEW} --rounds 15"),
+            *(_training("dit", preset, 18, PREDICTED) for preset in LARGE),
         ]
-    return [
-        *found,
-        Job("quick-timeline", "timeline", 20),
-        Job("quick-layer", "layer", 140 if on_gpu else 35),
-        Job("quick-ops", "ops", 50 if on_gpu else 90, "--rounds 5"),
-    ]
+    if not full:
+        found += [
+            Job("timeline", "timeline", 20),
+            Job("layer", "layer", 140 if on_gpu else 35),
+            Job("ops", "ops", 50 if on_gpu else 90, "--rounds 5"),
+        ]
+    return [replace(job, name=f"{'full' if full else 'quick'}-{job.name}") for job in found]
 
 
-def _graphs(kind: str, preset: str) -> Job:
-    return _training(kind, "dit", preset, 60, GRAPHS, suffix="-graphs")
+def _graphs(preset: str) -> Job:
+    return _training("dit", preset, 60, GRAPHS, suffix="-graphs")
 
 
-def _training(
-    kind: str, family: str, preset: str, seconds: int, options: str = "", suffix: str = ""
-) -> Job:
-    name = f"{kind}-training-{family}-{preset.replace('/', '')}{suffix}"
+def _training(family: str, preset: str, seconds: int, options: str = "", suffix: str = "") -> Job:
+    name = f"training-{family}-{preset.replace('/', '')}{suffix}"
     return Job(name, "training", seconds, f"--family {family} --preset {preset} {options}")
 
 

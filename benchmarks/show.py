@@ -11,10 +11,10 @@ from rich.table import Table
 
 # the report's files stand beside each other and are no package
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
-from report_rows import SUITES, Row, object_of, read, suite_of, tables
-from report_tables import about, case_text, table_of
+from report_rows import SUITES, Row, object_of, parsed, read, suite_of, tables
+from report_tables import about, case_text, cut_text, table_of
 
-__all__ = ["Row", "object_of", "read", "rich_table", "show", "way_of"]
+__all__ = ["Row", "cut_text", "object_of", "parsed", "read", "rich_table", "show"]
 WHOLE = ("op", "way", "model", "p20 to p80", "launches")  # columns of which no cell is broken
 
 
@@ -37,19 +37,6 @@ def rich_table(lines: Sequence[Sequence[str]], title: str, caption: str) -> Tabl
     for line in rest:
         table.add_row(*(re.sub(r"\*\*(.+?)\*\*", r"[b]\1[/b]", escape(cell)) for cell in line))
     return table
-
-
-def way_of(row: Row) -> str:
-    """How a model is trained, in few words and without the number of blocks."""
-    parts = (
-        row["method"].removeprefix("block_").replace("_", " "),
-        row["recompute"],
-        None if row["budget"] is None else f"budget {row['budget']:g}",
-        "offload cpu" if row["offload"] == "cpu" else None,
-        "optimizer in backward" if row.get("optimizer_in_backward") else None,
-        "graph" if row.get("launch") == "graph" else None,
-    )
-    return " ".join(part for part in parts if part)
 
 
 def main(paths: Sequence[str]) -> None:

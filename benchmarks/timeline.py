@@ -11,12 +11,12 @@ One line or row is one step. It needs no GPU, and no memory of the step's size:
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
-from machine import device_name, machine
-from program import Known, Program, called, main
+import training
+from program import Known, Program, main
 from show import Row
-from training import ON_A_GPU
-from training_step import DTYPES, described, model_of, ways
+from training_step import DTYPES
 
 from dbkernels.memory.timeline import levels
 from dbkernels.ops.layer.recompute import POLICIES
@@ -49,29 +49,28 @@ class Options(Program):
         self.require_share("budget")
         self.ways()
 
-    def ways(self) -> list[Recipe]:
-        gpu = self.gpu(self.target)
-        model = model_of(self.family, self.preset, self.batch, self.dtype, gpu)
-        return ways(
-            model,
-            self.methods,
-            num_blocks=[self.num_blocks],
-            policies=[self.recompute],
-            budgets=[self.budget],
-            offload=[self.offload],
-            optimizer_in_backward=[self.optimizer_in_backward],
-            launch=["ops"],
+    @cached_property
+    def steps(self) -> training.Options:
+        """The same steps as a benchmark of their times has them."""
+        is_here = self.target == "auto" and self.on.type == "cuda"
+        one = ("preset", "dtype", "num_blocks", "recompute", "offload", "optimizer_in_backward")
+        return training.Options(
+            device=self.device,
+            family=self.family,
+            batch=self.batch,
+            methods=self.methods,
+            budgets=(self.budget,),
+            target="this" if is_here else self.gpu(self.target).name,
+            **{name: (getattr(self, name),) for name in one},
         )
 
-    @property
-    def is_here(self) -> bool:
-        """Whether the GPU that is predicted is the one of this machine."""
-        return self.target == "auto" and self.on.type == "cuda"
+    def ways(self) -> list[Recipe]:
+        (model,) = self.steps.models()
+        return self.steps.ways(model)
 
     def key_of(self, recipe: Recipe) -> Row:
         """What a row is known by."""
-        device = device_name(self.on) if self.is_here else recipe.device.name.upper()
-        return {"suite": "timeline"} | described(recipe) | {"device": device}
+        return self.steps.key_of(recipe) | {"suite": "timeline"}
 
     def wanted(self) -> list[Row]:
         return [self.key_of(recipe) for recipe in self.ways()]
@@ -82,10 +81,8 @@ class Options(Program):
     def row_of(self, recipe: Recipe) -> Row:
         prediction = dry_run(recipe)[recipe.offload]
         shown = levels(prediction, parts=PARTS)
-        driver = {} if self.is_here else {"driver": None}
         return (
-            machine(self.on)
-            | driver
+            self.steps.about(recipe)
             | self.key_of(recipe)
             | {name: getattr(prediction, name) for name in PREDICTED}
             | {
@@ -93,8 +90,7 @@ class Options(Program):
                 "starts": shown.starts,
                 "phases": shown.phases,
                 "levels": shown.by_category,
-                "implementation": ON_A_GPU.get(recipe.method, "torch"),
-                "command": called(),
+                "implementation": training.ON_A_GPU.get(recipe.method, "torch"),
             }
         )
 

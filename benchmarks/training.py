@@ -25,13 +25,14 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import measure
 import torch
 from machine import CEILINGS, ceilings, device_name, faster, machine
 from program import Known, Program, called, main
-from rehearsal import rehearsing, small_preset
+from rehearsal import rehearsing
 from show import Row
 from training_memory import Preparation, candidates, figures_of, preparing, weigh
 from training_step import (
@@ -41,17 +42,15 @@ from training_step import (
     described,
     implementation_of,
     make_steps,
-    model_of,
     named,
     step_times,
-    ways,
 )
 
 from dbkernels.memory.allocator import Target, target_named, target_of
 from dbkernels.models.registry import FAMILIES
 from dbkernels.ops.layer.recompute import POLICIES, policies_of
 from dbkernels.planning.dry_run import predicted
-from dbkernels.planning.recipe import METHODS, OFFLOAD, Recipe
+from dbkernels.planning.recipe import BLOCKWISE, METHODS, OFFLOAD, Recipe, of_preset
 from dbkernels.training.diffusion_blocks import SHARED
 from dbkernels.training.trainer import Trainer
 
@@ -104,7 +103,7 @@ class Options(Program):
             )
         if self.preset and self.family is None:
             raise ValueError(f"preset must be given together with family, got {self.preset[0]}")
-        with small_preset(self.rehearse):
+        with rehearsing(self.rehearse):
             models = self.models()
             for model in models:
                 self.ways(model)  # refuses numbers of blocks that there cannot be
@@ -122,11 +121,16 @@ class Options(Program):
             )
 
     def models(self) -> list[Recipe]:
-        """What is trained, on what device."""
+        """What is trained, on what device; the samples are made up."""
         on_gpu = self.on.type == "cuda"
         families = [self.family] if self.family else ["dit"] if on_gpu else list(SMALL)
         return [
-            model_of(family, name, self.batch, dtype, self.target_of(name) or target_of(self.on))
+            replace(
+                of_preset(family, name),
+                batch_size=self.batch,
+                autocast=dtype == "autocast",
+                device=self.target_of(name) or target_of(self.on),
+            )
             for family in families
             for name in self.preset or (LARGE if on_gpu and family == "dit" else SMALL[family])
             for dtype in self.dtype or (DTYPES[on_gpu or name in LARGE],)
@@ -145,24 +149,52 @@ class Options(Program):
         told = self.target != "this" and self.target_of(model.preset)
         return told.name.upper() if told else device_name(self.on)
 
+    def about(self, model: Recipe) -> Row:
+        """What the rows of a model have in common."""
+        here, name = machine(self.on) | {"command": called()}, self.name_of(model)
+        return here if here["device"] == name else here | {"device": name, "driver": None}
+
     def ways(self, model: Recipe) -> list[Recipe]:
+        """Every way that is asked for to train a model, in the order of the methods.
+
+        End to end comes once, and block by block for each number of blocks, of which 1 of the fused
+        layers is end to end too. The optimizer is in the backward only where memory is the aim: end
+        to end, checkpointed, and the fused layers with no other block on the device.
+        """
         here = self.target_of(model.preset) is None and self.on.type == "cpu"
-        found = ways(
-            model,
-            self.methods,
-            num_blocks=self.num_blocks,
-            policies=self.recompute or policies_of(mixed=model.autocast),
-            budgets=self.budgets,
-            offload=self.offload or (("none",) if here else OFFLOAD),
-            optimizer_in_backward=self.optimizer_in_backward,
-            launch=self.launch,
-        )
-        at = self.offload_at or self.num_blocks
-        return [recipe for recipe in found if recipe.offload == "none" or recipe.num_blocks in at]
+        places = self.offload or (("none",) if here else OFFLOAD)
+        policies = self.recompute or policies_of(mixed=model.autocast)
+        # of plain torch, one block is end to end
+        twice = ("block_stock", 1) if "end_to_end" in self.methods else None
+        lean = ("end_to_end", "checkpointed")
+        return [
+            replace(
+                model,
+                method=method,
+                num_blocks=count,
+                recompute=recompute,
+                budget=budget,
+                offload=place,
+                optimizer_in_backward=in_backward,
+                cuda_graphs=launch == "graph",
+            )
+            for method in self.methods
+            for fused in [method == "block_fused"]
+            for count in (self.num_blocks if method in BLOCKWISE else (1,))
+            if (method, count) != twice
+            for budget in (self.budgets if method == "compiled" else (None,))
+            # one block is all that there is
+            for place in (places if fused and count > 1 else ("none",))
+            if place == "none" or count in (self.offload_at or self.num_blocks)
+            for recompute in (policies if fused else (None,))
+            for is_lean in [method in lean or (fused and (place == "cpu" or count == 1))]
+            for in_backward in (self.optimizer_in_backward if is_lean else (False,))
+            for launch in (self.launch if fused else ("ops",))
+        ]
 
     def key_of(self, recipe: Recipe) -> Row:
         """What a row is known by."""
-        return {"suite": "training"} | described(recipe) | {"device": self.name_of(recipe)}
+        return described(recipe) | {"device": self.name_of(recipe)}
 
     def wanted(self) -> list[Row]:
         return [self.key_of(recipe) for model in self.models() for recipe in self.ways(model)]
@@ -176,37 +208,24 @@ class Options(Program):
                 model: [way for way in self.ways(model) if known.lacks(self.key_of(way))]
                 for model in self.models()
             }
+            running = [model for model in todo if self.target_of(model.preset) is None]
+            for model in running if ready else ():
+                ready.compile(todo[model])
+                if self.nearest is not None:  # which is waited for before anything else
+                    ready.predict(candidates(model, self.nearest))
+                ready.predict(todo[model])
             for model, every in todo.items():
-                if ready and self.target_of(model.preset) is None:
+                about = self.about(model)
+                if model not in running:
+                    yield predicted_rows(every, about)
+                    continue
+                if self.nearest is not None:
+                    nearest = ready.nearest(model, self.nearest)
+                    every += [nearest] if nearest and nearest not in every else []
                     ready.compile(every)
-                    if self.nearest is not None:  # which is waited for before anything else
-                        ready.predict(candidates(model, self.nearest))
-                    ready.predict(every)
-            for model, every in todo.items():
-                yield rows_of(model, every, self, ready, failed)
+                yield measured_rows(every, self, ready, about, failed)
         if failed:
             raise SystemExit(f"failed: {'; '.join(failed)}")
-
-
-def rows_of(
-    model: Recipe,
-    every: Sequence[Recipe],
-    options: Options,
-    ready: Preparation | None,
-    failed: list[str],
-) -> Iterator[Row]:
-    """One row for each way, as they are found; the ways that failed are added to a list."""
-    about = machine(options.on) | {"command": called()}
-    if options.target_of(model.preset) is not None:
-        if options.target != "this":
-            about |= {"device": options.name_of(model), "driver": None}
-        yield from predicted_rows(every, about)
-        return
-    if options.nearest is not None:
-        nearest = ready.nearest(model, options.nearest)
-        every = [*every, *([nearest] if nearest and nearest not in every else [])]
-        ready.compile(every)
-    yield from measured_rows(every, options, ready, about, failed)
 
 
 def predicted_rows(every: Sequence[Recipe], about: Row) -> Iterator[Row]:
@@ -218,8 +237,7 @@ def predicted_rows(every: Sequence[Recipe], about: Row) -> Iterator[Row]:
     """
     for recipe, prediction in zip(every, predicted(every), strict=True):
         runs = {"implementation": ON_A_GPU.get(recipe.method, "torch")}
-        way = {"suite": "training"} | described(recipe)
-        yield way | figures_of(recipe, prediction) | UNTIMED | runs | about
+        yield described(recipe) | figures_of(recipe, prediction) | UNTIMED | runs | about
 
 
 def measured_rows(
@@ -240,7 +258,8 @@ def measured_rows(
     """
     device, missing = options.on, []
     early = options.early and (options.json or options.out)
-    for together in _groups(every):
+    for _, group in groupby(sorted(every, key=_apart), _apart):
+        together = list(group)
         # a function is recompiled for so many shapes only before it is left in plain torch
         torch.compiler.reset()
         steps, rows = {}, {}
@@ -258,10 +277,9 @@ def measured_rows(
                 failed.append(named(recipe))
             else:
                 steps[recipe] = made
-                way = {"suite": "training"} | described(recipe)
                 told = {f"predicted_{name}": prediction and prediction[name] for name in PEAKS}
                 runs = {"implementation": implementation_of(recipe, device)}
-                rows[recipe] = way | figures | told | runs
+                rows[recipe] = described(recipe) | figures | told | runs
                 if early:
                     yield rows[recipe] | UNTIMED | about
         if not steps:
@@ -283,16 +301,13 @@ def measured_rows(
     yield from predicted_rows(missing, about) if missing else ()
 
 
-def _groups(every: Sequence[Recipe]) -> list[list[Recipe]]:
-    """Ways whose steps are interleaved.
+def _apart(recipe: Recipe) -> int:
+    """Equal for ways whose steps are interleaved.
 
     All that have everything on the device; apart from them, by number of blocks, those with one
     block there, as each has all the others on the host for itself.
     """
-    groups: dict[int, list[Recipe]] = {}
-    for recipe in every:
-        groups.setdefault(0 if recipe.offload == "none" else recipe.num_blocks, []).append(recipe)
-    return list(groups.values())
+    return 0 if recipe.offload == "none" else recipe.num_blocks
 
 
 def _timed(steps: dict[Recipe, Steps], device: torch.device, rounds: int) -> dict[Recipe, Row]:

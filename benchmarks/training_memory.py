@@ -182,8 +182,14 @@ class Preparation:
             self._begin(compile_alone, alone, self._device)
 
     def _begin(self, function: Callable[..., object], recipe: Recipe, *more: object) -> None:
-        if (function, recipe) not in self._tasks:
-            self._tasks[function, recipe] = self._submit(function, recipe, *more)
+        if (function, recipe) in self._tasks:
+            return
+        try:
+            task = self._pool.submit(alone_in_a_process, self._rehearse, function, recipe, *more)
+        except BrokenExecutor as error:  # a process has died, and the pool runs nothing any more
+            task = Future()
+            task.set_exception(error)
+        self._tasks[function, recipe] = task
 
     def figures(self, recipe: Recipe) -> Row | None:
         """What is predicted of one way; None, and the reason on stderr, where nothing could be."""
@@ -204,21 +210,12 @@ class Preparation:
         """
         fused, *every = candidates(model, recompute)
         self.predict([fused, *every])
-        found = (self.figures(recipe) or {} for recipe in (fused, *every))
-        goal, *peaks = (figures.get("peak_allocated_bytes") for figures in found)
+        found = {recipe: self.figures(recipe) for recipe in (fused, *every)}
+        peaks = {recipe: of["peak_allocated_bytes"] for recipe, of in found.items() if of}
+        goal = peaks.pop(fused, None)
         if goal is None:
             return None
-        pairs = zip(every, peaks, strict=True)
-        far = {recipe: abs(peak - goal) for recipe, peak in pairs if peak is not None}
-        return min(far, key=far.get, default=None)
-
-    def _submit(self, function: Callable[..., object], *arguments: object) -> Future:
-        try:
-            return self._pool.submit(alone_in_a_process, self._rehearse, function, *arguments)
-        except BrokenExecutor as error:  # a process has died, and the pool runs nothing any more
-            failed = Future()
-            failed.set_exception(error)
-            return failed
+        return min(peaks, key=lambda recipe: abs(peaks[recipe] - goal), default=None)
 
     def wait(self) -> None:
         """Return when no other process works; says what could not be compiled."""

@@ -1,4 +1,4 @@
-"""Ways to train one model: their recipes, trainers of them to compare, and their steps.
+"""Ways to train one model: trainers of them to compare, and their steps.
 
 All that can share it train the same parameters, with the same state of the optimizer: so many ways
 fit a device at once, and each begins where the others are.
@@ -11,13 +11,12 @@ from dataclasses import replace
 import measure
 import torch
 from layer_case import Competitor
-from show import Row, way_of
+from show import Row, cut_text
 from torch import nn
 
 from dbkernels.data.made_up import MadeUpData
-from dbkernels.memory.allocator import Target
 from dbkernels.models.baseline import use_baseline
-from dbkernels.planning.recipe import BASELINES, BLOCKWISE, Recipe, of_preset
+from dbkernels.planning.recipe import BASELINES, Recipe
 from dbkernels.training.diffusion_blocks import own_group
 from dbkernels.training.partition import Block
 from dbkernels.training.trainer import Trainer
@@ -27,72 +26,12 @@ DTYPES = ("float32", "autocast")  # autocast: parameters of float32, compute in 
 LAUNCH = ("ops", "graph")  # one by one, or the step as one CUDA graph
 
 
-# recipes
-
-
-def model_of(family: str, preset: str, batch: int, dtype: str, target: Target) -> Recipe:
-    """A model and its batch, which ways to train it share; the samples are made up."""
-    recipe = of_preset(family, preset)
-    return replace(recipe, batch_size=batch, autocast=dtype == "autocast", device=target)
-
-
-def ways(
-    model: Recipe,
-    methods: Sequence[str],
-    *,
-    num_blocks: Sequence[int],
-    policies: Sequence[str],
-    budgets: Sequence[float],
-    offload: Sequence[str],
-    optimizer_in_backward: Sequence[bool],
-    launch: Sequence[str],
-) -> list[Recipe]:
-    """Every way there is to train a model, in the order of `methods`.
-
-    Args:
-        model:       which all train
-        methods:     end to end comes once, block by block for each number of blocks
-        num_blocks:  1 of the fused layer is end to end too
-        policies:    of the fused layer
-        budgets:     of the compiled one
-        offload:     of the fused layer; the published code, which is stock, has all blocks there
-        optimizer_in_backward:  True only where memory is the aim: end to end, checkpointed, and
-                     the fused layer with no other block on the device
-        launch:      of the fused layer
-    """
-    twice = ("block_stock", 1) if "end_to_end" in methods else None  # of plain torch, one block is
-    at_end = ("end_to_end", "checkpointed")
-    return [
-        replace(
-            model,
-            method=method,
-            num_blocks=count,
-            recompute=recompute,
-            budget=budget,
-            offload=place,
-            optimizer_in_backward=in_backward,
-            cuda_graphs=each == "graph",
-        )
-        for method in methods
-        for fused in [method == "block_fused"]
-        for count in (num_blocks if method in BLOCKWISE else (1,))
-        if (method, count) != twice
-        for budget in (budgets if method == "compiled" else (None,))
-        # one block is all that there is
-        for place in (offload if fused and count > 1 else ("none",))
-        for recompute in (policies if fused else (None,))
-        for is_aim in [method in at_end or (fused and (place == "cpu" or count == 1))]
-        for in_backward in (optimizer_in_backward if is_aim else (False,))
-        for each in (launch if fused else ("ops",))
-    ]
-
-
 def described(recipe: Recipe) -> Row:
     """What a row says of a model and of the way in which it is trained."""
     names = ("method", "num_blocks", "recompute", "budget", "offload", "optimizer_in_backward")
     return (
-        {"family": recipe.family, "preset": recipe.preset, "batch": recipe.batch_size}
-        | {"dtype": DTYPES[recipe.autocast]}
+        {"suite": "training", "family": recipe.family, "preset": recipe.preset}
+        | {"batch": recipe.batch_size, "dtype": DTYPES[recipe.autocast]}
         | {name: getattr(recipe, name) for name in names}
         | {"launch": LAUNCH[recipe.cuda_graphs]}
     )
@@ -100,8 +39,7 @@ def described(recipe: Recipe) -> Row:
 
 def named(recipe: Recipe) -> str:
     """In words, for messages."""
-    blocks = f"{recipe.num_blocks} block{'s' if recipe.num_blocks > 1 else ''}"
-    return f"{recipe.preset}, {way_of(described(recipe))} in {blocks}"
+    return f"{recipe.preset}, {cut_text(described(recipe))}"
 
 
 def implementation_of(recipe: Recipe, device: torch.device) -> str:
@@ -123,12 +61,11 @@ def make_trainer(recipe: Recipe, device: torch.device, *, owner: Trainer | None 
     """
     config = recipe.config()
     config = replace(config, trainer=replace(config.trainer, lr=LR))
-    if owner is None:
-        with device:  # where the weights are drawn, which takes a host many seconds
-            blocks = config.build(config.home(device))
-    else:
-        with torch.device("meta"):
-            blocks = config.build("meta")
+    home = config.home(device) if owner is None else "meta"
+    # weights are drawn where they are trained, as it takes a host many seconds
+    with device if owner is None else torch.device("meta"):
+        blocks = config.build(home)
+    if owner is not None:
         _lend(owner.blocks.model, blocks.model)
     if BASELINES[recipe.method] is not None:
         budget = 1.0 if recipe.budget is None else recipe.budget
@@ -155,8 +92,9 @@ def make_steps(recipe: Recipe, device: torch.device, others: "Mapping[Recipe, St
         same_end = recipe.optimizer_in_backward == other.optimizer_in_backward
         if here and other.offload == "none" and same_end:
             return Steps(make_trainer(recipe, device, owner=steps.trainer))
-        alike = replace(recipe, recompute=other.recompute) == other
-        if alike and not (here or recipe.cuda_graphs):
+        if here or recipe.cuda_graphs or other.method != recipe.method:
+            continue
+        if replace(recipe, recompute=other.recompute) == other:
             return Steps(steps.trainer, recipe.recompute, beside=steps)
     return Steps(make_trainer(recipe, device), None if here else recipe.recompute)
 

@@ -1,20 +1,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from checkout_tools import ROOT, tool
 
-ROOT = Path(__file__).parents[1]
+count = tool("count")
 KEYS = ["package", "tools_benchmarks", "tests", "longest_file", "step_files"]
-
-
-@pytest.fixture
-def count(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import count
-
-    return count
 
 
 @pytest.mark.parametrize(
@@ -30,11 +22,11 @@ def count(monkeypatch):
         ('f"{x}"\n', 1),
     ],
 )
-def test_a_code_line_is_not_blank_nor_comment_nor_docstring(count, source, lines):
+def test_a_code_line_is_not_blank_nor_comment_nor_docstring(source, lines):
     assert count.code_lines(source) == lines
 
 
-def test_folders_are_added_up_and_tests_are_in_no_longest_file(count, tmp_path):
+def test_folders_are_added_up_and_tests_are_in_no_longest_file(tmp_path):
     sizes = {"dbkernels/a.py": 3, "dbkernels/deep/b.py": 4, "tools/c.py": 5, "tools/d.sh": 90}
     sizes |= {"benchmarks/e.py": 6, "tests/f.py": 50, "tests/deep/g.py": 1, "setup.py": 2}
     for name, lines in sizes.items():
@@ -49,7 +41,7 @@ def test_folders_are_added_up_and_tests_are_in_no_longest_file(count, tmp_path):
     }
 
 
-def test_files_run_are_those_of_the_folder_whose_functions_run(count, tmp_path):
+def test_files_run_are_those_of_the_folder_whose_functions_run(tmp_path):
     scopes = {}
     for name in ("in/called", "in/imported", "out/outside"):
         path, scopes[name] = tmp_path / f"{name}.py", {}

@@ -1,16 +1,15 @@
-import importlib
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from checkout_tools import ROOT, tool
 
 from dbkernels.memory.units import in_words
 
-ROOT = Path(__file__).parents[1]
+LEVELS = "LEVELS, GUIDANCE = 30"  # of the sampler, which a test does not wait for
 FEW = ["--classifier-steps", "2", "--generator-steps", "2", "--per-class", "8"]
 
 
@@ -19,6 +18,9 @@ def finished(tmp_path_factory):
     """What a demo of a few steps prints at 80 columns, and its folder; everything is set up."""
     checkout = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "tools", checkout / "tools")
+    demo = (ROOT / "tools" / "demo.py").read_text()
+    assert LEVELS in demo
+    (checkout / "tools" / "demo.py").write_text(demo.replace(LEVELS, "LEVELS, GUIDANCE = 3"))
     (checkout / "tools" / "setup.sh").write_text("")
     (checkout / "benchmarks").symlink_to(ROOT / "benchmarks")
     python = checkout / ".venv" / "bin" / "python"
@@ -32,17 +34,8 @@ def finished(tmp_path_factory):
     return done.stdout, folder
 
 
-@pytest.fixture(scope="module")
-def tool():
-    """Import one of the demo's files, which stand beside each other and are no package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        patch.syspath_prepend(str(ROOT / "tools"))
-        yield importlib.import_module
-
-
 @pytest.fixture
-def rows(tool, finished):
+def rows(finished):
     return tool("report_rows").read([finished[1]])
 
 
@@ -61,7 +54,7 @@ def test_one_of_three_blocks_keeps_about_a_third_for_its_backward(rows):
         assert blocks["peak_bytes"] < whole["peak_bytes"]
 
 
-def test_the_terminal_shows_every_figure_at_80_columns_and_where_the_page_is(tool, finished, rows):
+def test_the_terminal_shows_every_figure_at_80_columns_and_where_the_page_is(finished, rows):
     text, folder = finished
     assert max(map(len, text.splitlines()[:-1])) <= 80
     assert str(folder.relative_to(folder.parents[2]) / "report.html") in text
@@ -77,14 +70,12 @@ def test_the_page_needs_nothing_from_outside_and_says_where_its_figures_come_fro
     assert len(re.findall(r'<img alt="[^"]+" src="data:image/svg\+xml;base64,', page)) == 2
     assert "http" not in page and "<script" not in page and "<link" not in page
     assert "Fréchet distance" in page and "FID" not in page
-    assert (
-        f"commit {rows[0]['commit'] or 'unknown'}" in page
-        and "<code>bash tools/demo.sh</code>" in page
-    )
+    assert f"commit {rows[0]['commit'] or 'unknown'}" in page
+    assert "<code>bash tools/demo.sh</code>" in page
     assert "<td>recognised as asked</td>" in page and '<th class="number">DiT, 3 blocks' in page
 
 
-def test_digits_stand_in_the_line_of_their_class(tool):
+def test_digits_stand_in_the_line_of_their_class():
     demo = tool("demo")
     labels = torch.arange(10).repeat(12)
     places = demo._in_rows(labels)
@@ -96,7 +87,7 @@ def test_digits_stand_in_the_line_of_their_class(tool):
     assert torch.equal(drawn[8:12, 15:20], images[2 * demo.SHOWN + 3, 0])
 
 
-def test_losses_are_stored_as_means_over_neighbouring_steps(tool):
+def test_losses_are_stored_as_means_over_neighbouring_steps():
     assert tool("demo")._means([1.0, 2.0]) == [1.0, 2.0]
     means = tool("demo")._means([float(step) for step in range(101)])
     assert len(means) == 34 and means[:2] == [1.0, 4.0] and means[-1] == 99.5

@@ -63,11 +63,10 @@ def test_the_policies_are_those_of_the_code():
 def test_the_budget_holds_for_the_example():
     names = {}
     exec(examples(MEMORY)[0], names)
-    names["test_a_training_step_stays_within_its_memory"](require_within)
+    example = names["test_a_training_step_stays_within_its_memory"]
+    example(require_within)
     with pytest.raises(AssertionError, match="needs"):
-        names["test_a_training_step_stays_within_its_memory"](
-            lambda step, **settings: require_within(step, **settings | {"ceiling": "1.5 GiB"})
-        )
+        example(lambda step, **more: require_within(step, **more | {"ceiling": "1.5 GiB"}))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,38 +1,28 @@
 import base64
-import importlib
 import json
 import os
 import re
-from pathlib import Path
 from xml.etree import ElementTree
 
 import benchmark_rows as made
 import numpy as np
 import pytest
+from checkout_tools import ROOT, tool
 
 from dbkernels.memory.units import in_words
 from dbkernels.ops import POLICIES
 
-ROOT = Path(__file__).parents[1]
 STORED = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
-def tool():
-    """Import one of the report's files, which stand beside each other and are no package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
-        yield importlib.import_module
-
-
-@pytest.fixture(scope="module")
-def stored(tool):
+def stored():
     """The rows of the repository."""
     return tool("report_rows").read([STORED])
 
 
 @pytest.fixture(scope="module")
-def written(tool, tmp_path_factory):
+def written(tmp_path_factory):
     """The page and the tables of those rows."""
     folder = tmp_path_factory.mktemp("report") / "new"
     page, tables = folder / "report.html", folder / "tables.md"
@@ -40,7 +30,7 @@ def written(tool, tmp_path_factory):
     return page.read_text(encoding="utf-8"), tables.read_text(encoding="utf-8")
 
 
-def read(tool, path, *rows):
+def read(path, *rows):
     return tool("report_rows").read([made.write(path / "rows.jsonl", rows)])
 
 
@@ -110,7 +100,7 @@ def test_what_no_device_has_run_says_so(stored, written):
     assert "predicted" not in part_of(written[1], "DiT digits, batch 64, float32, AMD EPYC")
 
 
-def test_two_commands_that_fill_one_table_are_both_named(tool):
+def test_two_commands_that_fill_one_table_are_both_named():
     rows = [a_row(suite="training"), a_row(suite="training", command="bash again.sh")]
     text = tool("report_tables").about(rows)
     assert text.endswith("`python benchmarks/training.py --family dit` and `bash again.sh`.")
@@ -118,19 +108,19 @@ def test_two_commands_that_fill_one_table_are_both_named(tool):
     assert "Times are medians of 15 rounds by wall clock." in text
 
 
-def test_a_measured_peak_is_not_divided_by_a_predicted_one(tool):
+def test_a_measured_peak_is_not_divided_by_a_predicted_one():
     rows = [a_row(memory="predicted"), a_row(method="selective")]
     table = tool("report_tables").table_of(rows)
     assert [line[4] for line in table] == ["of eager", "1.00", "–"]
 
 
-def test_a_row_measured_again_replaces_the_earlier_one_and_a_prediction_never(tool, tmp_path):
+def test_a_row_measured_again_replaces_the_earlier_one_and_a_prediction_never(tmp_path):
     rows = [a_row(sweep_ms=1.0), a_row(sweep_ms=2.0), a_row(sweep_ms=None, memory="predicted")]
-    [table] = tool("report_rows").tables(read(tool, tmp_path, *rows), "training")
+    [table] = tool("report_rows").tables(read(tmp_path, *rows), "training")
     assert [row["sweep_ms"] for row in table] == [2.0]
 
 
-def test_the_setting_of_the_last_row_is_shown_alone(tool):
+def test_the_setting_of_the_last_row_is_shown_alone():
     rows = [a_row(commit=commit, budget=n / 4) for n, commit in enumerate("abca")]
     rows.append(a_row(device="another"))
     [newest, other] = tool("report_rows").tables(rows, "training")
@@ -139,7 +129,7 @@ def test_the_setting_of_the_last_row_is_shown_alone(tool):
     assert other[0]["device"] == "another"
 
 
-def test_ways_go_from_most_memory_to_least(tool):
+def test_ways_go_from_most_memory_to_least():
     rows = list(made.training_rows(made.CPU, num_blocks=(1, 3)))
     [table] = tool("report_rows").tables(rows[::-1], "training")
     assert table == rows[:1] + sorted(rows[1:], key=rows.index)[2:5] + rows[1:3] + [
@@ -150,13 +140,13 @@ def test_ways_go_from_most_memory_to_least(tool):
     ]  # fmt: skip
 
 
-def test_methods_and_policies_are_those_of_the_package(tool, monkeypatch):
+def test_methods_and_policies_are_those_of_the_package():
     assert tuple(POLICIES) == tool("report_rows").POLICIES
     names = set(tool("report_rows").METHODS)
     assert set(tool("report_tables").LONG) == set(tool("report_pictures").COLOURS) == names
 
 
-def test_text_from_the_results_is_escaped(tool, tmp_path):
+def test_text_from_the_results_is_escaped(tmp_path):
     hostile = '<script>&"\'--><b id="x">|'
     rows = [row | {"device": hostile, "implementation": hostile} for row in made.ops_rows()]
     file = made.write(tmp_path / "rows.jsonl", rows)
@@ -168,7 +158,7 @@ def test_text_from_the_results_is_escaped(tool, tmp_path):
     assert hostile.replace("|", "\\|") in tables.read_text()
 
 
-def test_peaks_and_times_are_drawn_where_the_rows_say(tool):
+def test_peaks_and_times_are_drawn_where_the_rows_say():
     rows = list(made.training_rows(made.CPU, num_blocks=(1, 3)))
     titles, figures = zip(*((each.title, each.picture) for each in
                             tool("report_pictures").pictures(rows)), strict=True)  # fmt: skip
@@ -186,13 +176,13 @@ def test_peaks_and_times_are_drawn_where_the_rows_say(tool):
     assert drawn == {(row["sweep_ms"], row["peak_allocated_bytes"]) for row in rows}
 
 
-def test_a_picture_of_predictions_says_so_and_has_no_times(tool):
+def test_a_picture_of_predictions_says_so_and_has_no_times():
     rows = list(made.training_rows(predicted=True, num_blocks=(1, 3)))
     [peaks] = tool("report_pictures").pictures(rows)
     assert peaks.picture.axes[0].get_ylabel() == "peak of a step, predicted"
 
 
-def test_steps_share_an_axis_and_the_leanest_has_one_of_its_own(tool, stored):
+def test_steps_share_an_axis_and_the_leanest_has_one_of_its_own(stored):
     [rows] = tool("report_rows").tables(stored, "timeline")
     section = tool("report_pictures").timeline_section(rows)
     *shared, alone = section.picture.axes
@@ -205,7 +195,7 @@ def test_steps_share_an_axis_and_the_leanest_has_one_of_its_own(tool, stored):
         assert in_words(row["peak_allocated_bytes"]) in axes.get_title()
 
 
-def test_bars_stand_beside_the_ceiling_of_the_device(tool, stored):
+def test_bars_stand_beside_the_ceiling_of_the_device(stored):
     *_, section = tool("report_pictures").pictures(stored)
     [layer] = tool("report_rows").tables(stored, "layer")
     axes = section.picture.axes[-1]
@@ -213,7 +203,7 @@ def test_bars_stand_beside_the_ceiling_of_the_device(tool, stored):
     assert set(axes.lines[0].get_xdata()) == {layer[0]["matmul_tflops"]}
 
 
-def test_learning_is_drawn_over_the_updates_of_a_layer(tool):
+def test_learning_is_drawn_over_the_updates_of_a_layer():
     rows = list(made.demo_rows())
     [section] = tool("report_pictures").pictures(rows)
     vit, _, accuracy = section.picture.axes
@@ -245,7 +235,7 @@ def test_learning_is_drawn_over_the_updates_of_a_layer(tool):
         (a_row(peak_allocated_bytes=True), "peak_allocated_bytes must be a finite number"),
     ],
 )
-def test_a_bad_line_is_named_and_nothing_is_written(tool, tmp_path, capsys, line, message):
+def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, capsys, line, message):
     text = line if isinstance(line, str) else json.dumps(line)
     file = tmp_path / "bad.jsonl"
     file.write_text(f"{json.dumps(a_row())}\n\n{text}\n")
@@ -254,7 +244,7 @@ def test_a_bad_line_is_named_and_nothing_is_written(tool, tmp_path, capsys, line
     assert os.listdir(tmp_path) == ["bad.jsonl"]
 
 
-def test_a_path_without_results_is_named(tool, tmp_path, capsys):
+def test_a_path_without_results_is_named(tmp_path, capsys):
     (tmp_path / "rows.json").write_text("{}")
     assert tool("report").main([str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"{tmp_path} must hold results as *.jsonl, got none\n"
@@ -265,7 +255,7 @@ def test_a_path_without_results_is_named(tool, tmp_path, capsys):
 
 
 def test_a_page_that_cannot_be_written_is_named_and_an_older_one_stays(
-    tool, tmp_path, capsys, monkeypatch
+    tmp_path, capsys, monkeypatch
 ):
     file = made.write(tmp_path / "a.jsonl", made.ops_rows())
     assert tool("report").main([str(file), "--page", str(tmp_path)]) == 1

@@ -86,13 +86,13 @@ class Demo:
                     asked = torch.arange(CLASSES).repeat_interleave(self.per_class)
                     levels, draw = blocks.process.grid(LEVELS, "cdf"), Draw(0, step=0)
                     made = blocks.sample({"label": asked}, levels, draw, guidance=GUIDANCE)
-                    row |= {"frechet": distance(judge, made, images)}
+                    row |= {"frechet": judge.distance(made, images)}
                     row |= {"recognised": judge.accuracy(made, asked)}
                     shown[row["name"]] = made[_in_rows(asked)]
                 rows.append(setting | row)
         right = 100 * judge.accuracy(unseen, answers)
         note = f"The small classifier is right on {right:.1f} % of unseen digits, "
-        note += f"which are at a Fréchet distance of {distance(judge, unseen, images):.3g}."
+        note += f"which are at a Fréchet distance of {judge.distance(unseen, images):.3g}."
         folder.mkdir(parents=True)
         write_whole(folder / "demo.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_whole(folder / "report.html", html(TITLE, sections(rows, shown, note)))
@@ -133,28 +133,26 @@ class Demo:
         return blocks, row | memory(trainer) | {"step_ms": sum(each) / count, "sweep_ms": sum(each)}
 
 
-class DigitClassifier(nn.Module):
+class DigitClassifier(nn.Sequential):
     """8 x 8 images (B, 1, 8, 8) to logits (B, 10), through FEATURES numbers."""
 
     def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(32 * 4 * 4, FEATURES),
+        first, second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        features, head = nn.Linear(32 * 4 * 4, FEATURES), nn.Linear(FEATURES, CLASSES)
+        super().__init__(
+            first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), features, nn.ReLU(), head
         )
-        self.head = nn.Linear(FEATURES, 10)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(F.relu(self.features(image)))
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """Share of images, in [0, 1], to which the classifier gives their label."""
         return float((self(images).argmax(-1) == labels).float().mean())
+
+    @torch.no_grad()
+    def distance(self, made: Tensor, images: Tensor) -> float:
+        """Fréchet distance of some images to others, in the classifier's features."""
+        features = nn.Sequential(*list(self)[:-2])
+        return frechet_distance(features(made), features(images))
 
 
 def train_classifier(images: Tensor, labels: Tensor, seed: int) -> DigitClassifier:
@@ -195,12 +193,6 @@ def classified(blocks: DiffusionBlocks) -> Row:
     accuracy = found.metrics["accuracy"]
     figures = {"accuracy": accuracy, "final_accuracy": accuracy[-1]}
     return figures | {"cross_entropy": found.loss_at_most_noise}
-
-
-@torch.no_grad()
-def distance(judge: DigitClassifier, made: Tensor, images: Tensor) -> float:
-    """Fréchet distance in the judge's features."""
-    return frechet_distance(judge.features(made), judge.features(images))
 
 
 def sections(rows: list[Row], shown: dict[str, Tensor], note: str) -> list[Section]:

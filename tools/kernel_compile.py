@@ -19,7 +19,8 @@ from unittest import mock
 import torch
 import triton
 from kernel_cases import LAUNCHERS, B, Case, Shapes, T
-from triton.backends.compiler import GPUTarget
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource
 
 from dbkernels.ops.backend import library
@@ -30,15 +31,7 @@ Widths = dict[str, tuple[int, ...]]  # bytes of the memory instructions, by argu
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, an H100 or H200, and a B200
 WARP = 32  # threads
 DEFAULT_WARPS = 4  # of a program whose launcher names none
-ALIGNED = 16  # bytes; also the factor of an integer that Triton compiles for
-POINTER = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.int64: "*i64",
-    torch.uint8: "*u8",
-}
+ALIGNED = 16  # bytes
 _USAGE = re.compile(
     r"REG:(?P<registers>\d+) STACK:(?P<stack_bytes>\d+) SHARED:(?P<shared_bytes>\d+) "
     r"LOCAL:(?P<local_bytes>\d+)"
@@ -90,12 +83,16 @@ def compile_launch(kernel, launch: Launch, arch: int) -> tuple[dict[str, int], W
     signature, constants, attributes = {}, {}, {}
     for index, (name, value) in enumerate(launch.arguments.items()):
         parameter = kernel.params[index]
-        special = not parameter.do_not_specialize
-        signature[name] = "constexpr" if parameter.is_constexpr else _type_of(value, special)
-        if signature[name] == "constexpr":
+        kind, key = "constexpr", None
+        if not parameter.is_constexpr:
+            # as Triton's launches do, which compile in an absent tensor and the integer 1
+            about = (False, not parameter.do_not_specialize, True)
+            kind, key = native_specialize_impl(BaseBackend, value, *about)
+        signature[name] = kind
+        if kind == "constexpr":
             constants[name] = value
-        elif special and _is_aligned(value):
-            attributes[(index,)] = [["tt.divisibility", ALIGNED]]
+        elif key:
+            attributes[(index,)] = BaseBackend.parse_attr(key)
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     # said because Triton's default is about to change, which its launches will follow
     options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
@@ -137,23 +134,6 @@ def usage(line: str) -> dict[str, int] | None:
     return found and {name: int(number) for name, number in found.groupdict().items()}
 
 
-def _type_of(value, special: bool) -> str:
-    # Triton compiles an absent tensor and the integer 1 in, as it does on a GPU
-    if value is None or (special and isinstance(value, int) and value == 1):
-        return "constexpr"
-    if isinstance(value, torch.Tensor):
-        return POINTER[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def _is_aligned(value) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.storage_offset() * value.element_size() % ALIGNED == 0
-    return isinstance(value, int) and value % ALIGNED == 0
-
-
 def _widths(ptx: str, pointers: list[str | None]) -> tuple[Widths, Widths]:
     """Bytes of each load and store of global memory, by the argument its address comes from."""
     origin, widths = {}, {"ld": {}, "st": {}}
@@ -167,16 +147,12 @@ def _widths(ptx: str, pointers: list[str | None]) -> tuple[Widths, Widths]:
             width = int(vector[2:] or 1) * int(bits) // 8
             widths[kind].setdefault(origin.get(address), set()).add(width)
         else:
-            _follow(line, origin)
+            # a number computed from one argument's address is an address in that argument
+            target, *sources = _REGISTER.findall(line) or [None]
+            found = {origin.get(source) for source in sources} - {None}
+            if len(found) == 1:
+                origin[target] = found.pop()
     return tuple({n: tuple(sorted(w)) for n, w in widths[kind].items() if n} for kind in widths)
-
-
-def _follow(line: str, origin: dict[str, str | None]) -> None:
-    """A number that is computed from one argument's address is an address in that argument."""
-    target, *sources = _REGISTER.findall(line) or [None]
-    found = {origin.get(source) for source in sources} - {None}
-    if len(found) == 1:
-        origin[target] = found.pop()
 
 
 # of the compiled library

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from page import Section
 from report_rows import BLOCKWISE, METHODS, Row, is_plain, is_predicted, tables
-from report_tables import FAMILIES, LONG, blocks_text, case_text, place_text, way_text
+from report_tables import FAMILIES, LONG, blocks_text, case_text, place_text, run_text
 
 from dbkernels.memory.units import UNITS, in_words
 
@@ -124,7 +124,7 @@ def _rates(axes: Axes, rows: list[Row]) -> None:
     colours = [IMPLS[row["impl"].removesuffix("_budget")] for row in rows]
     axes.barh(range(len(rows)), [row[achieved] for row in rows], color=colours)
     names = [f"{row['op']} {row['direction']}, " if is_op else "" for row in rows]
-    labels = [name + way_text(row) for name, row in zip(names, rows, strict=True)]
+    labels = [name + run_text(row) for name, row in zip(names, rows, strict=True)]
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
     axes.invert_yaxis()
     axes.axvline(rows[0].get(ceiling) or 0, color="black", ls=":")
@@ -149,7 +149,7 @@ def timeline_section(rows: Sequence[Row]) -> Section:
             axes.axvline(op, color="black", lw=0.8, ls=":")
         place = f"{blocks_text(row['num_blocks'])}, on the device: {place_text(row)}"
         peak = f"peak {in_words(row['peak_allocated_bytes'])}"
-        axes.set_title(f"{way_text(row)}\n{place}\n{peak}", fontsize=7)
+        axes.set_title(f"{run_text(row)}\n{place}\n{peak}", fontsize=7)
         axes.set_xlim(0, row["starts"][-1])
         axes.set_ylim(0, 1.05 * top / GIB)
     figure.supylabel("GiB, predicted", fontsize=9)

@@ -7,7 +7,7 @@ case in one setting, and each of its lines is a way.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 Row = dict[str, object]
@@ -66,13 +66,26 @@ def read(paths: Sequence[Path]) -> list[Row]:
 
 def _rows(file: Path) -> Iterator[Row]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} must be a file of JSON lines, got {error}") from None
-    for number, line in enumerate(lines, 1):
+    yield from parsed(text, _row, file)
+
+
+def parsed(text: str, parse: Callable[[str], Row], file: Path) -> Iterator[Row]:
+    """The rows of the lines of a text, but for empty lines.
+
+    Args:
+        text:   of a file
+        parse:  makes a row of a line
+        file:   for the message
+    Raises:
+        ValueError: `parse` did; names the file and the line.
+    """
+    for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
-                yield _row(line)
+                yield parse(line)
             except ValueError as error:
                 raise ValueError(f"{file}:{number}: {error}") from None
 

@@ -56,13 +56,24 @@ def case_text(row: Row) -> str:
 
 
 def way_text(row: Row) -> str:
-    """Name a way, such as "fused layers, qkv (cpp)"."""
+    """Name a way, such as "fused layers, qkv"."""
     parts = [LONG[row["method"]] if "method" in row else row["impl"].removesuffix("_budget")]
     parts += [row["recompute"]] if row.get("recompute") else []
     parts += [] if row.get("budget") is None else [f"budget {row['budget']:g}"]
     parts += ["optimizer in backward"] if row.get("optimizer_in_backward") else []
     parts += ["as a CUDA graph"] if row.get("launch") == "graph" else []
-    return f"{', '.join(parts)} ({row['implementation']})"
+    return ", ".join(parts)
+
+
+def cut_text(row: Row) -> str:
+    """Name a way with its blocks, such as "fused layers, qkv, 3 blocks, offload"."""
+    offload = ", offload" if row["offload"] == "cpu" else ""
+    return f"{way_text(row)}, {blocks_text(row['num_blocks'])}{offload}"
+
+
+def run_text(row: Row) -> str:
+    """Name a way and what computes, such as "fused layers, qkv (cpp)"."""
+    return f"{way_text(row)} ({row['implementation']})"
 
 
 def place_text(row: Row) -> str:
@@ -140,7 +151,7 @@ def _launches(row: Row, _: Row | None) -> str:
 
 
 SPREAD = Column("p20 to p80", _spread)
-WAY = Column("way", lambda row, _: way_text(row))
+WAY = Column("way", lambda row, _: run_text(row))
 PEAK = (
     Column("blocks", lambda row, _: str(row["num_blocks"])),
     WAY,

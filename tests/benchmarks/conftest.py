@@ -17,12 +17,19 @@ LAYER = "--B 2 --T 32 --dim 64 --num-heads 2 --hidden 256 --dtype float32 --devi
 
 @pytest.fixture(scope="session")
 def bench():
-    """Import one of the benchmarks' files, which stand beside each other and are no package."""
+    """Import one of the benchmarks' files, which stand beside each other and are no package.
+
+    What they measure beside a case, and the time to warm up, is small.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         # folders of tests have these names too, and may have been imported by them
         for name in ("ops", "training"):
             patch.delitem(sys.modules, name, raising=False)
+        machine, measure = map(importlib.import_module, ("machine", "measure"))
+        patch.setattr(machine, "COPY_BYTES", 2**16)
+        patch.setattr(machine, "MATMUL", {"cpu": 64})
+        patch.setattr(measure, "WARM_UP_MS", {"cpu": 0, "cuda": 0})
         yield importlib.import_module
 
 

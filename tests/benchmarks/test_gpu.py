@@ -20,11 +20,6 @@ ROOT = Path(__file__).parents[2]
 ABOUT = made.GPU | {"predicted_peak_allocated_bytes": 2**30, "swap_ms": None}
 
 
-def ops_row(shape=(32, 256, 384), dtype="bfloat16", **changes):
-    row = next(iter(made.ops_rows(made.GPU)))
-    return row | {"shape": list(shape), "dtype": dtype, "share_of_copy": 0.9} | changes
-
-
 @pytest.fixture
 def jobs(bench):
     """Jobs on a GPU, and of a rehearsal."""
@@ -69,16 +64,12 @@ def test_the_headline_has_every_way_with_the_largest_model_first(bench, jobs):
     models = options.models()
     about = [(model.preset, model.batch_size, model.autocast) for model in models]
     assert about == [("XL/2", 64, True), ("L/2", 64, True)]
-    ways, policies = options.ways(models[0]), ("none", "qkv", "layer")
-    found = {place: [] for place in ("none", "cpu")}
-    for way in ways:
-        if way.method == "block_fused":
-            found[way.offload].append((way.num_blocks, way.recompute))
-    every = [(count, recompute) for count in (1, 2, 3, 4, 6) for recompute in policies]
-    assert found == {"none": every, "cpu": [(3, recompute) for recompute in policies]}
-    others = [way.method for way in ways if way.method != "block_fused"]
-    assert others == ["end_to_end", "checkpointed", "compiled"] and options.nearest == "none"
-    assert ways[0].method == "end_to_end"
+    ends = ("eager", "checkpointed, every layer", "torch.compile, budget 1")
+    eager, checkpointed, compiled = (f"XL/2, {end}, end to end" for end in ends)
+    cuts = ("end to end", "2 blocks", "3 blocks", "3 blocks, offload", "4 blocks", "6 blocks")
+    fused = [f"XL/2, fused layers, {p}, {cut}" for cut in cuts for p in ("none", "qkv", "layer")]
+    named = [bench("training_step").named(way) for way in options.ways(models[0])]
+    assert named == [eager, checkpointed, *fused, compiled] and options.nearest == "none"
 
 
 def test_files_of_gpu_tests_are_found(bench):
@@ -140,7 +131,8 @@ def table(bench, tmp_path):
         path = made.write(tmp_path / "headline.jsonl", headline or rows)
         path.write_text(path.read_text() + json.dumps(rows[0])[:100])
         if headline is None:
-            ops = [ops_row((32, 256, D)) for D in (384, 1152)]
+            op = next(made.ops_rows(made.GPU)) | {"share_of_copy": 0.9}
+            ops = [op | {"shape": [32, 256, D]} for D in (384, 1152)]
             made.write(tmp_path / "kernels.jsonl", ops)
         failed = "[gw0] [ 50%] FAILED tests/a.py::test_x[1]\ntests/b.py::test_y ERROR  [100%]"
         (tmp_path / "tests.txt").write_text(f"{failed}\n=== 1 failed, 1 error in 2.0s ===\n")
@@ -159,9 +151,9 @@ def test_names_what_ran_what_failed_and_where(table):
 
 def test_presets_and_widths_are_beside_each_other(table):
     lines = table()
-    (way,) = [line for line in lines if line.startswith("fused qkv, 1 ")]
+    (way,) = [line for line in lines if line.startswith("fused layers, qkv, end to end ")]
     assert way.count(" 1.00 ") == 2  # GiB that were predicted
-    (alone,) = [line for line in lines if line.startswith("fused qkv offload cpu, 3")]
+    (alone,) = [line for line in lines if line.startswith("fused layers, qkv, 3 blocks, offload")]
     assert alone.rstrip().endswith("–")
     (op,) = [line for line in lines if line.startswith("adaln_norm forward")]
     assert "384: " in op and "1152: " in op and op.count("90 %") == 2
@@ -170,7 +162,7 @@ def test_presets_and_widths_are_beside_each_other(table):
 def test_a_row_with_times_replaces_that_of_its_memory(table):
     row = next(made.training_rows(made.GPU)) | ABOUT
     lines = table(headline=[row | {"sweep_ms": None}, row | {"sweep_ms": 71.25}])
-    (line,) = [line for line in lines if "end to end" in line]
+    (line,) = [line for line in lines if line.startswith("eager, end to end")]
     assert " 71.2 " in line
 
 

@@ -1,4 +1,6 @@
 import time
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -7,22 +9,11 @@ import torch.nn.functional as F
 CPU = torch.device("cpu")
 
 
-def test_every_round_begins_with_the_next_competitor(bench, monkeypatch):
-    measure, called = bench("measure"), []
-    monkeypatch.setitem(measure.WARM_UP_MS, "cpu", 0)
+def test_every_round_begins_with_the_next_competitor(bench):
+    called = []
     calls = {name: lambda name=name: called.append(name) for name in "abc"}
-    measure.interleaved(calls, device=CPU, rounds=4)
+    bench("measure").interleaved(calls, device=CPU, rounds=4)
     assert "".join(called[-12:]) == "abcbcacababc"
-
-
-def test_times_belong_to_their_call(bench, monkeypatch):
-    measure = bench("measure")
-    monkeypatch.setitem(measure.WARM_UP_MS, "cpu", 0)
-    calls = {"slow": lambda: time.sleep(0.03), "quick": lambda: None}
-    times = measure.interleaved(calls, device=CPU, rounds=5)
-    assert times["slow"].median_ms >= 30 > times["quick"].median_ms
-    assert times["slow"].p20_ms <= times["slow"].median_ms <= times["slow"].p80_ms
-    assert (times["quick"].rounds, times["quick"].timing) == (5, "wall clock")
 
 
 def test_warms_up_by_time_and_calls_once_at_least(bench):
@@ -37,18 +28,31 @@ def test_warms_up_by_time_and_calls_once_at_least(bench):
 class FakeGpu:
     """What the clock asks of a GPU, whose cache has 1 KiB and on which a graph takes 6 ms."""
 
-    def __init__(self, patch, log):
-        self.log, self.now = log, 0.0
-        properties = type("Properties", (), {"L2_cache_size": 1024})
-        patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        patch.setattr(torch.cuda, "synchronize", lambda *_: None)
-        patch.setattr(torch.cuda, "current_stream", lambda *_: "stream")
-        patch.setattr(torch.cuda, "default_stream", lambda *_: "default")
-        patch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(self))
-        patch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
-        patch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+    def __init__(self, patch):
+        self.log, self.now, self.graphs = [], 0.0, []
         summed = torch.sum
-        patch.setattr(torch, "sum", lambda *a, **k: (log.append("read"), summed(*a, **k))[1])
+        patch.setattr(torch, "sum", lambda *a, **k: (self.log.append("read"), summed(*a, **k))[1])
+        of_gpu = {
+            "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1024),
+            "synchronize": lambda *_: None,
+            "current_stream": lambda *_: "stream",
+            "default_stream": lambda *_: "default",
+            "Event": lambda enable_timing: FakeEvent(self),
+            "CUDAGraph": lambda: self,
+            "graph": lambda graph, stream: graph,
+        }
+        for name, value in of_gpu.items():
+            patch.setattr(torch.cuda, name, value)
+
+    def __enter__(self):
+        self.before = len(self.log)
+
+    def __exit__(self, *_):
+        self.graphs.append(self.log[self.before :])
+
+    def replay(self):
+        self.log.append("replay")
+        self.now += 6.0
 
 
 class FakeEvent:
@@ -65,25 +69,9 @@ class FakeEvent:
         return end.at - self.at
 
 
-class FakeGraph:
-    def __init__(self, gpu):
-        self.gpu, self.inside = gpu, []
-
-    def __enter__(self):
-        self.before = len(self.gpu.log)
-
-    def __exit__(self, *_):
-        self.inside = self.gpu.log[self.before :]
-
-    def replay(self):
-        self.gpu.log.append("replay")
-        self.gpu.now += 6.0
-
-
 @pytest.fixture
-def gpu(bench, monkeypatch):
-    monkeypatch.setattr(bench("measure"), "WARM_UP_MS", {"cuda": 0, "cpu": 0})
-    return FakeGpu(monkeypatch, [])
+def gpu(monkeypatch):
+    return FakeGpu(monkeypatch)
 
 
 def test_before_each_time_the_cache_is_filled_by_reading_twice_its_size(bench, gpu):
@@ -98,15 +86,12 @@ def test_before_each_time_the_cache_is_filled_by_reading_twice_its_size(bench, g
 
 
 def test_copies_of_the_inputs_are_launched_in_one_graph_and_share_its_time(bench, gpu, monkeypatch):
-    measure, graphs = bench("measure"), []
-    monkeypatch.setattr(
-        torch.cuda, "CUDAGraph", lambda: graphs.append(FakeGraph(gpu)) or graphs[-1]
-    )
+    measure = bench("measure")
     clock = measure._CudaClock(CPU, capture=True)
     monkeypatch.setattr(measure, "_clock", lambda device, capture: clock)
     calls = {"three": [lambda n=n: gpu.log.append(n) for n in range(3)], "one": lambda: None}
     times = measure.interleaved(calls, device=CPU, rounds=2)
-    assert graphs[0].inside == [0, 1, 2]
+    assert gpu.graphs == [[0, 1, 2], []]
     assert (times["three"].median_ms, times["one"].median_ms) == (2.0, 6.0)
 
 
@@ -132,7 +117,7 @@ def refused(*_):
 
 @pytest.mark.parametrize(
     ("where", "name", "value"),
-    [(FakeGraph, "__enter__", refused), (torch.cuda, "current_stream", lambda *_: "default")],
+    [(FakeGpu, "__enter__", refused), (torch.cuda, "current_stream", lambda *_: "default")],
     ids=["a read", "the default stream"],
 )
 def test_what_cannot_be_captured_is_timed_by_events(bench, gpu, monkeypatch, where, name, value):
@@ -209,34 +194,30 @@ def test_what_is_saved_is_what_the_forward_leaves_alive(bench, small_case, impl,
 
 
 @pytest.fixture
-def clock(bench, monkeypatch):
-    """What the wall clock says, in seconds, to be moved on."""
+def pass_ms(bench, monkeypatch):
+    """Moves on what the wall clock says."""
     now = [0.0]
-    monkeypatch.setattr(bench("measure").time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(bench("measure").time, "perf_counter", lambda: now[0] / 1e3)
     monkeypatch.setattr(bench("measure"), "WARM_UP_MS", {"cpu": 5})
-    return now
+    return lambda ms: now.append(now.pop() + ms)
 
 
-def test_samples_are_of_the_last_calls_and_in_their_order(bench, clock):
+def test_samples_are_of_the_last_calls_in_their_order_and_belong_to_their_call(bench, pass_ms):
     made = []
 
-    def call():
+    def slower():
         made.append(len(made))
-        clock[0] += 0.001 * made[-1]
+        pass_ms(made[-1])
 
-    samples = bench("measure").samples({"a": call}, device=CPU, rounds=3)
-    ((milliseconds, timing),) = samples.values()
-    assert milliseconds == pytest.approx([float(number) for number in made[-3:]])
-    assert timing == "wall clock"
+    calls = {"slower": slower, "quick": lambda: pass_ms(1)}
+    samples = bench("measure").samples(calls, device=CPU, rounds=3)
+    last = {"slower": made[-3:], "quick": [1] * 3}
+    assert samples == {key: (pytest.approx(ms), "wall clock") for key, ms in last.items()}
 
 
-def test_what_is_prepared_before_a_call_takes_no_time(bench, clock):
-    class Prepared:
-        def prepare(self):
-            clock[0] += 5
-
-        def __call__(self):
-            clock[0] += 0.001
-
-    times = bench("measure").interleaved({"a": Prepared()}, device=CPU, rounds=2)
-    assert times["a"].median_ms == pytest.approx(1.0)
+def test_what_is_prepared_before_a_call_takes_no_time(bench, pass_ms):
+    call = mock.Mock(side_effect=lambda: pass_ms(1))
+    call.prepare.side_effect = lambda: pass_ms(5000)
+    times = bench("measure").interleaved({"a": call}, device=CPU, rounds=2)
+    ms = pytest.approx(1.0)
+    assert times["a"] == bench("measure").Times(ms, ms, ms, rounds=2, timing="wall clock")

@@ -1,10 +1,8 @@
 """Rows of benchmarks: where they were measured, and how they are written, read and shown."""
 
 import json
-from itertools import islice
 from pathlib import Path
 
-import benchmark_rows as made
 import pytest
 import torch
 
@@ -23,7 +21,10 @@ def test_a_file_is_gone_on_with_and_what_it_has_is_not_measured_again(
     with out.open("a") as file:
         file.write(first[:30])  # a run was stopped while it wrote
     printed = run_main("ops", f"{GELU} eager fused --json --out {out}").splitlines()
-    assert [json.loads(line)["impl"] for line in printed] == ["fused", "fused"]
+    rows = [json.loads(line) for line in printed]
+    assert [row["impl"] for row in rows] == ["fused", "fused"]
+    assert {row["command"] for row in rows} == {f"python benchmarks/ops.py {GELU} eager fused"}
+    assert {row["torch"] for row in rows} == {torch.__version__}
     assert out.read_text() == first + "".join(line + "\n" for line in printed)
     assert run_main("ops", f"{GELU} eager fused --out {out}") == ""
     # of another commit a row is another row
@@ -52,9 +53,7 @@ def test_a_row_counts_for_its_case_commit_and_device_and_once_it_has_its_times(b
 def test_a_file_that_holds_no_rows_is_refused_with_its_line(run_main, tmp_path, line):
     out = tmp_path / "rows.jsonl"
     out.write_text(f'{{"row": 1}}\n{line}\n')
-    with pytest.raises(
-        SystemExit, match=r"line 2 of .*rows.jsonl: a line must be one JSON object, got '"
-    ):
+    with pytest.raises(SystemExit, match=r"rows.jsonl:2: a line must be one JSON object, got '"):
         run_main("ops", f"{GELU} eager --out {out}")
     assert out.read_text() == f'{{"row": 1}}\n{line}\n'
 
@@ -76,27 +75,21 @@ def test_results_of_older_programs_can_be_shown(bench, capsys):
 
 def test_a_table_has_a_row_for_each_competitor_and_its_ratio_to_eager(bench, layer_rows, capsys):
     rows = [dict(row) for row in layer_rows]
-    rows[0] |= {"median_ms": 2.0, "peak_bytes": 2**20}
+    rows[0] |= {"median_ms": 2.0, "peak_bytes": 2**20, "launches_forward": None}
     rows[1] |= {"median_ms": 3.0, "peak_bytes": 2**19, "timing": "cuda events"}
+    rows[1] |= {"launches_forward": 9, "launches_backward": 24}
+    del rows[2]["launches_forward"]  # as in rows of older programs
     bench("show").show(rows)
     lines = capsys.readouterr().out.splitlines()
     (line,) = (line for line in lines if "fused, none" in line)
     assert " 1.50 " in line and " 512 KiB " in line and " 0.50 " in line
+    assert " 9 + 24 " in line
+    assert sum(line.rstrip(" │").endswith("–") for line in lines) == 2  # are not known
     assert "rounds by cuda events or 2 rounds by wall clock" in " ".join(" ".join(lines).split())
     assert sum(line.startswith("│ fused") for line in lines) == 5
     assert any(rows[0]["device"] in line for line in lines)
     bench("show").show(rows[1:2])
     assert "of eager" not in capsys.readouterr().out
-
-
-def test_the_table_of_the_noise_can_be_read(bench, capsys):
-    command = "python benchmarks/ops.py --op noise_and_loss"
-    about = {"op": "noise_and_loss", "direction": "fwd+bwd", "shape": [3, 1, 4, 4]}
-    rows = [row | about | {"command": command} for row in islice(made.ops_rows(), 2)]
-    bench("show").show(rows)
-    shown = capsys.readouterr().out
-    assert "3 x 1 x 4 x 4, float32" in shown and "noise_and_loss fwd+bwd" in shown
-    assert f"Printed by `{command}`" in " ".join(shown.split())
 
 
 def test_a_file_of_results_is_shown_case_by_case(bench, layer_rows, tmp_path, capsys):

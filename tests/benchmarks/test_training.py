@@ -6,20 +6,20 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
+import benchmark_rows as made
 import pytest
 import torch
 
 from dbkernels.memory.allocator import target_named
 from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.models import dit, vit
-from dbkernels.planning.recipe import METHODS
+from dbkernels.planning.recipe import METHODS, of_preset
 
 CPU = torch.device("cpu")
 ROWS = {"commit", "command", "copy_gbps", "matmul_tflops", "share_of_matmul_rate", "flops"}
-SMALL = {"family": "vit", "preset": ("tiny",), "device": "cpu", "threads": 1, "batch": 4}
-AFTER = {"optimizer_in_backward": (False,)}
-ONE = {"methods": ("end_to_end",), "num_blocks": (1,), "rounds": 2} | AFTER
+EITHER = {"optimizer_in_backward": (False, True)}
 TIMELINE = {"family": "vit", "preset": "tiny", "device": "cpu", "batch": 4, "num_blocks": 2}
 
 
@@ -31,39 +31,40 @@ def training(bench):
         tiny = replace(vit.PRESETS["digits"], depth=5, mlp_hidden=64, **sizes)
         patch.setitem(vit.PRESETS, "tiny", tiny)
         patch.setitem(dit.PRESETS, "tiny", replace(dit.PRESETS["digits"], depth=4, **sizes))
-        patch.setattr(bench("machine"), "COPY_BYTES", 2**16)
-        patch.setattr(bench("machine"), "MATMUL", {"cpu": 64})
-        patch.setattr(bench("measure"), "WARM_UP_MS", {"cpu": 0})
         yield bench("training")
 
 
 @pytest.fixture(scope="module")
 def options_of(training):
     """Options for the tiny ViT end to end, but for what is given."""
-    return lambda **given: training.Options(**SMALL | ONE | given)
+    usual = {"family": "vit", "preset": ("tiny",), "device": "cpu", "threads": 1, "batch": 4}
+    usual |= {"methods": ("end_to_end",), "num_blocks": (1,), "rounds": 2}
+    usual |= {"optimizer_in_backward": (False,)}
+    return lambda **given: training.Options(**usual | given)
 
 
 @pytest.fixture(scope="module")
-def rows_by(training):
-    """All rows of the options' one model."""
+def rows_by(training, bench):
+    """All rows of some options, none of which is known."""
 
-    def run(options, ready=None, failed=()):
-        (model,) = options.models()
-        every = options.ways(model)
-        return list(training.rows_of(model, every, options, ready, list(failed)))
+    def run(options, ready=None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "preparing", lambda *_: nullcontext(ready))
+            tables = options.tables(bench("program").Known(None, None))
+            return [row for table in tables for row in table]
 
     return run
 
 
 @pytest.fixture(scope="module")
-def rows(training, options_of, rows_by):
+def rows(options_of, rows_by):
     """Of every method that compiles nothing, by method, number of blocks and policy."""
-    methods = tuple(method for method in training.METHODS if method != "compiled")
-    options = options_of(
-        methods=methods, num_blocks=(1, 2), recompute=("none", "layer"), rounds=4,
-        optimizer_in_backward=(False, True),
-    )  # fmt: skip
-    return rows_by(options)
+    methods = tuple(method for method in METHODS if method != "compiled")
+    return rows_by(
+        options_of(
+            methods=methods, num_blocks=(1, 2), recompute=("none", "layer"), rounds=4, **EITHER
+        )
+    )
 
 
 def plain(rows):
@@ -75,22 +76,9 @@ def plain(rows):
     }
 
 
-@pytest.fixture
-def reread(bench, tmp_path):
-    """The rows as they are, and as the report reads them."""
-
-    def run(rows):
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return bench("show").read([path]), json.loads(json.dumps(rows))
-
-    return run
-
-
-def test_rows_have_what_a_report_reads(rows, reread, bench):
+def test_rows_have_what_a_report_reads(rows, bench, tmp_path):
     fused = bench("layer_case").Competitor("fused").implementation(CPU)
-    read, written = reread(rows)
-    assert read == written
+    assert bench("show").read([made.write(tmp_path / "rows.jsonl", rows)]) == rows
     for row in rows:
         assert row.keys() >= ROWS
         assert row["implementation"] == (fused if row["method"] == "block_fused" else "torch")
@@ -131,13 +119,10 @@ def test_operations_are_averaged_over_blocks_that_differ(rows):
 
 def test_a_gpu_that_is_not_there_is_predicted(options_of, rows_by):
     methods = ("checkpointed", "end_to_end", "block_fused")
-    options = options_of(
-        target="h100", methods=methods, num_blocks=(2,), recompute=("qkv",),
-        optimizer_in_backward=(False, True),
-    )  # fmt: skip
+    few = {"methods": methods, "num_blocks": (2,), "recompute": ("qkv",)}
     found = {
         (row["method"], row["offload"], row["optimizer_in_backward"]): row
-        for row in rows_by(options)
+        for row in rows_by(options_of(target="h100", **few, **EITHER))
     }
     peaks = {way: row["peak_allocated_bytes"] for way, row in found.items()}
     for method in methods[:2]:
@@ -167,7 +152,7 @@ def test_a_way_that_fails_is_named_and_one_that_does_not_fit_is_predicted(
 
     monkeypatch.setattr(training, "weigh", broken)
     options = options_of(methods=("end_to_end", "checkpointed", "selective"), json=True)
-    with pytest.raises(SystemExit, match="failed: tiny, checkpointed in 1 block"):
+    with pytest.raises(SystemExit, match="failed: tiny, checkpointed, every layer, end to end"):
         for rows in options.tables(bench("program").Known(None, None)):
             bench("program").emit(rows, options)
     printed = capsys.readouterr()
@@ -176,7 +161,7 @@ def test_a_way_that_fails_is_named_and_one_that_does_not_fit_is_predicted(
     assert (second["method"], second["memory"]) == ("selective", "predicted")
     assert first["step_ms"] > 0 and second["step_ms"] is None
     assert "an illegal address" in printed.err
-    assert "selective in 1 block does not fit the device" in printed.err
+    assert "selective, end to end does not fit the device" in printed.err
 
 
 def test_a_row_without_times_comes_as_soon_as_its_way_is_weighed(options_of, rows_by):
@@ -196,42 +181,41 @@ class Known:
         peak = PEAKS.get(recipe.budget, 10.5)
         return {"peak_allocated_bytes": peak, "peak_reserved_bytes": 2 * peak, "flops": 1}
 
+    def compile(self, every):
+        pass
 
-def test_the_budget_is_the_one_whose_peak_is_nearest(options_of, bench, monkeypatch):
+    predict = compile
+
+
+def test_the_budget_is_the_one_whose_peak_is_nearest(options_of, bench):
     prepare = bench("training_memory")
     assert PEAKS.keys() == set(prepare.BUDGETS)
-    monkeypatch.setattr(prepare.Preparation, "figures", Known.figures)
-    monkeypatch.setattr(prepare.Preparation, "predict", lambda *_: None)
     (model,) = options_of().models()
-    way = prepare.Preparation(None, CPU).nearest(model, "none")
+    way = prepare.Preparation.nearest(Known(), model, "none")
     assert (way.method, way.budget) == ("compiled", 0.5)
 
 
 def test_without_predictions_ways_are_measured_all_the_same(options_of, rows_by, bench, capfd):
-    options = options_of(beside=True, nearest="none")
-    (model,) = options.models()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(os._exit, 1).exception()  # the processes die with their first task
         unready = bench("training_memory").Preparation(pool, CPU)
-        unready.compile(options.ways(model))
-        unready.predict(options.ways(model))
-        (row,) = rows_by(options, unready)
+        (row,) = rows_by(options_of(beside=True, nearest="none"), unready)
     assert row["memory"] == "measured" and row["step_ms"] > 0
     assert row["predicted_peak_allocated_bytes"] is None
     told = capfd.readouterr().err
-    assert "end to end in 1 block was not predicted: BrokenProcessPool" in told
+    assert "eager, end to end was not predicted: BrokenProcessPool" in told
     assert "was not compiled beside: BrokenProcessPool" in told
 
 
-def test_what_is_waited_for_first_is_predicted_first(training, bench, monkeypatch):
-    asked = []
-    ready = bench("training_memory").Preparation(None, CPU)
-    monkeypatch.setattr(ready, "_submit", lambda f, *rest: asked.append((f.__name__, rest)))
-    monkeypatch.setattr(training, "preparing", lambda *_: nullcontext(ready))
-    options = training.Options(**SMALL, num_blocks=(1, 2), beside=True, nearest="none")
+def test_what_is_waited_for_first_is_predicted_first(training, options_of, bench, monkeypatch):
+    asked, prepare = [], bench("training_memory")
+    pool = SimpleNamespace(submit=lambda _run, _rehearse, *task: asked.append(task[:2]))
+    ready = nullcontext(prepare.Preparation(pool, CPU))
+    monkeypatch.setattr(training, "preparing", lambda *_: ready)
+    options = options_of(methods=METHODS, num_blocks=(1, 2), rounds=4, beside=True, nearest="none")
     next(options.tables(bench("program").Known(None, None)))
-    ways = [rest[-1] for name, rest in asked if name == "predicted"]
-    known = bench("training_memory").candidates(options.models()[0], "none")
+    ways = [recipe for function, recipe in asked if function is prepare.predicted]
+    known = prepare.candidates(options.models()[0], "none")
     assert ways[: len(known)] == known and len(ways) == len(set(ways))
 
 
@@ -239,46 +223,38 @@ def test_what_was_predicted_stands_beside_and_nothing_runs_while_steps_are_timed
     options_of, rows_by, bench, monkeypatch
 ):
     told, measure = [], bench("measure")
-
-    class Ready(Known):
-        def wait(self):
-            told.append("rests")
-
-    samples = measure.samples
+    ready, samples = Known(), measure.samples
+    ready.wait = lambda: told.append("rests")
     monkeypatch.setattr(
         measure, "samples", lambda *a, **k: told.append("times") or samples(*a, **k)
     )
-    (row,) = rows_by(options_of(), Ready())
+    (row,) = rows_by(options_of(beside=True), ready)
     assert row["predicted_peak_allocated_bytes"] == 10.5
     assert row["predicted_peak_reserved_bytes"] == 21
     assert "rests" in told and told.index("rests") < told.index("times")
 
 
-def test_a_rehearsal_runs_what_a_gpu_alone_measures(options_of, rows_by, bench):
+def test_a_rehearsal_runs_what_a_gpu_alone_measures(training, options_of, rows_by, monkeypatch):
+    together, timed = [], training._timed
+    monkeypatch.setattr(
+        training, "_timed", lambda steps, *more: together.append([*steps]) or timed(steps, *more)
+    )
     options = options_of(
         family="dit", preset=("rehearsal",), batch=2, methods=("block_fused", "compiled"),
-        num_blocks=(1, 3), recompute=("none", "layer"), budgets=(1.0,), offload=("none", "cpu"),
-        offload_at=(3,), rounds=6, rehearse=True,
+        num_blocks=(2, 3), recompute=("none", "layer"), budgets=(1.0,), rounds=6,
+        offload=("none", "cpu"), rehearse=True,
     )  # fmt: skip
-    with bench("rehearsal").rehearsing(True):
-        rows = rows_by(options)
-    ways = [(row["method"], row["num_blocks"], row["recompute"], row["offload"]) for row in rows]
-    assert ways.count(("block_fused", 3, "layer", "cpu")) == 1 and len(ways) == 7
+    rows = rows_by(options)
     assert all(row["step_ms"] > 0 and row["memory"] == "measured" for row in rows)
-    compiled = [row["implementation"] for row in rows if row["method"] == "compiled"]
-    assert compiled == ["inductor"]
-    assert [row["swap_ms"] > 0 for row in rows if row["offload"] == "cpu"] == [True, True]
-
-
-def test_a_table_has_a_row_for_each_way(rows, bench, capsys):
-    bench("show").show(rows)
-    shown = capsys.readouterr().out
-    assert "fused layers, layer" in shown and "eager, optimizer in backward" in shown
-    assert "ViT tiny, batch 4, float32" in shown and "sweep" in shown
-    untimed = dict.fromkeys(("step_ms", "p20_ms", "p80_ms", "sweep_ms"))
-    bench("show").show([row | untimed | {"memory": "predicted"} for row in rows])
-    shown = capsys.readouterr().out
-    assert "sweep" not in shown and "has run what is predicted" in shown
+    assert {row["method"] for row in rows if row["implementation"] == "inductor"} == {"compiled"}
+    assert [row["swap_ms"] > 0 for row in rows if row["offload"] == "cpu"] == [True] * 4
+    # ways with offload are timed apart, by their number of blocks
+    here, two, three = (
+        [(count, policy, place) for count in counts for policy in ("none", "layer")]
+        for counts, place in (((2, 3), "none"), ((2,), "cpu"), ((3,), "cpu"))
+    )
+    found = [[(way.num_blocks, way.recompute, way.offload) for way in ways] for ways in together]
+    assert found == [[*here, (1, None, "none")], two, three]
 
 
 def test_cases_are_those_of_the_device(training):
@@ -305,30 +281,15 @@ def test_a_batch_that_was_halved_does_not_count(training, options_of, bench):
 
 
 @pytest.fixture
-def tiny(training, bench):
+def tiny(training):
     """A recipe of the tiny DiT, by method, number of blocks, policy and more."""
+    model = replace(of_preset("dit", "tiny"), batch_size=4, device=target_named("cpu"))
 
     def recipe(method="end_to_end", num_blocks=1, recompute=None, **more):
-        target = target_named("cpu")
-        model = bench("training_step").model_of("dit", "tiny", 4, "float32", target)
         policy = recompute or "none" if method == "block_fused" else None
         return replace(model, method=method, num_blocks=num_blocks, recompute=policy, **more)
 
     return recipe
-
-
-@pytest.fixture
-def made(bench):
-    """Makes trainers by their recipes; the first owns what the others train."""
-
-    def make(*recipes, shared=True):
-        trainers = []
-        for recipe in recipes:
-            owner = trainers[0] if trainers and shared else None
-            trainers.append(bench("training_step").make_trainer(recipe, CPU, owner=owner))
-        return trainers
-
-    return make
 
 
 @pytest.fixture
@@ -344,48 +305,57 @@ def steps_of(bench):
     return make
 
 
-def test_ways_stand_in_the_order_asked_for(bench, tiny):
-    asked = {"num_blocks": (1, 3), "policies": ("none", "qkv"), "offload": ("none", "cpu")}
-    asked |= {"budgets": (1.0, 0.5), "optimizer_in_backward": (False,), "launch": ("ops",)}
-    step, methods = bench("training_step"), ("end_to_end", "compiled", *METHODS[1:3], *METHODS[4:])
-    assert [step.named(way) for way in step.ways(tiny(), methods, **asked)] == [
-        *(f"tiny, {way} in 1 block" for way in ("end to end", "compiled budget 1")),
+@pytest.fixture
+def found(options_of, bench):
+    """The ways of some options in words, on a GPU that is not there."""
+
+    def named(**given):
+        options = options_of(target="h100", **given)
+        return [bench("training_step").named(w) for w in options.ways(*options.models())]
+
+    return named
+
+
+def test_ways_stand_in_the_order_asked_for(found):
+    asked = {"num_blocks": (1, 3), "recompute": ("none", "qkv"), "budgets": (1.0, 0.5)}
+    methods = ("end_to_end", "compiled", *METHODS[1:3], *METHODS[4:])
+    assert found(methods=methods, **asked) == [
+        "tiny, eager, end to end",
+        *(f"tiny, torch.compile, budget {budget}, end to end" for budget in (1, 0.5)),
+        *(f"tiny, checkpointed, {what}, end to end" for what in ("every layer", "selective")),
+        "tiny, eager layers, 3 blocks",
         *(
-            f"tiny, {way} in 1 block"
-            for way in ("compiled budget 0.5", "checkpointed", "selective")
+            f"tiny, fused layers, {policy}, {cut}"
+            for cut in ("end to end", "3 blocks", "3 blocks, offload")
+            for policy in ("none", "qkv")
         ),
-        "tiny, stock in 3 blocks",
-        *(f"tiny, fused {policy} in 1 block" for policy in ("none", "qkv")),
-        *(f"tiny, fused {policy} in 3 blocks" for policy in ("none", "qkv")),
-        *(f"tiny, fused {policy} offload cpu in 3 blocks" for policy in ("none", "qkv")),
     ]
-    (stock,) = step.ways(tiny(), ("block_stock",), **asked | {"num_blocks": (1,)})
-    assert (stock.method, stock.num_blocks) == ("block_stock", 1)
+    assert found(methods=("block_stock",)) == ["tiny, eager layers, end to end"]
 
 
-def test_the_optimizer_is_in_the_backward_where_memory_is_the_aim(training):
-    options = training.Options(
-        **SMALL, num_blocks=(1, 2), recompute=("qkv",), budgets=(1.0,), target="h100"
-    )
-    every = options.ways(options.models()[0])
-    found = [(w.method, w.num_blocks, w.offload) for w in every if w.optimizer_in_backward]
-    ends = [(method, 1, "none") for method in ("end_to_end", "checkpointed", "block_fused")]
-    assert found == [*ends, ("block_fused", 2, "cpu")]
-    assert sum(not way.optimizer_in_backward for way in every) == 8
+def test_the_optimizer_is_in_the_backward_where_memory_is_the_aim(found):
+    few = {"num_blocks": (1, 2), "recompute": ("qkv",), "budgets": (1.0,)}
+    ways = found(methods=METHODS, **few, **EITHER)
+    ends = ("eager", "checkpointed, every layer", "fused layers, qkv")
+    assert [way for way in ways if "optimizer" in way] == [
+        *(f"tiny, {end}, optimizer in backward, end to end" for end in ends),
+        "tiny, fused layers, qkv, optimizer in backward, 2 blocks, offload",
+    ]
+    assert len(ways) == 4 + 8
 
 
 def test_only_fused_layers_are_launched_as_graphs(options_of):
-    options = options_of(
-        methods=("end_to_end", "block_fused"), num_blocks=(2,), launch=("ops", "graph"),
-        recompute=("qkv",), offload=("none",), target="h100",
-    )  # fmt: skip
-    every = options.ways(options.models()[0])
-    found = [(way.method, way.config().trainer.cuda_graphs) for way in every]
+    few = {"num_blocks": (2,), "recompute": ("qkv",), "offload": ("none",), "target": "h100"}
+    options = options_of(methods=("end_to_end", "block_fused"), launch=("ops", "graph"), **few)
+    found = [
+        (way.method, way.config().trainer.cuda_graphs) for way in options.ways(*options.models())
+    ]
     assert found == [("end_to_end", False), ("block_fused", False), ("block_fused", True)]
 
 
-def test_ways_train_the_same_parameters_with_the_same_state(made, tiny):
-    trainers = made(tiny("end_to_end"), tiny("checkpointed"), tiny("block_fused", 2, "qkv"))
+def test_ways_train_the_same_parameters_with_the_same_state(steps_of, tiny):
+    ways = tiny("end_to_end"), tiny("checkpointed"), tiny("block_fused", 2, "qkv")
+    trainers = [steps.trainer for steps in steps_of(*ways)]
     first, *others = ({id(p) for p in t.blocks.parameters()} for t in trainers)
     assert all(each == first for each in others)
     first, *others = (
@@ -397,49 +367,41 @@ def test_ways_train_the_same_parameters_with_the_same_state(made, tiny):
     assert trainers[2].blocks.model.layers[0].config.recompute == "qkv"
 
 
-def test_ways_have_the_same_noise_and_loss(made, tiny):
+def test_ways_have_the_same_noise_and_loss(steps_of, tiny):
     ways = [tiny("end_to_end"), tiny("selective"), tiny("block_fused", 1, "none")]
     ways += [tiny("end_to_end", optimizer_in_backward=True), tiny("block_fused", 1, "layer")]
-    first, *rows = (t.step_block(t.blocks[0]) for t in made(*ways, shared=False))
+    trainers = [steps_of(way)[0].trainer for way in ways]
+    first, *rows = (t.step_block(t.blocks[0]) for t in trainers)
     for row in rows:
         assert row["loss"] == pytest.approx(first["loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
 
 
-def test_steps_take_the_blocks_in_turn(bench, made, tiny):
-    (trainer,) = made(tiny("block_stock", 3))
-    steps = bench("training_step").Steps(trainer)
+def test_steps_take_the_blocks_in_turn(steps_of, tiny):
+    (steps,) = steps_of(tiny("block_stock", 3))
     steps.sweep()
     steps()
     assert steps.visited == [0, 1, 2, 0]
-    assert [trainer.groups[f"block{i}"].steps for i in range(3)] == [2, 1, 1]
+    assert [steps.trainer.groups[f"block{i}"].steps for i in range(3)] == [2, 1, 1]
 
 
 def test_policies_of_one_block_with_offload_are_one_trainers(steps_of, tiny):
     ways = [tiny("block_fused", 2, recompute, offload="cpu") for recompute in ("none", "layer")]
     none, layer, other = steps_of(*ways, tiny("block_fused", 2))
     assert none.trainer is layer.trainer is not other.trainer
-    policies = []
-    for each in (none, layer, none):
+    policies, entered, enter = [], [], none.trainer.offloader.enter
+    none.trainer.offloader.enter = lambda name: entered.append(name) or enter(name)
+    for each in (none, layer):
+        each.prepare()
         each()
         policies.append({of.config.recompute for of in each.trainer.blocks.model.layers})
-    assert policies == [{"none"}, {"layer"}, {"none"}]
-
-
-def test_a_step_finds_another_block_on_the_device_than_its_own(bench, made, tiny):
-    step = bench("training_step")
-    (trainer,) = made(tiny("block_fused", 2, "none", offload="cpu"))
-    entered = []
-    enter = trainer.offloader.enter
-    trainer.offloader.enter = lambda name: entered.append(name) or enter(name)
-    first = step.Steps(trainer, "none")
-    second = step.Steps(trainer, "layer", beside=first)
-    first()
-    second.prepare()
-    second()
+    assert policies == [{"none"}, {"layer"}]
+    # a step finds another block on the device than its own
     assert entered == ["block0", "block1", "block0"]
-    second.prepare()  # block 1 is next, and block 0 is there
+    layer.prepare()  # block 1 is next, and block 0 is there
     assert len(entered) == 3
+    none()
+    assert {of.config.recompute for of in none.trainer.blocks.model.layers} == {"none"}
 
 
 def test_a_time_is_averaged_over_the_blocks_medians(bench):
@@ -458,38 +420,31 @@ def test_no_step_with_the_optimizer_after_the_backward_calls_a_hook(steps_of, ti
     assert not hooks[0] and len(hooks[1]) == 2
 
 
-def test_ways_with_offload_are_timed_apart_by_their_number_of_blocks(training, tiny):
-    every = [tiny("end_to_end"), tiny("block_fused", 2, "none")]
-    apart = [tiny("block_fused", n, "none", offload="cpu") for n in (2, 3, 2)]
-    groups = training._groups([*every, *apart])
-    assert groups == [every, [apart[0], apart[2]], [apart[1]]]
-
-
 # op after op
 
 
 @pytest.fixture(scope="module")
 def timeline(training, bench):
-    """`benchmarks/timeline.py`, and its rows by options."""
-    module = bench("timeline")
+    """The rows of `benchmarks/timeline.py` by its options."""
 
     def rows_of(**more):
-        (rows,) = module.Options(**TIMELINE, **more).tables(bench("program").Known(None, None))
+        options = bench("timeline").Options(**TIMELINE, **more)
+        (rows,) = options.tables(bench("program").Known(None, None))
         return list(rows)
 
-    return module, rows_of
+    return rows_of
 
 
 @pytest.fixture(scope="module")
 def drawn(timeline):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["benchmarks/timeline.py", "--json", "--family", "vit"])
-        return timeline[1]()
+        return timeline()
 
 
-def test_rows_of_a_timeline_have_what_a_report_draws(drawn, reread):
-    read, written = reread(drawn)
-    assert read == written
+def test_rows_of_a_timeline_have_what_a_report_draws(drawn, bench, tmp_path):
+    read = bench("show").read([made.write(tmp_path / "rows.jsonl", drawn)])
+    assert read == json.loads(json.dumps(drawn))
     ways = [("end_to_end", 1, "none"), ("checkpointed", 1, "none"), ("block_fused", 2, "cpu")]
     assert [(row["method"], row["num_blocks"], row["offload"]) for row in drawn] == ways
     for row in drawn:
@@ -499,12 +454,12 @@ def test_rows_of_a_timeline_have_what_a_report_draws(drawn, reread):
         assert row["implementation"] == ("triton" if row["recompute"] else "torch")
 
 
-def test_the_levels_reach_the_peak(drawn, timeline):
+def test_the_levels_reach_the_peak(drawn, bench):
     for row in drawn:
         assert set(row["levels"]) == set(row["by_category"]) == set(CATEGORIES)
         totals = [sum(part) for part in zip(*row["levels"].values(), strict=True)]
         assert max(totals) == row["peak_allocated_bytes"]
-        assert len(totals) == len(row["starts"]) <= timeline[0].PARTS
+        assert len(totals) == len(row["starts"]) <= bench("timeline").PARTS
         assert [name for name, _ in row["phases"]][:2] == ["forward", "backward"]
         assert row["at"].partition(":")[0] in ("forward", "backward", "optimizer")
     whole, _, block = (row["levels"]["optimizer"][0] for row in drawn)
@@ -514,27 +469,16 @@ def test_the_levels_reach_the_peak(drawn, timeline):
 
 def test_one_way_has_what_it_is_told(timeline):
     told = {"recompute": "qkv", "offload": "none"}
-    (row,) = timeline[1](methods=("block_fused",), target="a100", **told)
+    (row,) = timeline(methods=("block_fused",), target="a100", **told)
     assert told.items() <= row.items() and row["device"] == "A100"
 
 
-def test_a_gpu_that_is_here_is_predicted_under_its_own_name(timeline, bench, monkeypatch):
-    module, program, gpu = timeline[0], bench("program"), target_named("a100")
-    options = module.Options(**TIMELINE)
-    monkeypatch.setattr(program, "pick_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(program, "target_of", lambda device: gpu)
-    monkeypatch.setattr(module, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    assert options.gpu("auto") is gpu
+def test_a_gpu_that_is_here_is_predicted_under_its_own_name(training, bench, monkeypatch):
+    gpu = target_named("a100")
+    for module in (bench("program"), training):
+        monkeypatch.setattr(module, "target_of", lambda device: gpu)
+    monkeypatch.setattr(bench("program"), "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(training, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    options = bench("timeline").Options(**TIMELINE)
+    assert options.gpu("auto") is gpu and {way.device for way in options.ways()} == {gpu}
     assert {key["device"] for key in options.wanted()} == {"NVIDIA A100-SXM4-80GB"}
-
-
-def test_the_table_of_a_timeline_can_be_read(drawn, bench, capsys):
-    bench("show").show(drawn)
-    shown = " ".join(capsys.readouterr().out.split())
-    for words in (
-        "ViT tiny, batch 4, autocast, H100",
-        "No H100 has run what is predicted",
-        "Printed by `python benchmarks/timeline.py --family vit`",
-    ):
-        assert words in shown
-    assert "fused layers, layer" in shown and "backward: " in shown
