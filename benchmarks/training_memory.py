@@ -21,7 +21,6 @@ from torch import Tensor
 from training_step import Steps, make_trainer, named
 
 from dbkernels.memory.measure import Prediction, record
-from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.planning.dry_run import dry_run
 from dbkernels.planning.pool import processes
 from dbkernels.planning.recipe import Recipe
@@ -128,9 +127,8 @@ def _told_apart(steps: Steps, peak_bytes: int) -> Row:
     flops = sum(traces[len(block.layers)].flops for block in trainer.blocks)
     peak = traces[max(traces)].peak()
     # what is left was allocated within ops, where the tracker does not look
-    parts = dict(zip(CATEGORIES, peak.by_category, strict=True))
-    parts["workspaces"] += max(peak_bytes - peak.total_bytes, 0)
-    return {"by_category": parts, "flops": flops // len(trainer.blocks)}
+    unseen = {"workspaces": max(peak_bytes - peak.total_bytes, 0)}
+    return {"by_category": peak.by_category | unseen, "flops": flops // len(trainer.blocks)}
 
 
 # predicted

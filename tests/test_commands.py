@@ -73,8 +73,7 @@ def said(path):
     if path.suffix == ".py":
         words = ast.get_docstring(ast.parse(source)) or ""
     else:
-        words = re.sub(r"^# ?", "", "\n".join(re.findall(r"^#[^!].*|^#$", source, re.MULTILINE)),
-                       flags=re.MULTILINE)  # fmt: skip
+        words = "\n".join(re.findall(r"^#(?!!) ?(.*)", source, re.MULTILINE))
     quoted = [" ".join(text.split()) for text in re.findall(r"`([^`]+)`", words)]
     alone = [line.strip() for line in words.splitlines() if RUN.match(line.strip())]
     return [command.rstrip(":") for command in [*quoted, *alone] if RUN.match(command)]

@@ -1,22 +1,20 @@
 """`python -m dbkernels doctor`."""
 
-import json
 import platform
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 import triton
-from rich.console import Console
 from rich.table import Table
 
+from dbkernels.cli.table import Row, show, table
 from dbkernels.ops.backend import library, register, toolchain
-
-Report = dict[str, object]
 
 WITHOUT_C = """
 Triton needs a C compiler when a kernel first runs, and there is none: no op
@@ -32,15 +30,12 @@ class Doctor:
 
     def run(self) -> None:
         report = examine()
-        if self.json:
-            print(json.dumps(report))
-        else:
-            show(report, Console(highlight=False))
+        show([report], screen(report), as_json=self.json)
         if report["library"]["broken"]:
             sys.exit(1)
 
 
-def examine() -> Report:
+def examine() -> Row:
     """Everything that the screen says, as one JSON object."""
     reason, broken, manifest = library.library()
     gpu, nvcc = _gpu(), toolchain.nvcc()
@@ -64,7 +59,7 @@ def examine() -> Report:
     }
 
 
-def show(report: Report, console: Console) -> None:
+def screen(report: Row) -> Iterator[Table | str]:
     gpu, library = report["gpu"], report["library"]
     lines = {name: report[name] for name in ("python", "torch", "triton")}
     lines["NVIDIA GPU"] = f"{gpu['name']}, sm_{gpu['sm']}" if gpu else "none"
@@ -77,29 +72,26 @@ def show(report: Report, console: Console) -> None:
     lines["compiled library"] = words
     if gpu and gpu["reason"] and library["loaded"]:
         lines[""] = f"Nothing of it serves the GPU: {gpu['reason']}"
-    for name, value in lines.items():
-        console.print(f"{name:<18}{value}", markup=False, soft_wrap=True)
+    yield "\n".join(f"{name:<18}{value}" for name, value in lines.items())
     if report["triton_compiler"] is None:
-        console.print(WITHOUT_C, soft_wrap=True)
+        yield WITHOUT_C
     if not library["loaded"]:
-        console.print("\nWithout it every op runs in plain torch on a CPU and in Triton on a GPU.")
+        yield "\nWithout it every op runs in plain torch on a CPU and in Triton on a GPU."
     if library["fix"]:
         need = "" if report["compiler"] else " install a C++ compiler, such as g++, and then"
-        command = f"To build it,{need} run:\n  {library['fix']}"
-        console.print(command, markup=False, soft_wrap=True)
-    console.print(_table(report))
+        yield f"To build it,{need} run:\n  {library['fix']}"
+    columns = ("op", "on a CPU", "on a GPU" if gpu else "on a GPU, if there were one")
+    yield table(columns, _ops(report), names=3)
 
 
-def _table(report: Report) -> Table:
-    gpu = "on a GPU" if report["gpu"] else "on a GPU, if there were one"
-    table = Table("op", "on a CPU", gpu, show_edge=False)
+def _ops(report: Row) -> Iterator[tuple[str, ...]]:
+    """An op, and what runs its forward and its backward."""
     rows: dict[str, list[dict[str, str]]] = {}
     for name, where in report["ops"].items():
         rows.setdefault(re.sub("_[fb]wd$", "", name), []).append(where)
     for op, directions in rows.items():
         cells = (dict.fromkeys(where[device] for where in directions) for device in ("cpu", "cuda"))
-        table.add_row(op, *(", backward ".join(cell) for cell in cells))
-    return table
+        yield op, *(", backward ".join(cell) for cell in cells)
 
 
 def _implementations(op: str) -> dict[str, str]:
@@ -108,7 +100,7 @@ def _implementations(op: str) -> dict[str, str]:
     return {"cpu": register.implementation("cpu", op), "cuda": cuda}
 
 
-def _gpu() -> Report | None:
+def _gpu() -> Row | None:
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability()

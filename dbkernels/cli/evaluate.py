@@ -2,24 +2,21 @@
 
 import json
 import os
-import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
+import numpy as np
 import tyro
 from rich import box
 from rich.table import Column, Table
 from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
-from dbkernels.cli.table import show
+from dbkernels.cli.table import Row, show
 from dbkernels.data.images import open_data
 from dbkernels.training.run import load_run
-
-Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,7 @@ class Evaluate:
         if times > 1:
             raise ValueError(f"run_dirs must name each run once, got {directory} twice")
         rows = [self._row(directory) for directory in self.run_dirs]
-        if self.json:
-            print("\n".join(map(json.dumps, rows)))
-        else:
-            show(_table([*rows, *_means(rows)]))
+        show(rows, [_table([*rows, *_means(rows)])], as_json=self.json)
 
     def _row(self, directory: Path) -> Row:
         averaged = self.weights == "average"
@@ -95,10 +89,8 @@ def _means(rows: list[Row]) -> list[Row]:
         if len(group) == 1:
             continue
         mean = {**group[0], "run": f"mean of {len(group)} seeds", "seed": ""}
-        mean["loss_at_sigma_max"] = statistics.fmean(row["loss_at_sigma_max"] for row in group)
-        for name in ("block_losses", "accuracy"):
-            if name in mean:
-                mean[name] = torch.tensor([row[name] for row in group]).mean(0).tolist()
+        for name in {"loss_at_sigma_max", "block_losses", "accuracy"} & mean.keys():
+            mean[name] = np.mean([row[name] for row in group], axis=0)
         means.append(mean)
     return means
 

@@ -2,9 +2,8 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import NoReturn
 
-import torch
 import tyro
 from rich.console import Console
 
@@ -16,14 +15,7 @@ from dbkernels.cli.sample import Sample
 from dbkernels.cli.train import Train
 from dbkernels.memory.measure import out_of_memory
 
-Verb = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Sample, tyro.conf.subcommand("sample")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Profile, tyro.conf.subcommand("profile")]
-    | Annotated[Plan, tyro.conf.subcommand("plan")]
-    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-)
+Verb = Train | Sample | Evaluate | Profile | Plan | Doctor
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,23 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     try:
         verb.run()
-    except (ValueError, FloatingPointError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        _report(error)
-        sys.exit(1)
-    except RuntimeError as error:
+    except OSError as error:
+        _exit(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+    except (ValueError, FloatingPointError) as error:
+        _exit(str(error))
+    except (RuntimeError, MemoryError) as error:
         reason = out_of_memory(error)
         if reason is None:
             raise
-        _report(MemoryError(reason))
-        sys.exit(1)
+        _exit(reason)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _report(error: Exception) -> None:
-    text = str(error)
-    if isinstance(error, OSError) and error.filename:
-        text = f"{error.strerror}: {error.filename}"
+def _exit(text: str) -> NoReturn:
     # whole lines: a message that is cut at the terminal's width cannot be searched for
     console = Console(stderr=True, soft_wrap=True)
     console.print(f"error: {text}", style="red", markup=False, highlight=False)
+    sys.exit(1)

@@ -1,6 +1,5 @@
 """`python -m dbkernels plan`."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,14 +7,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dbkernels.cli.preset import OfPreset
-from dbkernels.cli.table import show, table
+from dbkernels.cli.table import Row, show, table
 from dbkernels.memory.allocator import target_named
 from dbkernels.memory.units import bytes_from, in_words
 from dbkernels.planning import search
 from dbkernels.planning.recipe import Recipe
 from dbkernels.planning.search import OP_SECONDS, SHARE, STATE
-
-Row = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,19 +29,12 @@ class Plan(OfPreset):
     """The device that is predicted: cpu, a100, h100, h200, b200."""
 
     def run(self) -> None:
-        memory = bytes_from(self.memory)
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
-        recipe = self.recipe(target_named(self.target))
+        memory, recipe = bytes_from(self.memory), self.recipe(target_named(self.target))
         answer = search.search(recipe, memory)
         if not answer.plans:
             raise ValueError(_nothing_fits(recipe, memory, answer))
         rows = list(rows_of(recipe, memory, answer))
-        if self.json:
-            for row in rows:
-                print(json.dumps(row))
-        else:
-            show(*screen(rows))
+        show(rows, screen(rows), as_json=self.json)
 
 
 def _nothing_fits(recipe: Recipe, memory: int, answer: search.Answer) -> str:
@@ -118,21 +108,8 @@ def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
     yield "\nwhat fills the device at the predicted peak"
     yield _limits(limits)
     yield "\nplans that fit, the fastest first"
-    yield table(
-        ("blocks", "recompute", "on the device", "micro-batch", "peak", "time"),
-        (
-            (
-                str(row["num_blocks"]),
-                row["recompute"],
-                "all blocks" if row["offload"] == "none" else "one block",
-                str(row["micro_batch"]),
-                in_words(row["peak_reserved_bytes"]),
-                f"{row['relative_time']:.2f}",
-            )
-            for row in plans
-        ),
-        names=3,
-    )
+    columns = ("blocks", "recompute", "on the device", "micro-batch", "peak", "time")
+    yield table(columns, map(_choices, plans), names=3)
     yield (
         f"peak: what the allocator takes{left}\n"
         "time: of an update of every layer, 1.00 being end to end with nothing computed\n"
@@ -147,6 +124,12 @@ def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
 def _needed(row: Row) -> str:
     part = row["by_category"][row["limit"]] / row["peak_reserved_bytes"]
     return f"{in_words(row['peak_reserved_bytes'])}, {part:.0%} of it {_words(row['limit'])}"
+
+
+def _choices(row: Row) -> tuple[str, ...]:
+    place = "all blocks" if row["offload"] == "none" else "one block"
+    numbers = in_words(row["peak_reserved_bytes"]), f"{row['relative_time']:.2f}"
+    return str(row["num_blocks"]), row["recompute"], place, str(row["micro_batch"]), *numbers
 
 
 def _limits(limits: list[Row]) -> Table:

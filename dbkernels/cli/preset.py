@@ -26,9 +26,7 @@ class OfPreset:
 
     def recipe(self, target: Target) -> Recipe:
         """The way to train it that has every other setting by default."""
-        return replace(
-            of_preset(self.family, self.preset),
-            batch_size=self.batch,
-            autocast=self.autocast,
-            device=target,
-        )
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+        given = {"batch_size": self.batch, "autocast": self.autocast, "device": target}
+        return replace(of_preset(self.family, self.preset), **given)

@@ -1,6 +1,5 @@
 """`python -m dbkernels profile`, and its rows and budgets as tables that fit a terminal."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from rich.table import Table
 
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.preset import OfPreset
-from dbkernels.cli.table import show, table
+from dbkernels.cli.table import Row, show, table
 from dbkernels.memory.allocator import target_named, target_of
 from dbkernels.memory.timeline import draw, write_timeline
 from dbkernels.memory.tracker import CATEGORIES
@@ -23,7 +22,6 @@ from dbkernels.planning.recipe import BLOCKWISE, METHODS, OFFLOAD, Recipe
 FEW = 12  # rows that are shown one below the other
 OP = 24  # letters of an op's name that have room
 SHORT = ("param", "grad", "optim", "input", "saved", "temp", "work")
-Row = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +69,8 @@ class Profile(OfPreset):
         if self.check:
             self._check(self.check)
             return
-        if self.batch < 1 or self.steps < 1:
-            raise ValueError(
-                f"batch and steps must be at least 1, got batch {self.batch} and steps {self.steps}"
-            )
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
         if not 0 <= self.budget <= 1:
             raise ValueError(f"budget must be from 0 to 1, got {self.budget}")
         recipes = self.recipes()
@@ -84,17 +80,14 @@ class Profile(OfPreset):
         if self.measure:
             # no step is timed while another process predicts
             predictions = list(predictions)
-        rows, held = [], []
+        rows: dict[Recipe, Row] = {}
         for recipe, found in zip(recipes, predictions, strict=True):
-            held.append(budgets.budget_of(recipe, found))
-            rows.append(row_of(recipe, found) | (self._measured(recipe) if self.measure else {}))
-            if self.json:
-                print(json.dumps(rows[-1]), flush=True)
+            rows[recipe] = row_of(recipe, found) | (self._measured(recipe) if self.measure else {})
+            show([rows[recipe]], (), as_json=self.json)
         if self.write:
-            budgets.add(self.write, held)
-        if not self.json:
-            made = measured_tables if self.measure else predicted_tables
-            show(*made(rows), *not_measured(rows))
+            budgets.add(self.write, {recipe: row["by_category"] for recipe, row in rows.items()})
+        tables = measured_tables if self.measure else predicted_tables
+        show((), tables([*rows.values()]), as_json=self.json)
 
     def recipes(self) -> list[Recipe]:
         """Every way to train that is asked for, in the order in which it is asked for.
@@ -146,11 +139,9 @@ class Profile(OfPreset):
         if self.timeline:
             write_timeline(self.timeline, prediction)
         if self.picture:
-            recompute = f", recompute {recipe.recompute}" if recipe.recompute else ""
             blocks = f"{recipe.num_blocks} block{'s' if recipe.num_blocks > 1 else ''}"
             run = f"{self.family} {self.preset}, batch {self.batch}"
-            title = f"{run}: {recipe.method}{recompute}, {blocks}"
-            draw(self.picture, prediction, title=title)
+            draw(self.picture, prediction, title=f"{run}: {_name(recipe.settings())}, {blocks}")
 
     def _measured(self, recipe: Recipe) -> dict[str, object]:
         """What the recipe's steps take for real; nothing if they cannot tell."""
@@ -162,14 +153,11 @@ class Profile(OfPreset):
     def _check(self, path: Path) -> None:
         """Compare a file's budgets with the peaks of now, and print both."""
         found = budgets.hold(path)
-        if self.json:
-            for each in found:
-                print(json.dumps(each.row()))
-        else:
-            show(*budget_tables(found, updated=self.update))
+        screen = budget_tables(found, updated=self.update)
+        show((each.row() for each in found), screen, as_json=self.json)
         exceeded = sum(each.exceeded for each in found)
         if self.update:
-            budgets.write(path, [each.now for each in found])
+            budgets.write(path, {each.recipe: each.now for each in found})
         elif exceeded:
             raise ValueError(
                 f"a peak must grow by at most {budgets.GROWTH:.0%} of its budget in {path}, got "
@@ -190,7 +178,7 @@ def _names(flag: str, text: str, known: Sequence[str]) -> list[str]:
 def predicted_tables(rows: list[Row]) -> Iterator[Table]:
     """Peaks and operations by number of blocks, and where rows are few, what the peaks are."""
     rows = _distinct(rows)
-    first, unit = rows[0], _unit(rows)
+    first, unit = rows[0], unit_of(max(row["peak_allocated_bytes"] for row in rows))
     compute = "bfloat16" if first["autocast"] else "float32"
     title = f"{first['family']} {first['preset']}, batch {first['batch']}, {compute} compute"
     title += ",\noptimizer in backward" if first["optimizer_in_backward"] else ""
@@ -201,13 +189,10 @@ def predicted_tables(rows: list[Row]) -> Iterator[Table]:
     yield _by_blocks(once, "operations of a step, 10^9", "flops", 10**9)
     if len(rows) <= FEW:
         # what is alive at each peak, and below it the op
-        lines = (
-            (
-                f"{_name(row)}, {_blocks(row)}\n  {_op(row['at'])}",
-                *(three_digits(row["by_category"][name] / UNITS[unit]) for name in CATEGORIES),
-            )
-            for row in rows
-        )
+        lines = []
+        for row in rows:
+            sizes = (three_digits(row["by_category"][name] / UNITS[unit]) for name in CATEGORIES)
+            lines.append((f"{_name(row)}, {_blocks(row)}\n  {_op(row['at'])}", *sizes))
         yield table(["", *SHORT], lines, title=f"what is alive at the peak, {unit}, and the op")
 
 
@@ -229,42 +214,35 @@ def _op(at: str) -> str:
     return f"{phase}: {name[:OP]}" if op else phase
 
 
-def measured_tables(rows: list[Row]) -> Iterator[Table]:
-    """Predicted beside measured, with nothing of what was not measured."""
+def measured_tables(rows: list[Row]) -> Iterator[Table | str]:
+    """Predicted beside measured, and a sentence for each that could not be measured."""
     rows = _distinct(rows)
-    unit = _unit(rows)
+    unit = unit_of(max(row["peak_allocated_bytes"] for row in rows))
     title = f"peak allocated of a step, {unit}, and its time without swaps, ms"
-    lines = []
+    lines, sentences = [], []
     for row in rows:
         predicted, measured = row["peak_allocated_bytes"], row.get("measured_allocated_bytes")
         cells = [_name(row), _blocks(row), three_digits(predicted / UNITS[unit])]
         if measured is not None:
             cells += [three_digits(measured / UNITS[unit]), f"{predicted / measured - 1:+.1%}"]
             cells += [three_digits(row[f"seconds_per_{of}"] * 1e3) for of in ("step", "sweep")]
+        elif reason := row.get("not_measured"):
+            sentences.append(f"{_name(row)}, {_blocks(row)} was not measured: {reason}")
         lines.append(cells)
     columns = ("", "blocks", "predicted", "measured", "off by", "step", "sweep")
     yield table(columns, lines, names=2, title=title)
-
-
-def not_measured(rows: list[Row]) -> Iterator[str]:
-    """A sentence for each that was to be measured and could not be."""
-    for row in _distinct(rows):
-        if "not_measured" in row:
-            yield f"{_name(row)}, {_blocks(row)} was not measured: {row['not_measured']}"
+    yield from sentences
 
 
 def budget_tables(found: list[budgets.Held], *, updated: bool) -> Iterator[Table | str]:
     """Budgets beside the peaks of now, and by category those that have changed."""
-    yield "predicted peaks beside their budgets"
+    yield "predicted peaks beside their budgets; where one has changed, by category"
     lines = []
     for each in found:
-        sizes = (of.peak_allocated_bytes for of in (each.budget, each.now))
-        lines.append((_settings(each), *map(in_words, sizes), f"{each.growth:+.1%}"))
-    yield table(("", "budget", "now", "change"), lines)
-    for each in found:
+        lines.append((_settings(each.recipe), *map(in_words, each.peaks), f"{each.growth:+.1%}"))
         if abs(each.growth) > budgets.GROWTH:
-            yield f"\n{_settings(each)}, by category at the peak"
-            yield table(("", "budget", "now", "difference"), _differences(each))
+            lines += _differences(each)
+    yield table(("", "budget", "now", "change"), lines)
     lower = sum(each.growth < -budgets.GROWTH for each in found)
     if updated:
         yield "The peaks of now are the budgets from here on."
@@ -274,15 +252,14 @@ def budget_tables(found: list[budgets.Held], *, updated: bool) -> Iterator[Table
 
 def _differences(each: budgets.Held) -> Iterator[tuple[str, ...]]:
     for category in CATEGORIES:
-        old, new = (of.by_category[category] for of in (each.budget, each.now))
-        change = f"{'-' if new < old else '+'}{in_words(abs(new - old))}" if new != old else ""
-        sizes = (in_words(size) if size else "" for size in (old, new))
-        yield category.replace("_", " "), *sizes, change
+        old, new = each.budget[category], each.now[category]
+        sizes = [in_words(size) if size else "" for size in (old, new, new - old)]
+        yield f"  {category.replace('_', ' ')}", *sizes[:2], f"{'+' * (new > old)}{sizes[2]}"
 
 
-def _settings(each: budgets.Held) -> str:
+def _settings(recipe: Recipe) -> str:
     """All of a budget's settings that a row of a table has room for."""
-    row = each.budget.recipe.settings()
+    row = recipe.settings()
     compute = " bf16" if row["autocast"] else ""
     early = " in-backward" if row["optimizer_in_backward"] else ""
     offload = "" if row["offload"] == "none" else f", offload {row['offload']}"
@@ -292,17 +269,10 @@ def _settings(each: budgets.Held) -> str:
     )
 
 
-def _unit(rows: list[Row]) -> str:
-    """What all sizes are told in."""
-    return unit_of(max(row["peak_allocated_bytes"] for row in rows))
-
-
 def _distinct(rows: list[Row]) -> list[Row]:
     """The first of the rows that would be told by the same words."""
-    first: dict[tuple, Row] = {}
-    for row in rows:
-        first.setdefault((_name(row), _offload(row), row["num_blocks"]), row)
-    return list(first.values())
+    first = {(_name(row), _offload(row), row["num_blocks"]): row for row in reversed(rows)}
+    return [*reversed(first.values())]
 
 
 def _offload(row: Row) -> str:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tyro.conf import Positional
 
@@ -102,11 +101,10 @@ def write_images(images: Tensor, path: Path, per_row: int) -> None:
 
 
 def picture(images: Tensor, per_row: int) -> Image.Image:
-    """A grid of images in [-1, 1], (N, C, H, W) with 1 or at least 3 channels."""
+    """A grid of images in [-1, 1], (N, C, H, W) with 1 or at least 3 channels, in full rows."""
     N, C, H, W = images.shape
     shown = images[:, :3] if C >= 3 else images[:, :1].expand(N, 3, H, W)
-    pixels = ((shown + 1) * 127.5).round().clamp(0, 255).byte()
-    factor = max(1, ENLARGE_TO // max(H, W))
-    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    rows = [torch.cat(list(row), dim=2) for row in pixels.split(per_row)]
-    return Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy())
+    pixels = ((shown + 1) * 127.5).round().clamp(0, 255).byte().unflatten(0, (-1, per_row))
+    grid = pixels.permute(0, 3, 1, 4, 2).reshape(-1, per_row * W, 3)  # (rows H, per_row W, 3)
+    enlarged = max(1, ENLARGE_TO // max(H, W))
+    return ImageOps.scale(Image.fromarray(grid.numpy()), enlarged, Image.Resampling.NEAREST)

@@ -1,5 +1,6 @@
-"""The tables of the command line."""
+"""What the command line prints: rows as JSON, or tables."""
 
+import json
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.text import Text
 
 TITLE = 56  # columns of a terminal: the longest title has its line
 Cells = Sequence[str]
+Row = dict[str, object]
 
 
 def table(columns: Cells, rows: Iterable[Cells], *, names: int = 1, title: str = "") -> Table:
@@ -28,8 +30,16 @@ def table(columns: Cells, rows: Iterable[Cells], *, names: int = 1, title: str =
     return made
 
 
-def show(*parts: Table | Text | str) -> None:
-    """Print tables, and text; what has several lines already is not broken into more."""
+def show(rows: Iterable[Row], screen: Iterable[Table | Text | str], *, as_json: bool) -> None:
+    """Print rows as JSON, or else their screen.
+
+    Args:
+        rows:     each becomes a line as it comes
+        screen:   tables and text; what has several lines already is not broken into more
+        as_json:  whether the rows are printed
+    """
     console = Console(highlight=False)
-    for part in parts:
+    for row in rows if as_json else ():
+        print(json.dumps(row), flush=True)
+    for part in () if as_json else screen:
         console.print(part, markup=False, soft_wrap="\n" in str(part))

@@ -133,7 +133,7 @@ class Train:
         print(f"trained {shown.steps} steps in {count} block{'s' * (count > 1)}: {self.out}")
 
 
-class ProgressBar:
+class ProgressBar(Progress):
     """A bar on stderr that appears with the first step, so that a refusal is one line.
 
     Args:
@@ -144,25 +144,18 @@ class ProgressBar:
         self.total, self.steps = total, 0
         columns = *Progress.get_default_columns()[:-1], TimeRemainingColumn(), "{task.fields[row]}"
         # whole lines: a message that is cut at the terminal's width cannot be searched for
-        self._console = Console(stderr=True, soft_wrap=True)
-        self._progress = Progress(*columns, console=self._console)
-
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.steps:
-            self._progress.stop()
+        super().__init__(*columns, console=Console(stderr=True, soft_wrap=True), disable=True)
 
     def warn(self, message: Warning | str, *_: object) -> None:
         """Show a warning above the bar, without the line of code that gave it."""
-        self._console.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+        self.console.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
 
     def step(self, row: Row) -> None:
         """Show one row of the log."""
         if not self.steps:
-            self._progress.start()
-            self._task = self._progress.add_task("training", total=self.total, row="")
+            self.disable = False
+            self.start()
+            self._task = self.add_task("training", total=self.total, row="")
         self.steps += 1
         text = f"block {row['block']} loss {row['loss']:.4g}"
-        self._progress.update(self._task, completed=row["step"] + 1, row=text)
+        self.update(self._task, completed=row["step"] + 1, row=text)

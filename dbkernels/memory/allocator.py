@@ -19,6 +19,7 @@ The memory-efficient kernel's backward in float32 (aten's transformers/cuda/atte
 the product dout * out and its row sums.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -55,7 +56,7 @@ class CachingAllocator:
     """One device with one stream. Addresses are counted from 0, segment after segment."""
 
     def __init__(self) -> None:
-        self.segments: dict[int, int] = {}  # bytes of each, by its first address
+        self.segments: dict[int, int] = {}  # bytes of each, by its first address, in order
         # end of each free block, by its address; of the pool of small blocks and of the other
         self._free: dict[bool, dict[int, int]] = {True: {}, False: {}}
 
@@ -89,53 +90,33 @@ class CachingAllocator:
 
     def _add_segment(self, size: int, small: bool) -> tuple[int, int]:
         """Bytes and address of a new segment for a request."""
-        if small:
-            size = SMALL_SEGMENT
-        else:
-            size = LARGE_SEGMENT if size < OWN_SEGMENT else _round_up(size, ROUND_LARGE)
+        large = LARGE_SEGMENT if size < OWN_SEGMENT else _round_up(size, ROUND_LARGE)
         start = self.reserved_bytes
-        self.segments[start] = size
-        return size, start
+        self.segments[start] = SMALL_SEGMENT if small else large
+        return self.segments[start], start
 
 
-@dataclass(frozen=True)
-class Placement:
-    """What a caching allocator makes of events.
-
-    Args:
-        events:          of the blocks, with their bytes in place of those that were asked for
-        addresses:       of each event's block
-        segments:        address and bytes of each, in the order in which they were taken
-        reserved_bytes:  of all segments
-    """
-
-    events: list[Event]
-    addresses: list[int]
-    segments: list[tuple[int, int]]
-    reserved_bytes: int
-
-
-def place(events: Iterable[Event]) -> Placement:
+def place(events: Iterable[Event]) -> tuple[list[Event], CachingAllocator]:
     """Run events through a caching allocator.
 
     A storage that changes its size moves: its new block is there before its old one is freed.
+
+    Returns:
+        The events of the blocks, with their addresses and with their bytes in place of those that
+        were asked for, and the allocator as they leave it.
     """
-    allocator = CachingAllocator()
+    allocator, sizes, placed = CachingAllocator(), Counter(), []
     blocks: dict[int, Block] = {}
-    sizes: dict[int, int] = {}
-    placed: list[tuple[Event, int]] = []  # event and address
     for event in events:
         old = blocks.pop(event.storage, None)
-        size = sizes[event.storage] = sizes.get(event.storage, 0) + event.delta_bytes
-        if size:
+        sizes[event.storage] += event.delta_bytes
+        if size := sizes[event.storage]:
             new = blocks[event.storage] = allocator.allocate(size)
-            placed.append((replace(event, delta_bytes=new.size), new.address))
+            placed.append(event._replace(delta_bytes=new.size, address=new.address))
         if old:
-            placed.append((replace(event, delta_bytes=-old.size), old.address))
+            placed.append(event._replace(delta_bytes=-old.size, address=old.address))
             allocator.free(old)
-    events, addresses = ([each[i] for each in placed] for i in (0, 1))
-    segments = list(allocator.segments.items())
-    return Placement(events, addresses, segments, allocator.reserved_bytes)
+    return placed, allocator
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -57,10 +57,7 @@ def _excess(found: Prediction, limit: int) -> str:
         f"the step needs {in_words(peak)} at its peak ({found.at}), "
         f"{in_words(peak - limit)} more than the ceiling of {in_words(limit)}:"
     ]
-    parts = sorted(found.by_category.items(), key=lambda part: -part[1])
-    lines += [
-        f"  {name.replace('_', ' '):<18} {in_words(size):>10}  {size / peak:4.0%}"
-        for name, size in parts
-        if size
-    ]
+    for name, size in sorted(found.by_category.items(), key=lambda part: -part[1]):
+        if size:
+            lines.append(f"  {name.replace('_', ' '):<18} {in_words(size):>10}  {size / peak:4.0%}")
     return "\n".join(lines)

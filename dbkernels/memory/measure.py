@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_iter
 
 from dbkernels.memory.allocator import Target, place
-from dbkernels.memory.tracker import CATEGORIES, WORKSPACES, Trace, Tracker, Workspace
+from dbkernels.memory.tracker import CATEGORIES, Trace, Tracker, Workspace
 
-MEASURED = CATEGORIES[:WORKSPACES]  # what an op allocates inside itself is not seen
+MEASURED = CATEGORIES[:-1]  # what an op allocates inside itself is not seen
 CPU = torch.device("cpu")
 HOST = "DefaultCPUAllocator: "  # torch has no class for a host that is out of memory
 
@@ -37,9 +37,6 @@ class Peak:
     at: str  # phase and op, such as "backward: aten::mm"; "start" before the first op
     allocated_bytes: int | None = None  # the CUDA allocator's own peak; None off CUDA
     reserved_bytes: int | None = None  # what that allocator took from the driver; None off CUDA
-
-    def __post_init__(self):
-        assert sum(self.by_category.values()) == self.total_bytes
 
 
 def measure_peak(
@@ -73,7 +70,7 @@ def measure_peak(
     with allocator_peak(device) as own:
         trace = record(step, model=model, optimizers=optimizers, inputs=inputs, device=device)
     peak = trace.peak()
-    parts = dict(zip(MEASURED, peak.by_category, strict=False))
+    parts = {name: peak.by_category[name] for name in MEASURED}
     gpu = (own.get(name) for name in ("allocated_bytes", "reserved_bytes"))
     return Peak(peak.total_bytes, parts, trace.saved, trace.name(peak.op), *gpu)
 
@@ -96,11 +93,10 @@ def record(
         ValueError: optimizers or inputs is no sequence.
     """
     for name, values, kind in (("optimizers", optimizers, Optimizer), ("inputs", inputs, Tensor)):
-        known = isinstance(values, Sequence)
-        wrong = [type(v).__name__ for v in values if not isinstance(v, kind)] if known else []
-        if wrong or not known:
-            got = f"a {wrong[0]} in it" if known else type(values).__name__
-            raise ValueError(f"{name} must be a sequence of {kind.__name__}, got {got}")
+        wrong = [] if isinstance(values, Sequence) else [type(values).__name__]
+        wrong = wrong or [f"a {type(v).__name__} in it" for v in values if not isinstance(v, kind)]
+        if wrong:
+            raise ValueError(f"{name} must be a sequence of {kind.__name__}, got {wrong[0]}")
     tracker = Tracker(device, workspace)
     tracker.tag(inputs, "inputs")
     _tag_state(tracker, model, optimizers)
@@ -122,12 +118,10 @@ def _only_device(model: nn.Module, inputs: Sequence[Tensor]) -> torch.device:
 
 
 def _tag_state(tracker: Tracker, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    tracker.tag(model.parameters(), "parameters")
-    tracker.tag(model.buffers(), "parameters")
-    tracker.tag((p.grad for p in model.parameters() if p.grad is not None), "gradients")
+    tracker.tag([*model.parameters(), *model.buffers()], "parameters")
+    tracker.tag((p.grad for p in model.parameters()), "gradients")
     for optimizer in optimizers:
-        state = tree_iter(list(optimizer.state.values()))
-        tracker.tag((leaf for leaf in state if isinstance(leaf, Tensor)), "optimizer")
+        tracker.tag(tree_iter(list(optimizer.state.values())), "optimizer")
 
 
 @contextmanager
@@ -136,16 +130,14 @@ def _naming_gradients(
 ) -> Iterator[None]:
     """Tag every gradient while it is there, and leave no hook behind."""
 
-    def accumulated(parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            tracker.tag([parameter.grad], "gradients")
+    def accumulated(*parameters: Tensor) -> None:
+        tracker.tag((parameter.grad for parameter in parameters), "gradients")
 
     # also finds the gradients of parameters that the step itself unfreezes
     def before_step(optimizer: Optimizer, *_: object) -> None:
         tracker.optimizing = True
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                accumulated(parameter)
+            accumulated(*group["params"])
 
     def after_step(*_: object) -> None:
         tracker.optimizing = False
@@ -171,13 +163,9 @@ class Prediction:
     saved_bytes: int  # of storages held for the backward, at their own highest
     at: str  # phase and op of the peak; "start" before the first op
     flops: int  # of matmuls and attention
-    ops: int  # calls of ops
     trace: Trace | None = field(repr=False, compare=False)  # with the workspaces that stay
     # the trace with the bytes that the allocator gave, in place of those asked for
     blocks: Trace | None = field(repr=False, compare=False)
-
-    def __post_init__(self):
-        assert sum(self.by_category.values()) == self.peak_allocated_bytes
 
 
 def predict(trace: Trace, target: Target) -> Prediction:
@@ -189,18 +177,17 @@ def predict(trace: Trace, target: Target) -> Prediction:
     """
     trace = blocks = trace.beside(target.resident)
     if target.is_gpu:
-        placement = place(trace.events)
-        blocks = replace(trace, events=placement.events)
+        events, allocator = place(trace.events)
+        blocks = replace(trace, events=events)
     peak = blocks.peak()
     return Prediction(
         peak_allocated_bytes=peak.total_bytes,
-        peak_reserved_bytes=placement.reserved_bytes if target.is_gpu else peak.total_bytes,
-        by_category=dict(zip(CATEGORIES, peak.by_category, strict=True)),
+        peak_reserved_bytes=allocator.reserved_bytes if target.is_gpu else peak.total_bytes,
+        by_category=peak.by_category,
         saved_bytes=trace.saved,
         # on a CPU's fake tensors its own attention stands for a GPU's, of the same shapes
         at=trace.name(peak.op).replace("_for_cpu", "" if target.is_gpu else "_for_cpu"),
         flops=trace.flops,
-        ops=len(trace.ops),
         trace=trace,
         blocks=blocks,
     )
@@ -247,13 +234,13 @@ def process_bytes(device: torch.device) -> int | None:
     """
     try:
         import pynvml
-    except ImportError:
-        return None
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    try:
+
         pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except ImportError:
+        return None
     except pynvml.NVMLError:
         return None
     return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)

@@ -7,7 +7,7 @@ the file. In the place of a stack trace, each block has the op that made it and 
 import pickle
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 
 from dbkernels.memory.allocator import SMALL_SEGMENT, place
@@ -63,19 +63,19 @@ def levels(prediction: Prediction, *, parts: int) -> Levels:
     """
     if parts < 1:
         raise ValueError(f"parts must be at least 1, got {parts}")
-    columns, phases = [], []
-    for op, moments in groupby(prediction.blocks.moments(), key=lambda moment: moment.op):
-        columns.append(max(moments, key=lambda moment: moment.total_bytes).by_category)
+    columns, phases, size = [], [], attrgetter("total_bytes")
+    for op, moments in groupby(prediction.blocks.moments(), attrgetter("op")):
+        columns.append(max(moments, key=size))
         phases.append("" if op == START else prediction.trace.name(op).partition(":")[0])
     last = max((i for i, phase in enumerate(phases) if phase == "backward"), default=len(phases))
     # what follows is the norm of the gradients, and the optimizer
     phases[last + 1 :] = ["update"] * len(phases[last + 1 :])
     parts = min(parts, len(columns))
     edges = [part * len(columns) // parts for part in range(parts + 1)]
-    highest = [max(columns[start:end], key=sum) for start, end in pairwise(edges)]
+    highest = [max(columns[start:end], key=size) for start, end in pairwise(edges)]
     return Levels(
         starts=edges[:-1],
-        by_category=dict(zip(CATEGORIES, map(list, zip(*highest, strict=True)), strict=True)),
+        by_category={name: [each.by_category[name] for each in highest] for name in CATEGORIES},
         phases=[
             (phase, next(ops)[0])
             for phase, ops in groupby(enumerate(phases), itemgetter(1))
@@ -146,8 +146,8 @@ def write_timeline(path: Path, prediction: Prediction) -> None:
 def snapshot(prediction: Prediction) -> dict[str, list]:
     """The segments as the step leaves them, and all that happened before, in order."""
     trace = prediction.trace
-    placement = place(trace.events)
-    waiting = list(reversed(placement.segments))
+    events, allocator = place(trace.events)
+    waiting = list(reversed(allocator.segments.items()))
     alive: dict[int, tuple[int, list[Entry]]] = {}  # bytes and frames of blocks, by their addresses
     entries: list[Entry] = []
 
@@ -155,9 +155,9 @@ def snapshot(prediction: Prediction) -> dict[str, list]:
         about = {"stream": 0, "pool_id": POOL, "time_us": len(entries), "frames": frames}
         entries.append({"action": action, "addr": BASE + address, "size": size, **about})
 
-    for event, address in zip(placement.events, placement.addresses, strict=True):
-        phase, _, op = trace.name(event.op).partition(": ")
-        category = CATEGORIES[trace.categories[event.storage]]
+    for event in events:
+        (phase, _, op), address = trace.name(event.op).partition(": "), event.address
+        category = trace.categories[event.storage]
         frames = [
             {"name": op or phase, "filename": phase, "line": max(event.op, 0)},
             {"name": category, "filename": "category", "line": 0},
@@ -171,7 +171,7 @@ def snapshot(prediction: Prediction) -> dict[str, list]:
             _, frames = alive.pop(address)
             for action in ("free_requested", "free_completed"):
                 log(action, address, -event.delta_bytes, frames)
-    segments = [_segment(start, size, alive) for start, size in placement.segments]
+    segments = [_segment(start, size, alive) for start, size in allocator.segments.items()]
     return {"segments": segments, "device_traces": [entries]}
 
 

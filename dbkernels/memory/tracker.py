@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +37,6 @@ CATEGORIES = (
     "temporaries",
     "workspaces",
 )
-INPUTS, SAVED, TEMPORARIES, WORKSPACES = 3, 4, 5, 6  # indices into CATEGORIES
 START = -1  # stands for the op before the first
 
 Workspace = Callable[[OpOverload, tuple, dict], int]  # bytes that an op allocates inside itself
@@ -53,22 +53,25 @@ _LIKE = {
 }
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """A storage that was born, changed its size or died."""
 
     op: int  # index into Trace.ops, or START
     storage: int  # index into Trace.categories
     delta_bytes: int
+    address: int = 0  # of its block, where an allocator has given it one
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(NamedTuple):
     """What was alive after one event."""
 
-    total_bytes: int
-    by_category: tuple[int, ...]  # bytes of each of CATEGORIES
     op: int  # of the event
+    by_category: dict[str, int]  # bytes of each of CATEGORIES
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all categories."""
+        return sum(self.by_category.values())
 
 
 @dataclass(frozen=True)
@@ -78,29 +81,28 @@ class Trace:
     Args:
         ops:         phase and name of each op, such as "backward: aten::mm"
         events:      in order of time
-        categories:  of each storage, an index into CATEGORIES
+        categories:  of each storage
         saved:       highest bytes that were held for the backward; no parameters, no inputs
         flops:       floating-point operations of matmuls, convolutions and attention
     """
 
     ops: Sequence[str]
     events: Sequence[Event]
-    categories: Sequence[int]
+    categories: Sequence[str]
     saved: int = 0
     flops: int = 0
 
     def moments(self) -> Iterator[Moment]:
         """What was alive after each event."""
-        live, by_category = 0, [0] * len(CATEGORIES)
+        by_category = dict.fromkeys(CATEGORIES, 0)
         for event in self.events:
-            live += event.delta_bytes
             by_category[self.categories[event.storage]] += event.delta_bytes
-            yield Moment(live, tuple(by_category), event.op)
+            yield Moment(event.op, by_category.copy())
 
     def peak(self) -> Moment:
         """The first of the moments with the most bytes; of nothing at all, if there was no more."""
-        nothing = Moment(0, (0,) * len(CATEGORIES), START)
-        return max(self.moments(), key=lambda moment: moment.total_bytes, default=nothing)
+        nothing = Moment(START, dict.fromkeys(CATEGORIES, 0))
+        return max(self.moments(), key=attrgetter("total_bytes"), default=nothing)
 
     def name(self, op: int) -> str:
         """Phase and name of an op; "start" before the first."""
@@ -112,12 +114,11 @@ class Trace:
         Args:
             storages:  category and bytes of each
         """
-        storages, first = list(storages), len(self.categories)
-        categories = [CATEGORIES.index(category) for category, _ in storages]
-        births = [Event(START, first + i, size) for i, (_, size) in enumerate(storages)]
-        return replace(
-            self, events=[*births, *self.events], categories=[*self.categories, *categories]
-        )
+        categories, births = list(self.categories), []
+        for category, size in storages:
+            births.append(Event(START, len(categories), size))
+            categories.append(category)
+        return replace(self, events=[*births, *self.events], categories=categories)
 
 
 class _Saved:
@@ -148,7 +149,7 @@ class Tracker(TorchDispatchMode):
         self.optimizing = False  # names the phase of the ops that follow
         self.ops: list[str] = []  # phase and name of each op, in order
         self.events: list[Event] = []
-        self.categories: list[int] = []  # of each storage, an index into CATEGORIES
+        self.categories: list[str] = []  # of each storage
         self.flops = 0
         self._bytes: list[int] = []  # of each storage, when last met
         self._holds: list[tuple[int, int]] = []  # storage; +1 autograd takes it, -1 it lets go
@@ -181,73 +182,74 @@ class Tracker(TorchDispatchMode):
         # what torch.tensor makes reaches an op for the first time as the argument of this one
         if func is not torch.ops.aten.lift_fresh.default:
             for tensor in _tensors((args, kwargs)):
-                self._meet(tensor, INPUTS, START)
-        out = func(*args, **kwargs)
-        self.ops.append(f"{self._phase()}: {func.name()}")
+                self._meet(tensor, before=True)
+        out, phase = func(*args, **kwargs), self._phase()
+        self.ops.append(f"{phase}: {func.name()}")
         self._reused = None
-        if self._phase() == "backward" and _merges_gradients(func):
-            self._reused = self._meet(args[0], TEMPORARIES, self._now()), len(self.events)
+        if phase == "backward" and _merges_gradients(func):
+            self._reused = self._meet(args[0]), len(self.events)
         for tensor in _tensors(out):
-            self._meet(tensor, TEMPORARIES, self._now())
-        self.flops += flops(func, args, kwargs, out)
+            self._meet(tensor)
+        packet = func.overloadpacket
+        if formula := flop_registry.get(_LIKE.get(packet, packet)):
+            self.flops += formula(*args, **kwargs, out_val=out)
         if self.workspace and (size := self.workspace(func, args, kwargs)):
             storage = len(self.categories)
-            self.categories.append(WORKSPACES)
+            self.categories.append("workspaces")
             self._bytes.append(size)
             self.events += (Event(self._now(), storage, change) for change in (size, -size))
         return out
 
-    def tag(self, tensors: Iterable[Tensor], category: str) -> None:
+    def tag(self, tensors: Iterable[object], category: str) -> None:
         """Say what tensors are for, before or during the run.
 
         Args:
-            tensors:   those not met before count from now on
+            tensors:   those not met before count from now on; what is no tensor is passed over
             category:  one of CATEGORIES; a storage keeps the first of all that it was given
         """
         for tensor in tensors:
-            self._mark(self._meet(tensor, TEMPORARIES, self._now()), CATEGORIES.index(category))
+            if isinstance(tensor, Tensor) and (index := self._meet(tensor)) is not None:
+                both = self.categories[index], category
+                self.categories[index] = min(both, key=CATEGORIES.index)
 
     def trace(self) -> Trace:
         """The log, with each storage under the first of its categories."""
         # what was there before is logged when first met, and counts from the start
-        events = sorted(self.events, key=lambda event: event.op)
+        events = sorted(self.events, key=attrgetter("op"))
         return Trace(self.ops, events, self.categories, self._saved_bytes(), self.flops)
 
     def _saved_bytes(self) -> int:
         held, highest, holders = 0, 0, Counter()
         for storage, change in self._holds:
-            if self.categories[storage] != SAVED:
-                continue
-            before = holders[storage]
             holders[storage] += change
-            held += (bool(holders[storage]) - bool(before)) * self._bytes[storage]
-            highest = max(highest, held)
+            is_first_or_last = holders[storage] == max(change, 0)
+            if is_first_or_last and self.categories[storage] == "saved_activations":
+                held += change * self._bytes[storage]
+                highest = max(highest, held)
         return highest
 
-    def _meet(self, tensor: Tensor, category: int, born: int) -> int | None:
-        """Index of the tensor's storage, and a log entry if it is new or has changed its size."""
+    def _meet(self, tensor: Tensor, *, before: bool = False) -> int | None:
+        """Index of the tensor's storage, and a log entry if it is new or has changed its size.
+
+        One that is new was there before the run, or is made now.
+        """
         if tensor.layout != torch.strided:
             return None
-        storage = tensor.untyped_storage()
+        storage, op = tensor.untyped_storage(), self._now()
         index = self._alive.get(storage._cdata)
         if index is None:
             # asked last, since a fake tensor takes long to answer
             if tensor.device != self.device:
                 return None
             index = self._alive[storage._cdata] = len(self.categories)
-            self.categories.append(category)
+            self.categories.append("inputs" if before else "temporaries")
             self._bytes.append(0)
             self._watches.append(weakref.finalize(storage, self._die, storage._cdata))
-        else:
-            born = self._now()
+            op = START if before else op
         if delta := storage.nbytes() - self._bytes[index]:
             self._bytes[index] += delta
-            self.events.append(Event(born, index, delta))
+            self.events.append(Event(op, index, delta))
         return index
-
-    def _mark(self, index: int | None, category: int) -> None:
-        if index is not None:
-            self.categories[index] = min(self.categories[index], category)
 
     def _die(self, address: int) -> None:
         index = self._alive.pop(address)
@@ -258,9 +260,9 @@ class Tracker(TorchDispatchMode):
             self.events.append(death)
 
     def _pack(self, tensor: Tensor) -> _Saved:
-        saved, index = _Saved(tensor), self._meet(tensor, INPUTS, START)
+        saved, index = _Saved(tensor), self._meet(tensor, before=True)
         if index is not None:
-            self._mark(index, SAVED)
+            self.tag([tensor], "saved_activations")
             self._holds.append((index, 1))
             self._watches.append(weakref.finalize(saved, self._holds.append, (index, -1)))
         return saved
@@ -297,10 +299,3 @@ def _tensors(tree: object) -> Iterator[Tensor]:
             yield from _tensors(branch)
     elif isinstance(tree, dict):
         yield from _tensors(tuple(tree.values()))
-
-
-def flops(func: OpOverload, args: tuple, kwargs: dict, out: object) -> int:
-    """Floating-point operations of one call of an op; 0 for an op without a formula."""
-    packet = func.overloadpacket
-    formula = flop_registry.get(_LIKE.get(packet, packet))
-    return 0 if formula is None else formula(*args, **kwargs, out_val=out)

@@ -8,12 +8,10 @@ with the settings that `Recipe.settings` gives.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dbkernels.memory.allocator import target_named
-from dbkernels.memory.measure import Prediction
 from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.planning.dry_run import predicted
 from dbkernels.planning.recipe import METHODS, Recipe, of_settings, require_names, shortened
@@ -23,39 +21,27 @@ GROWTH = 0.01  # of a peak, from which on it is told
 # what a compiler keeps is its own choice, another in every version
 HELD = tuple(method for method in METHODS if method != "compiled")
 NAMES = ("settings", "peak_allocated_bytes", "by_category")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a step of a recipe may need.
-
-    Args:
-        recipe:                of a preset and a method of HELD
-        peak_allocated_bytes:  of the step
-        by_category:           bytes of each of CATEGORIES at the peak; they add up to it
-    """
-
-    recipe: Recipe
-    peak_allocated_bytes: int
-    by_category: dict[str, int]
-
-
-def budget_of(recipe: Recipe, found: Prediction) -> Budget:
-    """What a recipe needs now."""
-    return Budget(recipe, found.peak_allocated_bytes, found.by_category)
+Sizes = dict[str, int]  # bytes of each of CATEGORIES at a peak, which they add up to
 
 
 @dataclass(frozen=True)
 class Held:
-    """A budget, and what its step is predicted to need now."""
+    """A recipe's budget, and what its step is predicted to need now."""
 
-    budget: Budget
-    now: Budget
+    recipe: Recipe
+    budget: Sizes
+    now: Sizes
+
+    @property
+    def peaks(self) -> tuple[int, int]:
+        """Bytes of the budget, and of now."""
+        return sum(self.budget.values()), sum(self.now.values())
 
     @property
     def growth(self) -> float:
         """Of the peak, as a share of the budget's."""
-        return self.now.peak_allocated_bytes / self.budget.peak_allocated_bytes - 1
+        budget, now = self.peaks
+        return now / budget - 1
 
     @property
     def exceeded(self) -> bool:
@@ -63,14 +49,9 @@ class Held:
 
     def row(self) -> dict[str, object]:
         """Both, for JSON."""
-        return {
-            **self.budget.recipe.settings(),
-            "budget_bytes": self.budget.peak_allocated_bytes,
-            "peak_allocated_bytes": self.now.peak_allocated_bytes,
-            "growth": self.growth,
-            "by_category": self.now.by_category,
-            "exceeded": self.exceeded,
-        }
+        sizes = dict(zip(("budget_bytes", "peak_allocated_bytes"), self.peaks, strict=True))
+        grown = {"growth": self.growth, "by_category": self.now, "exceeded": self.exceeded}
+        return self.recipe.settings() | sizes | grown
 
 
 def hold(path: Path) -> list[Held]:
@@ -80,17 +61,16 @@ def hold(path: Path) -> list[Held]:
         ValueError, OSError: as `read`.
     """
     budgets = read(path)
-    recipes = [each.recipe for each in budgets]
-    now = map(budget_of, recipes, predicted(recipes))
-    return [Held(*each) for each in zip(budgets, now, strict=True)]
+    now = (prediction.by_category for prediction in predicted(list(budgets)))
+    return [Held(*each) for each in zip(budgets, budgets.values(), now, strict=True)]
 
 
-def read(path: Path) -> list[Budget]:
+def read(path: Path) -> dict[Recipe, Sizes]:
     """The budgets of a file.
 
     Raises:
-        ValueError: it holds something else, or a budget of what is there no more; the message names
-                    the row, counted from 1.
+        ValueError: it holds something else, or a budget of what is there no more, or one recipe
+                    twice; the message names the row, counted from 1.
         OSError: it cannot be read.
     """
     try:
@@ -99,16 +79,19 @@ def read(path: Path) -> list[Budget]:
         raise ValueError(f"{path} must be JSON, got {error}") from None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} must hold a list of budgets, got {shortened(rows)}")
-    found = []
+    found: dict[Recipe, Sizes] = {}
     for index, row in enumerate(rows, 1):
         try:
-            found.append(_budget(row))
+            recipe, sizes = _budget(row)
+            if recipe in found:
+                raise ValueError(f"settings must be those of no other row, got {shortened(row)}")
         except ValueError as error:
             raise ValueError(f"row {index} of {path}: {error}") from None
+        found[recipe] = sizes
     return found
 
 
-def add(path: Path, budgets: Sequence[Budget]) -> None:
+def add(path: Path, budgets: dict[Recipe, Sizes]) -> None:
     """Put budgets into a file, in place of those of the same recipes.
 
     Args:
@@ -118,23 +101,22 @@ def add(path: Path, budgets: Sequence[Budget]) -> None:
         ValueError: none is left, one is of a device that has no name, or the file that is there
                     holds something else.
     """
-    budgets = [each for each in budgets if each.recipe.method in HELD]
+    budgets = {recipe: sizes for recipe, sizes in budgets.items() if recipe.method in HELD}
     if not budgets:
         raise ValueError(f"methods to write must be of {', '.join(HELD)}, got none of them")
-    for each in budgets:
-        target_named(each.recipe.device.name)
-    there = read(path) if path.exists() else []
-    write(path, list({each.recipe: each for each in (*there, *budgets)}.values()))
+    for recipe in budgets:
+        target_named(recipe.device.name)
+    write(path, (read(path) if path.exists() else {}) | budgets)
 
 
-def write(path: Path, budgets: Sequence[Budget]) -> None:
+def write(path: Path, budgets: dict[Recipe, Sizes]) -> None:
     """Write a file of budgets, whole or not at all."""
-    parts = [(b.recipe.settings(), b.peak_allocated_bytes, b.by_category) for b in budgets]
+    parts = ((recipe.settings(), sum(sizes.values()), sizes) for recipe, sizes in budgets.items())
     rows = [dict(zip(NAMES, each, strict=True)) for each in parts]
     write_whole(path, json.dumps(rows, indent=2) + "\n")
 
 
-def _budget(row: object) -> Budget:
+def _budget(row: object) -> tuple[Recipe, Sizes]:
     settings, peak, parts = require_names("a budget", row, NAMES)
     sizes = (*require_names("by_category", parts, CATEGORIES), peak)
     if any(type(size) is not int or size < 0 for size in sizes):
@@ -147,4 +129,4 @@ def _budget(row: object) -> Budget:
     recipe = of_settings(settings)
     if recipe.method not in HELD:
         raise ValueError(f"method must be of {', '.join(HELD)}, got {recipe.method}")
-    return Budget(recipe, peak, parts)
+    return recipe, parts

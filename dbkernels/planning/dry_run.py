@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 
 from torch import nn
 from torch._ops import OpOverload
@@ -81,7 +82,7 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
     recipe = replace(recipe, offload="none", prefetch=False, **plain)
     with _pretending(target):
         trainer = recipe.trainer("cpu")
-        found: dict[Offload, list[Prediction]] = {place: [] for place in OFFLOAD}
+        found: list[tuple[Prediction, ...]] = []  # of a block, for each of OFFLOAD
         for block in _costliest(trainer):
             moved, on_device = trainer.moved(block), _on_device(trainer, block)
             trace = record(
@@ -91,13 +92,10 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
                 inputs=[tensor for group in moved for tensor in group.average.values()],
                 workspace=workspace,
             )
-            elsewhere, empty = _elsewhere(trainer, block, on_device), _empty(trainer, block, slots)
-            for place, storages in zip(OFFLOAD, (elsewhere, empty), strict=True):
-                found[place].append(predict(trace.beside(storages), target))
-    return {
-        place: max(several, key=lambda prediction: prediction.peak_allocated_bytes)
-        for place, several in found.items()
-    }
+            beside = _elsewhere(trainer, block, on_device), _empty(trainer, block, slots)
+            found.append(tuple(predict(trace.beside(more), target) for more in beside))
+    highest = partial(max, key=attrgetter("peak_allocated_bytes"))
+    return dict(zip(OFFLOAD, map(highest, zip(*found, strict=True)), strict=True))
 
 
 class _Mode(FakeTensorMode):

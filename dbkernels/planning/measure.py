@@ -20,7 +20,6 @@ from dbkernels.training.trainer import Trainer
 Figures = dict[str, object]
 
 KILLED = "its process was killed, as where the host has no memory left"
-WARM_UP_STEPS = 2  # the first step makes the optimizer's state, the second is steady
 
 
 def measured(recipe: Recipe, device: torch.device, steps: int) -> Figures:
@@ -75,9 +74,9 @@ def profile_trainer(trainer: Trainer, steps: int) -> Figures:
     optimizers = [group.optimizer for group in trainer.groups.values()]
     peaks, seconds, first, steady = [], [], [], []
     for step in blocks:
+        # the first step makes the optimizer's state, the second is steady
         first.append(_allocated(step, device))
-        for _ in range(WARM_UP_STEPS - 1):
-            step()
+        step()
         seconds.append(statistics.median(_timed(step, device) for _ in range(steps)))
     for step in blocks:
         # apart from the tracker, under which autograd adds gradients up in new storages

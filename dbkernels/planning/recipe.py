@@ -135,8 +135,7 @@ class Recipe:
         config = self.config()
         blocks = config.build(config.home(device))
         if baseline := BASELINES[self.method]:
-            budget = 1.0 if self.budget is None else self.budget
-            use_baseline(blocks.model, baseline, budget=budget)
+            use_baseline(blocks.model, baseline, budget=1.0 if self.budget is None else self.budget)
         data = MadeUpData(self.model.fields(), self.batch_size)
         return config.trainer_of(blocks, data, device=device)
 

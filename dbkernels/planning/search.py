@@ -19,6 +19,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 
 from dbkernels.memory.allocator import Target
 from dbkernels.memory.measure import Prediction
@@ -60,6 +61,7 @@ class Estimate:
 
 
 Estimates = dict[Offload, Estimate]  # by what is on the device
+_smallest = partial(min, key=attrgetter("peak_bytes"))
 
 
 def estimate(recipe: Recipe) -> Estimates:
@@ -71,7 +73,7 @@ def estimate(recipe: Recipe) -> Estimates:
     for offload, prediction in found.items():
         swapped = 0 if offload == "none" else swapped_bytes(found, recipe.num_blocks)
         # the few ops that a step has once are counted with every micro-batch
-        flops, ops = round(times * prediction.flops), round(times * prediction.ops)
+        flops, ops = round(times * prediction.flops), round(times * len(prediction.trace.ops))
         estimates[offload] = Estimate(
             recipe=replace(recipe, offload=offload),
             peak_bytes=prediction.peak_reserved_bytes,
@@ -106,30 +108,24 @@ class Found:
     Args:
         whole:     what computes nothing again and cuts no batch, all blocks on the device; it need
                    not fit
-        fitting:   the fastest that fits for each choice of what is on the device
+        plans:     the fastest that fits for each choice of what is on the device
         smallest:  of all that were predicted, whether it fits or not
-    """
-
-    whole: Estimate
-    fitting: list[Estimate]
-    smallest: Estimate
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What was found.
-
-    Args:
-        whole:     end to end, nothing computed again, the batch not cut; it need not fit
-        plans:     that fit, the fastest first
-        smallest:  of all that were predicted
-        largest:   the family's largest preset of which something fits; None where there is none
-        outside:   bytes of the stem and the head, by category
     """
 
     whole: Estimate
     plans: list[Estimate]
     smallest: Estimate
+
+
+@dataclass(frozen=True)
+class Answer(Found):
+    """The plans of every number of blocks, the fastest first; the whole is end to end.
+
+    Args:
+        largest:  the family's largest preset of which something fits; None where there is none
+        outside:  bytes of the stem and the head, by category
+    """
+
     largest: str | None
     outside: dict[str, int]
 
@@ -157,14 +153,13 @@ def search(recipe: Recipe, memory: int) -> Answer:
         model = presets[name]
         small = replace(recipe, preset=name, model=model, num_blocks=model.depth, **least)
         jobs.append(partial(estimate, small))
-    found = list(results(jobs, "predicting"))
-    needed = dict(zip(by_size, found[len(counts) :], strict=True))
-    fits = (n for n in by_size if min(e.peak_bytes for e in needed[n].values()) <= limit)
-    found = found[: len(counts)]
+    every = list(results(jobs, "predicting"))
+    found, needed = every[: len(counts)], dict(zip(by_size, every[len(counts) :], strict=True))
+    fits = (name for name in by_size if _smallest(needed[name].values()).peak_bytes <= limit)
     return Answer(
         whole=found[0].whole,
-        plans=sorted((plan for each in found for plan in each.fitting), key=lambda p: p.seconds),
-        smallest=min((each.smallest for each in found), key=lambda p: p.peak_bytes),
+        plans=sorted((plan for each in found for plan in each.plans), key=attrgetter("seconds")),
+        smallest=_smallest(each.smallest for each in found),
         largest=next(fits, None),
         outside=outside_layers(needed[recipe.preset], depth),
     )
@@ -195,8 +190,7 @@ def plans_of(recipe: Recipe, predict: Callable[[Recipe], Estimates], limit: int)
     # with one block all is on the device in any case
     offloads = ("none",) if recipe.num_blocks == 1 else ("none", "cpu")
     best = [_fastest(partial(planned, offload), recipe, limit) for offload in offloads]
-    every = [plan for plans in known.values() for plan in plans.values()]
-    smallest = min(every, key=lambda plan: plan.peak_bytes)
+    smallest = _smallest(plan for plans in known.values() for plan in plans.values())
     return Found(whole, [plan for plan in best if plan], smallest)
 
 

@@ -1,10 +1,11 @@
+from dataclasses import replace
 from functools import cache
 
 import pytest
-import torch
 from cli.runs import SIZES, Outcome, write_npz
 
 from dbkernels.cli.main import main
+from dbkernels.models import vit
 
 
 @pytest.fixture
@@ -26,20 +27,18 @@ def cli(capsys, monkeypatch, tmp_path):
     return run
 
 
-@pytest.fixture
-def no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.fixture(scope="module")
+def shallow():
+    """Has the ViT of the digits have four layers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vit.PRESETS, "digits", replace(vit.PRESETS["digits"], depth=4))
+        yield
 
 
 @pytest.fixture
 def train(cli):
-    """Trains a tiny run of a family into a directory, "vit out"; more flags may follow."""
-
-    def run(line):
-        family, out, flags = [*line.split(" ", 2), ""][:3]
-        return cli(" ".join(["train", family, "--out", out, "--data data.npz", *SIZES, flags]))
-
-    return run
+    """Trains a tiny run: a family and flags, such as --out."""
+    return lambda line: cli(f"train --data data.npz {' '.join(SIZES)} {line}")
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,14 @@
 import fcntl
 import json
 import time
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 
 SIZES = ["--depth=3", "--dim=16", "--num-heads=2", "--steps=2", "--batch-size=8", "--device=cpu"]
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
+Outcome = namedtuple("Outcome", "code out err")
 
 
 def write_npz(path, shape=(1, 8, 8), classes=3):

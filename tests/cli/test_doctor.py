@@ -14,6 +14,8 @@ FOR_CPUS = library.Library(None, manifest=MANIFEST._replace(cuda=0, architecture
 LEFT_OUT = library.Library("It was left out: no compiler.")
 BROKEN = library.Library("libdbkernels.so does not load: [x].", True, MANIFEST)
 HERE = {"c++": "12.2", "gcc": "12.2"}  # compilers and what they say
+STATED = {"c++": "c++ (Debian 12.2.0-14) 12.2.0", "nvcc": "release 13.0, V13.0.88", "gcc": ""}
+VERSIONS = "C compiler        gcc of an unknown version\nC++ compiler      c++ 12.2.0\n"
 NO_NVCC = "Nothing of it serves the GPU: no nvcc was found."
 NO_KERNELS = {"found": FOR_CPUS, "gpu_reason": "no nvcc was found.", "tools": {**HERE, "nvcc": ""}}
 BUILD = "setup.py build_ext --inplace\n"
@@ -70,24 +72,16 @@ def test_names_what_is_here_and_what_runs_each_op(machine):
         ({"found": LEFT_OUT, "tools": {}}, 0, "", "such as g++, and then run:", "broken"),
         ({"tools": {}}, 0, "", "C compiler        none\nC++ compiler      none\nnvcc", "12.2"),
         ({"found": BROKEN}, 1, "broken: libdbkernels.so does not load: [x].", BUILD, "loaded"),
+        ({"tools": STATED}, 0, "", VERSIONS, "Debian"),
+        ({"tools": STATED}, 0, "", "/nvcc 13.0\n", "V13.0"),
         (NO_KERNELS, 0, "loaded, for CPUs and for no GPU", f"{NO_NVCC}\nTo build", "if there were"),
     ],
 )
-def test_says_what_is_missing_and_the_command_that_adds_it(
-    machine, pretended, code, library, said, not_said
-):
+def test_says_what_is_missing_and_what_adds_it(machine, pretended, code, library, said, not_said):
     outcome = machine(**pretended)
     assert outcome.code == code
     assert line(outcome, "compiled library").startswith(library)
     assert said in outcome.out and not_said not in outcome.out
-
-
-def test_compilers_are_named_with_the_versions_that_they_state(machine):
-    said = {"c++": "c++ (Debian 12.2.0-14) 12.2.0", "nvcc": "release 13.0, V13.0.88", "gcc": ""}
-    outcome = machine(tools=said)
-    assert line(outcome, "C++ compiler") == "c++ 12.2.0"
-    assert line(outcome, "C compiler") == "gcc of an unknown version"
-    assert line(outcome, "nvcc").endswith("/nvcc 13.0")
 
 
 PIP = " -m pip install --no-build-isolation --no-deps --force-reinstall path/to/the/checkout"
@@ -107,10 +101,8 @@ def test_the_command_suits_the_installation(machine, monkeypatch, changes, comma
     for name, value in changes.items():
         monkeypatch.setattr(library, name, value)
     fix = json.loads(machine(LEFT_OUT, flags="--json").out)["library"]["fix"]
-    if command is None:
-        assert fix is None
-    else:
-        assert " -m pip install ninja 'setuptools>=77' && " in fix and fix.endswith(command)
+    install = " -m pip install ninja 'setuptools>=77' && "
+    assert fix is None if command is None else install in fix and fix.endswith(command)
 
 
 def test_a_gpu_that_is_served_needs_no_command(machine):

@@ -1,6 +1,7 @@
 import re
 from dataclasses import fields, is_dataclass
 from typing import get_args
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from dbkernels.cli.device import pick_device
 from dbkernels.cli.main import Verb
 from dbkernels.cli.profile import Profile
 
-VERBS = {conf.name: verb for verb, conf in map(get_args, get_args(Verb))}
+VERBS = {verb.__name__.lower(): verb for verb in get_args(Verb)}
 
 
 def flags_of(config):
@@ -38,12 +39,6 @@ def test_help_has_a_sentence_for_every_flag(cli, monkeypatch, verb, columns):
     assert "dummy" not in text and "(default: )" not in text
 
 
-def test_help_names_every_verb(cli):
-    outcome = cli("--help")
-    assert outcome.code == 0 and len(VERBS) == 6
-    assert all(f"• {verb}" in outcome.out for verb in VERBS)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -69,33 +64,24 @@ def test_a_bad_flag_exits_with_2_and_touches_no_file(cli, tmp_path, arguments, m
     assert [p.name for p in tmp_path.iterdir()] == ["data.npz"]
 
 
-def raising(error):
-    def run(self):
-        raise error
-
-    return run
-
-
 TOO_LARGE = f"can't allocate memory: you tried to allocate {2**62}"
 
 
 @pytest.mark.parametrize(
-    ("run", "code", "line"),
+    ("effect", "code", "line"),
     [
-        (raising(ValueError("a [bold] word " * 9)), 1, "error: " + "a [bold] word " * 9),
-        (raising(FloatingPointError("nan")), 1, "error: nan"),
-        (raising(PermissionError(13, "Denied", "out")), 1, "error: Denied: out"),
-        (raising(OSError("no name")), 1, "error: no name"),
-        (raising(torch.OutOfMemoryError("too large")), 1, "error: too large"),
-        (raising(MemoryError("Unable to allocate")), 1, "error: Unable to allocate"),
-        (lambda self: torch.empty(2**62, dtype=torch.uint8), 1, f"error: {TOO_LARGE}"),
-        (raising(KeyboardInterrupt), 130, ""),
+        (ValueError("a [bold] word " * 9), 1, "error: " + "a [bold] word " * 9),
+        (FloatingPointError("nan"), 1, "error: nan"),
+        (PermissionError(13, "Denied", "out"), 1, "error: Denied: out"),
+        (OSError("no name"), 1, "error: no name"),
+        (torch.OutOfMemoryError("too large"), 1, "error: too large"),
+        (MemoryError("Unable to allocate"), 1, "error: Unable to allocate"),
+        (lambda: torch.empty(2**62, dtype=torch.uint8), 1, f"error: {TOO_LARGE}"),
+        (KeyboardInterrupt, 130, ""),
     ],
 )
-def test_an_error_is_one_line_as_it_stands_and_an_interrupt_is_none(
-    cli, monkeypatch, run, code, line
-):
-    monkeypatch.setattr(Profile, "run", run)
+def test_an_error_is_one_line_and_an_interrupt_is_none(cli, monkeypatch, effect, code, line):
+    monkeypatch.setattr(Profile, "run", mock.Mock(side_effect=effect))
     outcome = cli("profile")
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (code, "", bool(line))
     assert re.sub(r" bytes\. Error code.*", "", outcome.err).rstrip() == line.rstrip()
@@ -103,7 +89,7 @@ def test_an_error_is_one_line_as_it_stands_and_an_interrupt_is_none(
 
 @pytest.mark.parametrize("error", [AssertionError("ours"), RuntimeError("ours")])
 def test_a_fault_of_ours_keeps_its_traceback(cli, monkeypatch, error):
-    monkeypatch.setattr(Profile, "run", raising(error))
+    monkeypatch.setattr(Profile, "run", mock.Mock(side_effect=error))
     with pytest.raises(type(error), match="ours"):
         cli("profile")
 

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 from cli.runs import SIZES, read_tree, refused, write_npz
 
 # what stands between the verb and its flags; of a flag that is there twice the last one counts
@@ -18,14 +19,11 @@ BEFORE = {
     [
         ("train --num-blocks 4", "num_blocks must be between 1 and the 3 layers, got 4"),
         ("train --sigma-max nan", "got sigma_min 0.002 and sigma_max nan"),
-        ("train --split a,b,c", "split must be whole numbers with commas between, got a,b,c"),
-        ("train --layers 0,1,3", "layers must be 0 to 2, got [0, 1, 3]"),
         ("train --layers 0;1", "layers must be whole numbers with commas between, got 0;1"),
         ("train --data nope", "data source nope does not exist"),
         ("train --data=", "data must be digits or a path, got an empty text"),
         ("train --data odd.npz", "the patch must divide the image size, got 2 and 7"),
         ("train --preset huge", "preset of ViT must be one of cifar100, digits, got huge"),
-        ("train --num-heads 3", "dim must be a multiple of num_heads, got 16 and 3"),
         ("train --num-heads -1", "num_heads must be positive, or 0 for the preset's, got -1"),
         ("train --clip inf", "clip must be finite, got inf"),
         ("train --weight-decay inf", "weight_decay must be finite, got inf"),
@@ -55,8 +53,8 @@ BEFORE = {
         ("evaluate vit --device cuda", "device cuda needs an NVIDIA GPU"),
         ("profile --num-blocks 13", "num_blocks must be between 1 and the 12 layers, got 13"),
         ("profile --num-blocks 1;2", "num_blocks must be whole numbers with commas between"),
-        ("profile --batch 0", "batch and steps must be at least 1, got batch 0 and steps 1"),
-        ("profile --steps 0", "batch and steps must be at least 1, got batch 2 and steps 0"),
+        ("profile --batch 0", "error: batch must be at least 1, got 0"),
+        ("profile --steps 0", "steps must be at least 1, got 0"),
         ("profile --device cuda --measure", "device cuda needs an NVIDIA GPU"),
         ("profile --budget 1.5", "budget must be from 0 to 1, got 1.5"),
         ("profile --methods fused", "of end_to_end, checkpointed, selective, compiled, block"),
@@ -74,7 +72,8 @@ BEFORE = {
         ("plan --target tpu", "target must be one of cpu, a100, h100, h200, b200, got tpu"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_touches_no_file(cli, runs, no_gpu, tmp_path, line, message):
+def test_a_mistake_is_one_line_and_touches_no_file(cli, runs, monkeypatch, tmp_path, line, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for family in ("vit", "dit"):
         shutil.copytree(runs(family), tmp_path / family)
     (tmp_path / "folder.png").mkdir()

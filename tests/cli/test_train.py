@@ -9,18 +9,18 @@ from dbkernels.training.diffusion_blocks import DiffusionBlocks
 
 
 def test_says_what_it_trained(train, tmp_path):
-    outcome = train("vit out")
+    outcome = train("vit --out out")
     assert (outcome.code, outcome.out) == (0, "trained 6 steps in 3 blocks: out\n")
     assert "100%" in outcome.err and outcome.err.count("training") == 1
     rows = (tmp_path / "out/log.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == list(range(6))
-    assert train("vit one --num-blocks 1").out == "trained 2 steps in 1 block: one\n"
+    assert train("vit --out one --num-blocks 1").out == "trained 2 steps in 1 block: one\n"
 
 
 def test_flags_reach_the_configuration(train, tmp_path):
     flags = "--split 2,1 --num-blocks 2 --gamma 0.2 --sigma-max 40 --lr 0.01 --seed 7 --ema 0.5"
     flags += " --offload disk --offload-dir off --prefetch --steps-per-swap 2"
-    train(f"dit out {flags} --label-drop 0.1 --mirror --patch 4")
+    train(f"dit --out out {flags} --label-drop 0.1 --mirror --patch 4")
     config = json.loads((tmp_path / "out/config.json").read_text())
     trainer = {"steps": 2, "batch_size": 8, "lr": 0.01, "seed": 7, "ema": 0.5}
     trainer |= {"offload": "disk", "offload_dir": "off", "prefetch": True, "steps_per_swap": 2}
@@ -39,11 +39,11 @@ def test_the_weighting_follows_the_family_unless_it_is_given(runs, family, autom
         assert config["weighting"] == expected
 
 
-def test_a_finished_run_is_resumed_to_nothing_and_not_with_other_settings(train, runs, tmp_path):
-    shutil.copytree(runs("vit"), tmp_path / "out")
-    shutil.copy(runs("vit").parent / "data.npz", tmp_path)
+def test_a_run_goes_on_to_its_end_and_not_with_other_settings(train, runs, tmp_path):
+    whole, out = runs("vit --save-every 4"), tmp_path / "out"
+    shutil.copytree(whole, out)
     before = read_tree(tmp_path)
-    again = f"vit out --data {runs('vit').parent}/data.npz"
+    again = f"vit --out out --data {whole.parent}/data.npz"
     other = train(f"{again} --resume latest --lr 0.5 --gamma 0.1")
     assert refused(other, "2 settings differ from checkpoint out/checkpoints/step-00000006")
     assert "trainer.lr: saved 0.001, current 0.5" in other.err
@@ -51,48 +51,21 @@ def test_a_finished_run_is_resumed_to_nothing_and_not_with_other_settings(train,
     same = train(f"{again} --resume latest")
     assert (same.code, same.out) == (0, "nothing to do: all 6 steps are trained already: out\n")
     assert read_tree(tmp_path) == before
-
-
-def test_a_damaged_checkpoint_is_refused_and_the_previous_one_resumes(train, runs, tmp_path):
-    whole, out = runs("vit --save-every 2"), tmp_path / "out"
-    shutil.copytree(whole, out)
-    path = out / "checkpoints/step-00000006/optimizer.safetensors"
-    path.write_bytes(path.read_bytes()[:-5])
-    again = f"vit out --data {whole.parent}/data.npz --save-every 2 --resume"
-    assert refused(train(f"{again} latest"), "the previous checkpoint step-00000004 is intact")
-    outcome = train(f"{again} out/checkpoints/step-00000004")
-    assert (outcome.code, outcome.out) == (0, "trained 2 steps in 3 blocks: out\n")
+    rest = train(f"{again} --save-every 4 --resume out/checkpoints/step-00000004")
+    assert (rest.code, rest.out) == (0, "trained 2 steps in 3 blocks: out\n")
     for file in ("log.jsonl", "checkpoints/step-00000006/model.safetensors"):
         assert (out / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_a_rate_that_is_too_high_stops_the_run_and_keeps_the_checkpoint(train, cli):
-    outcome = train("vit out --lr 1e30 --clip 0 --save-every 1")
-    assert outcome.code == 1
-    message = outcome.err.splitlines()[-1]
-    assert message.startswith("error: the loss must be finite, got loss ")
-    assert " with sigma in [" in message
-    assert cli("evaluate out --device cpu").code == 0
-
-
-# so many samples have room
-@pytest.mark.parametrize(
-    ("fits", "code", "kind", "end"),
-    [
-        (4, 0, "warning", "in micro-batches of 8: they have 4 from now on"),
-        (3, 1, "error", "with batch 8 in micro-batches of 4, halved in this step already"),
-    ],
-)
-def test_out_of_memory_is_one_line_beside_the_bar(train, monkeypatch, fits, code, kind, end):
-    inner = DiffusionBlocks.loss
-
+def test_a_warning_is_one_line_beside_the_bar(train, monkeypatch):
     def loss(blocks, block, batch, draw):
-        if len(batch["label"]) > fits:
+        if len(batch["label"]) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return inner(blocks, block, batch, draw)
 
+    inner = DiffusionBlocks.loss
     monkeypatch.setattr(DiffusionBlocks, "loss", loss)
-    outcome = train("vit out")
-    assert outcome.code == code
-    (line,) = [x for x in outcome.err.splitlines() if x.startswith(f"{kind}: out of memory")]
-    assert line.startswith(f"{kind}: out of memory in block ") and line.endswith(end)
+    outcome = train("vit --out out")
+    assert outcome.code == 0
+    (line,) = [x for x in outcome.err.splitlines() if x.startswith("warning: out of memory in blo")]
+    assert line.endswith("in micro-batches of 8: they have 4 from now on")

@@ -40,9 +40,9 @@ OF_A_CPU = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     ],
 )
 def test_requests_have_blocks_and_segments(asked, given, reserved):
-    placed = place(Event(i, i, size) for i, size in enumerate(asked))
-    assert [event.delta_bytes for event in placed.events] == given
-    assert placed.reserved_bytes == reserved
+    placed, allocator = place(Event(i, i, size) for i, size in enumerate(asked))
+    assert [event.delta_bytes for event in placed] == given
+    assert allocator.reserved_bytes == reserved
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,14 @@ def test_the_best_free_block_is_taken(sizes, freed, taken):
 
 def test_segments_are_never_given_back():
     events = [Event(0, 0, 50 * MiB), Event(1, 0, -50 * MiB), Event(2, 1, 60 * MiB)]
-    assert place(events).segments == [(0, 50 * MiB), (50 * MiB, 60 * MiB)]
+    _, allocator = place(events)
+    assert [*allocator.segments.items()] == [(0, 50 * MiB), (50 * MiB, 60 * MiB)]
 
 
 def test_a_storage_that_grows_moves_and_one_of_no_bytes_has_no_block():
-    placed = place([Event(0, 0, 512), Event(0, 1, 0), Event(1, 0, 512), Event(2, 0, -1024)])
-    assert [event.delta_bytes for event in placed.events] == [512, 1024, -512, -1024]
-    assert placed.addresses == [0, 512, 0, 512]
+    placed, _ = place([Event(0, 0, 512), Event(0, 1, 0), Event(1, 0, 512), Event(2, 0, -1024)])
+    changes = [(event.delta_bytes, event.address) for event in placed]
+    assert changes == [(512, 0), (1024, 512), (-512, 0), (-1024, 512)]
 
 
 # properties
@@ -91,18 +92,18 @@ def churn(seed, count=1000):
 @pytest.mark.parametrize("seed", range(3))
 def test_blocks_hold_what_was_asked_for_never_overlap_and_lie_in_segments(seed):
     asked, alive = churn(seed), {}
-    placed = place(asked)
-    for event, given, address in zip(asked, placed.events, placed.addresses, strict=True):
-        assert (given.op, given.storage) == (event.op, event.storage)
+    placed, allocator = place(asked)
+    for event, given in zip(asked, placed, strict=True):
+        assert given[:2] == event[:2]  # op and storage
         if event.delta_bytes < 0:
-            assert alive.pop(address) == -given.delta_bytes
+            assert alive.pop(given.address) == -given.delta_bytes
             continue
         slack = given.delta_bytes - event.delta_bytes
         assert 0 <= slack < 512 or (event.delta_bytes > MiB and slack <= MiB + 512)
-        end = address + given.delta_bytes
-        assert all(end <= a or a + size <= address for a, size in alive.items())
-        alive[address] = given.delta_bytes
-        assert any(a <= address and end <= a + size for a, size in placed.segments)
+        start, end = given.address, given.address + given.delta_bytes
+        assert all(end <= a or a + size <= start for a, size in alive.items())
+        alive[start] = given.delta_bytes
+        assert any(a <= start and end <= a + size for a, size in allocator.segments.items())
     assert not alive
 
 

@@ -11,9 +11,6 @@ from dbkernels.memory.timeline import BASE, COLOURS, draw, levels, snapshot, wri
 from dbkernels.memory.tracker import CATEGORIES, START, Event, Trace
 
 GiB = 2**30
-PARAMETERS, SAVED, TEMPORARIES = map(
-    CATEGORIES.index, ("parameters", "saved_activations", "temporaries")
-)
 
 
 def hill(unit=10):
@@ -25,7 +22,8 @@ def hill(unit=10):
     events += [Event(op, 1 + i, -unit) for i, op in enumerate((5, 6, 7, 8))]
     for i, op in enumerate((10, 11)):
         events += [Event(op, 5 + i, 7), Event(op, 5 + i, -7)]
-    return predict(Trace(names, events, [PARAMETERS] + [SAVED] * 6), TARGETS["cpu"])
+    categories = ["parameters"] + ["saved_activations"] * 6
+    return predict(Trace(names, events, categories), TARGETS["cpu"])
 
 
 # in few numbers
@@ -59,7 +57,7 @@ def test_parts_are_equal_and_each_is_at_its_highest(parts, starts, totals):
 
 def test_on_a_gpu_the_allocators_blocks_count():
     events = [Event(START, 0, 1), Event(0, 1, 513), Event(1, 1, -513)]
-    trace = Trace(["forward: a", "backward: b"], events, [PARAMETERS, SAVED])
+    trace = Trace(["forward: a", "backward: b"], events, ["parameters", "saved_activations"])
     found = levels(predict(trace, TARGETS["h100"]), parts=9)
     assert found.by_category["parameters"] == [512] * 3
     assert found.by_category["saved_activations"] == [0, 1024, 0]
@@ -107,7 +105,7 @@ def test_needs_matplotlib_and_a_known_format(tmp_path, monkeypatch):
 def prediction(target="h100"):
     changes = [(START, 0, 4 * MiB), (0, 1, 30 * MiB), (1, 1, -30 * MiB), (1, 2, 600)]
     ops = ["forward: aten::a", "backward: aten::b"]
-    categories = [PARAMETERS, TEMPORARIES, TEMPORARIES]
+    categories = ["parameters", "temporaries", "temporaries"]
     return predict(Trace(ops, [Event(*each) for each in changes], categories), TARGETS[target])
 
 

@@ -36,8 +36,3 @@ def wide(recipe):
     """As `reckoned`, but that a model needs a MiB for each element of its width."""
     grown = recipe.model.dim * MiB
     return {k: replace(v, peak_bytes=grown) for k, v in reckoned(recipe).items()}
-
-
-def in_turn(jobs, told):
-    """As `results` gives them, in this process."""
-    return [job() for job in jobs]

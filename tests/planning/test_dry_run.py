@@ -1,5 +1,7 @@
+from collections import Counter
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +14,6 @@ from dbkernels.models import FAMILIES, DiTConfig, stem_and_head
 from dbkernels.ops.backend.register import registered
 from dbkernels.ops.layer.recompute import policies_of
 from dbkernels.planning import dry_run as module
-from dbkernels.planning import pool
 from dbkernels.planning.dry_run import dry_run, predicted
 from dbkernels.planning.recipe import OFFLOAD, Recipe
 from dbkernels.training.run import RunConfig
@@ -81,6 +82,7 @@ def test_a_step_peaks_as_predicted(recipe, autocast, hollow_ops):
         highest = resident + max(map(allocator_peak, steps))
         peaks = [measure_peak(s, model=trainer.blocks, optimizers=optimizers) for s in steps]
     assert abs(expected.peak_allocated_bytes - highest) <= 0.005 * highest
+    assert expected.peak_reserved_bytes == expected.peak_allocated_bytes
     worst = max(peaks, key=lambda peak: peak.total_bytes)
     assert expected.saved_bytes == worst.saved_bytes and expected.at == worst.at
     for name in MEASURED:
@@ -95,14 +97,10 @@ def test_all_blocks_on_the_device_add_what_the_step_does_not_touch():
     recipe = replace(FUSED, num_blocks=4)
     found, trainer = dry_run(recipe), real_trainer(recipe)
     others = [trainer.groups[f"block{index}"] for index in (1, 2, 3)]
-    more = {
-        "parameters": nbytes(p for group in others for p in group.parameters.values()),
-        "optimizer": nbytes(t for group in others for t in group.optimizer_tensors().values()),
-    }
-    for name, size in more.items():
-        assert found["none"].by_category[name] - found["cpu"].by_category[name] == size
-    every, one = (found[place].peak_allocated_bytes for place in OFFLOAD)
-    assert every - one == sum(more.values())
+    weights = nbytes(p for group in others for p in group.parameters.values())
+    state = nbytes(t for group in others for t in group.optimizer_tensors().values())
+    every, one = (Counter(found[place].by_category) for place in OFFLOAD)
+    assert every - one == {"parameters": weights, "optimizer": state} and one <= every
     assert found["none"].flops == found["cpu"].flops
     # end to end the step touches everything
     found = dry_run(replace(FUSED, num_blocks=1))
@@ -111,9 +109,7 @@ def test_all_blocks_on_the_device_add_what_the_step_does_not_touch():
 
 @pytest.mark.parametrize("sharing", ["joint", "copies"])
 @pytest.mark.parametrize("family", MODELS)
-def test_parameters_are_one_blocks_and_what_is_no_layer_or_all_there_are(
-    family, sharing, monkeypatch
-):
+def test_parameters_are_one_blocks_and_what_is_no_layer_or_all(family, sharing, monkeypatch):
     def half_frozen(config, device):
         blocks = build(config, device)
         for layer in blocks.model.layers:
@@ -180,7 +176,7 @@ def test_a_gpu_has_workspaces_and_kernels_with_partial_sums():
     names = {
         trace.name(event.op).partition("dbkernels::")[2]
         for event in trace.events
-        if trace.categories[event.storage] == len(MEASURED)
+        if trace.categories[event.storage] == "workspaces"
     }
     assert {"gated_adaln_norm_bwd", "gelu_bwd"} <= names
     assert found.by_category["workspaces"] >= 2 * 33 * MiB
@@ -212,11 +208,7 @@ def test_checkpointing_runs_every_layer_again():
 
 
 def test_with_and_without_offload_take_one_dry_run_and_keep_their_order(monkeypatch):
-    def counted(recipe):
-        calls.append(recipe.recompute)
-        return dry_run(recipe)
-
-    calls = []
+    counted = mock.Mock(wraps=dry_run)
     monkeypatch.setattr(module, "dry_run", counted)
     recipes = [
         replace(FUSED, recompute=recompute, offload=place)
@@ -224,14 +216,6 @@ def test_with_and_without_offload_take_one_dry_run_and_keep_their_order(monkeypa
         for recompute in ("qkv", "none")
     ]
     found = list(predicted(recipes))
-    assert calls == ["qkv", "none"]
+    assert [call.args[0].recompute for call in counted.call_args_list] == ["qkv", "none"]
     assert found == [dry_run(recipe)[recipe.offload] for recipe in recipes]
     assert all(each.trace is None for each in found)
-
-
-def test_several_processes_find_what_one_does(monkeypatch):
-    recipes = [replace(FUSED, num_blocks=count) for count in (1, 2)]
-    alone = list(predicted(recipes))
-    monkeypatch.setattr(module, "ALONE", 1)
-    monkeypatch.setattr(pool.os, "cpu_count", lambda: 2)
-    assert list(predicted(recipes)) == alone

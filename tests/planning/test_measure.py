@@ -79,9 +79,7 @@ def test_offloaded_blocks_are_measured_on_the_device():
         (ValueError("out of memory"), None),
     ],
 )
-def test_what_the_device_has_no_memory_for_says_so_and_another_error_stays_one(
-    monkeypatch, outcome, found
-):
+def test_what_has_no_room_says_so_and_another_error_stays_one(monkeypatch, outcome, found):
     def trainer(recipe, device):
         assert (recipe, device) == (RECIPE, CPU)
         if isinstance(outcome, Exception):

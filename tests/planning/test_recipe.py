@@ -90,10 +90,3 @@ COMPILED = {"method": "compiled", "recompute": None}
 def test_rejects(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(of_preset("vit", "digits"), **changes)
-
-
-def test_names_must_be_known():
-    with pytest.raises(ValueError, match="preset of ViT must be one of cifar100, digits, got XL"):
-        of_preset("vit", "XL")
-    with pytest.raises(ValueError, match="family must be one of vit, dit, got gpt"):
-        of_preset("gpt", "XL")
