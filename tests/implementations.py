@@ -15,6 +15,14 @@ def implementations(op: str) -> list[str]:
     return ["triton", "torch", *compiled]
 
 
+def thinned(op: str, names: str, cases: list[tuple]):
+    """Each of them on all cases, but Triton, whose interpreter is slow, on every third."""
+    every = {"triton": 3}
+    rows = [(name, *case) for name in implementations(op) for case in cases[:: every.get(name, 1)]]
+    names = ["implementation", *names.split()]
+    return pytest.mark.parametrize(names, rows, indirect=names[:1], ids=str)
+
+
 def each_implementation(op: str, *, autouse: bool = False):
     """A fixture by which each of them runs a test."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dbkernels.ops.activations import GELU, SWIGLU
-from dbkernels.ops.softmax_gradient import empty_logits
+from dbkernels.ops.linear_cross_entropy import empty_logits
 
 B, T = 32, 256  # at which bytes and time floors are stated
 HEAD_DIM = 64
@@ -147,7 +147,9 @@ _gelu = partial(Case, "gelu", module="activations", first=(GELU,))
 _swiglu = partial(Case, "swiglu", module="activations", first=(SWIGLU,))
 # the values stay where they are, a table says every angle twice, and the gradient is written over
 _HEADS = {"passes": {"qkv_ptr": 2 / 3, "dqkv_ptr": 4 / 3, "table_ptr": 1 / 2}, "multiple": HEAD_DIM}
-_LOGITS = {"passes": {"logits_ptr": 3}, "raw": "softmax_gradient"}  # read twice, then written
+_LOGITS = {  # read twice, then written
+    "passes": {"logits_ptr": 3}, "raw": "softmax_gradient", "module": "linear_cross_entropy"
+}  # fmt: skip
 _NORMS = ("adaln_norm", "gated_adaln_norm")
 ENTRIES = [
     *(Case(op, way, _norm, of_stream=True) for op in _NORMS for way in ("fwd", "bwd")),

@@ -1,9 +1,8 @@
 """Fused arithmetic of AdaLN layers on tensors, with its gradients."""
 
 from dbkernels.ops.activations import gelu, swiglu
-from dbkernels.ops.adaln_norm import adaln_norm
+from dbkernels.ops.adaln_norm import adaln_norm, fold_affine
 from dbkernels.ops.add_noise import add_noise
-from dbkernels.ops.affine import fold_affine
 from dbkernels.ops.attention import attention
 from dbkernels.ops.backend.register import implementation, use_implementation
 from dbkernels.ops.gated_adaln_norm import gated_adaln_norm

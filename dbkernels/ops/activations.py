@@ -36,6 +36,7 @@ CUBIC = 0.044715
 SLOPE = 2 * math.sqrt(2 / math.pi)  # of 2 * z at 0
 # a kernel reads no other kind of global
 _CUBIC, _SLOPE = tl.constexpr(CUBIC), tl.constexpr(SLOPE)
+Factors = tuple[Tensor, Tensor]  # whose product is u
 CHUNK = 2**17  # elements of plain torch's temporaries, times threads: a core's cache holds four
 
 
@@ -61,10 +62,7 @@ def _columns(N, F, rows_per_program, BLOCK_F: tl.constexpr):
 @triton.jit
 def _load_bias(bias_ptr, cols, mask):
     """float32 (1, BLOCK_F); 0 without a bias, where bias_ptr is None."""
-    bias = tl.zeros(cols.shape, tl.float32)
-    if bias_ptr is not None:
-        bias = _load(bias_ptr + cols, mask)
-    return bias
+    return tl.zeros(cols.shape, tl.float32) if bias_ptr is None else _load(bias_ptr + cols, mask)
 
 
 @triton.jit
@@ -153,16 +151,14 @@ def _bwd_kernel(
             tl.store(dbias_ptr + at + F, dbias_b, mask=cols < F)
 
 
-# in plain torch: x is h + bias and may be written over; each gives two factors of u
+# in plain torch: x is h + bias and may be written over
 
 
-def _gelu_torch(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def _gelu_torch(x: Tensor, s: Tensor) -> Factors:
     return x, _sigmoid_2z_torch(x, torch.mul(x, x, out=s), s)
 
 
-def _gelu_gradient_torch(
-    x: Tensor, du: Tensor, dx: Tensor, x2: Tensor, s: Tensor
-) -> tuple[Tensor, Tensor]:
+def _gelu_gradient_torch(x: Tensor, du: Tensor, dx: Tensor, x2: Tensor, s: Tensor) -> Factors:
     _sigmoid_2z_torch(x, torch.mul(x, x, out=x2), s)
     torch.ops.aten.sigmoid_backward.grad_input(x, s, grad_input=dx)  # x * s * (1 - s)
     dx.addcmul_(dx, x2, value=3 * CUBIC)
@@ -174,12 +170,12 @@ def _sigmoid_2z_torch(x: Tensor, x2: Tensor, s: Tensor) -> Tensor:
     return torch.addcmul(x, x, x2, value=CUBIC, out=s).mul_(SLOPE).sigmoid_()
 
 
-def _swiglu_torch(x: Tensor) -> tuple[Tensor, Tensor]:
+def _swiglu_torch(x: Tensor) -> Factors:
     a, b = x.chunk(2, dim=1)
     return torch.ops.aten.silu_(a), b
 
 
-def _swiglu_gradient_torch(x: Tensor, du: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+def _swiglu_gradient_torch(x: Tensor, du: Tensor, dx: Tensor) -> Factors:
     (a, b), (da, db) = x.chunk(2, dim=1), dx.chunk(2, dim=1)
     torch.mul(du, b, out=da)
     torch.ops.aten.silu_backward.grad_input(da, a, grad_input=da)
@@ -213,8 +209,7 @@ def column_launch(u: Tensor, share: Share) -> tuple[tuple[int, int], int, dict[s
     tiles, column_tiles = triton.cdiv(N, share.rows), triton.cdiv(F, LANES * warps)
     each = tiles_per_program(tiles, share.registers, warps, u.device, beside=column_tiles)
     rows = each * share.rows
-    grid = column_tiles, triton.cdiv(N, rows)
-    return grid, rows, {**tile, "maxnreg": share.registers}
+    return (column_tiles, triton.cdiv(N, rows)), rows, {**tile, "maxnreg": share.registers}
 
 
 def _forward_triton(activation, h, bias, u):
@@ -275,34 +270,28 @@ def same_dtype(out: Tensor, scratch: Tensor) -> Tensor:
 
 def _add_bias(h: Tensor, bias: Tensor | None, x: Tensor) -> None:
     """x = h + bias in the dtype of x; never h itself, which its gradient may overwrite."""
-    if bias is None:
-        x.copy_(h)
-    elif h.dtype == x.dtype:
+    if bias is None or h.dtype != x.dtype:
+        h = x.copy_(h)
+    if bias is not None:
         torch.add(h, bias, out=x)
-    else:
-        x.copy_(h).add_(bias)
 
 
-_FORWARD_OPS = {
-    name: register(
-        f"{name}_fwd(Tensor h, Tensor? bias, Tensor(a!) u) -> ()",
-        triton=partial(_forward_triton, activation),
-        torch_=partial(_forward_torch, activation),
+_FORWARD_OPS, BACKWARD_OPS = {}, {}
+for _name, _activation in ACTIVATIONS.items():
+    _FORWARD_OPS[_name] = register(
+        f"{_name}_fwd(Tensor h, Tensor? bias, Tensor(a!) u) -> ()",
+        triton=partial(_forward_triton, _activation),
+        torch_=partial(_forward_torch, _activation),
     )
-    for name, activation in ACTIVATIONS.items()
-}
-# dh may be h itself and u may be du itself: each element is read before it is written. u is the
-# activation again; None of u and dbias, which is float32, is not computed
-BACKWARD_OPS = {
-    name: register(
-        f"{name}_bwd(Tensor h, Tensor du, Tensor? bias, Tensor(a!) dh, Tensor(b!)? u,"
+    # dh may be h itself and u may be du itself: each element is read before it is written. u is the
+    # activation again; None of u and dbias, which is float32, is not computed
+    BACKWARD_OPS[_name] = register(
+        f"{_name}_bwd(Tensor h, Tensor du, Tensor? bias, Tensor(a!) dh, Tensor(b!)? u,"
         " Tensor(c!)? dbias) -> ()",
-        triton=partial(_backward_triton, activation),
-        torch_=partial(_backward_torch, activation),
-        scratch=partial(_backward_scratch, activation),
+        triton=partial(_backward_triton, _activation),
+        torch_=partial(_backward_torch, _activation),
+        scratch=partial(_backward_scratch, _activation),
     )
-    for name, activation in ACTIVATIONS.items()
-}
 
 
 # allocation and autograd

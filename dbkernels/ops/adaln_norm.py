@@ -11,6 +11,13 @@ Backward, with g = (1 + scale) * dy and every mean over D:
     dscale = sum_t dy * x_hat
     dshift = sum_t dy
 
+No kernel knows whether a norm is affine: its weight and bias are folded into the modulation, over
+samples and not over tokens, by
+
+    (1 + scale) * (weight * x_hat + bias) + shift = (1 + scale') * x_hat + shift'
+    scale' = (1 + scale) * weight - 1
+    shift' = (1 + scale) * bias + shift
+
 The kernels serve `gated_adaln_norm` too: where there is an h they first add a branch, gate * h.
 """
 
@@ -52,15 +59,12 @@ def _normalise_row(x, D, eps, CENTRED: tl.constexpr, BLOCK_D: tl.constexpr, PIEC
         # lanes past D hold -mean here, which would count towards the variance
         x_centred += (tl.where(cols < D, x[piece] - mean, 0.0),)
     rstd = 1 / tl.sqrt(tile.mean_row(tile.mul_rows(x_centred, x_centred, PIECES), D, PIECES) + eps)
-    return _standardise_row(x_centred, 0.0, rstd, PIECES), mean, rstd
+    return _standardise_row(x_centred, 0.0, rstd), mean, rstd
 
 
 @triton.jit
-def _standardise_row(x, mean, rstd, PIECES: tl.constexpr):
-    x_hat = ()
-    for piece in tl.static_range(PIECES):
-        x_hat += ((x[piece] - mean) * rstd,)
-    return x_hat
+def _standardise_row(x, mean, rstd):
+    return [(piece - mean) * rstd for piece in x]
 
 
 @triton.jit
@@ -80,10 +84,7 @@ def _load_weight(
 ):  # fmt: skip
     """1 + scale, for all rows of a tile."""
     scale = tile.load_vector(scale_ptr, start, D, BLOCK_T, BLOCK_D, PIECES)
-    weight = ()
-    for piece in tl.static_range(PIECES):
-        weight += (1 + scale[piece],)
-    return weight
+    return [1 + piece for piece in scale]
 
 
 @triton.jit(do_not_specialize=tile.SHARED_OUT)
@@ -130,10 +131,9 @@ def _bwd_kernel(
     for batch in range(first // T, tl.cdiv(last, T)):
         if h_ptr is not None:
             gate = tile.load_vector(gate_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
-            dgate = tile.zero_row(BLOCK_T, BLOCK_D, PIECES)
+            dgate = tile.zeros_like(gate)
         weight = _load_weight(scale_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
-        dscale = tile.zero_row(BLOCK_T, BLOCK_D, PIECES)
-        dshift = tile.zero_row(BLOCK_T, BLOCK_D, PIECES)
+        dscale, dshift = tile.zeros_like(weight), tile.zeros_like(weight)
 
         begin, end = tile.rows_of_sample(batch, first, last, T)
         for start in range(begin, end, BLOCK_T):
@@ -150,7 +150,7 @@ def _bwd_kernel(
 
             if h_ptr is not None:
                 x = tile.mul_add_rows(gate, h, x, PIECES)
-            x_hat = _standardise_row(x, mean, rstd, PIECES)
+            x_hat = _standardise_row(x, mean, rstd)
             dscale = tile.mul_add_rows(dy, x_hat, dscale, PIECES)
             dshift = tile.add_rows(dy, dshift, PIECES)
             if y_ptr is not None:
@@ -167,17 +167,15 @@ def _bwd_kernel(
                 # from L1 this time: in registers until here, h would cost a program to a processor
                 h = tile.load_row(h_ptr, row * D, mask, D, BLOCK_D, PIECES)
                 dgate = tile.mul_add_rows(dx, h, dgate, PIECES)
+                dh = tile.mul_rows(gate, dx, PIECES)
+                tile.store_row(dh_ptr, row * D, mask, dh, D, BLOCK_D, PIECES)
             tile.store_row(dx_ptr, row * D, mask, dx, D, BLOCK_D, PIECES)
-            if h_ptr is not None:
-                tile.store_row(
-                    dh_ptr, row * D, mask, tile.mul_rows(gate, dx, PIECES), D, BLOCK_D, PIECES
-                )
 
         out = sums.segment(batch, samples_are_shared) * stride_sums
         if h_ptr is not None:
-            tile.store_vector(dgate_ptr, out, tile.sum_over_rows(dgate, PIECES), D, BLOCK_D, PIECES)
-        tile.store_vector(dscale_ptr, out, tile.sum_over_rows(dscale, PIECES), D, BLOCK_D, PIECES)
-        tile.store_vector(dshift_ptr, out, tile.sum_over_rows(dshift, PIECES), D, BLOCK_D, PIECES)
+            tile.store_sum(dgate_ptr, out, dgate, D, BLOCK_D, PIECES)
+        tile.store_sum(dscale_ptr, out, dscale, D, BLOCK_D, PIECES)
+        tile.store_sum(dshift_ptr, out, dshift, D, BLOCK_D, PIECES)
 
 
 # launchers: they write into tensors of their caller
@@ -350,3 +348,29 @@ def adaln_norm(
     options = NormOptions(eps, checks.check_norm(norm), checks.result_dtype(dtype, x))
     rows = checks.rows_of_samples({"x": x}, {"scale": scale, "shift": shift})
     return _AdaLNNorm.apply(*rows, options).view(x.shape)
+
+
+def fold_affine(
+    scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The scale' and shift' that do the work of a norm's weight and bias too.
+
+    Args:
+        scale:   (..., D)  any float dtype
+        shift:   (..., D)
+        weight:  (D,)      of the norm; 1 changes nothing
+        bias:    (D,)      of the norm; None is 0, as RMS norm has none
+    Returns:
+        scale' and shift' (..., D), slices of one tensor, float32 or wider: 1 + scale' in bfloat16
+        would lose the weight's small digits.
+    Raises:
+        ValueError: a shape disagrees.
+    """
+    D = scale.shape[-1]
+    checks.check_shape(scale.shape, "of the shape of scale", shift=shift)
+    checks.check_shape((D,), "(D,)", weight=weight, bias=bias)
+    dtype = torch.promote_types(scale.dtype, torch.float32)
+    one_plus = 1 + scale.to(dtype)
+    shift = shift.to(dtype) if bias is None else torch.addcmul(shift.to(dtype), one_plus, bias)
+    folded = torch.cat([one_plus * weight - 1, shift], dim=-1)
+    return folded[..., :D], folded[..., D:]

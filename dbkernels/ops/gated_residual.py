@@ -57,7 +57,7 @@ def _bwd_kernel(
     first, last = tile.rows_of_program(rows, rows_per_program)
     for batch in range(first // T, tl.cdiv(last, T)):
         gate = tile.load_vector(gate_ptr, batch * stride_mod, D, BLOCK_T, BLOCK_D, PIECES)
-        dgate = tile.zero_row(BLOCK_T, BLOCK_D, PIECES)
+        dgate = tile.zeros_like(gate)
 
         begin, end = tile.rows_of_sample(batch, first, last, T)
         for start in range(begin, end, BLOCK_T):
@@ -72,7 +72,7 @@ def _bwd_kernel(
             tile.store_row(dh_ptr, row * D, mask, dh, D, BLOCK_D, PIECES)
 
         out = sums.segment(batch, samples_are_shared) * stride_sums
-        tile.store_vector(dgate_ptr, out, tile.sum_over_rows(dgate, PIECES), D, BLOCK_D, PIECES)
+        tile.store_sum(dgate_ptr, out, dgate, D, BLOCK_D, PIECES)
 
 
 # launchers: they write into tensors of their caller

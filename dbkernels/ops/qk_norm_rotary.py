@@ -150,12 +150,9 @@ def _bwd_kernel(
         dweight_a = tl.sum(dweight_a, axis=0)[None, :]
         dweight_b = tl.sum(dweight_b, axis=0)[None, :]
         out, mask = tl.program_id(0) * HEAD_DIM, tl.full((1, 1), 1, tl.int1)
-        _store_halves(
-            dq_weight_ptr, out, mask & (part == 0), dweight_a, dweight_b, HEAD_DIM, BLOCK_D
-        )  # fmt: skip
-        _store_halves(
-            dk_weight_ptr, out, mask & (part == 1), dweight_a, dweight_b, HEAD_DIM, BLOCK_D
-        )  # fmt: skip
+        of_q, of_k = mask & (part == 0), mask & (part == 1)
+        _store_halves(dq_weight_ptr, out, of_q, dweight_a, dweight_b, HEAD_DIM, BLOCK_D)
+        _store_halves(dk_weight_ptr, out, of_k, dweight_a, dweight_b, HEAD_DIM, BLOCK_D)
 
 
 # launchers: they write into tensors of their caller
@@ -277,8 +274,7 @@ class _QKNormRotary(torch.autograd.Function):
         dweights = [None if weight is None else torch.empty_like(weight) for weight in weights]
         B, T, _, H, d = dqk.shape
         dqkv = dqk.new_empty((B, T, 3, H, d))
-        dqkv[:, :, :2] = dqk
-        dqkv[:, :, 2] = 0
+        dqkv[:, :, :2], dqkv[:, :, 2] = dqk, 0
         dqkv = dqkv.flatten(2)
         qk_norm_rotary_backward(dqkv, *saved, *dweights, H, ctx.eps)
         return dqkv, *dweights, None, None, None
@@ -324,26 +320,28 @@ def _check(qkv, heads, q_weight, k_weight, rotary):
             f"qkv must be (B, T, 3 D) with D a multiple of heads, got {tuple(qkv.shape)} "
             f"and {heads} heads"
         )
-    if (q_weight is None) != (k_weight is None):
-        raise ValueError("q_weight and k_weight must be given together, got one of them")
-    if q_weight is None and rotary is None:
+    if q_weight is k_weight is rotary is None:
         raise ValueError("give q_weight and k_weight, rotary, or all three: else there is no work")
     checks.check_floats(qkv=qkv, q_weight=q_weight, k_weight=k_weight, rotary=rotary)
     T, d = qkv.shape[1], qkv.shape[2] // (3 * heads)
     if d > MAX_HEAD_DIM:
         raise ValueError(f"the head width must be 1 to {MAX_HEAD_DIM}, got {d}")
-    checks.check_shape((d,), "(d,)", q_weight=q_weight, k_weight=k_weight)
-    if rotary is not None:
-        check_rotary(rotary, T, d)
+    check_heads(q_weight, k_weight, rotary, T, d)
 
 
-def check_rotary(rotary: Tensor, T: int, d: int) -> None:
-    if d % 2:
+def check_heads(
+    q_weight: Tensor | None, k_weight: Tensor | None, rotary: Tensor | None, T: int, d: int
+) -> None:
+    """What is done to heads of d elements, of T tokens."""
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("q_weight and k_weight must be given together, got one of them")
+    if rotary is not None and d % 2:
         raise ValueError(f"the head width must be even to be rotated, got {d}")
-    if rotary.shape != (2, T, d) or rotary.dtype != torch.float32:
-        raise ValueError(
-            f"rotary must be (2, T, d) = (2, {T}, {d}) of torch.float32, "
-            f"got {tuple(rotary.shape)} of {rotary.dtype}"
-        )
+    checks.check_shape((d,), "(d,)", q_weight=q_weight, k_weight=k_weight)
+    checks.check_shape((2, T, d), "(2, T, d)", rotary=rotary)
+    if rotary is None:
+        return
+    if rotary.dtype != torch.float32:
+        raise ValueError(f"rotary must be of torch.float32, got {rotary.dtype}")
     if rotary.requires_grad:
         raise ValueError("rotary must not require a gradient: none is computed for it")

@@ -219,11 +219,7 @@ def score_loss(
 def _check(prediction, z0, alpha, beta, weight, reduction, mask):
     check_coefficients(z0, alpha=alpha, beta=beta)
     checks.check_floats(prediction=prediction, z0=z0)
-    if prediction.shape != z0.shape:
-        raise ValueError(
-            f"prediction must have the shape of z0 = {tuple(z0.shape)}, "
-            f"got {tuple(prediction.shape)}"
-        )
+    checks.check_shape(z0.shape, "of the shape of z0", prediction=prediction)
     checks.check_reduction(reduction)
     if weight is not None:
         check_coefficients(z0, weight=weight)

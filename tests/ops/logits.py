@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate_as_eager, assert_op_is_accurate
 
-from dbkernels.ops import linear_cross_entropy, reference, softmax_gradient
+from dbkernels.ops import linear_cross_entropy, reference
+from dbkernels.ops.linear_cross_entropy import empty_logits
 
 IGNORED = -7
 
 
 def logits(N, V, dtype=torch.float32):
     """Logits far from zero with NaN beside them, targets with an ignored one, and scales."""
-    padded = softmax_gradient.empty_logits(N, V, dtype, None)
+    padded = empty_logits(N, V, dtype, None)
     padded.fill_(math.nan)[:, :V] = 30 + 3 * torch.randn(N, V)
     target = torch.randint(0, V, (N,))
     scale = torch.linspace(-1, 2, N)
@@ -26,7 +27,7 @@ def run(padded, target, scale, V):
     """nll, and the gradient or what else is left of a copy of the logits."""
     logits = padded.clone()
     nll = torch.empty(len(target), dtype=torch.promote_types(padded.dtype, torch.float32))
-    softmax_gradient.softmax_gradient(logits, target, scale, nll=nll, V=V, ignore_index=IGNORED)
+    torch.ops.dbkernels.softmax_gradient(logits, target, scale, nll, V, IGNORED)
     return nll, logits[:, :V]
 
 
@@ -38,7 +39,7 @@ def eager(logits, target, scale, dtype):
     return nll.detach(), dx
 
 
-def assert_gradient_is_accurate(N, V, dtype):
+def assert_gradient_accurate(N, V, dtype):
     padded, target, scale = logits(N, V, dtype)
     actual = run(padded, target, scale, V)
     given = padded[:, :V], target, scale
@@ -60,7 +61,7 @@ def loss(target, token_weight=None, *, f=linear_cross_entropy, **options):
     return of
 
 
-def assert_loss_is_accurate(args, *given, **options):
+def assert_loss_accurate(args, *given, **options):
     call = loss(*given, **options)
     assert call(*args).dtype == torch.float32
     specification = loss(*given, f=reference.linear_cross_entropy, **options)

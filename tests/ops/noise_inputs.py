@@ -9,7 +9,7 @@ from dbkernels.ops import add_noise, normals, score_loss, uniforms
 from dbkernels.ops.philox import Draw, sizes
 
 DRAW = Draw(seed=2**64 - 9, step=2**40 + 3, sample=5)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+F32, BF16, F16 = DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LEADING = {"sample": 1, "token": 2}  # dimensions of what is said once of each
 
 

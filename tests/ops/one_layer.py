@@ -1,7 +1,6 @@
 """Tensors of one AdaLN layer for its tests, and the layer as a function of tensors alone."""
 
 from functools import wraps
-from itertools import product
 
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
@@ -12,11 +11,6 @@ from dbkernels.ops import POLICIES, LayerWeights, adaln_layer, reference
 
 EVERY_POLICY = list(POLICIES)
 SAME_BITS = [recompute for recompute, policy in POLICIES.items() if not policy.narrow]
-NAMES = ("mlp", "norm", "bias", "qk_norm", "rotated", "per_token")
-ALL_OPTIONS = [
-    dict(zip(NAMES, values, strict=True))
-    for values in product(("gelu", "swiglu"), ("layer", "rms"), *[(True, False)] * 4)
-]
 
 
 class OneLayer:

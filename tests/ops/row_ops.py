@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 from accuracy import upstream_of, with_grads
@@ -84,6 +85,13 @@ class RowOp:
     kept: tuple[str, ...] | None = None  # by the backward; None is all arguments
     stats: bool = False  # whether it keeps two numbers a token, too
 
+    def cases(self, third: int | None = None) -> list[tuple[tuple[int, ...], dict]]:
+        """A shape and a variant each: all, or a third, in which each shape has another variant."""
+        grid = product(enumerate(self.shapes), enumerate(self.variants))
+        placed = [(s + v, shape, variant) for (s, shape), (v, variant) in grid]
+        placed += [(i, *corner) for i, corner in enumerate(self.corners)]
+        return [case for place, *case in placed if third is None or place % 3 == third]
+
     def inputs(self, shape=None, dtype=F32, **variant) -> tuple[list[Tensor], dict]:
         return self.make(self.arguments, shape or self.small, dtype, **variant)
 
@@ -116,7 +124,7 @@ MIXED = (
     (BF16, F32, F16),
     (F16, F16, F16),
 )
-BIAS_MIXED = ((F32, BF16), (BF16, F32), (F16, F32), (BF16, F16))
+BIAS_MIXED = ((F32, BF16), (BF16, F32), (F16, F16), (BF16, F16))
 
 
 def activation(name, halves, atol):

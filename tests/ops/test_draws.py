@@ -1,10 +1,11 @@
 """What holds for every op that takes a draw: whose numbers it has, and when its step is read."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
-from implementations import each_implementation
+from implementations import each_implementation, thinned
 from ops.noise_inputs import DTYPES, OPS, Tensors, tensors
 from ops.raw_calls import assert_calls_stay_within_their_tensors, opcheck_calls
 
@@ -13,7 +14,7 @@ from dbkernels.ops.add_noise import _forward_torch as noise_in_torch
 from dbkernels.ops.philox import Draw, normals, uniforms
 from dbkernels.ops.score_loss import _forward_torch as loss_in_torch
 
-SHAPE = (3, 1027)  # two tiles
+SHAPE = (3, 33)
 every = pytest.mark.parametrize("f", OPS.values(), ids=OPS)
 
 
@@ -40,20 +41,19 @@ def test_is_made_of_well_formed_torch_ops(implementation, f, per):
 
 
 @every
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_touches_nothing_beside_its_tensors(implementation, f, dtype):
-    for elements in (1, 7, 33, 1061):
-        t = tensors((2, elements), dtype=dtype)
-        assert_calls_stay_within_their_tensors(partial(f, Draw(1, 2), t))
+@thinned("score_loss_fwd", "dtype elements", [*product(DTYPES, (1, 7, 33, 1061))])
+def test_touches_nothing_beside_its_tensors(implementation, f, dtype, elements):
+    t = tensors((2, elements), dtype=dtype)
+    assert_calls_stay_within_their_tensors(partial(f, Draw(1, 2), t))
 
 
 @every
 @pytest.mark.parametrize("per", ["sample", "token"])
-@pytest.mark.parametrize(("tile", "chunk"), [(128, 256), (256, 1500)])  # a part of a row, and two
+@pytest.mark.parametrize(("tile", "chunk"), [(128, 256), (256, 700)])  # a part of a row, and two
 def test_launch_shape_changes_no_bit_of_an_element(
     implementation, f, per, tile, chunk, monkeypatch
 ):
-    t = tensors((3, 7, 100), per)
+    t = tensors((3, 3, 100), per)
     expected = f(Draw(1, 2), t)
     monkeypatch.setattr(philox, "MAX_TILE", tile)
     monkeypatch.setattr(philox, "CHUNK", chunk)
@@ -157,11 +157,3 @@ def test_the_device_may_be_given_by_name():
     assert torch.equal(normals(draw, 2, 3, name), normals(draw, 2, 3, draw.step.device))
     with pytest.raises(ValueError, match="step must be on meta, got"):
         uniforms(draw, 2, device="meta")
-
-
-@every
-def test_nothing_is_drawn_for_an_empty_batch(implementation, f):
-    for shape in ((0, 5), (3, 0)):
-        drawn = f(Draw(1, 2, 2**32 - 3), tensors(shape))
-        assert drawn[0].dim() == 0 or drawn[0].shape[0] == shape[0]
-    assert uniforms(Draw(1, 2), 3, 0).shape == (3, 0)

@@ -1,14 +1,19 @@
 """One head and its tokens, small enough for the interpreter: the loss and its gradients."""
 
 import importlib
+import math
+from functools import partial
+from itertools import cycle, product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import with_grads
-from ops.logits import assert_loss_is_accurate, loss
+from ops.logits import IGNORED, assert_gradient_accurate, assert_loss_accurate, logits, loss, run
 from ops.one_layer import Ops
+from ops.raw_calls import assert_calls_stay_within_their_tensors, opcheck_calls
 
-from dbkernels.ops import linear_cross_entropy, reference
+from dbkernels.ops import activations, linear_cross_entropy, reference
 from dbkernels.ops.backend.register import use_implementation
 
 # by its name as a module, which the function of the same name hides
@@ -18,12 +23,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
 LEADING, V, D = (2, 9), 70, 12
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-with_and_without_bias = pytest.mark.parametrize("given", [2, 3], ids=["without bias", "with bias"])
 
 
 @pytest.fixture(params=["triton", "torch"], autouse=True)
 def implementation(request, monkeypatch):
     monkeypatch.setattr(module, "TILE", 8)  # tokens: three chunks, the last of two tokens
+    monkeypatch.setattr(module, "MAX_BLOCK", 64)  # columns: two tiles
     with use_implementation(request.param):
         yield request.param
 
@@ -38,10 +43,10 @@ def leaves(dtype=torch.float32):
     return [t.requires_grad_() for t in inputs(dtype=dtype)]
 
 
-def targets():
+def targets(leading=LEADING):
     """Targets of which two are ignored, and weights."""
-    target, token_weight = torch.randint(0, V, LEADING), 0.5 + torch.rand(LEADING)
-    target.view(-1)[[1, 11]] = -100
+    target, token_weight = torch.randint(0, V, leading), 0.5 + torch.rand(leading)
+    target.view(-1)[1::10] = -100
     return target, token_weight
 
 
@@ -49,20 +54,17 @@ def assert_same_bits(actual, expected):
     assert all(map(torch.equal, actual, expected))
 
 
-@with_and_without_bias
-@each_reduction
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_as_accurate_as_eager(dtype, reduction, given):
-    target, token_weight = targets()
-    args = inputs(dtype=dtype)[:given]
-    assert_loss_is_accurate(args, target, token_weight if given == 3 else None, reduction=reduction)
+# every dtype with every reduction, by turns of any leading shape, with a bias and weights or not
+CASES = zip(
+    product(DTYPES, REDUCTIONS), cycle([LEADING, (), (1,), (16,), (2, 3, 4)]), cycle([3, 2])
+)  # fmt: skip
 
 
-@each_reduction
-@pytest.mark.parametrize("leading", [(), (1,), (16,), (2, 3, 4)], ids=str)
-def test_any_leading_shape(leading, reduction):
-    target = torch.randint(0, V, leading)
-    assert_loss_is_accurate(inputs(leading), target, torch.full(leading, 0.7), reduction=reduction)
+@pytest.mark.parametrize(("case", "leading", "given"), CASES, ids=str)
+def test_as_accurate_as_eager(case, leading, given):
+    (dtype, reduction), (target, *weights) = case, targets(leading)
+    args = inputs(leading, dtype)[:given]
+    assert_loss_accurate(args, target, *weights[: given - 2], reduction=reduction)
 
 
 @pytest.mark.parametrize("dtypes", [DTYPES[:2], DTYPES[1::-1], DTYPES[1:]], ids=str)
@@ -70,7 +72,7 @@ def test_any_leading_shape(leading, reduction):
 def test_x_weight_and_bias_may_have_dtypes_of_their_own(dtypes, reduction, monkeypatch):
     monkeypatch.setattr(module, "TILE", 64)
     args = [t.to(dtype) for t, dtype in zip(inputs(), [*dtypes, dtypes[0]], strict=True)]
-    assert_loss_is_accurate(args, *targets(), reduction=reduction)
+    assert_loss_accurate(args, *targets(), reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -137,17 +139,13 @@ def test_without_a_token_that_counts_all_is_zero(leading, reduction):
 
 
 @each_reduction
-def test_same_bits_every_run_and_no_argument_is_changed(reduction):
-    args, given = inputs(dtype=torch.bfloat16), targets()
+def test_same_bits_every_run_with_any_strides_and_no_argument_is_changed(reduction):
+    args, given = inputs(), targets()
     before, call = [t.clone() for t in (*args, *given)], loss(*given, reduction=reduction)
-    assert_same_bits(with_grads(call, *args), with_grads(call, *args))
+    expected = with_grads(call, *args)
+    assert_same_bits(with_grads(call, *args), expected)
     assert_same_bits((*args, *given), before)
-
-
-@each_reduction
-def test_arguments_may_have_any_strides(reduction):
-    (x, weight, bias), given = inputs(), targets()
-    expected = with_grads(loss(*given, reduction=reduction), x, weight, bias)
+    x, weight, bias = args
     args = x.transpose(0, 2).contiguous().transpose(0, 2), weight.T.contiguous().T
     args += (bias.repeat_interleave(2)[::2],)
     spread = (torch.stack([t, t], -1)[..., 0] for t in given)
@@ -215,7 +213,7 @@ def test_autocast_runs_the_matmuls_in_bfloat16_and_gradients_keep_their_dtypes(r
         torch.testing.assert_close(a.bfloat16(), b, rtol=2**-7, atol=1e-5)
 
 
-@each_reduction
+@pytest.mark.parametrize("reduction", REDUCTIONS[1:])
 def test_compiles_without_graph_breaks(reduction):
     args, call = inputs(), loss(*targets(), reduction=reduction)
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
@@ -223,15 +221,15 @@ def test_compiles_without_graph_breaks(reduction):
 
 
 @each_reduction
-@with_and_without_bias
+@pytest.mark.parametrize("given", [2, 3], ids=["without bias", "with bias"])
+@pytest.mark.parametrize("implementation", ["torch"], indirect=True)
 def test_plain_torch_agrees_with_differences_in_float64(reduction, given, monkeypatch):
     monkeypatch.setattr(module, "TILE", 2)
     x, weight, bias = torch.randn(5, 3), torch.randn(6, 3), torch.randn(6)
     args = [a.double().requires_grad_() for a in (x, weight, bias)[:given]]
     target = torch.tensor([0, 5, -100, 3, 3])
-    with use_implementation("torch"):
-        call = loss(target, torch.rand(5).double(), reduction=reduction)
-        assert torch.autograd.gradcheck(call, args)
+    call = loss(target, torch.rand(5).double(), reduction=reduction)
+    assert torch.autograd.gradcheck(call, args)
 
 
 @each_reduction
@@ -287,3 +285,80 @@ def test_rejects(changes, message):
     moved = {n: t.to(x.device) if getattr(t, "is_cpu", False) else t for n, t in changes.items()}
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**{**given, **moved})
+
+
+# the gradient of softmax, which is written over the logits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# (rows, V): one column, a ragged line, a whole line, more tiles than one of 64 columns
+@pytest.mark.parametrize("shape", [(1, 1), (5, 37), (3, 64), (4, 150)], ids=str)
+def test_the_gradient_of_softmax_is_as_accurate_as_eager(shape, dtype):
+    assert_gradient_accurate(*shape, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_any_number_of_rows_is_done_at_once(rows, monkeypatch):
+    padded, target, scale = logits(9, 37, torch.bfloat16)
+    expected = run(padded, target, scale, 37)
+    monkeypatch.setattr(activations, "CHUNK", rows * 64 // torch.get_num_threads())
+    torch.testing.assert_close(run(padded, target, scale, 37), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_logits_do_not_overflow(dtype):
+    padded, target, scale = logits(2, 130, dtype)
+    padded[:, :130] = 0
+    padded[0, 129], padded[1, 3] = 1e4, -1e4
+    target[:], scale[:] = torch.tensor([0, 3]), 1
+    nll, dx = run(padded, target, scale, 130)
+    large = padded[0, 129].float().item()
+    assert nll.tolist() == pytest.approx([large, large + math.log(129)], rel=1e-6)
+    assert dx[0, [0, 1, 129]].tolist() == [-1, 0, 1]
+    assert dx[1, [0, 3]].tolist() == pytest.approx([1 / 129, -1], rel=1e-2)
+
+
+def test_columns_that_cannot_be_have_no_probability():
+    padded, target, scale = logits(2, 150)
+    padded[:, :100] = -math.inf  # more than the whole first tile
+    target[:], scale[:] = 120, 1
+    nll, dx = run(padded, target, scale, 150)
+    torch.testing.assert_close(
+        nll, F.cross_entropy(padded[:, 100:150], target - 100, reduction="none")
+    )
+    assert not dx[:, :100].any() and dx.isfinite().all()
+
+
+def test_a_fault_upstream_stays_visible_in_its_row():
+    padded, target, scale = logits(4, 150)
+    padded[0, 70], padded[3, :150] = math.nan, -math.inf
+    target[:], scale[:] = 5, 1
+    nll, dx = run(padded, target, scale, 150)
+    assert nll.isnan().tolist() == [True, False, False, True]
+    assert dx.isnan().all(1).tolist() == dx.isnan().any(1).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("target", [-1, 37, 63, 2**40])
+def test_an_unknown_target_that_nobody_looks_at_has_a_loss_of_nan(target, implementation):
+    padded, targets, scale = logits(3, 37)
+    targets[:], scale[:] = torch.tensor([1, IGNORED, target]), torch.tensor([1, 0, 1])
+    launcher, nll = getattr(module, f"_gradient_{implementation}"), torch.empty(3)
+    launcher(padded, targets, scale, nll, 37, IGNORED)
+    assert nll.isnan().tolist() == [False, False, True]
+    assert padded[:, :37].isnan().all(1).tolist() == [False, False, True]
+    assert padded[:2, :37].isfinite().all()
+
+
+@pytest.mark.parametrize("V", [1, 64, 65])
+def test_rows_begin_on_a_line(V):
+    padded = module.empty_logits(3, V, torch.bfloat16, None)
+    assert padded.shape == (3, 64 if V <= 64 else 128) and padded.is_contiguous()
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_is_a_well_formed_torch_op_that_writes_its_outputs_alone(scaled, dtype):
+    padded, target, scale = logits(3, 64, dtype)
+    call = partial(run, padded, target, scale if scaled else None, 64)
+    opcheck_calls(call)
+    assert_calls_stay_within_their_tensors(call)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -12,27 +13,9 @@ import triton.language as tl
 from implementations import each_implementation
 
 from dbkernels.ops import philox as module
-from dbkernels.ops.backend.noise_tile import (
-    LEVEL,
-    NOISE,
-    noise_tile,
-    pair_of_normals,
-    run_of_lane,
-)
+from dbkernels.ops.backend.noise_tile import LEVEL, NOISE, noise_tile, pair_of_normals, run_of_lane
 from dbkernels.ops.backend.register import use_implementation
-from dbkernels.ops.philox import (
-    Draw,
-    counter_words,
-    generator,
-    kernel_draw,
-    key_words,
-    noise_launch,
-    normals,
-    normals_at,
-    philox,
-    stream_seed,
-    uniforms,
-)
+from dbkernels.ops.philox import Draw, generator, normals, philox, stream_seed, uniforms
 
 LAST = 2**32 - 1
 # Random123, kat_vectors: philox 4x32, 10 rounds: counter, key, words
@@ -74,17 +57,17 @@ def test_known_answers(counter, key, words):
 def test_step_and_stream_can_be_read_off_their_words():
     steps = [0, 1, LAST, 2**32, 2**55 + 3, 2**56 - 1]
     for step, stream in itertools.product(steps, (NOISE, LEVEL, 255)):
-        low, high = counter_words(step, stream)
+        low, high = module.counter_words(step, stream)
         assert 0 <= low <= LAST and 0 <= high <= LAST
         assert ((high >> 8) << 32) + low == step and high & 255 == stream
         given = torch.tensor(step)
-        assert [word.item() for word in counter_words(given, stream)] == [low, high]
+        assert [word.item() for word in module.counter_words(given, stream)] == [low, high]
         assert given.item() == step
 
 
 def test_words_of_a_kernel_fit_int32():
     step = torch.empty((), dtype=torch.int64, device="meta")  # which has no value to look at
-    kept, *words = kernel_draw((2**63 + 2**31, step, LAST))
+    kept, *words = module.kernel_draw((2**63 + 2**31, step, LAST))
     assert kept is step and words == [-1, -(2**31), -(2**31)]
 
 
@@ -110,7 +93,9 @@ def pairs_by(name, x0, x1, monkeypatch):
         _pair_kernel[(1,)](x0, x1, *pairs, len(x0), BLOCK=triton.next_power_of_2(len(x0)))
         return pairs.T
     monkeypatch.setattr(module, "philox", lambda *counter: (x0[None], x1[None]) * 2)
-    both = normals_at(torch.zeros(1, 1), torch.arange(len(x0)), (0, 0), (0, 0)).view(-1, 2, 2)
+    both = module.normals_at(torch.zeros(1, 1), torch.arange(len(x0)), (0, 0), (0, 0)).view(
+        -1, 2, 2
+    )
     assert torch.equal(both[:, 0], both[:, 1])
     return both[:, 0]
 
@@ -144,13 +129,13 @@ def _tile_kernel(y_ptr, batch, start, step_ptr, sample, key_low, key_high, BLOCK
 @pytest.mark.parametrize(("draw", "group"), [(DRAWS[1], 2**32 - 4), (Draw(2**63 + 7, 9), 77)])
 def test_normals_at_a_counter_are_those_of_the_formula(draw, group):
     seed, step, sample = draw.arguments(3)
-    words = counter_words(step.item(), NOISE), key_words(seed)
-    plain = normals_at(torch.tensor([[sample + 2]]), group + torch.arange(4), *words)
+    words = module.counter_words(step.item(), NOISE), module.key_words(seed)
+    plain = module.normals_at(torch.tensor([[sample + 2]]), group + torch.arange(4), *words)
     x = philox(group + torch.arange(4), sample + 2, *words[0], *words[1])
     exact = torch.stack([formula(*x[:2]), formula(*x[2:])], 1).flatten()
     assert (plain[0] - exact).abs().max() < 2e-6
     tile = torch.empty(16)
-    _tile_kernel[(1,)](tile, 2, 4 * group, *kernel_draw((seed, step, sample)), BLOCK=16)
+    _tile_kernel[(1,)](tile, 2, 4 * group, *module.kernel_draw((seed, step, sample)), BLOCK=16)
     assert (tile - plain[0]).abs().max() < 1e-6
 
 
@@ -160,7 +145,7 @@ SIZES = [*range(1, 10), 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 1060, 2051]
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_normals_are_those_of_plain_torch(implementation, draw):
-    sizes = [(3, elements) for elements in SIZES]
+    sizes = [(3, elements) for elements in SIZES[:: 3 if implementation == "triton" else 1]]
     if implementation == "cpp" and draw.sample < 2**31:  # one thread has many small samples
         sizes += [(1500, elements) for elements in (1, 2, 33)]
     for B, elements in sizes:
@@ -176,7 +161,7 @@ def test_normals_are_those_of_plain_torch(implementation, draw):
 
 def test_tiles_cover_each_sample():
     for elements in (1, 3, 128, 129, 1024, 1025, 5000):
-        (programs,), options = noise_launch(3, elements)
+        (programs,), options = module.noise_launch(3, elements)
         BLOCK, tiles = options["BLOCK"], programs // 3
         assert programs % 3 == 0 and (tiles - 1) * BLOCK < elements <= tiles * BLOCK
         # 8 elements to a thread, so that two whole counters give 16 bytes of bfloat16
@@ -202,7 +187,7 @@ def test_an_element_lies_in_the_run_that_it_divides_to(start, run):
 
 
 def expected_uniforms(draw, B, T):
-    words = *counter_words(draw.step, LEVEL), *key_words(draw.seed)
+    words = *module.counter_words(draw.step, LEVEL), *module.key_words(draw.seed)
     tokens = ([philox(t, draw.sample + b, *words) for t in range(T)] for b in range(B))
     return [[((x0 >> 5) * 2**26 + (x1 >> 6) + 0.5) * 2.0**-53 for x0, x1, *_ in x] for x in tokens]
 
@@ -252,6 +237,10 @@ REJECTED = [
     (lambda: uniforms(DRAWS[0], 1, 2**32 + 1), r"T must be in \[0, 4294967296\], got 429496"),
     (lambda: uniforms(DRAWS[0], 1, -1), "T must be in .*, got -1"),
     (lambda: normals(DRAWS[0], 1, 2**34 + 1), "at most 17179869184 elements, got 1717986918"),
+    *(
+        (partial(stream_seed, 0, part), "key must be 64-bit integers, got")
+        for part in (2**63, -(2**63) - 1, 0.5, "1", None)
+    ),
 ]
 
 
@@ -282,12 +271,6 @@ def test_distinct_keys_have_distinct_seeds_of_63_bits():
     # the same on every machine and for any kind of integer
     assert stream_seed(0, 1, 2) == 4450782424123420391
     assert stream_seed(np.int32(3), torch.tensor(4)) == stream_seed(3, 4)
-
-
-@pytest.mark.parametrize("part", [2**63, -(2**63) - 1, 0.5, "1", None])
-def test_rejects_what_is_not_a_64_bit_integer(part):
-    with pytest.raises(ValueError, match="key must be 64-bit integers, got"):
-        stream_seed(0, part)
 
 
 def test_a_generator_starts_the_stream_of_its_key_and_no_other():

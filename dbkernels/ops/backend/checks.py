@@ -82,18 +82,16 @@ def check_modulation(x: Tensor, **tensors: Tensor) -> None:
 
 
 def rows_of_samples(tokens: dict[str, Tensor], modulation: dict[str, Tensor]) -> list[Tensor]:
-    """Check x and what else is (B, T, D), and its modulation; all of them by `as_samples`."""
+    """Check x and what else is (B, T, D), and its modulation; all of them by sample, each of
+    which has a row of the modulation.
+    """
     check_floats(**tokens, **modulation)
     check_tokens(**tokens)
     check_modulation(tokens["x"], **modulation)
-    first = next(iter(modulation.values()))
-    samples = [as_samples(tensor, first) for tensor in tokens.values()]
+    samples = [tensor.contiguous() for tensor in tokens.values()]
+    if next(iter(modulation.values())).dim() == 3:  # of each token, and then a token is a sample
+        samples = [x.view(-1, 1, x.shape[-1]) for x in samples]
     return [*samples, *map(as_rows, modulation.values())]
-
-
-def as_samples(x: Tensor, modulation: Tensor) -> Tensor:
-    """x as (B, T, D) with one row of the modulation to a sample: per token, a token is a sample."""
-    return x.contiguous().reshape(-1, 1, x.shape[-1]) if modulation.dim() == 3 else x.contiguous()
 
 
 def as_rows(modulation: Tensor) -> Tensor:

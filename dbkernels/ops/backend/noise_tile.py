@@ -53,10 +53,8 @@ def coefficient_at(
     PER_SAMPLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Where a tile's coefficients lie: one number where it is the sample's, else one to a lane."""
-    if PER_SAMPLE:
-        at = batch
-    else:
-        runs = elements // run
+    at, runs = batch, elements // run
+    if not PER_SAMPLE:
         # lanes past the sample read its last
         at = batch * runs + tl.minimum(run_of_lane(start, lanes, run, BLOCK), runs - 1)
     return at

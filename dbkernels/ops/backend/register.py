@@ -107,9 +107,14 @@ def use_implementation(name: Implementation) -> AbstractContextManager:
         RuntimeError: nothing here runs it: no GPU, no compiled library, no interpreter of Triton.
     """
     check_choice("implementation", name, NAMES)
-    reason = _why_not(name)
+    if name == "triton" and not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
+        needed = "an NVIDIA GPU, or TRITON_INTERPRET=1 set before dbkernels is imported"
+        raise RuntimeError(f"implementation triton needs {needed}")
+    reason = library.library().reason if name == "cpp" else None
+    if name == "cuda":
+        reason = library.cuda_reason(torch.device("cuda"))
     if reason is not None:
-        raise RuntimeError(f"implementation {name} {reason}")
+        raise RuntimeError(f"implementation {name} cannot run: {reason}")
     return _innermost(_asked_for, name)
 
 
@@ -121,16 +126,6 @@ def _innermost(stack: list, value: object) -> Iterator[None]:
         yield
     finally:
         stack.pop()
-
-
-def _why_not(name: Implementation) -> str | None:
-    """Why an implementation cannot run here at all."""
-    if name == "triton" and not (torch.cuda.is_available() or triton.knobs.runtime.interpret):
-        return "needs an NVIDIA GPU, or TRITON_INTERPRET=1 set before dbkernels is imported"
-    reason = library.library().reason if name == "cpp" else None
-    if name == "cuda":
-        reason = library.cuda_reason(torch.device("cuda"))
-    return None if reason is None else f"cannot run: {reason}"
 
 
 def _choose(op: str, device: torch.device, *, float64: bool) -> Implementation:

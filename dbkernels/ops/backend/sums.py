@@ -6,7 +6,6 @@ and has a row of each sum for itself. No atomics: every run of a kernel gives th
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
 
 import torch
 import triton
@@ -18,17 +17,6 @@ from dbkernels.ops.backend.tile import Registers, RowLaunch, row_launch
 MOST = 3  # sums of one kernel
 BLOCK_D = 128  # columns of a program, one 16-byte load to a thread of a warp
 BLOCK_S = 16  # segments that are loaded together
-
-
-class Segments(NamedTuple):
-    """Which rows of which samples a program holds."""
-
-    T: int
-    """Rows of a sample."""
-    rows: int
-    """Of a program."""
-    count: int
-    """Of segments, for all samples."""
 
 
 @triton.jit
@@ -50,43 +38,43 @@ def _sum_kernel(
     first = batch * T // rows_per_program + batch
     last = ((batch + 1) * T - 1) // rows_per_program + batch
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    out, mask = batch * stride + cols, cols < D
+    out, size = batch * stride + cols, segments.to(tl.int64) * D
 
-    total = _sum_rows(parts_ptr, first, last, cols, D, BLOCK_S, BLOCK_D)
-    tl.store(out0_ptr + out, total, mask=mask)
-    if out1_ptr is not None:
-        parts_ptr += segments.to(tl.int64) * D
-        total = _sum_rows(parts_ptr, first, last, cols, D, BLOCK_S, BLOCK_D)
-        tl.store(out1_ptr + out, total, mask=mask)
-    if out2_ptr is not None:
-        parts_ptr += segments.to(tl.int64) * D
-        total = _sum_rows(parts_ptr, first, last, cols, D, BLOCK_S, BLOCK_D)
-        tl.store(out2_ptr + out, total, mask=mask)
+    _sum_rows(out0_ptr, out, parts_ptr, first, last, cols, D, BLOCK_S, BLOCK_D)
+    _sum_rows(out1_ptr, out, parts_ptr + size, first, last, cols, D, BLOCK_S, BLOCK_D)
+    _sum_rows(out2_ptr, out, parts_ptr + 2 * size, first, last, cols, D, BLOCK_S, BLOCK_D)
 
 
 @triton.jit
-def _sum_rows(ptr, first, last, cols, D, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Of rows first to last, (1, BLOCK_D)."""
-    total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    for start in range(first, last + 1, BLOCK_S):
-        row = start + tl.arange(0, BLOCK_S)[:, None]
-        total += tl.load(ptr + row * D + cols, mask=(row <= last) & (cols < D), other=0.0)
-    return tl.sum(total, axis=0)[None, :]
+def _sum_rows(
+    out_ptr, out, ptr, first, last, cols, D, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Of rows first to last, where somebody asks for them."""
+    if out_ptr is not None:
+        total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+        for start in range(first, last + 1, BLOCK_S):
+            row = start + tl.arange(0, BLOCK_S)[:, None]
+            total += tl.load(ptr + row * D + cols, mask=(row <= last) & (cols < D), other=0.0)
+        tl.store(out_ptr + out, tl.sum(total, axis=0)[None, :], mask=cols < D)
 
 
 @contextmanager
-def partial_sums(segments: Segments, *outs: Tensor) -> Iterator[list[Tensor]]:
+def partial_sums(*outs: Tensor, T: int, rows: int, segments: int) -> Iterator[list[Tensor]]:
     """Where segments write their sums (segments, D) each; added into outs (B, D) at the end.
 
-    The outs have equal strides, and are written in their own dtype.
+    Args:
+        outs:      of equal strides, each written in its own dtype
+        T:         rows of a sample
+        rows:      of a program
+        segments:  of all samples
     """
     B, D = outs[0].shape
-    parts = torch.empty((len(outs), segments.count, D), dtype=torch.float32, device=outs[0].device)
+    parts = torch.empty((len(outs), segments, D), dtype=torch.float32, device=outs[0].device)
     yield list(parts)
     grid = B, triton.cdiv(D, BLOCK_D)
     _sum_kernel[grid](
         parts, *outs, *(None for _ in range(MOST - len(outs))),
-        segments.T, D, outs[0].stride(0), segments.rows, segments.count, BLOCK_S, BLOCK_D,
+        T, D, outs[0].stride(0), rows, segments, BLOCK_S, BLOCK_D,
     )  # fmt: skip
 
 
@@ -94,7 +82,7 @@ def sums_of_samples(launch: RowLaunch, T: int, *outs: Tensor) -> AbstractContext
     """Where the programs of a launch write the sums of samples, outs (B, D) themselves if alone."""
     if not launch.samples_are_shared:
         return nullcontext(outs)
-    return partial_sums(Segments(T, launch.rows, launch.segments(len(outs[0]))), *outs)
+    return partial_sums(*outs, T=T, rows=launch.rows, segments=launch.segments(len(outs[0])))
 
 
 def sums_of_all(rows: int, rows_per_program: int, *outs: Tensor | None) -> AbstractContextManager:
@@ -105,8 +93,8 @@ def sums_of_all(rows: int, rows_per_program: int, *outs: Tensor | None) -> Abstr
     programs = triton.cdiv(rows, rows_per_program)
     if programs == 1 or outs[0] is None:
         return nullcontext(outs)
-    segments = Segments(rows, rows_per_program, programs)
-    return partial_sums(segments, *(out[None] for out in outs))
+    each = (out[None] for out in outs)
+    return partial_sums(*each, T=rows, rows=rows_per_program, segments=programs)
 
 
 # elements of partial sums that a launch allocates; 0 where programs write the outputs themselves

@@ -147,9 +147,8 @@ def rows_of_program(rows, rows_per_program):
 @triton.jit
 def rows_of_sample(batch, first, last, T):
     """Those rows of a sample that are also of first to last: the first, and one after the last."""
-    return tl.maximum(first - batch * T, 0).to(tl.int32), tl.minimum(last - batch * T, T).to(
-        tl.int32
-    )
+    begin, end = tl.maximum(first - batch * T, 0), tl.minimum(last - batch * T, T)
+    return begin.to(tl.int32), end.to(tl.int32)
 
 
 @triton.jit
@@ -163,7 +162,9 @@ def load_vector(
 
 
 @triton.jit
-def store_vector(ptr, start, row, D, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
+def store_sum(ptr, start, rows, D, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
+    """The sum of a tile's rows, as one row."""
+    row = [tl.sum(piece, axis=0)[None, :] for piece in rows]
     store_row(ptr, start, tl.full((1, 1), 1, tl.int1), row, D, BLOCK_D, PIECES)
 
 
@@ -185,11 +186,8 @@ def store_row(ptr, start, mask, row, D, BLOCK_D: tl.constexpr, PIECES: tl.conste
 
 
 @triton.jit
-def zero_row(BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, PIECES: tl.constexpr):
-    row = ()
-    for _ in tl.static_range(PIECES):
-        row += (tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32),)
-    return row
+def zeros_like(row):
+    return [tl.zeros_like(piece) for piece in row]
 
 
 @triton.jit
@@ -224,12 +222,3 @@ def mean_row(row, D, PIECES: tl.constexpr):
     for piece in tl.static_range(1, PIECES):
         total += row[piece]
     return tl.sum(total, axis=1)[:, None] / D
-
-
-@triton.jit
-def sum_over_rows(rows, PIECES: tl.constexpr):
-    """(BLOCK_T, BLOCK_D) tiles to (1, BLOCK_D)."""
-    row = ()
-    for piece in tl.static_range(PIECES):
-        row += (tl.sum(rows[piece], axis=0)[None, :],)
-    return row

@@ -24,7 +24,7 @@ from dbkernels.ops.layer import passes, tensors
 from dbkernels.ops.layer.projection import Gradients, cast
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.tensors import LayerCall, LayerOptions, LayerWeights, ResidualStream
-from dbkernels.ops.qk_norm_rotary import check_rotary
+from dbkernels.ops.qk_norm_rotary import check_heads
 
 WEIGHTS, KEPT = len(LayerWeights._fields), len(tensors.Activations._fields)
 
@@ -157,10 +157,7 @@ def _check(call: LayerCall) -> None:
     d = D // options.num_heads
     check_head_width(x.device, d)
     tensors.check_first(options.num_queries, T)
-    if rotary is not None:
-        check_rotary(rotary, T, d)
-    if (w.q_weight is None) != (w.k_weight is None):
-        raise ValueError("q_weight and k_weight must be given together, got one of them")
+    check_heads(*w.qk_norms, rotary, T, d)
     first, hidden, dtype = len(w.fc1_weight), w.fc2_weight.shape[-1], w.qkv_weight.dtype
     expected = LayerWeights(
         (3 * D, D), (3 * D,), (D, D), (D,),
@@ -168,7 +165,6 @@ def _check(call: LayerCall) -> None:
         (d,), (d,),
     )  # fmt: skip
     for name, t, shape in zip(w._fields, w, expected, strict=True):
-        if t is not None and tuple(t.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
+        checks.check_shape(shape, **{name: t})
         if t is not None and t.dtype != dtype:
             raise ValueError(f"{name} must have the dtype of qkv_weight, {dtype}, got {t.dtype}")

@@ -66,7 +66,7 @@ def _write(call: LayerCall, out: Tensor) -> Activations:
     keeps = POLICIES[options.recompute].keeps
     y, stats1 = _first_norm(call)
     qkv = QKV.of(y, w, options.num_queries)
-    attended, logsumexp = attend(call, qkv)
+    attended, logsumexp = attention_forward(*_by_head(call, qkv))
     a = project(attended, w.out_weight, w.out_bias)
 
     # nothing else sees x1, so the layer's output takes its place
@@ -180,11 +180,6 @@ def _attention_backward(
 # the branches: attention after its projection to q, k and v, and the MLP
 
 
-def attend(call: LayerCall, qkv: QKV) -> tuple[Tensor, Tensor]:
-    """The attention's result (B, N, D) and its logsumexp, for N queries of each sample."""
-    return attention_forward(*_by_head(call, qkv))
-
-
 def attend_backward(call: LayerCall, da: Tensor, qkv: QKV, kept: Kept, grads: Gradients) -> QKV:
     """dqkv, from the gradient of the branch's output.
 
@@ -197,7 +192,8 @@ def attend_backward(call: LayerCall, da: Tensor, qkv: QKV, kept: Kept, grads: Gr
     attended, logsumexp = kept.pop("attended"), kept.pop("logsumexp")
     if attended is None:
         attended, logsumexp = attention_forward(*by_head)
-    grads.add_projection("out", da, attended)
+    grads.add_weight("out", da, attended)
+    grads.add_bias("out", da)
     dattended = project(da, w.out_weight.T)
     dqkv.write(*attention_backward(dattended, *by_head, attended, logsumexp))
     if w.q_weight is None and rotary is None:

@@ -47,11 +47,6 @@ class Gradients:
         self.parts = False  # whether all of it comes in parts, of some samples each
         self.sums: dict[str, Tensor] = {}
 
-    def add_projection(self, name: str, dy: Tensor, x: Tensor) -> None:
-        """The weight's and the bias's gradient of y = x W^T + b."""
-        self.add_weight(name, dy, x)
-        self.add_bias(name, dy)
-
     def add_weight(self, name: str, dy: Tensor, x: Tensor, *, part: bool = False) -> None:
         """The weight's gradient, or the part of it that a chunk of tokens gives."""
         name, left, right = f"{name}_weight", as_rows(dy).T, as_rows(x)
@@ -184,7 +179,8 @@ class QKV(NamedTuple):
     def add_to(self, gradients: Gradients, y: Tensor) -> None:
         """Those of the projection's weight and bias, where this is the gradient."""
         if self.q is None:
-            gradients.add_projection("qkv", self.qkv, y)
+            gradients.add_weight("qkv", self.qkv, y)
+            gradients.add_bias("qkv", self.qkv)
             return
         _, N, D = self.q.shape
         if "qkv_weight" in gradients.wanted:
@@ -253,6 +249,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             "x and weight must be (..., D_in) and (D_out, D_in), "
             f"got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be ({len(weight)},), got {tuple(bias.shape)}")
+    checks.check_shape(weight.shape[:1], bias=bias)
     return _Linear.apply(x.contiguous(), weight, bias, compute_dtype(x, weight))

@@ -1,5 +1,6 @@
 import os
 import platform
+from itertools import product
 
 import pytest
 import torch
@@ -152,13 +153,6 @@ def test_without_cuda_or_a_gpu_it_says_so(place, loads, gpu, monkeypatch):
 
 
 @pytest.fixture
-def csrc(tmp_path):
-    for name in ("a.cpp", "a.cu", "a.cuh", "a.h"):
-        (tmp_path / name).write_text(f"// {name}\n")
-    return tmp_path
-
-
-@pytest.fixture
 def command(tmp_path, monkeypatch):
     """Makes a file that can be run, in a folder that alone is on PATH."""
     folder = tmp_path / "bin"
@@ -174,10 +168,10 @@ def command(tmp_path, monkeypatch):
     return make
 
 
-def test_the_digest_changes_with_every_source_its_name_and_where_it_ends(csrc):
-    digests = [toolchain.digest(csrc)]
-    for name in ("a.cpp", "a.cu", "a.cuh", "a.h"):
-        (csrc / name).write_text("// other\n")
+def test_the_digest_changes_with_every_source_its_name_and_where_it_ends(tmp_path):
+    csrc, digests = tmp_path, []
+    for text, name in product(("// one\n", "// other\n"), ("a.cpp", "a.cu", "a.cuh", "a.h")):
+        (csrc / name).write_text(text)
         digests.append(toolchain.digest(csrc))
     (csrc / "a.h").rename(csrc / "b.h")
     digests.append(toolchain.digest(csrc))

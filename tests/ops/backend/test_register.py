@@ -1,10 +1,27 @@
+"""Which implementation runs, what checks refuse, and what is asked of graph and autocast."""
+
 from contextlib import contextmanager
 
 import pytest
 import torch
+from ops.one_layer import Ops
 
+from dbkernels.ops.backend import checks
 from dbkernels.ops.backend import library as compiled
-from dbkernels.ops.backend.register import implementation, register, registered, use_implementation
+from dbkernels.ops.backend.register import (
+    compute_dtype,
+    dry_run_on_gpu,
+    dry_run_processors,
+    dtypes_as_they_are,
+    implementation,
+    is_last_to_read,
+    register,
+    registered,
+    runs_as_on_gpu,
+    use_implementation,
+)
+from dbkernels.ops.backend.tile import MAX_D, processors
+from dbkernels.ops.layer.projection import add_product
 
 
 def registered_op(name, extra="float"):
@@ -168,3 +185,114 @@ def test_knows_every_op_by_name():
     assert {"gelu_fwd", "gelu_bwd", "score_loss_fwd"} <= set(registered())
     with pytest.raises(ValueError, match=r"op must be one of .*adaln_norm_fwd, .*, got norm"):
         implementation("cpu", "norm")
+
+
+def test_only_plain_torch_takes_float64():
+    x = torch.empty(1, dtype=torch.float64)
+    with use_implementation("torch"):
+        checks.check_floats(x=x, bias=None)
+        assert checks.result_dtype(torch.float64, x) == torch.float64
+    with use_implementation("triton"):
+        with pytest.raises(ValueError, match=r"x must be one of float32, .*, got torch.float64"):
+            checks.check_floats(x=x)
+        with pytest.raises(
+            ValueError, match=r"dtype must be one of float32, .*, got torch.float64"
+        ):
+            checks.result_dtype(torch.float64, x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 3, 4, 5), r"x and h must be \(B, T, D\), got \(2, 3, 4, 5\)"),
+        ((2, 3, 0), "D must be 1 to 16384, got 0"),
+        ((1, 1, MAX_D + 1), "D must be 1 to 16384, got 16385"),
+    ],
+)
+def test_takes_tokens_up_to_the_widest_row(shape, message):
+    checks.check_tokens(x=torch.empty(0, 3, MAX_D))
+    with pytest.raises(ValueError, match=message):
+        checks.check_tokens(x=torch.empty(shape), h=torch.empty(shape))
+
+
+def slices(*shape):
+    return torch.empty(*shape[:-1], 6 * shape[-1]).chunk(6, dim=-1)
+
+
+def test_a_token_with_its_own_modulation_is_a_sample_and_no_modulation_is_copied():
+    x = torch.randn(3, 2, 8).transpose(0, 1)
+    per_sample, per_token = slices(2, 8)[1], slices(2, 3, 8)[1]
+    for modulation, expected in ((per_sample, x), (per_token, x.reshape(6, 1, 8))):
+        samples, rows = checks.rows_of_samples({"x": x}, {"shift": modulation})
+        assert torch.equal(samples, expected) and samples.is_contiguous()
+        assert rows.shape == (len(expected), 8) and rows.data_ptr() == modulation.data_ptr()
+
+
+class Asks(torch.autograd.Function):
+    """The identity, whose backward notes whether it is the last."""
+
+    @staticmethod
+    def forward(ctx, x, answers):
+        ctx.answers = answers
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        ctx.answers.append(is_last_to_read())
+        return dy, None
+
+
+def test_the_last_to_read_is_the_backward_that_retains_no_graph():
+    x, answers = torch.randn(3, requires_grad=True), []
+    y = Asks.apply(x, answers).sum()
+    for retain in (True, True, False):
+        y.backward(retain_graph=retain)
+    assert answers == [False, False, True]
+
+
+def test_a_compiler_is_told_that_another_reads():
+    compiled = torch.compile(lambda: is_last_to_read(), backend="eager", fullgraph=True)
+    assert compiled() is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_matmuls_run_in_the_dtype_of_the_weight_or_in_that_of_autocast(dtype):
+    x, weight = torch.randn(3, 2), torch.randn(4, 2, dtype=dtype)
+    assert compute_dtype(x, weight) == dtype
+    with torch.autocast(x.device.type, torch.bfloat16):
+        assert compute_dtype(x, weight) == torch.bfloat16
+        # which has no autocast
+        assert compute_dtype(x.to("meta"), weight.to("meta")) == dtype
+
+
+def test_a_backward_can_leave_autocast():
+    x = torch.randn(3, 3)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        with dtypes_as_they_are(x.device.type):
+            assert (x @ x).dtype == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
+    with dtypes_as_they_are("meta"):
+        assert (x @ x).dtype == torch.float32
+
+
+# of a dry run
+
+
+def test_a_cpu_goes_its_own_way_outside_a_dry_run_on_a_gpu():
+    cpu = torch.device("cpu")
+    x = torch.ones(2, device=cpu)
+    assert not runs_as_on_gpu(x) and dry_run_processors() is None and processors(cpu) == 1
+    with pytest.raises(KeyError), dry_run_on_gpu(132):
+        assert runs_as_on_gpu(x) and dry_run_processors() == processors(cpu) == 132
+        with dry_run_on_gpu(108):
+            assert processors(cpu) == 108
+        assert processors(cpu) == 132
+        raise KeyError
+    assert not runs_as_on_gpu(x) and dry_run_processors() is None and processors(cpu) == 1
+
+
+def test_a_dry_run_on_a_gpu_multiplies_bfloat16_into_float32():
+    left, right = torch.ones(2, 2, 2, dtype=torch.bfloat16, device="meta")
+    with dry_run_on_gpu(132), Ops() as seen:
+        add_product(torch.zeros(2, 2, device="meta"), left, right)
+    assert "mm" in dict(seen.calls)  # which adds nothing, in the dtype that it is told

@@ -1,9 +1,10 @@
 """A layer against its specification: in float64, and as accurate as eager in the other dtypes."""
 
+from itertools import product
+
 import pytest
 import torch
 from ops.one_layer import (
-    ALL_OPTIONS,
     EVERY_POLICY,
     SAME_BITS,
     OneLayer,
@@ -22,20 +23,28 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 DTYPES = [
     (F32,) * 3, (BF16,) * 3, (F32, BF16, BF16), (BF16, F32, BF16), (BF16, F32, F32), (F16,) * 3
 ]  # fmt: skip
-# every two choices of any two options meet in one of these
-SOME_OPTIONS = [ALL_OPTIONS[i] for i in (0, 9, 22, 27, 36, 45, 50, 63)]
+CHOICES = {"mlp": ("gelu", "swiglu"), "norm": ("layer", "rms")}
+CHOICES |= dict.fromkeys(("bias", "qk_norm", "rotated", "per_token"), (True, False))
+
+
+def coded(a, b, c, d):
+    """Options by a code: over all 16 words any choices of any three options meet."""
+    places = a, b, c, d, a ^ b ^ c, b ^ c ^ d
+    return {name: values[i] for (name, values), i in zip(CHOICES.items(), places, strict=True)}
+
+
+BITS = (0, 1)
+OPTIONS = [coded(*word) for word in product(BITS, repeat=4)]
+# over both halves of these any choices of any two options meet, over one half each choice is there
+HALVES = [
+    [coded(a, b, c, a ^ b) for a, b, c in product(BITS, repeat=3) if b ^ c == half] for half in BITS
+]
 SHARED = {"qk_norm": False}  # the published ViT's: a condition of each sample
 EACH = {"mlp": "swiglu", "rotated": True, "per_token": True}
 
 
-def describe(value):
-    if isinstance(value, dict):
-        return "-".join(name if on is True else str(on) for name, on in value.items() if on)
-    return "-".join(str(dtype).removeprefix("torch.") for dtype in value)
-
-
 @pytest.mark.parametrize("num_queries", [None, 1, 4])
-@pytest.mark.parametrize("options", ALL_OPTIONS, ids=describe)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_agrees_in_float64_at_every_policy(options, num_queries):
     layer = OneLayer(**options, dtypes=(F64,) * 3)
     told = {"num_queries": num_queries, "eps": 0.1}  # both norms feel it
@@ -48,7 +57,7 @@ def test_agrees_in_float64_at_every_policy(options, num_queries):
 @pytest.mark.parametrize(
     ("samples", "tokens", "num_queries"), [(0, 5, None), (0, 5, 2), (2, 0, None), (1, 1, None)]
 )
-@pytest.mark.parametrize("options", [SHARED, EACH], ids=describe)
+@pytest.mark.parametrize("options", [SHARED, EACH], ids=str)
 def test_one_token_or_none_agrees_too(options, samples, tokens, num_queries, recompute):
     layer = OneLayer(samples, tokens, **options, dtypes=(F64,) * 3)
     result = layer.with_grads(recompute=recompute, num_queries=num_queries)
@@ -58,7 +67,7 @@ def test_one_token_or_none_agrees_too(options, samples, tokens, num_queries, rec
 # parts of two samples leave one of one, chunks of three tokens leave one of one or two
 @pytest.mark.parametrize(("part", "chunk"), [(10, 3), (1, 5)])
 @pytest.mark.parametrize("num_queries", [None, 1, 3])
-@pytest.mark.parametrize("options", [{**EACH, "norm": "rms"}, SHARED], ids=describe)
+@pytest.mark.parametrize("options", [{**EACH, "norm": "rms"}, SHARED], ids=str)
 @pytest.mark.parametrize("recompute", EVERY_POLICY)
 def test_small_parts_of_samples_and_chunks_of_tokens_agree_too(
     recompute, options, num_queries, part, chunk, monkeypatch
@@ -70,9 +79,16 @@ def test_small_parts_of_samples_and_chunks_of_tokens_agree_too(
     assert_close(result, layer.exact(num_queries=num_queries))
 
 
-@pytest.mark.parametrize("num_queries", [None, 19])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=describe)
-@pytest.mark.parametrize("options", SOME_OPTIONS, ids=describe)
+@pytest.mark.parametrize(
+    ("dtypes", "num_queries", "options"),
+    [
+        (dtypes, [None, 19][(i + half) % 2], options)
+        for i, dtypes in enumerate(DTYPES)
+        for half in BITS
+        for options in HALVES[half]
+    ],
+    ids=str,
+)
 def test_as_accurate_as_eager_and_policies_give_the_same_bits(options, dtypes, num_queries):
     layer = OneLayer(3, 37, 128, 1, hidden=160, **options, dtypes=dtypes)
     first, *others, last = (
@@ -88,7 +104,7 @@ def test_as_accurate_as_eager_and_policies_give_the_same_bits(options, dtypes, n
 
 
 @pytest.mark.parametrize("num_queries", [None, 19])
-@pytest.mark.parametrize("options", [{}, SHARED, EACH], ids=describe)
+@pytest.mark.parametrize("options", [{}, SHARED, EACH], ids=str)
 def test_autocast_runs_the_branches_in_bfloat16_and_nothing_else(options, num_queries):
     layer = OneLayer(3, 37, 128, 1, hidden=160, **options)
     fused, told = in_autocast(adaln_layer), {"num_queries": num_queries}

@@ -97,7 +97,7 @@ def test_nothing_is_followed_without_gradients():
 
 
 def test_compiles_without_graph_breaks():
-    stack = Stack(3)
+    stack = Stack(2)
     compiled = torch.compile(
         lambda x: stack.run(ResidualStream(), x=x), backend="aot_eager", fullgraph=True
     )
