@@ -157,7 +157,8 @@ def _check(call: LayerCall) -> None:
     d = D // options.num_heads
     check_head_width(x.device, d)
     tensors.check_first(options.num_queries, T)
-    check_heads(*w.qk_norms, rotary, T, d)
+    if call.changes_heads:
+        check_heads(*w.qk_norms, rotary, T, d)
     first, hidden, dtype = len(w.fc1_weight), w.fc2_weight.shape[-1], w.qkv_weight.dtype
     expected = LayerWeights(
         (3 * D, D), (3 * D,), (D, D), (D,),
