@@ -1,6 +1,7 @@
 import importlib
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 LAYER = "--B 2 --T 32 --dim 64 --num-heads 2 --hidden 256 --dtype float32 --device cpu --threads 1"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bench():
     """Import one of the benchmarks' files, which stand beside each other and are no package.
 
@@ -23,9 +24,11 @@ def bench():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        # folders of tests have these names too, and may have been imported by them
+        # folders of tests have these names too: for them, and the processes that they start, all
+        # is afterwards as it was before
         for name in ("ops", "training"):
-            patch.delitem(sys.modules, name, raising=False)
+            patch.setitem(sys.modules, name, None)
+            del sys.modules[name]
         machine, measure = map(importlib.import_module, ("machine", "measure"))
         patch.setattr(machine, "COPY_BYTES", 2**16)
         patch.setattr(machine, "MATMUL", {"cpu": 64})
@@ -48,9 +51,14 @@ def run_main(bench, monkeypatch, capsys):
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def layer_rows(bench):
-    """The rows of a small case of `benchmarks/layer.py`."""
+    """The rows of a small case of `benchmarks/layer.py`, measured once."""
+    return _layer_rows(bench)
+
+
+@cache
+def _layer_rows(bench):
     words = f"--json --rounds 2 {LAYER} --impls eager fused checkpointed".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["benchmarks/layer.py", *words])
