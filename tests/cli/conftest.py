@@ -29,7 +29,7 @@ def cli(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def shallow():
-    """Has the ViT of the digits have four layers."""
+    """Gives the ViT of the digits four layers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(vit.PRESETS, "digits", replace(vit.PRESETS["digits"], depth=4))
         yield
