@@ -326,22 +326,4 @@ def _check(qkv, heads, q_weight, k_weight, rotary):
     T, d = qkv.shape[1], qkv.shape[2] // (3 * heads)
     if d > MAX_HEAD_DIM:
         raise ValueError(f"the head width must be 1 to {MAX_HEAD_DIM}, got {d}")
-    check_heads(q_weight, k_weight, rotary, T, d)
-
-
-def check_heads(
-    q_weight: Tensor | None, k_weight: Tensor | None, rotary: Tensor | None, T: int, d: int
-) -> None:
-    """What is done to heads of d elements, of T tokens."""
-    if (q_weight is None) != (k_weight is None):
-        raise ValueError("q_weight and k_weight must be given together, got one of them")
-    if rotary is not None and d % 2:
-        raise ValueError(f"the head width must be even to be rotated, got {d}")
-    checks.check_shape((d,), "(d,)", q_weight=q_weight, k_weight=k_weight)
-    checks.check_shape((2, T, d), "(2, T, d)", rotary=rotary)
-    if rotary is None:
-        return
-    if rotary.dtype != torch.float32:
-        raise ValueError(f"rotary must be of torch.float32, got {rotary.dtype}")
-    if rotary.requires_grad:
-        raise ValueError("rotary must not require a gradient: none is computed for it")
+    checks.check_heads(q_weight, k_weight, rotary, T, d)

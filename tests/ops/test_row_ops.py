@@ -105,7 +105,7 @@ def test_each_result_is_rounded_once_whatever_its_dtype(row_op):
 # of 23 tokens the last program of qk_norm_rotary has fewer, both ways
 @pytest.mark.parametrize(
     ("processors", "shape", "dtype"),
-    [(1, (9, 5), F32), (1, (1, 23), F32), (2, (2, 21), BF16), (100, (2, 9), BF16)],
+    [(1, (9, 5), F32), (2, (1, 23), F32), (2, (2, 21), BF16), (100, (2, 9), BF16)],
 )
 @pytest.mark.parametrize("row_op", [(op, "triton") for op in ROW_OPS], ids=run_id, indirect=True)
 def test_any_number_of_programs_shares_the_samples(row_op, processors, shape, dtype, monkeypatch):

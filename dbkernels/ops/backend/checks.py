@@ -32,6 +32,24 @@ def check_shape(shape: tuple[int, ...], letters: str = "", **tensors: Tensor | N
             raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}")
 
 
+def check_heads(
+    q_weight: Tensor | None, k_weight: Tensor | None, rotary: Tensor | None, T: int, d: int
+) -> None:
+    """What is done to heads of d elements, of T tokens."""
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("q_weight and k_weight must be given together, got one of them")
+    if rotary is not None and d % 2:
+        raise ValueError(f"the head width must be even to be rotated, got {d}")
+    check_shape((d,), "(d,)", q_weight=q_weight, k_weight=k_weight)
+    check_shape((2, T, d), "(2, T, d)", rotary=rotary)
+    if rotary is None:
+        return
+    if rotary.dtype != torch.float32:
+        raise ValueError(f"rotary must be of torch.float32, got {rotary.dtype}")
+    if rotary.requires_grad:
+        raise ValueError("rotary must not require a gradient: none is computed for it")
+
+
 def check_floats(**tensors: Tensor | None) -> None:
     """One device, and dtypes that its kernels take; None is a tensor that was not given."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}

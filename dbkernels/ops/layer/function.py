@@ -24,7 +24,6 @@ from dbkernels.ops.layer import passes, tensors
 from dbkernels.ops.layer.projection import Gradients, cast
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.tensors import LayerCall, LayerOptions, LayerWeights, ResidualStream
-from dbkernels.ops.qk_norm_rotary import check_heads
 
 WEIGHTS, KEPT = len(LayerWeights._fields), len(tensors.Activations._fields)
 
@@ -157,8 +156,7 @@ def _check(call: LayerCall) -> None:
     d = D // options.num_heads
     check_head_width(x.device, d)
     tensors.check_first(options.num_queries, T)
-    if call.changes_heads:
-        check_heads(*w.qk_norms, rotary, T, d)
+    checks.check_heads(*w.qk_norms, rotary, T, d)
     first, hidden, dtype = len(w.fc1_weight), w.fc2_weight.shape[-1], w.qkv_weight.dtype
     expected = LayerWeights(
         (3 * D, D), (3 * D,), (D, D), (D,),

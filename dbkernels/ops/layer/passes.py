@@ -196,7 +196,7 @@ def attend_backward(call: LayerCall, da: Tensor, qkv: QKV, kept: Kept, grads: Gr
     grads.add_bias("out", da)
     dattended = project(da, w.out_weight.T)
     dqkv.write(*attention_backward(dattended, *by_head, attended, logsumexp))
-    if not call.changes_heads:
+    if w.q_weight is None and rotary is None:
         return dqkv
     whole = dqkv.whole()
     dweights, heads = [like(t) for t in w.qk_norms], call.options.num_heads
@@ -211,7 +211,7 @@ def _by_head(call: LayerCall, qkv: QKV) -> list[Tensor]:
     """Queries and keys as the attention sees them, and values, (B, H, N or T, D / H) each."""
     heads, w = call.options.num_heads, call.weights
     q, k, v = qkv.by_head(heads)
-    if not call.changes_heads:
+    if w.q_weight is None and call.rotary is None:
         return [q, k, v]
     qk = qk_norm_rotary_forward(qkv.whole(), w.qk_norms, call.rotary, heads, QK_EPS)
     seen, k = qk.permute(2, 0, 3, 1, 4)

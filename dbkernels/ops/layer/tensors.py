@@ -121,11 +121,6 @@ class LayerCall(NamedTuple):
     def mod(self) -> LayerModulation:
         return LayerModulation.of(self.modulation)
 
-    @property
-    def changes_heads(self) -> bool:
-        """Whether queries and keys get a norm or are rotated before the attention."""
-        return any(t is not None for t in (*self.weights.qk_norms, self.rotary))
-
     def by_sample(self, t: Tensor) -> Tensor:
         return by_sample(t, len(self.modulation))
 
