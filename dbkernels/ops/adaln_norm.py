@@ -347,7 +347,7 @@ def adaln_norm(
     """
     options = NormOptions(eps, checks.check_norm(norm), checks.result_dtype(dtype, x))
     rows = checks.rows_of_samples({"x": x}, {"scale": scale, "shift": shift})
-    return _AdaLNNorm.apply(*rows, options).view(x.shape)
+    return checks.as_tokens(_AdaLNNorm.apply(*rows, options), x)
 
 
 def fold_affine(

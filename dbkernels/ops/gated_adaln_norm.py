@@ -121,4 +121,4 @@ def gated_adaln_norm(
     modulation = {"gate": gate, "scale": scale, "shift": shift}
     rows = checks.rows_of_samples({"x": x, "h": h}, modulation)
     x1, y = _GatedAdaLNNorm.apply(*rows, options)
-    return x1.view(x.shape), y.view(x.shape)
+    return checks.as_tokens(x1, x), checks.as_tokens(y, x)

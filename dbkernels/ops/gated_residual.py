@@ -157,4 +157,4 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
         RuntimeError: the gradient is differentiated.
     """
     rows = checks.rows_of_samples({"x": x, "h": h}, {"gate": gate})
-    return _GatedResidual.apply(*rows).view(x.shape)
+    return checks.as_tokens(_GatedResidual.apply(*rows), x)

@@ -12,7 +12,7 @@ import torch
 from dbkernels import ops
 from dbkernels.ops import reference
 
-CPU, ROUNDS = torch.device("cpu"), 120
+CPU = torch.device("cpu")
 B, T, D = 4, 256, 384
 
 
@@ -30,7 +30,7 @@ def one_thread_without_poison():
 def times_faster(benchmark):
     """Times one call by pytest-benchmark and another between its rounds; ratio of the fastest."""
 
-    def run(fused, eager):
+    def run(fused, eager, rounds):
         seconds = []
 
         def time_eager():
@@ -39,7 +39,7 @@ def times_faster(benchmark):
             seconds.append(perf_counter() - begin)
 
         fused()
-        benchmark.pedantic(fused, setup=time_eager, rounds=ROUNDS)
+        benchmark.pedantic(fused, setup=time_eager, rounds=rounds)
         ratio = min(seconds[1:]) / benchmark.stats.stats.min
         benchmark.extra_info["times_faster"] = ratio
         return ratio
@@ -68,7 +68,7 @@ def test_noise_and_loss(bench, times_faster):
     )
     calls = case.calls([case.inputs()])
     (fused,), (eager,) = calls["fused", "fwd+bwd"], calls["eager", "fwd+bwd"]
-    assert times_faster(fused, eager) >= 1.3
+    assert times_faster(fused, eager, rounds=120) >= 1.3
 
 
 @pytest.mark.parametrize(
@@ -84,4 +84,5 @@ def test_forward_and_backward(times_faster, name, tensors, slices, floor):
     fused, eager = (
         partial(forward_and_backward, getattr(module, name), inputs) for module in (ops, reference)
     )
-    assert times_faster(fused, eager) >= floor
+    # of so short a call the fastest is found late
+    assert times_faster(fused, eager, rounds=1000) >= floor

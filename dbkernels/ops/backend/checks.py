@@ -53,9 +53,10 @@ def check_heads(
 def check_floats(**tensors: Tensor | None) -> None:
     """One device, and dtypes that its kernels take; None is a tensor that was not given."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    devices = {str(tensor.device) for tensor in given.values()}
+    devices = {tensor.device for tensor in given.values()}
     if len(devices) > 1:
-        raise ValueError(f"{_list(given)} must be on one device, got {', '.join(sorted(devices))}")
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"{_list(given)} must be on one device, got {names}")
     for name, tensor in given.items():
         _check_dtype(name, tensor.dtype, tensor.device)
 
@@ -114,7 +115,13 @@ def rows_of_samples(tokens: dict[str, Tensor], modulation: dict[str, Tensor]) ->
 
 def as_rows(modulation: Tensor) -> Tensor:
     """(B, D) or (B, T, D) as (samples, D)."""
-    return modulation.reshape(-1, modulation.shape[-1])
+    # flatten makes no view, and no node of the graph, where there is nothing to do
+    return modulation.flatten(0, -2)
+
+
+def as_tokens(y: Tensor, x: Tensor) -> Tensor:
+    """What `rows_of_samples` made of x, or a result of its shape, in the shape of x."""
+    return y if y.shape == x.shape else y.view(x.shape)
 
 
 def refuse_double_backward(op: str) -> None:
