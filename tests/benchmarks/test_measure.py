@@ -220,4 +220,5 @@ def test_what_is_prepared_before_a_call_takes_no_time(bench, pass_ms):
     call.prepare.side_effect = lambda: pass_ms(5000)
     times = bench("measure").interleaved({"a": call}, device=CPU, rounds=2)
     ms = pytest.approx(1.0)
+    assert call.prepare.call_count == 2
     assert times["a"] == bench("measure").Times(ms, ms, ms, rounds=2, timing="wall clock")

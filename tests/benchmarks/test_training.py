@@ -387,7 +387,7 @@ def test_steps_take_the_blocks_in_turn(steps_of, tiny):
 
 def test_policies_of_one_block_with_offload_are_one_trainers(steps_of, tiny):
     ways = [tiny("block_fused", 2, recompute, offload="cpu") for recompute in ("none", "layer")]
-    none, layer, other = steps_of(*ways, tiny("block_fused", 2))
+    _, none, layer, other = steps_of(tiny("end_to_end"), *ways, tiny("block_fused", 2))
     assert none.trainer is layer.trainer is not other.trainer
     policies, entered, enter = [], [], none.trainer.offloader.enter
     none.trainer.offloader.enter = lambda name: entered.append(name) or enter(name)

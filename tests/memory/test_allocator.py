@@ -61,9 +61,9 @@ def test_the_best_free_block_is_taken(sizes, freed, taken):
     assert [block.address for block in blocks[2:]] == [(sizes[0] + 3) * MiB, (sizes[0] + 7) * MiB]
 
 
-def test_segments_are_never_given_back():
-    events = [Event(0, 0, 50 * MiB), Event(1, 0, -50 * MiB), Event(2, 1, 60 * MiB)]
-    _, allocator = place(events)
+def test_segments_are_never_given_back_and_serve_again():
+    changes = ((0, 50), (0, -50), (1, 60), (2, 50))
+    _, allocator = place(Event(op, i, size * MiB) for op, (i, size) in enumerate(changes))
     assert [*allocator.segments.items()] == [(0, 50 * MiB), (50 * MiB, 60 * MiB)]
 
 
