@@ -10,7 +10,7 @@ from dbkernels.models import FAMILIES
 
 PACKAGE = Path(__file__).parents[1] / "dbkernels"
 FLOOR = {
-    "choices": -1,
+    "settings": -1,
     "whole_file": -1,
     "ops": 0,
     "diffusion": 0,
@@ -62,6 +62,17 @@ def test_no_room_but_those_of_models_names_a_family():
             continue
         found = names.search(path.read_text())
         assert not found, f"{path.relative_to(PACKAGE)} names {found[0]}"
+
+
+def test_no_tensor_has_the_dtype_that_is_the_default_at_the_time():
+    makers = {"empty", "empty_strided", "zeros", "ones", "full", "eye", "tensor", "as_tensor"}
+    makers |= {"linspace", "rand", "randn", "normal", "scalar_tensor"}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {
+                f"torch.{m}" for m in makers
+            }:
+                assert any(word.arg == "dtype" for word in node.keywords), f"{path}:{node.lineno}"
 
 
 def test_importing_changes_no_setting_of_torch():

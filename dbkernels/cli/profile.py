@@ -18,6 +18,7 @@ from dbkernels.planning import budgets
 from dbkernels.planning.dry_run import dry_run, predicted, row_of
 from dbkernels.planning.measure import measured
 from dbkernels.planning.recipe import BLOCKWISE, METHODS, OFFLOAD, Recipe
+from dbkernels.settings import check_number
 
 FEW = 12  # rows that are shown one below the other
 OP = 24  # letters of an op's name that have room
@@ -69,8 +70,7 @@ class Profile(OfPreset):
         if self.check:
             self._check(self.check)
             return
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        check_number("steps", self.steps, 1)
         if not 0 <= self.budget <= 1:
             raise ValueError(f"budget must be from 0 to 1, got {self.budget}")
         recipes = self.recipes()
@@ -103,9 +103,8 @@ class Profile(OfPreset):
             ) from None
         if self.measure and self.target != "auto":
             raise ValueError(f"target must be auto for measure, got {self.target}")
-        name = "h100" if self.target == "auto" else self.target
-        target = target_of(pick_device(self.device)) if self.measure else target_named(name)
-        recipe = self.recipe(target)
+        name, device = "h100" if self.target == "auto" else self.target, pick_device(self.device)
+        recipe = self.recipe(target_of(device) if self.measure else target_named(name))
         methods = _names("methods", self.methods, METHODS)
         policies = _names("recompute", self.recompute, tuple(POLICIES))
         places = _names("offload", self.offload, OFFLOAD)

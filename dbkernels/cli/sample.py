@@ -15,6 +15,7 @@ from dbkernels.diffusion.process import Spacing
 from dbkernels.diffusion.samplers import Sampler
 from dbkernels.models.registry import family_named
 from dbkernels.ops.philox import Draw
+from dbkernels.settings import check_number
 from dbkernels.training.run import load_run
 from dbkernels.whole_file import whole_file
 
@@ -75,8 +76,7 @@ class Sample:
             raise ValueError(f"out must lie in a directory that exists, got {self.out}")
         if self.out.is_dir():
             raise ValueError(f"out must be a file, got the directory {self.out}")
-        if self.per_class < 1:
-            raise ValueError(f"per_class must be at least 1, got {self.per_class}")
+        check_number("per_class", self.per_class, 1)
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be finite, got {self.guidance}")
 

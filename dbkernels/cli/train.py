@@ -15,10 +15,12 @@ from dbkernels.data.images import open_data
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.models.registry import FAMILIES, FamilyName, family_named
 from dbkernels.ops.layer.recompute import Recompute
+from dbkernels.settings import check_number
 from dbkernels.training.pending import Row
 from dbkernels.training.run import PartitionConfig, RunConfig, train
 from dbkernels.training.trainer_config import TrainerConfig
 
+LARGEST = 2**16  # of a model's sizes
 FAMILY_HELP = "; ".join(f"{name} {entry.summary}" for name, entry in FAMILIES.items()) + "."
 PRESET_HELP = "Sizes of the model by name. " + " ".join(
     f"{name}: {', '.join(entry.model.presets)}." for name, entry in FAMILIES.items()
@@ -96,8 +98,7 @@ class Train:
             raise ValueError("data must be digits or a path, got an empty text")
         sizes = {k: getattr(self, k) for k in ("patch", "dim", "depth", "num_heads")}
         for name, size in sizes.items():
-            if size < 0:
-                raise ValueError(f"{name} must be positive, or 0 for the preset's, got {size}")
+            check_number(name, size, 0, LARGEST)
         entry = family_named(self.family)
         own = entry.model.preset(self.preset).resized({k: v for k, v in sizes.items() if v})
         model = own.fitted(open_data(self.data))

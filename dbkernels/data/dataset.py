@@ -54,7 +54,11 @@ class DatasetBatches:
                     f"{name} of sample {index} must be a tensor, an array or a number, "
                     f"got {type(value).__name__}"
                 )
-        return {name: torch.as_tensor(value) for name, value in sample.items()}
+        # Python's floats would else have the dtype that is torch's default at the time
+        dtypes = {
+            name: torch.float32 if type(value) is float else None for name, value in sample.items()
+        }
+        return {name: torch.as_tensor(value, dtype=dtypes[name]) for name, value in sample.items()}
 
     def _sample(self, index: int) -> Batch:
         sample = self._read(index)

@@ -11,10 +11,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+# what readers of others raise at a damaged file, beside what zipfile says
+DAMAGED = (ValueError, OSError, EOFError, SyntaxError, TokenError, OverflowError, zlib.error)
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 MAX_COMPRESSED_BYTES = 2**28  # compressed images up to this many bytes are read whole
 DIGITS_SPLIT_SEED = 0  # every run must hold out the same digits
@@ -120,7 +123,7 @@ def _map_npy(path: Path) -> np.ndarray:
         raise ValueError(f"file {path} is missing")
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is not a whole .npy array of numbers: {error}") from error
 
 
@@ -152,7 +155,7 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(f"{name}.npy") as file:
         try:
             return np.lib.format.read_array(file, allow_pickle=False)
-        except (ValueError, zlib.error) as error:
+        except DAMAGED as error:
             raise _broken(archive, name, error) from error
 
 
@@ -171,9 +174,12 @@ def _map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
             major, minor = np.lib.format.read_magic(file)
             read_header = getattr(np.lib.format, f"read_array_header_{major}_{minor}")
             shape, fortran, dtype = read_header(file)
-        except (ValueError, AttributeError) as error:
+        except (*DAMAGED, AttributeError) as error:
             raise _broken(archive, name, error) from error
         header_bytes = file.tell()
+        # to its end, where zipfile compares the checksum
+        while file.read(2**24):
+            pass
     expected = header_bytes + dtype.itemsize * math.prod(shape)
     if dtype.hasobject or expected != info.file_size:
         raise _broken(archive, name, f"{shape} {dtype} in {info.file_size} bytes")

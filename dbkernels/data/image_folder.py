@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dbkernels.data.formats import Arrays, OneByOne
 
@@ -58,6 +58,11 @@ def _decode(path: Path, expected: tuple[int, ...] | None) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode not in MODES:
                 raise ValueError(f"{path} must be a grey or RGB image, got mode {image.mode}")
+            if "transparency" in image.info:
+                raise ValueError(f"{path} must be opaque, got a transparent colour")
+            if any("16" in str(tile.args) for tile in image.tile):
+                raise ValueError(f"{path} must have 8 bits a channel, got 16")
+            ImageOps.exif_transpose(image, in_place=True)
             mode = MODES[image.mode]
             shape = (len(mode), image.height, image.width)
             if expected is not None and shape != expected:
@@ -66,6 +71,7 @@ def _decode(path: Path, expected: tuple[int, ...] | None) -> np.ndarray:
                     f"expected {expected}, got {shape}"
                 )
             pixels = np.asarray(image.convert(mode))
-    except (OSError, SyntaxError) as error:  # Pillow reports some broken files as SyntaxError
+    # Pillow reports some broken files as SyntaxError
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be decoded: {error}") from error
     return pixels.reshape(*shape[1:], shape[0]).transpose(2, 0, 1)

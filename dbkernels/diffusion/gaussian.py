@@ -16,8 +16,10 @@ import torch
 from scipy.special import ndtr, ndtri
 from torch import Tensor
 
-from dbkernels.choices import check_choice
 from dbkernels.diffusion.process import Interval, Scheme, Spacing
+from dbkernels.settings import check_choice, check_number
+
+MOST_LEVELS = 10_000  # of a sampler
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,7 @@ class LogNormal:
         Raises:
             ValueError: num_blocks is not positive, or the scheme is unknown.
         """
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+        check_number("num_blocks", num_blocks, 1)
         low, high = self.sigma_min, self.sigma_max
         positions = {
             "equal_probability": self.at_mass,
@@ -153,10 +154,10 @@ class LogNormal:
                       of Karras et al. without its last step to zero
             rho:      of karras
         Raises:
-            ValueError: count is below 2, the spacing is unknown, or rho is not positive.
+            ValueError: count is below 2 or above MOST_LEVELS, the spacing is unknown, or rho is not
+                positive.
         """
-        if count < 2:
-            raise ValueError(f"a grid needs at least 2 levels, got {count}")
+        check_number("levels", count, 2, MOST_LEVELS)
         if spacing == "cdf":
             return [self.at_mass(i / (count - 1)) for i in reversed(range(count))]
         if spacing != "karras":

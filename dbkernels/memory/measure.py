@@ -66,7 +66,8 @@ def measure_peak(
         ValueError: optimizers or inputs is no sequence, or the device is not told.
     """
     # tensors on "cuda" say "cuda:0", and on "cpu" say "cpu"
-    device = torch.empty(0, device=device).device if device else _only_device(model, inputs)
+    there = torch.empty(0, dtype=torch.uint8, device=device).device if device else None
+    device = there or _only_device(model, inputs)
     with allocator_peak(device) as own:
         trace = record(step, model=model, optimizers=optimizers, inputs=inputs, device=device)
     peak = trace.peak()

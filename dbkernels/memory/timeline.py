@@ -13,6 +13,7 @@ from pathlib import Path
 from dbkernels.memory.allocator import SMALL_SEGMENT, place
 from dbkernels.memory.measure import Prediction
 from dbkernels.memory.tracker import CATEGORIES, START
+from dbkernels.settings import check_number
 
 GiB = 2**30
 SIZE = (9.0, 4.5)  # inches
@@ -61,8 +62,7 @@ def levels(prediction: Prediction, *, parts: int) -> Levels:
     Raises:
         ValueError: parts is below 1.
     """
-    if parts < 1:
-        raise ValueError(f"parts must be at least 1, got {parts}")
+    check_number("parts", parts, 1)
     columns, phases, size = [], [], attrgetter("total_bytes")
     for op, moments in groupby(prediction.blocks.moments(), attrgetter("op")):
         columns.append(max(moments, key=size))

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from dbkernels.choices import check_choice
 from dbkernels.models.compiled import compiled
 from dbkernels.models.layer import AdaLNLayer
 from dbkernels.ops import reference
+from dbkernels.settings import check_choice
 
 Baseline = Literal["stock", "checkpointed", "selective", "compiled"]
 

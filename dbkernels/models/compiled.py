@@ -105,10 +105,9 @@ def _is_written(node: Node) -> bool:
 
 
 def _result(written: bool, reads: Sequence[object], like: Tensor) -> Tensor:
-    shape, made = like.shape, {"dtype": like.dtype, "device": like.device}
     if written:
-        return torch.empty_strided(shape, like.stride(), **made)
-    result = torch.empty((), **made).expand(shape)
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    result = torch.empty((), dtype=like.dtype, device=like.device).expand(like.shape)
     # a kernel that writes what is made of it reads all of these, so they live until then; a view
     # of it holds it as its base
     result.reads = reads

@@ -5,9 +5,9 @@ from typing import ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
-from dbkernels.choices import check_choice
 from dbkernels.data.images import Batch
 from dbkernels.ops.philox import Draw
+from dbkernels.settings import check_choice
 
 Weighting = Literal["none", "edm", "normalised", "published"]
 WEIGHTINGS = get_args(Weighting)

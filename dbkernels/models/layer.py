@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbkernels.choices import check_choice
 from dbkernels.ops.adaln_norm import fold_affine
 from dbkernels.ops.layer.function import adaln_layer
 from dbkernels.ops.layer.projection import linear
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.tensors import LayerWeights, ResidualStream, first_tokens
+from dbkernels.settings import check_choice
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from dbkernels.choices import check_choice
 from dbkernels.data.images import Batch, ImageData
 from dbkernels.data.made_up import Field
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.process import Process
 from dbkernels.models import dit, vit
 from dbkernels.models.family import Presets, Weighting
+from dbkernels.settings import check_choice
 
 
 class ModelConfig(Protocol):

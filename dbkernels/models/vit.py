@@ -71,7 +71,7 @@ class ViT(Presets, nn.Module):
         layer = LayerConfig(*sizes, affine=config.affine, recompute=config.recompute)
         self.label_table = nn.Embedding(config.num_classes, D)
         self.patch = nn.Linear(config.channels * config.patch**2, D)
-        self.positions = nn.Parameter(torch.empty(tokens + 1, D))
+        self.positions = nn.Parameter(torch.empty(tokens + 1, D, dtype=torch.get_default_dtype()))
         self.condition = NoiseEmbedding(config.cond_dim)
         self.layers = nn.ModuleList(AdaLNLayer(layer) for _ in range(config.depth))
         self.norm = make_norm(layer)

@@ -137,7 +137,7 @@ class Draw:
             # filled where it lies: nothing is copied, and no one waits
             return torch.full((), self.step, dtype=torch.int64, device=device)
         # of a tensor, because its device has an index where the name of one need not
-        device = torch.empty((0,), device=device).device
+        device = torch.empty((0,), dtype=torch.float32, device=device).device
         if self.step.device != device:
             raise ValueError(f"step must be on {device}, got {self.step.device}")
         return self.step

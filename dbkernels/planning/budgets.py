@@ -74,8 +74,8 @@ def read(path: Path) -> dict[Recipe, Sizes]:
         OSError: it cannot be read.
     """
     try:
-        rows = json.loads(path.read_text())
-    except ValueError as error:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON, got {error}") from None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} must hold a list of budgets, got {shortened(rows)}")

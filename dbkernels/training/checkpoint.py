@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dbkernels.settings import check_number
 from dbkernels.whole_file import make_durable
 
 Tensors = dict[str, dict[str, Tensor]]  # group ("model", "ema", ...) -> tensor name -> tensor
@@ -96,8 +97,7 @@ def _check_state(value: object, where: str) -> None:
 
 
 def _check_request(step: int, tensors: Tensors, state: dict, keep: int) -> None:
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
+    check_number("keep", keep, 1)
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"step must be an integer of at least 0, got {step!r}")
     if not isinstance(state, dict):

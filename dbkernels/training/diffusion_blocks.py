@@ -15,13 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dbkernels.choices import check_choice
 from dbkernels.data.images import Batch, Data
 from dbkernels.diffusion.process import Process, Scheme
 from dbkernels.diffusion.samplers import SAMPLERS, Denoiser, Sampler, euler, guided
 from dbkernels.models.family import WEIGHTINGS, Weighting
 from dbkernels.models.registry import family_of
 from dbkernels.ops.philox import Draw, normals, uniforms
+from dbkernels.settings import check_choice
 from dbkernels.training.evaluation import LEVELS_PER_BLOCK, Evaluation, batches
 from dbkernels.training.partition import Block, block_at, partition
 
@@ -202,7 +202,7 @@ class DiffusionBlocks(nn.Module):
         """
         block = block_at(self, level)
         model = self.of(block)
-        levels = torch.full(model.level_shape(batch), level, device=z.device)
+        levels = torch.full(model.level_shape(batch), level, dtype=torch.float32, device=z.device)
         return model.denoise(z, levels, block.layers, batch)
 
     def denoiser(
@@ -288,7 +288,8 @@ class DiffusionBlocks(nn.Module):
         block, total = block_at(self, level), 0.0
         model = self.of(block)
         for batch, draw in batches(data, batch_size, self.device, seed=seed):
-            levels = torch.full(model.level_shape(batch), level, device=self.device)
+            shape = model.level_shape(batch)
+            levels = torch.full(shape, level, dtype=torch.float32, device=self.device)
             total += float(model.losses(draw, levels, block.layers, batch).sum())
         return total / len(data)
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import warnings
 import weakref
 from pathlib import Path
 
@@ -59,11 +60,23 @@ def _claim(directory: Path) -> int:
 
 
 def read_log(path: Path) -> list[dict[str, float | int]]:
-    """All whole rows of a log; none where there is no file, and not a last row cut short."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """All whole rows of a log; none where there is no file.
+
+    A last row that was cut short is left out. So are rows that are damaged: a warning counts them.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    rows = list(filter(None, map(_row, lines)))
+    if damaged := len(lines) - len(rows):
+        warnings.warn(f"{path} has {damaged} damaged rows, which are left out", stacklevel=2)
+    return rows
+
+
+def _row(line: bytes) -> dict[str, float | int] | None:
+    try:
+        row = json.loads(line)
+        return row if isinstance(row["step"], int) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _tensorboard_writer(directory: Path, first_step: int):

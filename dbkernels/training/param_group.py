@@ -74,7 +74,7 @@ class ParamGroup:
         self.parameters, self.total, self.ema, self.steps = parameters, total, config.ema, 0
         device = next(iter(parameters.values())).device if device is None else device
         # of the newest parameters in the average
-        self._newest = torch.zeros((), device=device)
+        self._newest = torch.zeros((), dtype=torch.float32, device=device)
         self.optimizer = torch.optim.AdamW(
             parameters.values(),
             weight_decay=config.weight_decay,
@@ -82,11 +82,13 @@ class ParamGroup:
             fused=True,
         )
         # a number where it can be one: fake tensors know no optimizer whose rate is a tensor
-        self._rate = torch.zeros((), device=device) if config.cuda_graphs else None
+        self._rate = (
+            torch.zeros((), dtype=torch.float32, device=device) if config.cuda_graphs else None
+        )
         for parameter in parameters.values():
             # what a fused AdamW makes in its first step
             self.optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter.detach()),
                 "exp_avg_sq": torch.zeros_like(parameter.detach()),
             }
@@ -153,7 +155,7 @@ class ParamGroup:
 
 def tensor_sizes(parameters: Iterable[nn.Parameter], ema: float) -> list[int]:
     """Bytes of each of a group's tensors, in no order, before there is the group."""
-    step, copies = torch.zeros(()).nbytes, 4 if ema else 3
+    step, copies = torch.zeros((), dtype=torch.float32).nbytes, 4 if ema else 3
     return [size for parameter in parameters for size in (step, *[parameter.nbytes] * copies)]
 
 
@@ -209,7 +211,7 @@ class UpdaterInBackward(Updater):
 
     def __init__(self, groups: Sequence[ParamGroup], device: torch.device | str):
         super().__init__(0.0, device)
-        self._squares, self._updates = torch.zeros(()), False
+        self._squares, self._updates = torch.zeros((), dtype=torch.float32), False
         for group in groups:
             for parameter in group.parameters.values():
                 parameter.register_post_accumulate_grad_hook(partial(self._update, group))

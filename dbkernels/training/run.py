@@ -21,6 +21,7 @@ from dbkernels.diffusion.process import Process, Scheme
 from dbkernels.models.family import Weighting
 from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.philox import Draw
+from dbkernels.settings import check_number
 from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing, load_weights
 from dbkernels.training.log import RunLog
@@ -90,8 +91,7 @@ class RunConfig:
     def __post_init__(self):
         if not 0 <= self.label_drop < 1:
             raise ValueError(f"label_drop must be in [0, 1), got {self.label_drop}")
-        if self.shift < 0:
-            raise ValueError(f"shift must be at least 0 pixels, got {self.shift}")
+        check_number("shift", self.shift, 0)
         if self.weighting == "published" and self.trainer.accumulate > 1:
             raise ValueError(
                 "accumulate must be 1 with the published weighting, which is no mean over samples, "
@@ -157,8 +157,8 @@ def read_config(directory: Path) -> RunConfig:
     if not path.is_file():
         raise ValueError(f"a run's directory must hold config.json, got none in {directory}")
     try:
-        saved = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        saved = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} must be the JSON of a run, got {error}") from None
     return _config(saved, saved.pop("version", None), path)
 
@@ -211,8 +211,7 @@ def train(
                     or a checkpoint cannot be used. No file of a run is touched then.
         FloatingPointError: a loss is not finite; the last checkpoint stays.
     """
-    if save_every < 0:
-        raise ValueError(f"save_every must be at least 0, got {save_every}")
+    check_number("save_every", save_every, 0)
     trainer = config.trainer_on(device, open_data(config.data, "train", config.model.num_classes))
     if resume:
         restore(trainer, config, directory, resume)

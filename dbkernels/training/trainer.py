@@ -243,7 +243,7 @@ class Trainer:
     def _accumulate(self, block: Block, draw: Draw, pieces: pending.Pieces, size: int) -> Tensor:
         """Backward of the mean loss over the block's next batch; the loss, detached."""
         config = self.config
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         for batch in pieces(size):
             count = len(next(iter(batch.values())))
             if self.augment:
@@ -311,7 +311,7 @@ def _device(
 ) -> torch.device:
     home = blocks.device
     # tensors on "cuda" say "cuda:0"
-    device = home if device is None else torch.empty(0, device=device).device
+    device = home if device is None else torch.empty(0, dtype=torch.uint8, device=device).device
     if config.offload == "none" and device != home:
         raise ValueError(f"blocks must be on {device} where offload is none, got {home}")
     return device

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from dbkernels.settings import MOST, check_choice, check_number
 
 Decay = Literal["constant", "cosine"]
 Order = Literal["shuffled", "sequential"]
@@ -56,15 +58,9 @@ class TrainerConfig:
 
     def __post_init__(self):
         for name, least in LEAST.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        for name in ("lr", "weight_decay", "clip"):
-            if getattr(self, name) == math.inf:
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed must be below 2**63, got {self.seed}")
+            check_number(name, getattr(self, name), least, 2**63 - 1 if name == "seed" else MOST)
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.batch_size % self.accumulate:
@@ -80,8 +76,7 @@ class TrainerConfig:
             raise ValueError(
                 f"accumulate must be 1 with optimizer_in_backward, got {self.accumulate}"
             )
-        if self.offload not in ("none", "cpu", "disk"):
-            raise ValueError(f"offload must be none, cpu or disk, got {self.offload}")
+        check_choice("offload", self.offload, get_args(Offload))
         if self.offload == "none" and self.prefetch:
             raise ValueError("offload must be cpu or disk for prefetch, got none")
         if (self.offload == "disk") != bool(self.offload_dir):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from cli.runs import SIZES, read_tree, refused, write_npz
 
+from dbkernels.settings import MOST
+
 # what stands between the verb and its flags; of a flag that is there twice the last one counts
 BEFORE = {
     "train": f"vit --out out --data data.npz {' '.join(SIZES)}",
@@ -24,9 +26,9 @@ BEFORE = {
         ("train --data=", "data must be digits or a path, got an empty text"),
         ("train --data odd.npz", "the patch must divide the image size, got 2 and 7"),
         ("train --preset huge", "preset of ViT must be one of cifar100, digits, got huge"),
-        ("train --num-heads -1", "num_heads must be positive, or 0 for the preset's, got -1"),
-        ("train --clip inf", "clip must be finite, got inf"),
-        ("train --weight-decay inf", "weight_decay must be finite, got inf"),
+        ("train --num-heads -1", "num_heads must be at least 0, got -1"),
+        ("train --clip inf", f"clip must be at most {MOST}, got inf"),
+        ("train --depth 65537", "depth must be at most 65536, got 65537"),
         ("train --resume latest", "out must hold a checkpoint, got none"),
         ("train --resume nope", "nope is not a checkpoint"),
         ("train --device cuda", "device cuda needs an NVIDIA GPU"),
@@ -45,7 +47,7 @@ BEFORE = {
         ("evaluate", "run_dirs must name at least one run, got none"),
         ("evaluate vit vit", "run_dirs must name each run once, got vit twice"),
         ("evaluate nope", "a run's directory must hold config.json, got none in nope"),
-        ("evaluate vit --levels 1", "a grid needs at least 2 levels, got 1"),
+        ("evaluate vit --levels 1", "levels must be at least 2, got 1"),
         ("evaluate vit --checkpoint nope", "nope is not a checkpoint"),
         ("evaluate vit --data rgb.npz", "must be (1, 8, 8), as the run was trained, got (3, 8, 8)"),
         ("evaluate vit --data more.npz", "labels must be in [0, 3), got 4"),
@@ -55,6 +57,7 @@ BEFORE = {
         ("profile --num-blocks 1;2", "num_blocks must be whole numbers with commas between"),
         ("profile --batch 0", "error: batch must be at least 1, got 0"),
         ("profile --steps 0", "steps must be at least 1, got 0"),
+        ("profile --device tpu", "device must be auto, cpu or cuda, got tpu"),
         ("profile --device cuda --measure", "device cuda needs an NVIDIA GPU"),
         ("profile --budget 1.5", "budget must be from 0 to 1, got 1.5"),
         ("profile --methods fused", "of end_to_end, checkpointed, selective, compiled, block"),
@@ -69,6 +72,7 @@ BEFORE = {
         ("plan --memory=-24GiB", "such as 24GiB, got -24GiB\n"),
         ("plan --preset huge", "preset of DiT must be one of S/2, B/2, L/2, XL/2, digits, got"),
         ("plan --batch 0", "batch must be at least 1, got 0"),
+        (f"plan --batch {MOST + 1}", f"batch must be at most {MOST}, got {MOST + 1}"),
         ("plan --target tpu", "target must be one of cpu, a100, h100, h200, b200, got tpu"),
     ],
 )

@@ -1,8 +1,10 @@
 """What `open_data` reads, and the message for each source that it cannot use."""
 
 import io
+import struct
 import sys
 import zipfile
+import zlib
 from operator import itemgetter
 from pathlib import Path
 
@@ -269,6 +271,29 @@ def with_images(damage):
     return file.getvalue()
 
 
+def with_a_flipped_pixel():
+    """An .npz with more pixels than a reader of its header looks at."""
+    np.savez(file := io.BytesIO(), images=pixels(2, 1, 64, 64), labels=[0, 1])
+    data = bytearray(file.getvalue())
+    data[7000] ^= 1
+    return bytes(data)
+
+
+def png(size, depth):
+    """A PNG of RGB without a pixel."""
+    header = struct.pack(">IIBBBBB", size, size, depth, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", b"")]
+    ends = (struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
+    parts = (struct.pack(">I", len(data)) + name + data for name, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(map(bytes.__add__, parts, ends))
+
+
+def see_through():
+    image = Image.fromarray(pixels(4, 4, 3))
+    image.save(file := io.BytesIO(), format="PNG", transparency=(1, 2, 3))
+    return file.getvalue()
+
+
 def with_no_deflated_block(npz):
     start = npz.index(b"images.npy") + len("images.npy") + 20  # past the extra field
     return npz[:start] + b"\xff" + npz[start + 1 :]
@@ -318,6 +343,9 @@ BROKEN = [
      f"images {NOT_NUMBERS}"),
     *((npz, {"a.npz": itemgetter(slice(size))}, "a.npz", "train", "a.npz is not a whole .npz file")
       for size in (0, 100, -30)),
+    (None, {"a.npz": with_a_flipped_pixel()}, "a.npz", "train", "a.npz is not .* Bad CRC-32"),
+    (latents, {"z.npy": lambda npy: npy.replace(b"), }", b"(, }")}, "z.npy", "train",
+     f"z.npy {NOT_WHOLE}"),
     *((latents, {"z.npy": content}, "z.npy", "train", f"z.npy {NOT_WHOLE}")
       for content in (PICKLED, *(itemgetter(slice(size)) for size in (0, 50, -1)))),
     (latents, {"z_labels.npy": PICKLED}, "z.npy", "train", f"z_labels.npy {NOT_WHOLE}"),
@@ -341,6 +369,9 @@ BROKEN = [
     (None, {"a/notes.txt": b""}, "", "train", r"class folder .*a is empty: expected images"),
     *((None, {"a/0.png": mode}, "", "train",
        f"0.png must be a grey or RGB image, got mode {mode}") for mode in ("RGBA", "LA", "I;16")),
+    (None, {"a/0.png": see_through()}, "", "train", "0.png must be opaque, got a transparent col"),
+    (None, {"a/0.png": png(4, 16)}, "", "train", "0.png must have 8 bits a channel, got 16"),
+    (None, {"a/0.png": png(20_000, 8)}, "", "train", "0.png cannot be decoded: Image size"),
     (None, {}, "missing.npz", "train", r"data source .*missing.npz does not exist"),
     (None, {"a.csv": b"1,2"}, "a.csv", "train", r"unknown format a.csv: expected a folder"),
     (npz, {}, "a.npz", "val", "split must be 'train' or 'test', got 'val'"),

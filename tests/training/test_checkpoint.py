@@ -305,7 +305,7 @@ def test_points_to_the_nearest_intact_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"keep": 0}, "keep must be at least 1 checkpoint, got 0"),
+        ({"keep": 0}, "keep must be at least 1, got 0"),
         ({"step": -1}, "step must be an integer of at least 0, got -1"),
         ({"step": 1.0}, r"step must be an integer of at least 0, got 1\.0"),
         ({"state": [1]}, "state must be a dict, got list"),

@@ -1,4 +1,5 @@
 import errno
+import json
 import sys
 
 import pytest
@@ -24,6 +25,14 @@ def test_rows_are_on_disk_at_once_and_a_resumed_run_drops_what_it_does_again(tmp
     log.write(row(3, loss=9.0))
     log.close()
     assert read_log(tmp_path / "run" / "log.jsonl") == [*rows[:3], row(3, loss=9.0)]
+
+
+def test_damaged_rows_are_left_out_and_counted(tmp_path):
+    good, bad = row(0), [b"\0" * 40, b"\xff{}", b"{}", b"5", b"[" * 10**5, b'{"step": "1"}', b""]
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join([*bad, json.dumps(good).encode(), b""]))
+    with pytest.warns(UserWarning, match="log.jsonl has 7 damaged rows, which are left out"):
+        RunLog(tmp_path, first_step=1).close()
+    assert read_log(tmp_path / "log.jsonl") == [good]
 
 
 def test_tensorboard_gets_every_number_of_every_block(tmp_path):
@@ -57,10 +66,10 @@ def test_a_directory_has_one_open_log_and_another_after_it(tmp_path):
 
 
 def test_a_log_that_cannot_be_read_leaves_the_directory_free(tmp_path):
-    (tmp_path / "log.jsonl").write_text("no json\n")
-    with pytest.raises(ValueError):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError):
         RunLog(tmp_path)
-    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").rmdir()
     RunLog(tmp_path).close()
 
 

@@ -91,7 +91,7 @@ def test_a_loaded_run_has_the_average_or_the_last_weights(make_config, train, sh
             {},
             "accumulate must be 1 with the published weighting, .*, got 2",
         ),
-        ({"shift": -1}, {}, "shift must be at least 0 pixels, got -1"),
+        ({"shift": -1}, {}, "shift must be at least 0, got -1"),
         ({"partition": {"num_blocks": 4}}, {}, "num_blocks"),
         ({"partition": {"split": "1,1"}}, {}, "split"),
         ({"partition": {"split": "1,x"}}, {}, "whole numbers"),
@@ -143,6 +143,7 @@ def test_a_directory_in_which_another_run_still_goes_on_is_refused(make_config, 
     ("text", "message"),
     [
         (None, r"must hold config\.json"),
+        *((text, "must be the JSON of a run") for text in ("5", "[1]", '{"', "[" * 10**5)),
         ({"version": 1, "family": "vit"}, "must hold the configuration of a run"),
         ({}, "must have a version from 1 to 2, got None"),
         ({"version": 3}, "must have a version from 1 to 2, got 3"),
@@ -151,7 +152,8 @@ def test_a_directory_in_which_another_run_still_goes_on_is_refused(make_config, 
 )
 def test_a_directory_without_a_run_that_can_be_read_is_refused(tmp_path, text, message):
     if text is not None:
-        (tmp_path / "config.json").write_text(json.dumps(text))
+        written = text if isinstance(text, str) else json.dumps(text)
+        (tmp_path / "config.json").write_text(written)
     with pytest.raises(ValueError, match=message):
         read_config(tmp_path)
 

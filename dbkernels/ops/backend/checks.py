@@ -5,9 +5,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dbkernels.choices import check_choice
 from dbkernels.ops.backend.register import implementation
 from dbkernels.ops.backend.tile import MAX_D
+from dbkernels.settings import check_choice
 
 Norm = Literal["layer", "rms"]
 Reduction = Literal["mean", "sum", "none"]

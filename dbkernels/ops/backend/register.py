@@ -16,8 +16,8 @@ import triton
 from torch import Tensor
 from torch._ops import OpOverload
 
-from dbkernels.choices import check_choice
 from dbkernels.ops.backend import library
+from dbkernels.settings import check_choice
 
 Implementation = Literal["cpp", "cuda", "triton", "torch"]
 NAMES: tuple[Implementation, ...] = get_args(Implementation)

@@ -14,7 +14,6 @@ and v are all that is computed and kept.
 import torch
 from torch import Tensor
 
-from dbkernels.choices import check_choice
 from dbkernels.ops.activations import ACTIVATIONS
 from dbkernels.ops.adaln_norm import NormOptions
 from dbkernels.ops.attention import check_head_width
@@ -24,6 +23,7 @@ from dbkernels.ops.layer import passes, tensors
 from dbkernels.ops.layer.projection import Gradients, cast
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.tensors import LayerCall, LayerOptions, LayerWeights, ResidualStream
+from dbkernels.settings import check_choice
 
 WEIGHTS, KEPT = len(LayerWeights._fields), len(tensors.Activations._fields)
 

@@ -98,7 +98,7 @@ def pin(buffer: Tensor, device: torch.device) -> bool:
         if refused:
             # the refusal is still on record, and would be raised by the next launch of a kernel
             with suppress(RuntimeError):
-                torch.zeros(1, device=device)
+                torch.zeros(1, dtype=torch.uint8, device=device)
     return not refused
 
 
