@@ -170,6 +170,14 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
 # what only some formats have
 
 
+def test_an_image_that_its_camera_has_turned_is_turned_back(tmp_path):
+    (exif := Image.Exif())[0x0112] = 6  # the tag of the orientation: a quarter to the right
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels(4, 6, 3)).save(tmp_path / "a" / "0.png", exif=exif)
+    (image,) = open_data(tmp_path).images[np.arange(1)]
+    assert np.array_equal(image, np.rot90(pixels(4, 6, 3), -1).transpose(2, 0, 1))
+
+
 def two_grey(**arrays):
     """An .npz of two grey images; an array that is None is left out."""
     arrays = {"images": GREY, "labels": [0, 1]} | arrays

@@ -71,6 +71,7 @@ COMPILED = {"method": "compiled", "num_blocks": 1, "recompute": None}
     "written, message",
     [
         ("{", "file must be JSON, got Expecting"),
+        ("[" * 10**5, "file must be JSON, got maximum recursion depth"),
         ("[]", r"file must hold a list of budgets, got \[\]"),
         ('{"a": 1}', 'file must hold a list of budgets, got {"a": 1}'),
         ("[3]", "row 1 of file: a budget must have settings, .*, by_category and no more, got 3"),
