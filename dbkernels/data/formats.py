@@ -146,7 +146,7 @@ def read_npz(path: Path, split: str) -> Arrays:
             }
             images = _map_member(archive, f"{prefix}images")
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a whole .npz file: {str(error):.200}") from error
+        raise ValueError(f"{path} is not a whole .npz file: {error!s:.200}") from error
     images = _channels_first(images, path)
     return Arrays(images, labels[f"{prefix}labels"], _count_classes(list(labels.values())))
 
