@@ -24,16 +24,18 @@ def bench():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        # folders of tests have these names too: for them, and the processes that they start, all
-        # is afterwards as it was before
+        # folders of tests have these names too, and may have been imported by them
         for name in ("ops", "training"):
-            patch.setitem(sys.modules, name, None)
-            del sys.modules[name]
+            patch.delitem(sys.modules, name, raising=False)
         machine, measure = map(importlib.import_module, ("machine", "measure"))
         patch.setattr(machine, "COPY_BYTES", 2**16)
         patch.setattr(machine, "MATMUL", {"cpu": 64})
         patch.setattr(measure, "WARM_UP_MS", {"cpu": 0, "cuda": 0})
         yield importlib.import_module
+        # for those folders, and the processes that they start, all is as it was before
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, "__file__", None) or "").parent == ROOT / "benchmarks":
+                del sys.modules[name]
 
 
 @pytest.fixture

@@ -256,7 +256,7 @@ def run_tests(*options):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a rehearsal is for machines without a GPU")
 def test_a_rehearsal_runs_what_it_can_and_names_and_counts_the_rest():
-    chosen = ["tests/training/test_on_gpu.py", "-k", "locked_pages or survives_a_swap"]
+    chosen = ["tests/training/test_on_gpu.py", "-k", "locked_pages or captured_again"]
     code, text = run_tests("--rehearse", "-m", "gpu", *chosen)
     assert code == 0 and "1 passed, 1 skipped" in text
     assert "needs a GPU: pages that CUDA locks" in text

@@ -57,9 +57,8 @@ def assert_same_bits(actual, expected):
 
 
 # every dtype with every reduction, by turns of any leading shape, with a bias and weights or not
-CASES = zip(
-    product(DTYPES, REDUCTIONS), cycle([LEADING, (), (1,), (16,), (2, 3, 4)]), cycle([3, 2])
-)  # fmt: skip
+SHAPES = LEADING, (), (1,), (16,), (2, 3, 4)
+CASES = [*zip(product(DTYPES, REDUCTIONS), cycle(SHAPES), cycle([3, 2]))]
 
 
 @pytest.mark.parametrize(("case", "leading", "given"), CASES, ids=str)
