@@ -125,6 +125,17 @@ def test_a_mean_of_x_that_is_large_beside_the_rest_is_not_rounded_with_it(norm):
     layer.assert_as_accurate_as_eager(layer.with_grads(recompute="layer_narrow"))
 
 
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+def test_a_gradient_that_passes_closed_gates_is_not_rounded_on_its_way(recompute):
+    layer = OneLayer(dtypes=(F32, BF16, BF16))
+    layer.tensors["modulation"].zero_()
+    x = layer.tensors["x"].requires_grad_()
+    out = layer.run(layer.tensors, recompute=recompute)
+    dout = torch.randn(x.shape)
+    (dx,) = torch.autograd.grad(out, x, dout)
+    assert torch.equal(dx, dout)
+
+
 @pytest.mark.parametrize(
     ("recompute", "num_queries", "options"),
     [
