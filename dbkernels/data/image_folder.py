@@ -60,7 +60,7 @@ def _decode(path: Path, expected: tuple[int, ...] | None) -> np.ndarray:
                 raise ValueError(f"{path} must be a grey or RGB image, got mode {image.mode}")
             if "transparency" in image.info:
                 raise ValueError(f"{path} must be opaque, got a transparent colour")
-            if any("16" in str(tile.args) for tile in image.tile):
+            if any(";16B" in str(tile.args) for tile in image.tile):  # of a PNG
                 raise ValueError(f"{path} must have 8 bits a channel, got 16")
             ImageOps.exif_transpose(image, in_place=True)
             mode = MODES[image.mode]

@@ -38,6 +38,9 @@ class Peak:
     allocated_bytes: int | None = None  # the CUDA allocator's own peak; None off CUDA
     reserved_bytes: int | None = None  # what that allocator took from the driver; None off CUDA
 
+    def __post_init__(self):
+        assert sum(self.by_category.values()) == self.total_bytes
+
 
 def measure_peak(
     step: Callable[[], object],
@@ -167,6 +170,9 @@ class Prediction:
     trace: Trace | None = field(repr=False, compare=False)  # with the workspaces that stay
     # the trace with the bytes that the allocator gave, in place of those asked for
     blocks: Trace | None = field(repr=False, compare=False)
+
+    def __post_init__(self):
+        assert sum(self.by_category.values()) == self.peak_allocated_bytes
 
 
 def predict(trace: Trace, target: Target) -> Prediction:

@@ -170,6 +170,13 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
 # what only some formats have
 
 
+def test_a_row_of_sixteen_bytes_is_not_taken_for_sixteen_bits(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels(4, 5, 3)).save(tmp_path / "a" / "0.bmp")
+    (image,) = open_data(tmp_path).images[np.arange(1)]
+    assert np.array_equal(image, pixels(4, 5, 3).transpose(2, 0, 1))
+
+
 def test_an_image_that_its_camera_has_turned_is_turned_back(tmp_path):
     (exif := Image.Exif())[0x0112] = 6  # the tag of the orientation: a quarter to the right
     (tmp_path / "a").mkdir()
