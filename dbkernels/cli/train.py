@@ -1,5 +1,7 @@
 """`python -m dbkernels train`."""
 
+import os
+import sys
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_number
 from dbkernels.training.pending import Row
 from dbkernels.training.run import PartitionConfig, RunConfig, train
+from dbkernels.training.stop import Stopped
 from dbkernels.training.trainer_config import TrainerConfig
 
 LARGEST = 2**16  # of a model's sizes
@@ -84,6 +87,8 @@ class Train:
     """Go on from latest, or from the path of a checkpoint of this run; repeat the run's flags."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves at the end alone."""
+    requeue: bool = False
+    """Exit with 75 where a signal ends the run, as schedulers want; else with 128 + its number."""
     tensorboard: bool = False
     """Log to TensorBoard too."""
 
@@ -118,15 +123,19 @@ class Train:
         shown = ProgressBar(config.trainer.steps * config.partition.num_blocks)
         with warnings.catch_warnings(), shown:
             warnings.showwarning = shown.warn
-            trainer = train(
-                config,
-                self.out,
-                device=pick_device(self.device),
-                resume=self.resume,
-                save_every=self.save_every,
-                tensorboard=self.tensorboard,
-                on_step=shown.step,
-            )
+            try:
+                trainer = train(
+                    config,
+                    self.out,
+                    device=pick_device(self.device),
+                    resume=self.resume,
+                    save_every=self.save_every,
+                    tensorboard=self.tensorboard,
+                    on_step=shown.step,
+                )
+            except Stopped as stopped:
+                shown.warn(stopped)
+                sys.exit(os.EX_TEMPFAIL if self.requeue else 128 + stopped.signal)
         if not shown.steps:
             print(f"nothing to do: all {trainer.total_steps} steps are trained already: {self.out}")
             return

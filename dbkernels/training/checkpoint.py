@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import safetensors.torch
@@ -251,6 +252,26 @@ def load(path: Path) -> tuple[Tensors, dict]:
         return _read(path)
     except ValueError as error:
         raise ValueError(f"{error}{_intact_hint(path)}") from None
+
+
+def load_latest(root: Path) -> tuple[Path, Tensors, dict]:
+    """Read the newest checkpoint that is whole; a warning names each newer one that is damaged.
+
+    Args:
+        root:  directory of all checkpoints of one run; may be missing
+    Returns:
+        Its directory, and what `load` gives of it.
+    Raises:
+        ValueError: there is none, or all are damaged.
+    """
+    error = ValueError(f"{root} must hold a checkpoint, got none")
+    for path in _newest_first(root):
+        try:
+            return path, *_read(path)
+        except ValueError as refused:
+            warnings.warn(f"{refused}; it is passed over", stacklevel=2)
+            error = refused
+    raise error
 
 
 def latest(root: Path) -> Path | None:

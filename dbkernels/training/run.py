@@ -26,6 +26,7 @@ from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing, load_weights
 from dbkernels.training.log import RunLog
 from dbkernels.training.pending import Row, Rows
+from dbkernels.training.stop import Stopped, StopSignals
 from dbkernels.training.trainer import Augment, Trainer
 from dbkernels.training.trainer_config import TrainerConfig
 from dbkernels.whole_file import write_whole
@@ -210,6 +211,7 @@ def train(
         ValueError: a setting is wrong, the directory holds another run or one that still goes on,
                     or a checkpoint cannot be used. No file of a run is touched then.
         FloatingPointError: a loss is not finite; the last checkpoint stays.
+        Stopped: a signal asked the run to end; what was trained is saved, as after other errors.
     """
     check_number("save_every", save_every, 0)
     trainer = config.trainer_on(device, open_data(config.data, "train", config.model.num_classes))
@@ -223,17 +225,34 @@ def train(
         log.write(row)
         on_step(row)
 
+    saved = trainer.step
+
+    def save(rows: Rows) -> None:
+        nonlocal saved
+        # a step that was not finite raises here, before it can be saved
+        rows.settle()
+        if trainer.step > saved:
+            _save(trainer, config, directory)
+            saved = trainer.step
+
     try:
         write_config(config, directory)
-        with Rows(take) as rows:
-            while trainer.step < trainer.total_steps:
-                rows.add(trainer.launch(trainer.next_block()))
-                if trainer.step == trainer.total_steps or (
-                    save_every and not trainer.step % save_every
-                ):
-                    # a step that was not finite raises here, before it can be saved
-                    rows.settle()
-                    _save(trainer, config, directory)
+        with StopSignals() as stop, Rows(take) as rows:
+            try:
+                while trainer.step < trainer.total_steps and not stop.asked:
+                    rows.add(trainer.launch(trainer.next_block()))
+                    if save_every and not trainer.step % save_every:
+                        save(rows)
+            except BaseException as error:
+                # a step that was cut short has moved nothing, unless its backward had; and whoever
+                # goes on from before a loss that is not finite comes to it again
+                early = config.trainer.optimizer_in_backward
+                if not early and not isinstance(error, FloatingPointError):
+                    save(rows)
+                raise
+            save(rows)
+            if trainer.step < trainer.total_steps:
+                raise Stopped(stop.asked, trainer.step, trainer.total_steps)
     finally:
         log.close()
         trainer.close()
@@ -257,10 +276,10 @@ def _load(config: RunConfig, directory: Path, which: str) -> tuple[checkpoint.Te
     Raises:
         ValueError: the run has no checkpoint, or one of other settings, or it is damaged.
     """
-    path = checkpoint.latest(directory / "checkpoints") if which == "latest" else Path(which)
-    if path is None:
-        raise ValueError(f"{directory} must hold a checkpoint, got none")
-    tensors, state = checkpoint.load(path)
+    if which == "latest":
+        path, tensors, state = checkpoint.load_latest(directory / "checkpoints")
+    else:
+        tensors, state = checkpoint.load(path := Path(which))
     saved = _config(state["config"], state.get("version"), path)
     # some settings move no number
     same = {key: getattr(config.trainer, key) for key in PLACEMENT}
