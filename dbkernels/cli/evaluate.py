@@ -17,6 +17,9 @@ from dbkernels.cli.device import pick_device
 from dbkernels.cli.table import Row, show
 from dbkernels.data.images import open_data
 from dbkernels.training.run import load_run
+from dbkernels.training.together import Start
+
+SPREAD = "spread"  # name of the row of standard deviations
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,18 @@ class Evaluate:
         Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)"),
     ]
-    """Directories of runs; runs that differ by their seed alone are also averaged."""
+    """Directories of runs; those that differ by their seed alone also give a mean and a spread, the
+    standard deviation."""
     data: str = ""
     """Data to read, as for train; empty takes the run's own."""
     split: Literal["test", "train"] = "test"
     """Which split to read."""
     levels: int = 3
     """Noise levels from which a classifier answers; each is one evaluation of one block."""
+    start: Start = "zero"
+    """Where a classifier's steps start: zero, or noise, as in the paper."""
+    starts: int = 1
+    """Starts from noise whose probabilities are averaged."""
     weights: Literal["average", "last"] = "average"
     """The moving average of the weights where the run kept one, or the last weights."""
     checkpoint: str = "latest"
@@ -52,7 +60,7 @@ class Evaluate:
         if times > 1:
             raise ValueError(f"run_dirs must name each run once, got {directory} twice")
         rows = [self._row(directory) for directory in self.run_dirs]
-        show(rows, [_table([*rows, *_means(rows)])], as_json=self.json)
+        show(rows, [_table([*rows, *_over_seeds(rows)])], as_json=self.json)
 
     def _row(self, directory: Path) -> Row:
         averaged = self.weights == "average"
@@ -65,7 +73,9 @@ class Evaluate:
             raise ValueError(
                 f"images must be {expected}, as the run was trained, got {data.image_shape}"
             )
-        found = blocks.evaluate(data, levels=self.levels, seed=self.seed)
+        found = blocks.evaluate(
+            data, levels=self.levels, start=self.start, starts=self.starts, seed=self.seed
+        )
         setting = asdict(config)
         del setting["trainer"]["seed"]
         row: Row = {
@@ -81,18 +91,20 @@ class Evaluate:
         return {**row, "setting": json.dumps(setting, sort_keys=True)}
 
 
-def _means(rows: list[Row]) -> list[Row]:
-    """One row for every setting that several runs share, with the mean of each figure."""
-    means = []
+def _over_seeds(rows: list[Row]) -> list[Row]:
+    """For every setting that several runs share, the mean of each figure and its spread."""
+    found = []
     for setting in dict.fromkeys(row["setting"] for row in rows):
         group = [row for row in rows if row["setting"] == setting]
         if len(group) == 1:
             continue
-        mean = {**group[0], "run": f"mean of {len(group)} seeds", "seed": ""}
+        runs = {"run": f"mean of {len(group)} seeds", "seed": ""}
+        mean, spread = {**group[0], **runs}, {**group[0], "run": SPREAD, "seed": ""}
         for name in {"loss_at_sigma_max", "block_losses", "accuracy"} & mean.keys():
-            mean[name] = np.mean([row[name] for row in group], axis=0)
-        means.append(mean)
-    return means
+            figures = [row[name] for row in group]
+            mean[name], spread[name] = np.mean(figures, axis=0), np.std(figures, axis=0, ddof=1)
+        found += [mean, spread]
+    return found
 
 
 def _table(rows: list[Row]) -> Table:
@@ -105,10 +117,11 @@ def _table(rows: list[Row]) -> Table:
         padding=(0, 1, 0, 0), caption=parent and f"runs of {parent}",
     )  # fmt: skip
     for row in rows:
-        losses = " ".join(f"{loss:.4g}" for loss in row["block_losses"])
+        digits = ".1g" if row["run"] == SPREAD else ".4g"
+        losses = " ".join(f"{loss:{digits}}" for loss in row["block_losses"])
         most_noise, shares = row["loss_at_sigma_max"], row.get("accuracy", ())
         accuracy = " ".join(f"{100 * share:.2f}" for share in shares)
-        cells = row["num_blocks"], row["seed"], losses, f"{most_noise:.4g}", accuracy
+        cells = row["num_blocks"], row["seed"], losses, f"{most_noise:{digits}}", accuracy
         cells = map(str, cells[: len(headings)])
         table.add_row(names.get(row["run"], row["run"]), *cells)
     return table

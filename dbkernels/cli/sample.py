@@ -34,10 +34,11 @@ class Sample:
     """Images of each class."""
     levels: int = 50
     """Noise levels. Each is one evaluation of the network, or two with heun."""
-    grid: Spacing = "cdf"
-    """Spacing of the levels; cdf uses every block about equally often."""
+    grid: Literal["auto", "cdf", "karras"] = "auto"
+    """Spacing of the levels; auto is karras with heun and cdf, whose steps visit every block about
+    equally often, with euler."""
     sampler: Sampler = "euler"
-    """euler evaluates once per level; heun corrects each step and wants the karras grid."""
+    """euler evaluates once per level; heun corrects each step, which needs close levels."""
     guidance: float | None = None
     """Scale of classifier-free guidance; by default 2 if training dropped labels, else 1 (none)."""
     weights: Literal["average", "last"] = "average"
@@ -61,7 +62,7 @@ class Sample:
             raise ValueError(f"sample needs a run that generates, got one of {config.family}")
         images = blocks.sample(
             prompts(config.model, self.per_class, device),
-            config.prior.grid(self.levels, self.grid),
+            config.prior.grid(self.levels, self._spacing()),
             Draw(self.seed, step=0),
             guidance=self._guidance(config.label_drop),
             sampler=self.sampler,
@@ -79,6 +80,11 @@ class Sample:
         check_number("per_class", self.per_class, 1)
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be finite, got {self.guidance}")
+
+    def _spacing(self) -> Spacing:
+        if self.grid != "auto":
+            return self.grid
+        return "karras" if self.sampler == "heun" else "cdf"
 
     def _guidance(self, label_drop: float) -> float:
         if self.guidance is None:

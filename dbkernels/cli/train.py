@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +15,7 @@ from tyro.conf import Positional
 from dbkernels.cli.device import pick_device
 from dbkernels.data.images import open_data
 from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.models.registry import FAMILIES, FamilyName, family_named
+from dbkernels.models.registry import FAMILIES, FamilyEntry, FamilyName, family_named
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_number
 from dbkernels.training.pending import Row
@@ -32,11 +32,25 @@ PRESET_HELP = "Sizes of the model by name. " + " ".join(
 
 # values are judged where the configuration is made: the parser would name its own inner fields
 @dataclass(frozen=True)
-class PriorFlags(LogNormal):
-    """The prior over sigma."""
+class PriorFlags:
+    """The prior over sigma; None keeps the family's own."""
 
-    def __post_init__(self):
-        pass
+    mean: float | None = None
+    """Mean of ln sigma."""
+    std: float | None = None
+    """Standard deviation of ln sigma."""
+    sigma_min: float | None = None
+    """Least level, in units of z."""
+    sigma_max: float | None = None
+    """Greatest level, in units of z."""
+    paper: bool = False
+    """The paper's prior in place of the family's own; evaluate --start noise completes it."""
+
+    def of(self, entry: FamilyEntry) -> LogNormal:
+        """The prior of a family with what was asked for."""
+        given = {field.name: getattr(self, field.name) for field in fields(LogNormal)}
+        changed = {name: value for name, value in given.items() if value is not None}
+        return replace(entry.paper if self.paper else entry.process, **changed)
 
 
 @dataclass(frozen=True)
@@ -98,13 +112,13 @@ class Train:
         Raises:
             ValueError: a flag has a value that it cannot have, or the data cannot be used.
         """
-        prior, trainer = LogNormal(**asdict(self.prior)), TrainerConfig(**asdict(self.trainer))
+        entry, trainer = family_named(self.family), TrainerConfig(**asdict(self.trainer))
+        prior = self.prior.of(entry)
         if not self.data:
             raise ValueError("data must be digits or a path, got an empty text")
         sizes = {k: getattr(self, k) for k in ("patch", "dim", "depth", "num_heads")}
         for name, size in sizes.items():
             check_number(name, size, 0, LARGEST)
-        entry = family_named(self.family)
         own = entry.model.preset(self.preset).resized({k: v for k, v in sizes.items() if v})
         model = own.fitted(open_data(self.data))
         as_given = ("family", "data", "label_drop", "mirror", "shift", "partition")

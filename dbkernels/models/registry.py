@@ -44,12 +44,16 @@ class FamilyEntry:
     """A `ModelConfig`."""
     process: Process
     """The noise, where nobody says another."""
+    paper: Process
+    """The noise of the paper."""
     weighting: Weighting
     """Of the noise levels in the loss, likewise."""
     null_label: Callable[[ModelConfig], int] | None = None
     """What stands for "no label"; None where a model always has one."""
     metrics: Callable[[Tensor, Batch], dict[str, Tensor]] | None = None
     """(prediction, batch) -> numbers (B,) of the samples, by name; None where only losses count."""
+    average: Callable[[Tensor], Tensor] | None = None
+    """Predictions of several starts (N, B, ...) -> one (B, ...); None where they have no mean."""
     prompts: Callable[[ModelConfig, int, torch.device], Batch] | None = None
     """(config, number of each class, device) -> what to sample; None where it samples nothing."""
 
@@ -59,16 +63,20 @@ FAMILIES = {
         summary="classifies images",
         model=vit.ViT,
         config=vit.ViTConfig,
-        process=LogNormal(),
+        # below the least level the label is read off z, and a block need not look at the image
+        process=LogNormal(sigma_min=0.4),
+        paper=LogNormal(),
         # cross-entropy is better without a weight, as in the code of arXiv:2506.14202
         weighting="none",
         metrics=vit.metrics,
+        average=vit.average,
     ),
     "dit": FamilyEntry(
         summary="generates images",
         model=dit.DiT,
         config=dit.DiTConfig,
         process=LogNormal(),
+        paper=LogNormal(),
         weighting="edm",
         null_label=lambda config: config.num_classes,
         prompts=dit.prompts,

@@ -9,6 +9,7 @@ p, of_z and of_F are those of `prediction.EDM`. arXiv:2506.14202, section 4 and 
 The noisy label takes the place of the class token, and every block embeds the image anew.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -151,6 +152,11 @@ class ViT(Presets, nn.Module):
     def estimate(self, prediction: Tensor) -> Tensor:
         """The expected embedding under the logits, (B, dim); unit rows, as in training."""
         return prediction.float().softmax(-1) @ self._unit_table()
+
+
+def average(logits: Tensor) -> Tensor:
+    """Logits of the mean probabilities of several answers: (N, B, num_classes) to (B, ...)."""
+    return logits.float().log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
 
 def metrics(logits: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -9,21 +9,20 @@ the paper's text lets no parameter be shared. Both are here: `sharing`.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from dbkernels.data.images import Batch, Data
+from dbkernels.data.images import Batch
 from dbkernels.diffusion.process import Process, Scheme
-from dbkernels.diffusion.samplers import SAMPLERS, Denoiser, Sampler, euler, guided
 from dbkernels.models.family import WEIGHTINGS, Weighting
 from dbkernels.models.registry import family_of
-from dbkernels.ops.philox import Draw, normals, uniforms
+from dbkernels.ops.philox import Draw, uniforms
 from dbkernels.settings import check_choice
-from dbkernels.training.evaluation import LEVELS_PER_BLOCK, Evaluation, batches
-from dbkernels.training.partition import Block, block_at, partition
+from dbkernels.training.partition import Block, partition
+from dbkernels.training.together import Together
 
 Sharing = Literal["joint", "copies"]
 Parameters = dict[str, nn.Parameter]
@@ -35,7 +34,7 @@ def own_group(block: Block) -> str:
     return f"block{block.index}"
 
 
-class DiffusionBlocks(nn.Module):
+class DiffusionBlocks(Together):
     """A model, its blocks, and their noise; iterating gives the blocks, the most noise first.
 
     With copies, every block has a stem and a head of its own. Layers exist once in either case, and
@@ -78,10 +77,10 @@ class DiffusionBlocks(nn.Module):
         sharing: Sharing = "joint",
     ):
         super().__init__()
-        self.process, self.weighting, self.metrics = process, weighting, None
+        self.process, self.weighting = process, weighting
         if entry := family_of(model):
             self.process, self.weighting = process or entry.process, weighting or entry.weighting
-            self.metrics = entry.metrics
+            self.metrics, self.average = entry.metrics, entry.average
         if self.process is None:
             raise ValueError(
                 f"process must be given for {type(model).__name__}, which is of no known family, "
@@ -184,156 +183,6 @@ class DiffusionBlocks(nn.Module):
         if self.weighting == "published":
             weight = weight.mean().expand_as(level)
         return weight * share
-
-    # together: each level is denoised by the block that serves it
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
-
-    def predict(self, batch: Batch, z: Tensor, level: float) -> Tensor:
-        """Prediction of the block that serves a level, in the family's own form.
-
-        Args:
-            batch:  what the family conditions on
-            z:      (B, ...) float32
-            level:  one for the whole batch
-        """
-        block = block_at(self, level)
-        model = self.of(block)
-        levels = torch.full(model.level_shape(batch), level, dtype=torch.float32, device=z.device)
-        return model.denoise(z, levels, block.layers, batch)
-
-    def denoiser(
-        self, batch: Batch, seen: Callable[[Tensor], None] = lambda prediction: None
-    ) -> Denoiser:
-        """What a sampler follows: at each level, the estimate of the block that serves it.
-
-        Args:
-            batch:  what the family conditions on
-            seen:   called with every prediction
-        """
-
-        def denoiser(z: Tensor, level: float) -> Tensor:
-            prediction = self.predict(batch, z, level)
-            seen(prediction)
-            return self.of(block_at(self, level)).estimate(prediction)
-
-        return denoiser
-
-    @torch.no_grad()
-    def predictions(self, batch: Batch, levels: Sequence[float], draw: Draw) -> list[Tensor]:
-        """The prediction after each Euler step, from pure noise; a classifier's last one answers.
-
-        Args:
-            batch:   what the family conditions on
-            levels:  descending
-            draw:    names the start
-        Returns:
-            One for each level, in the family's own form.
-        """
-        found: list[Tensor] = []
-        euler(self.denoiser(batch, found.append), self._start(batch, levels[0], draw), levels)
-        return found
-
-    @torch.no_grad()
-    def sample(
-        self,
-        batch: Batch,
-        levels: Sequence[float],
-        draw: Draw,
-        *,
-        guidance: float = 1.0,
-        sampler: Sampler = "euler",
-    ) -> Tensor:
-        """Draw one sample for each condition of a batch.
-
-        Args:
-            batch:     what the family conditions on
-            levels:    descending
-            draw:      names the start; a sample depends on its own place in the draw alone
-            guidance:  scale of classifier-free guidance; 1 for none
-            sampler:   euler, or heun
-        Returns:
-            (B, ...) float32, in the range of the training data.
-        Raises:
-            ValueError: the sampler is unknown, a condition is one that the family does not have, or
-                the family cannot do without a condition, and guidance is not 1.
-        """
-        check_choice("sampler", sampler, SAMPLERS)
-        z = self._start(batch, levels[0], draw)
-        denoiser = self.denoiser(batch)
-        if guidance != 1:
-            without = getattr(self.model, "unconditional", None)
-            if without is None:
-                name = type(self.model).__name__
-                raise ValueError(f"guidance must be 1 for {name}, got {guidance}")
-            denoiser = guided(denoiser, self.denoiser(without(batch)), guidance)
-        return SAMPLERS[sampler](denoiser, z, levels)
-
-    def _start(self, batch: Batch, level: float, draw: Draw) -> Tensor:
-        """A noisy sample at the first level of a sampler."""
-        B, *rest = self.model.z_shape(batch)
-        noise = normals(draw, B, torch.Size(rest).numel(), self.device).view(B, *rest)
-        return self.process.start(noise, level, self.model.sigma_data)
-
-    @torch.no_grad()
-    def loss_at(self, data: Data, level: float, *, seed: int = 0, batch_size: int = 256) -> float:
-        """Mean loss over the data at one noise level, by the block that serves it, unweighted.
-
-        At the highest level z holds nothing of the target, so there the loss cannot be won by
-        copying it.
-        """
-        block, total = block_at(self, level), 0.0
-        model = self.of(block)
-        for batch, draw in batches(data, batch_size, self.device, seed=seed):
-            shape = model.level_shape(batch)
-            levels = torch.full(shape, level, dtype=torch.float32, device=self.device)
-            total += float(model.losses(draw, levels, block.layers, batch).sum())
-        return total / len(data)
-
-    def evaluate(
-        self, data: Data, *, levels: int | Sequence[float] = 3, seed: int = 0, batch_size: int = 256
-    ) -> Evaluation:
-        """Losses of the blocks on some data, and what the family measures after every step.
-
-        Args:
-            data:        such as `open_data` gives
-            levels:      of the sampler, or how many of equal probability; the family's own numbers
-                         are read after each
-            seed:        of the noise
-            batch_size:  samples at a time; it does not change the noise that they get
-        Raises:
-            ValueError: levels is below 2, or the data is not what the model was trained on.
-        """
-        was_training = self.training
-        self.eval()
-        try:
-            at, losses = {"seed": seed, "batch_size": batch_size}, []
-            shares = torch.arange(0.5, LEVELS_PER_BLOCK, dtype=torch.float64) / LEVELS_PER_BLOCK
-            for block in self:
-                quantiles = self.process.level_at(block.noise, shares).tolist()
-                losses.append(sum(self.loss_at(data, x, **at) for x in quantiles) / len(quantiles))
-            highest = self.loss_at(data, self.process.range.high, **at)
-            grid = self.process.grid(levels, "cdf") if isinstance(levels, int) else levels
-            grid = grid if self.metrics else ()
-            return Evaluation(tuple(losses), highest, tuple(grid), self._measured(data, grid, **at))
-        finally:
-            self.train(was_training)
-
-    def _measured(
-        self, data: Data, grid: Sequence[float], *, seed: int, batch_size: int
-    ) -> dict[str, tuple[float, ...]]:
-        """Means of the family's own numbers after each step, by name."""
-        totals: dict[str, list[float]] = {}
-        if not grid:
-            return {}
-        for batch, draw in batches(data, batch_size, self.device, seed=seed):
-            for step, prediction in enumerate(self.predictions(batch, grid, draw)):
-                for name, numbers in self.metrics(prediction, batch).items():
-                    totals.setdefault(name, [0.0] * len(grid))[step] += float(numbers.sum())
-        return {name: tuple(x / len(data) for x in each) for name, each in totals.items()}
 
 
 @torch.no_grad()

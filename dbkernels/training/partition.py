@@ -75,7 +75,8 @@ def partition(
 def block_at(blocks: Sequence[Block], level: float) -> Block:
     """The block that serves a noise level; training, sampling and evaluation all ask here.
 
-    A level on a boundary belongs to the block below it, whose interval it begins.
+    A level on a boundary belongs to the block below it, whose interval it begins. The published
+    code routes such levels otherwise: four levels of three blocks never visit the middle one there.
 
     Args:
         blocks:  all blocks of a partition

@@ -20,18 +20,27 @@ def test_a_dit_has_losses_and_no_accuracy(cli, runs):
     assert "accuracy" not in row and "accuracy" not in cli(f"evaluate {runs('dit')}").out
 
 
-def test_three_seeds_are_averaged_and_another_setting_is_not(cli, runs, monkeypatch):
+def test_three_seeds_have_a_mean_and_a_spread_and_another_setting_has_not(cli, runs, monkeypatch):
     lines = ("vit", "vit --seed 1", "vit --seed 2", "vit --lr 0.1")
     names = [runs(line).name for line in lines]
     monkeypatch.chdir(runs("vit").parent)
     rows = rows_of(cli(f"evaluate {' '.join(names)} --json"))
     lines = cli(f"evaluate {' '.join(names)}").out.splitlines()
-    assert [line.split()[0] for line in lines[-5:]] == [*names, "mean"]
-    assert lines[-1].startswith("mean of 3 seeds")
-    mean = statistics.fmean(row["loss_at_sigma_max"] for row in rows[:3])
-    accuracy = statistics.fmean(row["accuracy"][-1] for row in rows[:3])
-    assert f"{mean:.4g}" in lines[-1].split()
-    assert lines[-1].split()[-1] == f"{100 * accuracy:.2f}"
+    assert [line.split()[0] for line in lines[-6:]] == [*names, "mean", "spread"]
+    assert lines[-2].startswith("mean of 3 seeds")
+    ways = ((statistics.fmean, ".4g"), (statistics.stdev, ".1g"))
+    for line, (of, digits) in zip(lines[-2:], ways, strict=True):
+        assert f"{of([row['loss_at_sigma_max'] for row in rows[:3]]):{digits}}" in line.split()
+        assert line.split()[-1] == f"{100 * of([row['accuracy'][-1] for row in rows[:3]]):.2f}"
+
+
+def test_a_classifier_answers_from_zero_unless_it_is_told_otherwise(cli, runs):
+    run = runs("vit --lr 0.1")
+    ways = ("", "--start zero", "--start noise", "--start noise --starts 4")
+    own, zero, noise, several = (
+        rows_of(cli(f"evaluate {run} --json {way}"))[0]["cross_entropy"] for way in ways
+    )
+    assert own == zero and len({tuple(each) for each in (zero, noise, several)}) == 3
 
 
 def test_long_directories_leave_the_figures_on_one_line(cli, runs, tmp_path):
@@ -41,7 +50,7 @@ def test_long_directories_leave_the_figures_on_one_line(cli, runs, tmp_path):
         (tmp_path / parent / f"seed{seed}").symlink_to(runs(line))
     lines = cli(f"evaluate {parent}/seed0 {parent}/seed1").out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert [line.split()[0] for line in lines[3:6]] == ["seed0", "seed1", "mean"]
+    assert [line.split()[0] for line in lines[3:7]] == ["seed0", "seed1", "mean", "spread"]
     assert parent in lines[-1]
 
 

@@ -42,6 +42,7 @@ DROPPED = "dit --lr 0.1 --label-drop 0.5"
     [
         (DROPPED, "--sampler heun", False),
         (DROPPED, "--grid karras", False),
+        (DROPPED, "--grid cdf", True),
         (DROPPED, "--guidance 7", False),
         # there is guidance where labels were dropped
         (DROPPED, "--guidance 2", True),
@@ -50,6 +51,13 @@ DROPPED = "dit --lr 0.1 --label-drop 0.5"
 )
 def test_every_setting_changes_the_images_but_the_default_of_guidance(sample, line, flags, same):
     assert np.array_equal(sample(line), sample(line, flags)) == same
+
+
+def test_heun_has_the_levels_that_it_needs_unless_told_otherwise(sample):
+    own, karras, cdf = (
+        sample(DROPPED, f"--sampler heun {grid}") for grid in ("", "--grid karras", "--grid cdf")
+    )
+    assert np.array_equal(own, karras) and not np.array_equal(own, cdf)
 
 
 def test_a_picture_has_a_row_for_each_class_and_numbers_are_as_they_are(cli, runs, monkeypatch):

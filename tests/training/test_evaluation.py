@@ -122,8 +122,12 @@ def test_answers_are_read_after_each_step():
 
 def test_an_evaluation_is_a_function_of_the_seed_and_leaves_the_mode_of_training():
     blocks = randomise(make_blocks("vit")).train()
-    first, second, other = (blocks.evaluate(make_data(), seed=s, batch_size=4) for s in (1, 1, 2))
+    first, second, other = (
+        blocks.evaluate(make_data(), seed=s, batch_size=4, start="noise", starts=2)
+        for s in (1, 1, 2)
+    )
     assert first == second != other
+    assert first.metrics["accuracy"] and first.metrics != other.metrics
     assert blocks.training and blocks.model.training
 
 

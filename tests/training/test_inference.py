@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from models.tiny import randomise
-from training.tiny import PRIOR, VIT, make_blocks
+from training.tiny import PRIOR, VIT, make_blocks, make_data
 
 from dbkernels.ops.philox import Draw, normals
 
@@ -56,12 +56,14 @@ def test_a_level_is_predicted_by_the_model_and_the_layers_that_serve_it(sharing,
             assert torch.equal(blocks.denoiser(batch)(z, level), 2 * expected)
 
 
+@pytest.mark.parametrize("start", ["zero", "noise"])
 @sharings
-def test_classifying_crosses_the_blocks_that_serve_on_unit_rows(sharing, monkeypatch):
+def test_classifying_crosses_the_blocks_that_serve_on_unit_rows(sharing, start, monkeypatch):
     blocks, batch = ready("vit", sharing), make_images()
     rows = blocks.model.label_table.weight
     rows = rows / rows.norm(dim=1, keepdim=True)
-    z = unit_noise(5, VIT.dim) * (80**2 + VIT.sigma_data**2) ** 0.5
+    noise = unit_noise(5, VIT.dim) * (80**2 + VIT.sigma_data**2) ** 0.5
+    z = noise if start == "noise" else torch.zeros_like(noise)
     models = [blocks.of(blocks[index]) for index in (0, 1, 2, 2)]
     expected = []
     for index, model, level, then in zip(
@@ -71,15 +73,54 @@ def test_classifying_crosses_the_blocks_that_serve_on_unit_rows(sharing, monkeyp
         expected.append(logits)
         z = then / level * z + (1 - then / level) * logits.softmax(-1) @ rows
     calls = spied(blocks, monkeypatch)
-    actual = blocks.predictions(batch, LEVELS, seeded())
+    actual = blocks.predictions(batch, LEVELS, seeded(), start=start)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     # each level is evaluated once
     assert [layers for _, _, layers, _ in calls] == [(0,), (1,), (2,), (2,)]
     assert [id(model) for model, *_ in calls] == [id(model) for model in models]
     # it does not read labels and keeps no graph
-    again = blocks.predictions({**batch, "label": LABELS % 3}, LEVELS, seeded())
+    again = blocks.predictions({**batch, "label": LABELS % 3}, LEVELS, seeded(), start=start)
     assert all(map(torch.equal, again, actual))
     assert not any(each.requires_grad for each in actual)
+
+
+def test_an_answer_starts_from_zero_and_has_no_chance_in_it():
+    blocks, batch = ready("vit"), make_images()
+    answers = [blocks.predictions(batch, LEVELS, seeded(s)) for s in (1, 2)]
+    assert all(map(torch.equal, *answers))
+    drawn = [blocks.predictions(batch, LEVELS, seeded(s), start="noise") for s in (1, 2)]
+    assert not any(map(torch.equal, *drawn))
+
+
+def test_several_starts_answer_with_the_mean_of_their_probabilities():
+    blocks, batch = ready("vit"), make_images()
+    alone = [blocks.predictions(batch, LEVELS, Draw(1, step=k), start="noise") for k in range(3)]
+    together = blocks.predictions(batch, LEVELS, seeded(), start="noise", starts=3)
+    for step, answer in enumerate(together):
+        mean = torch.stack([found[step].softmax(-1) for found in alone]).mean(0)
+        torch.testing.assert_close(answer.softmax(-1), mean)
+    # each start has noise of its own
+    assert not torch.allclose(together[0], alone[0][0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("vit", {"start": "one"}, "start must be one of zero, noise, got one"),
+        ("vit", {"starts": 2}, "starts must be 1 from zero, got 2"),
+        ("vit", {"start": "noise", "starts": 0}, "starts must be"),
+        ("vit", {"start": "noise", "starts": 1001}, "starts must be"),
+        ("dit", {"start": "noise", "starts": 2}, "starts must be 1 for DiT, got 2"),
+    ],
+)
+def test_rejects_starts_that_do_not_fit(family, options, message):
+    blocks = ready(family)
+    for call in (
+        lambda: blocks.predictions({**ASKED, **make_images()}, LEVELS, seeded(), **options),
+        lambda: blocks.evaluate(make_data(), **options),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_guidance_extrapolates_from_no_label_to_the_label():

@@ -1,0 +1,235 @@
+"""What trained blocks do together: each noise level is denoised by the block that serves it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dbkernels.data.images import Batch, Data
+from dbkernels.diffusion.process import Process
+from dbkernels.diffusion.samplers import SAMPLERS, Denoiser, Sampler, euler, guided
+from dbkernels.ops.philox import Draw, normals
+from dbkernels.settings import check_choice, check_number
+from dbkernels.training.evaluation import LEVELS_PER_BLOCK, Evaluation, batches
+from dbkernels.training.partition import Block, block_at
+
+Start = Literal["zero", "noise"]  # of the steps that lead to an answer
+MOST_STARTS = 1000
+
+
+class Together(nn.Module):
+    """Blocks in the order of their noise, which predict, sample and are evaluated as one.
+
+    model:    of block 0
+    process:  the noise
+    metrics:  (prediction, batch) -> numbers (B,) of the samples, by name; None has none
+    average:  predictions of several starts (N, B, ...) -> one; None where they have no mean
+    """
+
+    model: nn.Module
+    process: Process
+    metrics: Callable[[Tensor, Batch], dict[str, Tensor]] | None = None
+    average: Callable[[Tensor], Tensor] | None = None
+
+    def __iter__(self) -> Iterator[Block]:
+        """The blocks, the most noise first."""
+        raise NotImplementedError
+
+    def of(self, block: Block) -> nn.Module:
+        """The model that a block serves with."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def predict(self, batch: Batch, z: Tensor, level: float) -> Tensor:
+        """Prediction of the block that serves a level, in the family's own form.
+
+        Args:
+            batch:  what the family conditions on
+            z:      (B, ...) float32
+            level:  one for the whole batch
+        """
+        block = block_at(self, level)
+        model = self.of(block)
+        levels = torch.full(model.level_shape(batch), level, dtype=torch.float32, device=z.device)
+        return model.denoise(z, levels, block.layers, batch)
+
+    def denoiser(
+        self, batch: Batch, seen: Callable[[Tensor], None] = lambda prediction: None
+    ) -> Denoiser:
+        """What a sampler follows: at each level, the estimate of the block that serves it.
+
+        Args:
+            batch:  what the family conditions on
+            seen:   called with every prediction
+        """
+
+        def denoiser(z: Tensor, level: float) -> Tensor:
+            prediction = self.predict(batch, z, level)
+            seen(prediction)
+            return self.of(block_at(self, level)).estimate(prediction)
+
+        return denoiser
+
+    @torch.no_grad()
+    def predictions(
+        self,
+        batch: Batch,
+        levels: Sequence[float],
+        draw: Draw,
+        *,
+        start: Start = "zero",
+        starts: int = 1,
+    ) -> list[Tensor]:
+        """The prediction after each Euler step; a classifier's last one answers.
+
+        From pure noise, as in the paper, the steps end at one draw from p(label | image). From
+        z = 0, the mean of that noise, they end near its most likely label.
+
+        Args:
+            batch:   what the family conditions on
+            levels:  descending
+            draw:    names the noise
+            start:   zero, or noise
+            starts:  from noise: the probabilities of so many starts are averaged
+        Returns:
+            One for each level, in the family's own form.
+        Raises:
+            ValueError: a setting is unknown, or several starts are asked for from z = 0 or of a
+                family whose predictions have no average.
+        """
+        self._check(start, starts)
+        runs: list[list[Tensor]] = [[] for _ in range(starts)]
+        for k, found in enumerate(runs):
+            if start == "zero":
+                z = torch.zeros(self.model.z_shape(batch), dtype=torch.float32, device=self.device)
+            else:
+                z = self._start(batch, levels[0], replace(draw, step=draw.step + k))
+            euler(self.denoiser(batch, found.append), z, levels)
+        if starts == 1:
+            return runs[0]
+        return [self.average(torch.stack(step)) for step in zip(*runs, strict=True)]
+
+    def _check(self, start: Start, starts: int) -> None:
+        check_choice("start", start, get_args(Start))
+        check_number("starts", starts, 1, MOST_STARTS)
+        if starts > 1 and (start == "zero" or self.average is None):
+            where = "from zero" if start == "zero" else f"for {type(self.model).__name__}"
+            raise ValueError(f"starts must be 1 {where}, got {starts}")
+
+    @torch.no_grad()
+    def sample(
+        self,
+        batch: Batch,
+        levels: Sequence[float],
+        draw: Draw,
+        *,
+        guidance: float = 1.0,
+        sampler: Sampler = "euler",
+    ) -> Tensor:
+        """Draw one sample for each condition of a batch.
+
+        Args:
+            batch:     what the family conditions on
+            levels:    descending
+            draw:      names the start; a sample depends on its own place in the draw alone
+            guidance:  scale of classifier-free guidance; 1 for none
+            sampler:   euler, or heun
+        Returns:
+            (B, ...) float32, in the range of the training data.
+        Raises:
+            ValueError: the sampler is unknown, a condition is one that the family does not have, or
+                the family cannot do without a condition, and guidance is not 1.
+        """
+        check_choice("sampler", sampler, SAMPLERS)
+        z = self._start(batch, levels[0], draw)
+        denoiser = self.denoiser(batch)
+        if guidance != 1:
+            without = getattr(self.model, "unconditional", None)
+            if without is None:
+                name = type(self.model).__name__
+                raise ValueError(f"guidance must be 1 for {name}, got {guidance}")
+            denoiser = guided(denoiser, self.denoiser(without(batch)), guidance)
+        return SAMPLERS[sampler](denoiser, z, levels)
+
+    def _start(self, batch: Batch, level: float, draw: Draw) -> Tensor:
+        """A noisy sample at the first level of a sampler."""
+        B, *rest = self.model.z_shape(batch)
+        noise = normals(draw, B, torch.Size(rest).numel(), self.device).view(B, *rest)
+        return self.process.start(noise, level, self.model.sigma_data)
+
+    @torch.no_grad()
+    def loss_at(self, data: Data, level: float, *, seed: int = 0, batch_size: int = 256) -> float:
+        """Mean loss over the data at one noise level, by the block that serves it, unweighted.
+
+        At the highest level z holds nothing of the target, so there the loss cannot be won by
+        copying it.
+        """
+        block, total = block_at(self, level), 0.0
+        model = self.of(block)
+        for batch, draw in batches(data, batch_size, self.device, seed=seed):
+            shape = model.level_shape(batch)
+            levels = torch.full(shape, level, dtype=torch.float32, device=self.device)
+            total += float(model.losses(draw, levels, block.layers, batch).sum())
+        return total / len(data)
+
+    def evaluate(
+        self,
+        data: Data,
+        *,
+        levels: int | Sequence[float] = 3,
+        start: Start = "zero",
+        starts: int = 1,
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> Evaluation:
+        """Losses of the blocks on some data, and what the family measures after every step.
+
+        Args:
+            data:        such as `open_data` gives
+            levels:      of the sampler, or how many of equal probability; the family's own numbers
+                         are read after each
+            start:       of these steps; with starts, as for `predictions`
+            starts:      whose probabilities are averaged
+            seed:        of the noise
+            batch_size:  samples at a time; it does not change the noise that they get
+        Raises:
+            ValueError: levels is below 2, the data is not what the model was trained on, or starts
+                do not fit.
+        """
+        self._check(start, starts)
+        was_training = self.training
+        self.eval()
+        try:
+            at, losses = {"seed": seed, "batch_size": batch_size}, []
+            shares = torch.arange(0.5, LEVELS_PER_BLOCK, dtype=torch.float64) / LEVELS_PER_BLOCK
+            for block in self:
+                quantiles = self.process.level_at(block.noise, shares).tolist()
+                losses.append(sum(self.loss_at(data, x, **at) for x in quantiles) / len(quantiles))
+            highest = self.loss_at(data, self.process.range.high, **at)
+            grid = self.process.grid(levels, "cdf") if isinstance(levels, int) else levels
+            grid = grid if self.metrics else ()
+            of_steps = partial(self.predictions, levels=grid, start=start, starts=starts)
+            measured = self._measured(data, of_steps, **at) if grid else {}
+            return Evaluation(tuple(losses), highest, tuple(grid), measured)
+        finally:
+            self.train(was_training)
+
+    def _measured(
+        self, data: Data, of_steps: Callable[..., list[Tensor]], *, seed: int, batch_size: int
+    ) -> dict[str, tuple[float, ...]]:
+        """Means of the family's own numbers after each step, by name."""
+        totals: dict[str, list[float]] = {}
+        for batch, draw in batches(data, batch_size, self.device, seed=seed):
+            predictions = of_steps(batch, draw=draw)
+            for step, prediction in enumerate(predictions):
+                for name, numbers in self.metrics(prediction, batch).items():
+                    total = totals.setdefault(name, [0.0] * len(predictions))
+                    total[step] += float(numbers.sum())
+        return {name: tuple(x / len(data) for x in each) for name, each in totals.items()}
