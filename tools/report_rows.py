@@ -20,6 +20,11 @@ MODEL = "family preset batch dtype"
 TRAINED = "method num_blocks recompute budget offload optimizer_in_backward launch implementation"
 SUITES = {  # names that the rows of a benchmark have: of the case, of the way, and others
     "demo": ("preset", "family num_blocks", "updates loss peak_bytes saved_bytes sweep_ms"),
+    "answers": (
+        "data batch updates",
+        "num_blocks least",
+        "seeds accuracy accuracy_from_noise accuracy_of_six",
+    ),
     "training": (MODEL, TRAINED, "peak_allocated_bytes saved_bytes memory step_ms sweep_ms"),
     "timeline": (MODEL, TRAINED, "peak_allocated_bytes by_category at starts phases levels"),
     "layer": (

@@ -1,6 +1,7 @@
 """Tables of the report: what each column says of a row, and the six lines of the README."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from report_rows import Row, is_plain, is_predicted
@@ -47,6 +48,8 @@ def shares_text(shares: Sequence[float]) -> str:
 
 def case_text(row: Row) -> str:
     """Name a case, such as "DiT-S/2, batch 64, float32"."""
+    if "data" in row:
+        return f"{row['data']}, {row['updates']} updates of batches of {row['batch']}"
     if "family" in row:
         join = "-" if "/" in row["preset"] else " "
         name = f"{FAMILIES[row['family']]}{join}{row['preset']}"
@@ -135,6 +138,16 @@ def _category(*names: str) -> Column:
     return Column(names[0].replace("_", " "), cell)
 
 
+def _shares(row: Row, _: Row | None, *, name: str) -> str:
+    """Shares of 1 with their spread over seeds, where there is one."""
+    if row.get(name) is None:
+        return MISSING
+    spreads = row.get(f"{name}_spread") or [None] * len(row[name])
+    pairs = zip(row[name], spreads, strict=True)
+    steps = [f"{100 * share:.1f}" + (f" ± {100 * s:.1f}" if s else "") for share, s in pairs]
+    return f"{', '.join(steps)} %"
+
+
 def _spread(row: Row, _: Row | None) -> str:
     low, high = row.get("p20_ms"), row.get("p80_ms")
     return MISSING if low is None else f"{number_text(low)} to {number_text(high)}"
@@ -166,7 +179,8 @@ COLUMNS = {
     "demo": (
         Column("model", lambda row, _: FAMILIES[row["family"]]),
         Column("trained", lambda row, _: blocks_text(row["num_blocks"])),
-        _number("accuracy after each step", "accuracy", shares_text),
+        Column("accuracy after each step", partial(_shares, name="accuracy")),
+        Column("the same from noise", partial(_shares, name="accuracy_from_noise")),
         _number("cross-entropy at the most noise", "cross_entropy", number_text, min),
         _number("Fréchet distance", "frechet", number_text, min),
         _number("recognised as asked", "recognised", lambda share: shares_text([share]), max),
@@ -177,6 +191,13 @@ COLUMNS = {
         STEP,
         SWEEP[0],
         _ratio("sweep_ms", "of end to end"),
+    ),
+    "answers": (
+        Column("trained", lambda row, _: blocks_text(row["num_blocks"])),
+        _number("least level", "least", "{:g}".format),
+        Column("after each step from z = 0", partial(_shares, name="accuracy")),
+        Column("from noise", partial(_shares, name="accuracy_from_noise")),
+        Column("mean of six starts", partial(_shares, name="accuracy_of_six")),
     ),
     "training": (
         *PEAK,
@@ -223,7 +244,7 @@ def _is_eager(row: Row) -> bool:
     """Whether a row is what ratios are to."""
     if "method" in row:
         return row["method"] == "end_to_end" and is_plain(row)
-    return row["num_blocks"] == 1 if row["suite"] == "demo" else row["impl"] == "eager"
+    return row["impl"] == "eager" if "impl" in row else row["num_blocks"] == 1
 
 
 def table_of(rows: Sequence[Row]) -> Table:
