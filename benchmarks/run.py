@@ -24,6 +24,7 @@ from rich.progress import Progress
 from training import LARGE
 
 from dbkernels.cli.device import pick_device
+from dbkernels.cli.table import plain_console
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -38,14 +39,8 @@ GRAPHS = f"--num-blocks 3 --recompute none --offload none --launch ops graph --r
 GRAPHS += " --methods end_to_end block_fused"
 
 # in a new process between fork and exec no code of ours may run, as the parent has threads: so the
-# child asks for it in a Python of its own, and then becomes the program, if its parent is still
-# the one that is named
-WITH_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
+# child asks for it in a Python of its own, and then becomes the program
+WITH_PARENT = str(CHECKOUT / "dbkernels" / "planning" / "with_parent.py")
 
 
 @dataclass(frozen=True)
@@ -170,7 +165,7 @@ def run_all(run: Run, every: Sequence[Job], console: Console) -> list[str]:
             rows, error = finished([f"benchmarks/{job.program}.py", *arguments], advance)
             shown.refresh()  # or what is printed stands above a bar of some time ago
             told = f": {rows} rows" if error is None else f" failed: {error}"
-            console.print(f"{job.name}{told}", markup=False)
+            console.print(f"{job.name}{told}")
             failed += [] if error is None else [job.name]
     return failed
 
@@ -182,7 +177,7 @@ def report(run: Run, console: Console) -> list[str]:
     page = run.out.resolve() / "report.html"
     _, error = finished(["tools/report.py", str(page.parent), "--page", str(page)])
     told = f": {page}" if error is None else f" failed: {error}"
-    console.print(f"report{told}", markup=False)
+    console.print(f"report{told}")
     return [] if error is None else ["report"]
 
 
@@ -202,7 +197,7 @@ def finished(
     """
     command = [sys.executable, *words]
     if sys.platform == "linux":
-        command = [sys.executable, "-ISc", WITH_PARENT, str(os.getpid()), *command]
+        command = [sys.executable, "-IS", WITH_PARENT, str(os.getpid()), *command]
     # the checkout's package, whatever is installed
     paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
     lines = 0
@@ -237,7 +232,7 @@ def main(run: Run, every: Sequence[Job]) -> None:
     def interrupt(number, frame):
         raise KeyboardInterrupt
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     before = signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C does
     try:
         failed = run_all(run, every, console) + report(run, console)
@@ -245,7 +240,7 @@ def main(run: Run, every: Sequence[Job]) -> None:
         console.print("Stopped. The same command goes on with what was not measured.")
         sys.exit(130)
     except ValueError as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(f"error: {error}", style="red")
         sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, before)

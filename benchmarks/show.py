@@ -5,14 +5,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 # the report's files stand beside each other and are no package
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 from report_rows import SUITES, Row, object_of, parsed, read, suite_of, tables
 from report_tables import about, case_text, cut_text, table_of
+
+from dbkernels.cli.table import plain_console
 
 __all__ = ["Row", "cut_text", "object_of", "parsed", "read", "rich_table", "show"]
 WHOLE = ("op", "way", "model", "p20 to p80", "launches")  # columns of which no cell is broken
@@ -24,19 +25,26 @@ def show(rows: Sequence[Row]) -> None:
     suite, device = rows[0]["suite"], rows[0]["device"]
     title = suite if suite == "demo" else f"{suite}: {case_text(rows[0])}, {device}"
     # a table that is cut at the width of a terminal, or of a pipe, cannot be read
-    console = Console(width=max(Console().width, 240))
+    console = plain_console()
+    console.width = max(console.width, 240)
     console.print(rich_table(table_of(rows), title, about(rows)))
 
 
 def rich_table(lines: Sequence[Sequence[str]], title: str, caption: str) -> Table:
     """A table of the report for a terminal; its first line is the headings."""
     headings, *rest = lines
-    table = Table(title=title, caption=escape(caption), caption_justify="left")
+    table = Table(title=Text(title), caption=Text(caption), caption_justify="left")
     for heading in headings:
         table.add_column(heading, no_wrap=heading in WHOLE)
     for line in rest:
-        table.add_row(*(re.sub(r"\*\*(.+?)\*\*", r"[b]\1[/b]", escape(cell)) for cell in line))
+        table.add_row(*map(_bold, line))
     return table
+
+
+def _bold(cell: str) -> Text:
+    """A cell of which what is between two pairs of stars is bold."""
+    parts = re.split(r"\*\*(.+?)\*\*", cell)
+    return Text.assemble(*((part, "bold" if i % 2 else "") for i, part in enumerate(parts)))
 
 
 def main(paths: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 MOST = 2**31 - 1  # of any count
+MOST_SAMPLES = 2**20  # of a batch: to list more of them takes longer than anybody waits
 
 
 def check_choice(name: str, value: object, known: Collection[str]) -> None:

@@ -26,9 +26,9 @@ from kernel_compile import (
     record,
     row_arguments,
 )
-from rich.console import Console
 from rich.table import Table
 
+from dbkernels.cli.table import plain_console
 from dbkernels.ops.backend.tile import MAX_D, programs_per_processor
 from dbkernels.planning.pool import processes
 
@@ -209,7 +209,8 @@ def _cells(row: Row) -> dict[str, str]:
 
 def main() -> None:
     options = tyro.cli(Options)
-    rows = []
+    rows, console = [], plain_console()
+    console.width = 200
     for row in chain(report(options), library_rows() if LIBRARY in options.kernel else ()):
         rows.append(row)
         if options.json:
@@ -218,7 +219,7 @@ def main() -> None:
     for has_width, title in ((True, of_triton), (False, "CUDA kernels of the compiled library")):
         of_kind = [row for row in rows if ("D" in row) == has_width]
         if of_kind and not options.json:
-            Console(width=200).print(table(of_kind, title))
+            console.print(table(of_kind, title))
     found = [fault for row in rows for fault in faults(row)]
     print("".join(f"{fault}\n" for fault in found), end="", file=sys.stderr)
     raise SystemExit(1 if found else 0)

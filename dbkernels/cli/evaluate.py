@@ -15,8 +15,10 @@ from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.table import Row, show
-from dbkernels.data.images import open_data
-from dbkernels.training.run import load_run
+from dbkernels.data.formats import MissingSplit
+from dbkernels.data.image_folder import Convert
+from dbkernels.data.images import ImageData, open_data
+from dbkernels.training.run import RunConfig, load_run
 from dbkernels.training.together import Start
 
 SPREAD = "spread"  # name of the row of standard deviations
@@ -34,6 +36,8 @@ class Evaluate:
     standard deviation."""
     data: str = ""
     """Data to read, as for train; empty takes the run's own."""
+    convert: Literal["run", Convert] = "run"
+    """Channels of a folder's images, as for train; run is as the run had it."""
     split: Literal["test", "train"] = "test"
     """Which split to read."""
     levels: int = 3
@@ -67,7 +71,7 @@ class Evaluate:
         config, blocks = load_run(
             directory, which=self.checkpoint, averaged=averaged, device=pick_device(self.device)
         )
-        data = open_data(self.data or config.data, self.split, config.model.num_classes)
+        data = self._open(config)
         expected = config.model.fields()["image"].shape
         if data.image_shape != expected:
             raise ValueError(
@@ -89,6 +93,17 @@ class Evaluate:
         if found.metrics:
             row |= {"levels": found.levels, **found.metrics}
         return {**row, "setting": json.dumps(setting, sort_keys=True)}
+
+    def _open(self, config: RunConfig) -> ImageData:
+        convert = config.convert if self.convert == "run" else self.convert
+        try:
+            return open_data(
+                self.data or config.data, self.split, config.model.num_classes, convert=convert
+            )
+        except MissingSplit as error:
+            raise ValueError(
+                f"{error}; --data names other data, --split train takes what was trained on"
+            ) from None
 
 
 def _over_seeds(rows: list[Row]) -> list[Row]:

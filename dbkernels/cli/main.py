@@ -1,17 +1,24 @@
 """The command line: parse, run one verb, say errors in one sentence."""
 
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import tyro
-from rich.console import Console
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+)
 
 from dbkernels.cli.doctor import Doctor
 from dbkernels.cli.evaluate import Evaluate
 from dbkernels.cli.plan import Plan
 from dbkernels.cli.profile import Profile
 from dbkernels.cli.sample import Sample
+from dbkernels.cli.table import plain_console
 from dbkernels.cli.train import Train
 from dbkernels.memory.measure import out_of_memory
 
@@ -26,9 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Train deep residual transformers one block at a time.",
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        registry=_paths(),
     )
     try:
-        verb.run()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            verb.run()
     except OSError as error:
         _exit(f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except (ValueError, FloatingPointError) as error:
@@ -42,8 +52,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _paths() -> ConstructorRegistry:
+    """How a path is read: an empty text is none, and would else be the current directory."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+        if info.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda words: _path(*words),
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda path: [str(path)],
+        )
+
+    return registry
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise ValueError("a path must not be empty")
+    return Path(text)
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    """Say a warning in a line, without the code that gave it."""
+    plain_console(stderr=True, soft_wrap=True).print(f"warning: {message}", style="yellow")
+
+
 def _exit(text: str) -> NoReturn:
     # whole lines: a message that is cut at the terminal's width cannot be searched for
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(f"error: {text}", style="red", markup=False, highlight=False)
+    plain_console(stderr=True, soft_wrap=True).print(f"error: {text}", style="red")
     sys.exit(1)

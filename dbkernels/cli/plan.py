@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from rich.table import Table
 from rich.text import Text
 
 from dbkernels.cli.preset import OfPreset
+from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.table import Row, show, table
 from dbkernels.memory.allocator import target_named
 from dbkernels.memory.units import bytes_from, in_words
@@ -30,11 +32,30 @@ class Plan(OfPreset):
 
     def run(self) -> None:
         memory, recipe = bytes_from(self.memory), self.recipe(target_named(self.target))
-        answer = search.search(recipe, memory)
+        with ProgressBar("predicting", 0, "parts") as shown:
+            answer = search.search(recipe, memory, partial(_tell, shown))
         if not answer.plans:
             raise ValueError(_nothing_fits(recipe, memory, answer))
         rows = list(rows_of(recipe, memory, answer))
         show(rows, screen(rows), as_json=self.json)
+
+
+def _tell(shown: ProgressBar, done: int, total: int, found: search.Found | None) -> None:
+    """Show what has come, and a line for each plan."""
+    shown.total = total
+    shown.step(done)
+    if found is None:
+        return
+    count = found.whole.recipe.num_blocks
+    blocks = f"{count} block{'s' * (count > 1)}"
+    if not found.plans:
+        shown.say(f"{blocks}: nothing fits")
+    for plan in found.plans:
+        place = "" if plan.recipe.offload == "none" else ", one on the device"
+        shown.say(
+            f"{blocks}{place}: recompute {plan.recipe.recompute}, micro-batch "
+            f"{plan.recipe.micro_batch}, peak {in_words(plan.peak_bytes)}"
+        )
 
 
 def _nothing_fits(recipe: Recipe, memory: int, answer: search.Answer) -> str:

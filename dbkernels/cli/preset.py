@@ -9,7 +9,7 @@ from dbkernels.cli.train import FAMILY_HELP, PRESET_HELP
 from dbkernels.memory.allocator import Target
 from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName
 from dbkernels.planning.recipe import Recipe, of_preset
-from dbkernels.settings import check_number
+from dbkernels.settings import MOST_SAMPLES, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,6 @@ class OfPreset:
 
     def recipe(self, target: Target) -> Recipe:
         """The way to train it that has every other setting by default."""
-        check_number("batch", self.batch, 1)
+        check_number("batch", self.batch, 1, MOST_SAMPLES)
         given = {"batch_size": self.batch, "autocast": self.autocast, "device": target}
         return replace(of_preset(self.family, self.preset), **given)

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.preset import OfPreset
+from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.table import Row, show, table
 from dbkernels.memory.allocator import target_named, target_of
 from dbkernels.memory.timeline import draw, write_timeline
@@ -76,14 +77,11 @@ class Profile(OfPreset):
         recipes = self.recipes()
         if self.timeline or self.picture:
             self._show(recipes)
-        predictions = predicted(recipes)
-        if self.measure:
-            # no step is timed while another process predicts
-            predictions = list(predictions)
         rows: dict[Recipe, Row] = {}
-        for recipe, found in zip(recipes, predictions, strict=True):
-            rows[recipe] = row_of(recipe, found) | (self._measured(recipe) if self.measure else {})
-            show([rows[recipe]], (), as_json=self.json)
+        # no step is timed while another process predicts
+        for recipe, row in self._measured_rows(recipes) if self.measure else self._rows(recipes):
+            rows[recipe] = row
+            show([row], (), as_json=self.json)
         if self.write:
             budgets.add(self.write, {recipe: row["by_category"] for recipe, row in rows.items()})
         tables = measured_tables if self.measure else predicted_tables
@@ -127,6 +125,24 @@ class Profile(OfPreset):
             if (method, count) != twice
         ]
 
+    def _rows(self, recipes: list[Recipe]) -> Iterator[tuple[Recipe, Row]]:
+        """What is predicted of each, and a line on stderr as it comes."""
+        found = (row_of(*each) for each in zip(recipes, predicted(recipes), strict=True))
+        yield from zip(recipes, self._told("predicting", found, len(recipes)), strict=True)
+
+    def _measured_rows(self, recipes: list[Recipe]) -> Iterator[tuple[Recipe, Row]]:
+        every = list(self._rows(recipes))
+        found = (row | self._measured(recipe) for recipe, row in every)
+        yield from zip(recipes, self._told("measuring", found, len(recipes)), strict=True)
+
+    def _told(self, told: str, rows: Iterator[Row], count: int) -> Iterator[Row]:
+        with ProgressBar(told, count, "rows") as shown:
+            shown.step(0)
+            for done, row in enumerate(rows, 1):
+                shown.step(done)
+                shown.say(_line(row))
+                yield row
+
     def _show(self, recipes: list[Recipe]) -> None:
         if len(recipes) != 1:
             raise ValueError(
@@ -151,7 +167,13 @@ class Profile(OfPreset):
 
     def _check(self, path: Path) -> None:
         """Compare a file's budgets with the peaks of now, and print both."""
-        found = budgets.hold(path)
+        asked, found = budgets.read(path), []
+        with ProgressBar("predicting", len(asked), "budgets") as shown:
+            shown.step(0)
+            for each in budgets.hold(asked):
+                found.append(each)
+                shown.step(len(found))
+                shown.say(f"{_settings(each.recipe)}: {in_words(each.peaks[1])}")
         screen = budget_tables(found, updated=self.update)
         show((each.row() for each in found), screen, as_json=self.json)
         exceeded = sum(each.exceeded for each in found)
@@ -172,6 +194,16 @@ def _names(flag: str, text: str, known: Sequence[str]) -> list[str]:
         if name not in known:
             raise ValueError(f"{flag} must be of {', '.join(known)}, got {name}")
     return names
+
+
+def _line(row: Row) -> str:
+    """A row as it comes, before the tables."""
+    offload = ", one on the device" if _offload(row) == "cpu" else ""
+    blocks = f"{row['num_blocks']} block{'s' * (row['num_blocks'] > 1)}{offload}"
+    told = f"{_name(row)}, {blocks}: predicted {in_words(row['peak_allocated_bytes'])}"
+    if (size := row.get("measured_allocated_bytes")) is not None:
+        told += f", measured {in_words(size)}"
+    return told
 
 
 def predicted_tables(rows: list[Row]) -> Iterator[Table]:

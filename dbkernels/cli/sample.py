@@ -1,25 +1,35 @@
 """`python -m dbkernels sample`."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
+from dbkernels.cli.progress import ProgressBar
+from dbkernels.data.images import Batch
 from dbkernels.diffusion.process import Spacing
 from dbkernels.diffusion.samplers import Sampler
 from dbkernels.models.registry import family_named
 from dbkernels.ops.philox import Draw
-from dbkernels.settings import check_number
+from dbkernels.settings import MOST_SAMPLES, check_number
+from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.run import load_run
 from dbkernels.whole_file import whole_file
 
 ENLARGE_TO = 64  # pixels; smaller images are drawn this large in the picture
+COLOURS = (1, 3)  # channels of a picture
+# samples that the network sees at once, in every case: a product of matrices rounds otherwise where
+# it has another size
+PIECE = 16
 
 
 @dataclass(frozen=True)
@@ -29,9 +39,11 @@ class Sample:
     run_dir: Positional[Path]
     """Directory of a run."""
     out: Path = Path("samples.png")
-    """A .png grid, one row per class, or an .npy of all images (N, C, H, W)."""
+    """A .png grid, one row per class, or an .npy of all (N, C, H, W); latents need .npy."""
     per_class: int = 8
     """Images of each class."""
+    batch: int = 64
+    """Images held in memory at a time, rounded up to 16; it changes no bit of them."""
     levels: int = 50
     """Noise levels. Each is one evaluation of the network, or two with heun."""
     grid: Literal["auto", "cdf", "karras"] = "auto"
@@ -60,15 +72,21 @@ class Sample:
         prompts = family_named(config.family).prompts
         if prompts is None:
             raise ValueError(f"sample needs a run that generates, got one of {config.family}")
-        images = blocks.sample(
-            prompts(config.model, self.per_class, device),
-            config.prior.grid(self.levels, self._spacing()),
-            Draw(self.seed, step=0),
-            guidance=self._guidance(config.label_drop),
-            sampler=self.sampler,
-        )
-        write_images(images.cpu(), self.out, self.per_class)
-        print(f"wrote {len(images)} images: {self.out}")
+        channels = config.model.fields()["image"].shape[0]
+        if self.out.suffix == ".png" and channels not in COLOURS:
+            raise ValueError(
+                f"out must end in .npy where a sample has {channels} channels, which are no "
+                f"picture, got {self.out}"
+            )
+        settings = {"guidance": self._guidance(config.label_drop), "sampler": self.sampler}
+        levels = config.prior.grid(self.levels, self._spacing())
+        wanted = prompts(config.model, self.per_class, device)
+        found = drawn(blocks, wanted, levels, batch=self.batch, seed=self.seed, **settings)
+        count = len(next(iter(wanted.values())))
+        write = write_numbers if self.out.suffix == ".npy" else write_picture
+        with ProgressBar("sampling", count, "images") as shown:
+            write(self.out, _told(found, shown), count, self.per_class)
+        print(f"wrote {count} images: {self.out}")
 
     def _check(self) -> None:
         if self.out.suffix not in (".png", ".npy"):
@@ -77,7 +95,8 @@ class Sample:
             raise ValueError(f"out must lie in a directory that exists, got {self.out}")
         if self.out.is_dir():
             raise ValueError(f"out must be a file, got the directory {self.out}")
-        check_number("per_class", self.per_class, 1)
+        check_number("per_class", self.per_class, 1, MOST_SAMPLES)
+        check_number("batch", self.batch, 1, MOST_SAMPLES)
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be finite, got {self.guidance}")
 
@@ -97,20 +116,63 @@ class Sample:
         return self.guidance
 
 
-def write_images(images: Tensor, path: Path, per_row: int) -> None:
-    """Write images in [-1, 1] (N, C, H, W) as a grid or as they are, whole or not at all."""
+def drawn(
+    blocks: DiffusionBlocks,
+    prompts: Batch,
+    levels: Sequence[float],
+    *,
+    batch: int,
+    seed: int,
+    guidance: float,
+    sampler: Sampler,
+) -> Iterator[Tensor]:
+    """Samples in batches, on the host; their bits are the same in batches of any size.
+
+    Args:
+        prompts:  conditions of all samples
+        batch:    samples at a time; what it lacks to a multiple of PIECE is added
+    """
+    count, batch = len(next(iter(prompts.values()))), -batch // PIECE * -PIECE
+    for start in range(0, count, batch):
+        pieces = []
+        for first in range(start, min(start + batch, count), PIECE):
+            # the last piece is filled up with what is then left out
+            rows = torch.arange(first, first + PIECE).clamp(max=count - 1)
+            asked = {name: tensor[rows.to(tensor.device)] for name, tensor in prompts.items()}
+            draw = Draw(seed, step=0, sample=first)
+            found = blocks.sample(asked, levels, draw, guidance=guidance, sampler=sampler)
+            pieces.append(found.cpu())
+        yield torch.cat(pieces)[: count - start]
+
+
+def _told(batches: Iterator[Tensor], shown: ProgressBar) -> Iterator[Tensor]:
+    done = 0
+    for images in batches:
+        yield images
+        shown.step(done := done + len(images), "written")
+
+
+def write_numbers(path: Path, batches: Iterator[Tensor], count: int, per_row: int) -> None:
+    """Write images (N, C, H, W) as a .npy, batch by batch, whole or not at all."""
+    first = next(batches)
+    header = {"descr": "<f4", "fortran_order": False, "shape": (count, *first.shape[1:])}
     with whole_file(path) as file:
-        if path.suffix == ".npy":
-            np.save(file, images.numpy(), allow_pickle=False)
-        else:
-            picture(images, per_row).save(file, format="PNG")
+        np.lib.format.write_array_header_1_0(file, header)
+        for images in chain([first], batches):
+            file.write(images.numpy().astype("<f4").tobytes())
 
 
-def picture(images: Tensor, per_row: int) -> Image.Image:
-    """A grid of images in [-1, 1], (N, C, H, W) with 1 or at least 3 channels, in full rows."""
-    N, C, H, W = images.shape
-    shown = images[:, :3] if C >= 3 else images[:, :1].expand(N, 3, H, W)
-    pixels = ((shown + 1) * 127.5).round().clamp(0, 255).byte().unflatten(0, (-1, per_row))
-    grid = pixels.permute(0, 3, 1, 4, 2).reshape(-1, per_row * W, 3)  # (rows H, per_row W, 3)
+def write_picture(path: Path, batches: Iterator[Tensor], count: int, per_row: int) -> None:
+    """Write images in [-1, 1], (N, C, H, W) with 1 or 3 channels, as a grid of full rows."""
+    place, cells = 0, np.empty(0, np.uint8)
+    for images in batches:
+        pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        if not place:
+            cells = np.empty((count, *pixels.shape[1:3], 3), np.uint8)
+        cells[place : (place := place + len(pixels))] = pixels.numpy()
+    _, H, W, _ = cells.shape
+    rows = cells.reshape(-1, per_row, H, W, 3).transpose(0, 2, 1, 3, 4)
+    grid = Image.fromarray(rows.reshape(-1, per_row * W, 3))
     enlarged = max(1, ENLARGE_TO // max(H, W))
-    return ImageOps.scale(Image.fromarray(grid.numpy()), enlarged, Image.Resampling.NEAREST)
+    with whole_file(path) as file:
+        ImageOps.scale(grid, enlarged, Image.Resampling.NEAREST).save(file, format="PNG")

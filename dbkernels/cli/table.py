@@ -12,6 +12,17 @@ Cells = Sequence[str]
 Row = dict[str, object]
 
 
+def plain_console(*, stderr: bool = False, soft_wrap: bool = False) -> Console:
+    """Where the command line prints: a text of a user's, such as a path, stays as it is.
+
+    Args:
+        stderr:     whether it is stderr, else stdout
+        soft_wrap:  whether lines are left whole
+    """
+    plain = {"markup": False, "emoji": False, "highlight": False}
+    return Console(stderr=stderr, soft_wrap=soft_wrap, **plain)
+
+
 def table(columns: Cells, rows: Iterable[Cells], *, names: int = 1, title: str = "") -> Table:
     """A table of strings.
 
@@ -38,8 +49,8 @@ def show(rows: Iterable[Row], screen: Iterable[Table | Text | str], *, as_json: 
         screen:   tables and text; what has several lines already is not broken into more
         as_json:  whether the rows are printed
     """
-    console = Console(highlight=False)
+    console = plain_console()
     for row in rows if as_json else ():
         print(json.dumps(row), flush=True)
     for part in () if as_json else screen:
-        console.print(part, markup=False, soft_wrap="\n" in str(part))
+        console.print(part, soft_wrap="\n" in str(part))

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import Progress, TimeRemainingColumn
 from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
+from dbkernels.cli.progress import ProgressBar
+from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import open_data
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.models.registry import FAMILIES, FamilyEntry, FamilyName, family_named
@@ -73,6 +73,8 @@ class Train:
     """Directory of the run: its configuration, log and checkpoints."""
     data: str = "digits"
     """digits (scikit-learn's), or a path: a folder of images, .npz, CIFAR's files, latents .npy."""
+    convert: Convert = "none"
+    """Channels of a folder's images: grey or rgb makes all alike; none refuses any difference."""
     preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "digits"
     patch: int = 0
     """Pixels, or cells of a latent, per side of a patch; 0 keeps the preset's."""
@@ -120,8 +122,8 @@ class Train:
         for name, size in sizes.items():
             check_number(name, size, 0, LARGEST)
         own = entry.model.preset(self.preset).resized({k: v for k, v in sizes.items() if v})
-        model = own.fitted(open_data(self.data))
-        as_given = ("family", "data", "label_drop", "mirror", "shift", "partition")
+        model = own.fitted(open_data(self.data, convert=self.convert))
+        as_given = ("family", "data", "convert", "label_drop", "mirror", "shift", "partition")
         return RunConfig(
             model=replace(model, recompute=self.recompute),
             weighting=entry.weighting if self.weighting == "auto" else self.weighting,
@@ -133,10 +135,18 @@ class Train:
     def run(self) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out must be a directory, got the file {self.out}")
-        config = self.config()
-        shown = ProgressBar(config.trainer.steps * config.partition.num_blocks)
+        trained, shown = 0, ProgressBar("training", 0)
+
+        def on_step(row: Row) -> None:
+            nonlocal trained
+            trained += 1
+            shown.step(row["step"] + 1, f"block {row['block']} loss {row['loss']:.4g}")
+
         with warnings.catch_warnings(), shown:
             warnings.showwarning = shown.warn
+            config = self.config()
+            shown.total = config.trainer.steps * config.partition.num_blocks
+            _warn_of_test(config)
             try:
                 trainer = train(
                     config,
@@ -145,41 +155,32 @@ class Train:
                     resume=self.resume,
                     save_every=self.save_every,
                     tensorboard=self.tensorboard,
-                    on_step=shown.step,
+                    on_step=on_step,
                 )
             except Stopped as stopped:
                 shown.warn(stopped)
                 sys.exit(os.EX_TEMPFAIL if self.requeue else 128 + stopped.signal)
-        if not shown.steps:
+        if not trained:
             print(f"nothing to do: all {trainer.total_steps} steps are trained already: {self.out}")
             return
         count = len(trainer.blocks)
-        print(f"trained {shown.steps} steps in {count} block{'s' * (count > 1)}: {self.out}")
+        print(f"trained {trained} steps in {count} block{'s' * (count > 1)}: {self.out}")
 
 
-class ProgressBar(Progress):
-    """A bar on stderr that appears with the first step, so that a refusal is one line.
-
-    Args:
-        total:  steps of the run
-    """
-
-    def __init__(self, total: int):
-        self.total, self.steps = total, 0
-        columns = *Progress.get_default_columns()[:-1], TimeRemainingColumn(), "{task.fields[row]}"
-        # whole lines: a message that is cut at the terminal's width cannot be searched for
-        super().__init__(*columns, console=Console(stderr=True, soft_wrap=True), disable=True)
-
-    def warn(self, message: Warning | str, *_: object) -> None:
-        """Show a warning above the bar, without the line of code that gave it."""
-        self.console.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
-
-    def step(self, row: Row) -> None:
-        """Show one row of the log."""
-        if not self.steps:
-            self.disable = False
-            self.start()
-            self._task = self.add_task("training", total=self.total, row="")
-        self.steps += 1
-        text = f"block {row['block']} loss {row['loss']:.4g}"
-        self.update(self._task, completed=row["step"] + 1, row=text)
+def _warn_of_test(config: RunConfig) -> None:
+    """Say at the start what evaluate will lack."""
+    try:
+        held_out = open_data(
+            config.data, "test", config.model.num_classes, convert=config.convert
+        ).image_shape
+        expected = config.model.fields()["image"].shape
+        reason = f"its images are {held_out}, and those of train {expected}"
+        if held_out == expected:
+            return
+    except ValueError as error:
+        reason = str(error)
+    warnings.warn(
+        f"evaluate will have no test split of this data: {reason}; it can still be given "
+        "--data of another or --split train",
+        stacklevel=2,
+    )

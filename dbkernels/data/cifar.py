@@ -1,12 +1,16 @@
-"""CIFAR-10 and CIFAR-100 as their binary archives hold them, mapped where they lie."""
+"""CIFAR-10 and CIFAR-100 as their binary archives hold them, read where they lie."""
 
-from itertools import chain
+import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dbkernels.data.formats import Arrays, OneByOne
+from dbkernels.data.formats import Arrays, MissingSplit, OneByOne
+from dbkernels.data.rows import RowsOnDisk
+
+SHAPE = (3, 32, 32)  # of an image
 
 
 class CifarLayout(NamedTuple):
@@ -38,20 +42,28 @@ def find_cifar(root: Path) -> tuple[Path, CifarLayout] | None:
 def read_cifar(folder: Path, layout: CifarLayout, split: str) -> Arrays:
     """CIFAR-10, or CIFAR-100 with its fine labels."""
     names = layout.train if split == "train" else layout.test
-    files = [_map_records(folder / name, layout) for name in names]
-    # a view of each: no pixel is read before its row is asked for
-    records, shape = list(chain.from_iterable(files)), (3, 32, 32)
-    images = OneByOne(records, shape, lambda record: record[layout.label_bytes :].reshape(shape))
-    labels = np.concatenate([file[:, layout.label_bytes - 1] for file in files])
-    return Arrays(images, labels.astype(np.int64), layout.num_classes)
+    if not any((folder / name).is_file() for name in names):
+        raise MissingSplit(f"{folder} has no {split} split: expected {', '.join(names)} in it")
+    images, labels = zip(*(_open(folder / name, layout) for name in names), strict=True)
+    # where each lies: no pixel is read before its row is asked for
+    places = [(rows, index) for rows in images for index in range(len(rows))]
+    read = OneByOne(places, SHAPE, lambda place: place[0][[place[1]]][0])
+    numbers = np.concatenate([rows[range(len(rows))] for rows in labels])
+    return Arrays(read, numbers.astype(np.int64), layout.num_classes)
 
 
-def _map_records(path: Path, layout: CifarLayout) -> np.ndarray:
+def _open(path: Path, layout: CifarLayout) -> tuple[RowsOnDisk, RowsOnDisk]:
+    """Images and labels of a file's records."""
     if not path.is_file():
         raise ValueError(f"file {path} is missing")
-    size, record_bytes = path.stat().st_size, layout.label_bytes + 3 * 32 * 32
+    size, record_bytes = path.stat().st_size, layout.label_bytes + math.prod(SHAPE)
     if size == 0 or size % record_bytes:
         raise ValueError(
             f"{path} is truncated: expected a multiple of {record_bytes} bytes, got {size}"
         )
-    return np.asarray(np.memmap(path, np.uint8, mode="r")).reshape(-1, record_bytes)
+    count = size // record_bytes
+    records = partial(RowsOnDisk, path, dtype=np.uint8, step_bytes=record_bytes)
+    return (
+        records(shape=(count, *SHAPE), offset=layout.label_bytes),
+        records(shape=(count,), offset=layout.label_bytes - 1),
+    )

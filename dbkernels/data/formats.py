@@ -12,9 +12,11 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tokenize import TokenError
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
+
+from dbkernels.data.rows import RowsOnDisk
 
 # what readers of others raise at a damaged file, beside what zipfile says
 DAMAGED = (ValueError, OSError, EOFError, SyntaxError, TokenError, OverflowError, zlib.error)
@@ -55,6 +57,10 @@ class OneByOne:
         return images
 
 
+class MissingSplit(ValueError):
+    """A source has none of the split that is asked for."""
+
+
 class Arrays(NamedTuple):
     """One split as its files hold it."""
 
@@ -63,10 +69,10 @@ class Arrays(NamedTuple):
     num_classes: int
 
 
-def _labels(labels: np.ndarray, name: str | Path) -> np.ndarray:
+def _labels(labels: RowsOnDisk | np.ndarray, name: str | Path) -> np.ndarray:
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise ValueError(f"labels must be (N,) integers, got {labels.shape} {labels.dtype}: {name}")
-    labels = labels.astype(np.int64)
+    labels = labels[range(len(labels))].astype(np.int64)
     if len(labels) and labels.min() < 0:
         raise ValueError(f"labels must not be negative, got {labels.min()} in {name}")
     return labels
@@ -103,28 +109,50 @@ def read_digits(split: str) -> Arrays:
 def read_latents(path: Path, split: str) -> Arrays:
     """A .npy of float16 or float32 latents (N, C, H, W), with its labels in a file beside it."""
     stems = {"train": path.stem, "test": f"{path.stem}_test"}
-    images = _map_npy(path.with_name(f"{stems[split]}.npy"))
+    files = {name: path.with_name(f"{stem}_labels.npy") for name, stem in stems.items()}
+    if not (own := path.with_name(f"{stems[split]}.npy")).is_file():
+        raise MissingSplit(
+            f"{path} has no {split} split: expected {own.name} and {files[split].name} beside it"
+        )
+    images = _open_npy(own)
     if images.ndim != 4 or images.dtype not in (np.float16, np.float32):
         raise ValueError(
             "latents must be (N, C, H, W) float16 or float32, "
             f"got {images.shape} {images.dtype}: {path}"
         )
-    files = {name: path.with_name(f"{stem}_labels.npy") for name, stem in stems.items()}
     labels = {
-        name: _labels(_map_npy(file), file)
+        name: _labels(_open_npy(file), file)
         for name, file in files.items()
         if name == split or file.exists()
     }
     return Arrays(images, labels[split], _count_classes(list(labels.values())))
 
 
-def _map_npy(path: Path) -> np.ndarray:
+def _open_npy(path: Path) -> RowsOnDisk:
     if not path.is_file():
         raise ValueError(f"file {path} is missing")
     try:
-        return np.lib.format.open_memmap(path, mode="r")
+        with path.open("rb") as file:
+            shape, fortran, dtype = _read_header(file)
+            start = file.tell()
+        expected = start + dtype.itemsize * math.prod(shape)
+        if (size := path.stat().st_size) < expected:
+            raise ValueError(f"{shape} {dtype} in {size} bytes, of which it needs {expected}")
     except DAMAGED as error:
         raise ValueError(f"{path} is not a whole .npy array of numbers: {error}") from error
+    return RowsOnDisk(path, shape, dtype, offset=start, fortran=fortran)
+
+
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether the first axis changes fastest, and dtype; read to where the numbers begin."""
+    major, minor = np.lib.format.read_magic(file)
+    known = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    if major not in known:
+        raise ValueError(f"version {major}.{minor} of the format")
+    shape, fortran, dtype = known[major](file)
+    if dtype.hasobject or min(shape, default=0) < 0 or not dtype.itemsize:
+        raise ValueError(f"{shape} {dtype}")
+    return shape, fortran, dtype
 
 
 # .npz
@@ -136,60 +164,56 @@ def read_npz(path: Path, split: str) -> Arrays:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist()]
-            for name in (f"{prefix}images", f"{prefix}labels"):
-                if name not in names:
-                    raise ValueError(f"{path} has no array {name} for the {split} split: {names}")
+            if f"{prefix}images" not in names:
+                raise MissingSplit(
+                    f"{path} has no array {prefix}images for the {split} split: {names}"
+                )
+            if f"{prefix}labels" not in names:
+                raise ValueError(
+                    f"{path} has no array {prefix}labels for the {split} split: {names}"
+                )
             labels = {
-                name: _labels(_read_member(archive, name), f"{name} of {path}")
+                name: _labels(_open_member(archive, name), f"{name} of {path}")
                 for name in ("labels", "test_labels")
                 if name in names
             }
-            images = _map_member(archive, f"{prefix}images")
-    except zipfile.BadZipFile as error:
+            images = _open_member(archive, f"{prefix}images")
+    # an encrypted member, or a method of compression that this Python lacks, is a RuntimeError
+    except (zipfile.BadZipFile, RuntimeError, struct.error) as error:
         raise ValueError(f"{path} is not a whole .npz file: {error!s:.200}") from error
     images = _channels_first(images, path)
     return Arrays(images, labels[f"{prefix}labels"], _count_classes(list(labels.values())))
 
 
-def _read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(f"{name}.npy") as file:
-        try:
-            return np.lib.format.read_array(file, allow_pickle=False)
-        except DAMAGED as error:
-            raise _broken(archive, name, error) from error
-
-
-def _map_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """An array mapped where it lies inside the zip, if it is not compressed."""
+def _open_member(archive: zipfile.ZipFile, name: str) -> RowsOnDisk | np.ndarray:
+    """An array where it lies inside the zip; one that is compressed, in memory."""
     info = archive.getinfo(f"{name}.npy")
-    if info.compress_type != zipfile.ZIP_STORED:
-        if info.file_size > MAX_COMPRESSED_BYTES:
-            raise ValueError(
-                f"{name} of {archive.filename} is compressed and has {info.file_size} bytes, over "
-                f"{MAX_COMPRESSED_BYTES}: save it with np.savez, which can be mapped from disk"
-            )
-        return _read_member(archive, name)
+    stored = info.compress_type == zipfile.ZIP_STORED
+    if not stored and info.file_size > MAX_COMPRESSED_BYTES:
+        raise ValueError(
+            f"{name} of {archive.filename} is compressed and has {info.file_size} bytes, over "
+            f"{MAX_COMPRESSED_BYTES}: save it with np.savez, which can be read from disk"
+        )
     with archive.open(info) as file:
         try:
-            major, minor = np.lib.format.read_magic(file)
-            read_header = getattr(np.lib.format, f"read_array_header_{major}_{minor}")
-            shape, fortran, dtype = read_header(file)
-        except (*DAMAGED, AttributeError) as error:
-            raise _broken(archive, name, error) from error
-        header_bytes = file.tell()
-        # to its end, where zipfile compares the checksum
-        while file.read(2**24):
-            pass
-    expected = header_bytes + dtype.itemsize * math.prod(shape)
-    if dtype.hasobject or expected != info.file_size:
-        raise _broken(archive, name, f"{shape} {dtype} in {info.file_size} bytes")
-    start = _data_offset(archive.filename, info.header_offset) + header_bytes
-    order = "F" if fortran else "C"
-    return np.memmap(archive.filename, dtype, mode="r", offset=start, shape=shape, order=order)
-
-
-def _broken(archive: zipfile.ZipFile, name: str, reason: Exception | str) -> ValueError:
-    return ValueError(f"{name} of {archive.filename} is not a whole array of numbers: {reason}")
+            shape, fortran, dtype = _read_header(file)
+            start = file.tell()
+            expected = start + dtype.itemsize * math.prod(shape)
+            # before anything of that size is allocated
+            if expected != info.file_size:
+                raise ValueError(f"{shape} {dtype} in {info.file_size} bytes")
+            if not stored:
+                numbers = np.frombuffer(file.read(), dtype)
+                return numbers.reshape(shape, order="F" if fortran else "C")
+            # to its end, where zipfile compares the checksum
+            while file.read(2**24):
+                pass
+        except DAMAGED as error:
+            raise ValueError(
+                f"{name} of {archive.filename} is not a whole array of numbers: {error}"
+            ) from error
+    start += _data_offset(archive.filename, info.header_offset)
+    return RowsOnDisk(archive.filename, shape, dtype, offset=start, fortran=fortran)
 
 
 def _data_offset(path: str, header_offset: int) -> int:
@@ -200,7 +224,7 @@ def _data_offset(path: str, header_offset: int) -> int:
     return header_offset + 30 + name_bytes + extra_bytes
 
 
-def _channels_first(images: np.ndarray, path: Path) -> np.ndarray:
+def _channels_first(images: RowsOnDisk | np.ndarray, path: Path) -> RowsOnDisk | np.ndarray:
     if images.ndim != 4:
         raise ValueError(f"images must have 4 dimensions, got {images.shape} in {path}")
     first, last = images.shape[1] in CHANNELS, images.shape[3] in CHANNELS

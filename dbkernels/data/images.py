@@ -9,8 +9,8 @@ What `open_data` reads; nothing is downloaded, written or unpickled:
     name.npz                images, labels              test_images, test_labels
     name.npy (latents)      name.npy, name_labels.npy   name_test.npy, name_test_labels.npy
 
-Images stay on disk: arrays are memory-mapped, image files decoded per batch. Only the digits and
-the smaller compressed .npz files are held in memory.
+Images stay on disk and are read, or decoded, for each batch. Only the digits and the smaller
+compressed .npz files are held in memory.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from dbkernels.data.cifar import find_cifar, read_cifar
 from dbkernels.data.formats import Arrays, Images, read_digits, read_latents, read_npz
-from dbkernels.data.image_folder import read_folder
+from dbkernels.data.image_folder import Convert, read_folder
 from dbkernels.ops.philox import generator
+from dbkernels.settings import check_choice
 
 Batch = dict[str, Tensor]  # of images: "image" (B, C, H, W) float32 and "label" (B,) int64
 Put = Callable[[Tensor], Tensor]  # brings a tensor of the host to where it is used
@@ -116,7 +117,11 @@ def _finite(values: np.ndarray, indices: Tensor) -> Tensor:
 
 
 def open_data(
-    source: str | Path, split: Literal["train", "test"] = "train", num_classes: int | None = None
+    source: str | Path,
+    split: Literal["train", "test"] = "train",
+    num_classes: int | None = None,
+    *,
+    convert: Convert = "none",
 ) -> ImageData:
     """Open one split of a local data set; the table above lists the sources.
 
@@ -125,14 +130,17 @@ def open_data(
         split:        "train" or "test"
         num_classes:  bound on the labels; None takes the format's own count, else the number of
                       class folders, else one more than the largest label of either split
+        convert:      channels of the images of a folder: "grey" and "rgb" make one and three of
+                      whatever they have, with 8 bits each and on white where they are transparent;
+                      "none" refuses images that differ or would lose something
     Returns:
         The split, with its labels checked and its images read when they are asked for.
     Raises:
+        MissingSplit: the source has none of that split.
         ValueError: the source, its split, its images or its labels cannot be used.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    arrays = _read(source, split)
+    check_choice("split", split, ("train", "test"))
+    arrays = _read(source, split, convert)
     shape, dtype, labels = arrays.images.shape, arrays.images.dtype, arrays.labels
     if 0 in shape:
         raise ValueError(f"the {split} images of {source} are empty: shape {tuple(shape)}")
@@ -149,15 +157,19 @@ def open_data(
     return ImageData(arrays.images, torch.from_numpy(labels), bound)
 
 
-def _read(source: str | Path, split: str) -> Arrays:
+def _read(source: str | Path, split: str, convert: Convert) -> Arrays:
+    path = Path(source)
+    cifar = find_cifar(path) if source != "digits" and path.is_dir() else None
+    if source != "digits" and path.is_dir() and not cifar:
+        return read_folder(path, split, convert)
+    if convert != "none":
+        raise ValueError(f"convert must be none where data is no folder of images, got {convert}")
     if source == "digits":
         return read_digits(split)
-    path = Path(source)
     if not path.exists():
         raise ValueError(f"data source {source} does not exist: expected 'digits' or a path")
-    if path.is_dir():
-        cifar = find_cifar(path)
-        return read_cifar(*cifar, split) if cifar else read_folder(path, split)
+    if cifar:
+        return read_cifar(*cifar, split)
     readers = {".npz": read_npz, ".npy": read_latents}
     if path.suffix not in readers:
         raise ValueError(f"unknown format {path.name}: expected a folder, an .npz or an .npy file")

@@ -13,13 +13,19 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from scipy.special import ndtr, ndtri
+from scipy.special import log_ndtr, ndtr, ndtri
 from torch import Tensor
 
 from dbkernels.diffusion.process import Interval, Scheme, Spacing
 from dbkernels.settings import check_choice, check_number
 
+LOG_MOST = math.log(np.finfo(np.float64).max)
 MOST_LEVELS = 10_000  # of a sampler
+# of the uncut prior, below which its quantiles would be roundings of 0 and 1
+LEAST_MASS = 1e-9
+LEAST_SIGMA, MOST_SIGMA = 1e-9, 1e9  # whose fourth powers float32 has
+# standard deviations above the mean, from which on 1 - Phi has lost half of its digits in Phi
+TAIL = 6.0
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,20 @@ class LogNormal:
     def __post_init__(self):
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
             raise ValueError(
-                f"mean must be finite and std positive, got mean {self.mean} and std {self.std}"
+                "mean must be finite and std positive and finite, "
+                f"got mean {self.mean} and std {self.std}"
             )
-        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+        if not LEAST_SIGMA <= self.sigma_min < self.sigma_max <= MOST_SIGMA:
             raise ValueError(
-                "sigma_min and sigma_max must be finite with 0 < sigma_min < sigma_max, "
-                f"got sigma_min {self.sigma_min} and sigma_max {self.sigma_max}"
+                f"sigma_min and sigma_max must have {LEAST_SIGMA} <= sigma_min < sigma_max <= "
+                f"{MOST_SIGMA}, got sigma_min {self.sigma_min} and sigma_max {self.sigma_max}"
+            )
+        if not self.cdf(self.sigma_max) - self.cdf(self.sigma_min) >= LEAST_MASS:
+            raise ValueError(
+                f"mean and std must put levels between sigma_min {self.sigma_min} and sigma_max "
+                f"{self.sigma_max}, which are {math.log(self.sigma_min):.4g} and "
+                f"{math.log(self.sigma_max):.4g} in ln sigma, got mean {self.mean} and std "
+                f"{self.std}"
             )
 
     @property
@@ -84,7 +98,8 @@ class LogNormal:
         Returns:
             num_blocks intervals that tile the range without gap or overlap.
         Raises:
-            ValueError: num_blocks is not positive, or the scheme is unknown.
+            ValueError: num_blocks is not positive, the scheme is unknown, or the prior is so narrow
+                that a block would have no level of its own in float32.
         """
         check_number("num_blocks", num_blocks, 1)
         low, high = self.sigma_min, self.sigma_max
@@ -96,6 +111,12 @@ class LogNormal:
         check_choice("scheme", scheme, positions)
         inner = [positions[scheme](b / num_blocks) for b in range(1, num_blocks)]
         levels = [low, *inner, high]
+        rounded = np.array(levels, dtype=np.float32)
+        if not (np.diff(rounded) > 0).all():
+            raise ValueError(
+                f"std must be large enough for {num_blocks} blocks with levels of their own in "
+                f"float32, got std {self.std} with mean {self.mean}"
+            )
         return tuple(Interval(*pair) for pair in pairwise(levels))[::-1]
 
     def widen(self, interval: Interval, gamma: float) -> Interval:
@@ -109,7 +130,9 @@ class LogNormal:
         """
         if not 0 <= gamma < math.inf:
             raise ValueError(f"gamma must be finite and at least 0, got {gamma}")
-        alpha = (interval.high / interval.low) ** gamma
+        ratio = interval.high / interval.low
+        # what float has no number for widens to the range too
+        alpha = math.inf if gamma * math.log(ratio) > LOG_MOST else ratio**gamma
         return Interval(
             max(interval.low / alpha, self.sigma_min), min(interval.high * alpha, self.sigma_max)
         )
@@ -192,6 +215,10 @@ class LogNormal:
                            / (Phi(b) - Phi(a))
         """
         a, b = ((math.log(s) - self.mean) / self.std for s in (interval.low, interval.high))
-        tilted = ndtr(b + 2 * self.std) - ndtr(a + 2 * self.std)
-        inverse_square = math.exp(2 * self.std**2 - 2 * self.mean) * tilted / (ndtr(b) - ndtr(a))
-        return float(inverse_square) + sigma_data**-2
+        tilt = 2 * self.std**2 - 2 * self.mean
+        if a + 2 * self.std < TAIL:
+            tilted = math.exp(tilt) * (ndtr(b + 2 * self.std) - ndtr(a + 2 * self.std))
+        else:
+            upper, lower = log_ndtr([-b - 2 * self.std, -a - 2 * self.std])
+            tilted = math.exp(tilt + lower) * -math.expm1(upper - lower)
+        return float(tilted / (ndtr(b) - ndtr(a))) + sigma_data**-2

@@ -8,6 +8,7 @@ with the settings that `Recipe.settings` gives.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,15 +55,11 @@ class Held:
         return self.recipe.settings() | sizes | grown
 
 
-def hold(path: Path) -> list[Held]:
-    """Predict again what a file of budgets holds.
-
-    Raises:
-        ValueError, OSError: as `read`.
-    """
-    budgets = read(path)
+def hold(budgets: dict[Recipe, Sizes]) -> Iterator[Held]:
+    """Predict again what a file of budgets holds, in order, each as it is found."""
     now = (prediction.by_category for prediction in predicted(list(budgets)))
-    return [Held(*each) for each in zip(budgets, budgets.values(), now, strict=True)]
+    for each in zip(budgets, budgets.values(), now, strict=True):
+        yield Held(*each)
 
 
 def read(path: Path) -> dict[Recipe, Sizes]:

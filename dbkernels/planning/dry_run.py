@@ -39,7 +39,7 @@ def predicted(recipes: Sequence[Recipe]) -> Iterator[Prediction]:
     keys = [replace(recipe, offload="cpu") for recipe in recipes]
     jobs = [partial(_bare, key) for key in dict.fromkeys(keys)]
     layers = sum(key.model.depth // key.num_blocks for key in dict.fromkeys(keys))
-    stream = results(jobs, "predicting", most=None if layers > ALONE else 1)
+    stream = results(jobs, most=None if layers > ALONE else 1)
     found: dict[Recipe, dict[Offload, Prediction]] = {}
     for recipe, key in zip(recipes, keys, strict=True):
         if key not in found:

@@ -32,6 +32,7 @@ from dbkernels.planning.recipe import OFFLOAD, Recipe
 from dbkernels.training.block_order import fewest_steps_per_swap
 from dbkernels.training.trainer_config import Offload
 
+COUNTS = 2, 3, 4, 6  # of blocks that are tried where they divide no stack evenly too
 CONTEXT = 2**29  # bytes that CUDA's context takes beside a run's tensors; differs by driver
 FREE = "free_in_allocator"  # beside CATEGORIES
 GROWING = ("inputs", "saved_activations", "temporaries", "workspaces")  # with the micro-batch
@@ -71,7 +72,7 @@ def estimate(recipe: Recipe) -> Estimates:
     times, found = recipe.num_blocks * recipe.accumulate / followed, dry_run(fewer)
     estimates = {}
     for offload, prediction in found.items():
-        swapped = 0 if offload == "none" else swapped_bytes(found, recipe.num_blocks)
+        swapped = 0 if offload == "none" else swapped_bytes(found, recipe)
         # the few ops that a step has once are counted with every micro-batch
         flops, ops = round(times * prediction.flops), round(times * len(prediction.trace.ops))
         estimates[offload] = Estimate(
@@ -84,12 +85,13 @@ def estimate(recipe: Recipe) -> Estimates:
     return estimates
 
 
-def swapped_bytes(found: dict[Offload, Prediction], num_blocks: int) -> int:
+def swapped_bytes(found: dict[Offload, Prediction], recipe: Recipe) -> int:
     """Bytes that a sweep moves, with each block brought once and taken back."""
     every, one = (found[offload].by_category for offload in OFFLOAD)
-    # the others are all blocks but one
-    own = sum(every[name] - one[name] for name in STATE) // max(1, num_blocks - 1)
-    return 2 * own * num_blocks
+    # off the device are the layers of all blocks but the largest
+    depth = recipe.model.depth
+    others = depth - -(depth // -recipe.num_blocks)
+    return 2 * depth * sum(every[name] - one[name] for name in STATE) // max(1, others)
 
 
 def seconds_of(recipe: Recipe, flops: int, ops: int, swapped: int) -> float:
@@ -135,15 +137,26 @@ def context_bytes(device: Target) -> int:
     return CONTEXT if device.is_gpu else 0
 
 
-def search(recipe: Recipe, memory: int) -> Answer:
+def counts_of(depth: int) -> list[int]:
+    """Numbers of blocks that are tried: those that cut the layers evenly, and COUNTS."""
+    return [n for n in range(1, depth + 1) if depth % n == 0 or n in COUNTS]
+
+
+def search(
+    recipe: Recipe,
+    memory: int,
+    told: Callable[[int, int, Found | None], None] = lambda done, total, found: None,
+) -> Answer:
     """Every number of blocks, recompute policy, micro-batch and offload that may be the fastest.
 
     Args:
         recipe:  of a preset of its family; what is searched for takes the place of its own
         memory:  bytes of its device
+        told:    called with how many of how many parts of the search are done, and the plans of
+                 one number of blocks where those were the last part
     """
     limit, depth = memory - context_bytes(recipe.device), recipe.model.depth
-    counts = [count for count in range(1, depth + 1) if depth % count == 0]
+    counts = counts_of(depth)
     presets = family_named(recipe.family).model.presets
     by_size = sorted(presets, key=lambda n: -presets[n].depth * presets[n].dim ** 2)
     # what needs the least
@@ -153,7 +166,10 @@ def search(recipe: Recipe, memory: int) -> Answer:
         model = presets[name]
         small = replace(recipe, preset=name, model=model, num_blocks=model.depth, **least)
         jobs.append(partial(estimate, small))
-    every = list(results(jobs, "predicting"))
+    every: list[Found | Estimates] = []
+    for part in results(jobs):
+        every.append(part)
+        told(len(every), len(jobs), part if isinstance(part, Found) else None)
     found, needed = every[: len(counts)], dict(zip(by_size, every[len(counts) :], strict=True))
     fits = (name for name in by_size if _smallest(needed[name].values()).peak_bytes <= limit)
     return Answer(

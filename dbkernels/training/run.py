@@ -10,18 +10,20 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
 
 from dbkernels.data.augment import drop_labels, mirror, shift
+from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import Batch, Data, open_data
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.process import Process, Scheme
 from dbkernels.models.family import Weighting
 from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.philox import Draw
-from dbkernels.settings import check_number
+from dbkernels.settings import check_choice, check_number
 from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing, load_weights
 from dbkernels.training.log import RunLog
@@ -88,8 +90,11 @@ class RunConfig:
     partition: PartitionConfig
     prior: LogNormal
     trainer: TrainerConfig
+    convert: Convert = "none"
+    """Channels of the images of a folder, as `open_data` has it."""
 
     def __post_init__(self):
+        check_choice("convert", self.convert, get_args(Convert))
         if not 0 <= self.label_drop < 1:
             raise ValueError(f"label_drop must be in [0, 1), got {self.label_drop}")
         check_number("shift", self.shift, 0)
@@ -214,7 +219,8 @@ def train(
         Stopped: a signal asked the run to end; what was trained is saved, as after other errors.
     """
     check_number("save_every", save_every, 0)
-    trainer = config.trainer_on(device, open_data(config.data, "train", config.model.num_classes))
+    data = open_data(config.data, "train", config.model.num_classes, convert=config.convert)
+    trainer = config.trainer_on(device, data)
     if resume:
         restore(trainer, config, directory, resume)
     elif checkpoint.latest(directory / "checkpoints"):

@@ -4,13 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dbkernels.settings import MOST, check_choice, check_number
+from dbkernels.settings import MOST, MOST_SAMPLES, check_choice, check_number
 
 Decay = Literal["constant", "cosine"]
 Order = Literal["shuffled", "sequential"]
 Offload = Literal["none", "cpu", "disk"]
 LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1}
 LEAST |= dict.fromkeys(("warmup", "weight_decay", "clip", "steps_per_swap", "seed"), 0)
+GREATEST = {"batch_size": MOST_SAMPLES, "seed": 2**63 - 1}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class TrainerConfig:
 
     def __post_init__(self):
         for name, least in LEAST.items():
-            check_number(name, getattr(self, name), least, 2**63 - 1 if name == "seed" else MOST)
+            check_number(name, getattr(self, name), least, GREATEST.get(name, MOST))
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
         if not 0 <= self.ema < 1:

@@ -31,7 +31,7 @@ def test_a_plan_of_a_preset_is_a_command_that_train_takes(shallow, cli, monkeypa
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     every = rows_of(cli("plan --memory 120MiB --target cpu --batch 4 --json"))
     plans = [row for row in every if row["row"] == "plan"]
-    assert {row["num_blocks"] for row in plans} == {1, 2, 4} and len(plans) == 5
+    assert {row["num_blocks"] for row in plans} == {1, 2, 3, 4} and len(plans) == 7
     times = [row["relative_time"] for row in plans]
     assert times == sorted(times) and times[0] == 1.0 and plans[0]["num_blocks"] == 1
     assert all(row["peak_reserved_bytes"] <= 120 * 2**20 for row in plans)
@@ -98,7 +98,9 @@ def test_a_memory_that_nothing_fits_gets_the_smallest_plan_and_what_would_fit(qu
         "no preset of the family fits\n"
     )
     flags = "--preset XL/2 --batch 32 --target h100"
-    assert quick("50MiB", flags) == (1, "", message)
+    outcome = quick("50MiB", flags)
+    assert (outcome.code, outcome.out) == (1, "") and outcome.err.endswith(f"\n{message}")
+    assert outcome.err.count("nothing fits\n") == len(module.counts_of(28))
     assert quick("559MiB", flags).code == 1
     outcome = quick("560MiB", flags)
     assert outcome.out.startswith("dit XL/2, batch 32, float32 compute, on h100 with 560 MiB\n")

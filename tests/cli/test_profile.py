@@ -134,7 +134,12 @@ def test_what_profile_writes_it_holds(cli, written):
     assert inside["settings"] == {**after["settings"], "optimizer_in_backward": True}
     assert inside["peak_allocated_bytes"] < after["peak_allocated_bytes"]
     outcome = cli(CHECK)
-    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.code == 0
+    assert [line.partition(": ")[0] for line in outcome.err.splitlines()] == [
+        f"vit digits 2{early} h100, 4 x none{place}"
+        for early in ("", " in-backward")
+        for place in ("", ", offload cpu")
+    ]
     assert outcome.out.count("+0.0%") == 4 and "optimizer" not in outcome.out
     assert outcome.out.count("vit digits 2 in-backward h100, 4 x none") == 2
 

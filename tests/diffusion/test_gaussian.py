@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from scipy import stats
+from scipy import integrate, stats
 
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.process import Interval
@@ -91,6 +91,51 @@ def test_levels_at_the_ends_are_above_low_and_up_to_high():
             assert high * (1 - 2.0**-22) < sigma[2] <= sigma[3] <= high
 
 
+SETTINGS = [
+    {"mean": mean, "std": 10.0**power, "sigma_min": least, "sigma_max": most}
+    for mean in (-1.2, 0.0, 3.0, -9.0)
+    for power in (-7, -5, -3, -1, 0, 1, 3, 5)
+    for least, most in ((0.002, 80.0), (1e-9, 1e9), (0.3, 0.31))
+]
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 12])
+def test_a_prior_draws_inside_its_blocks_intervals_or_names_what_is_wrong(num_blocks):
+    u, drawn = torch.rand(256, dtype=torch.float64), 0
+    for setting in SETTINGS:
+        try:
+            prior = LogNormal(**setting)
+            intervals = prior.intervals(num_blocks)
+        except ValueError as error:
+            assert "std" in str(error), setting
+            continue
+        drawn += 1
+        for interval in intervals:
+            for gamma in (0.0, 0.05, 1e3, 1e300):
+                wide = prior.widen(interval, gamma)
+                assert wide.low <= interval.low and interval.high <= wide.high
+            sigma, ends = prior.level_at(interval, u), torch.tensor([interval.low, interval.high])
+            assert ends[0] <= sigma.min() and sigma.max() <= ends[1], (setting, interval)
+            assert 0 < prior.mean_weight(interval, 0.5) < math.inf
+    assert drawn > len(SETTINGS) // 3
+
+
+@pytest.mark.parametrize("std", [0.3, 1.2, 2.5, 4.0, 5.0, 50.0, 1e5])
+def test_the_mean_weight_is_the_integral_also_where_the_prior_is_wide(std):
+    prior = LogNormal(std=std)
+    for interval in prior.intervals(3):
+        ends = [math.log(interval.low), math.log(interval.high)]
+
+        def density(x):
+            return math.exp(-(((x - prior.mean) / prior.std) ** 2) / 2)
+
+        def weighted(x):
+            return density(x) * float(prior.weight(torch.tensor(math.exp(x)).double(), 0.5))
+
+        (mass, _), (total, _) = (integrate.quad(f, *ends, limit=200) for f in (density, weighted))
+        assert prior.mean_weight(interval, 0.5) == pytest.approx(total / mass, rel=1e-5)
+
+
 @pytest.mark.parametrize("count", [3, 4, 5, 7])
 def test_the_cdf_grid_has_equal_mass_between_levels_and_meets_boundaries_exactly(count):
     expected = boundaries(PRIOR.intervals(count - 1))
@@ -110,11 +155,20 @@ def test_karras_grid_is_the_published_one():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: LogNormal(sigma_min=2, sigma_max=1), "0 < sigma_min < sigma_max, got sigma_min 2"),
-        (lambda: LogNormal(sigma_min=1, sigma_max=1), "0 < sigma_min < sigma_max"),
-        (lambda: LogNormal(sigma_min=0), "0 < sigma_min"),
-        (lambda: LogNormal(sigma_max=math.inf), "must be finite"),
-        (lambda: LogNormal(std=0), "std positive, got mean -1.2 and std 0"),
+        (
+            lambda: LogNormal(sigma_min=2, sigma_max=1),
+            "sigma_max <= .*, got sigma_min 2",
+        ),
+        (lambda: LogNormal(sigma_min=1, sigma_max=1), "<= sigma_min < sigma_max <="),
+        (lambda: LogNormal(sigma_min=0), "1e-09 <= sigma_min"),
+        (lambda: LogNormal(sigma_max=math.inf), "<= 1000000000.0, got .* sigma_max inf"),
+        (lambda: LogNormal(std=0), "std positive and finite, got mean -1.2 and std 0"),
+        (lambda: LogNormal(mean=10, std=0.1), r"mean and std must put levels between .* std 0.1$"),
+        (lambda: LogNormal(std=1e300), r"mean and std must put levels between .* std 1e\+300$"),
+        (
+            lambda: LogNormal(std=1e-9).intervals(3),
+            "std must be large enough for 3 blocks",
+        ),
         (lambda: LogNormal(mean=math.nan), "mean must be finite"),
         (lambda: PRIOR.intervals(0), "num_blocks must be at least 1, got 0"),
         (lambda: PRIOR.intervals(2, "cubic"), "scheme must be one of .*, got cubic"),

@@ -38,6 +38,8 @@ def forked(case: Callable[[], None], seconds: float = SECONDS) -> Ended:
 def _run(case: Callable[[], None], out: int, err: int) -> None:
     os.setsid()
     os.dup2(out, 1), os.dup2(err, 2)
+    # a test's own are caught elsewhere
+    sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
     code = 0

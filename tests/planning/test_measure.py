@@ -114,6 +114,6 @@ def test_a_recipe_has_a_process_of_its_own_also_after_one_that_was_killed(monkey
 @pytest.mark.parametrize("most", [1, 2])
 def test_results_come_in_the_order_of_the_jobs(most, capsys):
     jobs = [partial(abs, -3), partial(pow, 2, 5), os.getpid]
-    *found, process = results(jobs, "counting", most=most)
+    *found, process = results(jobs, most=most)
     assert found == [3, 32] and (process == os.getpid()) == (most == 1)
     assert capsys.readouterr() == ("", "")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from planning.reckoned import MiB, reckoned, wide
 
+from dbkernels.cli.profile import Profile
 from dbkernels.memory.allocator import TARGETS
 from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.models import DiTConfig
@@ -99,6 +100,30 @@ def test_few_predictions_find_a_micro_batch(num_blocks, limit, most):
 # the search of all
 
 
+def test_the_numbers_of_blocks_are_those_that_pages_show_and_those_that_cut_evenly():
+    assert module.counts_of(28) == [1, 2, 3, 4, 6, 7, 14, 28]
+    assert module.counts_of(12) == [1, 2, 3, 4, 6, 12]
+    assert module.counts_of(5) == [1, 2, 3, 4, 5]
+    shown = {int(n) for n in Profile.num_blocks.split(",")}
+    assert shown <= set(module.counts_of(28)) and shown <= set(module.counts_of(12))
+
+
+def test_the_parts_of_a_search_are_told_as_they_come(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(module, "estimate", reckoned)
+    heard = []
+    recipe = replace(LARGE, autocast=False, device=TARGETS["cpu"])
+    answer = search(recipe, 1000 * MiB, lambda *each: heard.append(each))
+    counts = module.counts_of(12)
+    assert [done for done, *_ in heard] == [*range(1, heard[0][1] + 1)]
+    found = [part for *_, part in heard if part]
+    assert [part.whole.recipe.num_blocks for part in found] == counts
+    assert [part for *_, part in heard[len(counts) :]] == [None] * (len(heard) - len(counts))
+    assert sorted(id(plan) for part in found for plan in part.plans) == sorted(
+        map(id, answer.plans)
+    )
+
+
 def test_the_largest_preset_has_the_widest_and_most_layers(monkeypatch):
     def largest(memory):
         return search(replace(LARGE, autocast=False, device=TARGETS["cpu"]), memory * MiB).largest
@@ -136,7 +161,7 @@ def test_two_micro_batches_tell_of_all(pieces):
         assert found[offload].peak_bytes == step.peak_reserved_bytes
         assert found[offload].flops == 2 * step.flops
         # what clips the gradient and updates is counted with every micro-batch
-        swapped = module.swapped_bytes(steps, 2) if offload == "cpu" else 0
+        swapped = module.swapped_bytes(steps, recipe) if offload == "cpu" else 0
         least, most = (
             seconds_of(recipe, 2 * step.flops, 2 * ops, swapped)
             for ops in (len(step.trace.ops), 1.1 * len(step.trace.ops))
@@ -146,9 +171,10 @@ def test_two_micro_batches_tell_of_all(pieces):
             assert found[offload].by_category == step.by_category
 
 
-@pytest.mark.parametrize("num_blocks", [1, 4])
+@pytest.mark.parametrize("num_blocks", [1, 3, 4])
 def test_a_sweep_swaps_every_layer_in_and_out(num_blocks):
-    swapped = module.swapped_bytes(dry_run(replace(SMALL, num_blocks=num_blocks)), num_blocks)
+    recipe = replace(SMALL, num_blocks=num_blocks)
+    swapped = module.swapped_bytes(dry_run(recipe), recipe)
     layers = SMALL.config().build("cpu").model.layers
     others = 2 * 3 * sum(p.nbytes for p in layers.parameters()) if num_blocks > 1 else 0
     # the allocator rounds each tensor up, and every parameter has a count of steps

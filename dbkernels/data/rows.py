@@ -1,0 +1,93 @@
+"""Rows of an array in a file, read when they are asked for.
+
+Nothing is mapped: a mapped file that becomes shorter ends the process that reads it. Here a read
+past its end is an error of one sentence.
+"""
+
+import copy
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+class RowsOnDisk:
+    """`Images` that stay in their file, which stays open: a file that takes its name is not read.
+
+    Args:
+        path:        of the file
+        shape:       (N, ...)
+        dtype:       of numbers
+        offset:      bytes before row 0
+        step_bytes:  from one row to the next; None where they follow one another
+        fortran:     whether the first axis changes fastest, so that a row lies in many pieces
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        *,
+        offset: int = 0,
+        step_bytes: int | None = None,
+        fortran: bool = False,
+    ):
+        self.path, self.shape, self.dtype, self.offset = path, shape, np.dtype(dtype), offset
+        self._row, self._axes, self._fortran = shape[1:], tuple(range(len(shape))), fortran
+        self._row_bytes = math.prod(self._row) * self.dtype.itemsize
+        self._step_bytes = self._row_bytes if step_bytes is None else step_bytes
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 closed with the object
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def transpose(self, *axes: int) -> "RowsOnDisk":
+        """The same rows with their axes in another order; the first is 0."""
+        other = copy.copy(self)
+        other.shape = tuple(self.shape[axis] for axis in axes)
+        other._axes = tuple(self._axes[axis] for axis in axes)
+        return other
+
+    def __getitem__(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Rows by their numbers, of which there are B: (B, ...).
+
+        Raises:
+            ValueError: the file cannot be read, or has become too short.
+        """
+        if self._fortran:
+            return self._gathered(rows).transpose(self._axes)
+        stored = np.empty((len(rows), *self._row), self.dtype)
+        places = stored.view(np.uint8).reshape(len(rows), self._row_bytes)
+        for place, row in zip(places, rows, strict=True):
+            self._fill(place, self.offset + int(row) * self._step_bytes)
+        return stored.transpose(self._axes)
+
+    def _gathered(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Rows of which every number lies elsewhere: it is read with those of all other rows."""
+        column = np.empty(self.shape[0], self.dtype)
+        found = np.empty((math.prod(self._row), len(rows)), self.dtype)
+        for index, numbers in enumerate(found):
+            self._fill(column.view(np.uint8), self.offset + index * column.nbytes)
+            numbers[:] = column[np.asarray(rows)]
+        return found.T.reshape((len(rows), *self._row), order="F")
+
+    def _fill(self, place: np.ndarray, start: int) -> None:
+        view = memoryview(place)
+        while view:
+            try:
+                count = os.preadv(self._file.fileno(), [view], start)
+            except OSError as error:
+                raise ValueError(f"{self.path} cannot be read: {error.strerror}") from error
+            if not count:
+                raise ValueError(
+                    f"{self.path} was cut short while it was in use: it must have "
+                    f"{start + len(view)} bytes, got {os.fstat(self._file.fileno()).st_size}"
+                )
+            view, start = view[count:], start + count
