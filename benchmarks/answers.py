@@ -76,7 +76,9 @@ def answers(directory: Path) -> tuple[str, Row]:
     return json.dumps(setting, sort_keys=True), row | shares
 
 
-def accuracy(blocks: DiffusionBlocks, data: Data, *, start: Start, starts: int = 1) -> list[float]:
+def accuracy(
+    blocks: DiffusionBlocks, data: Data, *, start: Start = "zero", starts: int = 1
+) -> list[float]:
     """The share of right answers after each step."""
     grid, right = blocks.process.grid(STEPS, "cdf"), torch.zeros(STEPS, dtype=torch.int64)
     for batch, draw in batches(data, BATCH, "cpu"):

@@ -10,7 +10,7 @@ from checkout_tools import ROOT, tool
 from dbkernels.memory.units import in_words
 
 LEVELS = "LEVELS, GUIDANCE = 30"  # of the sampler, which a test does not wait for
-FEW = ["--classifier-steps", "2", "--generator-steps", "2", "--per-class", "8"]
+FEW = ["--classifier-steps", "2", "--generator-steps", "2", "--per-class", "8", "--seeds", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +18,9 @@ def finished(tmp_path_factory):
     """What a demo of a few steps prints at 80 columns, and its folder; everything is set up."""
     checkout = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "tools", checkout / "tools")
-    demo = (ROOT / "tools" / "demo.py").read_text()
-    assert LEVELS in demo
-    (checkout / "tools" / "demo.py").write_text(demo.replace(LEVELS, "LEVELS, GUIDANCE = 3"))
+    train = (ROOT / "tools" / "demo_train.py").read_text()
+    assert LEVELS in train
+    (checkout / "tools" / "demo_train.py").write_text(train.replace(LEVELS, "LEVELS, GUIDANCE = 3"))
     (checkout / "tools" / "setup.sh").write_text("")
     (checkout / "benchmarks").symlink_to(ROOT / "benchmarks")
     python = checkout / ".venv" / "bin" / "python"
@@ -31,7 +31,7 @@ def finished(tmp_path_factory):
     done = subprocess.run(command, cwd=checkout.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     [folder] = (checkout / "runs" / "demo").iterdir()
-    return done.stdout, folder
+    return done, folder
 
 
 @pytest.fixture
@@ -46,6 +46,12 @@ def test_writes_a_row_for_each_model_that_the_report_reads(rows):
         assert (row["updates"], row["command"]) == (2, "bash tools/demo.sh")
         assert [len(losses) for losses in row["loss"]] == [2] * row["num_blocks"]
         assert ("frechet" in row) == (row["family"] == "dit") != ("accuracy" in row)
+        if row["family"] == "vit":
+            assert row["seeds"] == 2 and row["final_accuracy"] == row["accuracy"][-1]
+            for name in ("accuracy", "accuracy_from_noise"):
+                assert len(row[name]) == len(row[f"{name}_spread"]) == 3
+        else:
+            assert row["seeds"] == 1
 
 
 def test_one_of_three_blocks_keeps_about_a_third_for_its_backward(rows):
@@ -55,14 +61,21 @@ def test_one_of_three_blocks_keeps_about_a_third_for_its_backward(rows):
 
 
 def test_the_terminal_shows_every_figure_at_80_columns_and_where_the_page_is(finished, rows):
-    text, folder = finished
+    text, folder = finished[0].stdout, finished[1]
     assert max(map(len, text.splitlines()[:-1])) <= 80
     assert str(folder.relative_to(folder.parents[2]) / "report.html") in text
     words = " ".join(re.sub("[│┃]", " ", text).split())
     for row in rows:
         assert in_words(row["peak_bytes"]) in words
+    assert re.search("the same +from", text) and " ± " in words
     [right] = re.findall(r"classifier is right on ([\d.]+) % of unseen digits", words)
     assert float(right) > 90
+
+
+def test_what_is_done_so_far_is_told_in_a_pipe(finished):
+    lines = finished[0].stderr.splitlines()
+    assert re.match(r"training \d+ of 144 updates of layers.*: 0 of 6 models are trained", lines[0])
+    assert lines[-1] == "training 144 of 144 updates of layers: 6 of 6 models are trained"
 
 
 def test_the_page_needs_nothing_from_outside_and_says_where_its_figures_come_from(finished, rows):

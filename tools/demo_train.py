@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from answers import accuracy
 from report_rows import Row
 from torch import Tensor
 
@@ -104,9 +105,11 @@ def memory(trainer: Trainer) -> Row:
 def classified(blocks: DiffusionBlocks) -> Row:
     """How well a classifier answers on digits that it has not seen, from z = 0 and from noise."""
     data = open_data("digits", "test")
-    found, noisy = (blocks.evaluate(data, start=start) for start in ("zero", "noise"))
-    figures = {"accuracy": found.metrics["accuracy"], "cross_entropy": found.loss_at_most_noise}
-    return figures | {"accuracy_from_noise": noisy.metrics["accuracy"]}
+    return {
+        "accuracy": accuracy(blocks.eval(), data),
+        "accuracy_from_noise": accuracy(blocks, data, start="noise"),
+        "cross_entropy": blocks.loss_at(data, blocks.process.range.high),
+    }
 
 
 def _means(losses: list[float]) -> list[float]:

@@ -25,11 +25,12 @@ where no device has run it. The paper of the method (arXiv:2506.14202) puts the 
 blocks the noise level at 7.1 %, a sweep of 1.07 of eager."""
 TITLES = {
     "demo": ("Two models trained on digits", """After the same number of updates of every layer, on
-images that no model has seen. A classifier starts from z = 0 and answers after each Euler step; the
-paper starts it from noise. Trained end to end it is the ordinary classifier, which sees the most
-noise alone. ± is the standard deviation over seeds. The Fréchet
-distance, lower is better, compares features of generated and real digits in a small classifier that
-the demo trains. The times are of one run; those of the training steps below are better."""),
+images that no model has seen; what all blocks share gets an update from each block's step. A
+classifier starts from z = 0 and answers after each Euler step; the paper starts it from noise.
+Trained end to end it is the ordinary classifier, which sees the most noise alone. ± is the standard
+deviation over seeds. The Fréchet distance, lower is better, compares features of generated and real
+digits in a small classifier that the demo trains. The times are of one run; those of the training
+steps below are better."""),
     "answers": ("How a classifier answers", """Accuracy on unseen images after each Euler step, by
 the least noise level of the training and by the start of the steps; ± is the standard deviation
 over three seeds. Below the least level nothing is trained: there the label is read off the noisy

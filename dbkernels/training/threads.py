@@ -1,0 +1,49 @@
+"""How many threads of the CPU a step is fastest with.
+
+A small step parts into regions of microseconds, at whose end each thread waits for the others.
+Beside a busy process one of them may not be running, and a step takes many times as long.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+ROUNDS = 3  # of a step that is short
+LONG = 1.0  # seconds of a step that need not be repeated
+GAIN = 0.9  # of the time, for which it is worth to have more threads
+
+
+def fastest_threads(step: Callable[[], object]) -> int:
+    """Run a step with 1, 2, 4, ... threads up to torch's own number, which is set again then.
+
+    Args:
+        step:  to run a few times; the first time is not counted
+    Returns:
+        The least number that no larger one is well ahead of.
+    """
+    most = torch.get_num_threads()
+    if most == 1:
+        return 1
+    try:
+        times = {count: min(_times(step, count)) for count in _counts(most)}
+    finally:
+        torch.set_num_threads(most)
+    best = min(times.values())
+    return next(count for count, seconds in times.items() if GAIN * seconds <= best)
+
+
+def _counts(most: int) -> Iterator[int]:
+    yield from (2**k for k in range(most.bit_length()) if 2**k < most)
+    yield most
+
+
+def _times(step: Callable[[], object], count: int) -> Iterator[float]:
+    torch.set_num_threads(count)
+    step()
+    for _ in range(ROUNDS):
+        begin = time.perf_counter()
+        step()
+        yield (seconds := time.perf_counter() - begin)
+        if seconds > LONG:
+            return
