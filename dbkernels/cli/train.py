@@ -19,7 +19,7 @@ from dbkernels.models.registry import FAMILIES, FamilyEntry, FamilyName, family_
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_number
 from dbkernels.training.pending import Row
-from dbkernels.training.run import PartitionConfig, RunConfig, train
+from dbkernels.training.run import PartitionConfig, RunConfig, read_config, train
 from dbkernels.training.stop import Stopped
 from dbkernels.training.trainer_config import TrainerConfig
 
@@ -123,6 +123,8 @@ class Train:
             check_number(name, size, 0, LARGEST)
         own = entry.model.preset(self.preset).resized({k: v for k, v in sizes.items() if v})
         model = own.fitted(open_data(self.data, convert=self.convert))
+        if self.resume and (self.out / "config.json").exists():
+            model = model.as_in(read_config(self.out).model)
         as_given = ("family", "data", "convert", "label_drop", "mirror", "shift", "partition")
         return RunConfig(
             model=replace(model, recompute=self.recompute),

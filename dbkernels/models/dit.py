@@ -8,7 +8,7 @@ section 5.2.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,21 @@ class DiTConfig(embed.ImageConfig):
     """Labels are 0 to num_classes - 1; num_classes itself means "no label"."""
     mlp_ratio: int = 4
     """Width of the MLP's hidden layer over dim."""
+    positions: embed.PositionOrder = "sin_cos"
+    """Of the sines and cosines of each axis: sin_cos as in the published weights; cos_sin in runs
+    of this package whose config.json has a version below 3."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        # a width or an order that there is not is refused here
+        embed.grid_positions(1, self.dim, self.positions)
+
+    @classmethod
+    def stored(cls, fields: dict[str, object], version: int) -> "DiTConfig":
+        return cls(**({"positions": "cos_sin"} if version < 3 else {}) | fields)
+
+    def as_in(self, stored: "DiTConfig") -> "DiTConfig":
+        return replace(self, positions=stored.positions) if isinstance(stored, DiTConfig) else self
 
 
 PRESETS = {
@@ -60,14 +75,12 @@ class DiT(Presets, nn.Module):
         layer = LayerConfig(
             D, config.num_heads, config.mlp_ratio * D, cond_dim=D, recompute=config.recompute
         )
-        self.patch = nn.Linear(pixels, D)
-        positions = embed.grid_positions(config.image_size // config.patch, D)
-        self.register_buffer("positions", positions, persistent=False)
+        self.patch = embed.Linear(pixels, D)
         self.condition = embed.NoiseEmbedding(D)
         self.label_table = nn.Embedding(config.num_classes + 1, D)
         self.layers = nn.ModuleList(AdaLNLayer(layer) for _ in range(config.depth))
         self.modulation = embed.FinalModulation(D, D)
-        self.head = nn.Linear(D, pixels)
+        self.head = embed.Linear(D, pixels)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -141,7 +154,14 @@ class DiT(Presets, nn.Module):
     def stem(self, scaled: Tensor, level: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """What the first layer reads, (B, T, D), and the condition, from a label's row, (B, D)."""
         c = self.condition(log_level(level)) + label
-        return self.patch(embed.patchify(scaled, self.config.patch)) + self.positions, c
+        return self.patch(embed.patchify(scaled, self.config.patch)) + self._positions(), c
+
+    def _positions(self) -> Tensor:
+        """(T, D), made anew: a buffer would be lost where weights alone are loaded or moved."""
+        config, weight = self.config, self.patch.weight
+        side = config.image_size // config.patch
+        table = embed.grid_positions(side, config.dim, config.positions, device=weight.device)
+        return table.to(weight.dtype)
 
     def tail(self, x: Tensor, c: Tensor) -> Tensor:
         """F (B, C, H, W) of what the last layer left, (B, T, D)."""

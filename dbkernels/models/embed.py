@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import KW_ONLY, dataclass, replace
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,11 @@ from torch import Tensor, nn
 
 from dbkernels.data.images import ImageData
 from dbkernels.data.made_up import Field
+from dbkernels.ops.backend.register import compute_dtype
 from dbkernels.ops.layer.recompute import Recompute
+from dbkernels.settings import check_choice
+
+PositionOrder = Literal["sin_cos", "cos_sin"]
 
 FREQUENCIES = 256  # width of the sinusoid that embeds a noise level
 MAX_PERIOD = 10000.0  # longest wavelength of that sinusoid, over 2 pi
@@ -45,20 +50,43 @@ def sinusoid(value: Tensor, dim: int, max_period: float = MAX_PERIOD) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def grid_positions(side: int, D: int) -> Tensor:
-    """Fixed sine and cosine positions of a square grid, half the width for each axis.
+def grid_positions(
+    side: int,
+    D: int,
+    order: PositionOrder = "sin_cos",
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Fixed sine and cosine positions of a square grid: half the width each, of column, then row.
 
+    `get_2d_sincos_pos_embed` of He et al. 2021 (arXiv:2111.06377), which the published DiT took.
+
+    Args:
+        side:   cells in a row and in a column
+        D:      a multiple of 4
+        order:  of each half: sin_cos, as published, or cos_sin
+        device: of the result
     Returns:
         (side * side, D) float32, in reading order.
     Raises:
-        ValueError: D is not a multiple of 4.
+        ValueError: D is not a multiple of 4, or the order is unknown.
     """
     if D % 4:
         raise ValueError(f"grid positions need a width that 4 divides, got {D}")
-    axis = torch.arange(side, dtype=torch.float32)
-    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
-    halves = [sinusoid(place.flatten(), D // 2) for place in (columns, rows)]
-    return torch.cat(halves, dim=-1)
+    check_choice("positions", order, get_args(PositionOrder))
+    table = sinusoid(torch.arange(side, dtype=torch.float32, device=device), D // 2)
+    if order == "sin_cos":
+        table = table.roll(D // 4, dims=-1)
+    columns, rows = (t.expand(side, side, D // 2) for t in (table, table[:, None]))
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1)
+
+
+class Linear(nn.Linear):
+    """A linear map of numbers that may be wider or narrower than its weight, as pixels may be."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D_in) -> (..., D_out), in the dtype of the weight or in autocast's."""
+        return super().forward(x.to(compute_dtype(x, self.weight)))
 
 
 class NoiseEmbedding(nn.Module):
@@ -66,7 +94,7 @@ class NoiseEmbedding(nn.Module):
 
     def __init__(self, cond_dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(FREQUENCIES, cond_dim)
+        self.fc1 = Linear(FREQUENCIES, cond_dim)
         self.fc2 = nn.Linear(cond_dim, cond_dim)
         for linear in (self.fc1, self.fc2):
             nn.init.normal_(linear.weight, std=0.02)
@@ -123,6 +151,15 @@ class ImageConfig:
         size, patch = self.image_size, self.patch
         if patch < 1 or size < 1 or size % patch:
             raise ValueError(f"the patch must divide the image size, got {patch} and {size}")
+
+    @classmethod
+    def stored(cls, fields: dict[str, object], version: int) -> "ImageConfig":
+        """The configuration in a run's config.json, of the version that the file has."""
+        return cls(**fields)
+
+    def as_in(self, stored: "ImageConfig") -> "ImageConfig":
+        """With what a stored run has and nobody chooses."""
+        return self
 
     def resized(self, sizes: dict[str, int]) -> "ImageConfig":
         """With other sizes, by field."""

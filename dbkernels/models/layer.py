@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dbkernels.models.as_made import as_made, check_as_made
 from dbkernels.ops.adaln_norm import fold_affine
+from dbkernels.ops.backend import checks
 from dbkernels.ops.layer.function import adaln_layer
 from dbkernels.ops.layer.projection import linear
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
@@ -81,6 +83,7 @@ class AdaLNLayer(nn.Module):
         self.attention, self.mlp = Attention(config), MLP(config)
         self.modulation = Projection(config.cond_dim, 6 * config.dim)
         initialise_linear(self.modulation, nn.init.zeros_)
+        self._made = as_made(self, ("norm1", "norm2", "attention", "mlp"), KINDS)
         # (layer, x, c, rotary) -> out in the op's place: of `use_baseline`
         self.run: Callable[..., Tensor] | None = None
 
@@ -102,7 +105,8 @@ class AdaLNLayer(nn.Module):
 
         Args:
             x:       (B, T, D)         residual stream
-            c:       (B, cond_dim)     condition of each sample, or (B, T, cond_dim) of each token
+            c:       (B, cond_dim)     condition of each sample, or (B, T, cond_dim) of each token;
+                     a B or T of 1 stands for all
             rotary:  (2, T, D/H)       of `rotary_table`, or None for no rotary positions
             stream:  of the stack that the layer stands in; see `run_layers`
             num_queries:  1 to T: the first so many tokens' results alone; None is T
@@ -110,8 +114,10 @@ class AdaLNLayer(nn.Module):
             (B, T or num_queries, D), dtype of x.
         Raises:
             ValueError: a shape, dtype or device disagrees, or num_queries is not from 1 to T.
-            RuntimeError: a module inside was replaced or hooked, or the gradient is differentiated.
+            RuntimeError: a module inside is not as it was made, or the gradient is differentiated.
         """
+        check_as_made(self, self._made)
+        c = self._condition(x, c)
         if self.run is not None:
             return first_tokens(self.run(self, x, c, rotary), num_queries)
         return adaln_layer(
@@ -125,6 +131,23 @@ class AdaLNLayer(nn.Module):
             **self.config.of_op(),
         )
 
+    def _condition(self, x: Tensor, c: Tensor) -> Tensor:
+        """c for all samples, (B, cond_dim) or (B, T, cond_dim); x and c are checked."""
+        D, width = self.config.dim, self.config.cond_dim
+        checks.check_floats(x=x, c=c)
+        if x.dim() != 3 or x.shape[-1] != D:
+            raise ValueError(f"x must be (B, T, D) with D = {D}, got {tuple(x.shape)}")
+        B, T, _ = x.shape
+        fits = c.dim() in (2, 3) and len(c) in (1, B) and c.shape[-1] == width
+        if not fits or (c.dim() == 3 and c.shape[1] not in (1, T)):
+            raise ValueError(
+                f"c must be (B, cond_dim) = ({B}, {width}) or (B, T, cond_dim) = "
+                f"({B}, {T}, {width}), or have a B or T of 1, got {tuple(c.shape)}"
+            )
+        if c.dim() == 3 and c.shape[1] == 1:
+            c = c[:, 0]
+        return c if len(c) == B else c.expand(B, *c.shape[1:])
+
     def folded(self, modulation: Tensor) -> Tensor:
         """(..., 6 D), with the norms' own weights folded in."""
         if not self.config.affine:
@@ -137,12 +160,9 @@ class AdaLNLayer(nn.Module):
         return torch.cat(parts, dim=-1)
 
     def weights(self) -> LayerWeights:
-        """Of the projections, for the op; each module inside must be as it was made."""
+        """Of the projections, for the op."""
         attention, mlp = self.attention, self.mlp
-        _check_unseen(attention, Attention), _check_unseen(mlp, MLP)
         projections = (attention.qkv, attention.out, mlp.fc1, mlp.fc2)
-        for projection in projections:
-            _check_unseen(projection, nn.Linear)
         parameters = [p for module in projections for p in (module.weight, module.bias)]
         if self.config.qk_norm:
             parameters += [attention.q_norm.weight, attention.k_norm.weight]
@@ -215,11 +235,7 @@ def make_norm(config: LayerConfig) -> nn.Module:
     return norms[config.norm](config.dim, eps=config.eps, elementwise_affine=config.affine)
 
 
-def _check_unseen(module: nn.Module, kind: type[nn.Module]) -> None:
-    """A wrapper or a hook of a module that is never called would not run."""
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    if type(module) is not kind or any(getattr(module, name) for name in hooks):
-        raise RuntimeError(
-            "AdaLNLayer reads the weights of the modules inside and never calls them: each must be "
-            f"a plain {kind.__name__} without hooks, got {module}"
-        )
+NORM = ("normalized_shape", "eps", "elementwise_affine")
+# what is known of the modules inside a layer: their settings, by name. One of another kind, or with
+# a setting that the op is not told, would stand there and do nothing
+KINDS = {Attention: (), MLP: (), nn.Linear: (), nn.LayerNorm: NORM, nn.RMSNorm: NORM}

@@ -22,6 +22,13 @@ from dbkernels.settings import check_choice
 class ModelConfig(Protocol):
     """Sizes of a model, a frozen dataclass; also `dim`, `depth` and `recompute`."""
 
+    @classmethod
+    def stored(cls, fields: dict[str, object], version: int) -> "ModelConfig":
+        """The configuration in a run's config.json, of the version that the file has."""
+
+    def as_in(self, stored: "ModelConfig") -> "ModelConfig":
+        """With what a stored run has and nobody chooses."""
+
     def resized(self, sizes: dict[str, int]) -> "ModelConfig":
         """With other sizes by field; what is in proportion to one of them changes with it."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
 from dbkernels.diffusion.prediction import EDM, log_level
-from dbkernels.models.embed import FinalModulation, ImageConfig, NoiseEmbedding, patchify
+from dbkernels.models.embed import FinalModulation, ImageConfig, Linear, NoiseEmbedding, patchify
 from dbkernels.models.family import Presets
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm, run_layers
 from dbkernels.ops.add_noise import add_noise
@@ -71,13 +71,13 @@ class ViT(Presets, nn.Module):
         sizes = D, config.num_heads, config.mlp_hidden, config.cond_dim
         layer = LayerConfig(*sizes, affine=config.affine, recompute=config.recompute)
         self.label_table = nn.Embedding(config.num_classes, D)
-        self.patch = nn.Linear(config.channels * config.patch**2, D)
+        self.patch = Linear(config.channels * config.patch**2, D)
         self.positions = nn.Parameter(torch.empty(tokens + 1, D, dtype=torch.get_default_dtype()))
         self.condition = NoiseEmbedding(config.cond_dim)
         self.layers = nn.ModuleList(AdaLNLayer(layer) for _ in range(config.depth))
         self.norm = make_norm(layer)
         self.modulation = FinalModulation(D, config.cond_dim)
-        self.head = nn.Linear(D, config.num_classes)
+        self.head = Linear(D, config.num_classes)
         self._initialise()
 
     def _initialise(self) -> None:

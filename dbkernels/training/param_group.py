@@ -7,6 +7,9 @@ end. Without clipping both give the same bits.
 
 The host hears of a loss that is not finite when it has launched the next update already. Until it
 says `go_on`, no update does anything, and the norm of each is NaN.
+
+Parameters of 2 bytes are updated in float32, of which they hold the rounded values: an update is
+often less than their last bit, and in float16 the square of a small gradient is 0.
 """
 
 import math
@@ -52,7 +55,8 @@ class ParamGroup:
     """One block's own parameters, or those that all blocks share.
 
     The optimizer's state exists from the start, in tensors that are never replaced: what holds
-    their storage may be moved, and a checkpoint always has all of it.
+    their storage may be moved, and a checkpoint always has all of it. Of a parameter that is
+    narrower than float32 it holds the parameter in float32, too, and so is its average.
 
     Args:
         parameters:  by name
@@ -75,8 +79,9 @@ class ParamGroup:
         device = next(iter(parameters.values())).device if device is None else device
         # of the newest parameters in the average
         self._newest = torch.zeros((), dtype=torch.float32, device=device)
+        self._updated = {p: _wide(p) for p in parameters.values()}
         self.optimizer = torch.optim.AdamW(
-            parameters.values(),
+            self._updated.values(),
             weight_decay=config.weight_decay,
             capturable=config.cuda_graphs,
             fused=True,
@@ -85,14 +90,17 @@ class ParamGroup:
         self._rate = (
             torch.zeros((), dtype=torch.float32, device=device) if config.cuda_graphs else None
         )
-        for parameter in parameters.values():
+        for parameter, updated in self._updated.items():
             # what a fused AdamW makes in its first step
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter.detach()),
-                "exp_avg_sq": torch.zeros_like(parameter.detach()),
+            self.optimizer.state[updated] = {
+                "step": torch.zeros((), dtype=torch.float32, device=updated.device),
+                "exp_avg": torch.zeros_like(updated.detach()),
+                "exp_avg_sq": torch.zeros_like(updated.detach()),
             }
-        self.average = {n: p.detach().clone() for n, p in parameters.items()} if self.ema else {}
+            if updated is not parameter:
+                self.optimizer.state[updated]["wide"] = updated
+        averaged = parameters.items() if self.ema else ()
+        self.average = {name: self._updated[p].detach().clone() for name, p in averaged}
 
     def prepare(self, lr: float) -> None:
         """Set the learning rate of the next update, and how far the average will move."""
@@ -113,19 +121,34 @@ class ParamGroup:
         self.optimizer.found_inf = (~where).float()
         group = self.optimizer.param_groups[0]
         every = group["params"]
-        group["params"] = every if only is None else [only]
+        moving = self.parameters.values() if only is None else [only]
+        group["params"] = [self._updated[parameter] for parameter in moving]
+        pairs = [(p, self._updated[p]) for p in moving if p.grad is not None]
+        narrow = [(p, updated) for p, updated in pairs if updated is not p]
         try:
+            for parameter, updated in narrow:
+                # what someone else has written into the parameter since is what is updated
+                same = parameter.detach() == updated.to(parameter.dtype)
+                updated.copy_(torch.where(same, updated, parameter.detach()))
+                updated.grad, parameter.grad = parameter.grad.float(), None
             self.optimizer.step()
+            for parameter, updated in narrow:
+                parameter.detach().copy_(updated)
             self.optimizer.zero_grad()
         finally:
             group["params"] = every
+
+    def drop_gradients(self) -> None:
+        """Free the gradients of a step that was cut short."""
+        for parameter, updated in self._updated.items():
+            parameter.grad = updated.grad = None
 
     def move_average(self, where: Tensor) -> None:
         """Move the average toward the updated parameters, where `where`, as for `update`."""
         if self.ema:
             newest = self._newest * where
             for name, average in self.average.items():
-                average.lerp_(self.parameters[name].detach(), newest)
+                average.lerp_(self._updated[self.parameters[name]].detach(), newest)
 
     def tensors(self) -> list[Tensor]:
         """All that a step on these parameters reads and writes, but for gradients."""
@@ -140,7 +163,7 @@ class ParamGroup:
         return {
             f"{name}.{key}": value
             for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state[parameter].items()
+            for key, value in self.optimizer.state[self._updated[parameter]].items()
         }
 
     def restore(
@@ -155,8 +178,23 @@ class ParamGroup:
 
 def tensor_sizes(parameters: Iterable[nn.Parameter], ema: float) -> list[int]:
     """Bytes of each of a group's tensors, in no order, before there is the group."""
-    step, copies = torch.zeros((), dtype=torch.float32).nbytes, 4 if ema else 3
-    return [size for parameter in parameters for size in (step, *[parameter.nbytes] * copies)]
+    step, found = torch.zeros((), dtype=torch.float32).nbytes, []
+    for parameter in parameters:
+        wide = parameter.numel() * _wide_dtype(parameter).itemsize
+        copies = (3 if ema else 2) + (wide > parameter.nbytes)
+        found += [step, parameter.nbytes, *[wide] * copies]
+    return found
+
+
+def _wide_dtype(parameter: Tensor) -> torch.dtype:
+    """Of what is updated, and of its optimizer's state and average."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _wide(parameter: nn.Parameter) -> Tensor:
+    """The parameter itself, or its values in float32 where it is narrower."""
+    dtype = _wide_dtype(parameter)
+    return parameter if parameter.dtype == dtype else parameter.detach().to(dtype)
 
 
 class Updater:
@@ -229,7 +267,7 @@ class UpdaterInBackward(Updater):
     def _update(self, group: ParamGroup, parameter: Tensor) -> None:
         if not self._updates:
             return
-        self._squares += torch.linalg.vector_norm(parameter.grad).square()
+        self._squares += torch.linalg.vector_norm(parameter.grad).float().square()
         group.update(where=torch.isfinite(self._squares), only=parameter)
 
     def finish(self, loss: Tensor, groups: Sequence[ParamGroup]) -> Tensor:

@@ -36,7 +36,7 @@ from dbkernels.whole_file import write_whole
 # settings of the trainer that a run may change on its way, for its bits stay the same; without
 # clipping from its start it may also move the optimizer into the backward
 PLACEMENT = ("offload", "offload_dir", "prefetch", "optimizer_in_backward", "cuda_graphs")
-VERSION = 2  # of config.json and of what a checkpoint holds; every earlier one is read
+VERSION = 3  # of config.json and of what a checkpoint holds; every earlier one is read
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,9 @@ def _config(saved: dict, version: object, path: Path) -> RunConfig:
             trainer = dict(saved["trainer"])
             partition = {**saved["partition"], "sharing": trainer.pop("sharing")}
             saved = {**saved, "trainer": trainer, "partition": partition}
+        model = family_named(saved["family"]).config.stored(saved["model"], version)
+        saved = {**saved, "model": model}
         nested = {
-            "model": family_named(saved["family"]).config,
             "partition": PartitionConfig,
             "prior": LogNormal,
             "trainer": TrainerConfig,

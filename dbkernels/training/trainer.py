@@ -319,4 +319,4 @@ def _device(
 
 def _drop_gradients(groups: list[ParamGroup]) -> None:
     for group in groups:
-        group.optimizer.zero_grad()
+        group.drop_gradients()

@@ -1,10 +1,13 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from cli.runs import read_tree, refused
+from training.tiny import make_older
 
+from dbkernels.models import dit
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 
 
@@ -55,6 +58,20 @@ def test_a_run_goes_on_to_its_end_and_not_with_other_settings(train, runs, tmp_p
     assert (rest.code, rest.out) == (0, "trained 2 steps in 3 blocks: out\n")
     for file in ("log.jsonl", "checkpoints/step-00000006/model.safetensors"):
         assert (out / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_an_older_run_goes_on_with_the_flags_that_it_had(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as then:
+        preset = replace(dit.PRESETS["digits"], positions="cos_sin")
+        then.setitem(dit.PRESETS, "digits", preset)
+        train("dit --out whole --save-every 4")
+        shutil.copytree("whole", "out")
+    shutil.rmtree("out/checkpoints/step-00000006")
+    make_older(tmp_path / "out")
+    assert train("dit --out out --resume latest").out == "trained 2 steps in 3 blocks: out\n"
+    for file in ("log.jsonl", "config.json", "checkpoints/step-00000006/model.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert refused(train("vit --out out --resume latest"), "family: saved 'dit', current 'vit'")
 
 
 def test_a_warning_is_one_line_beside_the_bar(train, monkeypatch):

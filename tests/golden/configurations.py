@@ -37,7 +37,10 @@ MODELS = {
         dim=32, depth=3, num_heads=2, mlp_hidden=64, cond_dim=16,
         image_size=8, patch=2, channels=1, num_classes=10,
     ),
-    "dit": DiTConfig(dim=32, depth=3, num_heads=2, image_size=8, channels=1, num_classes=10),
+    # the positions of when it was recorded, which runs of that time still have
+    "dit": DiTConfig(
+        dim=32, depth=3, num_heads=2, image_size=8, channels=1, num_classes=10, positions="cos_sin"
+    ),
 }  # fmt: skip
 # key -> settings of the trainer, but for those of the model, the blocks and the run that are named
 # below; clip and ema are small enough to bind in so few steps

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,13 +52,28 @@ def test_a_sinusoid_holds_cosines_then_sines_at_geometric_frequencies():
     assert sinusoid(torch.tensor(10.0), 4)[3].item() == pytest.approx(math.sin(10 / 100), abs=1e-6)
 
 
-def test_grid_positions_name_the_column_then_the_row_in_reading_order():
-    positions = grid_positions(3, 8)
-    assert positions.shape == (9, 8) and positions.dtype == torch.float32
-    for place in range(9):
-        row, column = torch.tensor(place // 3), torch.tensor(place % 3)
-        expected = torch.cat([sinusoid(column, 4), sinusoid(row, 4)])
-        torch.testing.assert_close(positions[place], expected)
+def published_positions(D, side):
+    """`get_2d_sincos_pos_embed` of the code of MAE, which that of DiT copied, in float64."""
+
+    def of_axis(dim, pos):
+        omega = 1 / 10000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2.0))
+        out = np.einsum("m,d->md", pos.reshape(-1), omega)
+        return np.concatenate([np.sin(out), np.cos(out)], axis=1)
+
+    # here w goes first
+    grid = np.meshgrid(np.arange(side, dtype=np.float32), np.arange(side, dtype=np.float32))
+    return np.concatenate([of_axis(D // 2, grid[0]), of_axis(D // 2, grid[1])], axis=1)
+
+
+@pytest.mark.parametrize(("side", "D"), [(1, 4), (3, 8), (16, 384), (32, 1152)])
+def test_grid_positions_are_those_of_the_published_checkpoints(side, D):
+    positions, expected = grid_positions(side, D), torch.from_numpy(published_positions(D, side))
+    assert positions.shape == (side * side, D) and positions.dtype == torch.float32
+    # an angle below 32 is rounded by 2e-6
+    torch.testing.assert_close(positions.double(), expected, rtol=0, atol=4e-6)
+    # of older runs cosines come first; nothing else differs
+    old = grid_positions(side, D, "cos_sin").unflatten(-1, (2, 2, D // 4))
+    assert torch.equal(old.flip(2).flatten(1), positions)
 
 
 def test_the_rotary_table_holds_cosines_then_sines_each_half_repeated():
@@ -91,6 +107,8 @@ def test_the_final_modulation_is_shift_then_scale_and_nothing_at_first():
     ("call", "message"),
     [
         (lambda: grid_positions(2, 6), "a width that 4 divides, got 6"),
+        (lambda: DiTConfig(6, 1, 1), "a width that 4 divides, got 6"),
+        (lambda: DiTConfig(8, 1, 1, positions="sin"), "be one of sin_cos, cos_sin, got sin"),
         (lambda: rotary_table(torch.arange(3), 5), "need an even head width, got 5"),
         (lambda: CONFIGS["vit"].resized({"patch": 3}), "must divide the image size, got 3 and 4"),
         (lambda: CONFIGS["vit"].resized({"patch": 0}), "must divide the image size, got 0 and 4"),

@@ -19,9 +19,9 @@ from models.tiny import (
 )
 
 from dbkernels.diffusion.prediction import EDM
-from dbkernels.models import FAMILIES, DiT, ViT
+from dbkernels.models import FAMILIES, ViT
 from dbkernels.models.baseline import use_baseline
-from dbkernels.models.embed import patchify, unpatchify
+from dbkernels.models.embed import grid_positions, patchify, unpatchify
 from dbkernels.models.layer import run_layers
 from dbkernels.ops import adaln_norm, add_noise, score_loss
 
@@ -53,7 +53,8 @@ def dit(model, batch):
 
     def network(scaled):
         c = model.condition(torch.log(LEVEL) / 4) + model.label_table(batch["label"])
-        x = run_layers(model.layers, model.patch(patchify(scaled, 2)) + model.positions, c)
+        x = model.patch(patchify(scaled, 2)) + grid_positions(3, 8)
+        x = run_layers(model.layers, x, c)
         shift, scale = model.modulation.linear(F.silu(c)).chunk(2, dim=-1)
         return unpatchify(model.head(adaln_norm(x, scale, shift, dtype=scale.dtype)), 2, 3)
 
@@ -189,9 +190,3 @@ def test_the_unconditional_batch_uses_the_last_row():
     assert batch["label"].tolist() == [3, 0, 2]
     model.denoise(torch.randn(3, 3, 6, 6), LEVEL, (0,), without).sum().backward()
     assert model.label_table.weight.grad.any(1).tolist() == [False] * 4 + [True]
-
-
-def test_positions_are_not_saved_and_move_with_the_model():
-    model = DiT(CONFIGS["dit"])
-    assert "positions" not in model.state_dict()
-    assert "positions" in dict(model.named_buffers())

@@ -11,6 +11,7 @@ from models.tiny import randomise
 from ops.one_layer import EVERY_POLICY, SAME_BITS, assert_same_bits, saved_bytes
 from torch import nn
 
+from dbkernels.models.baseline import stock_layer
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.models.rotary import rotary_table
 from dbkernels.ops import reference
@@ -26,10 +27,6 @@ OPTIONS = [
 CHUNKS = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")
 PROJECTIONS = ("attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2")
 FUSED = replace(CONFIG, affine=True, qk_norm=True)
-HOOKS = ("forward_pre", "forward", "full_backward_pre", "full_backward")
-NEVER_CALLED = (
-    "reads the weights .* never calls them: each must be a plain {} without hooks, got {}"
-)
 
 
 def inputs(dtype=torch.float32, *, per_token=False):
@@ -195,31 +192,6 @@ def test_each_policy_reaches_the_op_and_gives_the_same_gradients():
         assert_same_bits(result, results[0])
 
 
-@pytest.mark.parametrize("when", HOOKS)
-@pytest.mark.parametrize("name", [*PROJECTIONS, "attention", "mlp"])
-def test_rejects_a_hook_that_would_not_run(name, when):
-    layer, args = AdaLNLayer(FUSED), inputs()
-    module = layer.get_submodule(name)
-    register, kind = getattr(module, f"register_{when}_hook"), type(module).__name__
-    hook = register(lambda *_: None)
-    with pytest.raises(RuntimeError, match=NEVER_CALLED.format(kind, kind)):
-        layer(*args)
-    hook.remove()
-    layer(*args)
-
-
-@pytest.mark.parametrize("name", PROJECTIONS)
-def test_rejects_a_projection_that_would_not_be_called(name):
-    class Wrapped(nn.Linear):
-        pass
-
-    layer = AdaLNLayer(FUSED)
-    linear = layer.get_submodule(name)
-    layer.set_submodule(name, Wrapped(linear.in_features, linear.out_features))
-    with pytest.raises(RuntimeError, match=NEVER_CALLED.format("Linear", "Wrapped")):
-        layer(*inputs())
-
-
 def test_hooks_of_the_layer_of_its_condition_and_of_parameters_run():
     layer, seen, named = randomise(AdaLNLayer(FUSED)), [], []
     layer.register_forward_pre_hook(lambda *_: seen.append("before"))
@@ -258,6 +230,69 @@ def test_has_shapes_before_it_has_weights():
         assert y.shape == (B, T, 8 * H)
         y.sum().backward()
         assert all(p.grad.shape == p.shape for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "shape"),
+    [(3, 5, (1, 7)), (3, 5, (3, 1, 7)), (3, 5, (1, 1, 7)), (3, 5, (1, 5, 7)), (1, 1, (1, 1, 7)),
+     (2, 1, (2, 1, 7)), (0, 5, (1, 7)), (0, 5, (0, 1, 7))],
+)  # fmt: skip
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_a_condition_of_one_stands_for_all(recompute, B, T, shape):
+    layer = randomise(AdaLNLayer(replace(FUSED, recompute=recompute))).double()
+    x, c = torch.randn(B, T, D).double(), torch.randn(shape).double().requires_grad_()
+    whole = c.expand(B, T, 7) if c.dim() == 3 else c.expand(B, 7)
+    apart = whole.detach().clone().requires_grad_()
+    actual, expected = layer(x, c), layer(x, apart)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual.square().sum(), c),
+        torch.autograd.grad(whole, c, torch.autograd.grad(expected.square().sum(), apart)),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+    layer.run = stock_layer
+    torch.testing.assert_close(layer(x, c), actual, rtol=1e-10, atol=1e-10)
+
+
+OF_C = r"c must be \(B, cond_dim\) = \(3, 7\) or \(B, T, cond_dim\) = \(3, 5, 7\), .*, got "
+
+
+@pytest.mark.parametrize(
+    ("x", "c", "message"),
+    [
+        ((5, 12), (3, 7), r"x must be \(B, T, D\) with D = 12, got \(5, 12\)"),
+        ((3, 5, 11), (3, 7), r"x must be \(B, T, D\) with D = 12, got \(3, 5, 11\)"),
+        ((3, 1, 5, 12), (3, 7), r"x must be \(B, T, D\) with D = 12, got \(3, 1, 5, 12\)"),
+        ((3, 5, 12), (3, 6), OF_C + r"\(3, 6\)"),
+        ((3, 5, 12), (2, 7), OF_C + r"\(2, 7\)"),
+        ((3, 5, 12), (7,), OF_C + r"\(7,\)"),
+        ((3, 5, 12), (), OF_C + r"\(\)"),
+        ((3, 5, 12), (3, 2, 7), OF_C + r"\(3, 2, 7\)"),
+        ((3, 5, 12), (2, 5, 7), OF_C + r"\(2, 5, 7\)"),
+        ((3, 5, 12), (3, 1, 1, 7), OF_C + r"\(3, 1, 1, 7\)"),
+        ((3, 5, 12), (0, 7), OF_C + r"\(0, 7\)"),
+    ],
+)
+@pytest.mark.parametrize("run", [None, stock_layer])
+def test_rejects_a_wrong_input_by_its_own_name(x, c, message, run):
+    layer = AdaLNLayer(CONFIG)
+    layer.run = run
+    with pytest.raises(ValueError, match=message):
+        layer(torch.zeros(x), torch.zeros(c))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, c: (x.long(), c), "x must be one of float32, .*, got torch.int64"),
+        (lambda x, c: (x, c.bool()), "c must be one of float32, .*, got torch.bool"),
+        (lambda x, c: (x, c.to("meta")), "x and c must be on one device, got cpu, meta"),
+    ],
+)
+def test_rejects_a_wrong_kind_of_input_by_its_own_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        AdaLNLayer(CONFIG)(*change(*inputs()))
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ YES = torch.tensor(True)
 SHAPES = {"w0": (3,), "w1": (2, 2)}
 
 
-def make_group(ema=0.5, **settings):
+def make_group(ema=0.5, dtype=torch.float32, **settings):
     torch.manual_seed(2)
-    parameters = {name: nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
+    values = {name: torch.randn(shape).to(dtype) for name, shape in SHAPES.items()}
+    parameters = {name: nn.Parameter(value) for name, value in values.items()}
     config = TrainerConfig(steps=8, weight_decay=0.1, ema=ema, **settings)
     return ParamGroup(parameters, config, total=8)
 
@@ -103,16 +104,47 @@ def test_the_first_state_is_what_the_optimizer_makes_itself():
         assert all(tensor.dtype == theirs[name].dtype for name, tensor in ours.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("ema", [0.0, 0.5])
-def test_all_tensors_are_there_from_the_start_and_stay_the_same_objects(ema):
-    group = make_group(ema)
+def test_all_tensors_are_there_from_the_start_and_stay_the_same_objects(ema, dtype):
+    group = make_group(ema, dtype)
     before = [id(tensor) for tensor in group.tensors()]
-    assert len(set(before)) == 2 * (5 if ema else 4) and bool(group.average) == bool(ema)
+    count = (5 if ema else 4) + (dtype == torch.float16)
+    assert len(set(before)) == 2 * count and bool(group.average) == bool(ema)
     sizes = [tensor.nbytes for tensor in group.tensors()]
     assert sorted(tensor_sizes(group.parameters.values(), ema)) == sorted(sizes)
     update(group, 0.1, 1.0)
     group.restore(1, group.average, group.optimizer_tensors())
     assert [id(tensor) for tensor in group.tensors()] == before
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_parameters_hold_the_rounded_values_of_float32_ones(dtype, in_backward):
+    narrow, wide = make_group(dtype=dtype), make_group()
+    for name, parameter in wide.parameters.items():
+        parameter.data.copy_(narrow.parameters[name].detach())
+        wide.average[name].copy_(parameter.detach())
+    # less than the last bit of a parameter, by gradients whose squares float16 does not have
+    for _ in range(40):
+        for group in (narrow, wide):
+            set_gradients(group, 2.0**-14)
+            group.prepare(1e-4)
+            for parameter in group.parameters.values() if in_backward else [None]:
+                group.update(YES, parameter)
+            group.move_average(YES)
+            group.steps += 1
+    for name, parameter in wide.parameters.items():
+        assert torch.equal(narrow.parameters[name], parameter.to(dtype))
+        assert torch.equal(narrow.average[name], wide.average[name])
+    assert all(p.grad is None for p in narrow.parameters.values())
+    # what is written from outside is what the next step moves
+    written = narrow.parameters["w0"].data.fill_(3)
+    update(narrow, 0.5, 1.0)
+    torch.testing.assert_close(written.float(), torch.full((3,), 2.4), rtol=0, atol=0.2)
+    set_gradients(narrow, 1.0)
+    narrow.drop_gradients()
+    assert all(p.grad is None for p in narrow.parameters.values())
 
 
 def test_a_rate_that_a_graph_reads_gives_the_same_bits():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models.tiny import dynamo_alone
 from torch._dynamo.utils import counters
-from training.tiny import CPU, IN_BACKWARD, equal, make_data, weights
+from training.tiny import CPU, IN_BACKWARD, equal, make_data, make_older, weights
 
 import dbkernels.training.run as run_module
 from dbkernels.data.images import open_data
@@ -145,9 +145,9 @@ def test_a_directory_in_which_another_run_still_goes_on_is_refused(make_config, 
         (None, r"must hold config\.json"),
         *((text, "must be the JSON of a run") for text in ("5", "[1]", '{"', "[" * 10**5)),
         ({"version": 1, "family": "vit"}, "must hold the configuration of a run"),
-        ({}, "must have a version from 1 to 2, got None"),
-        ({"version": 3}, "must have a version from 1 to 2, got 3"),
-        ({"version": 0}, "must have a version from 1 to 2, got 0"),
+        ({}, "must have a version from 1 to 3, got None"),
+        ({"version": 4}, "must have a version from 1 to 3, got 4"),
+        ({"version": 0}, "must have a version from 1 to 3, got 0"),
     ],
 )
 def test_a_directory_without_a_run_that_can_be_read_is_refused(tmp_path, text, message):
@@ -160,9 +160,9 @@ def test_a_directory_without_a_run_that_can_be_read_is_refused(tmp_path, text, m
 
 def test_a_checkpoint_of_another_version_is_refused(make_config, train, monkeypatch):
     with monkeypatch.context() as later:
-        later.setattr(run_module, "VERSION", 3)
+        later.setattr(run_module, "VERSION", 4)
         train(make_config())
-    with pytest.raises(ValueError, match=r"step-\d+ must have a version from 1 to 2, got 3"):
+    with pytest.raises(ValueError, match=r"step-\d+ must have a version from 1 to 3, got 4"):
         train(make_config(), resume="latest")
 
 
@@ -187,6 +187,24 @@ def test_a_run_of_version_1_goes_on(tmp_path, train):
     trainer = train(read_config(directory), directory, resume="latest")
     assert trainer.step == trainer.total_steps == 4
     assert [row["step"] for row in read_log(directory / "log.jsonl")] == [0, 1, 2, 3]
+
+
+def test_an_older_run_keeps_its_positions_and_goes_on_to_the_same_bits(make_config, train):
+    config = make_config("dit")
+    config = replace(config, model=replace(config.model, positions="cos_sin"))
+    expected = weights(train(config, save_every=4))
+    shutil.rmtree(RUN / "checkpoints/step-00000012")
+    make_older(RUN)
+    batch, z = {"label": torch.tensor([0, 2])}, torch.randn(2, 1, 4, 4)
+    old, blocks = load_run(RUN, device="cpu")
+    assert old == config
+    new = replace(config, model=replace(config.model, positions="sin_cos")).build("cpu")
+    new.load_state_dict(blocks.state_dict())
+    first, other = (each.predict(batch, z, 1.0) for each in (blocks, new))
+    assert not torch.equal(first, other)
+    assert equal(weights(train(read_config(RUN), resume="latest")), expected)
+    assert json.loads((RUN / "config.json").read_text())["model"]["positions"] == "cos_sin"
+    assert equal(dict(load_run(RUN, averaged=False, device="cpu")[1].named_parameters()), expected)
 
 
 # stem and head that are compiled

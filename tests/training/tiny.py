@@ -1,5 +1,7 @@
 """Tiny runs for tests, and when two are the same: seconds are spent on what a test asks."""
 
+import json
+import shutil
 import weakref
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ from dbkernels.data.augment import mirror, shift
 from dbkernels.data.images import ImageData
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.models import DiT, DiTConfig, ViT, ViTConfig
+from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.trainer import Trainer
 
@@ -49,6 +52,22 @@ def make_trainer(
         if frozen and frozen in name:
             parameter.requires_grad_(False)
     return Trainer(blocks, make_data(), objective=objective, device=device, **settings)
+
+
+def make_older(directory):
+    """Write a run's files as version 2 did, which knew one order of positions."""
+    paths = (directory / "checkpoints").iterdir()
+    for path in paths:
+        tensors, state = checkpoint.load(path)
+        del state["config"]["model"]["positions"]
+        shutil.rmtree(path)
+        counters = {"config": state["config"], "counters": state["counters"]}
+        step = state["counters"]["step"]
+        checkpoint.save(directory / "checkpoints", step, tensors, {"version": 2, **counters})
+    file = directory / "config.json"
+    config = json.loads(file.read_text()) | {"version": 2}
+    del config["model"]["positions"]
+    file.write_text(json.dumps(config))
 
 
 def augment(batch, draw):
