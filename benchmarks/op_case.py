@@ -35,6 +35,7 @@ INPUTS = {  # of the op, with which the arguments of its forward kernel begin
     "gated_adaln_norm": 5,
     "gated_residual": 3,
     "gelu": 2,
+    "gelu_exact": 2,
     "swiglu": 2,
     "qk_norm_rotary": 4,
 }
@@ -42,6 +43,7 @@ FOR_A_LAYER = {  # what a layer asks of a kernel's backward, and the op alone do
     "adaln_norm": {"dres_ptr", "y_ptr"},
     "gated_adaln_norm": {"y_ptr"},
     "gelu": {"u_ptr"},
+    "gelu_exact": {"u_ptr"},
     "swiglu": {"u_ptr"},
 }
 STREAM = ("adaln_norm", "gated_adaln_norm", "gated_residual")  # work on the residual stream

@@ -1,11 +1,8 @@
-// gelu on the CPU; the maths is in dbkernels/ops/activations.py.
-//
-// h, u, du, dh are (N, F) and contiguous, each of its own dtype, bias and dbias (F,). dh may be h
-// and u may be du: elements are read before they are written.
+// gelu on the CPU; the maths is in dbkernels/ops/activations.py, the tensors in activation.h.
 #include <torch/csrc/stable/library.h>
 
+#include "activation.h"
 #include "sigmoid.h"
-#include "sums.h"
 #include "wide.h"
 
 namespace dbkernels {
@@ -40,45 +37,13 @@ DBK_WIDE void backward_row(const float* h, const float* du, const float* bias, i
 }
 
 void gelu_fwd(const Tensor& h, const std::optional<Tensor>& bias, const Tensor& u) {
-  const int64_t N = h.size(0), F = h.size(1);
-  const Rows hs(h, F), biases(bias, F), us(u, F);
-
-  enum { BIAS, H, U, BUFFERS };
-  Cut(1, N).run(F, BUFFERS, [&](const Task& task, const Buffers& buffers) {
-    const float* bias_row = biases.load_or(0.0f, buffers[BIAS]);
-    for (int64_t row = task.first; row < task.last; ++row) {
-      float* u_row = us.place(row, buffers[U]);
-      forward_row(hs.load(row, buffers[H]), bias_row, F, u_row);
-      us.store(row, u_row);
-    }
-  });
+  activation_fwd(h, bias, u, forward_row);
 }
 
 void gelu_bwd(const Tensor& h, const Tensor& du, const std::optional<Tensor>& bias,
               const Tensor& dh, const std::optional<Tensor>& u,
               const std::optional<Tensor>& dbias) {
-  const int64_t N = h.size(0), F = h.size(1);
-  const Cut cut(1, N);
-  const Rows hs(h, F), dus(du, F), biases(bias, F), dhs(dh, F), us(u, F);
-  const SampleSums<1> sums(cut, F, h, {Rows(dbias, F)});
-
-  enum { BIAS, H, DU, DH, U, SUMS, BUFFERS = SUMS + TaskSums<1>::BUFFERS };
-  cut.run(F, BUFFERS, [&](const Task& task, const Buffers& buffers) {
-    TaskSums<1> own(buffers, SUMS, F);
-    const float* bias_row = biases.load_or(0.0f, buffers[BIAS]);
-    for (int64_t row = task.first; row < task.last; ++row) {
-      const float *h_row = hs.load(row, buffers[H]), *du_row = dus.load(row, buffers[DU]);
-      float *dh_row = dhs.place(row, buffers[DH]), *u_row = us.place(row, buffers[U]);
-
-      backward_row(h_row, du_row, bias_row, F, dh_row, u_row, own[0]);
-      own.count_row();
-
-      dhs.store(row, dh_row);
-      us.store(row, u_row);
-    }
-    sums.write(task, own.finish());
-  });
-  sums.finish();
+  activation_bwd(h, du, bias, dh, u, dbias, backward_row);
 }
 
 }  // namespace

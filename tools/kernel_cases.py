@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dbkernels.ops.activations import GELU, SWIGLU
+from dbkernels.ops.activations import GELU, GELU_EXACT, SWIGLU
 from dbkernels.ops.linear_cross_entropy import empty_logits
 
 B, T = 32, 256  # at which bytes and time floors are stated
@@ -144,6 +144,7 @@ class Case:
 
 
 _gelu = partial(Case, "gelu", module="activations", first=(GELU,))
+_gelu_exact = partial(Case, "gelu_exact", module="activations", first=(GELU_EXACT,))
 _swiglu = partial(Case, "swiglu", module="activations", first=(SWIGLU,))
 # the values stay where they are, a table says every angle twice, and the gradient is written over
 _HEADS = {"passes": {"qkv_ptr": 2 / 3, "dqkv_ptr": 4 / 3, "table_ptr": 1 / 2}, "multiple": HEAD_DIM}
@@ -156,6 +157,7 @@ ENTRIES = [
     Case("gated_adaln_norm", "sum", _norm, raw="gated_adaln_norm_bwd", timed=False),
     *(Case("gated_residual", way, _residual, of_stream=True) for way in ("fwd", "bwd")),
     *(_gelu(way, partial(_activation, halves=1)) for way in ("fwd", "bwd")),
+    *(_gelu_exact(way, partial(_activation, halves=1)) for way in ("fwd", "bwd")),
     *(_swiglu(way, partial(_activation, halves=2)) for way in ("fwd", "bwd")),
     *(Case("qk_norm_rotary", way, _heads, **_HEADS) for way in ("fwd", "bwd")),
     Case("softmax_gradient", "grad", _logits, timed=False, **_LOGITS),

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.models.as_made import as_made, check_as_made
+from dbkernels.ops.activations import ACTIVATIONS
 from dbkernels.ops.adaln_norm import fold_affine
 from dbkernels.ops.backend import checks
 from dbkernels.ops.layer.function import adaln_layer
@@ -42,8 +43,9 @@ class LayerConfig:
     """Layer norm or RMS norm."""
     affine: bool = False
     """Whether the norms have a weight of their own (and a bias, for layer norm)."""
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    """gelu is Linear, GELU (tanh), Linear; swiglu gates one half with silu of the other."""
+    mlp: Literal["gelu", "gelu_exact", "swiglu"] = "gelu"
+    """gelu is Linear, GELU in its tanh form, Linear; gelu_exact has GELU as it is; swiglu gates one
+    half with silu of the other."""
     qk_norm: bool = False
     """RMS norm of queries and keys per head."""
     bias: bool = True
@@ -190,12 +192,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Weights of the MLP: fc2(gelu(fc1(x))) with the tanh form of GELU, or fc2(silu(a) * b), where
-    fc1 gives a and b in this order (arXiv:2002.05202)."""
+    """Weights of the MLP: fc2(gelu(fc1(x))), or fc2(silu(a) * b), where fc1 gives a and b in this
+    order (arXiv:2002.05202)."""
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        check_choice("mlp", config.mlp, ("gelu", "swiglu"))
+        check_choice("mlp", config.mlp, ACTIVATIONS)
         first = config.mlp_hidden * (2 if config.mlp == "swiglu" else 1)
         self.fc1 = nn.Linear(config.dim, first, bias=config.bias)
         self.fc2 = nn.Linear(config.mlp_hidden, config.dim, bias=config.bias)

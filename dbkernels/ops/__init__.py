@@ -1,6 +1,6 @@
 """Fused arithmetic of AdaLN layers on tensors, with its gradients."""
 
-from dbkernels.ops.activations import gelu, swiglu
+from dbkernels.ops.activations import gelu, gelu_exact, swiglu
 from dbkernels.ops.adaln_norm import adaln_norm, fold_affine
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.attention import attention
@@ -29,6 +29,7 @@ __all__ = [
     "gated_adaln_norm",
     "gated_residual",
     "gelu",
+    "gelu_exact",
     "implementation",
     "linear",
     "linear_cross_entropy",

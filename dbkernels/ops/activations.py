@@ -4,13 +4,19 @@ GELU in its tanh form, Hendrycks & Gimpel 2016 (arXiv:1606.08415):
 
     u = x * s,    x = h + bias,    s = sigmoid(2 * z),    z = sqrt(2 / pi) * (x + CUBIC * x**3)
 
-with 0.5 * (1 + tanh(z)) = sigmoid(2 * z). SwiGLU, Shazeer 2020 (arXiv:2002.05202):
+with 0.5 * (1 + tanh(z)) = sigmoid(2 * z). GELU as it is, which its tanh form follows to 5e-4, with
+the distribution of the normal:
+
+    u = x * P,    P = 0.5 * (1 + erf(x / sqrt(2)))
+
+SwiGLU, Shazeer 2020 (arXiv:2002.05202):
 
     u = a * s * b,    (a | b) = h + bias,    s = sigmoid(a)
 
 Backward, from h alone:
 
     dh    = du * (s + x * s * (1 - s) * 2 * z'),    z' = sqrt(2 / pi) * (1 + 3 * CUBIC * x**2)
+    dh    = du * (P + x * exp(-x**2 / 2) / sqrt(2 * pi)),    as it is
     da    = du * b * (s + a * s * (1 - s)),    db = du * a * s
     dbias = sum_n dh
 
@@ -34,8 +40,10 @@ from dbkernels.ops.backend.tile import LANES, SHARED_OUT, tiles_per_program
 
 CUBIC = 0.044715
 SLOPE = 2 * math.sqrt(2 / math.pi)  # of 2 * z at 0
+DENSITY = 1 / math.sqrt(2 * math.pi)  # of the normal at 0
 # a kernel reads no other kind of global
 _CUBIC, _SLOPE = tl.constexpr(CUBIC), tl.constexpr(SLOPE)
+_DENSITY, _SQRT_HALF = tl.constexpr(DENSITY), tl.constexpr(math.sqrt(0.5))
 Factors = tuple[Tensor, Tensor]  # whose product is u
 CHUNK = 2**17  # elements of plain torch's temporaries, times threads: a core's cache holds four
 
@@ -76,12 +84,18 @@ def _sigmoid_2z(x):
     return tl.sigmoid(x * _SLOPE * (x * x * _CUBIC + 1))
 
 
+@triton.jit
+def _share(x, EXACT: tl.constexpr):
+    """What GELU lets through of x."""
+    return 0.5 * (1 + tl.erf(x * _SQRT_HALF)) if EXACT else _sigmoid_2z(x)
+
+
 @triton.jit(do_not_specialize=SHARED_OUT)
 def _fwd_kernel(
     h_ptr, bias_ptr,  # (N, F), (F,); of two halves (N, 2 F), (2 F,)
     u_ptr,            # (N, F)
     N, F, rows_per_program,
-    HALVES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    HALVES: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     cols, first, last = _columns(N, F, rows_per_program, BLOCK_F)
     bias = _load_bias(bias_ptr, cols, cols < F)
@@ -98,7 +112,7 @@ def _fwd_kernel(
             b = _load(h_ptr + h_at + F, mask) + bias_b
             u = x * tl.sigmoid(x) * b
         else:
-            u = x * _sigmoid_2z(x)
+            u = x * _share(x, EXACT)
         tl.store(u_ptr + at, u, mask=mask)
 
 
@@ -107,7 +121,7 @@ def _bwd_kernel(
     h_ptr, du_ptr, bias_ptr,   # (N, F), (N, F), (F,); of the halves twice as wide
     dh_ptr, u_ptr, dbias_ptr,  # (N, F), (N, F), (splits, F)
     N, F, rows_per_program,
-    HALVES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    HALVES: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     cols, first, last = _columns(N, F, rows_per_program, BLOCK_F)
     bias = _load_bias(bias_ptr, cols, cols < F)
@@ -133,9 +147,13 @@ def _bwd_kernel(
             dbias_b += tl.sum(db, axis=0)[None, :]
             tl.store(dh_ptr + h_at + F, db, mask=mask)
         else:
-            s = _sigmoid_2z(x)
-            # from left to right: x * s * (1 - s) is 0 before x * x can be large
-            dh = du * (s + x * s * (1 - s) * (_SLOPE + x * x * (3 * _CUBIC * _SLOPE)))
+            s = _share(x, EXACT)
+            if EXACT:
+                slope = x * tl.exp(-0.5 * x * x) * _DENSITY
+            else:
+                # from left to right: x * s * (1 - s) is 0 before x * x can be large
+                slope = x * s * (1 - s) * (_SLOPE + x * x * (3 * _CUBIC * _SLOPE))
+            dh = du * (s + slope)
         dbias += tl.sum(dh, axis=0)[None, :]
         tl.store(dh_ptr + h_at, dh, mask=mask)
         if u_ptr is not None:
@@ -170,6 +188,17 @@ def _sigmoid_2z_torch(x: Tensor, x2: Tensor, s: Tensor) -> Tensor:
     return torch.addcmul(x, x, x2, value=CUBIC, out=s).mul_(SLOPE).sigmoid_()
 
 
+def _gelu_exact_torch(x: Tensor, s: Tensor) -> Factors:
+    return x, torch.mul(x, math.sqrt(0.5), out=s).erf_().add_(1).mul_(0.5)
+
+
+def _gelu_exact_gradient_torch(x: Tensor, du: Tensor, dx: Tensor, s: Tensor) -> Factors:
+    torch.mul(x, x, out=dx).mul_(-0.5).exp_().mul_(x)
+    _gelu_exact_torch(x, s)
+    torch.add(s, dx, alpha=DENSITY, out=dx).mul_(du)
+    return x, s
+
+
 def _swiglu_torch(x: Tensor) -> Factors:
     a, b = x.chunk(2, dim=1)
     return torch.ops.aten.silu_(a), b
@@ -191,11 +220,15 @@ class Activation(NamedTuple):
     backward: Share
     forward_torch: Callable
     backward_torch: Callable
+    exact: bool = False  # whether GELU is not its tanh form
 
 
 GELU = Activation(1, Share(4, 88, 1), Share(2, 96, 2), _gelu_torch, _gelu_gradient_torch)
+GELU_EXACT = Activation(
+    1, Share(4, 96, 1), Share(2, 96, 1), _gelu_exact_torch, _gelu_exact_gradient_torch, exact=True
+)
 SWIGLU = Activation(2, Share(4, 64, 0), Share(2, 128, 0), _swiglu_torch, _swiglu_gradient_torch)
-ACTIVATIONS = {"gelu": GELU, "swiglu": SWIGLU}
+ACTIVATIONS = {"gelu": GELU, "gelu_exact": GELU_EXACT, "swiglu": SWIGLU}
 
 # launchers: they write into tensors of their caller
 
@@ -214,7 +247,8 @@ def column_launch(u: Tensor, share: Share) -> tuple[tuple[int, int], int, dict[s
 
 def _forward_triton(activation, h, bias, u):
     grid, rows, options = column_launch(u, activation.forward)
-    _fwd_kernel[grid](h, bias, u, *u.shape, rows, activation.halves, **options)
+    kind = activation.halves, activation.exact
+    _fwd_kernel[grid](h, bias, u, *u.shape, rows, *kind, **options)
 
 
 def _forward_torch(activation, h, bias, u):
@@ -226,7 +260,8 @@ def _forward_torch(activation, h, bias, u):
 def _backward_triton(activation, h, du, bias, dh, u, dbias):
     grid, rows, options = column_launch(du, activation.backward)
     with sums.sums_of_all(len(du), rows, dbias) as (part,):
-        _bwd_kernel[grid](h, du, bias, dh, u, part, *du.shape, rows, activation.halves, **options)
+        kind = activation.halves, activation.exact
+        _bwd_kernel[grid](h, du, bias, dh, u, part, *du.shape, rows, *kind, **options)
 
 
 def _backward_scratch(activation, h, du, bias, dh, u, dbias):
@@ -338,6 +373,21 @@ def gelu(h: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: the gradient is differentiated.
     """
     return _activate("gelu", h, bias, columns="F")
+
+
+def gelu_exact(h: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Add a projection's bias and take GELU as it is, by the error function.
+
+    Args:
+        h:     (..., F)  a matmul's output without its bias: float32, bfloat16 or float16
+        bias:  (F,)      of any of these dtypes, or None
+    Returns:
+        (..., F), dtype of h. The bias is added in float32 and the result rounded once.
+    Raises:
+        ValueError: a shape, dtype or device disagrees.
+        RuntimeError: the gradient is differentiated.
+    """
+    return _activate("gelu_exact", h, bias, columns="F")
 
 
 def swiglu(h: Tensor, bias: Tensor | None = None) -> Tensor:

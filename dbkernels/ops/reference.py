@@ -51,6 +51,10 @@ def gelu(h: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.gelu(biased(h, bias), approximate="tanh")
 
 
+def gelu_exact(h: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.gelu(biased(h, bias))
+
+
 def swiglu(h: Tensor, bias: Tensor | None = None) -> Tensor:
     a, b = biased(h, bias).chunk(2, dim=-1)
     return F.silu(a) * b
@@ -109,7 +113,7 @@ def adaln_layer(
     h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     x = gated_residual(x, F.linear(h, w.out_weight, w.out_bias), gate1).to(x.dtype)
     y = adaln_norm(x, scale2, shift2, norm=norm, eps=eps).to(dtype)
-    activation = {"gelu": gelu, "swiglu": swiglu}[mlp]
+    activation = {"gelu": gelu, "gelu_exact": gelu_exact, "swiglu": swiglu}[mlp]
     h = F.linear(activation(F.linear(y, w.fc1_weight, w.fc1_bias)), w.fc2_weight, w.fc2_bias)
     return gated_residual(x, h, gate2).to(x.dtype)[:, :num_queries]
 

@@ -21,7 +21,7 @@ CONFIG = LayerConfig(dim=D, num_heads=H, mlp_hidden=20, cond_dim=7)
 OPTIONS = [
     LayerConfig(D, H, 20, 7, norm, affine, mlp, qk_norm, bias, eps=0.01)
     for norm, affine, mlp, qk_norm, bias in product(
-        ["layer", "rms"], [False, True], ["gelu", "swiglu"], [False, True], [False, True]
+        ["layer", "rms"], [False, True], ["gelu", "gelu_exact", "swiglu"], *[[False, True]] * 2
     )
 ]
 CHUNKS = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")
@@ -53,7 +53,8 @@ def equations(layer, x, c, rotary):
     h = layer.mlp.fc1((1 + scale2) * layer.norm2(x) + shift2)
     if layer.config.mlp == "swiglu":
         return x + gate2 * layer.mlp.fc2(F.silu(h[..., :20]) * h[..., 20:])
-    return x + gate2 * layer.mlp.fc2(F.gelu(h, approximate="tanh"))
+    approximate = {"gelu": "tanh", "gelu_exact": "none"}[layer.config.mlp]
+    return x + gate2 * layer.mlp.fc2(F.gelu(h, approximate=approximate))
 
 
 def with_gradients(modules, run, x, c, *rest):
@@ -299,7 +300,7 @@ def test_rejects_a_wrong_kind_of_input_by_its_own_name(change, message):
     ("options", "message"),
     [
         ({"norm": "batch"}, "norm must be one of layer, rms, got batch"),
-        ({"mlp": "relu"}, "mlp must be one of gelu, swiglu, got relu"),
+        ({"mlp": "relu"}, "mlp must be one of gelu, gelu_exact, swiglu, got relu"),
         ({"num_heads": 5}, "dim must be a multiple of num_heads, got 12 and 5"),
         (
             {"recompute": "all"},

@@ -173,6 +173,7 @@ ROW_OPS = (
         kept=("h", "gate"),
     ),
     activation("gelu", 1, 2e-6),
+    activation("gelu_exact", 1, 2e-6),
     activation("swiglu", 2, 1e-5),
     # B, T, H, d: one token; halves of 3, 5 and 20 leave idle lanes; the last has several tiles to a
     # program, and the tokens of its programs do not end with a tile or with a sample. Offset 30

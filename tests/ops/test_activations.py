@@ -9,12 +9,12 @@ from implementations import each_implementation
 from ops.raw_calls import assert_calls_stay_within_their_tensors, opcheck_calls
 from ops.row_ops import DTYPES, ROW_OPS_BY_NAME
 
-from dbkernels.ops import activations, gelu, reference, swiglu
+from dbkernels.ops import activations, gelu, gelu_exact, reference, swiglu
 from dbkernels.ops.activations import BACKWARD_OPS, Share, activation_forward, column_launch
 from dbkernels.ops.backend import tile
 from dbkernels.ops.backend.register import use_implementation
 
-WIDTHS = {"gelu": 40, "swiglu": 20}  # of u, where h has 40 columns
+WIDTHS = {"gelu": 40, "gelu_exact": 40, "swiglu": 20}  # of u, where h has 40 columns
 each_activation = pytest.mark.parametrize("name", WIDTHS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -37,8 +37,9 @@ def test_any_number_of_chunks_shares_the_rows(name, dtype, rows, monkeypatch):
 def test_far_from_zero_an_activation_is_the_identity_or_zero(dtype, implementation):
     far = min(torch.finfo(dtype).max, 1e17)  # its square is a number, its cube is none
     h = torch.tensor([[-far, -300, -60, 0, 60, 300, far]], dtype=dtype)
-    u, dh, _ = with_grads(gelu, h, torch.zeros(7), upstream=lambda u: [torch.full_like(*u, 2)])
-    assert torch.equal(u, h.relu()) and dh.tolist() == [[0, 0, 0, 1, 2, 2, 2]]
+    for op in (gelu, gelu_exact):
+        u, dh, _ = with_grads(op, h, torch.zeros(7), upstream=lambda u: [torch.full_like(*u, 2)])
+        assert torch.equal(u, h.relu()) and dh.tolist() == [[0, 0, 0, 1, 2, 2, 2]]
     a = h.clamp(-1e4, 1e4) * 2
     h = torch.cat([a, torch.full_like(a, 3)], 1)
     u, dh, _ = with_grads(swiglu, h, torch.zeros(14), upstream=lambda u: [torch.full_like(*u, 2)])

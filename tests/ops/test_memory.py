@@ -216,12 +216,14 @@ def calls_on_gpu(samples, tokens, op_names, *, backward=True, recompute="none", 
         (2 * CHUNK, [CHUNK] * 2, "gelu_fwd", {"recompute": "mlp", "bias": False}),
         (8 * CHUNK, [2 * CHUNK] * 4, "gelu_fwd", {"recompute": "mlp", "bias": False}),
         (4, [4], "swiglu_fwd", {"recompute": "mlp", "mlp": "swiglu"}),
+        # no matmul of a GPU gives it
+        (4, [4], "gelu_exact_fwd", {"recompute": "mlp", "mlp": "gelu_exact"}),
         (4, [4], "gelu_fwd", {"recompute": "mlp", "dtypes": (F32,) * 3}),
         (4, [4], "gelu_fwd", {"recompute": "mlp", "dtypes": (torch.float16,) * 3}),
     ],
 )
 def test_an_mlp_on_a_gpu_has_chunks_that_leave_the_peak_where_it_is(tokens, sizes, op, options):
-    names = ("gelu_fwd", "swiglu_fwd", "_addmm_activation")
+    names = ("gelu_fwd", "gelu_exact_fwd", "swiglu_fwd", "_addmm_activation")
     options = {"dtypes": (BF16,) * 3, **options}
     assert calls_on_gpu(1, tokens, names, backward=False, **options) == [(op, n) for n in sizes]
 

@@ -288,7 +288,7 @@ def rejected():
                 yield op.name, "shift", torch.Tensor.clone, rf"{one}.*, 1\) and torch.* \(40, 1\)"
                 yield op.name, "shift", lambda a: a[:, None].expand(-1, 9, -1), sizes
         if op.make is projected:
-            width = {"gelu": "F", "swiglu": "2 F"}[op.name]
+            width = {"gelu": "F", "gelu_exact": "F", "swiglu": "2 F"}[op.name]
             no_h = rf"h must be \(..., {width}\) with F at least 1, got"
             yield op.name, "h", lambda h: h[0, 0, 0], rf"{no_h} \(\)"
             yield op.name, "h", lambda h: h[..., :0], rf"{no_h} \(2, 9, 0\)"

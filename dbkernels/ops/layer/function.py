@@ -107,7 +107,7 @@ def adaln_layer(
         weights:     of one dtype, as `LayerWeights` tells their shapes
         num_heads:   divides D
         rotary:      (2, T, D / num_heads) cosines and sines, float32; None does not rotate
-        mlp:         "gelu" (tanh) or "swiglu"
+        mlp:         "gelu" (tanh), "gelu_exact" or "swiglu"
         norm:        "layer", or "rms", which does not subtract the mean
         eps:         of the norms, in units of x**2
         recompute:   a name of `POLICIES`

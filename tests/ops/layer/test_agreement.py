@@ -34,12 +34,13 @@ def coded(a, b, c, d):
 
 
 BITS = (0, 1)
-OPTIONS = [coded(*word) for word in product(BITS, repeat=4)]
+OPTIONS = [coded(*word) for word in product(BITS, repeat=4)] + [{"mlp": "gelu_exact"}]
 # over both halves of these any choices of any two options meet, over one half each choice is there
 HALVES = [
     [coded(a, b, c, a ^ b) for a, b, c in product(BITS, repeat=3) if b ^ c == half] for half in BITS
 ]
-SHARED = {"qk_norm": False}  # the published ViT's: a condition of each sample
+HALVES[0] += [{"mlp": "gelu_exact", "bias": False}]
+SHARED = {"qk_norm": False, "mlp": "gelu_exact"}  # the published ViT's: of each sample
 EACH = {"mlp": "swiglu", "rotated": True, "per_token": True}
 
 

@@ -16,7 +16,7 @@ POLICIES = "none, attention, mlp, qkv, layer, layer_narrow"
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("mlp", "relu", "mlp must be one of gelu, swiglu, got relu"),
+        ("mlp", "relu", "mlp must be one of gelu, gelu_exact, swiglu, got relu"),
         ("norm", "batch", "norm must be one of layer, rms, got batch"),
         ("recompute", "all", f"recompute must be one of {POLICIES}, got all"),
         ("num_heads", 0, "num_heads must divide D = 24, got 0"),
