@@ -101,6 +101,6 @@ def test_digits_stand_in_the_line_of_their_class():
 
 
 def test_losses_are_stored_as_means_over_neighbouring_steps():
-    assert tool("demo")._means([1.0, 2.0]) == [1.0, 2.0]
-    means = tool("demo")._means([float(step) for step in range(101)])
+    assert tool("demo_train")._means([1.0, 2.0]) == [1.0, 2.0]
+    means = tool("demo_train")._means([float(step) for step in range(101)])
     assert len(means) == 34 and means[:2] == [1.0, 4.0] and means[-1] == 99.5

@@ -42,6 +42,21 @@ def test_the_weighting_follows_the_family_unless_it_is_given(runs, family, autom
         assert config["weighting"] == expected
 
 
+@pytest.mark.parametrize(
+    ("flags", "mean", "least"),
+    [
+        ("vit", -1.2, 0.4),
+        ("vit --mean 0.5", 0.5, 0.4),
+        ("vit --paper", -1.2, 0.002),
+        ("vit --paper --sigma-min 0.1", -1.2, 0.1),
+        ("dit", -1.2, 0.002),
+    ],
+)
+def test_the_prior_is_the_familys_or_the_papers_with_what_is_asked_for(runs, flags, mean, least):
+    prior = json.loads((runs(flags) / "config.json").read_text())["prior"]
+    assert prior == {"mean": mean, "std": 1.2, "sigma_min": least, "sigma_max": 80.0}
+
+
 def test_a_run_goes_on_to_its_end_and_not_with_other_settings(train, runs, tmp_path):
     whole, out = runs("vit --save-every 4"), tmp_path / "out"
     shutil.copytree(whole, out)

@@ -101,9 +101,9 @@ def test_rejects(call, message):
 
 def test_a_family_brings_its_own_process_and_weighting_unless_another_is_given():
     other = LogNormal(mean=0.0)
-    for family, weighting in (("vit", "none"), ("dit", "edm")):
-        own = make_blocks(family)
-        assert (own.process, own.weighting) == (PRIOR, weighting)
+    for family, weighting, least in (("vit", "none", 0.4), ("dit", "edm", 0.002)):
+        own = make_blocks(family, process=None)
+        assert (own.process, own.weighting) == (LogNormal(sigma_min=least), weighting)
         blocks = make_blocks(family, process=other, weighting="published")
         assert (blocks.process, blocks.weighting) == (other, "published")
         assert blocks[0].noise == other.intervals(3)[0]

@@ -35,7 +35,7 @@ def make_blocks(family="vit", num_blocks=3, sharing="joint", dim=16, **settings)
     """Always of the same weights."""
     torch.manual_seed(1)
     model = ViT(replace(VIT, dim=dim)) if family == "vit" else DiT(replace(DIT, dim=dim))
-    return DiffusionBlocks(model, num_blocks, sharing=sharing, **settings)
+    return DiffusionBlocks(model, num_blocks, sharing=sharing, **{"process": PRIOR} | settings)
 
 
 def make_trainer(
