@@ -214,6 +214,8 @@ def run_layers(
 
     Args and result as those of `AdaLNLayer.forward`; a layer may come again. num_queries is
     of the last layer's result: all others compute every token, which the next attends to.
+    A loss may read what stands between two layers, by a hook; gradients may be asked for in any
+    order in which plain torch gives them.
     """
     if not layers:
         return first_tokens(x, num_queries)

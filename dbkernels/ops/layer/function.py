@@ -22,7 +22,7 @@ from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is
 from dbkernels.ops.layer import passes, tensors
 from dbkernels.ops.layer.projection import Gradients, cast
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
-from dbkernels.ops.layer.tensors import LayerCall, LayerOptions, LayerWeights, ResidualStream
+from dbkernels.ops.layer.tensors import LayerCall, LayerOptions, LayerWeights, ResidualStream, Turn
 from dbkernels.settings import check_choice
 
 WEIGHTS, KEPT = len(LayerWeights._fields), len(tensors.Activations._fields)
@@ -37,7 +37,7 @@ class _AdaLNLayer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, options, x, modulation, rotary, *rest):
+    def forward(ctx, options, turn, x, modulation, rotary, *rest):
         weights, run = rest[:WEIGHTS], rest[WEIGHTS:]
         w = LayerWeights(*cast(weights, options.norm.dtype))
         call = LayerCall(x, modulation, rotary, w, options)
@@ -47,7 +47,7 @@ class _AdaLNLayer(torch.autograd.Function):
         ctx.save_for_backward(modulation, rotary, *weights, *kept, *run)
         ctx.mark_non_differentiable(*(branch for branch in (kept.a, kept.m) if branch is not None))
         ctx.set_materialize_grads(False)
-        ctx.options = options
+        ctx.options, ctx.turn = options, turn
         return out, kept.a, kept.m
 
     @staticmethod
@@ -56,17 +56,19 @@ class _AdaLNLayer(torch.autograd.Function):
         needed = ctx.needs_input_grad
         if dout is None:
             return (None,) * len(needed)
-        owned = is_last_to_read()
+        last = is_last_to_read()
+        # a layer after this one may be differentiated later than this, for a loss between layers
+        owned = last and not ctx.turn.is_read()
         modulation, rotary, *saved = ctx.saved_tensors
         weights, saved = LayerWeights(*saved[:WEIGHTS]), saved[WEIGHTS:]
         kept = tensors.Kept(tensors.Activations(*saved[:KEPT]), owned=owned)
         start, *sums = saved[KEPT:]
-        if owned:
+        if last:
             # nothing but kept holds what the forward kept, so each tensor dies with its last use
             ctx.maybe_clear_saved_tensors()
         del saved
         x = tensors.end_of_run(start, sums)
-        wanted = zip(LayerWeights._fields, needed[4:], strict=False)
+        wanted = zip(LayerWeights._fields, needed[5:], strict=False)
         gradients = Gradients(frozenset(n for n, want in wanted if want), weights.qkv_weight.dtype)
         # kept from the forward, the casts would take 2 bytes for each parameter of a block at the
         # peak of its step: to read 4 bytes and write 2 again costs far less than that memory
@@ -75,7 +77,9 @@ class _AdaLNLayer(torch.autograd.Function):
         with dtypes_as_they_are(dout.device.type):
             dx, dmodulation = passes.backward(call, dout.contiguous(), kept, gradients)
         dweights = cast([gradients.sums.get(name) for name in w._fields], gradients.dtype)
-        return None, dx, dmodulation, None, *dweights, *(None,) * (len(needed) - 4 - WEIGHTS)
+        if last:
+            ctx.turn.is_done = True
+        return None, None, dx, dmodulation, None, *dweights, *(None,) * (len(needed) - 5 - WEIGHTS)
 
 
 # public
@@ -132,11 +136,11 @@ def adaln_layer(
     x, modulation = x.contiguous(), checks.as_rows(modulation)
     if modulation.stride(-1) != 1:  # kernels read columns that follow each other
         modulation = modulation.contiguous()
-    run = (x.detach(),) if stream is None else stream.run_to(x)
-    out, a, m = _AdaLNLayer.apply(options, x, modulation, rotary, *weights, *run)
+    run, turn = ((x.detach(),), Turn()) if stream is None else stream.run_to(x)
+    out, a, m = _AdaLNLayer.apply(options, turn, x, modulation, rotary, *weights, *run)
     if stream is not None and options.num_queries is None and out.requires_grad and a is not None:
         mod = tensors.LayerModulation.of(modulation)
-        stream.extend(run, out, mod.gate1, a, mod.gate2, m)
+        stream.extend(run, turn, out, mod.gate1, a, mod.gate2, m)
     return out
 
 

@@ -6,6 +6,7 @@ A layer keeps its branches' outputs a and m for the gradients of its gates, so i
 only the first need keep x. The others compute it again, by the same sums in the same order.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -160,6 +161,24 @@ class Kept(dict[str, Tensor | None]):
         return tensor
 
 
+class Turn:
+    """A layer's call in a run: the layers after it keep its a and m for their own backward.
+
+    Args:
+        earlier:  the calls of the run so far
+    """
+
+    def __init__(self, earlier: tuple["Turn", ...] = ()):
+        self.earlier, self.is_done, self._later = earlier, False, []
+        for turn in earlier:
+            # a graph that nobody holds any more reads nothing
+            turn._later.append(weakref.ref(self))
+
+    def is_read(self) -> bool:
+        """Whether a layer after it still may ask for its a and m."""
+        return any((later := ref()) is not None and not later.is_done for ref in self._later)
+
+
 class ResidualStream:
     """Follows x through a stack of layers, so that not each of them keeps it.
 
@@ -171,16 +190,21 @@ class ResidualStream:
     def __init__(self) -> None:
         self._run: tuple[Tensor, ...] = ()
         self._out: Tensor | None = None
+        self._turns: tuple[Turn, ...] = ()
 
-    def run_to(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The run that leads to x, for `end_of_run`; x alone where the layer has to keep it."""
+    def run_to(self, x: Tensor) -> tuple[tuple[Tensor, ...], Turn]:
+        """The run that leads to x, for `end_of_run`, and the layer's turn in it.
+
+        It is x alone where the layer has to keep it.
+        """
         if self._out is not x or len(self._run) > 1 + 4 * (LENGTH - 1):
-            return (x.detach(),)
-        return self._run
+            return (x.detach(),), Turn()
+        return self._run, Turn(self._turns)
 
-    def extend(self, run: tuple[Tensor, ...], out: Tensor, *sums: Tensor) -> None:
-        """Add a layer: the run that leads to its input, its output, gate1, a, gate2 and m."""
+    def extend(self, run: tuple[Tensor, ...], turn: Turn, out: Tensor, *sums: Tensor) -> None:
+        """Add a layer: what `run_to` gave for its input, its output, gate1, a, gate2 and m."""
         self._run, self._out = (*run, *(t.detach() for t in sums)), out
+        self._turns = (*turn.earlier, turn)
 
 
 def end_of_run(start: Tensor, sums: Sequence[Tensor]) -> Tensor:
