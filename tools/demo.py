@@ -16,12 +16,12 @@ from page import Section, html
 from report_pictures import learning_section
 from report_rows import Row
 from report_tables import about, blocks_text, table_of
-from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from show import rich_table
 from torch import Tensor, nn
 
 from dbkernels import DiffusionBlocks, DiT, Draw, LogNormal, Trainer, ViT, measure_peak, open_data
+from dbkernels.cli.table import plain_console
 from dbkernels.data.augment import drop_labels
 from dbkernels.training.diffusion_blocks import load_weights
 from dbkernels.training.evaluation import frechet_distance
@@ -97,7 +97,7 @@ class Demo:
         write_whole(folder / "demo.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_whole(folder / "report.html", html(TITLE, sections(rows, shown, note)))
         read_so = " ".join(HOW_TO_READ.split()).replace("*", "")
-        Console().print(rich_table(transposed(rows), SHOWN_AS, f"{read_so} {note}"))
+        plain_console().print(rich_table(transposed(rows), SHOWN_AS, f"{read_so} {note}"))
         print(f"report: {folder / 'report.html'}  ({time.time() - begin:.0f} s in all)")
 
     def _train(self, family: str, count: int, progress: Progress) -> tuple[DiffusionBlocks, Row]:
