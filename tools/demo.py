@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from dbkernels.cli.progress import ProgressBar
 from demo_judge import train_classifier
 from demo_train import CLASSES, Job
 from machine import machine
@@ -18,12 +17,13 @@ from page import Section, html
 from report_pictures import learning_section
 from report_rows import Row
 from report_tables import about, blocks_text, table_of
-from rich.console import Console
 from seeds import over_seeds
 from show import rich_table
 from torch import Tensor
 
 from dbkernels import open_data
+from dbkernels.cli.progress import ProgressBar
+from dbkernels.cli.table import plain_console
 from dbkernels.planning.pool import processes
 from dbkernels.whole_file import write_whole
 
@@ -89,7 +89,7 @@ class Demo:
         write_whole(folder / "demo.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_whole(folder / "report.html", html(TITLE, sections(rows, shown, note)))
         read_so = " ".join(HOW_TO_READ.split()).replace("*", "")
-        Console().print(rich_table(transposed(rows), SHOWN_AS, f"{read_so} {note}"))
+        plain_console().print(rich_table(transposed(rows), SHOWN_AS, f"{read_so} {note}"))
         print(f"report: {folder / 'report.html'}  ({time.time() - begin:.0f} s in all)")
 
     def _jobs(self) -> list[Job]:

@@ -197,10 +197,30 @@ def _read_manifest(path: Path) -> dict:
     body = raw.replace(f'"self":"{manifest.get("self")}",'.encode(), b"", 1)
     if (digest := hashlib.sha256(body).hexdigest()) != manifest.get("self"):
         raise _refusal(path, STATE_FILE, f"sha256 {manifest.get('self')}", digest)
+    if (wrong := _wrong_type(manifest)) is not None:
+        raise _refusal(path, STATE_FILE, f"{wrong} as `save` writes it", "another")
     # a copy under a name of the caller's own is welcome, one under another step's name is not
     if _PUBLISHED.fullmatch(path.name) and _step(path) != manifest["step"]:
         raise _refusal(path, STATE_FILE, f"step {_step(path)}", f"step {manifest['step']}")
     return manifest
+
+
+def _wrong_type(manifest: dict) -> str | None:
+    """What of a manifest is not of the type that it is written with."""
+    files = manifest.get("files")
+    if type(manifest.get("step")) is not int or manifest["step"] < 0:
+        return "step"
+    if not isinstance(manifest.get("state"), dict):
+        return "state"
+    kinds = {"bytes": int, "sha256": str}
+    if not isinstance(files, dict) or not all(
+        re.fullmatch(rf"[A-Za-z0-9_-]+{SUFFIX}", name)
+        and isinstance(entry, dict)
+        and {key: type(value) for key, value in entry.items()} == kinds
+        for name, entry in files.items()
+    ):
+        return "files"
+    return None
 
 
 def _read_file(path: Path, name: str, expected: dict[str, int | str]) -> dict[str, Tensor]:
@@ -209,7 +229,10 @@ def _read_file(path: Path, name: str, expected: dict[str, int | str]) -> dict[st
     for unit, got in _bytes_and_sha256(data).items():
         if got != expected[unit]:
             raise _refusal(path, name, f"{unit} {expected[unit]}", f"{got}")
-    return dict(sorted(safetensors.torch.load(data).items()))
+    try:
+        return dict(sorted(safetensors.torch.load(data).items()))
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise _refusal(path, name, "tensors that can be read", str(error)) from None
 
 
 def _read(path: Path) -> tuple[Tensors, dict]:

@@ -22,6 +22,7 @@ from dbkernels.models.registry import family_of
 from dbkernels.ops.philox import Draw, uniforms
 from dbkernels.settings import check_choice
 from dbkernels.training.partition import Block, partition
+from dbkernels.training.saved import require_tensors
 from dbkernels.training.together import Together
 
 Sharing = Literal["joint", "copies"]
@@ -192,11 +193,9 @@ def load_weights(blocks: DiffusionBlocks, weights: dict[str, Tensor]) -> None:
     Names that `weights` lacks keep their values: a moving average has none of what is frozen.
 
     Raises:
-        ValueError: a name is unknown or a shape differs.
+        ValueError: a name is unknown, or a shape or dtype differs, or a weight is not finite.
     """
     parameters = dict(blocks.named_parameters())
+    require_tensors(weights, parameters, "weights", some=True)
     for name, tensor in weights.items():
-        shape = tuple(parameters[name].shape) if name in parameters else "no such parameter"
-        if shape != tuple(tensor.shape):
-            raise ValueError(f"weight {name} must be {shape}, got {tuple(tensor.shape)}")
         parameters[name].copy_(tensor)

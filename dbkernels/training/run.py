@@ -28,6 +28,7 @@ from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing, load_weights
 from dbkernels.training.log import RunLog
 from dbkernels.training.pending import Row, Rows
+from dbkernels.training.saved import require_tensors
 from dbkernels.training.stop import Stopped, StopSignals
 from dbkernels.training.trainer import Augment, Trainer
 from dbkernels.training.trainer_config import TrainerConfig
@@ -287,6 +288,9 @@ def _load(config: RunConfig, directory: Path, which: str) -> tuple[checkpoint.Te
         path, tensors, state = checkpoint.load_latest(directory / "checkpoints")
     else:
         tensors, state = checkpoint.load(path := Path(which))
+    for name in ("config", "counters"):
+        if not isinstance(state.get(name), dict):
+            raise ValueError(f"{path} must be the checkpoint of a run, got one without {name}")
     saved = _config(state["config"], state.get("version"), path)
     # some settings move no number
     same = {key: getattr(config.trainer, key) for key in PLACEMENT}
@@ -311,6 +315,7 @@ def load_run(
     config = read_config(directory)
     tensors, _ = _load(config, directory, which)
     blocks = config.build(device)
+    require_tensors(tensors.get("model", {}), dict(blocks.named_parameters()), "model")
     load_weights(blocks, tensors["model"])
     if averaged:
         load_weights(blocks, tensors.get("ema", {}))

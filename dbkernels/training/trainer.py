@@ -28,6 +28,7 @@ from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, load_we
 from dbkernels.training.offload.offloader import open_offloader
 from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward, learning_rate
 from dbkernels.training.partition import Block
+from dbkernels.training.saved import require_counters, require_tensors
 from dbkernels.training.trainer_config import Decay, Offload, Order, TrainerConfig
 
 Objective = Callable[[DiffusionBlocks, Block, Batch, Draw], Tensor]
@@ -288,8 +289,12 @@ class Trainer:
         """Go on from what `tensors` and `counters` once gave, bit for bit.
 
         Raises:
-            ValueError: the optimizer is in the backward, and gradients have to be added up.
+            ValueError: they are not what they gave, or the optimizer is in the backward, and
+                gradients have to be added up.
         """
+        require_counters(counters, self.counters())
+        for group, expected in {**{name: {} for name in tensors}, **self.tensors()}.items():
+            require_tensors(tensors.get(group, {}), expected, group)
         size = counters["micro_batch"]
         if self.config.optimizer_in_backward and size < self.config.batch_size:
             raise ValueError(
