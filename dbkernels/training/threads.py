@@ -6,12 +6,51 @@ Beside a busy process one of them may not be running, and a step takes many time
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+
+from dbkernels.ops.philox import Draw
+from dbkernels.training.trainer import Trainer
 
 ROUNDS = 3  # of a step that is short
 LONG = 1.0  # seconds of a step that need not be repeated
 GAIN = 0.9  # of the time, for which it is worth to have more threads
+MOST_THREADS = 1024
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Set torch's number of threads, and the one before again at the end; 0 leaves it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def fastest_for(trainer: Trainer) -> int:
+    """With how many threads the forward and backward of a trainer's largest block are fastest.
+
+    Nothing of the trainer moves. Where its blocks wait elsewhere than in memory, or on a GPU,
+    nothing is tried, and it is torch's own number.
+    """
+    blocks, block = trainer.blocks, max(trainer.blocks, key=lambda block: len(block.layers))
+    parameters = [p for p in blocks.of(block).parameters() if p.requires_grad]
+    most = torch.get_num_threads()
+    elsewhere = trainer.device.type != "cpu" or trainer.config.offload != "none"
+    if most == 1 or elsewhere or not parameters:
+        return most
+    batch = trainer.data.batch(torch.arange(min(trainer.micro_batch.size, len(trainer.data))))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=trainer.config.autocast):
+            loss = trainer.objective(blocks, block, batch, Draw(0, step=0))
+        # into no parameter, where an optimizer in the backward would find it
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    return fastest_threads(step)
 
 
 def fastest_threads(step: Callable[[], object]) -> int:
