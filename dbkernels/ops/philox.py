@@ -132,6 +132,11 @@ class Draw:
         seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed
         return seed, self._step_on(device), self.sample
 
+    def nth(self, index: int) -> "Draw":
+        """The draw of a part of the step, such as a layer: of a seed of its own."""
+        seed = stream_seed(self.seed - 2**64 if self.seed >= 2**63 else self.seed, index)
+        return Draw(seed, self.step, self.sample)
+
     def _step_on(self, device: torch.device | str | None) -> Tensor:
         if not isinstance(self.step, Tensor):
             # filled where it lies: nothing is copied, and no one waits
@@ -190,9 +195,9 @@ def _multiply(x, multiplier: int) -> tuple:
     return hi, product
 
 
-def normals_at(sample: Tensor, group: Tensor, step_words, key_words) -> Tensor:
-    """Normals (B, 4 G) float32 of samples (B, 1) and groups (G,) of four elements, both int64."""
-    words = philox(group, sample, *step_words, *key_words)
+def normals_at(group: Tensor, sample: Tensor, *words: int | Tensor) -> Tensor:
+    """Normals (B, 4 G) float32 of groups (G,) of four elements and samples (B, 1), both int64."""
+    words = philox(group, sample, *words)
     shape = (*words[0].shape, NORMALS)
     normals = torch.empty(shape, dtype=torch.float32, device=group.device)
     for first in (0, 2):
@@ -207,8 +212,16 @@ def noise_chunks(
     draw: DrawArguments, B: int, elements: int, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Rows, columns and float32 normals, the caller's to write over, until all are done."""
+    for rows, cols, *counter in counter_chunks(draw, B, elements, noise_tile.NOISE, device):
+        yield rows, cols, normals_at(*counter)[:, : cols.stop - cols.start]
+
+
+def counter_chunks(
+    draw: DrawArguments, B: int, elements: int, stream: int, device: torch.device
+) -> Iterator[tuple]:
+    """Rows, columns and what `philox` takes for four elements each, until all are done."""
     seed, step, sample = draw
-    words = counter_words(step, noise_tile.NOISE), key_words(seed)
+    words = *counter_words(step, stream), *key_words(seed)
     rows = max(CHUNK // max(elements, 1), 1)
     for first in range(0, B, rows):
         last = min(first + rows, B)
@@ -216,8 +229,7 @@ def noise_chunks(
         for start in range(0, elements, CHUNK):
             end = min(start + CHUNK, elements)
             group = torch.arange(start // NORMALS, -(-end // NORMALS), device=device)
-            normals = normals_at(index, group, *words)[:, : end - start]
-            yield slice(first, last), slice(start, end), normals
+            yield slice(first, last), slice(start, end), group, index, *words
 
 
 def sizes(z0: Tensor) -> tuple[int, int]:
