@@ -211,9 +211,20 @@ def normals_at(group: Tensor, sample: Tensor, *words: int | Tensor) -> Tensor:
 def noise_chunks(
     draw: DrawArguments, B: int, elements: int, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, columns and float32 normals, the caller's to write over, until all are done."""
-    for rows, cols, *counter in counter_chunks(draw, B, elements, noise_tile.NOISE, device):
-        yield rows, cols, normals_at(*counter)[:, : cols.stop - cols.start]
+    """Rows, columns and float32 normals, the caller's to write over, until all are done.
+
+    They are drawn by whatever draws `normals`, whose last bits depend on it: plain torch that works
+    in float64 beside compiled code has the same.
+    """
+    seed, step, sample = draw
+    size = max(CHUNK // max(elements, 1), 1)
+    for first in range(0, B, size):
+        rows = slice(first, min(first + size, B))
+        noise = torch.empty((rows.stop - first, elements), dtype=torch.float32, device=device)
+        _forward_op(noise, seed, step, sample + first)
+        for start in range(0, elements, CHUNK):
+            cols = slice(start, min(start + CHUNK, elements))
+            yield rows, cols, noise[:, cols]
 
 
 def counter_chunks(
@@ -293,8 +304,9 @@ def _forward_triton(normals, *draw):
 
 
 def _forward_torch(normals, *draw):
-    for rows, cols, noise in noise_chunks(draw, *normals.shape, normals.device):
-        normals[rows, cols] = noise
+    stream, device = noise_tile.NOISE, normals.device
+    for rows, cols, *counter in counter_chunks(draw, *normals.shape, stream, device):
+        normals[rows, cols] = normals_at(*counter)[:, : cols.stop - cols.start]
 
 
 def _uniform_triton(uniforms, *draw):
@@ -335,9 +347,10 @@ def normals(draw: Draw, B: int, elements: int, device: torch.device | str | None
         draw:      names it
         B:         number of samples
         elements:  of each sample
-        device:    of the result; it does not change a number by more than rounding
+        device:    of the result; its logarithm and cosine are its own, as compiled code's, Triton's
+                   and plain torch's are, so a number may differ by 6e-7 of its pair's length
     Returns:
-        (B, elements) float32.
+        (B, elements) float32, the noise of every op on that device, in float64 too.
     Raises:
         ValueError: the draw has not that many samples or elements, or its step is elsewhere.
     """
