@@ -101,10 +101,10 @@ inline void pairs_of_normals(const uint32_t* __restrict__ x0, const uint32_t* __
   for (int64_t g = 0; g < groups; ++g) pair_of_normals(x0[g], x1[g], n0[g], n1[g]);
 }
 
-// Normals of a tile of row b; `start` is a multiple of 4, and y a whole tile.
-inline void normal_tile(const Draw& draw, const NoiseTile& tile, float* __restrict__ y) {
-  alignas(64) uint32_t words[NORMALS][TILE / NORMALS];
-  alignas(64) float normals[NORMALS][TILE / NORMALS];
+using TileWords = uint32_t[NORMALS][TILE / NORMALS];
+
+// Words of a tile of row b; `start` is a multiple of 4. How many groups there are, a few too many.
+inline int64_t word_tile(const Draw& draw, const NoiseTile& tile, TileWords& words) {
   const int64_t groups = (tile.count + FILL - 1) / FILL * GROUPS;
   const uint32_t c1 = draw.sample + static_cast<uint32_t>(tile.b);
   const Lanes c0 = Lanes{0, 2, 4, 6} + static_cast<uint64_t>(tile.start / NORMALS);
@@ -116,6 +116,14 @@ inline void normal_tile(const Draw& draw, const NoiseTile& tile, float* __restri
     interleave(even.x2, odd.x2, words[2] + g);
     interleave(even.x3, odd.x3, words[3] + g);
   }
+  return groups;
+}
+
+// Normals of a tile of row b, and y a whole tile.
+inline void normal_tile(const Draw& draw, const NoiseTile& tile, float* __restrict__ y) {
+  alignas(64) TileWords words;
+  alignas(64) float normals[NORMALS][TILE / NORMALS];
+  const int64_t groups = word_tile(draw, tile, words);
   pairs_of_normals(words[0], words[1], groups, normals[0], normals[1]);
   pairs_of_normals(words[2], words[3], groups, normals[2], normals[3]);
   for (int64_t g = 0; g < groups; ++g) {

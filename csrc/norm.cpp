@@ -2,6 +2,7 @@
 #include "norm.h"
 
 #include <cmath>
+#include <limits>
 
 #include "wide.h"
 
@@ -31,7 +32,10 @@ DBK_WIDE Stats statistics(const float* x, int64_t D, float eps, bool centred) {
     mean += sum_of(D, [=](int64_t i) { return x[i] - mean; }) / D;
   }
   const float squares = sum_of(D, [=](int64_t i) { return (x[i] - mean) * (x[i] - mean); });
-  return {mean, 1.0f / std::sqrt(squares / D + eps)};
+  // a variance that overflows would have a rstd of 0, and every row like it a norm of 0
+  const float rstd = std::isinf(squares) ? std::numeric_limits<float>::quiet_NaN()
+                                         : 1.0f / std::sqrt(squares / D + eps);
+  return {mean, rstd};
 }
 
 DBK_WIDE void weight_of(const float* scale, int64_t D, float* weight) {

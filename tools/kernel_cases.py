@@ -105,6 +105,11 @@ def _noise(s: Shapes) -> dict[str, object]:
     }
 
 
+def _dropped(s: Shapes) -> dict[str, object]:
+    told = {"stream": 3, "threshold": 2**29, "scale": 1.25}
+    return {"x": s.tokens(), "y": s.tokens(), **s.draw, **told}
+
+
 @dataclass(frozen=True)
 class Case:
     """One kernel with everything that it can be asked for at once."""
@@ -163,6 +168,7 @@ ENTRIES = [
     Case("softmax_gradient", "grad", _logits, timed=False, **_LOGITS),
     Case("philox", "fwd", _noise, raw="philox_normal", timed=False),
     Case("philox", "uniform", _noise, raw="philox_uniform", timed=False),
+    Case("dropout", "fwd", _dropped, timed=False),
     Case("add_noise", "fwd", _noise, timed=False),
     Case("score_loss", "fwd", _noise, timed=False),
 ]

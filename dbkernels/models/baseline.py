@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from dbkernels.models.compiled import compiled
 from dbkernels.models.layer import AdaLNLayer
 from dbkernels.ops import reference
+from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
 Baseline = Literal["stock", "checkpointed", "selective", "compiled"]
@@ -37,12 +38,15 @@ EXPENSIVE = (  # the attention by each name that torch may choose
 )
 
 
-def stock_layer(layer: AdaLNLayer, x: Tensor, c: Tensor, rotary: Tensor | None) -> Tensor:
+def stock_layer(
+    layer: AdaLNLayer, x: Tensor, c: Tensor, rotary: Tensor | None, draw: Draw | None = None
+) -> Tensor:
     """The specification, with the parameters of a layer."""
     # the fused layer's own projection keeps no rounded copy of its weight, as plain torch does
-    modulation = F.linear(F.silu(c), layer.modulation.weight, layer.modulation.bias)
-    parameters = layer.folded(modulation), layer.weights()
-    return reference.adaln_layer(x, *parameters, rotary=rotary, **layer.config.of_op())
+    projected = F.linear(F.silu(c), layer.modulation.weight, layer.modulation.bias)
+    parameters = layer.modulated(projected), layer.weights()
+    told = {**layer.config.of_op(), **layer.dropout(draw)}
+    return reference.adaln_layer(x, *parameters, rotary=rotary, **told)
 
 
 def by_method(
@@ -85,8 +89,12 @@ def use_baseline(model: nn.Module, method: Baseline, *, budget: float = 1.0) -> 
         method:  a name of `BASELINES`
         budget:  as that of `by_method`
     Raises:
-        ValueError: as `by_method`.
+        ValueError: as `by_method`; or the method is compiled and a layer has dropout, whose numbers
+            a compiler would take for constants.
     """
     run = by_method(stock_layer, method, budget=budget)
+    shares = [max(each.config.dropout, each.config.attention_dropout) for each in model.layers]
+    if method == "compiled" and any(shares):
+        raise ValueError(f"dropout must be 0 for compiled, got {max(shares)}")
     for layer in model.layers:
         layer.run = run

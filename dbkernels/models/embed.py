@@ -105,10 +105,14 @@ class NoiseEmbedding(nn.Module):
 
 
 class FinalModulation(nn.Module):
-    """(1 + scale) * x + shift from a condition, without a norm; starts as the identity."""
+    """(1 + scale) * x + shift from a condition, without a norm; starts as the identity.
 
-    def __init__(self, D: int, cond_dim: int):
+    silu says whether silu follows the projection too, as `LayerConfig.silu_modulation`.
+    """
+
+    def __init__(self, D: int, cond_dim: int, *, silu: bool = False):
         super().__init__()
+        self.silu = silu
         self.linear = nn.Linear(cond_dim, 2 * D)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -120,7 +124,8 @@ class FinalModulation(nn.Module):
 
     def parts(self, c: Tensor) -> tuple[Tensor, Tensor]:
         """shift and scale, (B, D) each, for a norm that modulates in the same pass."""
-        return self.linear(F.silu(c)).chunk(2, dim=-1)
+        projected = self.linear(F.silu(c))
+        return (F.silu(projected) if self.silu else projected).chunk(2, dim=-1)
 
 
 @dataclass(frozen=True)

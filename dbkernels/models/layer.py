@@ -1,6 +1,6 @@
 """The AdaLN transformer layer that all families share.
 
-    shift, scale, gate (twice) = chunk6(W silu(c) + b)
+    shift, scale, gate (twice) = chunk6(W silu(c) + b)    or of silu of that
     x = x + gate1 * attention((1 + scale1) * norm(x) + shift1)
     x = x + gate2 * mlp      ((1 + scale2) * norm(x) + shift2)
 
@@ -8,23 +8,29 @@ Peebles & Xie 2023 (arXiv:2212.09748), section 3.2, adaLN-Zero: W and b start at
 layer returns its input. The modules here hold weights; `dbkernels.ops.adaln_layer` runs.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dbkernels.models.as_made import as_made, check_as_made
 from dbkernels.ops.activations import ACTIVATIONS
 from dbkernels.ops.adaln_norm import fold_affine
 from dbkernels.ops.backend import checks
+from dbkernels.ops.dropout import check_share
+from dbkernels.ops.layer.condition import Condition
 from dbkernels.ops.layer.function import adaln_layer
 from dbkernels.ops.layer.projection import linear
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.tensors import LayerWeights, ResidualStream, first_tokens
+from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
+
+BIASED = ("qkv", "out", "fc1", "fc2")  # the projections of the attention and of the MLP
 
 
 @dataclass(frozen=True)
@@ -48,16 +54,41 @@ class LayerConfig:
     half with silu of the other."""
     qk_norm: bool = False
     """RMS norm of queries and keys per head."""
-    bias: bool = True
-    """Whether the attention's and the MLP's projections have one."""
+    bias: bool | tuple[str, ...] = True
+    """Whether the attention's and the MLP's projections have one; or which of them, by the names in
+    BIASED."""
     eps: float = 1e-6
     """Of the norms, in units of x**2."""
     recompute: Recompute = "none"
     """What the backward computes again rather than keep: a key of `dbkernels.ops.POLICIES`."""
+    eps2: float | None = None
+    """Of the norm before the MLP, where it has another; None is eps."""
+    qk_eps: float = 1e-6
+    """Of the norms of queries and keys, in units of their squares."""
+    head_dim: int | None = None
+    """Width of a head; None is dim / num_heads."""
+    silu_modulation: bool = False
+    """Whether silu follows the modulation's projection too, as in the code of arXiv:2506.14202."""
+    dropout: float = 0.0
+    """Share of each branch's output that is left out in training, where a draw is given."""
+    attention_dropout: float = 0.0
+    """Share of the attention's weights that is left out, likewise."""
 
     def of_op(self) -> dict[str, object]:
         """The settings of `dbkernels.ops.adaln_layer`, and of its specification, by name."""
-        return {name: getattr(self, name) for name in ("num_heads", "mlp", "norm", "eps")}
+        names = ("num_heads", "head_dim", "mlp", "norm", "eps", "eps2", "qk_eps")
+        return {name: getattr(self, name) for name in names}
+
+    def has_bias(self, name: str) -> bool:
+        """Whether the projection of a name in BIASED has one."""
+        return self.bias if isinstance(self.bias, bool) else name in self.bias
+
+    @property
+    def attention_width(self) -> int:
+        """Of all heads together."""
+        if self.head_dim is None:
+            return self.dim
+        return self.num_heads * self.head_dim
 
 
 class AdaLNLayer(nn.Module):
@@ -70,23 +101,29 @@ class AdaLNLayer(nn.Module):
     and bias, attention.q_norm and attention.k_norm with weight.
 
     Raises:
-        ValueError: dim is not a multiple of num_heads, or norm, mlp or recompute is unknown.
+        ValueError: dim is not a multiple of num_heads and head_dim is not given, dropout is not in
+            [0, 1), or norm, mlp, recompute or the name of a bias is unknown.
     """
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        if config.dim % config.num_heads:
+        if config.head_dim is None and config.dim % config.num_heads:
             raise ValueError(
                 f"dim must be a multiple of num_heads, got {config.dim} and {config.num_heads}"
             )
         check_choice("recompute", config.recompute, POLICIES)
+        for name in () if isinstance(config.bias, bool) else config.bias:
+            check_choice("bias", name, BIASED)
+        for name in ("dropout", "attention_dropout"):
+            check_share(name, getattr(config, name))
         self.config = config
-        self.norm1, self.norm2 = make_norm(config), make_norm(config)
+        eps2 = config.eps if config.eps2 is None else config.eps2
+        self.norm1, self.norm2 = make_norm(config), make_norm(replace(config, eps=eps2))
         self.attention, self.mlp = Attention(config), MLP(config)
         self.modulation = Projection(config.cond_dim, 6 * config.dim)
         initialise_linear(self.modulation, nn.init.zeros_)
         self._made = as_made(self, ("norm1", "norm2", "attention", "mlp"), KINDS)
-        # (layer, x, c, rotary) -> out in the op's place: of `use_baseline`
+        # (layer, x, c, rotary, draw) -> out in the op's place: of `use_baseline`
         self.run: Callable[..., Tensor] | None = None
 
     def initialise(self, initialise_weight: Callable[[Tensor], object]) -> None:
@@ -102,6 +139,7 @@ class AdaLNLayer(nn.Module):
         rotary: Tensor | None = None,
         stream: ResidualStream | None = None,
         num_queries: int | None = None,
+        draw: Draw | None = None,
     ) -> Tensor:
         """One layer.
 
@@ -109,9 +147,11 @@ class AdaLNLayer(nn.Module):
             x:       (B, T, D)         residual stream
             c:       (B, cond_dim)     condition of each sample, or (B, T, cond_dim) of each token;
                      a B or T of 1 stands for all
-            rotary:  (2, T, D/H)       of `rotary_table`, or None for no rotary positions
+            rotary:  (2, T, d)         of `rotary_table`, or None for no rotary positions
             stream:  of the stack that the layer stands in; see `run_layers`
             num_queries:  1 to T: the first so many tokens' results alone; None is T
+            draw:    names what the configuration's dropout leaves out in training; None leaves
+                     nothing out
         Returns:
             (B, T or num_queries, D), dtype of x.
         Raises:
@@ -121,16 +161,18 @@ class AdaLNLayer(nn.Module):
         check_as_made(self, self._made)
         c = self._condition(x, c)
         if self.run is not None:
-            return first_tokens(self.run(self, x, c, rotary), num_queries)
+            return first_tokens(self.run(self, x, c, rotary, draw), num_queries)
+        of_sample = c.dim() == 2
         return adaln_layer(
             x,
-            self.folded(self.modulation(F.silu(c))),
+            self.modulated(self.modulation(F.silu(c))) if of_sample else self.condition(c),
             self.weights(),
             rotary=rotary,
             recompute=self.config.recompute,
             stream=stream,
             num_queries=num_queries,
             **self.config.of_op(),
+            **self.dropout(draw),
         )
 
     def _condition(self, x: Tensor, c: Tensor) -> Tensor:
@@ -150,14 +192,49 @@ class AdaLNLayer(nn.Module):
             c = c[:, 0]
         return c if len(c) == B else c.expand(B, *c.shape[1:])
 
-    def folded(self, modulation: Tensor) -> Tensor:
-        """(..., 6 D), with the norms' own weights folded in."""
+    def dropout(self, draw: Draw | None) -> dict[str, object]:
+        """What the op is told of dropout: nothing outside of training, or without a draw."""
+        config = self.config
+        if draw is None or not self.training or not (config.dropout or config.attention_dropout):
+            return {}
+        shares = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
+        return {**shares, "draw": draw}
+
+    def condition(self, c: Tensor) -> Condition:
+        """The modulation of a condition of each token (B, T, cond_dim), for the op to make."""
+        of_norms = dict(self._of_norms())
+        own = dict(self.modulation.named_parameters(remove_duplicate=False))
+
+        def modulate(c: Tensor, *parameters: Tensor) -> Tensor:
+            norms = dict(zip(of_norms, parameters[: len(of_norms)], strict=True))
+            given = dict(zip(own, parameters[len(of_norms) :], strict=True))
+            return self.modulated(functional_call(self.modulation, given, (F.silu(c),)), norms)
+
+        return Condition(c, modulate, (*of_norms.values(), *own.values()))
+
+    def _of_norms(self) -> Iterator[tuple[str, Tensor]]:
+        for name, norm in (("norm1", self.norm1), ("norm2", self.norm2)):
+            for kind in ("weight", "bias"):
+                parameter = getattr(norm, kind, None)
+                if parameter is not None:
+                    yield f"{name}.{kind}", parameter
+
+    def modulated(self, projected: Tensor, of_norms: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The modulation (..., 6 D) that its projection gives, with the norms' own weights in it.
+
+        Args:
+            projected:  (..., 6 D)
+            of_norms:   weights and biases of norm1 and norm2 by name; None is the layer's own
+        """
+        if self.config.silu_modulation:
+            projected = F.silu(projected)
         if not self.config.affine:
-            return modulation
-        parts = list(modulation.chunk(6, dim=-1))
-        for first, norm in ((0, self.norm1), (3, self.norm2)):
+            return projected
+        given = dict(self._of_norms()) if of_norms is None else of_norms
+        parts = list(projected.chunk(6, dim=-1))
+        for first, norm in ((0, "norm1"), (3, "norm2")):
             shift, scale = parts[first : first + 2]
-            folded = fold_affine(scale, shift, norm.weight, getattr(norm, "bias", None))
+            folded = fold_affine(scale, shift, given[f"{norm}.weight"], given.get(f"{norm}.bias"))
             parts[first + 1], parts[first] = folded
         return torch.cat(parts, dim=-1)
 
@@ -184,11 +261,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        D, d = config.dim, config.dim // config.num_heads
-        self.qkv = nn.Linear(D, 3 * D, bias=config.bias)
-        self.out = nn.Linear(D, D, bias=config.bias)
+        D, width, eps = config.dim, config.attention_width, config.qk_eps
+        self.qkv = nn.Linear(D, 3 * width, bias=config.has_bias("qkv"))
+        self.out = nn.Linear(width, D, bias=config.has_bias("out"))
         if config.qk_norm:
-            self.q_norm, self.k_norm = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
+            d = width // config.num_heads
+            self.q_norm, self.k_norm = nn.RMSNorm(d, eps=eps), nn.RMSNorm(d, eps=eps)
 
 
 class MLP(nn.Module):
@@ -199,8 +277,8 @@ class MLP(nn.Module):
         super().__init__()
         check_choice("mlp", config.mlp, ACTIVATIONS)
         first = config.mlp_hidden * (2 if config.mlp == "swiglu" else 1)
-        self.fc1 = nn.Linear(config.dim, first, bias=config.bias)
-        self.fc2 = nn.Linear(config.mlp_hidden, config.dim, bias=config.bias)
+        self.fc1 = nn.Linear(config.dim, first, bias=config.has_bias("fc1"))
+        self.fc2 = nn.Linear(config.mlp_hidden, config.dim, bias=config.has_bias("fc2"))
 
 
 def run_layers(
@@ -209,20 +287,22 @@ def run_layers(
     c: Tensor,
     rotary: Tensor | None = None,
     num_queries: int | None = None,
+    draw: Draw | None = None,
 ) -> Tensor:
     """Run layers in order, keeping the residual stream once for several of them.
 
     Args and result as those of `AdaLNLayer.forward`; a layer may come again. num_queries is
-    of the last layer's result: all others compute every token, which the next attends to.
-    A loss may read what stands between two layers, by a hook; gradients may be asked for in any
-    order in which plain torch gives them.
+    of the last layer's result: all others compute every token, which the next attends to. Each
+    place in the order has a draw of its own. A loss may read what stands between two layers, by a
+    hook; gradients may be asked for in any order in which plain torch gives them.
     """
     if not layers:
         return first_tokens(x, num_queries)
-    stream = ResidualStream()
-    for layer in layers[:-1]:
-        x = layer(x, c, rotary, stream)
-    return layers[-1](x, c, rotary, stream, num_queries)
+    stream, last = ResidualStream(), len(layers) - 1
+    for place, layer in enumerate(layers):
+        own = {} if draw is None else {"draw": draw.nth(place)}
+        x = layer(x, c, rotary, stream, *([num_queries] if place == last else []), **own)
+    return x
 
 
 def initialise_linear(linear: nn.Linear, initialise_weight: Callable[[Tensor], object]) -> None:

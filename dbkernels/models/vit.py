@@ -12,6 +12,8 @@ The noisy label takes the place of the class token, and every block embeds the i
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from dbkernels.models.embed import FinalModulation, ImageConfig, Linear, NoiseEm
 from dbkernels.models.family import Presets
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm, run_layers
 from dbkernels.ops.add_noise import add_noise
+from dbkernels.ops.dropout import dropout
 from dbkernels.ops.philox import Draw
 
 
@@ -39,6 +42,19 @@ class ViTConfig(ImageConfig):
     num_classes: int = 100
     affine: bool = True
     """Whether the norms have weights of their own."""
+    mlp: Literal["gelu", "gelu_exact", "swiglu"] = "gelu"
+    """As that of `LayerConfig`."""
+    eps: float = 1e-6
+    """Of the norms, in units of x**2."""
+    silu_modulation: bool = False
+    """Whether silu follows the projection of each modulation too."""
+    dropout: float = 0.0
+    """Share of the first layer's input and of each branch's output that is left out in training."""
+    attention_dropout: float = 0.0
+    """Share of the attention's weights that is left out in training."""
+    truncated_init: bool = False
+    """Whether weights and positions begin with a truncated normal of 0.02: else with Xavier's
+    uniform, and positions as large as normed tokens."""
 
     def resized(self, sizes: dict[str, int]) -> "ViTConfig":
         """With other sizes by field; the MLP keeps its ratio to dim."""
@@ -47,17 +63,39 @@ class ViTConfig(ImageConfig):
         return replace(self, **sizes)
 
 
+# the code of arXiv:2506.14202: a ViT of Hugging Face with AdaLN, whose silu stands on both sides of
+# the condition's projection
+PUBLISHED = {
+    "mlp": "gelu_exact",
+    "eps": 1e-12,
+    "silu_modulation": True,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "truncated_init": True,
+}
 PRESETS = {
     "cifar100": ViTConfig(dim=128, depth=12, num_heads=4, mlp_hidden=3072, cond_dim=21),
     "digits": ViTConfig(
         dim=64, depth=12, num_heads=4, mlp_hidden=256, cond_dim=32,
         image_size=8, patch=2, channels=1, num_classes=10,
     ),
+    "published": ViTConfig(
+        dim=128, depth=12, num_heads=4, mlp_hidden=3072, cond_dim=21, **PUBLISHED
+    ),
 }  # fmt: skip
 
 
 class ViT(Presets, nn.Module):
-    """The classification family: z is (B, dim), a prediction is logits (B, num_classes)."""
+    """The classification family: z is (B, dim), a prediction is logits (B, num_classes).
+
+    The preset "published" computes what the code of arXiv:2506.14202 computes for CIFAR-100, and
+    begins with its weights' distributions. "cifar100" has its sizes, and differs from it as DiT
+    does: no silu after the modulations' projections, GELU in its tanh form, eps of 1e-6, no
+    dropout, and an initialisation that learns sooner.
+
+    Dropout is of the training loss alone, and of a model in training mode: `loss` draws it from the
+    step's draw, `losses` and `denoise` have none.
+    """
 
     presets = PRESETS
     target_parts = ("label_table",)
@@ -69,24 +107,35 @@ class ViT(Presets, nn.Module):
         self.prediction = EDM(config.sigma_data)
         D, tokens = config.dim, (config.image_size // config.patch) ** 2
         sizes = D, config.num_heads, config.mlp_hidden, config.cond_dim
-        layer = LayerConfig(*sizes, affine=config.affine, recompute=config.recompute)
+        layer = LayerConfig(
+            *sizes,
+            affine=config.affine,
+            mlp=config.mlp,
+            eps=config.eps,
+            recompute=config.recompute,
+            silu_modulation=config.silu_modulation,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+        )
         self.label_table = nn.Embedding(config.num_classes, D)
         self.patch = Linear(config.channels * config.patch**2, D)
         self.positions = nn.Parameter(torch.empty(tokens + 1, D, dtype=torch.get_default_dtype()))
         self.condition = NoiseEmbedding(config.cond_dim)
         self.layers = nn.ModuleList(AdaLNLayer(layer) for _ in range(config.depth))
         self.norm = make_norm(layer)
-        self.modulation = FinalModulation(D, config.cond_dim)
+        self.modulation = FinalModulation(D, config.cond_dim, silu=config.silu_modulation)
         self.head = Linear(D, config.num_classes)
         self._initialise()
 
     def _initialise(self) -> None:
+        truncated = partial(nn.init.trunc_normal_, std=0.02)
+        of_weights = truncated if self.config.truncated_init else nn.init.xavier_uniform_
         for layer in self.layers:
-            layer.initialise(nn.init.xavier_uniform_)
-        initialise_linear(self.patch, nn.init.xavier_uniform_)
+            layer.initialise(of_weights)
+        initialise_linear(self.patch, of_weights)
         initialise_linear(self.head, nn.init.zeros_)
         # as large as normed tokens: smaller ones leave a bag of patches for hundreds of steps
-        nn.init.normal_(self.positions)
+        (truncated if self.config.truncated_init else nn.init.normal_)(self.positions)
         nn.init.normal_(self.label_table.weight, std=0.02)
 
     def _unit_table(self) -> Tensor:
@@ -112,20 +161,43 @@ class ViT(Presets, nn.Module):
         self, draw: Draw, level: Tensor, scale: Tensor, layers: Sequence[int], batch: Batch
     ) -> Tensor:
         """Sum of scale (B,) times the cross-entropy of each sample, in nats."""
-        return (scale.float() * self.losses(draw, level, layers, batch)).sum()
+        drops = self.training and (self.config.dropout or self.config.attention_dropout)
+        losses = self._losses(draw, level, layers, batch, draw if drops else None)
+        return (scale.float() * losses).sum()
 
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Cross-entropy of each sample, (B,), in nats."""
+        return self._losses(draw, level, layers, batch, None)
+
+    def _losses(
+        self,
+        draw: Draw,
+        level: Tensor,
+        layers: Sequence[int],
+        batch: Batch,
+        dropped: Draw | None,
+    ) -> Tensor:
         z = add_noise(self.target(batch), *self.prediction.path(level), draw)
-        answer, c = self._answer(z, level, layers, batch)
+        answer, c = self._answer(z, level, layers, batch, dropped)
         return self.cross_entropy(answer, c, z, level, batch["label"])
 
     def _answer(
-        self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch
+        self,
+        z: Tensor,
+        level: Tensor,
+        layers: Sequence[int],
+        batch: Batch,
+        dropped: Draw | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The token that answers, as the last layer left it (B, D), and the condition."""
+        """The token that answers, as the last layer left it (B, D), and the condition.
+
+        dropped names what dropout leaves out; None leaves nothing out.
+        """
         x, c = self.stem(z, level, batch["image"])
-        x = run_layers([self.layers[index] for index in layers], x, c, num_queries=1)
+        if dropped is not None and self.config.dropout:
+            x = dropout(x, self.config.dropout, dropped)
+        some = [self.layers[index] for index in layers]
+        x = run_layers(some, x, c, num_queries=1, draw=dropped)
         return x[:, 0], c
 
     def stem(self, z: Tensor, level: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:

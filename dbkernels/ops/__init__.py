@@ -5,8 +5,10 @@ from dbkernels.ops.adaln_norm import adaln_norm, fold_affine
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.attention import attention
 from dbkernels.ops.backend.register import implementation, use_implementation
+from dbkernels.ops.dropout import dropout
 from dbkernels.ops.gated_adaln_norm import gated_adaln_norm
 from dbkernels.ops.gated_residual import gated_residual
+from dbkernels.ops.layer.condition import Condition
 from dbkernels.ops.layer.function import adaln_layer
 from dbkernels.ops.layer.projection import linear
 from dbkernels.ops.layer.recompute import POLICIES
@@ -18,6 +20,7 @@ from dbkernels.ops.score_loss import score_loss
 
 __all__ = [
     "POLICIES",
+    "Condition",
     "Draw",
     "LayerWeights",
     "ResidualStream",
@@ -25,6 +28,7 @@ __all__ = [
     "adaln_norm",
     "add_noise",
     "attention",
+    "dropout",
     "fold_affine",
     "gated_adaln_norm",
     "gated_residual",

@@ -58,8 +58,15 @@ def _normalise_row(x, D, eps, CENTRED: tl.constexpr, BLOCK_D: tl.constexpr, PIEC
         cols = piece * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
         # lanes past D hold -mean here, which would count towards the variance
         x_centred += (tl.where(cols < D, x[piece] - mean, 0.0),)
-    rstd = 1 / tl.sqrt(tile.mean_row(tile.mul_rows(x_centred, x_centred, PIECES), D, PIECES) + eps)
+    variance = tile.mean_row(tile.mul_rows(x_centred, x_centred, PIECES), D, PIECES)
+    rstd = reciprocal_root(variance, eps)
     return _standardise_row(x_centred, 0.0, rstd), mean, rstd
+
+
+@triton.jit
+def reciprocal_root(variance, eps):
+    """rstd; NaN where the variance overflowed, or rows that large would all have a norm of 0."""
+    return tl.where(variance == float("inf"), float("nan"), 1 / tl.sqrt(variance + eps))
 
 
 @triton.jit
@@ -247,12 +254,18 @@ def backward_torch(branch, dy, dres, x, scale, shift, stats, dx, y, dscale, dshi
 
 
 def normalise(x: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
-    """x_hat, and mean and rstd side by side (..., 2), in at least float32."""
+    """x_hat, and mean and rstd side by side (..., 2), in at least float32.
+
+    Where the variance overflows rstd is NaN: a 0 would be a norm of 0 that no loss tells of.
+    """
     x = x.to(checks.statistics_dtype(x))
     if centred:
         x_hat, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        rstd = rstd.masked_fill(rstd == 0, torch.nan)
+        x_hat.masked_fill_(rstd.isnan(), torch.nan)
     else:
         rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        rstd = rstd.masked_fill(rstd == 0, torch.nan)
         x_hat, mean = x * rstd, torch.zeros_like(rstd)
     return x_hat, torch.cat([mean, rstd], dim=-1)
 

@@ -7,17 +7,31 @@ Vaswani et al. 2017 (arXiv:1706.03762); Dao et al. 2022 (arXiv:2205.14135). The 
 by name, so that a caller decides where out and logsumexp are kept, which is all that the backward
 needs beside q, k and v. On a GPU float32 goes by the memory-efficient kernel, the others by the
 flash kernel; a CPU has one for every dtype.
+
+Those kernels draw a dropout of their own, from a generator. With one by counters, out is
+
+    M * P v,    P = exp(q k^T / sqrt(d) - logsumexp),    M_ij = 0 or 1 / (1 - p)
+
+in plain torch, for a few samples at a time, and the backward computes P and draws M again:
+
+    dv = (M * P)^T dout,    dS = P * (M * (dout v^T) - sum_d dout * out)
+    dq = dS k / sqrt(d),    dk = dS^T q / sqrt(d)
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from dbkernels.ops.backend import checks
+from dbkernels.ops.dropout import Dropout, drop
 
 _aten = torch.ops.aten
 
 MAX_HEAD_DIM = 256  # of the flash kernel
 ALIGNMENT = 8  # of its heads, in elements: 16 bytes of bfloat16
+PAIRS = 2**22  # of queries and keys, whose weights plain torch holds at a time
+PLACE = 0  # of the weights' mask among those of a layer
 
 # allocation and autograd
 
@@ -67,6 +81,71 @@ def attention_backward(
 
 def _by_head(x: Tensor, H: int) -> Tensor:
     return x.view(*x.shape[:2], H, -1).transpose(1, 2)
+
+
+# with dropout of the weights
+
+
+def dropped_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, dropout: Dropout
+) -> tuple[Tensor, Tensor]:
+    """`attention_forward`, with some of its weights left out."""
+    B, H, N, d = q.shape
+    out = q.new_empty((B, N, H * d))
+    logsumexp = q.new_empty((B, H, N), dtype=checks.statistics_dtype(q))
+    for some, own in _few(q, k, dropout):
+        scores = _scores(q[some], k[some])
+        logsumexp[some] = scores.logsumexp(-1)
+        weights = scores.sub_(logsumexp[some][..., None]).exp_()
+        attended = _without(weights, own) @ v[some].to(weights.dtype)
+        out[some] = attended.transpose(1, 2).flatten(2).to(out.dtype)
+    return out, logsumexp
+
+
+def dropped_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    dropout: Dropout,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention_backward` of `dropped_attention_forward`."""
+    dq, dk, dv = (
+        t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])).transpose(1, 2)
+        for t in (q, k, v)
+    )
+    dtype, scale = logsumexp.dtype, q.shape[-1] ** -0.5
+    for some, own in _few(q, k, dropout):
+        weights = _scores(q[some], k[some]).sub_(logsumexp[some][..., None]).exp_()
+        upstream, of_out = (_by_head(t[some], q.shape[1]).to(dtype) for t in (dout, out))
+        dv[some] = (_without(weights, own).mT @ upstream).to(dv.dtype)
+        dscores = _without(upstream @ v[some].to(dtype).mT, own)
+        dscores = dscores.sub_((upstream * of_out).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
+        dq[some] = (dscores @ k[some].to(dtype)).to(dq.dtype)
+        dk[some] = (dscores.mT @ q[some].to(dtype)).to(dk.dtype)
+    return dq, dk, dv
+
+
+def _few(q: Tensor, k: Tensor, dropout: Dropout) -> Iterator[tuple[slice, Dropout]]:
+    """A few samples, and what they leave out, until all are done."""
+    B, H, N, _ = q.shape
+    size = max(PAIRS // max(H * N * k.shape[2], 1), 1)
+    for start in range(0, B, size):
+        yield slice(start, min(start + size, B)), dropout.after(start)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    dtype = checks.statistics_dtype(q)
+    return (q.to(dtype) @ k.to(dtype).mT).mul_(q.shape[-1] ** -0.5)
+
+
+def _without(weights: Tensor, dropout: Dropout) -> Tensor:
+    """(B, H, N, T) without what is left out; a query has the same, however many there are."""
+    # a copy even where one head leaves nothing to reorder: the weights are read again
+    by_query = weights.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return drop(by_query, dropout.attention, dropout.draw, PLACE, out=by_query).transpose(1, 2)
 
 
 class _Attention(torch.autograd.Function):

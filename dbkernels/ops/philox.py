@@ -132,6 +132,11 @@ class Draw:
         seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed
         return seed, self._step_on(device), self.sample
 
+    def nth(self, index: int) -> "Draw":
+        """The draw of a part of the step, such as a layer: of a seed of its own."""
+        seed = stream_seed(self.seed - 2**64 if self.seed >= 2**63 else self.seed, index)
+        return Draw(seed, self.step, self.sample)
+
     def _step_on(self, device: torch.device | str | None) -> Tensor:
         if not isinstance(self.step, Tensor):
             # filled where it lies: nothing is copied, and no one waits
@@ -190,9 +195,9 @@ def _multiply(x, multiplier: int) -> tuple:
     return hi, product
 
 
-def normals_at(sample: Tensor, group: Tensor, step_words, key_words) -> Tensor:
-    """Normals (B, 4 G) float32 of samples (B, 1) and groups (G,) of four elements, both int64."""
-    words = philox(group, sample, *step_words, *key_words)
+def normals_at(group: Tensor, sample: Tensor, *words: int | Tensor) -> Tensor:
+    """Normals (B, 4 G) float32 of groups (G,) of four elements and samples (B, 1), both int64."""
+    words = philox(group, sample, *words)
     shape = (*words[0].shape, NORMALS)
     normals = torch.empty(shape, dtype=torch.float32, device=group.device)
     for first in (0, 2):
@@ -206,9 +211,28 @@ def normals_at(sample: Tensor, group: Tensor, step_words, key_words) -> Tensor:
 def noise_chunks(
     draw: DrawArguments, B: int, elements: int, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, columns and float32 normals, the caller's to write over, until all are done."""
+    """Rows, columns and float32 normals, the caller's to write over, until all are done.
+
+    They are drawn by whatever draws `normals`, whose last bits depend on it: plain torch that works
+    in float64 beside compiled code has the same.
+    """
     seed, step, sample = draw
-    words = counter_words(step, noise_tile.NOISE), key_words(seed)
+    size = max(CHUNK // max(elements, 1), 1)
+    for first in range(0, B, size):
+        rows = slice(first, min(first + size, B))
+        noise = torch.empty((rows.stop - first, elements), dtype=torch.float32, device=device)
+        _forward_op(noise, seed, step, sample + first)
+        for start in range(0, elements, CHUNK):
+            cols = slice(start, min(start + CHUNK, elements))
+            yield rows, cols, noise[:, cols]
+
+
+def counter_chunks(
+    draw: DrawArguments, B: int, elements: int, stream: int, device: torch.device
+) -> Iterator[tuple]:
+    """Rows, columns and what `philox` takes for four elements each, until all are done."""
+    seed, step, sample = draw
+    words = *counter_words(step, stream), *key_words(seed)
     rows = max(CHUNK // max(elements, 1), 1)
     for first in range(0, B, rows):
         last = min(first + rows, B)
@@ -216,8 +240,7 @@ def noise_chunks(
         for start in range(0, elements, CHUNK):
             end = min(start + CHUNK, elements)
             group = torch.arange(start // NORMALS, -(-end // NORMALS), device=device)
-            normals = normals_at(index, group, *words)[:, : end - start]
-            yield slice(first, last), slice(start, end), normals
+            yield slice(first, last), slice(start, end), group, index, *words
 
 
 def sizes(z0: Tensor) -> tuple[int, int]:
@@ -281,8 +304,9 @@ def _forward_triton(normals, *draw):
 
 
 def _forward_torch(normals, *draw):
-    for rows, cols, noise in noise_chunks(draw, *normals.shape, normals.device):
-        normals[rows, cols] = noise
+    stream, device = noise_tile.NOISE, normals.device
+    for rows, cols, *counter in counter_chunks(draw, *normals.shape, stream, device):
+        normals[rows, cols] = normals_at(*counter)[:, : cols.stop - cols.start]
 
 
 def _uniform_triton(uniforms, *draw):
@@ -323,9 +347,10 @@ def normals(draw: Draw, B: int, elements: int, device: torch.device | str | None
         draw:      names it
         B:         number of samples
         elements:  of each sample
-        device:    of the result; it does not change a number by more than rounding
+        device:    of the result; its logarithm and cosine are its own, as compiled code's, Triton's
+                   and plain torch's are, so a number may differ by 6e-7 of its pair's length
     Returns:
-        (B, elements) float32.
+        (B, elements) float32, the noise of every op on that device, in float64 too.
     Raises:
         ValueError: the draw has not that many samples or elements, or its step is elsewhere.
     """

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.ops.adaln_norm import normalise, rms_norm_backward
+from dbkernels.ops.adaln_norm import normalise, reciprocal_root, rms_norm_backward
 from dbkernels.ops.backend import checks, sums
 from dbkernels.ops.backend.register import register
 from dbkernels.ops.backend.tile import LANES, WARPS, tiles_per_program
@@ -75,7 +75,7 @@ def _load_angles(table_ptr, t, mask, T, HEAD_DIM: tl.constexpr, BLOCK_D: tl.cons
 
 @triton.jit
 def _reciprocal_rms(a, b, eps, HEAD_DIM: tl.constexpr):
-    return 1 / tl.sqrt(tl.sum(a * a + b * b, axis=1)[:, None] / HEAD_DIM + eps)
+    return reciprocal_root(tl.sum(a * a + b * b, axis=1)[:, None] / HEAD_DIM, eps)
 
 
 @triton.jit(do_not_specialize=["tokens", "T", "tokens_per_program"])

@@ -1,10 +1,14 @@
 """Every op in plain torch. This file is the specification: kernels are tested against it."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dbkernels.ops.backend.noise_tile import DROPOUT
 from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.ops.philox import Draw, counter_words, key_words, philox, sizes
 
 
 def normalise(x: Tensor, norm: str, eps: float) -> Tensor:
@@ -91,31 +95,62 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights @ v).transpose(1, 2)
 
 
+def dropout(x: Tensor, p: float, draw: Draw, *, place: int = 0) -> Tensor:
+    seed, step, sample = draw.arguments(*sizes(x), x.device)
+    group = torch.arange(-(-sizes(x)[1] // 4), device=x.device)
+    samples = torch.arange(sample, sample + len(x), device=x.device)[:, None]
+    words = philox(group, samples, *counter_words(step, DROPOUT + place), *key_words(seed))
+    words = torch.stack(words, -1).flatten(1)[:, : sizes(x)[1]].view(x.shape)
+    return torch.where(words >= round(p * 2**32), x / (1 - p), 0)
+
+
+def dropped_attention(q: Tensor, k: Tensor, v: Tensor, p: float, draw: Draw) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, d)
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).transpose(1, 2)  # by query
+    return (dropout(weights.contiguous(), p, draw).transpose(1, 2) @ v).transpose(1, 2)
+
+
 def adaln_layer(
     x: Tensor,
     modulation: Tensor,
     weights: LayerWeights,
     *,
     num_heads: int,
+    head_dim: int | None = None,
     rotary: Tensor | None = None,
     mlp: str = "gelu",
     norm: str = "layer",
     eps: float = 1e-6,
+    eps2: float | None = None,
+    qk_eps: float = 1e-6,
     num_queries: int | None = None,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    draw: Draw | None = None,
 ) -> Tensor:
+    leave_out = partial(_leave_out, p=dropout, draw=draw)
     w, dtype = weights, weights.qkv_weight.dtype
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
     y = adaln_norm(x, scale1, shift1, norm=norm, eps=eps).to(dtype)
     qkv = F.linear(y, w.qkv_weight, w.qkv_bias)
-    q, k = qk_norm_rotary(qkv, num_heads, q_weight=w.q_weight, k_weight=w.k_weight, rotary=rotary)
+    norms = {"q_weight": w.q_weight, "k_weight": w.k_weight, "eps": qk_eps}
+    q, k = qk_norm_rotary(qkv, num_heads, **norms, rotary=rotary)
     v = qkv.unflatten(-1, (3, num_heads, -1))[:, :, 2]
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    x = gated_residual(x, F.linear(h, w.out_weight, w.out_bias), gate1).to(x.dtype)
-    y = adaln_norm(x, scale2, shift2, norm=norm, eps=eps).to(dtype)
+    if attention_dropout:
+        h = dropped_attention(q, k, v, attention_dropout, draw).flatten(2)
+    else:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    h = leave_out(F.linear(h, w.out_weight, w.out_bias), place=1)
+    x = gated_residual(x, h, gate1).to(x.dtype)
+    y = adaln_norm(x, scale2, shift2, norm=norm, eps=eps if eps2 is None else eps2).to(dtype)
     activation = {"gelu": gelu, "gelu_exact": gelu_exact, "swiglu": swiglu}[mlp]
     h = F.linear(activation(F.linear(y, w.fc1_weight, w.fc1_bias)), w.fc2_weight, w.fc2_bias)
-    return gated_residual(x, h, gate2).to(x.dtype)[:, :num_queries]
+    return gated_residual(x, leave_out(h, place=2), gate2).to(x.dtype)[:, :num_queries]
+
+
+def _leave_out(h: Tensor, *, p: float, draw: Draw | None, place: int) -> Tensor:
+    return dropout(h, p, draw, place=place) if p else h
 
 
 def linear_cross_entropy(

@@ -14,7 +14,8 @@ from torch import nn
 from dbkernels.models.baseline import stock_layer
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.models.rotary import rotary_table
-from dbkernels.ops import reference
+from dbkernels.ops import POLICIES, reference
+from dbkernels.ops.layer import passes
 
 B, T, D, H = 3, 5, 12, 3
 CONFIG = LayerConfig(dim=D, num_heads=H, mlp_hidden=20, cond_dim=7)
@@ -23,6 +24,13 @@ OPTIONS = [
     for norm, affine, mlp, qk_norm, bias in product(
         ["layer", "rms"], [False, True], ["gelu", "gelu_exact", "swiglu"], *[[False, True]] * 2
     )
+]
+# what only some published layers have
+RARE = [
+    LayerConfig(D, H, 20, 7, affine=True, qk_norm=True, eps=0.01, eps2=0.3, qk_eps=0.2),
+    LayerConfig(D, H, 20, 7, head_dim=6, qk_norm=True, bias=("qkv", "fc2")),
+    LayerConfig(D, H, 20, 7, head_dim=2, affine=True, bias=("out", "fc1"), silu_modulation=True),
+    LayerConfig(D, 5, 20, 7, head_dim=2, bias=()),
 ]
 CHUNKS = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")
 PROJECTIONS = ("attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2")
@@ -35,15 +43,16 @@ def inputs(dtype=torch.float32, *, per_token=False):
     return x, torch.randn((B, T, 7) if per_token else (B, 7), dtype=dtype)
 
 
-def rotary():
-    return rotary_table(torch.arange(T), D // H)
+def rotary(config=CONFIG):
+    return rotary_table(torch.arange(T), config.attention_width // config.num_heads)
 
 
 def equations(layer, x, c, rotary):
     m = F.linear(F.silu(c), layer.modulation.weight, layer.modulation.bias)
+    m = F.silu(m) if layer.config.silu_modulation else m
     shift1, scale1, gate1, shift2, scale2, gate2 = reference.over_tokens(m).chunk(6, dim=-1)
     qkv = layer.attention.qkv((1 + scale1) * layer.norm1(x) + shift1)
-    q, k, v = qkv.unflatten(-1, (3, H, -1)).unbind(2)
+    q, k, v = qkv.unflatten(-1, (3, layer.config.num_heads, -1)).unbind(2)
     if layer.config.qk_norm:
         q, k = layer.attention.q_norm(q), layer.attention.k_norm(k)
     if rotary is not None:
@@ -65,17 +74,17 @@ def with_gradients(modules, run, x, c, *rest):
     return out, *torch.autograd.grad(out, [x, c, *nn.ModuleList(modules).parameters()], dout)
 
 
-@pytest.mark.parametrize("config", OPTIONS)
+@pytest.mark.parametrize("config", OPTIONS + RARE)
 def test_a_new_layer_returns_its_input_bitwise(config):
     layer = AdaLNLayer(config)
     x, c = inputs()
-    assert torch.equal(layer(x, c), x) and torch.equal(layer(x, c, rotary()), x)
+    assert torch.equal(layer(x, c), x) and torch.equal(layer(x, c, rotary(config)), x)
 
 
-@pytest.mark.parametrize("config", OPTIONS)
+@pytest.mark.parametrize("config", OPTIONS + RARE)
 def test_agrees_with_the_equations(config):
     layer = randomise(AdaLNLayer(config)).double()
-    for per_token, table in product([False, True], [None, rotary()]):
+    for per_token, table in product([False, True], [None, rotary(config)]):
         args = *inputs(torch.float64, per_token=per_token), table
         runs = layer, partial(equations, layer)
         actual, expected = (with_gradients([layer], run, *args) for run in runs)
@@ -154,6 +163,11 @@ def test_options_add_and_remove_parameters():
     assert shapes(mlp="swiglu") == default | wide
     biases = {f"{name}.bias" for name in PROJECTIONS}
     assert shapes(bias=False) == {n: shape for n, shape in default.items() if n not in biases}
+    some = biases - {"attention.qkv.bias", "mlp.fc2.bias"}
+    told = shapes(bias=("qkv", "fc2"))
+    assert told == {n: shape for n, shape in default.items() if n not in some}
+    wide = {"attention.qkv.weight": (90, 12), "attention.qkv.bias": (90,)}
+    assert shapes(head_dim=10) == default | wide | {"attention.out.weight": (12, 30)}
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -191,6 +205,60 @@ def test_each_policy_reaches_the_op_and_gives_the_same_gradients():
     assert len(set(kept_bytes)) == len(SAME_BITS) == len(EVERY_POLICY) - 1
     for result in results[1:]:
         assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+@pytest.mark.parametrize("config", [FUSED, replace(FUSED, norm="rms", silu_modulation=True)])
+def test_a_condition_of_each_token_is_all_that_low_policies_keep_of_it(config, recompute):
+    layers = [randomise(AdaLNLayer(replace(config, recompute=recompute))) for _ in range(2)]
+    x, c = (t.requires_grad_() for t in inputs(per_token=True))
+    parameters = [p for layer in layers for p in layer.parameters()]
+    kept = saved_bytes(lambda: run_layers(layers, x, c), but=[x, c, *parameters])
+    of_sample = saved_bytes(
+        lambda: run_layers(layers, x, c[:, 0].contiguous()), but=[x, c, *parameters]
+    )
+    if POLICIES[recompute].keeps_modulation:
+        assert kept > of_sample + 2 * 6 * x.nbytes - 2 * B * 6 * D * 4
+    else:
+        # the second layer keeps its own x, which runs of a stack spare the others
+        of_layer = {"layer": 0, "layer_narrow": 0, "qkv": 3}[recompute]
+        small = 2 * B * T * (4 + H) * 4  # statistics
+        assert kept <= (1 + 2 * of_layer) * x.nbytes + small
+
+
+@pytest.mark.parametrize("frozen", [(), ("modulation.weight",), ("modulation.bias", "norm1.bias")])
+@pytest.mark.parametrize("part", [5, 10])
+def test_a_modulation_that_is_computed_again_gives_the_same_gradients(part, frozen, monkeypatch):
+    monkeypatch.setattr(passes, "PART", part)
+    results = []
+    for recompute in ("none", "qkv", "layer"):
+        torch.manual_seed(3)
+        layer = randomise(AdaLNLayer(replace(FUSED, recompute=recompute))).double()
+        seen = []
+        layer.modulation.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        for name in frozen:
+            layer.get_parameter(name).requires_grad_(False)
+        x, c = inputs(torch.float64, per_token=True)
+        leaves = {"c": c.requires_grad_(), **dict(layer.named_parameters())}
+        leaves = {name: t for name, t in leaves.items() if t.requires_grad}
+        out = layer(x, c, rotary())
+        grads = torch.autograd.grad(out.square().sum(), list(leaves.values()))
+        results.append({"out": out, **dict(zip(leaves, grads, strict=True))})
+        assert len(seen) > 1 or recompute == "none"
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_modulation_is_computed_again_in_the_autocast_that_it_was_made_in():
+    grads = []
+    for recompute in ("none", "layer"):
+        torch.manual_seed(3)
+        layer = randomise(AdaLNLayer(replace(FUSED, recompute=recompute)))
+        x, c = inputs(per_token=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(x, c)
+        grads.append(torch.autograd.grad(out.square().sum(), list(layer.parameters())))
+    assert all(map(torch.equal, *grads))
 
 
 def test_hooks_of_the_layer_of_its_condition_and_of_parameters_run():
@@ -301,6 +369,9 @@ def test_rejects_a_wrong_kind_of_input_by_its_own_name(change, message):
     [
         ({"norm": "batch"}, "norm must be one of layer, rms, got batch"),
         ({"mlp": "relu"}, "mlp must be one of gelu, gelu_exact, swiglu, got relu"),
+        ({"bias": ("qkv", "fc3")}, "bias must be one of qkv, out, fc1, fc2, got fc3"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"attention_dropout": -0.1}, r"attention_dropout must be in \[0, 1\), got -0.1"),
         ({"num_heads": 5}, "dim must be a multiple of num_heads, got 12 and 5"),
         (
             {"recompute": "all"},

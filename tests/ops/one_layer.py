@@ -22,13 +22,14 @@ class OneLayer:
     def __init__(
         self,
         B=2, T=5, D=24, H=3, *, hidden=40, mlp="gelu", norm="layer", bias=True, qk_norm=True,
-        rotated=False, per_token=False, dtypes=(torch.float32,) * 3,
+        rotated=False, per_token=False, head_dim=None, dtypes=(torch.float32,) * 3,
     ):  # fmt: skip
         def normal(*shape, std=1.0, mean=0.0):
             return mean + std * torch.randn(shape, dtype=torch.float64)
 
-        first, d = (2 * hidden if mlp == "swiglu" else hidden), D // H
-        shapes = {"qkv": (3 * D, D), "out": (D, D), "fc1": (first, D), "fc2": (D, hidden)}
+        first, d = (2 * hidden if mlp == "swiglu" else hidden), head_dim or D // H
+        shapes = {"qkv": (3 * H * d, D), "out": (D, H * d), "fc1": (first, D), "fc2": (D, hidden)}
+        biases = [f"{name}_bias" for name in (shapes if bias is True else bias or ())]
         weights = {}
         for name, (width, read) in shapes.items():
             weights[f"{name}_weight"] = normal(width, read, std=read**-0.5)
@@ -42,10 +43,12 @@ class OneLayer:
             "modulation": normal(*samples, 6 * D, std=0.5).to(modulation_dtype),
         }
         for name, weight in weights.items():
-            if (bias or "bias" not in name) and (qk_norm or name not in ("q_weight", "k_weight")):
+            has_bias = "bias" not in name or name in biases
+            if has_bias and (qk_norm or name not in ("q_weight", "k_weight")):
                 self.tensors[name] = weight.to(dtype)
         rotary = rotary_table(torch.arange(T), d) if rotated else None
         self.options = {"num_heads": H, "mlp": mlp, "norm": norm, "rotary": rotary}
+        self.options |= {"head_dim": head_dim} if head_dim else {}
 
     @property
     def weights(self):

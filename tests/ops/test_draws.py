@@ -9,7 +9,7 @@ from implementations import each_implementation, thinned
 from ops.noise_inputs import DTYPES, OPS, Tensors, tensors
 from ops.raw_calls import assert_calls_stay_within_their_tensors, opcheck_calls
 
-from dbkernels.ops import philox, score_loss
+from dbkernels.ops import add_noise, philox, score_loss
 from dbkernels.ops.add_noise import _forward_torch as noise_in_torch
 from dbkernels.ops.philox import Draw, normals, uniforms
 from dbkernels.ops.score_loss import _forward_torch as loss_in_torch
@@ -40,6 +40,15 @@ def loss_alone(draw, t):
 @pytest.mark.parametrize("per", ["sample", "token"])
 def test_is_made_of_well_formed_torch_ops(implementation, f, per):
     opcheck_calls(partial(f, Draw(1, 2), tensors((3, 9), per)))
+
+
+@pytest.mark.parametrize("shape", [(3, 33), (2, 2**16 + 5)])
+def test_float64_has_the_bits_of_the_normals_that_anybody_may_look_at(shape):
+    draw, (B, elements) = Draw(5, 6, 7), shape
+    noise, none, one = normals(draw, B, elements).double(), torch.zeros(B), torch.ones(B)
+    assert torch.equal(add_noise(torch.zeros(shape, dtype=torch.float64), none, one, draw), noise)
+    _, losses = score_loss(noise, torch.zeros_like(noise), none, one, draw)
+    assert torch.equal(losses, none.double())
 
 
 @every

@@ -93,9 +93,7 @@ def pairs_by(name, x0, x1, monkeypatch):
         _pair_kernel[(1,)](x0, x1, *pairs, len(x0), BLOCK=triton.next_power_of_2(len(x0)))
         return pairs.T
     monkeypatch.setattr(module, "philox", lambda *counter: (x0[None], x1[None]) * 2)
-    both = module.normals_at(torch.zeros(1, 1), torch.arange(len(x0)), (0, 0), (0, 0)).view(
-        -1, 2, 2
-    )
+    both = module.normals_at(torch.arange(len(x0)), torch.zeros(1, 1), 0, 0, 0, 0).view(-1, 2, 2)
     assert torch.equal(both[:, 0], both[:, 1])
     return both[:, 0]
 
@@ -129,9 +127,9 @@ def _tile_kernel(y_ptr, batch, start, step_ptr, sample, key_low, key_high, BLOCK
 @pytest.mark.parametrize(("draw", "group"), [(DRAWS[1], 2**32 - 4), (Draw(2**63 + 7, 9), 77)])
 def test_normals_at_a_counter_are_those_of_the_formula(draw, group):
     seed, step, sample = draw.arguments(3)
-    words = module.counter_words(step.item(), NOISE), module.key_words(seed)
-    plain = module.normals_at(torch.tensor([[sample + 2]]), group + torch.arange(4), *words)
-    x = philox(group + torch.arange(4), sample + 2, *words[0], *words[1])
+    words = *module.counter_words(step.item(), NOISE), *module.key_words(seed)
+    plain = module.normals_at(group + torch.arange(4), torch.tensor([[sample + 2]]), *words)
+    x = philox(group + torch.arange(4), sample + 2, *words)
     exact = torch.stack([formula(*x[:2]), formula(*x[2:])], 1).flatten()
     assert (plain[0] - exact).abs().max() < 2e-6
     tile = torch.empty(16)

@@ -138,6 +138,33 @@ def test_tokens_do_not_see_each_other_and_what_is_not_finite_stays_in_its_own(ro
     assert all(map(torch.equal, there, clean))
 
 
+HUGE = {  # what a token holds, by the numbers of its columns
+    "past the root of the range": lambda cols: 1e20 * (1 - 2.0 * (cols % 2)),
+    "near the end of the range": lambda cols: 3e38 * (1 - 2.0 * (cols % 3 == 0)),
+    "one column": lambda cols: torch.where(cols == 3, 1e20, 0.5),
+    "inf": lambda cols: torch.where(cols == 3, torch.inf, 0.5),
+    "-inf": lambda cols: torch.where(cols == 5, -torch.inf, -0.5),
+    "nan": lambda cols: torch.where(cols == 0, torch.nan, 1.0),
+}
+
+
+@pytest.mark.parametrize("huge", HUGE)
+def test_at_any_input_a_number_is_right_or_none_in_every_implementation(row_op, huge):
+    for variant in row_op.variants if row_op.make is modulated else row_op.variants[:1]:
+        args, options = row_op.inputs(**variant)
+        args[0][1, 4] = HUGE[huge](torch.arange(args[0].shape[-1]))
+        actual = results(row_op.fused, args, **options)
+        with use_implementation("torch"):
+            plain = results(row_op.fused, args, **options)
+        exact = results(row_op.specification, [a.double() for a in args], **options)
+        for i, (value, other, right) in enumerate(zip(actual, plain, exact, strict=True)):
+            assert torch.equal(value.isfinite(), other.isfinite()), f"result {i}, {variant}"
+            # of a row: what it adds up from is as large as its largest
+            allowed = 1e-4 * (1 + right.abs().nan_to_num(0, 0).amax(-1, keepdim=True))
+            wrong = value.isfinite() & ~((value.double() - right).abs() <= allowed)
+            assert not wrong.any(), f"result {i}, {variant}: {value[wrong]} for {right[wrong]}"
+
+
 def test_arguments_may_have_any_strides(once):
     op, (args, options) = once, once.inputs()
     for strided in STRIDED.values():

@@ -1,11 +1,13 @@
 """Runs that end early: what they leave in their log and checkpoints, and how they go on."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from training.tiny import CPU, assert_same, equal
 
+from dbkernels.models.vit import PUBLISHED
 from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.log import read_log
@@ -67,6 +69,26 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         load_run(RUN, which=str(path), device="cpu")
     (ours, _), (theirs, _) = (checkpoint.load(saved(each)[-1]) for each in (RUN, WHOLE))
     assert ours.keys() == theirs.keys() and all(equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("after", [{}, DISK, {"accumulate": 2}], ids=str)
+def test_a_resumed_run_leaves_out_what_a_whole_one_does(make_config, train, after):
+    def config(**settings):
+        made = make_config("vit", **settings)
+        return replace(made, model=replace(made.model, **PUBLISHED))
+
+    def on_step(row):
+        if row["step"] == 5:
+            raise Interrupted
+
+    whole = train(config(**({} if "offload" in after else after)), "whole")
+    with pytest.raises(Interrupted):
+        train(config(**({} if "offload" in after else after)), save_every=2, on_step=on_step)
+    assert_same(train(config(**after), resume="latest"), whole)
+    plain = config()
+    plain = replace(plain, model=replace(plain.model, dropout=0.0, attention_dropout=0.0))
+    without = train(plain, "plain")
+    assert not equal(dict(without.blocks.named_parameters()), dict(whole.blocks.named_parameters()))
 
 
 def fail(monkeypatch, step, error):

@@ -14,7 +14,8 @@ ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 TURN = 2 * math.pi * 2.0**-32  # radians to one unit of a word
-NOISE, LEVEL = 0, 1  # streams: independent numbers of one step and sample
+# streams: independent numbers of one step and sample; those from DROPOUT on are masks
+NOISE, LEVEL, DROPOUT = 0, 1, 2
 DRAW = ("step_ptr", "sample", "key_low", "key_high")  # a draw as a kernel takes it
 
 # a kernel reads no other kind of global
@@ -70,15 +71,30 @@ def load_step(step_ptr, stream: tl.constexpr):
 @triton.jit
 def noise_tile(batch, start, step_ptr, sample, key_low, key_high, BLOCK: tl.constexpr):
     """Normals of a tile of `tile_of_sample`."""
-    step_low, step_high = load_step(step_ptr, _NOISE)
+    x0, x1, x2, x3 = word_tile(batch, start, step_ptr, sample, key_low, key_high, _NOISE, BLOCK)
+    n0, n1 = pair_of_normals(x0, x1)
+    n2, n3 = pair_of_normals(x2, x3)
+    return in_order(n0, n1, n2, n3, BLOCK)
+
+
+@triton.jit
+def word_tile(
+    batch, start, step_ptr, sample, key_low, key_high,
+    STREAM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The four words of each counter of a tile, (BLOCK / 4,) each."""
+    step_low, step_high = load_step(step_ptr, STREAM)
     # unsigned, where the sum of two words of int32 would overflow
     row = sample.to(tl.uint32) + batch.to(tl.uint32)
     group = (start // 4).to(tl.uint32) + tl.arange(0, BLOCK // 4).to(tl.uint32)
-    x0, x1, x2, x3 = philox_words(
+    return philox_words(
         group, row, step_low, step_high, key_low.to(tl.uint32), key_high.to(tl.uint32)
     )
-    n0, n1 = pair_of_normals(x0, x1)
-    n2, n3 = pair_of_normals(x2, x3)
+
+
+@triton.jit
+def in_order(n0, n1, n2, n3, BLOCK: tl.constexpr):
+    """What four words of a counter gave, by element (BLOCK,)."""
     # the last dimension of a join is its pair: n0, n1, n2, n3 in this order
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (BLOCK,))
 

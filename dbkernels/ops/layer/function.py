@@ -11,6 +11,9 @@ Where a sequence's first tokens alone are read, the others are only keys and val
 and v are all that is computed and kept.
 """
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,10 +22,19 @@ from dbkernels.ops.adaln_norm import NormOptions
 from dbkernels.ops.attention import check_head_width
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
+from dbkernels.ops.dropout import Dropout, check_share
 from dbkernels.ops.layer import passes, tensors
+from dbkernels.ops.layer.condition import (
+    Condition,
+    ConditionGradient,
+    ModulationGradient,
+    autocast_again,
+    rows_of_modulation,
+)
 from dbkernels.ops.layer.projection import Gradients, cast
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.tensors import LayerCall, LayerOptions, LayerWeights, ResidualStream, Turn
+from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
 WEIGHTS, KEPT = len(LayerWeights._fields), len(tensors.Activations._fields)
@@ -30,56 +42,88 @@ WEIGHTS, KEPT = len(LayerWeights._fields), len(tensors.Activations._fields)
 # autograd
 
 
+class _Told(NamedTuple):
+    """What is neither a tensor with a gradient nor of a call."""
+
+    options: LayerOptions
+    modulate: Callable[..., Tensor] | None
+    """Of a condition, where the modulation is computed again from it."""
+    parameters: int
+    """Of the condition's modulation; they follow the weights."""
+    turn: Turn
+    """Of the call in its run."""
+
+
 class _AdaLNLayer(torch.autograd.Function):
     """(out, a, m), the last two None if nothing is kept.
 
-    The run that led to x follows the weights.
+    The modulation is that, or the condition from which it is made. After the weights come the
+    parameters that make it, and the run that led to x.
     """
 
     @staticmethod
-    def forward(ctx, options, turn, x, modulation, rotary, *rest):
-        weights, run = rest[:WEIGHTS], rest[WEIGHTS:]
-        w = LayerWeights(*cast(weights, options.norm.dtype))
-        call = LayerCall(x, modulation, rotary, w, options)
+    def forward(ctx, told, x, modulation, rotary, *rest):
+        options, end = told.options, WEIGHTS + told.parameters
+        weights, parameters, run = rest[:WEIGHTS], rest[WEIGHTS:end], rest[end:]
+        w = LayerWeights(*cast(weights, options.norm1.dtype))
+        call = LayerCall(x, _made_of(told, modulation, parameters), rotary, w, options)
         out, kept = passes.forward(call)
+        scale = None
         if POLICIES[options.recompute].narrow:
-            run = (passes.narrowed(call),)
-        ctx.save_for_backward(modulation, rotary, *weights, *kept, *run)
+            *run, scale = passes.narrowed(call)
+        ctx.save_for_backward(modulation, rotary, *weights, *parameters, *kept, scale, *run)
         ctx.mark_non_differentiable(*(branch for branch in (kept.a, kept.m) if branch is not None))
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.turn = options, turn
+        ctx.told = told
+        ctx.autocast = None if told.modulate is None else autocast_again(x.device)
         return out, kept.a, kept.m
 
     @staticmethod
     def backward(ctx, dout, da, dm):
         checks.refuse_double_backward("adaln_layer")
-        needed = ctx.needs_input_grad
+        needed, (options, modulate, count, turn) = ctx.needs_input_grad, ctx.told
         if dout is None:
             return (None,) * len(needed)
         last = is_last_to_read()
         # a layer after this one may be differentiated later than this, for a loss between layers
-        owned = last and not ctx.turn.is_read()
+        owned = last and not turn.is_read()
         modulation, rotary, *saved = ctx.saved_tensors
         weights, saved = LayerWeights(*saved[:WEIGHTS]), saved[WEIGHTS:]
+        parameters, saved = saved[:count], saved[count:]
         kept = tensors.Kept(tensors.Activations(*saved[:KEPT]), owned=owned)
-        start, *sums = saved[KEPT:]
+        scale, start, *sums = saved[KEPT:]
         if last:
             # nothing but kept holds what the forward kept, so each tensor dies with its last use
             ctx.maybe_clear_saved_tensors()
         del saved
         x = tensors.end_of_run(start, sums)
-        wanted = zip(LayerWeights._fields, needed[5:], strict=False)
+        wanted = zip(LayerWeights._fields, needed[4:], strict=False)
         gradients = Gradients(frozenset(n for n, want in wanted if want), weights.qkv_weight.dtype)
         # kept from the forward, the casts would take 2 bytes for each parameter of a block at the
         # peak of its step: to read 4 bytes and write 2 again costs far less than that memory
-        w = LayerWeights(*cast(weights, ctx.options.norm.dtype))
-        call = LayerCall(x, modulation, rotary, w, ctx.options)
+        w = LayerWeights(*cast(weights, options.norm1.dtype))
+        made_of = _made_of(ctx.told, modulation, parameters)
+        call = LayerCall(x, made_of, rotary, w, options, scale)
+        if modulate is None:
+            dmodulation = ModulationGradient(modulation, len(x))
+        else:
+            end = 4 + WEIGHTS
+            wanted = needed[2], *needed[end : end + count]
+            dmodulation = ConditionGradient(made_of, wanted, ctx.autocast)
         with dtypes_as_they_are(dout.device.type):
-            dx, dmodulation = passes.backward(call, dout.contiguous(), kept, gradients)
+            dx = passes.backward(call, dout.contiguous(), kept, gradients, dmodulation)
         dweights = cast([gradients.sums.get(name) for name in w._fields], gradients.dtype)
         if last:
-            ctx.turn.is_done = True
-        return None, None, dx, dmodulation, None, *dweights, *(None,) * (len(needed) - 5 - WEIGHTS)
+            turn.is_done = True
+        dmodulation, *dparameters = dmodulation.results()
+        grads = None, dx, dmodulation, None, *dweights, *dparameters
+        return *grads, *(None,) * (len(needed) - len(grads))
+
+
+def _made_of(told: _Told, modulation: Tensor, parameters: Sequence[Tensor]) -> Tensor | Condition:
+    if told.modulate is None:
+        return modulation
+    return Condition(modulation, told.modulate, tuple(parameters))
 
 
 # public
@@ -87,17 +131,23 @@ class _AdaLNLayer(torch.autograd.Function):
 
 def adaln_layer(
     x: Tensor,
-    modulation: Tensor,
+    modulation: Tensor | Condition,
     weights: LayerWeights,
     *,
     num_heads: int,
+    head_dim: int | None = None,
     rotary: Tensor | None = None,
     mlp: str = "gelu",
     norm: checks.Norm = "layer",
     eps: float = 1e-6,
+    eps2: float | None = None,
+    qk_eps: float = 1e-6,
     recompute: Recompute = "none",
     stream: ResidualStream | None = None,
     num_queries: int | None = None,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    draw: Draw | None = None,
 ) -> Tensor:
     """Run one AdaLN layer, keeping for its backward what the policy says.
 
@@ -107,63 +157,97 @@ def adaln_layer(
     Args:
         x:           (B, T, D)  residual stream: float32, bfloat16 or float16
         modulation:  (B, 6 D) per sample or (B, T, 6 D) per token: shift, scale and gate of the
-                     attention branch, then of the MLP
+                     attention branch, then of the MLP; or the condition of each token that it is
+                     made of, which policies that keep little keep in its place
         weights:     of one dtype, as `LayerWeights` tells their shapes
-        num_heads:   divides D
-        rotary:      (2, T, D / num_heads) cosines and sines, float32; None does not rotate
+        num_heads:   H
+        head_dim:    d; None is D / H, and then H divides D
+        rotary:      (2, T, d) cosines and sines, float32; None does not rotate
         mlp:         "gelu" (tanh), "gelu_exact" or "swiglu"
         norm:        "layer", or "rms", which does not subtract the mean
         eps:         of the norms, in units of x**2
+        eps2:        of the norm before the MLP; None is eps
+        qk_eps:      of the norms of queries and keys, in units of their squares
         recompute:   a name of `POLICIES`
         stream:      of the stack that this layer stands in: spares most layers keeping x
         num_queries: 1 to T: the first so many tokens' results alone, for which all T are keys and
                      values; None is T. What only others need is neither computed nor kept
+        dropout:     share of each branch's output that is left out, in [0, 1)
+        attention_dropout: share of the attention's weights that is left out; the attention is then
+                     plain torch, a few samples at a time
+        draw:        names what is left out, for `dropout` by its places 0 to 2; nothing of it is
+                     kept. None only without dropout
     Returns:
         (B, T or num_queries, D), dtype of x.
     Raises:
-        ValueError: a shape, dtype or device disagrees, a name is unknown, or num_queries is not
-            from 1 to T.
+        ValueError: a shape, dtype or device disagrees, a name is unknown, num_queries is not from
+            1 to T, or dropout is not in [0, 1) or has no draw.
         RuntimeError: the gradient is differentiated.
     """
     check_choice("mlp", mlp, ACTIVATIONS)
     check_choice("recompute", recompute, POLICIES)
-    dtype = compute_dtype(x, weights.qkv_weight)
-    norms = NormOptions(eps, checks.check_norm(norm), dtype)
-    options = LayerOptions(num_heads, mlp, norms, recompute, num_queries)
-    _check(LayerCall(x, modulation, rotary, weights, options))
+    keeps = POLICIES[recompute].keeps_modulation or torch.compiler.is_compiling()
+    if isinstance(modulation, Condition) and keeps:
+        modulation = modulation.modulation()
+    dtype, centred = compute_dtype(x, weights.qkv_weight), checks.check_norm(norm)
+    norms = (NormOptions(each, centred, dtype) for each in (eps, eps if eps2 is None else eps2))
+    dropped = _dropout(dropout, attention_dropout, draw)
+    options = LayerOptions(num_heads, mlp, *norms, qk_eps, recompute, num_queries, dropped)
+    _check(LayerCall(x, modulation, rotary, weights, options), head_dim)
     if num_queries == x.shape[1]:
         options = options._replace(num_queries=None)
-    x, modulation = x.contiguous(), checks.as_rows(modulation)
-    if modulation.stride(-1) != 1:  # kernels read columns that follow each other
-        modulation = modulation.contiguous()
+    x, modulate, parameters = x.contiguous(), None, ()
+    if isinstance(modulation, Condition):
+        modulation, modulate, parameters = modulation
+        stream = None  # whose runs hold the gates of earlier layers
+    else:
+        modulation = rows_of_modulation(modulation)
     run, turn = ((x.detach(),), Turn()) if stream is None else stream.run_to(x)
-    out, a, m = _AdaLNLayer.apply(options, turn, x, modulation, rotary, *weights, *run)
+    told = _Told(options, modulate, len(parameters), turn)
+    out, a, m = _AdaLNLayer.apply(told, x, modulation, rotary, *weights, *parameters, *run)
     if stream is not None and options.num_queries is None and out.requires_grad and a is not None:
         mod = tensors.LayerModulation.of(modulation)
         stream.extend(run, turn, out, mod.gate1, a, mod.gate2, m)
     return out
 
 
-def _check(call: LayerCall) -> None:
+def _dropout(branches: float, attention: float, draw: Draw | None) -> Dropout | None:
+    check_share("dropout", branches), check_share("attention_dropout", attention)
+    if not branches and not attention:
+        return None
+    if draw is None:
+        raise ValueError(f"draw must be given with dropout {branches} and {attention}, got None")
+    return Dropout(branches, attention, draw)
+
+
+def _check(call: LayerCall, d: int | None) -> None:
     """Shapes, dtypes and devices of one call."""
-    x, modulation, rotary, w, options = call
-    checks.check_floats(x=x, modulation=modulation, rotary=rotary, **w._asdict())
+    x, modulation, rotary, w, options, _ = call
+    of_tokens = isinstance(modulation, Condition)
+    given = {"c": modulation.c} if of_tokens else {"modulation": modulation}
+    checks.check_floats(x=x, **given, rotary=rotary, **w._asdict())
     checks.check_tokens(x=x)
     B, T, D = x.shape
-    if tuple(modulation.shape) not in ((B, 6 * D), (B, T, 6 * D)):
+    if of_tokens and (modulation.c.dim() != 3 or tuple(modulation.c.shape[:2]) != (B, T)):
+        got = tuple(modulation.c.shape)
+        raise ValueError(f"a condition's c must be (B, T, C) = ({B}, {T}, C), got {got}")
+    if not of_tokens and tuple(modulation.shape) not in ((B, 6 * D), (B, T, 6 * D)):
         raise ValueError(
             f"modulation must be (B, 6 D) = ({B}, {6 * D}) or (B, T, 6 D) = ({B}, {T}, {6 * D}), "
             f"got {tuple(modulation.shape)}"
         )
-    if options.num_heads < 1 or D % options.num_heads:
-        raise ValueError(f"num_heads must divide D = {D}, got {options.num_heads}")
-    d = D // options.num_heads
+    H = options.num_heads
+    if H < 1 or (d is None and D % H):
+        raise ValueError(f"num_heads must divide D = {D}, got {H}")
+    d = D // H if d is None else d
+    if d < 1:
+        raise ValueError(f"head_dim must be at least 1, got {d}")
     check_head_width(x.device, d)
     tensors.check_first(options.num_queries, T)
     checks.check_heads(*w.qk_norms, rotary, T, d)
     first, hidden, dtype = len(w.fc1_weight), w.fc2_weight.shape[-1], w.qkv_weight.dtype
     expected = LayerWeights(
-        (3 * D, D), (3 * D,), (D, D), (D,),
+        (3 * H * d, D), (3 * H * d,), (D, H * d), (D,),
         (2 * hidden if options.mlp == "swiglu" else hidden, D), (first,), (D, hidden), (D,),
         (d,), (d,),
     )  # fmt: skip

@@ -8,11 +8,18 @@ from torch import Tensor
 
 from dbkernels.ops.activations import BACKWARD_OPS, activation_forward
 from dbkernels.ops.adaln_norm import adaln_norm_backward, adaln_norm_forward
-from dbkernels.ops.attention import attention_backward, attention_forward
+from dbkernels.ops.attention import (
+    attention_backward,
+    attention_forward,
+    dropped_attention_backward,
+    dropped_attention_forward,
+)
 from dbkernels.ops.backend.checks import statistics_dtype
 from dbkernels.ops.backend.register import runs_as_on_gpu
+from dbkernels.ops.dropout import drop
 from dbkernels.ops.gated_adaln_norm import gated_adaln_norm_backward, gated_adaln_norm_forward
 from dbkernels.ops.gated_residual import gated_residual_backward, gated_residual_forward
+from dbkernels.ops.layer.condition import ConditionGradient, ModulationGradient, rows_of
 from dbkernels.ops.layer.projection import QKV, Gradients, as_rows, project
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.ops.layer.tensors import (
@@ -23,13 +30,13 @@ from dbkernels.ops.layer.tensors import (
     LayerWeights,
     chunks,
     like,
-    rows_of,
 )
 from dbkernels.ops.qk_norm_rotary import qk_norm_rotary_backward, qk_norm_rotary_forward
 
 PART = 4096  # tokens of the samples that run at a time: what they need is little beside the stream
 GPU_PART = 8192  # where only q, k, v and hidden are made again, whose peak is no higher for it
-QK_EPS = 1e-6  # of the norms of queries and keys
+AFTER_ATTENTION, AFTER_MLP = 1, 2  # places of a layer's dropout
+FLOAT16_BITS = 15  # 2**15 is a number of float16, 2**16 is none
 CHUNK = 8192  # tokens: enough of them to fill a GPU with one matmul
 _addmm_gelu = torch.ops.aten._addmm_activation
 
@@ -47,18 +54,27 @@ def forward(call: LayerCall) -> tuple[Tensor, Activations]:
     return out, kept
 
 
-def narrowed(call: LayerCall) -> Tensor:
+def narrowed(call: LayerCall) -> tuple[Tensor, Tensor | None]:
     """x in the dtype of the branches, less what a norm subtracts; x itself if that is no less.
 
-    Around a mean that is large beside the rest, x would lose what the norm makes of it.
+    Around a mean that is large beside the rest, x would lose what the norm makes of it. In float16
+    also by what each token was divided, (B, T, 1), a power of two, or 1 where it fits.
     """
-    x, norm = call.x, call.options.norm
+    x, norm = call.x, call.options.norm1
     if norm.dtype.itemsize >= x.dtype.itemsize:
-        return x
-    kept = torch.empty_like(x, dtype=norm.dtype)
-    for samples, part in call.parts(x.dtype, PART):
-        kept[samples] = part.x - part.x.mean(-1, keepdim=True) if norm.centred else part.x
-    return kept
+        return x, None
+    kept, scale = torch.empty_like(x, dtype=norm.dtype), None
+    if norm.dtype == torch.float16:
+        scale = x.new_empty((*x.shape[:2], 1), dtype=torch.float32)
+    for samples in call.samples(PART):
+        part = x[samples]
+        part = part - part.mean(-1, keepdim=True) if norm.centred else part
+        if scale is not None:
+            exponent = torch.frexp(part.abs().amax(-1, keepdim=True)).exponent
+            scale[samples] = torch.ldexp(scale.new_ones(()), (exponent - FLOAT16_BITS).clamp(min=0))
+            part = part / scale[samples]
+        kept[samples] = part
+    return kept, scale
 
 
 def _write(call: LayerCall, out: Tensor) -> Activations:
@@ -66,14 +82,14 @@ def _write(call: LayerCall, out: Tensor) -> Activations:
     keeps = POLICIES[options.recompute].keeps
     y, stats1 = _first_norm(call)
     qkv = QKV.of(y, w, options.num_queries)
-    attended, logsumexp = attention_forward(*_by_head(call, qkv))
-    a = project(attended, w.out_weight, w.out_bias)
+    attended, logsumexp = _attend(call, _by_head(call, qkv))
+    a = _drop_branch(call, project(attended, w.out_weight, w.out_bias), AFTER_ATTENTION)
 
     # nothing else sees x1, so the layer's output takes its place
     x1 = first.by_sample(out)
     y, stats2 = _second_norm(first, a, x1=x1)
     hidden = y.new_empty((len(as_rows(y)), len(w.fc1_weight))) if "hidden" in keeps else None
-    m = mlp(y, options.mlp, w, hidden=hidden)
+    m = _drop_branch(call, mlp(y, options.mlp, w, hidden=hidden), AFTER_MLP)
     gated_residual_forward(x1, first.by_sample(m), first.mod.gate2, y=x1)
     made = Activations(stats1, *qkv, attended, logsumexp, a, stats2, hidden, m)
     return Activations(*(t if name in keeps else None for name, t in made._asdict().items()))
@@ -82,38 +98,47 @@ def _write(call: LayerCall, out: Tensor) -> Activations:
 def _first_norm(call: LayerCall) -> tuple[Tensor, Tensor]:
     """y1 (B, T, D) and its statistics."""
     mod, x = call.mod, call.by_sample(call.x)
-    y, stats = adaln_norm_forward(call.options.norm, x, mod.scale1, mod.shift1)
+    y, stats = adaln_norm_forward(call.options.norm1, x, mod.scale1, mod.shift1)
     return y.view(call.x.shape), stats
 
 
 def _second_norm(call: LayerCall, a: Tensor, *, x1: Tensor | None) -> tuple[Tensor, Tensor]:
     """y2 (B, T, D) and its statistics; writes x1 where it is given."""
     x, h = map(call.by_sample, (call.x, a))
-    y, stats = gated_adaln_norm_forward(call.options.norm, x, h, *call.mod.between, x1)
+    y, stats = gated_adaln_norm_forward(call.options.norm2, x, h, *call.mod.between, x1)
     return y.view(call.x.shape), stats
 
 
-def backward(call: LayerCall, dout: Tensor, kept: Kept, grads: Gradients) -> tuple[Tensor, Tensor]:
-    """dx (B, T, D) and dmodulation (samples, 6 D).
+def backward(
+    call: LayerCall,
+    dout: Tensor,
+    kept: Kept,
+    grads: Gradients,
+    dmodulation: ModulationGradient | ConditionGradient,
+) -> Tensor:
+    """dx (B, T, D); the gradient of the modulation is added where it belongs.
 
     kept is emptied as it is used up. Without q, k and v, which the widest tensors of the
     attention's backward are made from, a few samples run at a time.
     """
-    if kept["qkv"] is not None:
-        return _at_once(call, dout, kept, grads)
-    B = len(call.x)
-    dx, dmodulation = torch.empty_like(call.x, dtype=dout.dtype), torch.empty_like(call.modulation)
+    B, parts = len(call.x), kept["qkv"] is None
+    if not parts:
+        dx, dmod = _at_once(call, dout, kept, grads)
+        dmodulation.add(slice(0, B), dmod)
+        return dx
+    dx = torch.empty_like(call.x, dtype=dout.dtype)
     size = GPU_PART if kept["a"] is not None and runs_as_on_gpu(dout) else PART
-    for samples, part in call.parts(dout.dtype, size):
+    for samples, part in call.parts(dout.dtype, size, dmodulation.part):
         grads.parts = len(part.x) < B
         own = Activations(*(rows_of(t, samples, B) for t in kept.values()))
-        own, dmod = Kept(own, owned=kept.owned), rows_of(dmodulation, samples, B)
+        own = Kept(own, owned=kept.owned)
         if own["a"] is None:
-            part = part._replace(options=call.options._replace(recompute="none"))
+            part = part._replace(options=part.options._replace(recompute="none"))
             own = Kept(forward(part)[1], owned=True)
-        dx[samples], dmod[:] = _at_once(part, dout[samples], own, grads)
+        dx[samples], dmod = _at_once(part, dout[samples], own, grads)
+        dmodulation.add(samples, dmod)
     kept.clear()
-    return dx, dmodulation
+    return dx
 
 
 def _at_once(call: LayerCall, dout: Tensor, kept: Kept, grads: Gradients) -> tuple[Tensor, Tensor]:
@@ -140,6 +165,7 @@ def _mlp_backward(
     mod, dmod = call.mod, LayerModulation.of(dmodulation)
     dout, dm = rows(dout), kept.buffer(m)
     gated_residual_backward(dout, rows(m), mod.gate2, dh=rows(dm), dgate=dmod.gate2)
+    _drop_branch(call, dm, AFTER_MLP)
     if kept["hidden"] is None:
         y, _ = _second_norm(call, a, x1=None)
     dy, dhidden = mlp_backward(call, dm, y, kept, grads)
@@ -148,7 +174,7 @@ def _mlp_backward(
     dx1 = torch.empty_like(rows(call.x))
     gated_adaln_norm_backward(
         rows(dy), dout, rows(call.x), rows(a), *mod.between, kept.pop("stats2"),
-        dx1, rows(da), y, *dmod.between, call.options.norm.centred,
+        dx1, rows(da), y, *dmod.between, call.options.norm2.centred,
     )  # fmt: skip
     if dhidden is not None:
         grads.add_weight("fc1", dhidden, dy)  # y is written over dy by now
@@ -169,7 +195,7 @@ def _attention_backward(
     adaln_norm_backward(
         dy_rows, dx1 if N is None else None, call.by_sample(call.x), mod.scale1, mod.shift1,
         kept.pop("stats1"), call.by_sample(dx), dy_rows, dmod.scale1, dmod.shift1,
-        call.options.norm.centred,
+        call.options.norm1.centred,
     )  # fmt: skip
     dqkv.add_to(grads, dy)  # y is written over dy by now
     if N is not None:
@@ -187,20 +213,21 @@ def attend_backward(call: LayerCall, da: Tensor, qkv: QKV, kept: Kept, grads: Gr
     reads qkv again. Where the attention was not kept, it is computed again.
     """
     w, rotary = call.weights, call.rotary
+    da = _drop_branch(call, da, AFTER_ATTENTION)
     dqkv = QKV(*(kept.buffer(t) if w.q_weight is None else like(t) for t in qkv))
     by_head = _by_head(call, qkv)
     attended, logsumexp = kept.pop("attended"), kept.pop("logsumexp")
     if attended is None:
-        attended, logsumexp = attention_forward(*by_head)
+        attended, logsumexp = _attend(call, by_head)
     grads.add_weight("out", da, attended)
     grads.add_bias("out", da)
     dattended = project(da, w.out_weight.T)
-    dqkv.write(*attention_backward(dattended, *by_head, attended, logsumexp))
+    dqkv.write(*_attend_backward(call, dattended, *by_head, attended, logsumexp))
     if w.q_weight is None and rotary is None:
         return dqkv
     whole = dqkv.whole()
-    dweights, heads = [like(t) for t in w.qk_norms], call.options.num_heads
-    qk_norm_rotary_backward(whole, qkv.whole(), *w.qk_norms, rotary, *dweights, heads, QK_EPS)
+    dweights, told = [like(t) for t in w.qk_norms], (call.options.num_heads, call.options.qk_eps)
+    qk_norm_rotary_backward(whole, qkv.whole(), *w.qk_norms, rotary, *dweights, *told)
     dqkv.take(whole)
     grads.add("q_weight", dweights[0])
     grads.add("k_weight", dweights[1])
@@ -213,9 +240,32 @@ def _by_head(call: LayerCall, qkv: QKV) -> list[Tensor]:
     q, k, v = qkv.by_head(heads)
     if w.q_weight is None and call.rotary is None:
         return [q, k, v]
-    qk = qk_norm_rotary_forward(qkv.whole(), w.qk_norms, call.rotary, heads, QK_EPS)
+    qk = qk_norm_rotary_forward(qkv.whole(), w.qk_norms, call.rotary, heads, call.options.qk_eps)
     seen, k = qk.permute(2, 0, 3, 1, 4)
     return [seen[:, :, : q.shape[2]], k, v]
+
+
+def _attend(call: LayerCall, by_head: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The attention's result (B, N, H d) and its logsumexp."""
+    dropout = call.options.dropout
+    if dropout is None or not dropout.attention:
+        return attention_forward(*by_head)
+    return dropped_attention_forward(*by_head, dropout)
+
+
+def _attend_backward(call: LayerCall, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dropout = call.options.dropout
+    if dropout is None or not dropout.attention:
+        return attention_backward(*tensors)
+    return dropped_attention_backward(*tensors, dropout)
+
+
+def _drop_branch(call: LayerCall, branch: Tensor, place: int) -> Tensor:
+    """A branch's output (B, N, D), or its gradient, without what is left out, in its place."""
+    dropout = call.options.dropout
+    if dropout is None or not dropout.branches:
+        return branch
+    return drop(branch, dropout.branches, dropout.draw, place, out=branch)
 
 
 def mlp(y: Tensor, mlp: str, w: LayerWeights, *, hidden: Tensor | None) -> Tensor:

@@ -124,15 +124,15 @@ class QKV(NamedTuple):
     """One tensor, or two where only the first N tokens have queries; so are their gradients."""
 
     q: Tensor | None
-    """(B, N, D), or None."""
+    """(B, N, H d), or None."""
     qkv: Tensor
-    """(B, T, 3 D), or keys and values alone (B, T, 2 D)."""
+    """(B, T, 3 H d), or keys and values alone (B, T, 2 H d)."""
 
     def by_head(self, heads: int) -> list[Tensor]:
-        """(B, H, N or T, D / H) each, views."""
+        """(B, H, N or T, d) each, views."""
         there = [t for t in self if t is not None]
-        D = sum(t.shape[-1] for t in there) // 3
-        each = (t.view(*t.shape[:2], t.shape[-1] // D, heads, D // heads) for t in there)
+        width = sum(t.shape[-1] for t in there) // 3
+        each = (t.view(*t.shape[:2], t.shape[-1] // width, heads, width // heads) for t in there)
         return [view for views in each for view in views.permute(2, 0, 3, 1, 4)]
 
     def write(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -143,20 +143,20 @@ class QKV(NamedTuple):
         torch.cat(parts, dim=1, out=as_rows(self.qkv))
 
     def whole(self) -> Tensor:
-        """(B, T, 3 D), with zeros for the queries that are not there."""
+        """(B, T, 3 H d), with zeros for the queries that are not there."""
         if self.q is None:
             return self.qkv
-        _, N, D = self.q.shape
-        whole = torch.nn.functional.pad(self.qkv, (D, 0))
-        whole[:, :N, :D] = self.q
+        _, N, width = self.q.shape
+        whole = torch.nn.functional.pad(self.qkv, (width, 0))
+        whole[:, :N, :width] = self.q
         return whole
 
     def take(self, whole: Tensor) -> None:
         """What was done to `whole`, done here."""
         if self.q is not None:
-            _, N, D = self.q.shape
-            self.q.copy_(whole[:, :N, :D])
-            self.qkv.copy_(whole[..., D:])
+            _, N, width = self.q.shape
+            self.q.copy_(whole[:, :N, :width])
+            self.qkv.copy_(whole[..., width:])
 
     @classmethod
     def of(cls, y: Tensor, w: LayerWeights, num_queries: int | None) -> "QKV":
@@ -182,12 +182,13 @@ class QKV(NamedTuple):
             gradients.add_weight("qkv", self.qkv, y)
             gradients.add_bias("qkv", self.qkv)
             return
-        _, N, D = self.q.shape
+        _, N, width = self.q.shape
         if "qkv_weight" in gradients.wanted:
             # whole from the start: its parts beside it would be the step's highest moment
-            total = y.new_empty((3 * D, D), dtype=checks.statistics_dtype(y))
-            product(as_rows(self.q).T, as_rows(first_tokens(y, N)), total.dtype, out=total[:D])
-            product(as_rows(self.qkv).T, as_rows(y), total.dtype, out=total[D:])
+            total = y.new_empty((3 * width, y.shape[-1]), dtype=checks.statistics_dtype(y))
+            of_q, of_kv = total[:width], total[width:]
+            product(as_rows(self.q).T, as_rows(first_tokens(y, N)), total.dtype, out=of_q)
+            product(as_rows(self.qkv).T, as_rows(y), total.dtype, out=of_kv)
             gradients.add("qkv_weight", total)
         gradients.add_bias("qkv", self.q, self.qkv)
 

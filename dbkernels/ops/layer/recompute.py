@@ -1,14 +1,20 @@
 """What a layer's backward computes again: from most memory to most arithmetic.
 
 A unit is D elements per token in the dtype of the branches. Counts are for a residual stream of
-that dtype and a hidden layer of 4 D; logsumexp and the statistics of two norms add H + 4 float32
-numbers per token where they are kept, and a condition of each token adds its modulation, 6 D.
-Tokens whose result is not asked for count x, k and v alone.
+that dtype, a hidden layer of 4 D and heads as wide together as D; SwiGLU, whose hidden layer is
+twice as wide, adds 4 where it is kept. logsumexp and the statistics of two norms add H + 4 float32
+numbers per token where they are kept. Tokens whose result is not asked for count x, k and v alone.
+
+A condition of each token adds its modulation, 6 D, and the silu of it that its projection read,
+where the modulation is kept. Else it adds nothing but the condition itself, which all layers of a
+stack share; each layer then keeps its own x.
 
 On a CPU all policies give the same bits, except the last one where the stream is wider than the
 branches, as in autocast: it keeps x in the branches' dtype, and its backward runs the layer on
-that. What the norms make of x is rounded to that dtype in any case. On a GPU policies without
-`hidden` take GELU of what bfloat16 has not rounded yet, and sum gradients in other parts.
+that. What the norms make of x is rounded to that dtype in any case. In float16, which ends at
+65504, each token is divided by a power of two, for which it keeps 4 bytes; it is 1 where the token
+fits. On a GPU policies without `hidden` take GELU of what bfloat16 has not rounded yet, and sum
+gradients in other parts.
 """
 
 from dataclasses import dataclass
@@ -31,6 +37,11 @@ class Policy:
     """What the backward computes again, beside norms, modulation and activation."""
     narrow: bool = False
     """Whether x is kept in the dtype of the branches where that is narrower."""
+
+    @property
+    def keeps_modulation(self) -> bool:
+        """Whether the modulation of a condition of each token is kept, not computed again."""
+        return "qkv" in self.keeps
 
 
 _ALL, _NOTHING = frozenset(Activations._fields), frozenset[str]()

@@ -7,27 +7,32 @@ only the first need keep x. The others compute it again, by the same sums in the
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dbkernels.ops.adaln_norm import NormOptions
+from dbkernels.ops.dropout import Dropout
 from dbkernels.ops.gated_residual import gated_residual_forward
+from dbkernels.ops.layer.condition import Condition, rows_of, rows_of_modulation
 
 LENGTH = 4  # layers of a run: the last of n rebuilds x by 2 (n - 1) gated sums
 
 
 class LayerWeights(NamedTuple):
-    """What a layer learns, but for its condition's projection; F is the hidden layer's width."""
+    """What a layer learns, but for its condition's projection.
+
+    F is the hidden layer's width, and H heads of width d are usually, not always, as wide as D.
+    """
 
     qkv_weight: Tensor
-    """(3 D, D), queries first, then keys, then values."""
+    """(3 H d, D), queries first, then keys, then values."""
     qkv_bias: Tensor | None
-    """(3 D,)"""
+    """(3 H d,)"""
     out_weight: Tensor
-    """(D, D)"""
+    """(D, H d)"""
     out_bias: Tensor | None
     """(D,)"""
     fc1_weight: Tensor
@@ -39,9 +44,9 @@ class LayerWeights(NamedTuple):
     fc2_bias: Tensor | None
     """(D,)"""
     q_weight: Tensor | None = None
-    """(D / H,), of the RMS norm of queries; None leaves queries and keys as they are."""
+    """(d,), of the RMS norm of queries; None leaves queries and keys as they are."""
     k_weight: Tensor | None = None
-    """(D / H,), of the RMS norm of keys."""
+    """(d,), of the RMS norm of keys."""
 
     @property
     def qk_norms(self) -> tuple[Tensor | None, Tensor | None]:
@@ -74,10 +79,19 @@ class LayerOptions(NamedTuple):
 
     num_heads: int
     mlp: str
-    norm: NormOptions
+    norm1: NormOptions
+    norm2: NormOptions
+    qk_eps: float
+    """Of the norms of queries and keys."""
     recompute: str
     num_queries: int | None = None
     """How many of the first tokens' results are wanted, fewer than there are; None wants all."""
+    dropout: Dropout | None = None
+    """What is left out; None is nothing."""
+
+    def of_samples(self, start: int) -> "LayerOptions":
+        """For the samples from one on."""
+        return self if self.dropout is None else self._replace(dropout=self.dropout.after(start))
 
 
 class Activations(NamedTuple):
@@ -89,21 +103,21 @@ class Activations(NamedTuple):
     stats1: Tensor | None
     """(samples, tokens, 2), mean and rstd of the first norm."""
     q: Tensor | None
-    """(B, N, D) where N is less than T, before the norm and the rotation; else None."""
+    """(B, N, H d) where N is less than T, before the norm and the rotation; else None."""
     qkv: Tensor | None
-    """(B, T, 3 D), before the norm and the rotation; (B, T, 2 D) beside q."""
+    """(B, T, 3 H d), before the norm and the rotation; (B, T, 2 H d) beside q."""
     attended: Tensor | None
-    """(B, N, D), of the attention, before its projection out."""
+    """(B, N, H d), of the attention, before its projection out."""
     logsumexp: Tensor | None
     """(B, H, N)"""
     a: Tensor | None
-    """(B, N, D), output of the attention branch."""
+    """(B, N, D), output of the attention branch, without what dropout left out."""
     stats2: Tensor | None
     """(samples, tokens, 2), of the second norm, of N tokens."""
     hidden: Tensor | None
     """(B * N, F), or 2 F for swiglu: the MLP's pre-activation without its bias."""
     m: Tensor | None
-    """(B, N, D), output of the MLP."""
+    """(B, N, D), output of the MLP, without what dropout left out."""
 
 
 class LayerCall(NamedTuple):
@@ -111,12 +125,15 @@ class LayerCall(NamedTuple):
 
     x: Tensor
     """(B, T, D); in a backward it may be narrower than the stream."""
-    modulation: Tensor
-    """(samples, 6 D); a token is a sample where each has a condition of its own."""
+    modulation: Tensor | Condition
+    """(samples, 6 D), where a token is a sample if each has a condition of its own; or what makes
+    it, as the parts of a call have it."""
     rotary: Tensor | None
-    """(2, T, D / H)"""
+    """(2, T, d)"""
     weights: LayerWeights
     options: LayerOptions
+    scale: Tensor | None = None
+    """(B, T, 1) float32, by which x was divided before it was narrowed; None is 1."""
 
     @property
     def mod(self) -> LayerModulation:
@@ -134,12 +151,38 @@ class LayerCall(NamedTuple):
             modulation = first_tokens(by_sample(modulation, len(self.x)), N).flatten(0, 1)
         return self._replace(x=first_tokens(self.x, N), modulation=modulation)
 
-    def parts(self, dtype: torch.dtype, tokens: int) -> Iterator[tuple[slice, "LayerCall"]]:
-        """Calls of a few samples each, one after another, with x in the dtype of the stream."""
+    def parts(
+        self,
+        dtype: torch.dtype,
+        tokens: int,
+        modulation_of: Callable[[slice], Tensor] | None = None,
+    ) -> Iterator[tuple[slice, "LayerCall"]]:
+        """Calls of a few samples each, one after another, with x in the dtype of the stream.
+
+        Args:
+            dtype:          of the stream
+            tokens:         of a part, about
+            modulation_of:  some samples; None computes it without a gradient
+        """
+        modulation_of = modulation_of or self._modulation_of
+        for samples in self.samples(tokens):
+            x = self.x[samples].to(dtype)
+            if self.scale is not None:
+                x *= self.scale[samples]
+            options = self.options.of_samples(samples.start)
+            modulation = modulation_of(samples)
+            yield samples, self._replace(x=x, modulation=modulation, options=options, scale=None)
+
+    def samples(self, tokens: int) -> Iterator[slice]:
+        """A few samples at a time, of about so many tokens together."""
         B, T, _ = self.x.shape
-        for samples in chunks(B, max(tokens // max(T, 1), 1)):
-            modulation = rows_of(self.modulation, samples, B)
-            yield samples, self._replace(x=self.x[samples].to(dtype), modulation=modulation)
+        return chunks(B, max(tokens // max(T, 1), 1))
+
+    def _modulation_of(self, samples: slice) -> Tensor:
+        if isinstance(self.modulation, Tensor):
+            return rows_of(self.modulation, samples, len(self.x))
+        part = self.modulation._replace(c=self.modulation.c[samples])
+        return rows_of_modulation(part.modulation())
 
 
 class Kept(dict[str, Tensor | None]):
@@ -226,14 +269,6 @@ def end_of_run(start: Tensor, sums: Sequence[Tensor]) -> Tensor:
 def by_sample(t: Tensor, samples: int) -> Tensor:
     """(..., D) as (samples, tokens of one, D)."""
     return t.view(samples, t.numel() // (max(samples, 1) * t.shape[-1]), t.shape[-1])
-
-
-def rows_of(tensor: Tensor | None, samples: slice, B: int) -> Tensor | None:
-    """Some samples of a tensor that has a row, or several, for each of B."""
-    if tensor is None:
-        return None
-    each = len(tensor) // max(B, 1)
-    return tensor[samples.start * each : samples.stop * each]
 
 
 def chunks(rows: int, size: int) -> Iterator[slice]:

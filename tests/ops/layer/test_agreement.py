@@ -15,7 +15,9 @@ from ops.one_layer import (
 )
 
 from dbkernels.ops import adaln_layer, reference, use_implementation
+from dbkernels.ops.adaln_norm import NormOptions
 from dbkernels.ops.layer import passes
+from dbkernels.ops.layer.tensors import LayerCall, LayerOptions
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # x, modulation, weights: the third is a model in bfloat16 whose stream is not, the fourth one whose
@@ -34,7 +36,14 @@ def coded(a, b, c, d):
 
 
 BITS = (0, 1)
-OPTIONS = [coded(*word) for word in product(BITS, repeat=4)] + [{"mlp": "gelu_exact"}]
+OPTIONS = [coded(*word) for word in product(BITS, repeat=4)] + [
+    {"mlp": "gelu_exact"},
+    # heads wider together than the stream, and narrower; and each bias alone
+    {"head_dim": 10, "rotated": True, "bias": ("qkv",)},
+    {"head_dim": 2, "qk_norm": False, "bias": ("out",)},
+    {"head_dim": 3, "mlp": "swiglu", "bias": ("fc1",)},
+    {"mlp": "gelu_exact", "qk_norm": False, "bias": ("fc2",)},
+]
 # over both halves of these any choices of any two options meet, over one half each choice is there
 HALVES = [
     [coded(a, b, c, a ^ b) for a, b, c in product(BITS, repeat=3) if b ^ c == half] for half in BITS
@@ -48,7 +57,8 @@ EACH = {"mlp": "swiglu", "rotated": True, "per_token": True}
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_agrees_in_float64_at_every_policy(options, num_queries):
     layer = OneLayer(**options, dtypes=(F64,) * 3)
-    told = {"num_queries": num_queries, "eps": 0.1}  # both norms feel it
+    # each norm feels its own
+    told = {"num_queries": num_queries, "eps": 0.1, "eps2": 0.7, "qk_eps": 0.3}
     exact = layer.exact(**told)
     for recompute in EVERY_POLICY:
         assert_close(layer.with_grads(recompute=recompute, **told), exact)
@@ -124,6 +134,28 @@ def test_a_mean_of_x_that_is_large_beside_the_rest_is_not_rounded_with_it(norm):
     layer = OneLayer(3, 37, 128, 1, hidden=160, norm=norm, dtypes=(F32, BF16, BF16))
     layer.tensors["x"] = layer.tensors["x"].add(300.0 if norm == "layer" else 0.0)
     layer.assert_as_accurate_as_eager(layer.with_grads(recompute="layer_narrow"))
+
+
+# of float16 alone, whose numbers end at 65504; a token that fits is kept as it is
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("channel", [1e5, 3e7, 60000.0])
+def test_a_channel_past_the_range_of_float16_is_not_lost(channel, norm):
+    layer = OneLayer(3, 37, 128, 1, hidden=160, norm=norm, dtypes=(F32, F16, F16))
+    plain = layer.with_grads(recompute="layer_narrow")
+    layer.tensors["x"][1, :, 5] = channel
+    result = layer.with_grads(recompute="layer_narrow")
+    layer.assert_as_accurate_as_eager(result)
+    for name in ("out", "x", "modulation"):
+        assert torch.equal(result[name][0], plain[name][0]), name
+
+
+def test_narrowing_divides_by_a_power_of_two_where_a_token_does_not_fit():
+    x = torch.tensor([[[3.0, -1.0], [65504.0, 1.0], [2e9, -2e9], [torch.inf, 0.0]]])
+    options = LayerOptions(1, "gelu", *[NormOptions(0.0, False, F16)] * 2, 0.0, "layer_narrow")
+    kept, scale = passes.narrowed(LayerCall(x, None, None, None, options))
+    assert kept.dtype == F16 and kept[0, :3].isfinite().all() and kept[0, 3].isinf().any()
+    assert scale[..., 0].tolist() == [[1.0, 2.0, 2.0**16, 1.0]]
+    torch.testing.assert_close(kept[:, :3] * scale[:, :3], x[:, :3], rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("recompute", EVERY_POLICY)

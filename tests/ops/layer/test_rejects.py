@@ -4,7 +4,7 @@ import pytest
 import torch
 from ops.one_layer import OneLayer
 
-from dbkernels.ops import LayerWeights
+from dbkernels.ops import Condition, LayerWeights
 from dbkernels.ops.layer.tensors import first_tokens
 
 OTHER_DEVICE = "must be on one device, got"
@@ -21,6 +21,8 @@ POLICIES = "none, attention, mlp, qkv, layer, layer_narrow"
         ("recompute", "all", f"recompute must be one of {POLICIES}, got all"),
         ("num_heads", 0, "num_heads must divide D = 24, got 0"),
         ("num_heads", 5, "num_heads must divide D = 24, got 5"),
+        ("head_dim", 0, "head_dim must be at least 1, got 0"),
+        ("head_dim", 4, r"q_weight must be \(d,\) = \(4,\), got \(8,\)"),
         ("num_heads", 24, "the head width must be even to be rotated, got 1"),
         ("x", torch.zeros(2, 24), r"x must be \(B, T, D\), got \(2, 24\)"),
         ("x", torch.zeros(2, 5, 24).int(), "x must be one of .*, got torch.int32"),
@@ -58,6 +60,14 @@ def test_rejects(name, value, message):
     ] = value
     with pytest.raises(ValueError, match=message):
         layer.run(layer.tensors)
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (2, 4, 7), (1, 5, 7)])
+def test_rejects_a_condition_of_other_tokens(shape):
+    layer = OneLayer()
+    condition = Condition(torch.zeros(shape), lambda c: c)
+    with pytest.raises(ValueError, match=r"c must be \(B, T, C\) = \(2, 5, C\), got"):
+        layer.run({**layer.tensors, "modulation": condition}, recompute="layer")
 
 
 @pytest.mark.parametrize("T", [5, 0])
