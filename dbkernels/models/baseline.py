@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from dbkernels.models.compiled import compiled
 from dbkernels.models.layer import AdaLNLayer
-from dbkernels.ops import reference
 from dbkernels.settings import check_choice
 
 Baseline = Literal["stock", "checkpointed", "selective", "compiled"]
@@ -41,8 +40,7 @@ def stock_layer(layer: AdaLNLayer, x: Tensor, c: Tensor, rotary: Tensor | None) 
     """The specification, with the parameters of a layer."""
     # the fused layer's own projection keeps no rounded copy of its weight, as plain torch does
     modulation = F.linear(F.silu(c), layer.modulation.weight, layer.modulation.bias)
-    parameters = layer.folded(modulation), layer.weights()
-    return reference.adaln_layer(x, *parameters, rotary=rotary, **layer.config.of_op())
+    return layer.specified(x, modulation, rotary)
 
 
 def by_method(

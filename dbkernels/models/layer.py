@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.models.as_made import as_made, check_as_made
+from dbkernels.ops import reference
 from dbkernels.ops.adaln_norm import fold_affine
 from dbkernels.ops.backend import checks
 from dbkernels.ops.layer.function import adaln_layer
@@ -62,6 +63,7 @@ class AdaLNLayer(nn.Module):
     """Attention and MLP, each between a conditioned norm and a conditioned gate.
 
     Hooks of the layer run, and so do hooks of its parameters; the modules inside are never called.
+    What `torch.export` makes of it is in torch's own ops and keeps what plain torch keeps.
 
     The names of its state dict do not change: modulation, attention.qkv, attention.out, mlp.fc1 and
     mlp.fc2, each with weight and bias, and what the configuration adds: norm1 and norm2 with weight
@@ -120,9 +122,14 @@ class AdaLNLayer(nn.Module):
         c = self._condition(x, c)
         if self.run is not None:
             return first_tokens(self.run(self, x, c, rotary), num_queries)
+        modulation = self.modulation(F.silu(c))
+        if torch.compiler.is_exporting():
+            # of torch's own ops alone: such a program is differentiated like any other, and runs
+            # where this package is not
+            return first_tokens(self.specified(x, modulation, rotary), num_queries)
         return adaln_layer(
             x,
-            self.folded(self.modulation(F.silu(c))),
+            self.folded(modulation),
             self.weights(),
             rotary=rotary,
             recompute=self.config.recompute,
@@ -138,7 +145,7 @@ class AdaLNLayer(nn.Module):
         if x.dim() != 3 or x.shape[-1] != D:
             raise ValueError(f"x must be (B, T, D) with D = {D}, got {tuple(x.shape)}")
         B, T, _ = x.shape
-        fits = c.dim() in (2, 3) and len(c) in (1, B) and c.shape[-1] == width
+        fits = c.dim() in (2, 3) and c.shape[0] in (1, B) and c.shape[-1] == width
         if not fits or (c.dim() == 3 and c.shape[1] not in (1, T)):
             raise ValueError(
                 f"c must be (B, cond_dim) = ({B}, {width}) or (B, T, cond_dim) = "
@@ -146,7 +153,12 @@ class AdaLNLayer(nn.Module):
             )
         if c.dim() == 3 and c.shape[1] == 1:
             c = c[:, 0]
-        return c if len(c) == B else c.expand(B, *c.shape[1:])
+        return c if c.shape[0] == B else c.expand(B, *c.shape[1:])
+
+    def specified(self, x: Tensor, modulation: Tensor, rotary: Tensor | None) -> Tensor:
+        """What the op's specification makes of x and (..., 6 D), in plain torch."""
+        given = self.folded(modulation), self.weights()
+        return reference.adaln_layer(x, *given, rotary=rotary, **self.config.of_op())
 
     def folded(self, modulation: Tensor) -> Tensor:
         """(..., 6 D), with the norms' own weights folded in."""
@@ -174,6 +186,8 @@ class Projection(nn.Linear):
 
     def forward(self, c: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
+        if torch.compiler.is_exporting():
+            return super().forward(c)
         return linear(c, self.weight, self.bias)
 
 
