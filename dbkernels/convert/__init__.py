@@ -1,5 +1,9 @@
 """Weights of other people's models."""
 
-from dbkernels.convert.dit_block import dit_block_from_layer, layer_from_dit_block
+from dbkernels.convert.dit_block import (
+    dit_block_from_layer,
+    layer_from_dit_block,
+    layer_from_dit_state,
+)
 
-__all__ = ["dit_block_from_layer", "layer_from_dit_block"]
+__all__ = ["dit_block_from_layer", "layer_from_dit_block", "layer_from_dit_state"]

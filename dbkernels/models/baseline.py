@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from dbkernels.models.compiled import compiled
 from dbkernels.models.layer import AdaLNLayer
-from dbkernels.ops import reference
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
@@ -44,9 +43,7 @@ def stock_layer(
     """The specification, with the parameters of a layer."""
     # the fused layer's own projection keeps no rounded copy of its weight, as plain torch does
     projected = F.linear(F.silu(c), layer.modulation.weight, layer.modulation.bias)
-    parameters = layer.modulated(projected), layer.weights()
-    told = {**layer.config.of_op(), **layer.dropout(draw)}
-    return reference.adaln_layer(x, *parameters, rotary=rotary, **told)
+    return layer.specified(x, projected, rotary, draw)
 
 
 def by_method(

@@ -18,6 +18,7 @@ from dbkernels.diffusion.prediction import EDM, log_level
 from dbkernels.models import embed
 from dbkernels.models.family import Presets
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, run_layers
+from dbkernels.ops import reference
 from dbkernels.ops.adaln_norm import adaln_norm
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.philox import Draw
@@ -166,7 +167,11 @@ class DiT(Presets, nn.Module):
     def tail(self, x: Tensor, c: Tensor) -> Tensor:
         """F (B, C, H, W) of what the last layer left, (B, T, D)."""
         shift, scale = self.modulation.parts(c)
-        F = self.head(adaln_norm(x, scale, shift, dtype=scale.dtype))
+        if torch.compiler.is_exporting():  # as a layer does
+            y = reference.adaln_norm(x, scale, shift).to(scale.dtype)
+        else:
+            y = adaln_norm(x, scale, shift, dtype=scale.dtype)
+        F = self.head(y)
         return embed.unpatchify(F, self.config.patch, self.config.channels)
 
     def estimate(self, prediction: Tensor) -> Tensor:

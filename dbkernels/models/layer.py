@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dbkernels.models.as_made import as_made, check_as_made
+from dbkernels.ops import reference
 from dbkernels.ops.activations import ACTIVATIONS
 from dbkernels.ops.adaln_norm import fold_affine
 from dbkernels.ops.backend import checks
@@ -95,6 +96,7 @@ class AdaLNLayer(nn.Module):
     """Attention and MLP, each between a conditioned norm and a conditioned gate.
 
     Hooks of the layer run, and so do hooks of its parameters; the modules inside are never called.
+    What `torch.export` makes of it is in torch's own ops and keeps what plain torch keeps.
 
     The names of its state dict do not change: modulation, attention.qkv, attention.out, mlp.fc1 and
     mlp.fc2, each with weight and bias, and what the configuration adds: norm1 and norm2 with weight
@@ -162,6 +164,11 @@ class AdaLNLayer(nn.Module):
         c = self._condition(x, c)
         if self.run is not None:
             return first_tokens(self.run(self, x, c, rotary, draw), num_queries)
+        if torch.compiler.is_exporting():
+            # of torch's own ops alone: such a program is differentiated like any other, and runs
+            # where this package is not
+            projected = self.modulation(F.silu(c))
+            return first_tokens(self.specified(x, projected, rotary, draw), num_queries)
         of_sample = c.dim() == 2
         return adaln_layer(
             x,
@@ -182,7 +189,7 @@ class AdaLNLayer(nn.Module):
         if x.dim() != 3 or x.shape[-1] != D:
             raise ValueError(f"x must be (B, T, D) with D = {D}, got {tuple(x.shape)}")
         B, T, _ = x.shape
-        fits = c.dim() in (2, 3) and len(c) in (1, B) and c.shape[-1] == width
+        fits = c.dim() in (2, 3) and c.shape[0] in (1, B) and c.shape[-1] == width
         if not fits or (c.dim() == 3 and c.shape[1] not in (1, T)):
             raise ValueError(
                 f"c must be (B, cond_dim) = ({B}, {width}) or (B, T, cond_dim) = "
@@ -190,7 +197,14 @@ class AdaLNLayer(nn.Module):
             )
         if c.dim() == 3 and c.shape[1] == 1:
             c = c[:, 0]
-        return c if len(c) == B else c.expand(B, *c.shape[1:])
+        return c if c.shape[0] == B else c.expand(B, *c.shape[1:])
+
+    def specified(
+        self, x: Tensor, projected: Tensor, rotary: Tensor | None, draw: Draw | None = None
+    ) -> Tensor:
+        """What the op's specification makes of x and the projection (..., 6 D), in plain torch."""
+        given, told = (self.modulated(projected), self.weights()), self.dropout(draw)
+        return reference.adaln_layer(x, *given, rotary=rotary, **self.config.of_op(), **told)
 
     def dropout(self, draw: Draw | None) -> dict[str, object]:
         """What the op is told of dropout: nothing outside of training, or without a draw."""
@@ -253,6 +267,8 @@ class Projection(nn.Linear):
 
     def forward(self, c: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
+        if torch.compiler.is_exporting():
+            return super().forward(c)
         return linear(c, self.weight, self.bias)
 
 
