@@ -76,7 +76,8 @@ def screen(report: Row) -> Iterator[Table | str]:
     if report["triton_compiler"] is None:
         yield WITHOUT_C
     if not library["loaded"]:
-        yield "\nWithout it every op runs in plain torch on a CPU and in Triton on a GPU."
+        on_gpu = " and in Triton on a GPU" if report["triton_compiler"] else ""
+        yield f"\nWithout the library every op runs in plain torch on a CPU{on_gpu}."
     if library["fix"]:
         need = "" if report["compiler"] else " install a C++ compiler, such as g++, and then"
         yield f"To build it,{need} run:\n  {library['fix']}"

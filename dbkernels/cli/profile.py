@@ -198,7 +198,8 @@ def _names(flag: str, text: str, known: Sequence[str]) -> list[str]:
 
 def _line(row: Row) -> str:
     """A row as it comes, before the tables."""
-    offload = ", one on the device" if _offload(row) == "cpu" else ""
+    alone = row["num_blocks"] > 1 and _offload(row) == "cpu"
+    offload = ", one on the device" if alone else ""
     blocks = f"{row['num_blocks']} block{'s' * (row['num_blocks'] > 1)}{offload}"
     told = f"{_name(row)}, {blocks}: predicted {in_words(row['peak_allocated_bytes'])}"
     if (size := row.get("measured_allocated_bytes")) is not None:

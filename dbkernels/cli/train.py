@@ -182,7 +182,6 @@ def _warn_of_test(config: RunConfig) -> None:
     except ValueError as error:
         reason = str(error)
     warnings.warn(
-        f"evaluate will have no test split of this data: {reason}; it can still be given "
-        "--data of another or --split train",
+        f"evaluate will have no test split of this data: {reason}; give it --data or --split train",
         stacklevel=2,
     )

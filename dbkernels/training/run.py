@@ -28,7 +28,7 @@ from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing, load_weights
 from dbkernels.training.log import RunLog
 from dbkernels.training.pending import Row, Rows
-from dbkernels.training.saved import require_tensors
+from dbkernels.training.saved import require_tensors, require_types
 from dbkernels.training.stop import Stopped, StopSignals
 from dbkernels.training.trainer import Augment, Trainer
 from dbkernels.training.trainer_config import TrainerConfig
@@ -187,9 +187,14 @@ def _config(saved: dict, version: object, path: Path) -> RunConfig:
             "prior": LogNormal,
             "trainer": TrainerConfig,
         }
-        return RunConfig(**{k: nested[k](**v) if k in nested else v for k, v in saved.items()})
+        config = RunConfig(**{k: nested[k](**v) if k in nested else v for k, v in saved.items()})
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must hold the configuration of a run, got {error}") from None
+    try:
+        require_types(config)
+    except ValueError as error:
+        raise ValueError(f"{path} must hold the configuration of a run: {error}") from None
+    return config
 
 
 def train(

@@ -3,6 +3,10 @@
 Its hash says that it is what was written; not that a trainer of this run has written it.
 """
 
+from dataclasses import fields, is_dataclass
+from types import UnionType
+from typing import Literal, get_args, get_origin, get_type_hints
+
 from torch import Tensor
 
 
@@ -31,6 +35,34 @@ def require_tensors(
 
 def _kind(tensor: Tensor | None) -> str:
     return "none" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+
+
+def require_types(config: object) -> None:
+    """Refuse a configuration from a file in which a setting is of another type than its own.
+
+    Raises:
+        ValueError: with the first of them.
+    """
+    hints = get_type_hints(type(config))
+    for each in fields(config):
+        value, hint = getattr(config, each.name), hints[each.name]
+        if is_dataclass(value):
+            require_types(value)
+        elif not _has_type(value, hint):
+            kind = getattr(hint, "__name__", hint) if get_origin(hint) is None else hint
+            raise ValueError(f"{each.name} must be {kind}, got {value!r:.60}")
+
+
+def _has_type(value: object, hint: object) -> bool:
+    if get_origin(hint) is UnionType:
+        return any(_has_type(value, each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple | list)  # as JSON has it
+    kinds = {float: (int, float), int: int, bool: bool, str: str, type(None): type(None)}
+    kind = kinds.get(hint, object)
+    return isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
 
 
 def require_counters(found: object, expected: dict, name: str = "counters") -> None:

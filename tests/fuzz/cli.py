@@ -19,6 +19,7 @@ from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
 import tyro
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 from forked import Ended, forked
@@ -48,19 +49,32 @@ COMMANDS = [
 NONSENSE = {
     int: ["nan", "1.5", "x", "-3", str(2**31), str(2**63), str(10**30)],
     float: ["nan", "inf", "-inf", "x", "1e300"],
-    str: ["[/]", "\x1b[31m", "\u202e", "no such thing", "a" * 5000],
-    Path: ["file/below", "a" * 300],
+    str: ["[/]", "[bold]", ":smile:", "\x1b[31m", "\u202e", "no such thing", "a" * 5000],
+    Path: ["", "file/below", "a" * 300],
     bool: ["maybe"],
 }
 ODD = {
     int: ["0", "1", "2", "7"],
     float: ["0", "-1", "1", "1e-300", "0.5", "1e-9", "1e5"],
-    str: ["", ",", "1", "0,0", "latest", "file", "data.npz", "vit", "auto"],
-    Path: ["", ".", "file", "data.npz", "folder", "folder.png", "[/].png", "vit", "x.npy", "/"],
+    str: [
+        "",
+        ",",
+        "1",
+        "0,0",
+        "latest",
+        "file",
+        "data.npz",
+        "images",
+        "z.npy",
+        "vit",
+        "rgb",
+        "auto",
+    ],
+    Path: [".", "file", "data.npz", "folder", "folder.png", "[/].png", "vit", "x.npy", "/"],
     bool: [],
 }
 # nonsense as a number, but a flag for which it is none
-SENSE = {("seed", str(2**31)), ("mean", "-3")}
+SENSE = {("seed", str(2**31)), ("mean", "-3"), ("gamma", "1e300")}
 
 
 @dataclass(frozen=True)
@@ -126,6 +140,13 @@ def prepare(place: Path) -> None:
         words = f"train {family} --out {family} {SIZES}".split()
         ended = forked(lambda words=words: main(words), seconds=120)
         assert ended.code == 0, ended
+    np.save(place / "z.npy", np.zeros((8, 4, 8, 8), np.float32))
+    np.save(place / "z_labels.npy", labels[:8])
+    # grey among colour, with brackets in its name, and what no reader takes
+    for name, image in (("[b]cat/0.png", images[0, 0]), ("[/]dog/1.png", images[:3, 0])):
+        (path := place / "images" / name).parent.mkdir(parents=True)
+        Image.fromarray(image.transpose(1, 2, 0) if image.ndim == 3 else image).save(path)
+    (place / "images/[/]dog/more.tiff").write_text("?")
     (place / "folder").mkdir()
     (place / "folder.png").mkdir()
     (place / "file").write_text("mine")

@@ -7,6 +7,9 @@ sentence, a ValueError or an OSError, or read what makes sense: where the format
 just what was there before.
 """
 
+import hashlib
+import json
+import os
 import random
 import struct
 import sys
@@ -29,7 +32,7 @@ from dbkernels.data.images import open_data
 from dbkernels.planning import budgets
 from dbkernels.training import checkpoint
 from dbkernels.training.log import RunLog, read_log
-from dbkernels.training.run import read_config
+from dbkernels.training.run import load_run
 
 CRAFTED = [
     b"", b"\0" * 64, b"{}", b"[]", b"null", b"5", b"[" * 200_000, b'{"a":' * 50_000, b"\xff\xfe{}",
@@ -56,20 +59,28 @@ class Format:
 
     Args:
         path:     of the file that is damaged
-        read:     what it holds, or everything that is read with it
+        read:     what it holds, or everything that is read with it; what it is given is called
+                  where the file is open and nothing but its header was read
         checked:  whether the format has a checksum, so that what is read must be what was there
+        craft:    another way to damage it, of which its parser knows nothing
     """
 
     path: Path
-    read: Callable[[], object]
+    read: Callable[[Callable[[], object]], object]
     checked: bool = False
+    craft: Callable[[bytes, random.Random], bytes] | None = None
 
 
-def samples(source: Path) -> list[np.ndarray]:
+def nothing() -> None:
+    pass
+
+
+def samples(source: Path, opened: Callable[[], object] = nothing) -> list[np.ndarray]:
     """All samples of a source of data, which must be finite and labelled."""
+    splits = [open_data(source, split) for split in ("train", "test")]
+    opened()
     found = []
-    for split in ("train", "test"):
-        data = open_data(source, split)
+    for data in splits:
         batch = data.batch(torch.arange(len(data)))
         assert batch["image"].isfinite().all() and batch["image"].ndim == 4
         assert batch["label"].min() >= 0 and batch["label"].max() < data.num_classes
@@ -116,18 +127,81 @@ def run_formats(run: Path) -> dict[str, Format]:
     sizes = "--data digits --depth 2 --num-blocks 2 --dim 16 --num-heads 2 --steps 2 --batch-size 4"
     forked(lambda: main(f"train vit --out {run} {sizes} --device cpu --save-every 2".split()), 120)
     newest = checkpoint.latest(run / "checkpoints")
-    read = partial(checkpoint.load, newest)
-    (run / "budgets.json").write_text(Path(ROOT / "benchmarks/budgets.json").read_text())
+
+    def read(opened: Callable[[], object]) -> object:
+        return checkpoint.load(newest)
+
+    def used(opened: Callable[[], object]) -> object:
+        return {name: p.detach() for name, p in load_run(run, device="cpu")[1].named_parameters()}
+
+    (held := run / "budgets.json").write_text(Path(ROOT / "benchmarks/budgets.json").read_text())
     return {
-        "config": Format(run / "config.json", partial(read_config, run)),
-        "log": Format(run / "log.jsonl", partial(read_rows, run)),
-        "budgets": Format(run / "budgets.json", partial(budgets.read, run / "budgets.json")),
+        "config": Format(run / "config.json", used, craft=other_json),
+        "log": Format(run / "log.jsonl", lambda opened: read_rows(run), craft=other_rows),
+        "budgets": Format(held, lambda opened: budgets.read(held), craft=other_json),
         "manifest": Format(newest / "state.json", read, checked=True),
+        "state": Format(newest / "state.json", used, craft=other_manifest),
         "weights": Format(newest / "model.safetensors", read, checked=True),
     }
 
 
 ROOT = Path(__file__).parents[2]
+
+
+ODD = [
+    None,
+    -1,
+    0,
+    1e300,
+    2**62,
+    2.5,
+    True,
+    "",
+    "x",
+    "[/]",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    "../x",
+    "9" * 99,
+]
+
+
+def other_value(value: object, rng: random.Random) -> object:
+    """A value of JSON in which one is another, or is missing."""
+    if isinstance(value, dict | list) and value and rng.random() < 0.9:
+        value = value.copy()
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if rng.random() < 0.1:
+            del value[key]
+        else:
+            value[key] = other_value(value[key], rng)
+        return value
+    return rng.choice(ODD)
+
+
+def other_json(data: bytes, rng: random.Random) -> bytes:
+    return json.dumps(other_value(json.loads(data), rng)).encode()
+
+
+def other_rows(data: bytes, rng: random.Random) -> bytes:
+    lines = data.splitlines()
+    at = rng.randrange(len(lines))
+    lines[at] = other_json(lines[at], rng)
+    return b"\n".join(lines) + b"\n"
+
+
+def other_manifest(data: bytes, rng: random.Random) -> bytes:
+    """A manifest of other values whose hash is right."""
+    manifest = json.loads(data)
+    del manifest["self"]
+    manifest = other_value(manifest, rng)
+    if not isinstance(manifest, dict):
+        return json.dumps(manifest).encode()
+    words = partial(json.dumps, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(words(manifest).encode()).hexdigest()
+    return words(manifest | {"self": digest}).encode()
 
 
 def read_rows(run: Path) -> object:
@@ -176,15 +250,23 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
-def case(form: Format, good: object) -> None:
-    """Read a damaged file: exit 0 for what makes sense, 3 for a refusal, 4 for wrong numbers."""
+def case(form: Format, good: object, size: int | None) -> None:
+    """Read a damaged file: exit 0 for what makes sense, 3 for a refusal, 4 for wrong numbers.
+
+    Args:
+        form:  of the file
+        good:  what was there before
+        size:  bytes to which the file is cut when it is open; None where it is damaged already
+    """
+    cut = nothing if size is None else partial(os.truncate, form.path, size)
     try:
-        found = form.read()
+        found = form.read(cut)
     except (ValueError, OSError) as error:
         words = str(error)
         assert words and "\n" not in words and len(words) < 2000, words[:300]
         sys.exit(3)
-    sys.exit(4 if form.checked and not same(found, good) else 0)
+    # what is cut off may not be what is read
+    sys.exit(4 if (form.checked or size is not None) and not same(found, good) else 0)
 
 
 def fuzz(cases: int, seed: int) -> Counter[str]:
@@ -192,14 +274,20 @@ def fuzz(cases: int, seed: int) -> Counter[str]:
     rng, wrong = random.Random(seed), Counter()
     with tempfile.TemporaryDirectory() as directory:
         known = formats(Path(directory))
-        originals = {name: (form.path.read_bytes(), form.read()) for name, form in known.items()}
+        originals = {n: (form.path.read_bytes(), form.read(nothing)) for n, form in known.items()}
         for index in range(cases):
             name = rng.choice(list(known))
             form, (data, good) = known[name], originals[name]
-            crafted = rng.random() < 0.1
-            bad = rng.choice(CRAFTED) if crafted else damaged(data, rng)
-            form.path.write_bytes(bad)
-            ended = forked(partial(case, form, good))
+            kind, size = rng.random(), None
+            if kind < 0.1:
+                form.path.write_bytes(rng.choice(CRAFTED))
+            elif kind < 0.4 and form.craft:
+                form.path.write_bytes(form.craft(data, rng))
+            elif kind < 0.4:
+                size = rng.randrange(len(data))
+            else:
+                form.path.write_bytes(damaged(data, rng))
+            ended = forked(partial(case, form, good, size))
             if ended.code not in (0, 3):
                 words = {None: "hang", 4: "other numbers"}.get(ended.code, f"exit {ended.code}")
                 wrong[f"{name}: {words}"] += 1

@@ -1,0 +1,69 @@
+"""The layouts of data that the page names are those that are read."""
+
+import re
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbkernels.data.formats import MissingSplit
+from dbkernels.data.images import open_data
+
+PAGE = (Path(__file__).parents[2] / "docs/command_line.md").read_text()
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in PAGE[PAGE.index("| source |") :].partition("\n\n")[0].splitlines()[2:]
+]
+
+
+def write(root, name):
+    """A file of the layout, by its name on the page."""
+    path = root / name.replace("NAME", "mine").replace("CLASS", "cat").replace("*", "0")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    match path.suffix:
+        case ".png":
+            Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+        case ".npy":
+            labels = "labels" in name
+            np.save(path, np.arange(4) % 2 if labels else np.zeros((4, 4, 8, 8), np.float32))
+        case ".bin":
+            names = ("train.bin", "test.bin")
+            path.write_bytes(bytes(4 * (3072 + (2 if path.name in names else 1))))
+
+
+def all_of(cell):
+    """The names of a cell; `x1` to `x5` are five."""
+    names = re.findall(r"`([^`]+)`", cell)
+    if " to " in cell:
+        first, last = (int(re.search(r"\d+", name)[0]) for name in names)
+        return [re.sub(r"\d+", str(number), names[0]) for number in range(first, last + 1)]
+    return names
+
+
+def test_the_table_has_every_source():
+    assert len(ROWS) == 7 and [row[2] for row in ROWS].count("none") == 1
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_a_layout_of_the_page_is_read(tmp_path, row):
+    source, train, test = row
+    names = {"train": all_of(train), "test": all_of(test)}
+    if "npz" in source:
+        arrays = {name: np.zeros((4, 1, 8, 8), np.uint8) for name in chain(*names.values())}
+        arrays |= {name: np.arange(4) % 2 for name in arrays if "labels" in name}
+        np.savez(tmp_path / "mine.npz", **arrays)
+    # of two names for a test split, either does
+    for either in names["test"] if " or " in test else [None]:
+        root = tmp_path / (either or "").partition("/")[0]
+        for name in [*names["train"], *([either] if either else names["test"])]:
+            write(root, name)
+        place = source.strip("`").replace("NAME", "mine")
+        found = "digits" if place == "digits" else root / place if "mine" in place else root
+        assert len(open_data(found)) > 0
+        if test == "none":
+            with pytest.raises(MissingSplit):
+                open_data(found, "test")
+        else:
+            assert len(open_data(found, "test")) > 0
