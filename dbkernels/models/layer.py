@@ -156,10 +156,11 @@ class AdaLNLayer(nn.Module):
         """
         if self.run is not None:
             return first_tokens(self.run(self, x, c, rotary, draw), num_queries)
-        of_sample = c.dim() == 2
+        keeps = POLICIES[self.config.recompute].keeps_modulation or torch.compiler.is_compiling()
+        kept = c.dim() == 2 or keeps
         return adaln_layer(
             x,
-            self.modulated(self.modulation(F.silu(c))) if of_sample else self.condition(c),
+            self.modulated(self.modulation(F.silu(c))) if kept else self.condition(c),
             self.weights(),
             rotary=rotary,
             recompute=self.config.recompute,
