@@ -169,10 +169,11 @@ class AdaLNLayer(nn.Module):
             # where this package is not
             projected = self.modulation(F.silu(c))
             return first_tokens(self.specified(x, projected, rotary, draw), num_queries)
-        of_sample = c.dim() == 2
+        keeps = POLICIES[self.config.recompute].keeps_modulation or torch.compiler.is_compiling()
+        kept = c.dim() == 2 or keeps
         return adaln_layer(
             x,
-            self.modulated(self.modulation(F.silu(c))) if of_sample else self.condition(c),
+            self.modulated(self.modulation(F.silu(c))) if kept else self.condition(c),
             self.weights(),
             rotary=rotary,
             recompute=self.config.recompute,

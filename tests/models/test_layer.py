@@ -1,6 +1,6 @@
 """One layer and a stack of them, against the equations of layer.py by torch's own modules."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from itertools import product
 
@@ -14,7 +14,7 @@ from torch import nn
 from dbkernels.models.baseline import stock_layer
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.models.rotary import rotary_table
-from dbkernels.ops import POLICIES, reference
+from dbkernels.ops import POLICIES, Draw, reference
 from dbkernels.ops.layer import passes
 
 B, T, D, H = 3, 5, 12, 3
@@ -91,6 +91,31 @@ def test_agrees_with_the_equations(config):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
+# of each field a value that is not the default; None is one that says no more than how it is run
+CHANGES = {
+    "dim": 24, "num_heads": 2, "mlp_hidden": 8, "cond_dim": 5, "norm": "rms", "affine": True,
+    "mlp": "gelu_exact", "qk_norm": True, "bias": ("qkv",), "eps": 0.5, "eps2": 0.5, "qk_eps": 0.5,
+    "head_dim": 6, "silu_modulation": True, "dropout": 0.4, "attention_dropout": 0.4,
+    "recompute": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(LayerConfig) if CHANGES[f.name]])
+def test_every_option_reaches_the_op_and_its_specification(name):
+    def layer_of(config):
+        torch.manual_seed(2)
+        return randomise(AdaLNLayer(config)).double()
+
+    before = replace(CONFIG, qk_norm=name == "qk_eps")
+    config = replace(before, **{name: CHANGES[name]})
+    x, c = torch.randn(B, T, config.dim).double() + 2, torch.randn(B, config.cond_dim).double()
+    layer, draw = layer_of(config), Draw(1, 2)
+    y = layer(x, c, draw=draw)
+    torch.testing.assert_close(stock_layer(layer, x, c, None, draw), y, rtol=1e-10, atol=1e-10)
+    if name not in ("dim", "cond_dim"):
+        assert not torch.allclose(layer_of(before)(x, c, draw=draw), y)
+
+
 @pytest.mark.parametrize("num_queries", [1, T - 1, T])
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("depth", [1, 3])
@@ -117,6 +142,14 @@ def test_rejects_more_tokens_than_there_are(depth):
     message = r"num_queries must be an integer from 1 to T = 5, or None, got 6"
     with pytest.raises(ValueError, match=message):
         run_layers([AdaLNLayer(CONFIG)] * depth, *inputs(), num_queries=6)
+
+
+def test_each_place_in_a_stack_has_a_draw_of_its_own():
+    layer, draw = randomise(AdaLNLayer(replace(CONFIG, dropout=0.4))), Draw(1, 2)
+    x, c = inputs()
+    once = layer(x, c, draw=draw.nth(0))
+    assert torch.equal(run_layers([layer] * 2, x, c, draw=draw), layer(once, c, draw=draw.nth(1)))
+    assert not torch.equal(layer(x, c, draw=draw.nth(1)), once)
 
 
 def test_a_stack_keeps_its_residual_stream_once():
@@ -292,10 +325,14 @@ def test_takes_the_weights_of_a_functional_call():
     assert_same_bits({name: t.grad for name, t in state.items()}, expected)
 
 
-def test_has_shapes_before_it_has_weights():
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+@pytest.mark.parametrize("shape", [(B, 7), (B, T, 7)])
+def test_has_shapes_before_it_has_weights(shape, recompute):
     with torch.device("meta"):
-        layer = AdaLNLayer(replace(FUSED, dim=8 * H))  # heads that a GPU takes
-        y = layer(torch.empty(B, T, 8 * H), torch.empty(B, 7))
+        # heads that a GPU takes
+        config = replace(FUSED, dim=8 * H, recompute=recompute, dropout=0.1, attention_dropout=0.1)
+        layer, draw = AdaLNLayer(config), Draw(1, torch.empty((), dtype=torch.int64))
+        y = layer(torch.empty(B, T, 8 * H), torch.empty(shape), draw=draw)
         assert y.shape == (B, T, 8 * H)
         y.sum().backward()
         assert all(p.grad.shape == p.shape for p in layer.parameters())

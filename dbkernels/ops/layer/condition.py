@@ -50,7 +50,7 @@ class ModulationGradient:
 
     def __init__(self, modulation: Tensor, B: int):
         self._modulation, self._B = modulation, B
-        self._total = torch.empty_like(modulation)
+        self._total: Tensor | None = None
 
     def part(self, samples: slice) -> Tensor:
         """Rows of the modulation of some samples, (rows, 6 D)."""
@@ -58,6 +58,11 @@ class ModulationGradient:
 
     def add(self, samples: slice, dmodulation: Tensor) -> None:
         """The gradient of those rows, which were the last that were asked for."""
+        if len(dmodulation) == len(self._modulation):
+            self._total = dmodulation
+            return
+        if self._total is None:
+            self._total = torch.empty_like(self._modulation)
         rows_of(self._total, samples, self._B).copy_(dmodulation)
 
     def results(self) -> list[Tensor]:
