@@ -29,9 +29,13 @@ def test_predictions_loss_and_gradients_are_those_of_float32_rounded(family, dty
     model = make_model(family)
     cast, batch = copy.deepcopy(model).to(dtype), make_batch(model)
     rounded = copy.deepcopy(cast).float()
+    streams = set()
+    for layer in cast.layers:
+        layer.register_forward_hook(lambda _, args, out: streams.update({args[0].dtype, out.dtype}))
     z = noisy(model, batch)
     made = [m.denoise(z, LEVEL, range(3), batch) for m in (cast, rounded)]
     assert_near(*made, dtype)
+    assert streams == {dtype}
     losses = [m.loss(DRAW, LEVEL, SCALE, range(3), batch) for m in (cast, rounded)]
     assert torch.float32 in {loss.dtype for loss in losses}
     assert_near(*losses, dtype)
