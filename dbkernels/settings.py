@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 MOST = 2**31 - 1  # of any count
+MOST_SEED = 2**63 - 1
 MOST_SAMPLES = 2**20  # of a batch: to list more of them takes longer than anybody waits
 
 

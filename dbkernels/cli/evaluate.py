@@ -18,7 +18,7 @@ from dbkernels.cli.table import Row, show
 from dbkernels.data.formats import MissingSplit
 from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import ImageData, open_data
-from dbkernels.settings import check_number
+from dbkernels.settings import MOST_SEED, check_number
 from dbkernels.training.run import RunConfig, load_run
 from dbkernels.training.together import Start
 
@@ -61,7 +61,7 @@ class Evaluate:
     def run(self) -> None:
         if not self.run_dirs:
             raise ValueError("run_dirs must name at least one run, got none")
-        check_number("seed", self.seed, 0, 2**63 - 1)
+        check_number("seed", self.seed, 0, MOST_SEED)
         directory, times = Counter(self.run_dirs).most_common(1)[0]
         if times > 1:
             raise ValueError(f"run_dirs must name each run once, got {directory} twice")

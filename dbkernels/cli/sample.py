@@ -20,7 +20,7 @@ from dbkernels.diffusion.process import Spacing
 from dbkernels.diffusion.samplers import Sampler
 from dbkernels.models.registry import family_named
 from dbkernels.ops.philox import Draw
-from dbkernels.settings import MOST_SAMPLES, check_number
+from dbkernels.settings import MOST_SAMPLES, MOST_SEED, check_number
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.run import load_run
 from dbkernels.whole_file import whole_file
@@ -97,6 +97,7 @@ class Sample:
             raise ValueError(f"out must be a file, got the directory {self.out}")
         check_number("per_class", self.per_class, 1, MOST_SAMPLES)
         check_number("batch", self.batch, 1, MOST_SAMPLES)
+        check_number("seed", self.seed, 0, MOST_SEED)
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be finite, got {self.guidance}")
 

@@ -26,13 +26,14 @@ from dbkernels.memory.measure import Prediction
 from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.models.registry import family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute, policies_of
-from dbkernels.planning.dry_run import dry_run
+from dbkernels.planning.dry_run import ALONE, dry_run
 from dbkernels.planning.pool import results
 from dbkernels.planning.recipe import OFFLOAD, Recipe
 from dbkernels.training.block_order import fewest_steps_per_swap
 from dbkernels.training.trainer_config import Offload
 
 COUNTS = 2, 3, 4, 6  # of blocks that are tried where they divide no stack evenly too
+PREDICTIONS = 4  # of a number of blocks, about, where not everything fits
 CONTEXT = 2**29  # bytes that CUDA's context takes beside a run's tensors; differs by driver
 FREE = "free_in_allocator"  # beside CATEGORIES
 GROWING = ("inputs", "saved_activations", "temporaries", "workspaces")  # with the micro-batch
@@ -167,7 +168,8 @@ def search(
         small = replace(recipe, preset=name, model=model, num_blocks=model.depth, **least)
         jobs.append(partial(estimate, small))
     every: list[Found | Estimates] = []
-    for part in results(jobs):
+    layers = PREDICTIONS * sum(depth // n for n in counts)
+    for part in results(jobs, most=None if layers > ALONE else 1):
         every.append(part)
         told(len(every), len(jobs), part if isinstance(part, Found) else None)
     found, needed = every[: len(counts)], dict(zip(by_size, every[len(counts) :], strict=True))

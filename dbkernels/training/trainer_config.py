@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dbkernels.settings import MOST, MOST_SAMPLES, check_choice, check_number
+from dbkernels.settings import MOST, MOST_SAMPLES, MOST_SEED, check_choice, check_number
 
 Decay = Literal["constant", "cosine"]
 Order = Literal["shuffled", "sequential"]
 Offload = Literal["none", "cpu", "disk"]
 LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1}
 LEAST |= dict.fromkeys(("warmup", "weight_decay", "clip", "steps_per_swap", "seed"), 0)
-GREATEST = {"batch_size": MOST_SAMPLES, "seed": 2**63 - 1}
+GREATEST = {"batch_size": MOST_SAMPLES, "seed": MOST_SEED}
 
 
 @dataclass(frozen=True)
