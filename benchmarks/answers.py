@@ -1,11 +1,9 @@
 """How well classifiers answer, by the least noise level of their training and by their start.
 
 A row is several runs that differ by their seed alone. Each answers after every Euler step, from
-z = 0, from noise as in the paper, and with the mean of six starts from noise. The runs are made by
-
-    python -m dbkernels train vit --data DATA --num-blocks 3 --sigma-min LEAST --seed SEED --out RUN
-
-A run with --num-blocks 1 --sigma-min 79 has the most noise alone: it is the ordinary classifier.
+z = 0, from noise as in the paper, and with the mean of six starts from noise. A run is one of
+`train vit` with --num-blocks 3, and its --sigma-min and --seed. With --num-blocks 1 --sigma-min 79
+it has the most noise alone and is the ordinary classifier.
 """
 
 import json

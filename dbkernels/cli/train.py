@@ -44,7 +44,7 @@ class PriorFlags:
     sigma_max: float | None = None
     """Greatest level, in units of z."""
     paper: bool = False
-    """The paper's prior in place of the family's own; evaluate --start noise completes it."""
+    """The paper's prior, not the family's own; evaluation from noise is the rest of its way."""
 
     def of(self, entry: FamilyEntry) -> LogNormal:
         """The prior of a family with what was asked for."""

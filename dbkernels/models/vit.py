@@ -52,9 +52,8 @@ class ViTConfig(ImageConfig):
     """Share of the first layer's input and of each branch's output that is left out in training."""
     attention_dropout: float = 0.0
     """Share of the attention's weights that is left out in training."""
-    truncated_init: bool = False
-    """Whether weights and positions begin with a truncated normal of 0.02: else with Xavier's
-    uniform, and positions as large as normed tokens."""
+    small_init: bool = False
+    """Whether weights and positions begin with a standard deviation of 0.02."""
 
     def resized(self, sizes: dict[str, int]) -> "ViTConfig":
         """With other sizes by field; the MLP keeps its ratio to dim."""
@@ -71,7 +70,7 @@ PUBLISHED = {
     "silu_modulation": True,
     "dropout": 0.1,
     "attention_dropout": 0.1,
-    "truncated_init": True,
+    "small_init": True,
 }
 PRESETS = {
     "cifar100": ViTConfig(dim=128, depth=12, num_heads=4, mlp_hidden=3072, cond_dim=21),
@@ -128,14 +127,15 @@ class ViT(Presets, nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        truncated = partial(nn.init.trunc_normal_, std=0.02)
-        of_weights = truncated if self.config.truncated_init else nn.init.xavier_uniform_
+        # the published code cuts this normal at 100 standard deviations, which is nowhere
+        small = partial(nn.init.normal_, std=0.02)
+        of_weights = small if self.config.small_init else nn.init.xavier_uniform_
         for layer in self.layers:
             layer.initialise(of_weights)
         initialise_linear(self.patch, of_weights)
         initialise_linear(self.head, nn.init.zeros_)
         # as large as normed tokens: smaller ones leave a bag of patches for hundreds of steps
-        (truncated if self.config.truncated_init else nn.init.normal_)(self.positions)
+        (small if self.config.small_init else nn.init.normal_)(self.positions)
         nn.init.normal_(self.label_table.weight, std=0.02)
 
     def _unit_table(self) -> Tensor:
