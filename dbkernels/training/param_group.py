@@ -55,7 +55,7 @@ class ParamGroup:
     their storage may be moved, and a checkpoint always has all of it.
 
     Args:
-        parameters:  by name
+        parameters:  by name; there may be none
         config:      decay of the weights in AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and
                      of the moving average, in this group's own steps; with CUDA graphs the rate is
                      read on the device
@@ -76,7 +76,8 @@ class ParamGroup:
         # of the newest parameters in the average
         self._newest = torch.zeros((), dtype=torch.float32, device=device)
         self.optimizer = torch.optim.AdamW(
-            parameters.values(),
+            # a group, which may be empty: then a block's steps move what blocks share alone
+            [{"params": list(parameters.values())}],
             weight_decay=config.weight_decay,
             capturable=config.cuda_graphs,
             fused=True,
