@@ -349,6 +349,8 @@ def _load(
         ValueError: the run has no checkpoint, or one of other settings, or it is damaged.
     """
     if which == "latest":
+        if checkpoint.latest(directory / "checkpoints") is None:
+            raise ValueError(f"{directory} must hold a checkpoint, got none")
         path, tensors, state = checkpoint.load_latest(directory / "checkpoints")
     else:
         tensors, state = checkpoint.load(path := Path(which))

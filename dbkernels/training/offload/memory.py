@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dbkernels.memory.units import in_words
-from dbkernels.training.offload.rest_file import STAGING_BYTES, Held, RestFile
+from dbkernels.training.offload import rest_file
+from dbkernels.training.offload.rest_file import Held, RestFile
 
 # bytes; that of the CUDA allocator: some kernels are chosen by it, and so may be their last bits
 ALIGNMENT = 512
@@ -130,7 +131,7 @@ class DiskMemory:
                 f"got {in_words(free)} in {directory}"
             )
         self._directory = directory
-        self._staging = _Staging(min(max(nbytes, ALIGNMENT), STAGING_BYTES), device)
+        self._staging = _Staging(min(max(nbytes, ALIGNMENT), rest_file.STAGING_BYTES), device)
         self._files: dict[int, RestFile] = {}  # by the address of the buffer
         self._held: list[Held] = []
 
@@ -179,8 +180,8 @@ class DiskMemory:
     def store(self, slot: Tensor, home: Tensor) -> None:
         """As `CpuMemory.store`."""
         rest = self._files[home.data_ptr()]
-        for first in range(0, len(slot), STAGING_BYTES):
-            source = slot[first : first + STAGING_BYTES]
+        for first in range(0, len(slot), rest_file.STAGING_BYTES):
+            source = slot[first : first + rest_file.STAGING_BYTES]
             staged = self._staging.next(len(source))
             staged.copy_(source)
             rest.write(staged, first)
