@@ -47,6 +47,7 @@ from training_step import (
 )
 
 from dbkernels.memory.allocator import Target, target_named, target_of
+from dbkernels.memory.measure import out_of_memory
 from dbkernels.models.registry import FAMILIES
 from dbkernels.ops.layer.recompute import POLICIES, policies_of
 from dbkernels.planning.dry_run import predicted
@@ -269,9 +270,10 @@ def measured_rows(
             try:
                 made = make_steps(recipe, device, steps)
                 figures = weigh(recipe, made, trainers, prediction)
-            except torch.OutOfMemoryError:
-                missing.append(recipe)
-            except Exception:  # whatever it is, the other ways are worth their minutes
+            except Exception as error:  # whatever it is, the other ways are worth their minutes
+                if out_of_memory(error):
+                    missing.append(recipe)
+                    continue
                 print(f"{named(recipe)} failed:", file=sys.stderr)
                 traceback.print_exc()
                 failed.append(named(recipe))

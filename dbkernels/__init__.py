@@ -1,27 +1,42 @@
-"""Train deep residual transformers one block at a time."""
+"""Train deep residual transformers one block at a time.
 
-from dbkernels.data.images import open_data
-from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.memory.measure import measure_peak
-from dbkernels.models import AdaLNLayer, DiT, LayerConfig, ViT
-from dbkernels.ops.philox import Draw
-from dbkernels.training.diffusion_blocks import DiffusionBlocks
-from dbkernels.training.partition import Block, block_at, partition
-from dbkernels.training.trainer import Trainer, TrainerConfig
+Each name is imported when it is first asked for: torch takes seconds, in which the command line has
+to answer to Ctrl-C.
+"""
 
-__all__ = [
-    "AdaLNLayer",
-    "Block",
-    "DiT",
-    "DiffusionBlocks",
-    "Draw",
-    "LayerConfig",
-    "LogNormal",
-    "Trainer",
-    "TrainerConfig",
-    "ViT",
-    "block_at",
-    "measure_peak",
-    "open_data",
-    "partition",
-]
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+_HOMES = {
+    "AdaLNLayer": "models",
+    "Block": "training.partition",
+    "DiT": "models",
+    "DiffusionBlocks": "training.diffusion_blocks",
+    "Draw": "ops.philox",
+    "LayerConfig": "models",
+    "LogNormal": "diffusion.gaussian",
+    "Trainer": "training.trainer",
+    "TrainerConfig": "training.trainer",
+    "ViT": "models",
+    "block_at": "training.partition",
+    "measure_peak": "memory.measure",
+    "open_data": "data.images",
+    "partition": "training.partition",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

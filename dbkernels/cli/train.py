@@ -20,6 +20,7 @@ from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_number
 from dbkernels.training.pending import Row
 from dbkernels.training.run import PartitionConfig, RunConfig, read_config, train
+from dbkernels.training.same_run import DataChanged
 from dbkernels.training.stop import Stopped
 from dbkernels.training.trainer_config import TrainerConfig
 
@@ -101,8 +102,12 @@ class Train:
     """auto, cpu or cuda; auto is an NVIDIA GPU where there is one."""
     resume: str = ""
     """Go on from latest, or from the path of a checkpoint of this run; repeat the run's flags."""
+    data_changed: DataChanged = "refuse"
+    """Whether to resume with data that are not those of the checkpoint."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves at the end alone."""
+    keep: int = 2
+    """Checkpoints that are kept; where the newest is damaged the one before it serves."""
     requeue: bool = False
     """Exit with 75 where a signal ends the run, as schedulers want; else with 128 + its number."""
     tensorboard: bool = False
@@ -155,7 +160,9 @@ class Train:
                     self.out,
                     device=pick_device(self.device),
                     resume=self.resume,
+                    data_changed=self.data_changed,
                     save_every=self.save_every,
+                    keep=self.keep,
                     tensorboard=self.tensorboard,
                     on_step=on_step,
                 )

@@ -14,6 +14,7 @@ from dbkernels.memory.allocator import SMALL_SEGMENT, place
 from dbkernels.memory.measure import Prediction
 from dbkernels.memory.tracker import CATEGORIES, START
 from dbkernels.settings import check_number
+from dbkernels.whole_file import whole_file
 
 GiB = 2**30
 SIZE = (9.0, 4.5)  # inches
@@ -140,7 +141,8 @@ def write_timeline(path: Path, prediction: Prediction) -> None:
         path:        of the file, by custom .pickle; it is replaced
         prediction:  of a CPU it shows what a GPU's allocator would make of it
     """
-    path.write_bytes(pickle.dumps(snapshot(prediction)))
+    with whole_file(path) as file:
+        pickle.dump(snapshot(prediction), file)
 
 
 def snapshot(prediction: Prediction) -> dict[str, list]:

@@ -4,43 +4,47 @@
 
 A save writes a hidden sibling directory, makes it durable and publishes it with one rename.
 state.json has the size and sha256 of every file, and its own sha256. Nothing is ever unpickled.
-One process saves into a root at a time; any number may read it.
+Tensors are hashed while they are written, in pieces (`tensor_file`). One process saves into a root
+at a time, and its threads one after another; any number may read it meanwhile.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import threading
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from dbkernels.memory.units import in_words
 from dbkernels.settings import check_number
-from dbkernels.whole_file import make_durable
+from dbkernels.training.tensor_file import DTYPES, Read, pieces, write_tensors
+from dbkernels.whole_file import make_directory, make_durable, new_file
 
 Tensors = dict[str, dict[str, Tensor]]  # group ("model", "ema", ...) -> tensor name -> tensor
 
 FORMAT = 1
 STATE_FILE = "state.json"
 SUFFIX = ".safetensors"
-MAX_DIFFERENCES = 5  # more make an error message that nobody reads
-# safetensors also writes dtypes that it cannot read back
-DTYPES = (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
-    torch.float8_e5m2, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-)  # fmt: skip
+UNREADABLE = (errno.ENOENT, errno.ENOTDIR, errno.EIO)  # of a checkpoint that is not whole
+READ_AGAIN = 20  # times, where a writer has moved what was to be read
 
 # .replaced is a complete checkpoint that counts until the new save of its step is in place
 _PUBLISHED = re.compile(r"step-([0-9]{8,})(?:\.replaced)?")
-_TEMPORARY = re.compile(r"\.step-[0-9]{8,}(?:\.replaced)?-([0-9]{1,7})")
+_TEMPORARY = re.compile(r"\.(?:step-[0-9]{8,}(?:\.replaced)?|probe)-([0-9]{1,7})")
+_SAVING = threading.Lock()
 
 
-def _json(value: object) -> bytes:
+def as_json(value: object) -> bytes:
+    """The same bytes for the same value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -49,8 +53,12 @@ def _step(path: Path) -> int:
 
 
 def _newest_first(root: Path) -> list[Path]:
-    complete = [file.parent for file in root.glob(f"step-*/{STATE_FILE}")]
-    paths = [p for p in complete if _PUBLISHED.fullmatch(p.name)]
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return []
+    found = [root / name for name in names if _PUBLISHED.fullmatch(name)]
+    paths = [path for path in found if (path / STATE_FILE).exists()]
     return sorted(paths, key=lambda p: (_step(p), p.suffix == ""), reverse=True)
 
 
@@ -82,15 +90,16 @@ def _tidy(root: Path) -> None:
                 os.rename(path, final)
 
 
-def _check_state(value: object, where: str) -> None:
+def check_state(value: object, where: str) -> None:
+    """Refuse what JSON would not give back, with where it is."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise ValueError(f"the keys of {where} must be strings, got {key!r}")
-            _check_state(item, f"{where}.{key}")
+            check_state(item, f"{where}.{key}")
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            _check_state(item, f"{where}[{index}]")
+            check_state(item, f"{where}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} must be a finite number, got {value}")
     elif not (value is None or isinstance(value, str | int | float)):
@@ -103,7 +112,7 @@ def _check_request(step: int, tensors: Tensors, state: dict, keep: int) -> None:
         raise ValueError(f"step must be an integer of at least 0, got {step!r}")
     if not isinstance(state, dict):
         raise ValueError(f"state must be a dict, got {type(state).__name__}")
-    _check_state(state, "state")
+    check_state(state, "state")
     for group, named in tensors.items():
         if not re.fullmatch("[A-Za-z0-9_-]+", group):
             raise ValueError(f"a group is named by letters, digits, _ and -, got {group!r}")
@@ -121,27 +130,79 @@ def _bytes_and_sha256(data: bytes) -> dict[str, int | str]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _write(directory: Path, step: int, tensors: Tensors, state: dict) -> None:
+def _write(
+    directory: Path, step: int, tensors: Tensors, state: dict, read: Read, finite: Collection[str]
+) -> None:
     directory.mkdir()
     files = {}
     for group, named in tensors.items():
         path = directory / f"{group}{SUFFIX}"
-        # copies, because the writer refuses tensors that share storage
-        safetensors.torch.save_file(
-            {n: t.detach().cpu().contiguous().clone() for n, t in named.items()}, path
-        )
-        # the writer lets only the owner read the file; the directory follows the umask
-        path.chmod(directory.stat().st_mode & 0o666)
+        with new_file(path) as file:
+            size, digest = write_tensors(file, named, read=read, finite=group in finite)
         make_durable(path)
-        files[path.name] = _bytes_and_sha256(path.read_bytes())
+        files[path.name] = {"bytes": size, "sha256": digest}
     manifest = {"format": FORMAT, "step": step, "state": state, "files": files}
-    manifest["self"] = hashlib.sha256(_json(manifest)).hexdigest()
-    (directory / STATE_FILE).write_bytes(_json(manifest))
+    manifest["self"] = hashlib.sha256(as_json(manifest)).hexdigest()
+    with new_file(directory / STATE_FILE) as file:
+        file.write(as_json(manifest))
     make_durable(directory / STATE_FILE)
     make_durable(directory)
 
 
-def save(root: Path, step: int, tensors: Tensors, state: dict, *, keep: int = 2) -> Path:
+def check_root(root: Path, nbytes: int) -> None:
+    """Find out whether checkpoints can be saved into a directory; it is made where it is missing.
+
+    Args:
+        root:    directory of all checkpoints of one run
+        nbytes:  of one
+    Raises:
+        ValueError: something that is no checkpoint has the name of one, or there is no room.
+        OSError: the directory cannot be made, listed or written.
+    """
+    make_directory(root)
+    _check_names(root)
+    _tidy(root)
+    probe = _hidden(root / "probe")
+    try:
+        probe.mkdir()
+        with new_file(probe / STATE_FILE) as file:
+            file.write(bytes(512))
+    except OSError as error:
+        raise _told(f"cannot write into {root}", error) from error
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+    if (free := shutil.disk_usage(root).free) < nbytes:
+        raise ValueError(
+            f"{root} must have {in_words(nbytes)} free for a checkpoint, got {in_words(free)}"
+        )
+
+
+def _check_names(root: Path) -> None:
+    for path in map(root.joinpath, sorted(os.listdir(root))):
+        published, link = _PUBLISHED.fullmatch(path.name), path.is_symlink()
+        if not (published or _TEMPORARY.fullmatch(path.name)):
+            continue
+        if not path.is_dir() or (link and not published):
+            got = "a link" if link else "a file"
+            raise ValueError(f"{path} must be the directory of a checkpoint, got {got}")
+
+
+def _told(what: str, error: OSError) -> OSError:
+    told = OSError(f"{what}: {error.strerror or error}")
+    told.errno = error.errno
+    return told
+
+
+def save(
+    root: Path,
+    step: int,
+    tensors: Tensors,
+    state: dict,
+    *,
+    keep: int = 2,
+    read: Read = pieces,
+    finite: Collection[str] = (),
+) -> Path:
     """Write root/step-<step> so that a crash at any moment leaves either the old or the new.
 
     Args:
@@ -150,31 +211,35 @@ def save(root: Path, step: int, tensors: Tensors, state: dict, *, keep: int = 2)
         tensors:  group -> name -> dense tensor of DTYPES, of any device and strides
         state:    what JSON has, with finite numbers and string keys; a tuple returns as a list
         keep:     checkpoints left in root: this one and the newest others
+        read:     gives a tensor's bytes, in pieces
+        finite:   groups in which every number must be finite
     Returns:
         The directory of the checkpoint.
     Raises:
-        ValueError: an argument that could not be read back as it is.
+        ValueError: an argument that could not be read back as it is, or something that is no
+                    checkpoint has the name of one.
+        FloatingPointError: a number that must be finite is not; earlier checkpoints are untouched.
         OSError: the disk refused; earlier checkpoints are untouched.
     """
     _check_request(step, tensors, state, keep)
-    if not root.exists():
-        root.mkdir(parents=True)
-        make_durable(root.parent)
-    _tidy(root)
-    final = root / f"step-{step:08d}"
-    temporary = _hidden(final)
-    try:
-        _write(temporary, step, tensors, state)
-        if final.exists():
-            os.rename(final, final.with_suffix(".replaced"))
-        os.rename(temporary, final)
-        make_durable(root)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"cannot write checkpoint {final}: {error}") from error
-    finally:
+    with _SAVING:
+        make_directory(root)
+        _check_names(root)
         _tidy(root)
-    for path in [p for p in _newest_first(root) if p != final][keep - 1 :]:
-        _discard(path)
+        final = root / f"step-{step:08d}"
+        temporary = _hidden(final)
+        try:
+            _write(temporary, step, tensors, state, read, finite)
+            if final.exists():
+                os.rename(final, final.with_suffix(".replaced"))
+            os.rename(temporary, final)
+            make_durable(root)
+        except OSError as error:
+            raise _told(f"cannot write checkpoint {final}", error) from error
+        finally:
+            _tidy(root)
+        for path in [p for p in _newest_first(root) if p != final][keep - 1 :]:
+            _discard(path)
     return final
 
 
@@ -280,6 +345,8 @@ def load(path: Path) -> tuple[Tensors, dict]:
 def load_latest(root: Path) -> tuple[Path, Tensors, dict]:
     """Read the newest checkpoint that is whole; a warning names each newer one that is damaged.
 
+    A writer may save into the directory meanwhile: what it moved or removed is looked for again.
+
     Args:
         root:  directory of all checkpoints of one run; may be missing
     Returns:
@@ -287,14 +354,34 @@ def load_latest(root: Path) -> tuple[Path, Tensors, dict]:
     Raises:
         ValueError: there is none, or all are damaged.
     """
-    error = ValueError(f"{root} must hold a checkpoint, got none")
-    for path in _newest_first(root):
-        try:
-            return path, *_read(path)
-        except ValueError as refused:
-            warnings.warn(f"{refused}; it is passed over", stacklevel=2)
-            error = refused
+    error: ValueError | OSError = ValueError(f"{root} must hold a checkpoint, got none")
+    for again in reversed(range(READ_AGAIN)):
+        listed = _newest_first(root)
+        for path in listed:
+            found = _identity(path)
+            try:
+                return path, *_read(path)
+            except (ValueError, OSError) as refused:
+                if isinstance(refused, OSError) and refused.errno not in UNREADABLE:
+                    raise
+                error = refused
+                if again and (found is None or found != _identity(path)):
+                    break
+                warnings.warn(f"{refused}; it is passed over", stacklevel=2)
+        else:
+            # while one takes the place of another there may be none
+            if listed:
+                break
     raise error
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a directory from another of the same name."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def latest(root: Path) -> Path | None:
@@ -306,33 +393,3 @@ def latest(root: Path) -> Path | None:
         Its directory, or None if there is none.
     """
     return next(iter(_newest_first(root)), None)
-
-
-def _flatten(value: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(value, dict):
-        return {prefix.removeprefix("."): value}
-    parts = [_flatten(item, f"{prefix}.{key}") for key, item in value.items()]
-    return {key: leaf for part in parts for key, leaf in part.items()}
-
-
-def require_same_config(saved: dict, current: dict, path: Path) -> None:
-    """Refuse to resume a run under another configuration.
-
-    Args:
-        saved:    configuration in the checkpoint: nested dicts
-        current:  configuration of this run: nested dicts; a tuple equals the same list
-        path:     the checkpoint, for the message
-    Raises:
-        ValueError: with the differing keys, at most MAX_DIFFERENCES, and both values of each.
-    """
-    _check_state(current, "current")
-    # through JSON both: it makes a list of the tuple that was saved
-    saved, current = (_flatten(json.loads(_json(config))) for config in (saved, current))
-    differing = [
-        f"{key}: saved {saved.get(key, 'nothing')!r}, current {current.get(key, 'nothing')!r}"
-        for key in sorted(saved.keys() | current.keys())
-        if key not in saved or key not in current or saved[key] != current[key]
-    ]
-    if differing:
-        shown = "; ".join(differing[:MAX_DIFFERENCES])
-        raise ValueError(f"{len(differing)} settings differ from checkpoint {path}: {shown}")

@@ -5,17 +5,21 @@ import json
 import os
 import warnings
 import weakref
+from itertools import count
 from pathlib import Path
 
-from dbkernels.whole_file import write_whole
+from dbkernels.whole_file import make_directory, write_whole
 
 
 class RunLog:
     """Appends rows to `log.jsonl`; a resumed run drops the rows from its own step on.
 
+    A run that starts anew drops none: what is there is kept under another name, which a warning
+    tells.
+
     Args:
         directory:    of the run; made where it is missing
-        first_step:   rows of this step of the run and later ones are dropped
+        first_step:   rows of this step of the run and later ones are dropped; 0 starts anew
         tensorboard:  whether to write event files to directory/tensorboard too
     Raises:
         ValueError: TensorBoard is asked for and not installed, or another log of the directory is
@@ -23,13 +27,19 @@ class RunLog:
     """
 
     def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = False):
-        self._writer = _tensorboard_writer(directory, first_step) if tensorboard else None
-        directory.mkdir(parents=True, exist_ok=True)
+        writer = _tensorboard_writer() if tensorboard else None
+        make_directory(directory)
         self._release = weakref.finalize(self, os.close, _claim(directory))
         path = directory / "log.jsonl"
         kept = [row for row in read_log(path) if row["step"] < first_step]
+        if not first_step:
+            _set_aside(path)
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", buffering=1)
+        # not before the claim: one who is refused leaves no file beside those of a run that goes on
+        self._writer = writer and writer(
+            str(directory / "tensorboard"), purge_step=first_step or None
+        )
 
     def write(self, row: dict[str, float | int]) -> None:
         """Log one step: its numbers by name, "step" and "block" among them."""
@@ -59,6 +69,17 @@ def _claim(directory: Path) -> int:
     return descriptor
 
 
+def _set_aside(path: Path) -> None:
+    """Keep a log that is not empty under a name that is free."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    names = (path.with_name(f"log-{number}.jsonl") for number in count(1))
+    aside = next(each for each in names if not os.path.lexists(each))
+    os.rename(path, aside)
+    message = f"{path} is that of a run without a checkpoint: it is kept as {aside.name}"
+    warnings.warn(message, stacklevel=3)
+
+
 def read_log(path: Path) -> list[dict[str, float | int]]:
     """All whole rows of a log; none where there is no file.
 
@@ -79,7 +100,7 @@ def _row(line: bytes) -> dict[str, float | int] | None:
         return None
 
 
-def _tensorboard_writer(directory: Path, first_step: int):
+def _tensorboard_writer() -> type:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -87,4 +108,4 @@ def _tensorboard_writer(directory: Path, first_step: int):
             "tensorboard must be installed for its log (pip install dbkernels[tensorboard]), "
             "got an environment without it"
         ) from None
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)
+    return SummaryWriter

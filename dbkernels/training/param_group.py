@@ -59,7 +59,7 @@ class ParamGroup:
     narrower than float32 it holds the parameter in float32, too, and so is its average.
 
     Args:
-        parameters:  by name
+        parameters:  by name; there may be none
         config:      decay of the weights in AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and
                      of the moving average, in this group's own steps; with CUDA graphs the rate is
                      read on the device
@@ -81,7 +81,8 @@ class ParamGroup:
         self._newest = torch.zeros((), dtype=torch.float32, device=device)
         self._updated = {p: _wide(p) for p in parameters.values()}
         self.optimizer = torch.optim.AdamW(
-            self._updated.values(),
+            # a group, which may be empty: then a block's steps move what blocks share alone
+            [{"params": list(self._updated.values())}],
             weight_decay=config.weight_decay,
             capturable=config.cuda_graphs,
             fused=True,

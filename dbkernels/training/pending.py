@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dbkernels.data.images import Batch, Data, Put
+from dbkernels.memory.measure import out_of_memory
 
 Row = dict[str, float | int]
 
@@ -115,7 +116,9 @@ class MicroBatch:
             told = f"{where} with batch {self.batch} in micro-batches of {self.size}"
             try:
                 return gradient(self.size)
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if out_of_memory(error) is None:
+                    raise
                 undo()
                 if final:
                     raise torch.OutOfMemoryError(f"out of memory in {told}, {final}") from None
@@ -196,8 +199,15 @@ class Rows:
         Raises:
             FloatingPointError: that row's; the step after it updated nothing, and is forgotten.
         """
-        self.settle()
-        self._last = pending
+        last, self._last = self._last, pending
+        if last is None:
+            return
+        try:
+            row = last.row()
+        except FloatingPointError:
+            self._last = None
+            raise
+        self._take(row)
 
     def settle(self) -> None:
         """Hand on what is left; the device is then done with every step.

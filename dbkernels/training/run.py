@@ -6,6 +6,7 @@
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,11 +29,19 @@ from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing, load_weights
 from dbkernels.training.log import RunLog
 from dbkernels.training.pending import Row, Rows
+from dbkernels.training.same_run import (
+    Conditions,
+    DataChanged,
+    conditions,
+    require_same_config,
+    require_same_data,
+    require_same_schedule,
+)
 from dbkernels.training.saved import require_tensors, require_types
 from dbkernels.training.stop import Stopped, StopSignals
 from dbkernels.training.trainer import Augment, Trainer
 from dbkernels.training.trainer_config import TrainerConfig
-from dbkernels.whole_file import write_whole
+from dbkernels.whole_file import make_directory, write_whole
 
 # settings of the trainer that a run may change on its way, for its bits stay the same; without
 # clipping from its start it may also move the optimizer into the backward
@@ -149,7 +158,7 @@ class RunConfig:
 
 def write_config(config: RunConfig, directory: Path) -> None:
     """Write config.json, whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     text = json.dumps({"version": VERSION, **asdict(config)}, indent=2)
     write_whole(directory / "config.json", f"{text}\n")
 
@@ -203,49 +212,71 @@ def train(
     *,
     device: torch.device | str,
     resume: str = "",
+    data_changed: DataChanged = "refuse",
     save_every: int = 0,
+    keep: int = 2,
     tensorboard: bool = False,
     on_step: Callable[[Row], None] = lambda row: None,
 ) -> Trainer:
     """Train a run to its end, logging every step.
 
     Args:
-        config:       of the run
-        directory:    of the run; a new run needs one that holds none
-        device:       to train on
-        resume:       "latest", or the path of a checkpoint of this run; empty starts anew
-        save_every:   steps between checkpoints; 0 saves the last one alone
-        tensorboard:  whether to log there too
-        on_step:      called with each row of the log, when the next step was launched
+        config:        of the run
+        directory:     of the run; a new run needs one that holds none
+        device:        to train on
+        resume:        "latest", or the path of a checkpoint of this run; empty starts anew. More
+                       steps may be asked for where the earlier ones are the same for it
+        data_changed:  ok goes on with data that are not those of the checkpoint
+        save_every:    steps between checkpoints; 0 saves the last one alone
+        keep:          checkpoints that are kept, the newest; where one is damaged the one before
+                       it serves
+        tensorboard:   whether to log there too
+        on_step:       called with each row of the log, when the next step was launched
     Returns:
         The trainer, at its last step. Where blocks were offloaded, all is on the host again.
     Raises:
         ValueError: a setting is wrong, the directory holds another run or one that still goes on,
-                    or a checkpoint cannot be used. No file of a run is touched then.
-        FloatingPointError: a loss is not finite; the last checkpoint stays.
+                    or a checkpoint cannot be used or written. No file of a run is touched then.
+        FloatingPointError: a loss is not finite, or a weight that is to be saved; the last
+                    checkpoint stays.
         Stopped: a signal asked the run to end; what was trained is saved, as after other errors.
     """
     check_number("save_every", save_every, 0)
+    check_number("keep", keep, 1)
+    check_choice("data_changed", data_changed, get_args(DataChanged))
     data = open_data(config.data, "train", config.model.num_classes, convert=config.convert)
-    trainer = config.trainer_on(device, data)
+    trainer, root = config.trainer_on(device, data), directory / "checkpoints"
+    now = conditions(data, trainer.device)
     if resume:
-        restore(trainer, config, directory, resume)
-    elif checkpoint.latest(directory / "checkpoints"):
+        restore(trainer, config, directory, resume, now, data_changed=data_changed)
+    elif checkpoint.latest(root):
         raise ValueError(f"{directory} must hold no run yet, got one; resume it or choose another")
+    if trainer.step < trainer.total_steps:
+        every = [t for tensors in trainer.tensors().values() for t in tensors.values()]
+        checkpoint.check_root(root, sum(tensor.nbytes for tensor in every))
     log = RunLog(directory, first_step=trainer.step, tensorboard=tensorboard)
 
-    def take(row: Row) -> None:
-        log.write(row)
-        on_step(row)
+    saved, told = trainer.step, True
 
-    saved = trainer.step
+    def take(row: Row) -> None:
+        nonlocal told
+        log.write(row)
+        if told:
+            # where it fails, it is not called on the way out
+            told = False
+            on_step(row)
+            told = True
 
     def save(rows: Rows) -> None:
         nonlocal saved
         # a step that was not finite raises here, before it can be saved
         rows.settle()
         if trainer.step > saved:
-            _save(trainer, config, directory)
+            state = {"version": VERSION, "config": asdict(config), "conditions": now}
+            state["counters"] = trainer.counters()
+            # the loss of the last step says nothing of what its update made
+            options = {"keep": keep, "read": trainer.read, "finite": ("model", "ema")}
+            checkpoint.save(root, trainer.step, trainer.tensors(), state, **options)
             saved = trainer.step
 
     try:
@@ -261,7 +292,7 @@ def train(
                 # goes on from before a loss that is not finite comes to it again
                 early = config.trainer.optimizer_in_backward
                 if not early and not isinstance(error, FloatingPointError):
-                    save(rows)
+                    _save_at_last(partial(save, rows))
                 raise
             save(rows)
             if trainer.step < trainer.total_steps:
@@ -272,24 +303,65 @@ def train(
     return trainer
 
 
-def _save(trainer: Trainer, config: RunConfig, directory: Path) -> None:
-    state = {"version": VERSION, "config": asdict(config), "counters": trainer.counters()}
-    checkpoint.save(directory / "checkpoints", trainer.step, trainer.tensors(), state)
+def _save_at_last(save: Callable[[], None]) -> None:
+    """Save on the way out of an error, which is told whether or not this comes off."""
+    try:
+        save()
+    except Exception as error:
+        warnings.warn(f"steps since the last checkpoint are lost: {error}", stacklevel=2)
 
 
-def restore(trainer: Trainer, config: RunConfig, directory: Path, which: str) -> None:
-    """Set a trainer to a checkpoint of its own run, "latest" or a path."""
-    tensors, state = _load(config, directory, which)
-    trainer.restore(tensors, state["counters"])
+def restore(
+    trainer: Trainer,
+    config: RunConfig,
+    directory: Path,
+    which: str,
+    now: Conditions,
+    *,
+    data_changed: DataChanged = "refuse",
+) -> None:
+    """Set a trainer to a checkpoint of its own run, "latest" or a path.
+
+    Args:
+        trainer:       at its first step
+        config:        of the run
+        directory:     of the run
+        which:         "latest", or the path of a checkpoint
+        now:           conditions under which it goes on
+        data_changed:  as for `train`
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged, or of other settings or data.
+    """
+    path, tensors, state, saved = _load(config, directory, which)
+    counters = state["counters"]
+    require_same_schedule(
+        saved.trainer,
+        config.trainer,
+        blocks=len(trainer.blocks),
+        turn=counters["steps_per_swap"],
+        step=counters["step"],
+        path=path,
+    )
+    moved, before = saved.data != config.data, state.get("conditions", {})
+    require_same_data(before, now, moved=moved, path=path, data_changed=data_changed)
+    trainer.restore(tensors, counters)
 
 
-def _load(config: RunConfig, directory: Path, which: str) -> tuple[checkpoint.Tensors, dict]:
+def _load(
+    config: RunConfig, directory: Path, which: str
+) -> tuple[Path, checkpoint.Tensors, dict, RunConfig]:
     """A checkpoint of a run, "latest" or a path; its settings are those of the run.
 
+    Where its data lie, and how long the run is, may be another: `restore` looks at these.
+
+    Returns:
+        Its directory, what it holds, and the configuration in it.
     Raises:
         ValueError: the run has no checkpoint, or one of other settings, or it is damaged.
     """
     if which == "latest":
+        if checkpoint.latest(directory / "checkpoints") is None:
+            raise ValueError(f"{directory} must hold a checkpoint, got none")
         path, tensors, state = checkpoint.load_latest(directory / "checkpoints")
     else:
         tensors, state = checkpoint.load(path := Path(which))
@@ -298,10 +370,10 @@ def _load(config: RunConfig, directory: Path, which: str) -> tuple[checkpoint.Te
             raise ValueError(f"{path} must be the checkpoint of a run, got one without {name}")
     saved = _config(state["config"], state.get("version"), path)
     # some settings move no number
-    same = {key: getattr(config.trainer, key) for key in PLACEMENT}
-    saved = replace(saved, trainer=replace(saved.trainer, **same))
-    checkpoint.require_same_config(asdict(saved), asdict(config), path)
-    return tensors, state
+    same = {key: getattr(config.trainer, key) for key in (*PLACEMENT, "steps")}
+    alike = replace(saved, data=config.data, trainer=replace(saved.trainer, **same))
+    require_same_config(asdict(alike), asdict(config), path)
+    return path, tensors, state, saved
 
 
 def load_run(
@@ -318,7 +390,7 @@ def load_run(
         ValueError: there is no such run or checkpoint, or it is damaged.
     """
     config = read_config(directory)
-    tensors, _ = _load(config, directory, which)
+    _, tensors, *_ = _load(config, directory, which)
     blocks = config.build(device)
     require_tensors(tensors.get("model", {}), dict(blocks.named_parameters()), "model")
     load_weights(blocks, tensors["model"])

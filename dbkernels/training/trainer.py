@@ -26,9 +26,11 @@ from dbkernels.training.block_order import BlockOrder
 from dbkernels.training.cuda_graphs import CudaGraphs, CudaRecorder
 from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, load_weights, own_group
 from dbkernels.training.offload.offloader import open_offloader
+from dbkernels.training.one_thread import OneThread
 from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward, learning_rate
 from dbkernels.training.partition import Block
 from dbkernels.training.saved import require_counters, require_tensors
+from dbkernels.training.tensor_file import Pieces
 from dbkernels.training.trainer_config import Decay, Offload, Order, TrainerConfig
 
 Objective = Callable[[DiffusionBlocks, Block, Batch, Draw], Tensor]
@@ -51,9 +53,12 @@ class Trainer:
         device:     to train on; None is where the blocks are
     The other arguments are the fields of `TrainerConfig`, which says what they mean.
 
+    A trainer is for one thread at a time: another that comes to it meanwhile is refused.
+
     Raises:
         ValueError: a setting has a value that it cannot have, or contradicts another; the blocks
-                    are on another device and offload is none, or offload_dir has no room for them.
+                    are on another device and offload is none, or offload_dir has no room for them;
+                    or nothing that a block's steps would update is trainable.
     """
 
     def __init__(
@@ -102,8 +107,18 @@ class Trainer:
         self.micro_batch = pending.MicroBatch(size, config.batch_size, least=least)
         self.offloader = open_offloader(blocks, self.device, config)
         self.groups: dict[str, ParamGroup] = {}
-        frozen = self.blocks.frozen()
-        for name, parameters in self.blocks.groups().items():
+        self._alone = OneThread()
+        frozen, groups = self.blocks.frozen(), self.blocks.groups()
+        self._untrained = [
+            (name, p) for name, p in self.blocks.named_parameters() if not p.requires_grad
+        ]
+        for block in self.blocks:
+            if not groups[own_group(block)] and SHARED not in groups:
+                raise ValueError(
+                    f"block {block.index} must have a parameter to train, got none: all that its "
+                    "steps would update is frozen"
+                )
+        for name, parameters in groups.items():
             total = self.total_steps if name == SHARED else config.steps
             group = ParamGroup(parameters, config, total=total, device=self.device)
             self.groups[name] = group
@@ -136,9 +151,10 @@ class Trainer:
 
     def close(self) -> None:
         """Free the device of what was brought there from the host; a step brings it back."""
-        self.offloader.close()
-        if self.cuda_graphs is not None:
-            self.cuda_graphs.drop()
+        with self._alone:
+            self.offloader.close()
+            if self.cuda_graphs is not None:
+                self.cuda_graphs.drop()
 
     def step_block(self, block: Block) -> pending.Row:
         """One update of one block and of what it shares, waited for: `launch`, and its row."""
@@ -156,7 +172,21 @@ class Trainer:
         Raises:
             torch.OutOfMemoryError: half the micro-batch is too much too; nothing was updated, but
             for parameters that an optimizer in the backward had reached.
+            ValueError: another thread uses the trainer, or a parameter was thawed meanwhile.
         """
+        with self._alone:
+            self._require_frozen()
+            return self._launch(block)
+
+    def _require_frozen(self) -> None:
+        for name, parameter in self._untrained:
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"{name} must stay frozen, as it was when the trainer was made, got one that "
+                    "requires a gradient: make another trainer"
+                )
+
+    def _launch(self, block: Block) -> pending.Pending:
         begin, micro_batch, before = perf_counter(), self.micro_batch.size, self.counters()
         own, *_ = moved = self.moved(block)
         row = {"step": self.step, "block": block.index, "block_step": own.steps}
@@ -268,12 +298,21 @@ class Trainer:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a checkpoint must hold: weights, their average, optimizer state."""
         groups = self.groups.values()
-        self.offloader.wait()
+        with self._alone:
+            self.offloader.wait()
         weights = {name: p.detach() for name, p in self.blocks.named_parameters()}
         average = {name: tensor for group in groups for name, tensor in group.average.items()}
         optimizer = {k: v for group in groups for k, v in group.optimizer_tensors().items()}
         found = {"model": weights, "ema": average, "optimizer": optimizer}
         return {name: tensors for name, tensors in found.items() if tensors}
+
+    def read(self, tensor: Tensor) -> Pieces:
+        """The bytes of one of `tensors`, of which no copy is made but of a piece.
+
+        Raises:
+            ValueError: the file that its block rests in was cut short or has other bytes.
+        """
+        return self.offloader.read(tensor)
 
     def counters(self) -> Counters:
         """The counts of steps, and what was found out on the way, that a checkpoint must hold.
@@ -289,9 +328,13 @@ class Trainer:
         """Go on from what `tensors` and `counters` once gave, bit for bit.
 
         Raises:
-            ValueError: they are not what they gave, or the optimizer is in the backward, and
-                gradients have to be added up.
+            ValueError: they are not what they gave, the optimizer is in the backward, and gradients
+                have to be added up; or another thread uses the trainer.
         """
+        with self._alone:
+            self._restore(tensors, counters)
+
+    def _restore(self, tensors: dict[str, dict[str, Tensor]], counters: Counters) -> None:
         require_counters(counters, self.counters())
         for group, expected in {**{name: {} for name in tensors}, **self.tensors()}.items():
             require_tensors(tensors.get(group, {}), expected, group)

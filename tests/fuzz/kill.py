@@ -28,7 +28,7 @@ from dbkernels.training import checkpoint
 from dbkernels.training.log import read_log
 
 RUN = (
-    "train dit --data digits --depth 4 --num-blocks 2 --dim 32 --num-heads 2 --steps 40 --ema 0.9 "
+    "train dit --data digits --depth 4 --num-blocks 2 --dim 32 --num-heads 2 --ema 0.9 "
     "--batch-size 8 --device cpu --save-every 3"
 )
 ASKED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
@@ -43,14 +43,16 @@ class Fuzz:
     """Ends of a run."""
     seed: int = 1
     """Seed of their times and kinds."""
+    steps: int = 40
+    """Of each block of a run."""
 
 
-def train(out: Path, kill: tuple[float, signal.Signals] | None = None) -> Ended:
+def train(out: Path, steps: int, kill: tuple[float, signal.Signals] | None = None) -> Ended:
     """Train or go on in a process, which is sent a signal after some seconds."""
     resume = " --resume latest" if checkpoint.latest(out / "checkpoints") else ""
 
     def case() -> None:
-        main(f"{RUN} --out {out}{resume}".split())
+        main(f"{RUN} --steps {steps} --out {out}{resume}".split())
 
     if kill is None:
         return forked(case, 300)
@@ -93,37 +95,37 @@ def same(one: dict, other: dict) -> bool:
     )
 
 
-def fuzz(kills: int, seed: int) -> list[str]:
+def fuzz(kills: int, seed: int, steps: int) -> list[str]:
     """End runs so often; a sentence for each end that was wrong."""
     rng, wrong, done, runs = random.Random(seed), [], 0, 0
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         begin = time.monotonic()
-        assert train(root / "whole").code == 0
+        assert train(root / "whole", steps).code == 0
         length, expected = time.monotonic() - begin, end(root / "whole")
         while done < kills:
             runs += 1
             out, code = root / f"run{runs}", None
             while code != 0 and done < kills:
                 number = rng.choice((signal.SIGKILL, *ASKED))
-                ended = train(out, (rng.uniform(0, length), number))
+                ended = train(out, steps, (rng.uniform(0, length), number))
                 code, done = ended.code, done + 1
                 if code not in (0, -number, 128 + number):
                     wrong.append(f"{number.name}: exit {code}: {ended.err.strip()[-300:]}")
-                if number in ASKED and (steps := lost(out)):
-                    wrong.append(f"{number.name}: {steps} steps lost: {ended.err.strip()[-300:]}")
+                if number in ASKED and (rows := lost(out)):
+                    wrong.append(f"{number.name}: {rows} steps lost: {ended.err.strip()[-300:]}")
                 there = sorted((out / "checkpoints").glob("step-*")) if out.exists() else []
                 if len(there) > 1 and rng.random() < 0.3:
                     flip(there[-1], rng)
                     code = None
-            if (last := train(out)).code != 0 or not same(end(out), expected):
+            if (last := train(out, steps)).code != 0 or not same(end(out), expected):
                 wrong.append(f"run {runs}: exit {last.code}, other bits: {last.err.strip()[-300:]}")
     return wrong
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
     asked = tyro.cli(Fuzz, args=arguments)
-    found = fuzz(asked.kills, asked.seed)
+    found = fuzz(asked.kills, asked.seed, asked.steps)
     print("\n".join([*found, f"{asked.kills} ends: {len(found)} wrong"]))
     sys.exit(bool(found))
 

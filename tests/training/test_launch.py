@@ -13,7 +13,7 @@ from training.tiny import CPU, IN_BACKWARD, PREFETCH, assert_same, augment, make
 import dbkernels.training.trainer as module
 from dbkernels.training.block_order import BlockOrder
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
-from dbkernels.training.pending import Pending, Rows
+from dbkernels.training.pending import Pending
 from dbkernels.training.trainer import Trainer
 
 # a value that is read, and a tensor that is made of numbers of the host: on a GPU both would wait
@@ -108,7 +108,7 @@ def test_a_look_at_a_value_is_noticed_here(look):
 
 def test_a_run_reads_each_row_behind_the_next_launch(monkeypatch):
     happened, trainer = [], make_trainer("dit", steps=1)
-    for owner, name in ((Trainer, "launch"), (Rows, "settle")):
+    for owner, name in ((Trainer, "launch"), (Pending, "row")):
         inner = getattr(owner, name)
 
         def told(*args, name=name, inner=inner):
@@ -118,7 +118,7 @@ def test_a_run_reads_each_row_behind_the_next_launch(monkeypatch):
         monkeypatch.setattr(owner, name, told)
     trainer.run()
     # the first has no step before it
-    assert happened == ["launch", "settle"] * 3 + ["settle"]
+    assert happened == ["launch", *["launch", "row"] * 2, "row"]
 
 
 def test_steps_that_are_timed_are_waited_for(monkeypatch):

@@ -1,6 +1,7 @@
 import errno
 import json
 import sys
+import warnings
 
 import pytest
 
@@ -79,3 +80,31 @@ def test_a_file_system_without_locks_holds_a_log(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", refused)
     RunLog(tmp_path).close()
+
+
+def test_a_log_of_a_run_without_a_checkpoint_is_kept_and_the_warning_says_where(tmp_path):
+    for count in (3, 2, 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            log = RunLog(tmp_path)
+        for step in range(count):
+            log.write(row(step, loss=float(count)))
+        log.close()
+    with pytest.warns(UserWarning, match=r"without a checkpoint: it is kept as log-3\.jsonl"):
+        RunLog(tmp_path).close()
+    kept = [read_log(tmp_path / f"log-{number}.jsonl") for number in (1, 2, 3)]
+    assert [[each["loss"] for each in rows] for rows in kept] == [[3.0] * 3, [2.0] * 2, [1.0]]
+    assert read_log(tmp_path / "log.jsonl") == []
+    # an empty one is nothing to keep
+    RunLog(tmp_path).close()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_second_writer_leaves_nothing_beside_a_log_that_goes_on(tmp_path):
+    first = RunLog(tmp_path, tensorboard=True)
+    first.write(row(0))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="must have one writer"):
+        RunLog(tmp_path, tensorboard=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    first.close()

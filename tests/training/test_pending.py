@@ -4,6 +4,7 @@ import math
 from functools import partial
 from unittest.mock import MagicMock, call
 
+import pytest
 import torch
 from training.tiny import equal, make_data
 
@@ -88,6 +89,20 @@ def test_rows_are_handed_on_in_order_one_step_late_and_once():
     # with its numbers in their places
     whole = [("step", 3), ("loss", 1.0), ("grad_norm", 2.0), ("lr", 0.1)]
     assert list(pending(3).row().items()) == whole
+
+
+def test_where_a_row_cannot_be_taken_the_one_of_the_step_behind_it_still_is():
+    told = []
+
+    def take(row):
+        told.append(row["step"])
+        if row["step"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Rows(take) as rows:
+        for step in range(5):
+            rows.add(pending(step))
+    assert told == [0, 1, 2]
 
 
 def test_a_gpu_is_waited_for_when_its_numbers_are_read_and_no_sooner(monkeypatch):

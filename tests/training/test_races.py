@@ -8,9 +8,11 @@ from training.races import Inline, Machine
 from training.tiny import make_trainer
 
 import dbkernels.training.offload.memory as memory_module
+import dbkernels.training.offload.rest_file as rest_file
 from dbkernels.training.offload.copy_stream import CopyStream
 from dbkernels.training.offload.memory import DiskMemory
 from dbkernels.training.offload.offloader import Offloader
+from dbkernels.training.offload.rest_file import RestFile
 
 CUDA = torch.device("cuda")
 
@@ -21,7 +23,7 @@ def races(monkeypatch, tmp_path):
     machine = Machine()
     machine.install(monkeypatch)
     # a few pieces to a block, so that both of the staging buffers are used again
-    monkeypatch.setattr(memory_module, "STAGING_BYTES", 2**14)
+    monkeypatch.setattr(rest_file, "STAGING_BYTES", 2**14)
 
     def run(change, prefetch, disk):
         where = {"offload": "disk", "offload_dir": str(tmp_path)} if disk else {"offload": "cpu"}
@@ -35,12 +37,31 @@ def races(monkeypatch, tmp_path):
             staging = offloader._memory._staging
             machine.watch_host(*staging._buffers)
             staging._read = [machine.Event(), machine.Event()]
+            watch_files(machine, offloader, monkeypatch)
         machine.deaf = change(monkeypatch)
         with machine:
             go(trainer, machine)
         return machine.races
 
     return run
+
+
+def watch_files(machine, offloader, monkeypatch):
+    """Have the host's access to files, which is no op, be one to the buffers that they are."""
+    files = offloader._memory._files
+    homes = {files[f.home.data_ptr()]: f.home for f in offloader._blocks.values()}
+    write, read = RestFile.write, RestFile._read
+
+    def written(rest, piece, first):
+        machine._run([piece], [homes[rest]], by_host=True)
+        write(rest, piece, first)
+
+    def filled(rest, piece, first):
+        machine._run([homes[rest]], [piece], by_host=True)
+        read(rest, piece, first)
+
+    monkeypatch.setattr(RestFile, "write", written)
+    monkeypatch.setattr(RestFile, "_read", filled)
 
 
 def go(trainer, machine):
@@ -85,12 +106,11 @@ def without_a_look_at_the_stream(copy_stream):
 
 
 def unblocked(memory, slot, home):
-    for source, target in zip(
-        memory_module._pieces(slot), memory_module._pieces(home), strict=True
-    ):
+    rest, size = memory._files[home.data_ptr()], rest_file.STAGING_BYTES
+    for index, source in enumerate(slot.split(size)):
         staged = memory._staging.next(len(source))
         staged.copy_(source, non_blocking=True)
-        target.copy_(staged)
+        rest.write(staged, index * size)
 
 
 def hasty_swap(offloader):

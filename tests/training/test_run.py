@@ -136,7 +136,7 @@ def test_a_directory_in_which_another_run_still_goes_on_is_refused(make_config, 
 
     with pytest.raises(KeyboardInterrupt):
         train(make_config(), on_step=second)
-    train(make_config())
+    train(make_config(), resume="latest")
 
 
 @pytest.mark.parametrize(

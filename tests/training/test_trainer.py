@@ -9,6 +9,7 @@ from implementations import implementations
 from training.tiny import (
     CPU,
     IN_BACKWARD,
+    NO_ROOM,
     PREFETCH,
     assert_holds,
     assert_same,
@@ -219,10 +220,11 @@ def test_in_the_backward_nothing_moves_from_a_gradient_on_that_is_not_finite():
 @pytest.mark.parametrize(
     "batch_size, fits, sizes", [(4, 2, [4, 2, 2, 2, 2, 2, 2]), (5, 3, [5, 3, 2, 3, 2, 3, 2])]
 )
+@pytest.mark.parametrize("fail", NO_ROOM)
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch_and_its_noise(
-    batch_size, fits, sizes
+    batch_size, fits, sizes, fail
 ):
-    objective, met = short_of_memory(fits)
+    objective, met = short_of_memory(fits, fail)
     settings = {"batch_size": batch_size, "ema": 0.9}
     whole, halved = make_trainer(**settings), make_trainer(objective=objective, **settings)
     expected, size = steps(whole, (0, 1, 0)), f"with batch {batch_size} in micro-batches of "
@@ -236,6 +238,16 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch_and_its_noise(
     assert_near(halved, whole)
     assert [(size, alive) for size, _, alive in met] == [(size, 0) for size in sizes]
     assert met[0][1] == met[1][1] == replace(met[2][1], sample=0) and met[2][1].sample == fits
+
+
+def test_another_error_halves_nothing():
+    def objective(*arguments):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    trainer = make_trainer(objective=objective)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        steps(trainer, [0])
+    assert trainer.micro_batch.size == 4
 
 
 def test_out_of_memory_in_a_later_piece_leaves_nothing_of_the_earlier_ones():

@@ -74,7 +74,23 @@ def augment(batch, draw):
     return shift(mirror(batch, draw), draw, pixels=1)
 
 
-def short_of_memory(fits):
+def no_room_on_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def no_room_on_the_host():
+    # what torch itself says
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def no_room_in_python():
+    raise MemoryError
+
+
+NO_ROOM = (no_room_on_a_gpu, no_room_on_the_host, no_room_in_python)
+
+
+def short_of_memory(fits, fail=no_room_on_a_gpu):
     """An objective with room for so many samples.
 
     And what it met: sizes, draws, and how many losses that found no room were alive.
@@ -87,7 +103,7 @@ def short_of_memory(fits):
         loss = DiffusionBlocks.loss(blocks, block, batch, draw)
         if len(batch["label"]) > fits:
             failed.append(weakref.ref(loss))
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            fail()
         return loss
 
     return objective, met

@@ -1,5 +1,6 @@
 """Copies that run one after another, between the steps or beside them."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -19,6 +20,7 @@ class CopyStream:
         self._thread = ThreadPoolExecutor(1) if beside else None
         self._stream = torch.cuda.Stream(device) if beside and self._cuda else None
         self._submitted: list[Future] = []
+        self._process = os.getpid()
 
     def submit(self, copy: Callable[[], None], *, after_steps: bool = False) -> Future | None:
         """Run a copy after those before it, and where asked, after the steps launched so far.
@@ -28,10 +30,13 @@ class CopyStream:
             after_steps:  whether it reads or writes what these steps do
         Returns:
             What `join` takes.
+        Raises:
+            ValueError: as `require_thread`.
         """
         if self._thread is None:
             copy()
             return None
+        self.require_thread()
         while self._submitted and self._submitted[0].done():
             self._submitted.pop(0).result()
         launched = None
@@ -63,8 +68,26 @@ class CopyStream:
             torch.cuda.current_stream(self._device).wait_event(done)
 
     def wait(self) -> None:
-        """Return when every copy is through."""
+        """Return when every copy is through.
+
+        Raises:
+            ValueError: as `require_thread`.
+        """
+        self.require_thread()
         while self._submitted:
             self._submitted.pop(0).result()
         if self._cuda:
             (self._stream or torch.cuda.current_stream(self._device)).synchronize()
+
+    def require_thread(self) -> None:
+        """Refuse a fork of the process that has the thread.
+
+        Raises:
+            ValueError: this is one.
+        """
+        # in a fork it is not there, and who waits for it waits for ever
+        if self._thread is not None and os.getpid() != self._process:
+            raise ValueError(
+                f"prefetch must be used by the process {self._process} that has its thread, "
+                f"got its fork {os.getpid()}"
+            )

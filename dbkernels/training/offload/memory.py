@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from dbkernels.memory.units import in_words
+from dbkernels.training.offload import rest_file
+from dbkernels.training.offload.rest_file import Held, RestFile
 
 # bytes; that of the CUDA allocator: some kernels are chosen by it, and so may be their last bits
 ALIGNMENT = 512
-STAGING_BYTES = 2**26  # of each of two buffers: enough for the bus, and little beside a block
 
 
 def flat_bytes(sizes: Iterable[int]) -> int:
@@ -78,6 +79,9 @@ class CpuMemory:
                 )
         return buffer
 
+    def seal(self, home: Tensor, updated_bytes: int) -> None:
+        """Nothing: what lies in memory is not looked after."""
+
     def load(self, home: Tensor, slot: Tensor) -> None:
         """Copy a buffer to as many bytes on the device, in the current stream's order."""
         slot.copy_(home, non_blocking=True)
@@ -127,36 +131,67 @@ class DiskMemory:
                 f"got {in_words(free)} in {directory}"
             )
         self._directory = directory
-        self._staging = _Staging(min(nbytes, STAGING_BYTES), device)
+        self._staging = _Staging(min(max(nbytes, ALIGNMENT), rest_file.STAGING_BYTES), device)
+        self._files: dict[int, RestFile] = {}  # by the address of the buffer
+        self._held: list[Held] = []
 
     def room(self, nbytes: int) -> Tensor:
         """As `CpuMemory.room`."""
         with tempfile.TemporaryFile(dir=self._directory) as file:
             # a hole that the disk cannot fill later would kill the process
             os.posix_fallocate(file.fileno(), 0, nbytes)
-            return torch.frombuffer(mmap.mmap(file.fileno(), nbytes), dtype=torch.uint8)
+            pages = mmap.mmap(file.fileno(), nbytes)
+            rest = RestFile(os.dup(file.fileno()), self._directory, self._held)
+        buffer = torch.frombuffer(pages, dtype=torch.uint8)
+        self._files[buffer.data_ptr()] = rest
+        weakref.finalize(pages, _close, self._files, buffer.data_ptr())
+        return buffer
+
+    def seal(self, home: Tensor, updated_bytes: int) -> None:
+        """Take what the host has written to a buffer as what it holds.
+
+        Args:
+            home:           of `room`
+            updated_bytes:  that `store` will write; it never writes those after them
+        """
+        self._files[home.data_ptr()].seal(updated_bytes, len(home))
+
+    def read(self, home: Tensor, first: int, nbytes: int) -> Iterator[Tensor]:
+        """Bytes of a buffer, (n,) uint8 each, as they were stored.
+
+        Raises:
+            ValueError: the file was cut short or has other bytes.
+        """
+        return self._files[home.data_ptr()].read(first, nbytes)
 
     def load(self, home: Tensor, slot: Tensor) -> None:
-        """As `CpuMemory.load`."""
-        for source, target in zip(_pieces(home), _pieces(slot), strict=True):
-            staged = self._staging.next(len(source))
-            staged.copy_(source)
-            target.copy_(staged, non_blocking=True)
+        """As `CpuMemory.load`.
+
+        Raises:
+            ValueError: the file was cut short or has other bytes.
+        """
+        rest = self._files[home.data_ptr()]
+        for first, nbytes in rest.pieces():
+            staged = self._staging.next(nbytes)
+            rest.fill(staged, first)
+            slot[first : first + nbytes].copy_(staged, non_blocking=True)
             self._staging.mark()
 
     def store(self, slot: Tensor, home: Tensor) -> None:
         """As `CpuMemory.store`."""
-        for source, target in zip(_pieces(slot), _pieces(home), strict=True):
+        rest = self._files[home.data_ptr()]
+        for first in range(0, len(slot), rest_file.STAGING_BYTES):
+            source = slot[first : first + rest_file.STAGING_BYTES]
             staged = self._staging.next(len(source))
             staged.copy_(source)
-            target.copy_(staged)
+            rest.write(staged, first)
 
 
 OffloadMemory = CpuMemory | DiskMemory
 
 
-def _pieces(buffer: Tensor) -> tuple[Tensor, ...]:
-    return buffer.split(STAGING_BYTES)
+def _close(files: dict[int, RestFile], address: int) -> None:
+    files.pop(address).close()
 
 
 class _Staging:

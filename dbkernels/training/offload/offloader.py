@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks
 from dbkernels.training.offload.copy_stream import CopyStream
 from dbkernels.training.offload.memory import (
+    ALIGNMENT,
     CpuMemory,
     DiskMemory,
     OffloadMemory,
@@ -30,6 +31,7 @@ from dbkernels.training.offload.memory import (
     views,
 )
 from dbkernels.training.param_group import ParamGroup, tensor_sizes
+from dbkernels.training.tensor_file import Pieces, pieces
 from dbkernels.training.trainer_config import TrainerConfig
 
 
@@ -94,6 +96,7 @@ class Offloader:
 
     def enter(self, name: str) -> None:
         """Have a block on the device for the steps that follow, and take the one there home."""
+        self._copy_stream.require_thread()
         if name == self._entered or name not in self._blocks:
             return
         self._open()
@@ -114,6 +117,20 @@ class Offloader:
     def wait(self) -> None:
         """Return when what was copied can be read on the host."""
         self._copy_stream.wait()
+
+    def read(self, tensor: Tensor) -> Pieces:
+        """A tensor's bytes as `tensor_file.pieces` gives them, also of a block that is at home.
+
+        Raises:
+            ValueError: the file that it rests in was cut short or has other bytes.
+        """
+        if isinstance(self._memory, DiskMemory):
+            for flat in self._blocks.values():
+                first = tensor.data_ptr() - flat.home.data_ptr()
+                if 0 <= first < len(flat.home):
+                    flat.seal()
+                    return _in_order(tensor, self._memory.read(flat.home, first, tensor.nbytes))
+        return pieces(tensor)
 
     def settle(self) -> None:
         """Bring every block home, where it can be read and written."""
@@ -159,6 +176,7 @@ class Offloader:
 
     def _fetch(self, name: str) -> None:
         self._blocks[name].require_home(name)
+        self._blocks[name].seal()
         self._ahead = ""
         self._arrival = self._load(name, self._slots[self._other_slot()])
         self._ahead = name
@@ -169,6 +187,7 @@ class Offloader:
             self._store()
             flat = self._blocks[self._current]
             flat.lie_in(flat.home)
+            flat.note()
             self._current = ""
 
     def _other_slot(self) -> int:
@@ -181,20 +200,45 @@ class Offloader:
     def _store(self) -> None:
         flat, slot = self._blocks[self._current], self._slots[self.slot]
         size = flat.updated_bytes
+        if not size:
+            return
         copy = partial(self._memory.store, slot[:size], flat.home[:size])
         self._copy_stream.submit(copy, after_steps=True)
+
+
+def _in_order(tensor: Tensor, found: Pieces) -> Pieces:
+    """Elements in their order, where bytes are in that of the memory that they lie in."""
+    if tensor.is_contiguous():
+        return found
+    whole = torch.cat(list(found)).view(tensor.dtype)
+    return pieces(whole.as_strided(tensor.shape, tensor.stride()))
 
 
 class _Flat:
     """A block's own tensors, which all lie in one buffer: at home, or in a slot."""
 
     def __init__(self, updated: Sequence[Tensor], frozen: Sequence[Tensor], memory: OffloadMemory):
-        self.tensors = [*updated, *frozen]
+        self.tensors, self._memory = [*updated, *frozen], memory
         self.updated_bytes = flat_bytes(tensor.nbytes for tensor in updated)
-        self.home = memory.room(flat_bytes(tensor.nbytes for tensor in self.tensors))
+        # a block that has nothing of its own has a buffer too
+        size = max(flat_bytes(tensor.nbytes for tensor in self.tensors), ALIGNMENT)
+        self.home = memory.room(size)
         for tensor, view in zip(self.tensors, views(self.home, self.tensors), strict=True):
             view.copy_(tensor.detach())
         self.lie_in(self.home)
+        self._versions: list[int] = []
+        self.seal()
+
+    def note(self) -> None:
+        """Say that the home holds, or will when all was copied, what the block is now."""
+        self._versions = [tensor._version for tensor in self.tensors]
+
+    def seal(self) -> None:
+        """At home: have the memory take over what the host has written there, if it has."""
+        written = [tensor._version for tensor in self.tensors]
+        if written != self._versions:
+            self._memory.seal(self.home, self.updated_bytes)
+            self._versions = written
 
     def lie_in(self, buffer: Tensor) -> None:
         """Give each tensor its place in a buffer; nothing is copied."""

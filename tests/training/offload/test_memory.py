@@ -7,7 +7,7 @@ from unittest.mock import MagicMock, Mock, call
 import pytest
 import torch
 
-import dbkernels.training.offload.memory as memory_module
+import dbkernels.training.offload.rest_file as rest_file
 from dbkernels.training.offload.memory import CpuMemory, DiskMemory, flat_bytes, views
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -31,7 +31,7 @@ def test_views_lie_one_after_another_as_aligned_as_allocations_on_a_gpu():
 
 @pytest.mark.parametrize("piece", [64, 2**26])
 def test_what_is_stored_is_loaded_again(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(memory_module, "STAGING_BYTES", piece)
+    monkeypatch.setattr(rest_file, "STAGING_BYTES", piece)
     disk = DiskMemory(tmp_path, 3 * 700, CPU)
     # two buffers, whatever is copied, in turn
     buffers = {buffer.data_ptr(): buffer.nbytes for buffer in disk._staging._buffers}
