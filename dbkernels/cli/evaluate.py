@@ -19,7 +19,8 @@ from dbkernels.data.formats import MissingSplit
 from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import ImageData, open_data
 from dbkernels.settings import MOST_SEED, check_number
-from dbkernels.training.run import RunConfig, load_run
+from dbkernels.training.run import load_run
+from dbkernels.training.run_config import RunConfig
 from dbkernels.training.together import Start
 
 SPREAD = "spread"  # name of the row of standard deviations

@@ -19,7 +19,8 @@ from dbkernels.models.registry import FAMILIES, FamilyEntry, FamilyName, family_
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_number
 from dbkernels.training.pending import Row
-from dbkernels.training.run import PartitionConfig, RunConfig, read_config, train
+from dbkernels.training.run import train
+from dbkernels.training.run_config import PartitionConfig, RunConfig, read_config
 from dbkernels.training.same_run import DataChanged
 from dbkernels.training.stop import Stopped
 from dbkernels.training.trainer_config import TrainerConfig
@@ -110,6 +111,8 @@ class Train:
     """Checkpoints that are kept; where the newest is damaged the one before it serves."""
     requeue: bool = False
     """Exit with 75 where a signal ends the run, as schedulers want; else with 128 + its number."""
+    threads: int = 0
+    """Threads of the CPU, where it trains; 0 keeps the run's own, or finds what is fastest."""
     tensorboard: bool = False
     """Log to TensorBoard too."""
 
@@ -163,6 +166,7 @@ class Train:
                     data_changed=self.data_changed,
                     save_every=self.save_every,
                     keep=self.keep,
+                    threads=self.threads,
                     tensorboard=self.tensorboard,
                     on_step=on_step,
                 )

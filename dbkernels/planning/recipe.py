@@ -13,7 +13,7 @@ from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.training.diffusion_blocks import Sharing
 from dbkernels.training.partition import partition
-from dbkernels.training.run import PartitionConfig, RunConfig
+from dbkernels.training.run_config import PartitionConfig, RunConfig
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import Offload, TrainerConfig
 

@@ -37,11 +37,27 @@ def conditions(data: ImageData, device: torch.device) -> Conditions:
     return {
         "samples": len(data),
         "data": digest(data),
-        "threads": torch.get_num_threads(),
+        # of the CPU, where it trains
+        "threads": 0 if cuda else torch.get_num_threads(),
         "torch": str(torch.__version__),
         "library": _library(),
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
     }
+
+
+def conditions_of(state: dict, path: Path) -> Conditions:
+    """The conditions in the state of a checkpoint; none where it is of before there were any.
+
+    Raises:
+        ValueError: they are malformed.
+    """
+    saved = state.get("conditions", {})
+    kinds = {"samples": int, "threads": int}
+    if not isinstance(saved, dict) or any(
+        type(value) is not kinds.get(name, str) for name, value in saved.items()
+    ):
+        raise ValueError(f"{path} must say what its bits depend on, got {str(saved)[:200]}")
+    return saved
 
 
 @cache

@@ -17,7 +17,7 @@ from dbkernels.data.images import open_data
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.models import DiTConfig, ViTConfig
 from dbkernels.ops import implementation, use_implementation
-from dbkernels.training.run import PartitionConfig, RunConfig
+from dbkernels.training.run_config import PartitionConfig, RunConfig
 from dbkernels.training.trainer_config import TrainerConfig
 
 STEPS = 20

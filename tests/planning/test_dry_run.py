@@ -16,7 +16,7 @@ from dbkernels.ops.layer.recompute import policies_of
 from dbkernels.planning import dry_run as module
 from dbkernels.planning.dry_run import dry_run, predicted
 from dbkernels.planning.recipe import OFFLOAD, Recipe
-from dbkernels.training.run import RunConfig
+from dbkernels.training.run_config import RunConfig
 
 DIT = DiTConfig(dim=64, depth=4, num_heads=4, image_size=8, channels=4, num_classes=10)
 VIT = replace(FAMILIES["vit"].model.preset("digits"), depth=4)

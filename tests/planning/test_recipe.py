@@ -8,7 +8,7 @@ from dbkernels.memory.allocator import TARGETS
 from dbkernels.models import FAMILIES, DiTConfig
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.planning.recipe import METHODS, Recipe, of_preset, of_settings
-from dbkernels.training.run import PartitionConfig
+from dbkernels.training.run_config import PartitionConfig
 
 TINY = DiTConfig(dim=16, depth=4, num_heads=2, image_size=4, channels=1, num_classes=3)
 

@@ -6,7 +6,7 @@ import pytest
 from training.tiny import DIT, PRIOR, VIT
 
 from dbkernels.training import run
-from dbkernels.training.run import PartitionConfig, RunConfig
+from dbkernels.training.run_config import PartitionConfig, RunConfig
 from dbkernels.training.trainer_config import TrainerConfig
 
 

@@ -14,7 +14,8 @@ from dbkernels.data.images import open_data
 from dbkernels.models import stem_and_head
 from dbkernels.training import checkpoint
 from dbkernels.training.log import read_log
-from dbkernels.training.run import RunConfig, load_run, read_config, write_config
+from dbkernels.training.run import load_run
+from dbkernels.training.run_config import RunConfig, read_config, write_config
 
 RUN = Path("run")
 

@@ -13,7 +13,8 @@ from dbkernels.ops.backend.library import Library
 from dbkernels.training import checkpoint
 from dbkernels.training.checkpoint import load, save
 from dbkernels.training.log import read_log
-from dbkernels.training.run import PartitionConfig, RunConfig, load_run, read_config
+from dbkernels.training.run import load_run
+from dbkernels.training.run_config import PartitionConfig, RunConfig, read_config
 from dbkernels.training.same_run import MAX_DIFFERENCES, require_same_config
 from dbkernels.training.trainer_config import TrainerConfig
 

@@ -1,0 +1,184 @@
+"""The configuration of a run: everything that decides its numbers, and the file that keeps it."""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import nn
+
+from dbkernels.data.augment import drop_labels, mirror, shift
+from dbkernels.data.image_folder import Convert
+from dbkernels.data.images import Batch, Data
+from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.diffusion.process import Process, Scheme
+from dbkernels.models.family import Weighting
+from dbkernels.models.registry import ModelConfig, family_named
+from dbkernels.ops.philox import Draw
+from dbkernels.settings import check_choice, check_number
+from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing
+from dbkernels.training.saved import require_types
+from dbkernels.training.trainer import Augment, Trainer
+from dbkernels.training.trainer_config import TrainerConfig
+from dbkernels.whole_file import make_directory, write_whole
+
+VERSION = 3  # of config.json and of what a checkpoint holds; every earlier one is read
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """How the layers and the noise are cut, and what the blocks share."""
+
+    num_blocks: int = 3
+    """Number of blocks; 1 trains end to end."""
+    layers: str = ""
+    """Indices of layers in running order, comma separated; they may repeat. Empty: each once."""
+    split: str = ""
+    """Layers per block, comma separated, the block of the most noise first; empty: evenly."""
+    scheme: Scheme = "equal_probability"
+    """How the range of noise is cut into intervals."""
+    gamma: float = 0.05
+    """Overlap of neighbouring blocks, as a share of each one's width in ln sigma."""
+    sharing: Sharing = "joint"
+    """joint: every block trains the same stem and head. copies: each block has its own."""
+
+    def of(self, model: nn.Module, process: Process, weighting: Weighting) -> DiffusionBlocks:
+        """The blocks of a model; `DiffusionBlocks` says the rest."""
+        numbers = {name: _whole_numbers(name, getattr(self, name)) for name in ("layers", "split")}
+        settings = asdict(self) | numbers
+        return DiffusionBlocks(model, process=process, weighting=weighting, **settings)
+
+
+def _whole_numbers(name: str, text: str) -> list[int] | None:
+    try:
+        return [int(number) for number in text.split(",")] if text else None
+    except ValueError:
+        raise ValueError(f"{name} must be whole numbers with commas between, got {text}") from None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's numbers."""
+
+    family: str
+    """A key of `FAMILIES`."""
+    model: ModelConfig
+    data: str
+    """See `open_data`."""
+    weighting: Weighting
+    """Weight of the noise levels in the loss."""
+    label_drop: float
+    """Share of labels dropped for guidance; families without "no label" need 0."""
+    mirror: bool
+    """Whether images are mirrored at random."""
+    shift: int
+    """Pixels by which images are moved at random, at most."""
+    partition: PartitionConfig
+    prior: LogNormal
+    trainer: TrainerConfig
+    convert: Convert = "none"
+    """Channels of the images of a folder, as `open_data` has it."""
+
+    def __post_init__(self):
+        check_choice("convert", self.convert, get_args(Convert))
+        if not 0 <= self.label_drop < 1:
+            raise ValueError(f"label_drop must be in [0, 1), got {self.label_drop}")
+        check_number("shift", self.shift, 0)
+        if self.weighting == "published" and self.trainer.accumulate > 1:
+            raise ValueError(
+                "accumulate must be 1 with the published weighting, which is no mean over samples, "
+                f"got {self.trainer.accumulate}"
+            )
+        if self.label_drop and family_named(self.family).null_label is None:
+            raise ValueError(f"label_drop must be 0 for {self.family}, got {self.label_drop}")
+
+    def build(self, device: torch.device | str) -> DiffusionBlocks:
+        """New blocks, initialised from the run's seed, on a device."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.trainer.seed)
+            model = family_named(self.family).model(self.model)
+        # fake tensors cannot be moved, not even to where they are
+        if next(model.parameters()).device != torch.device(device):
+            model = model.to(device)
+        return self.partition.of(model, self.prior, self.weighting)
+
+    def home(self, device: torch.device | str) -> torch.device | str:
+        """Where models are built that train on a device: where all of their blocks have room."""
+        return "cpu" if self.trainer.offload != "none" else device
+
+    def trainer_on(self, device: torch.device | str, data: Data) -> Trainer:
+        """A trainer at its first step."""
+        return self.trainer_of(self.build(self.home(device)), data, device=device)
+
+    def trainer_of(
+        self, blocks: DiffusionBlocks, data: Data, *, device: torch.device | str | None = None
+    ) -> Trainer:
+        """A trainer at its first step, of blocks that `build` gave; `Trainer` says the rest."""
+        settings = asdict(self.trainer)
+        return Trainer(blocks, data, **settings, augment=self._augment(), device=device)
+
+    def _augment(self) -> Augment | None:
+        changes: list[Augment] = [partial(shift, pixels=self.shift)] if self.shift else []
+        changes += [mirror] if self.mirror else []
+        if self.label_drop:
+            null = family_named(self.family).null_label(self.model)
+            changes.append(partial(drop_labels, share=self.label_drop, null=null))
+
+        def augment(batch: Batch, draw: Draw) -> Batch:
+            for change in changes:
+                batch = change(batch, draw)
+            return batch
+
+        return augment if changes else None
+
+
+def write_config(config: RunConfig, directory: Path) -> None:
+    """Write config.json, whole or not at all."""
+    make_directory(directory)
+    text = json.dumps({"version": VERSION, **asdict(config)}, indent=2)
+    write_whole(directory / "config.json", f"{text}\n")
+
+
+def read_config(directory: Path) -> RunConfig:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: the directory holds no run, or one of another version.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"a run's directory must hold config.json, got none in {directory}")
+    try:
+        saved = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} must be the JSON of a run, got {error}") from None
+    return config_of(saved, saved.pop("version", None), path)
+
+
+def config_of(saved: dict, version: object, path: Path) -> RunConfig:
+    """The configuration in a file of any version that there was."""
+    if version not in range(1, VERSION + 1):
+        raise ValueError(f"{path} must have a version from 1 to {VERSION}, got {version}")
+    try:
+        if version == 1:
+            # what blocks share was a setting of the trainer
+            trainer = dict(saved["trainer"])
+            partition = {**saved["partition"], "sharing": trainer.pop("sharing")}
+            saved = {**saved, "trainer": trainer, "partition": partition}
+        model = family_named(saved["family"]).config.stored(saved["model"], version)
+        saved = {**saved, "model": model}
+        nested = {
+            "partition": PartitionConfig,
+            "prior": LogNormal,
+            "trainer": TrainerConfig,
+        }
+        config = RunConfig(**{k: nested[k](**v) if k in nested else v for k, v in saved.items()})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must hold the configuration of a run, got {error}") from None
+    try:
+        require_types(config)
+    except ValueError as error:
+        raise ValueError(f"{path} must hold the configuration of a run: {error}") from None
+    return config
