@@ -57,6 +57,15 @@ def test_a_root_is_made_and_left_empty_where_checkpoints_can_be_saved(tmp_path):
     assert names(tmp_path / "new" / "root") == []
 
 
+def test_a_root_is_looked_at_while_another_process_is_in_the_middle_of_a_save(tmp_path):
+    (path,) = saved(tmp_path, 1)
+    path.rename(path.with_suffix(".replaced"))
+    for name in (f".step-00000001-{os.getppid()}", f".probe-{os.getpid()}"):
+        (tmp_path / name).mkdir()
+    checkpoint.check_root(tmp_path, 0)
+    assert names(tmp_path) == [f".step-00000001-{os.getppid()}", "step-00000001.replaced"]
+
+
 def test_a_root_that_cannot_be_written_or_has_no_room_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="file"):

@@ -48,6 +48,11 @@ def test_any_bytes_of_a_file_come_back_and_each_piece_is_read_once(rest, piece, 
         assert torch.equal(read(rest, first, last - first), content[first:last])
     assert sum(done) == 3000
     assert torch.equal(read(rest, 10, 2500), content[10:2510])
+    # what was read last is not given again when it is another
+    assert torch.equal(read(rest, 0, 1), content[:1])
+    content[0] += 1
+    rest.write(content[: min(piece, 1700)], 0)
+    assert torch.equal(read(rest, 0, 1), content[:1])
 
 
 def test_every_bit_that_flips_and_every_length_is_noticed(rest, monkeypatch):
