@@ -62,7 +62,8 @@ def dit_block_from_layer(layer: AdaLNLayer) -> dict[str, Tensor]:
     """The state dict that a DiT block loads to compute what the layer does; it shares memory.
 
     Raises:
-        ValueError: the published DiT has no such layer (RMS norm, affine norms, SwiGLU).
+        ValueError: the published DiT has no such layer (RMS norm, affine norms, another MLP, silu
+            after the modulation's projection).
     """
     config = layer.config
     if config.norm != "layer" or config.affine or config.mlp != "gelu":
@@ -70,6 +71,8 @@ def dit_block_from_layer(layer: AdaLNLayer) -> dict[str, Tensor]:
             "a DiT block has norm layer, no affine and mlp gelu, "
             f"got norm {config.norm}, affine {config.affine} and mlp {config.mlp}"
         )
+    if config.silu_modulation:
+        raise ValueError("a DiT block has no silu after its projection, got silu_modulation True")
     names = {ours: theirs for theirs, ours in _PARTS.items()}
     return {_translate(name, names): tensor for name, tensor in layer.state_dict().items()}
 

@@ -7,6 +7,7 @@ import torch
 from models.tiny import randomise
 from ops.one_layer import EVERY_POLICY, saved_bytes
 
+from dbkernels.convert import dit_block_from_layer
 from dbkernels.models.baseline import stock_layer
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.ops import POLICIES, Draw
@@ -38,6 +39,11 @@ def test_every_option_reaches_the_op_and_its_specification(name):
     torch.testing.assert_close(stock_layer(layer, x, c, None, draw), y, rtol=1e-10, atol=1e-10)
     if name not in ("dim", "cond_dim"):
         assert not torch.allclose(layer_of(before)(x, c, draw=draw), y)
+
+
+def test_no_dit_block_has_silu_after_its_projection():
+    with pytest.raises(ValueError, match="no silu after its projection, got silu_modulation True"):
+        dit_block_from_layer(AdaLNLayer(replace(CONFIG, silu_modulation=True)))
 
 
 def test_each_place_in_a_stack_has_a_draw_of_its_own():
