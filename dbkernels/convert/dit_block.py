@@ -113,10 +113,17 @@ def dit_block_from_layer(layer: AdaLNLayer) -> dict[str, Tensor]:
     layer has them.
 
     Raises:
-        ValueError: the published DiT has no such layer (RMS norm, affine norms, SwiGLU, other eps).
+        ValueError: the published DiT has no such layer (RMS norm, affine norms, SwiGLU, other eps, silu after
+            the modulation's projection).
     """
     config = layer.config
-    theirs = {"norm": "layer", "affine": False, "mlp": "gelu", "eps": 1e-6}
+    theirs = {
+        "norm": "layer",
+        "affine": False,
+        "mlp": "gelu",
+        "eps": 1e-6,
+        "silu_modulation": False,
+    }
     for name, value in theirs.items():
         if (ours := getattr(config, name)) != value:
             raise ValueError(f"{name} must be {value} in a DiT block, got {ours}")

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from dbkernels.ops.backend import checks, sums
 from dbkernels.ops.backend.register import register
-from dbkernels.ops.backend.tile import LANES, SHARED_OUT, tiles_per_program
+from dbkernels.ops.backend.tile import SHARED_OUT, Share, column_launch
 
 CUBIC = 0.044715
 SLOPE = 2 * math.sqrt(2 / math.pi)  # of 2 * z at 0
@@ -46,14 +46,6 @@ _CUBIC, _SLOPE = tl.constexpr(CUBIC), tl.constexpr(SLOPE)
 _DENSITY, _SQRT_HALF = tl.constexpr(DENSITY), tl.constexpr(math.sqrt(0.5))
 Factors = tuple[Tensor, Tensor]  # whose product is u
 CHUNK = 2**17  # elements of plain torch's temporaries, times threads: a core's cache holds four
-
-
-class Share(NamedTuple):
-    """What one direction of an activation takes."""
-
-    rows: int  # that a thread loads together, so that it waits for memory less often
-    registers: int  # of a thread; the compiler is held to them, and what it makes does not spill
-    scratch: int  # tensors of plain torch, beside the sum of h and bias and its gradient
 
 
 # kernels
@@ -233,18 +225,6 @@ ACTIVATIONS = {"gelu": GELU, "gelu_exact": GELU_EXACT, "swiglu": SWIGLU}
 # launchers: they write into tensors of their caller
 
 
-def column_launch(u: Tensor, share: Share) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """The grid of one wave over u (N, F), by columns and rows, rows of a program, and options."""
-    N, F = u.shape
-    # the tile with the fewest idle lanes; among equals, the widest
-    warps = min((1, 2, 4), key=lambda warps: (triton.cdiv(F, LANES * warps) * warps, -warps))
-    tile = {"BLOCK_N": share.rows, "BLOCK_F": LANES * warps, "num_warps": warps}
-    tiles, column_tiles = triton.cdiv(N, share.rows), triton.cdiv(F, LANES * warps)
-    each = tiles_per_program(tiles, share.registers, warps, u.device, beside=column_tiles)
-    rows = each * share.rows
-    return (column_tiles, triton.cdiv(N, rows)), rows, {**tile, "maxnreg": share.registers}
-
-
 def _forward_triton(activation, h, bias, u):
     grid, rows, options = column_launch(u, activation.forward)
     kind = activation.halves, activation.exact
@@ -378,14 +358,7 @@ def gelu(h: Tensor, bias: Tensor | None = None) -> Tensor:
 def gelu_exact(h: Tensor, bias: Tensor | None = None) -> Tensor:
     """Add a projection's bias and take GELU as it is, by the error function.
 
-    Args:
-        h:     (..., F)  a matmul's output without its bias: float32, bfloat16 or float16
-        bias:  (F,)      of any of these dtypes, or None
-    Returns:
-        (..., F), dtype of h. The bias is added in float32 and the result rounded once.
-    Raises:
-        ValueError: a shape, dtype or device disagrees.
-        RuntimeError: the gradient is differentiated.
+    Args, result and errors are those of `gelu`.
     """
     return _activate("gelu_exact", h, bias, columns="F")
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from dbkernels.models import ViT
 from dbkernels.models.baseline import use_baseline
-from dbkernels.ops import POLICIES, Draw, normals
+from dbkernels.ops import POLICIES, Draw, dropout, normals
 
 SIGMA_DATA = 0.5
 DRAW = Draw(seed=2, step=5)
@@ -224,6 +224,14 @@ def test_what_is_left_out_is_a_function_of_the_draw():
         for first, last in ((0, 1), (1, 3))
     ]
     torch.testing.assert_close(sum(part[0] for part in parts), loss, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_begins_with_what_the_first_layer_reads():
+    model, seen = model_with(), []
+    model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    loss_and_gradients(model), loss_and_gradients(model.eval())
+    dropped, whole = seen
+    assert torch.equal(dropped, dropout(whole, 0.3, DRAW))
 
 
 @pytest.mark.parametrize("part", ["dropout", "attention_dropout"])

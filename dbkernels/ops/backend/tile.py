@@ -97,6 +97,26 @@ def row_launch(x: Tensor, registers: Registers) -> RowLaunch:
     return RowLaunch(tile, limit, triton.cdiv(B * T, rows), rows, int(rows % T > 0))
 
 
+class Share(NamedTuple):
+    """What one direction of an activation takes."""
+
+    rows: int  # that a thread loads together, so that it waits for memory less often
+    registers: int  # of a thread; the compiler is held to them, and what it makes does not spill
+    scratch: int  # tensors of plain torch, beside the sum of h and bias and its gradient
+
+
+def column_launch(u: Tensor, share: Share) -> tuple[tuple[int, int], int, dict[str, int]]:
+    """The grid of one wave over u (N, F), by columns and rows, rows of a program, and options."""
+    N, F = u.shape
+    # the tile with the fewest idle lanes; among equals, the widest
+    warps = min((1, 2, 4), key=lambda warps: (triton.cdiv(F, LANES * warps) * warps, -warps))
+    tile = {"BLOCK_N": share.rows, "BLOCK_F": LANES * warps, "num_warps": warps}
+    tiles, column_tiles = triton.cdiv(N, share.rows), triton.cdiv(F, LANES * warps)
+    each = tiles_per_program(tiles, share.registers, warps, u.device, beside=column_tiles)
+    rows = each * share.rows
+    return (column_tiles, triton.cdiv(N, rows)), rows, {**tile, "maxnreg": share.registers}
+
+
 def tiles_per_program(
     tiles: int, registers: int, num_warps: int, device: torch.device, *, beside: int = 1
 ) -> int:
