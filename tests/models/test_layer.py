@@ -11,6 +11,7 @@ from models.tiny import randomise
 from ops.one_layer import EVERY_POLICY, SAME_BITS, assert_same_bits, saved_bytes
 from torch import nn
 
+from dbkernels.models.baseline import stock_layer
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.models.rotary import rotary_table
 from dbkernels.ops import Draw, reference
