@@ -113,8 +113,8 @@ def dit_block_from_layer(layer: AdaLNLayer) -> dict[str, Tensor]:
     layer has them.
 
     Raises:
-        ValueError: the published DiT has no such layer (RMS norm, affine norms, SwiGLU, other eps, silu after
-            the modulation's projection).
+        ValueError: the published DiT has no such layer (RMS norm, affine norms, SwiGLU, other eps,
+            silu after the modulation's projection).
     """
     config = layer.config
     theirs = {

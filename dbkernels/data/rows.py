@@ -13,6 +13,17 @@ from pathlib import Path
 import numpy as np
 
 
+class _Opened:
+    """A file that is open for as long as this is; rows in another order share it."""
+
+    def __init__(self, path: str | Path):
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self):
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
 class RowsOnDisk:
     """`Images` that stay in their file, which stays open: a file that takes its name is not read.
 
@@ -39,7 +50,7 @@ class RowsOnDisk:
         self._row, self._axes, self._fortran = shape[1:], tuple(range(len(shape))), fortran
         self._row_bytes = math.prod(self._row) * self.dtype.itemsize
         self._step_bytes = self._row_bytes if step_bytes is None else step_bytes
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 closed with the object
+        self._file = _Opened(path)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -82,12 +93,12 @@ class RowsOnDisk:
         view = memoryview(place)
         while view:
             try:
-                count = os.preadv(self._file.fileno(), [view], start)
+                count = os.preadv(self._file.number, [view], start)
             except OSError as error:
                 raise ValueError(f"{self.path} cannot be read: {error.strerror}") from error
             if not count:
                 raise ValueError(
                     f"{self.path} was cut short while it was in use: it must have "
-                    f"{start + len(view)} bytes, got {os.fstat(self._file.fileno()).st_size}"
+                    f"{start + len(view)} bytes, got {os.fstat(self._file.number).st_size}"
                 )
             view, start = view[count:], start + count

@@ -129,8 +129,8 @@ def _train(
 
     def take(row: Row) -> None:
         nonlocal told
-        if not row["step"] and now["threads"]:
-            row["threads"] = now["threads"]
+        if not row["step"] and (threads := now.get("threads")):
+            row["threads"] = threads
         log.write(row)
         if told:
             # where it fails, it is not called on the way out
