@@ -127,7 +127,8 @@ class ViT(Presets, nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        # the published code cuts this normal at 100 standard deviations, which is nowhere
+        # the published normal is cut at a hundred standard deviations, where none comes; what cuts
+        # reads its numbers, and a dry run's tensors have none
         small = partial(nn.init.normal_, std=0.02)
         of_weights = small if self.config.small_init else nn.init.xavier_uniform_
         for layer in self.layers:
