@@ -61,6 +61,9 @@ def train(
 ) -> Trainer:
     """Train a run to its end, logging every step.
 
+    A run that was interrupted, however often, ends with the bits of one that was not, where all
+    that `conditions` names is the same; a warning says what is another.
+
     Args:
         config:        of the run
         directory:     of the run; a new run needs one that holds none
@@ -186,7 +189,7 @@ def _load(
 ) -> tuple[Path, checkpoint.Tensors, dict, RunConfig]:
     """A checkpoint of a run, "latest" or a path; its settings are those of the run.
 
-    Where its data lie, and how long the run is, may be another: `restore` looks at these.
+    Where its data lie, and how long the run is, may be another: `train` looks at these.
 
     Returns:
         Its directory, what it holds, and the configuration in it.
