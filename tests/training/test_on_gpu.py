@@ -12,7 +12,6 @@ import torch
 from training.recorded import make_captured
 from training.tiny import CPU, IN_BACKWARD, PREFETCH, assert_same_steps, make_trainer, steps
 
-import dbkernels.training.offload.memory as memory_module
 from dbkernels.training.cuda_graphs import CudaRecorder
 from dbkernels.training.offload.copy_stream import CopyStream
 from dbkernels.training.offload.memory import CpuMemory, DiskMemory, pin
@@ -201,7 +200,7 @@ def test_a_slot_that_is_opened_waits_for_what_its_memory_was(offload, late):
 def test_a_staging_buffer_waits_for_the_copy_before_the_last(
     gpu, offload, tmp_path, late, monkeypatch, beside
 ):
-    monkeypatch.setattr(memory_module, "STAGING_BYTES", NBYTES // 16)
+    monkeypatch.setattr(rest_file, "STAGING_BYTES", NBYTES // 16)
     copies, memory, slot = (
         CopyStream(gpu, beside=beside),
         DiskMemory(tmp_path, NBYTES, gpu),
@@ -209,6 +208,7 @@ def test_a_staging_buffer_waits_for_the_copy_before_the_last(
     )
     home, content = memory.room(NBYTES), torch.randint(256, (NBYTES,), dtype=torch.uint8)
     home.copy_(content)
+    memory.seal(home, NBYTES)
     copies.join(copies.submit(partial(late, memory.load, home, slot)))
     assert torch.equal(slot.cpu(), content)
     home.zero_()
