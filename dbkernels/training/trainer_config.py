@@ -1,7 +1,8 @@
 """How blocks are trained: everything that a user sets."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 from dbkernels.settings import MOST, MOST_SAMPLES, MOST_SEED, check_choice, check_number
@@ -9,6 +10,7 @@ from dbkernels.settings import MOST, MOST_SAMPLES, MOST_SEED, check_choice, chec
 Decay = Literal["constant", "cosine"]
 Order = Literal["shuffled", "sequential"]
 Offload = Literal["none", "cpu", "disk"]
+KINDS = {int: Integral, float: Real}
 LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1}
 LEAST |= dict.fromkeys(("warmup", "weight_decay", "clip", "steps_per_swap", "seed"), 0)
 GREATEST = {"batch_size": MOST_SAMPLES, "seed": MOST_SEED}
@@ -58,6 +60,11 @@ class TrainerConfig:
     """Seed of all that is random in the run."""
 
     def __post_init__(self):
+        for field in fields(self):
+            value, kind = getattr(self, field.name), KINDS.get(field.type)
+            if kind and (isinstance(value, bool) or not isinstance(value, kind)):
+                number = "whole number" if kind is Integral else "number"
+                raise ValueError(f"{field.name} must be a {number}, got {value!r}")
         for name, least in LEAST.items():
             check_number(name, getattr(self, name), least, GREATEST.get(name, MOST))
         if not 0 < self.lr < math.inf:
@@ -77,7 +84,8 @@ class TrainerConfig:
             raise ValueError(
                 f"accumulate must be 1 with optimizer_in_backward, got {self.accumulate}"
             )
-        check_choice("offload", self.offload, get_args(Offload))
+        for name, known in (("decay", Decay), ("order", Order), ("offload", Offload)):
+            check_choice(name, getattr(self, name), get_args(known))
         if self.offload == "none" and self.prefetch:
             raise ValueError("offload must be cpu or disk for prefetch, got none")
         if (self.offload == "disk") != bool(self.offload_dir):

@@ -13,6 +13,7 @@ from training.recorded import make_captured
 from training.tiny import CPU, IN_BACKWARD, PREFETCH, assert_same_steps, make_trainer, steps
 
 from dbkernels.training.cuda_graphs import CudaRecorder
+from dbkernels.training.offload import rest_file
 from dbkernels.training.offload.copy_stream import CopyStream
 from dbkernels.training.offload.memory import CpuMemory, DiskMemory, pin
 from dbkernels.training.pending import Pending, Staging
