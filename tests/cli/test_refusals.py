@@ -40,7 +40,7 @@ BEFORE = {
             "std must be large enough for 3 blocks with levels of their own",
         ),
         ("train --depth 65537", "depth must be at most 65536, got 65537"),
-        ("train --resume latest", "out/checkpoints must hold a checkpoint, got none"),
+        ("train --resume latest", "out must hold a checkpoint, got none"),
         ("train --resume nope", "nope is not a checkpoint"),
         ("train --device cuda", "device cuda needs an NVIDIA GPU"),
         ("train --out file", "out must be a directory, got the file file"),
