@@ -8,25 +8,25 @@ D, H, HIDDEN, COND = 12, 3, 20, 7
 
 
 class Attention(nn.Module):
-    def __init__(self, bias=True):
+    def __init__(self, bias=True, width=D):
         super().__init__()
-        self.num_heads, self.scale = H, (D // H) ** -0.5
-        self.qkv = nn.Linear(D, 3 * D, bias)
+        self.num_heads, self.scale = H, (width // H) ** -0.5
+        self.qkv = nn.Linear(D, 3 * width, bias)
         self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
         self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
         self.norm = nn.Identity()
-        self.proj = nn.Linear(D, D, bias)
+        self.proj = nn.Linear(width, D, bias)
 
     def turned(self, q, k):
         return q, k
 
     def forward(self, x):
         B, T, _ = x.shape
-        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)
+        qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         q, k = self.turned(self.q_norm(q), self.k_norm(k))
         weights = self.attn_drop((q * self.scale @ k.mT).softmax(-1))
-        x = (weights @ v).transpose(1, 2).reshape(B, T, D)
+        x = (weights @ v).transpose(1, 2).reshape(B, T, -1)
         return self.proj_drop(self.proj(self.norm(x)))
 
 
@@ -51,7 +51,8 @@ class Gated(Mlp):
 
     def forward(self, x):
         a, b = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(a * self.act(b) if self.gate_last else self.act(a) * b)
+        hidden = a * self.act(b) if self.gate_last else self.act(a) * b
+        return self.drop2(self.fc2(self.drop1(hidden)))
 
 
 class Block(nn.Module):
@@ -67,6 +68,28 @@ class Block(nn.Module):
         parts = self.adaLN_modulation(c)[:, None].chunk(6, -1)
         x = x + parts[2] * self.attn(self.norm1(x) * (1 + parts[1]) + parts[0])
         return x + parts[5] * self.mlp(self.norm2(x) * (1 + parts[4]) + parts[3])
+
+
+def block_of(config):
+    """A block as somebody makes it who has read a layer's config; its sizes must be those here."""
+    block = Block()
+    norm = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[config.norm]
+    eps2 = config.eps if config.eps2 is None else config.eps2
+    block.norm1, block.norm2 = (norm(D, eps, config.affine) for eps in (config.eps, eps2))
+    block.attn = Attention(width=config.attention_width)
+    block.mlp = Gated() if config.mlp == "swiglu" else Mlp()
+    if config.mlp == "gelu_exact":
+        block.mlp.act = nn.GELU()
+    if config.qk_norm:
+        d = config.attention_width // H
+        block.attn.q_norm, block.attn.k_norm = (nn.RMSNorm(d, config.qk_eps) for _ in range(2))
+    theirs = {"qkv": block.attn.qkv, "out": block.attn.proj, "fc1": block.mlp.fc1}
+    for name, projection in {**theirs, "fc2": block.mlp.fc2}.items():
+        if not config.has_bias(name):
+            projection.bias = None
+    block.attn.attn_drop.p = config.attention_dropout
+    block.attn.proj_drop.p = block.mlp.drop2.p = config.dropout
+    return block
 
 
 class Functional(Block):
@@ -152,6 +175,42 @@ class Causal(Attention):
         q, k, v = self.qkv(x).reshape(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class Fused(Attention):
+    """Its kernel is told the share that its module would leave out."""
+
+    def forward(self, x):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).reshape(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
+        p = self.attn_drop.p if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class DropsScores(Attention):
+    """Dropout before the softmax."""
+
+    def forward(self, x):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).reshape(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
+        x = self.attn_drop(q * self.scale @ k.mT).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class DropsFirst(Attention):
+    """Dropout of what the projection reads."""
+
+    def forward(self, x):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).reshape(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
+        x = self.attn_drop((q * self.scale @ k.mT).softmax(-1)) @ v
+        return self.proj(self.proj_drop(x.transpose(1, 2).reshape(B, T, D)))
+
+
+class DropsInFunction(Block):
+    def forward(self, x, c):
+        return F.dropout(super().forward(x, c), 0.1, self.training)
 
 
 class OwnRMSNorm(nn.Module):

@@ -1,138 +1,28 @@
 """A DiT's block and the layer of it compute the same, or the part that differs is named."""
 
 import copy
-from dataclasses import replace
-from functools import partial
+from dataclasses import fields, replace
 from itertools import combinations
+from random import Random
 
 import pytest
 import torch
 from accuracy import with_grads
 from convert import published
 from convert.published import COND, HIDDEN, Block, D, H
+from convert.variations import VARIATIONS, drops
 from models.tiny import randomise
 from torch import nn
-from torch.nn.utils import parametrizations
 
 from dbkernels.convert import dit_block_from_layer, layer_from_dit_block, layer_from_dit_state
-from dbkernels.models.layer import AdaLNLayer, LayerConfig
+from dbkernels.convert.read_block import DROPOUTS
+from dbkernels.models.layer import BIASED, AdaLNLayer, LayerConfig
+from dbkernels.ops import Draw
 
 B, T = 2, 5
 STATE = {"num_heads": H, "activation": "gelu_tanh", "qk_norm": "none", "eps": 1e-6}
 
 
-def put(name, make):
-    """Changes a block's part."""
-    return lambda block: block.set_submodule(name, make(), strict=True)
-
-
-def both(first, second, make):
-    def change(block):
-        for name in (first, second):
-            block.set_submodule(name, make(), strict=True)
-
-    return change
-
-
-def of_class(kind):
-    return lambda block: setattr(block, "__class__", kind)
-
-
-def attention(kind):
-    return lambda block: setattr(block, "attn", kind())
-
-
-def set_in(name, **values):
-    def change(block):
-        module = block.get_submodule(name)
-        for key, value in values.items():
-            setattr(module, key, value)
-
-    return change
-
-
-def functional(kind):
-    def change(block):
-        del block.norm1, block.norm2, block.mlp.act
-        block.__class__ = kind
-
-    return change
-
-
-rms = partial(nn.RMSNorm, D // H)
-norms = partial(both, "norm1", "norm2")
-qk = partial(both, "attn.q_norm", "attn.k_norm")
-same_scale = (D // 2) ** -0.5
-# by what it changes: the change, and the part that is named where no layer has it
-VARIATIONS = {
-    "as published": (lambda block: None, None),
-    "rms of q and k": (qk(partial(rms, eps=1e-6)), None),
-    "other heads": (set_in("attn", num_heads=2, scale=same_scale), None),
-    "other eps": (norms(partial(nn.LayerNorm, D, 1e-3, False)), None),
-    "affine norms": (norms(partial(nn.LayerNorm, D, 1e-6)), None),
-    "rms norms": (norms(partial(nn.RMSNorm, D, 1e-5, False)), None),
-    "affine rms norms": (norms(partial(nn.RMSNorm, D, 1e-5)), None),
-    "gated": (put("mlp", published.Gated), None),
-    "functions": (functional(published.Functional), None),
-    "idle drop path": (lambda block: block.add_module("drop_path1", nn.Identity()), None),
-    "exact gelu": (put("mlp.act", nn.GELU), "mlp.act"),
-    "silu": (put("mlp.act", nn.SiLU), "mlp.act"),
-    "relu": (put("mlp.act", nn.ReLU), "mlp.act"),
-    "exact function": (functional(published.Exact), "Exact"),
-    "other eps in a function": (functional(published.OtherEps), "OtherEps"),
-    "gate last": (put("mlp", partial(published.Gated, gate_last=True)), "Block"),
-    "layer norm of q and k": (qk(partial(nn.LayerNorm, D // H, 1e-6)), "attn.q_norm"),
-    "rms of q and k, other eps": (qk(partial(rms, eps=1e-5)), "attn.q_norm.eps"),
-    "rms of q and k, no eps": (qk(rms), "attn.q_norm.eps"),
-    "rms without weights": (qk(partial(rms, 1e-6, False)), "attn.q_norm.elementwise_affine"),
-    "own rms norm": (qk(published.OwnRMSNorm), "attn.q_norm"),
-    "rms of q alone": (put("attn.q_norm", partial(rms, eps=1e-6)), "attn.q_norm"),
-    "rms of k, other eps": (
-        lambda block: (qk(partial(rms, eps=1e-6))(block), set_in("attn.k_norm", eps=1.0)(block)),
-        "attn.k_norm.eps",
-    ),
-    "norm after attention": (put("attn.norm", partial(nn.LayerNorm, D)), "attn.norm"),
-    "heads that do not divide": (set_in("attn", num_heads=5), "attn.num_heads"),
-    "no heads": (lambda block: delattr(block.attn, "num_heads"), "attn.num_heads"),
-    "lies about heads": (attention(published.TwoHeads), "Block"),
-    "other scale": (set_in("attn", scale=1 / (D // H)), "attn.scale"),
-    "rotated": (attention(published.Rotated), "Block"),
-    "causal": (attention(published.Causal), "Block"),
-    "eps of one norm": (put("norm2", partial(nn.LayerNorm, D, 1e-5, False)), "norm2"),
-    "affine norm2": (put("norm2", partial(nn.LayerNorm, D, 1e-6)), "norm2"),
-    "weight without bias": (norms(partial(nn.LayerNorm, D, 1e-6, True, False)), "norm1"),
-    "rms without eps": (norms(partial(nn.RMSNorm, D, None, False)), "norm1.eps"),
-    "group norm": (norms(partial(nn.GroupNorm, 1, D)), "norm1"),
-    "no bias of qkv": (set_in("attn.qkv", bias=None), "attn.proj and mlp.fc1"),
-    "no bias of the modulation": (set_in("adaLN_modulation.1", bias=None), "adaLN_modulation.1"),
-    "gelu of c": (put("adaLN_modulation.0", nn.GELU), "adaLN_modulation.0"),
-    "more of c": (
-        lambda block: block.adaLN_modulation.append(nn.Tanh()),
-        "adaLN_modulation.2",
-    ),
-    "attention dropout": (set_in("attn.attn_drop", p=0.1), "attn.attn_drop"),
-    "dropout of the mlp": (set_in("mlp.drop2", p=0.1), "mlp.drop2"),
-    "layer scale": (lambda block: block.add_module("ls1", published.LayerScale()), "ls1"),
-    "bias of positions": (
-        lambda block: block.attn.register_parameter("table", nn.Parameter(torch.ones(3))),
-        "attn.table",
-    ),
-    "lora": (put("attn.qkv", published.LoRALinear), "attn.qkv"),
-    "weight norm": (lambda block: parametrizations.weight_norm(block.mlp.fc1), "mlp.fc1"),
-    "hook": (
-        lambda block: block.mlp.fc1.register_forward_hook(lambda *args: args[2] + 1),
-        "Block",
-    ),
-    "parallel": (of_class(published.Parallel), "Parallel"),
-    "scale first": (of_class(published.ScaleFirst), "ScaleFirst"),
-    "two results": (of_class(published.Tuple), r"block\(x, c\)"),
-    "no attention": (lambda block: delattr(block, "attn"), "attn.qkv"),
-    "no activation of c": (
-        lambda block: setattr(block, "adaLN_modulation", nn.Linear(COND, 6 * D)),
-        "adaLN_modulation",
-    ),
-    "other dtypes": (lambda block: block.mlp.double(), "mlp.fc1.weight"),
-}  # fmt: skip
 FINE = [name for name, (_, named) in VARIATIONS.items() if named is None]
 
 
@@ -144,7 +34,13 @@ def made(*names, bias=True):
 
 
 def assert_same_results(layer, block):
+    """Of what is not left out; which share is left out stands in the layer's config."""
     layer, block = layer.double(), copy.deepcopy(block).double()
+    shares = [getattr(block.get_submodule(name), "p", 0) for name in DROPOUTS]
+    assert shares == [layer.config.attention_dropout, *2 * [layer.config.dropout]]
+    for module in block.modules():
+        if type(module) is nn.Dropout:
+            module.eval()
     x, c = torch.randn(B, T, D).double() + 1, torch.randn(B, COND).double()
     for actual, expected in zip(with_grads(layer, x, c), with_grads(block, x, c), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
@@ -153,7 +49,7 @@ def assert_same_results(layer, block):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", FINE)
 def test_a_converted_block_computes_the_same(name, bias):
-    block = made(name, bias=bias if name != "gated" else True)
+    block = made(name, bias=bias)
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     assert_same_results(layer_from_dit_block(block), block)
     assert all(torch.equal(t, before[name]) for name, t in block.state_dict().items())
@@ -182,24 +78,96 @@ def test_any_two_changes_compute_the_same_or_are_refused():
     assert converted > len(FINE)
 
 
-@pytest.mark.parametrize("names", [("as published",), ("rms of q and k",), ("other heads",)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        drops("attn.attn_drop"),
+        drops("attn.proj_drop", "mlp.drop2"),
+        drops("attn.attn_drop", "attn.proj_drop", "mlp.drop2"),
+    ],
+)
+def test_what_is_left_out_in_training_has_the_same_distribution(change):
+    block = Block()
+    change(block)
+    layer = layer_from_dit_block(randomise(block)).double()
+    block, count = block.double(), 2**14
+    x, c = (torch.randn(1, *size).double().expand(count, *size) for size in ((T, D), (COND,)))
+    with torch.no_grad():
+        theirs, ours = block(x, c), layer(x, c, draw=Draw(1, 0))
+    mean, spread = theirs.mean(0), theirs.std(0)
+    assert spread.min() > 0.01 * mean.abs().mean()
+    assert ((ours.mean(0) - mean).abs() < 6 * spread * (2 / count) ** 0.5).all()
+    torch.testing.assert_close(ours.std(0), spread, rtol=0.1, atol=0)
+
+
+# what a block of the published names holds of a layer, each with values that differ
+HELD = {
+    "norm": ("layer", "rms"),
+    "affine": (False, True),
+    "mlp": ("gelu", "gelu_exact", "swiglu"),
+    "qk_norm": (False, True),
+    "bias": (True, False, *(some for n in (1, 2, 3) for some in combinations(BIASED, n))),
+    "eps": (1e-6, 1e-3),
+    "eps2": (None, 1e-2),
+    "qk_eps": (1e-6, 0.1),
+    "head_dim": (None, 8),
+    "dropout": (0.0, 0.4),
+    "attention_dropout": (0.0, 0.3),
+}
+
+
+def layer_configs():
+    """Each value alone, and then many together."""
+    plain, random = LayerConfig(D, H, HIDDEN, COND), Random(0)
+    alone = [{name: value} for name, values in HELD.items() for value in values]
+    drawn = [{name: random.choice(values) for name, values in HELD.items()} for _ in range(150)]
+    for options in (*alone, *drawn):
+        config = replace(plain, **options)
+        # no trace is left of an eps that nothing reads
+        yield config if config.qk_norm else replace(config, qk_eps=plain.qk_eps)
+
+
+def test_every_option_of_a_layer_is_held_or_refused():
+    sizes = {"dim", "num_heads", "mlp_hidden", "cond_dim"}
+    others = {"recompute", "silu_modulation"}  # how it runs, and what is refused
+    assert {field.name for field in fields(LayerConfig)} == sizes | others | set(HELD)
+    with pytest.raises(ValueError, match="silu_modulation must be False in a DiT block, got True"):
+        dit_block_from_layer(
+            AdaLNLayer(LayerConfig(D, H, HIDDEN, COND, silu_modulation=True)),
+        )
+
+
+def test_a_layer_that_goes_to_a_block_and_back_has_the_same_config_and_bits():
+    for config in layer_configs():
+        layer = randomise(AdaLNLayer(config))
+        block = published.block_of(config)
+        block.load_state_dict(dit_block_from_layer(layer))
+        back = layer_from_dit_block(block)
+        assert back.config == config
+        assert back.state_dict().keys() == layer.state_dict().keys()
+        assert all(map(torch.equal, back.state_dict().values(), layer.state_dict().values()))
+        assert_same_results(back, block)
+
+
 @pytest.mark.parametrize("bias", [True, False])
-def test_back_it_has_the_same_bits(names, bias):
-    block = made(*names, bias=bias)
+@pytest.mark.parametrize("name", FINE)
+def test_a_block_that_goes_to_a_layer_and_back_has_the_same_bits(name, bias):
+    block = made(name, bias=bias)
     state = dit_block_from_layer(layer_from_dit_block(block))
     assert state.keys() == block.state_dict().keys()
-    for name, tensor in block.state_dict().items():
-        assert torch.equal(state[name], tensor), name
+    assert all(torch.equal(state[name], tensor) for name, tensor in block.state_dict().items())
 
 
 def test_a_state_dict_gives_the_same_layer_where_the_caller_says_the_rest():
-    saying = {"other heads": {"num_heads": 2}, "rms of q and k": {"qk_norm": "rms"}}
-    for name, said in {**saying, "other eps": {"eps": 1e-3}}.items():
-        block = made(name)
-        layer, other = (
-            layer_from_dit_block(block),
-            layer_from_dit_state(block.state_dict(), **STATE | said),
-        )
+    activations = {"gelu": "gelu_tanh", "gelu_exact": "gelu_exact", "swiglu": "swiglu"}
+    for config in layer_configs():
+        if config.norm == "rms":
+            continue
+        layer = randomise(AdaLNLayer(replace(config, dropout=0.0, attention_dropout=0.0)))
+        said = {"num_heads": H, "activation": activations[config.mlp], "qk_norm": "none"}
+        said |= {"qk_norm": "rms"} if config.qk_norm else {}
+        said |= {name: getattr(config, name) for name in ("eps", "eps2", "qk_eps")}
+        other = layer_from_dit_state(dit_block_from_layer(layer), **said)
         assert other.config == layer.config
         assert all(map(torch.equal, other.state_dict().values(), layer.state_dict().values()))
 
@@ -218,13 +186,29 @@ def test_the_layer_has_memory_and_dtype_of_its_own(dtype):
     ("change", "said", "message"),
     [
         (lambda state: state.clear(), {}, "a DiT block has attn.qkv.weight, got nothing"),
-        (lambda state: state.pop("mlp.fc2.weight"), {}, "Missing key.*mlp.fc2.weight"),
+        (lambda state: state.pop("attn.proj.weight"), {}, "Missing key.*attention.out.weight"),
         (lambda state: state.update({"norm3.weight": torch.ones(D)}), {}, "has no norm3.weight"),
         (lambda state: state.update({"mlp.fc2.bias": torch.ones(3)}), {}, "mismatch for mlp.fc2"),
-        (lambda state: state, {"activation": "gelu"}, "activation must be one of gelu_tanh, got"),
+        (
+            lambda state: state,
+            {"activation": "gelu"},
+            "activation must be one of gelu_tanh, gelu_e",
+        ),
         (lambda state: state, {"qk_norm": "layer"}, "qk_norm must be one of none, rms, got layer"),
         (lambda state: state, {"qk_norm": "rms"}, "Missing key.*attention.q_norm.weight"),
-        (lambda state: state, {"num_heads": 5}, "dim must be a multiple of num_heads, got 12 and"),
+        (lambda state: state, {"num_heads": 5}, "num_heads must be a number that divides a third"),
+        (
+            lambda state: state,
+            {"num_heads": 0},
+            "num_heads must be a number that divides .*, got 0",
+        ),
+        (lambda state: state, {"activation": "swiglu"}, "mismatch for mlp.fc1.weight"),
+        (lambda state: state.pop("mlp.fc2.weight"), {}, "a DiT block has mlp.fc2.weight, got"),
+        (
+            lambda state: state.update({"norm1.weight": torch.ones(D)}),
+            {},
+            "Missing key.*norm1.bias",
+        ),
     ],
 )
 def test_other_weights_are_refused(change, said, message):
@@ -232,18 +216,3 @@ def test_other_weights_are_refused(change, said, message):
     change(state)
     with pytest.raises(ValueError, match=message):
         layer_from_dit_state(state, **STATE | said)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"norm": "rms"}, "norm must be layer in a DiT block, got rms"),
-        ({"affine": True}, "affine must be False in a DiT block, got True"),
-        ({"mlp": "swiglu"}, "mlp must be gelu in a DiT block, got swiglu"),
-        ({"eps": 1e-5}, "eps must be 1e-06 in a DiT block, got 1e-05"),
-    ],
-)
-def test_a_layer_that_dit_does_not_have_is_refused(options, message):
-    config = replace(LayerConfig(D, H, HIDDEN, COND), **options)
-    with pytest.raises(ValueError, match=message):
-        dit_block_from_layer(AdaLNLayer(config))
