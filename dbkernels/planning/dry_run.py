@@ -136,6 +136,7 @@ def _on_device(trainer: Trainer, block: Block) -> nn.Module:
     model, frozen, read = trainer.blocks.of(block), trainer.blocks.frozen(), nn.Module()
     idle = trainer.groups.keys() - {own_group(block), SHARED}
     of_others = [(*trainer.groups[name].parameters.values(), *frozen[name]) for name in idle]
+    of_others.append(trainer.blocks.idle())
     left_out = {id(parameter) for parameters in of_others for parameter in parameters}
     read.own = nn.ParameterList(p for p in model.parameters() if id(p) not in left_out)
     for index, buffer in enumerate(model.buffers()):

@@ -130,8 +130,8 @@ class DiffusionBlocks(Together):
     def groups(self) -> dict[str, Parameters]:
         """Trainable parameters by the steps that update them: each block's own, and the shared.
 
-        Every parameter is in one group, under its name in `named_parameters`. A layer that several
-        blocks run is shared.
+        Every one that a step reads is in one group, under its name in `named_parameters`. A layer
+        that several blocks run is shared.
         """
         own, shared = self._read(trained=True)
         return {**own, SHARED: shared} if shared else own
@@ -144,15 +144,24 @@ class DiffusionBlocks(Together):
         own, _ = self._read(trained=False)
         return {group: list(parameters.values()) for group, parameters in own.items()}
 
+    def idle(self) -> list[nn.Parameter]:
+        """Parameters of layers that no block runs, which no step reads."""
+        read = {id(p) for block in self for p in self._parameters_of(block)}
+        return [p for p in self.parameters() if id(p) not in read]
+
+    def _parameters_of(self, block: Block) -> list[nn.Parameter]:
+        """What the steps of a block read: its layers, and all that is in no layer."""
+        model = self.of(block)
+        running = {id(p) for index in block.layers for p in model.layers[index].parameters()}
+        left_out = {id(p) for p in model.layers.parameters()} - running
+        return [p for p in model.parameters() if id(p) not in left_out]
+
     def _read(self, *, trained: bool) -> tuple[dict[str, Parameters], Parameters]:
         """What the steps of one block alone read, by its group, and those of several."""
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad == trained]
         read = {}
         for block in self:
-            model = self.of(block)
-            running = {id(p) for index in block.layers for p in model.layers[index].parameters()}
-            idle = {id(p) for p in model.layers.parameters()} - running
-            every = {id(p) for p in model.parameters()} - idle
+            every = set(map(id, self._parameters_of(block)))
             read[own_group(block)] = {name: p for name, p in named if id(p) in every}
         times = Counter(name for parameters in read.values() for name in parameters)
         own = {g: {n: p for n, p in found.items() if times[n] == 1} for g, found in read.items()}

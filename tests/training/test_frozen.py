@@ -83,3 +83,19 @@ def test_a_parameter_that_is_thawed_later_is_refused_at_the_next_step(tmp_path, 
         steps(trainer, [0])
     parameter.requires_grad_(False)
     steps(trainer, [0])
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_layer_that_no_block_runs_stays_on_the_host(keep):
+    blocks = make_blocks("vit", layers=(2, 0, 0))
+    for parameter in blocks.model.layers[0].parameters():
+        parameter.requires_grad_(keep)
+    trainer = Trainer(blocks, make_data(), steps=4, batch_size=4, **CPU)
+    names = {id(parameter): name for name, parameter in blocks.named_parameters()}
+    assert {names[id(p)].split(".")[2] for p in blocks.idle()} == {"1"}
+    # another dtype can be seen here, which another device cannot
+    trainer.offloader._move_common(torch.float64)
+    moved = {names[id(p)] for p in blocks.parameters() if p.dtype == torch.float64}
+    # layer 0 is run by two blocks and lies with what is shared, frozen or not
+    assert {name.split(".")[2] for name in moved if "layers" in name} == {"0"}
+    assert "model.head.weight" in moved

@@ -52,27 +52,36 @@ def open_offloader(
         frozen = [p.nbytes for parameters in models.frozen().values() for p in parameters]
         size = flat_bytes([*tensor_sizes(own, config.ema), *frozen])
         memory = DiskMemory(Path(config.offload_dir), size, device)
-    return Offloader(models, device, memory, prefetch=config.prefetch)
+    return Offloader(models, device, memory, prefetch=config.prefetch, idle=models.idle())
 
 
 class Offloader:
-    """Swaps blocks between the device and their homes. Blocks that it has not adopted stay.
+    """Swaps blocks between the device and their homes. Blocks that it has not adopted stay, and
+    so do layers that no block runs.
 
     With prefetching a block may still be on its way home: who reads it there must `wait`,
     and who writes it there must `settle`.
 
     Args:
-        models:    of all blocks, on the host
+        models:    the blocks, on the host
         device:    to train on
         memory:    of the blocks that are not being trained
         prefetch:  whether the device has a second slot, filled while steps run
+        idle:      parameters that no step reads: they stay where they are
     """
 
     def __init__(
-        self, models: nn.Module, device: torch.device, memory: OffloadMemory, *, prefetch: bool
+        self,
+        models: nn.Module,
+        device: torch.device,
+        memory: OffloadMemory,
+        *,
+        prefetch: bool,
+        idle: Sequence[Tensor] = (),
     ):
         self._models, self._device, self._memory, self._prefetch = models, device, memory, prefetch
         self._copy_stream = CopyStream(device, beside=prefetch)
+        self._idle = set(map(id, idle))
         self._blocks: dict[str, _Flat] = {}
         self._shared: list[Tensor] = []
         self._slots: list[Tensor] = []
@@ -167,11 +176,12 @@ class Offloader:
             self._copy_stream.follow()
 
     def _move_common(self, device: torch.device | str) -> None:
-        """Move all that is no block's own, buffers too."""
-        own = {id(tensor) for flat in self._blocks.values() for tensor in flat.tensors}
+        """Move all that is no block's own and that a step reads, buffers too."""
+        stay = {id(tensor) for flat in self._blocks.values() for tensor in flat.tensors}
+        stay |= self._idle
         every = [*self._models.parameters(), *self._models.buffers(), *self._shared]
         for tensor in every:
-            if id(tensor) not in own:
+            if id(tensor) not in stay:
                 tensor.data = tensor.data.to(device)
 
     def _fetch(self, name: str) -> None:
