@@ -363,7 +363,7 @@ def test_ways_train_the_same_parameters_with_the_same_state(steps_of, tiny):
         for trainer in trainers
     )
     assert first and all(each == first for each in others)
-    assert {buffer.device.type for buffer in trainers[2].blocks.buffers()} == {"cpu"}
+    assert {p.device.type for p in trainers[2].blocks.parameters()} == {"cpu"}
     assert trainers[2].blocks.model.layers[0].config.recompute == "qkv"
 
 

@@ -28,6 +28,7 @@ ALLOWED = {  # where a value means something
         # the preset's own, none, or as it was asked for
         *("patch", "dim", "depth", "num_heads", "label_drop", "shift", "gamma", "warmup"),
         *("weight_decay", "clip", "ema", "steps_per_swap", "seed", "save_every", "mean", "budget"),
+        "threads",
     },
     "-1": {"mean"},
     str(2**62): {"seed", "gamma"},
