@@ -201,6 +201,16 @@ def test_the_layer_has_memory_and_dtype_of_its_own(dtype):
             {"num_heads": 0},
             "num_heads must be a number that divides .*, got 0",
         ),
+        (
+            lambda state: state.update({"attn.qkv.weight": torch.ones(0, D)}),
+            {},
+            "num_heads must be a number that divides a third of attn.qkv's 0 rows",
+        ),
+        (
+            lambda state: state.update({"mlp.fc2.weight": torch.ones(D, HIDDEN, 1)}),
+            {},
+            r"mlp.fc2.weight must be \(rows, columns\), got \(12, 20, 1\)",
+        ),
         (lambda state: state, {"activation": "swiglu"}, "mismatch for mlp.fc1.weight"),
         (lambda state: state.pop("mlp.fc2.weight"), {}, "a DiT block has mlp.fc2.weight, got"),
         (

@@ -96,7 +96,7 @@ VARIATIONS = {
     "relu": (put("mlp.act", nn.ReLU), "mlp.act"),
     "exact function": (functional(published.Exact), "Exact"),
     "other eps in a function": (functional(published.OtherEps), "OtherEps"),
-    "heads of no width": (set_in("attn.qkv", out_features=2), "attn.num_heads"),
+    "rows in no thirds": (set_in("attn.qkv", out_features=2), "attn.num_heads"),
     "gate last": (put("mlp", partial(published.Gated, gate_last=True)), "Block"),
     "layer norm of q and k": (qk(partial(nn.LayerNorm, D // H, 1e-6)), "attn.q_norm"),
     "rms of q and k, no eps": (qk(rms), "attn.q_norm.eps"),
