@@ -93,6 +93,8 @@ def layer_from_dit_state(
     for name in shown:
         if name not in state:
             raise ValueError(f"a DiT block has {name}, got {', '.join(state) or 'nothing'}")
+        if state[name].dim() != 2:
+            raise ValueError(f"{name} must be (rows, columns), got {tuple(state[name].shape)}")
     rows, dim = state["attn.qkv.weight"].shape
     d = head_width(rows, num_heads, "num_heads")
     config = LayerConfig(

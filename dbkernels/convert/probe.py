@@ -19,13 +19,12 @@ SHARE = 0.5  # of what both leave out where the block leaves out any: a small sh
 DRAW = Draw(seed=0, step=0)
 
 
-class _Drawn(nn.Module):
-    """A dropout of a block that leaves out what a layer does at the same place."""
+class _Drawn(nn.Dropout):
+    """A dropout of a block, its hooks too, that leaves out what a layer does at the same place."""
 
-    p = 0.0  # of a forward that reads it and calls a kernel, whose numbers nobody can choose
-
-    def __init__(self, place: int, batch: int):
+    def __init__(self, dropout: nn.Module, place: int, batch: int):
         super().__init__()
+        self.__dict__.update(vars(dropout))
         self.place, self.batch, self.ran = place, batch, False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,25 +43,13 @@ def check_computes_the_same(block: nn.Module, convert: Callable[[nn.Module], Ada
             dropout that its forward does not run.
     """
     random = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random, dtype=torch.float64)
-
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        probe = copy.deepcopy(block).to("cpu", torch.float64).train()
-        for parameter in probe.parameters():
-            # each branch and each gate of the size of the stream
-            parameter.copy_(normal(*parameter.shape) * parameter.shape[-1] ** -0.5 + 0.1)
-        dropping = _dropping(probe)
-        for name in dropping:
-            probe.get_submodule(name).p = SHARE
+        probe = _randomised(block, random)
         layer = convert(probe)
         dim, cond_dim = layer.config.dim, layer.config.cond_dim
         # a variance that shows the eps of a norm
-        x, c = 0.1 * normal(2, TOKENS, dim) + 0.2, normal(2, cond_dim)
-        drawn = {name: _Drawn(place, len(x)) for name, place in dropping.items()}
-        for name, module in drawn.items():
-            probe.set_submodule(name, module)
+        x, c = 0.1 * _normal(random, 2, TOKENS, dim) + 0.2, _normal(random, 2, cond_dim)
+        drawn = _draw(probe, len(x))
         try:
             expected = probe(x.clone(), c).view_as(x)
         except Exception as error:
@@ -76,6 +63,33 @@ def check_computes_the_same(block: nn.Module, convert: Callable[[nn.Module], Ada
             f"the forward of {type(block).__name__} must compute what its parts say, which is "
             f"{layer.config}, got an output that differs by {float(difference):.1e} of its size"
         )
+
+
+def _normal(random: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=random, dtype=torch.float64)
+
+
+def _randomised(block: nn.Module, random: torch.Generator) -> nn.Module:
+    """A copy in training, with random weights and a share to leave out that is never small."""
+    probe = copy.deepcopy(block).to("cpu", torch.float64).train()
+    for parameter in probe.parameters():
+        # each branch and each gate of the size of the stream
+        normal = _normal(random, *parameter.shape)
+        parameter.copy_(normal * parameter.shape[-1] ** -0.5 + 0.1)
+    for name in _dropping(probe):
+        probe.get_submodule(name).p = SHARE
+    return probe
+
+
+def _draw(probe: nn.Module, batch: int) -> dict[str, _Drawn]:
+    """Put a module in the place of each dropout; they by name."""
+    drawn = {
+        name: _Drawn(probe.get_submodule(name), place, batch)
+        for name, place in _dropping(probe).items()
+    }
+    for name, module in drawn.items():
+        probe.set_submodule(name, module)
+    return drawn
 
 
 def _dropping(block: nn.Module) -> dict[str, int]:

@@ -69,7 +69,7 @@ def head_width(rows: int, heads: object, name: str) -> int:
     Raises:
         ValueError: the number of heads, which has the name in its block or call, does not divide.
     """
-    if not isinstance(heads, int) or heads < 1 or rows < 3 or rows % (3 * heads):
+    if not isinstance(heads, int) or heads < 1 or rows < 1 or rows % (3 * heads):
         raise ValueError(
             f"{name} must be a number that divides a third of attn.qkv's {rows} rows, got {heads}"
         )

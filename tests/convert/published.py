@@ -188,6 +188,17 @@ class Fused(Attention):
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
 
+class Asks(Attention):
+    """Runs its dropout where that would leave out something."""
+
+    def forward(self, x):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).reshape(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
+        weights = (q * self.scale @ k.mT).softmax(-1)
+        weights = self.attn_drop(weights) if self.attn_drop.p > 0 else weights
+        return self.proj((weights @ v).transpose(1, 2).reshape(B, T, D))
+
+
 class DropsScores(Attention):
     """Dropout before the softmax."""
 

@@ -132,9 +132,7 @@ def test_every_option_of_a_layer_is_held_or_refused():
     others = {"recompute", "silu_modulation"}  # how it runs, and what is refused
     assert {field.name for field in fields(LayerConfig)} == sizes | others | set(HELD)
     with pytest.raises(ValueError, match="silu_modulation must be False in a DiT block, got True"):
-        dit_block_from_layer(
-            AdaLNLayer(LayerConfig(D, H, HIDDEN, COND, silu_modulation=True)),
-        )
+        dit_block_from_layer(AdaLNLayer(LayerConfig(D, H, HIDDEN, COND, silu_modulation=True)))
 
 
 def test_a_layer_that_goes_to_a_block_and_back_has_the_same_config_and_bits():
@@ -166,10 +164,11 @@ def test_a_state_dict_gives_the_same_layer_where_the_caller_says_the_rest():
         layer = randomise(AdaLNLayer(replace(config, dropout=0.0, attention_dropout=0.0)))
         said = {"num_heads": H, "activation": activations[config.mlp], "qk_norm": "none"}
         said |= {"qk_norm": "rms"} if config.qk_norm else {}
-        said |= {name: getattr(config, name) for name in ("eps", "eps2", "qk_eps")}
-        other = layer_from_dit_state(dit_block_from_layer(layer), **said)
-        assert other.config == layer.config
-        assert all(map(torch.equal, other.state_dict().values(), layer.state_dict().values()))
+        said |= {"eps": config.eps, "qk_eps": config.qk_eps}
+        for eps2 in {config.eps2, config.eps2 or config.eps}:
+            other = layer_from_dit_state(dit_block_from_layer(layer), **said, eps2=eps2)
+            assert other.config == layer.config
+            assert all(map(torch.equal, other.state_dict().values(), layer.state_dict().values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -201,6 +200,16 @@ def test_the_layer_has_memory_and_dtype_of_its_own(dtype):
             lambda state: state,
             {"num_heads": 0},
             "num_heads must be a number that divides .*, got 0",
+        ),
+        (
+            lambda state: state.update({"attn.qkv.weight": torch.ones(0, D)}),
+            {},
+            "num_heads must be a number that divides a third of attn.qkv's 0 rows",
+        ),
+        (
+            lambda state: state.update({"mlp.fc2.weight": torch.ones(D, HIDDEN, 1)}),
+            {},
+            r"mlp.fc2.weight must be \(rows, columns\), got \(12, 20, 1\)",
         ),
         (lambda state: state, {"activation": "swiglu"}, "mismatch for mlp.fc1.weight"),
         (lambda state: state.pop("mlp.fc2.weight"), {}, "a DiT block has mlp.fc2.weight, got"),

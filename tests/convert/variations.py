@@ -88,6 +88,7 @@ VARIATIONS = {
     "wide heads": (put("attn", partial(published.Attention, width=8 * H)), None),
     "attention dropout": (set_in("attn.attn_drop", p=0.3), None),
     "dropout of both branches": (drops("attn.proj_drop", "mlp.drop2"), None),
+    "dropout that is asked for": (drops_in(published.Asks, "attn.attn_drop"), None),
     "functions": (functional(published.Functional), None),
     "idle drop path": (lambda block: block.add_module("drop_path1", nn.Identity()), None),
     "exact gelu": (put("mlp.act", nn.GELU), None),
@@ -95,7 +96,7 @@ VARIATIONS = {
     "relu": (put("mlp.act", nn.ReLU), "mlp.act"),
     "exact function": (functional(published.Exact), "Exact"),
     "other eps in a function": (functional(published.OtherEps), "OtherEps"),
-    "heads of no width": (set_in("attn.qkv", out_features=2), "attn.num_heads"),
+    "rows in no thirds": (set_in("attn.qkv", out_features=2), "attn.num_heads"),
     "gate last": (put("mlp", partial(published.Gated, gate_last=True)), "Block"),
     "layer norm of q and k": (qk(partial(nn.LayerNorm, D // H, 1e-6)), "attn.q_norm"),
     "rms of q and k, no eps": (qk(rms), "attn.q_norm.eps"),
@@ -131,8 +132,18 @@ VARIATIONS = {
     "dropout of the other": (drops("mlp.drop2"), "mlp.drop2.p"),
     "dropout of the hidden layer": (drops("mlp.drop1"), "mlp.drop1"),
     "one dropout twice": (
-        lambda b: (drops("attn.proj_drop", "mlp.drop2")(b), setattr(b.mlp, "drop1", b.mlp.drop2)),
+        lambda b: (
+            drops("attn.proj_drop", "mlp.drop2")(b),
+            setattr(b.mlp, "drop1", b.attn.proj_drop),
+        ),
         "mlp.drop1",
+    ),
+    "hook of a dropout": (
+        lambda b: (
+            drops("attn.proj_drop", "mlp.drop2")(b),
+            b.mlp.drop2.register_forward_hook(lambda *args: args[2] + 1),
+        ),
+        "Block",
     ),
     "all left out": (set_in("attn.attn_drop", p=1.0), "attn.attn_drop.p"),
     "dropout of elements by rows": (put("attn.attn_drop", nn.Dropout1d), "attn.attn_drop"),
