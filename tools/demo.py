@@ -52,7 +52,7 @@ class Demo:
 
     out: Path = Path("runs/demo")
     """A folder of its own is made in here for the page and the numbers."""
-    classifier_steps: int = 500
+    classifier_steps: int = 400
     """Updates of every layer of the ViT."""
     generator_steps: int = 1000
     """Updates of every layer of the DiT."""

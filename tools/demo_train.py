@@ -69,7 +69,7 @@ class Job:
             blocks,
             open_data("digits"),
             steps=self.steps,
-            batch_size=128 if is_vit else 64,
+            batch_size=64,
             lr=2e-3,
             warmup=20,
             decay="cosine",
