@@ -29,8 +29,8 @@ images that no model has seen; what all blocks share gets an update from each bl
 classifier starts from z = 0 and answers after each Euler step; the paper starts it from noise.
 Trained end to end it is the ordinary classifier, which sees the most noise alone. ± is the standard
 deviation over seeds. The Fréchet distance, lower is better, compares features of generated and real
-digits in a small classifier that the demo trains. The times are of one run; those of the training
-steps below are better."""),
+digits in a small classifier that the demo trains. The times are of one run beside another
+process; those of the training steps below are better."""),
     "answers": ("How a classifier answers", """Accuracy on unseen images after each Euler step, by
 the least noise level of the training and by the start of the steps; ± is the standard deviation
 over three seeds. Below the least level nothing is trained: there the label is read off the noisy
