@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent))
 from forked import Ended, forked
 
-from dbkernels.cli.main import main
+from dbkernels.__main__ import run as command
 from dbkernels.training import checkpoint
 from dbkernels.training.log import read_log
 
@@ -52,7 +53,8 @@ def train(out: Path, steps: int, kill: tuple[float, signal.Signals] | None = Non
     resume = " --resume latest" if checkpoint.latest(out / "checkpoints") else ""
 
     def case() -> None:
-        main(f"{RUN} --steps {steps} --out {out}{resume}".split())
+        sys.argv[1:] = f"{RUN} --steps {steps} --out {out}{resume}".split()
+        command()
 
     if kill is None:
         return forked(case, 300)
@@ -77,10 +79,19 @@ def flip(path: Path, rng: random.Random) -> None:
     file.write_bytes(data)
 
 
+def logged(out: Path) -> int:
+    """Steps that a run's log has."""
+    return len(read_log(out / "log.jsonl"))
+
+
 def lost(out: Path) -> int:
-    """Steps of a run that its newest checkpoint does not have."""
-    newest, rows = checkpoint.latest(out / "checkpoints"), read_log(out / "log.jsonl")
-    return len(rows) - (int(newest.name.removeprefix("step-")) if newest else 0)
+    """Steps of a run that its newest checkpoint, of those that are whole, does not have."""
+    if checkpoint.latest(out / "checkpoints") is None:
+        return logged(out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        newest, *_ = checkpoint.load_latest(out / "checkpoints")
+    return logged(out) - int(newest.name.removeprefix("step-"))
 
 
 def end(out: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -107,13 +118,17 @@ def fuzz(kills: int, seed: int, steps: int) -> list[str]:
             runs += 1
             out, code = root / f"run{runs}", None
             while code != 0 and done < kills:
-                number = rng.choice((signal.SIGKILL, *ASKED))
+                number, before = rng.choice((signal.SIGKILL, *ASKED)), logged(out)
                 ended = train(out, steps, (rng.uniform(0, length), number))
                 code, done = ended.code, done + 1
                 if code not in (0, -number, 128 + number):
                     wrong.append(f"{number.name}: exit {code}: {ended.err.strip()[-300:]}")
-                if number in ASKED and (rows := lost(out)):
+                # a signal may end what does not train yet
+                answered = code == 0 or "ended the run" in ended.err
+                if answered and (rows := lost(out)):
                     wrong.append(f"{number.name}: {rows} steps lost: {ended.err.strip()[-300:]}")
+                if number in ASKED and not answered and logged(out) != before:
+                    wrong.append(f"{number.name}: not answered: {ended.err.strip()[-300:]}")
                 there = sorted((out / "checkpoints").glob("step-*")) if out.exists() else []
                 if len(there) > 1 and rng.random() < 0.3:
                     flip(there[-1], rng)
