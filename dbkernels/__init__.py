@@ -22,7 +22,9 @@ _HOMES = {
     "block_at": "training.partition",
     "measure_peak": "memory.measure",
     "open_data": "data.images",
+    "open_tokens": "data.tokens",
     "partition": "training.partition",
+    "write_tokens": "data.token_files",
 }
 __all__ = list(_HOMES)
 

@@ -2,48 +2,68 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from dbkernels.data.images import ImageData
+from dbkernels.data.rows import spaced
+from dbkernels.data.tokens import TokenData, pieces
 
 WHOLE_BYTES = 2**26  # data sets of up to so many bytes are read whole, of larger ones as many
 PIECE = 256  # images read at a time
 
 
-def digest(data: ImageData) -> str:
-    """Digest of the samples in their order: what they are, all labels, and the images' bytes.
+def digest(data: ImageData | TokenData) -> str:
+    """Digest of the samples in their order: what they are, and their bytes.
 
     Image files count with their class folder, name and size, all of them, and with the bytes of
     evenly spaced ones, so many that WHOLE_BYTES are read; all of them where they have no more.
-    Arrays count with their shape and dtype, and the bytes of images in the same way.
+    Arrays count with their shape and dtype, and the bytes of images in the same way. All labels
+    count. Tokens count with their vocabulary, the places of all windows, and the bytes of the file
+    in the same way.
 
     Returns:
         16 hexadecimal digits.
     Raises:
-        ValueError: an image cannot be read.
+        ValueError: an image or a file of tokens cannot be read.
         OSError: a file cannot be.
     """
+    parts = _of_tokens(data) if isinstance(data, TokenData) else _of_images(data)
     found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()[:16]
+
+
+def _of_images(data: ImageData) -> Iterator[bytes | memoryview]:
     images, labels = data.images, data.labels.numpy()
     head = [list(images.shape), str(images.dtype), data.num_classes]
     sources = getattr(images, "sources", [])
     if len(sources) and isinstance(sources[0], Path):
         sizes = [path.stat().st_size for path in sources]
         head += [[*path.parts[-2:], size] for path, size in zip(sources, sizes, strict=True)]
-        for row in _spaced(len(sources), sum(sizes)):
-            found.update(sources[row].read_bytes())
+        for row in spaced(len(sources), _within(len(sources), sum(sizes))):
+            yield sources[row].read_bytes()
     else:
-        rows = _spaced(len(data), int(np.prod(images.shape)) * images.dtype.itemsize)
+        nbytes = int(np.prod(images.shape)) * images.dtype.itemsize
+        rows = spaced(len(data), _within(len(data), nbytes))
         for first in range(0, len(rows), PIECE):
-            found.update(np.ascontiguousarray(images[rows[first : first + PIECE]]).data)
-    found.update(json.dumps(head).encode())
-    found.update(np.ascontiguousarray(labels).data)
-    return found.hexdigest()[:16]
+            yield np.ascontiguousarray(images[rows[first : first + PIECE]]).data
+    yield json.dumps(head).encode()
+    yield np.ascontiguousarray(labels).data
 
 
-def _spaced(count: int, nbytes: int) -> np.ndarray:
-    """Evenly spaced of some samples of so many bytes: all, or those that have WHOLE_BYTES."""
-    kept = min(count, max(1, count * WHOLE_BYTES // max(nbytes, 1)))
-    return np.arange(kept) * count // kept
+def _of_tokens(data: TokenData) -> Iterator[bytes | memoryview]:
+    tokens, windows = data.tokens, data.windows
+    for _, piece in pieces(tokens, WHOLE_BYTES // tokens.dtype.itemsize):
+        yield piece.data
+    head = [len(tokens), str(tokens.dtype), data.vocabulary, windows.length, windows.stride]
+    yield json.dumps(head).encode()
+    yield windows.ends.data
+
+
+def _within(count: int, nbytes: int) -> int:
+    """How many of some samples of so many bytes have WHOLE_BYTES; one at least."""
+    return max(1, count * WHOLE_BYTES // max(nbytes, 1))

@@ -74,11 +74,26 @@ class RowsOnDisk:
         """
         if self._fortran:
             return self._gathered(rows).transpose(self._axes)
-        stored = np.empty((len(rows), *self._row), self.dtype)
-        places = stored.view(np.uint8).reshape(len(rows), self._row_bytes)
+        return self._read(rows, self._row).transpose(self._axes)
+
+    def runs(self, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+        """Rows that follow one another, so many from each of B on: (B, length, ...).
+
+        The axes are those of the file, whose rows leave no space between them.
+
+        Raises:
+            ValueError: as above.
+        """
+        assert not self._fortran and self._step_bytes == self._row_bytes
+        return self._read(starts, (length, *self._row))
+
+    def _read(self, rows: Sequence[int] | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Numbers of a shape from each of the rows on."""
+        stored = np.empty((len(rows), *shape), self.dtype)
+        places = stored.view(np.uint8).reshape(len(rows), math.prod(shape) * self.dtype.itemsize)
         for place, row in zip(places, rows, strict=True):
             self._fill(place, self.offset + int(row) * self._step_bytes)
-        return stored.transpose(self._axes)
+        return stored
 
     def _gathered(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Rows of which every number lies elsewhere: it is read with those of all other rows."""
@@ -102,3 +117,9 @@ class RowsOnDisk:
                     f"{start + len(view)} bytes, got {os.fstat(self._file.number).st_size}"
                 )
             view, start = view[count:], start + count
+
+
+def spaced(count: int, most: int) -> np.ndarray:
+    """Numbers of evenly spaced rows, of so many: all of them, or so many at most."""
+    kept = min(count, most)
+    return np.arange(kept) * count // max(kept, 1)
