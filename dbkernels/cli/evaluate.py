@@ -17,7 +17,7 @@ from dbkernels.cli.device import pick_device
 from dbkernels.cli.table import Row, show
 from dbkernels.data.formats import MissingSplit
 from dbkernels.data.image_folder import Convert
-from dbkernels.data.images import ImageData, open_data
+from dbkernels.data.images import Data
 from dbkernels.settings import MOST_SEED, check_number
 from dbkernels.training.run import load_run
 from dbkernels.training.run_config import RunConfig
@@ -75,11 +75,6 @@ class Evaluate:
             directory, which=self.checkpoint, averaged=averaged, device=pick_device(self.device)
         )
         data = self._open(config)
-        expected = config.model.fields()["image"].shape
-        if data.image_shape != expected:
-            raise ValueError(
-                f"images must be {expected}, as the run was trained, got {data.image_shape}"
-            )
         found = blocks.evaluate(
             data, levels=self.levels, start=self.start, starts=self.starts, seed=self.seed
         )
@@ -97,12 +92,10 @@ class Evaluate:
             row |= {"levels": found.levels, **found.metrics}
         return {**row, "setting": json.dumps(setting, sort_keys=True)}
 
-    def _open(self, config: RunConfig) -> ImageData:
+    def _open(self, config: RunConfig) -> Data:
         convert = config.convert if self.convert == "run" else self.convert
         try:
-            return open_data(
-                self.data or config.data, self.split, config.model.num_classes, convert=convert
-            )
+            return config.model.open(self.data or config.data, self.split, convert=convert)
         except MissingSplit as error:
             raise ValueError(
                 f"{error}; --data names other data, --split train takes what was trained on"

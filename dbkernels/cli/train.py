@@ -12,15 +12,16 @@ from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.progress import ProgressBar
+from dbkernels.cli.text_flags import TextFlags, require_settings
 from dbkernels.data.image_folder import Convert
-from dbkernels.data.images import open_data
-from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.diffusion.masked import MaskSchedule
+from dbkernels.diffusion.process import Process
 from dbkernels.models.registry import FAMILIES, FamilyEntry, FamilyName, family_named
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_number
 from dbkernels.training.pending import Row
 from dbkernels.training.run import train
-from dbkernels.training.run_config import PartitionConfig, RunConfig, read_config
+from dbkernels.training.run_config import Objective, PartitionConfig, RunConfig, read_config
 from dbkernels.training.same_run import DataChanged
 from dbkernels.training.stop import Stopped
 from dbkernels.training.trainer_config import TrainerConfig
@@ -35,7 +36,7 @@ PRESET_HELP = "Sizes of the model by name. " + " ".join(
 # values are judged where the configuration is made: the parser would name its own inner fields
 @dataclass(frozen=True)
 class PriorFlags:
-    """The prior over sigma; None keeps the family's own."""
+    """The prior over the levels of noise; None keeps the family's own."""
 
     mean: float | None = None
     """Mean of ln sigma."""
@@ -45,14 +46,22 @@ class PriorFlags:
     """Least level, in units of z."""
     sigma_max: float | None = None
     """Greatest level, in units of z."""
+    schedule: MaskSchedule | None = None
+    """How the share of tokens that are not masked falls, for masked diffusion."""
     paper: bool = False
     """The paper's prior, not the family's own; evaluation from noise is the rest of its way."""
 
-    def of(self, entry: FamilyEntry) -> LogNormal:
-        """The prior of a family with what was asked for."""
-        given = {field.name: getattr(self, field.name) for field in fields(LogNormal)}
+    def of(self, entry: FamilyEntry) -> Process:
+        """The prior of a family with what was asked for.
+
+        Raises:
+            ValueError: a setting is none of the family's process, or has no value that it can have.
+        """
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "paper"}
         changed = {name: value for name, value in given.items() if value is not None}
-        return replace(entry.paper if self.paper else entry.process, **changed)
+        process = entry.paper if self.paper else entry.process
+        require_settings("the prior", changed, process)
+        return replace(process, **changed)
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,8 @@ class Train:
     out: Path
     """Directory of the run: its configuration, log and checkpoints."""
     data: str = "digits"
-    """digits (scikit-learn's), or a path: a folder of images, .npz, CIFAR's files, latents .npy."""
+    """digits (scikit-learn's), or a path: a folder of images, .npz, CIFAR's files, latents .npy;
+    of text, a directory that tokenize wrote."""
     convert: Convert = "none"
     """Channels of a folder's images: grey or rgb makes all alike; none refuses any difference."""
     preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "digits"
@@ -86,10 +96,16 @@ class Train:
     """Number of layers; 0 keeps the preset's."""
     num_heads: int = 0
     """Attention heads; 0 keeps the preset's."""
+    length: int = 0
+    """Tokens of a window of text; 0 keeps the preset's."""
+    text: TextFlags = field(default_factory=TextFlags)
     recompute: Recompute = "none"
     """What the backward of a layer computes again instead of keeping it, from least to most."""
-    weighting: Literal["auto", "none", "edm", "normalised", "published"] = "auto"
+    weighting: Literal["auto", "none", "process", "normalised", "published"] = "auto"
     """Weight of the noise levels in the loss; auto is the family's own."""
+    objective: Objective = "blocks"
+    """blocks: each denoises. conventional: the network as it is trained without noise, end to
+    end."""
     label_drop: float = 0.0
     """Share of labels dropped in training, for classifier-free guidance."""
     mirror: bool = False
@@ -126,15 +142,19 @@ class Train:
         prior = self.prior.of(entry)
         if not self.data:
             raise ValueError("data must be digits or a path, got an empty text")
-        sizes = {k: getattr(self, k) for k in ("patch", "dim", "depth", "num_heads")}
+        sizes = {k: getattr(self, k) for k in ("patch", "dim", "depth", "num_heads", "length")}
         for name, size in sizes.items():
             check_number(name, size, 0, LARGEST)
-        own = entry.model.preset(self.preset).resized({k: v for k, v in sizes.items() if v})
-        model = own.fitted(open_data(self.data, convert=self.convert))
+        own = entry.model.preset(self.preset)
+        given = {k: v for k, v in sizes.items() if v}
+        require_settings(f"a model of {self.family}", given, own)
+        model = self.text.of(own.resized(given))
+        model = model.fitted(model.find(self.data, convert=self.convert))
         if self.resume and (self.out / "config.json").exists():
             model = model.as_in(read_config(self.out).model)
-        as_given = ("family", "data", "convert", "label_drop", "mirror", "shift", "partition")
+        as_given = ("data", "convert", "label_drop", "mirror", "shift", "partition", "objective")
         return RunConfig(
+            family=self.family,
             model=replace(model, recompute=self.recompute),
             weighting=entry.weighting if self.weighting == "auto" else self.weighting,
             prior=prior,
@@ -183,13 +203,8 @@ class Train:
 def _warn_of_test(config: RunConfig) -> None:
     """Say at the start what evaluate will lack."""
     try:
-        held_out = open_data(
-            config.data, "test", config.model.num_classes, convert=config.convert
-        ).image_shape
-        expected = config.model.fields()["image"].shape
-        reason = f"its images are {held_out}, and those of train {expected}"
-        if held_out == expected:
-            return
+        config.model.open(config.data, "test", convert=config.convert)
+        return
     except ValueError as error:
         reason = str(error)
     warnings.warn(

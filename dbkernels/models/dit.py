@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
 from dbkernels.diffusion.prediction import EDM, log_level
+from dbkernels.diffusion.process import Interval
 from dbkernels.models import embed
 from dbkernels.models.family import Presets
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, run_layers
@@ -67,6 +68,7 @@ class DiT(Presets, nn.Module):
     presets = PRESETS
     target_parts = ()
     stem_and_head = ("stem", "tail")
+    independent = True
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -120,7 +122,13 @@ class DiT(Presets, nn.Module):
         return of_z * z + of_F * self._network(p * z, level, layers, batch)
 
     def loss(
-        self, draw: Draw, level: Tensor, scale: Tensor, layers: Sequence[int], batch: Batch
+        self,
+        draw: Draw,
+        level: Tensor,
+        scale: Tensor,
+        layers: Sequence[int],
+        batch: Batch,
+        interval: Interval,
     ) -> Tensor:
         """Sum of scale (B,) times the mean squared error of each denoised image."""
         return self._score(draw, level, scale, layers, batch)[0]

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbkernels.data.images import ImageData
+from dbkernels.data.image_folder import Convert
+from dbkernels.data.images import ImageData, open_data
 from dbkernels.data.made_up import Field
 from dbkernels.ops.backend.register import compute_dtype
 from dbkernels.ops.layer.recompute import Recompute
@@ -151,6 +152,7 @@ class ImageConfig:
     """Standard deviation of the clean target that the preconditioning assumes."""
     recompute: Recompute = "none"
     """What the backward computes again: a key of `dbkernels.ops.POLICIES`; moves only rounding."""
+    independent: ClassVar[bool] = True
 
     def __post_init__(self):
         size, patch = self.image_size, self.patch
@@ -170,6 +172,10 @@ class ImageConfig:
         """With other sizes, by field."""
         return replace(self, **sizes)
 
+    def find(self, source: str, *, convert: Convert = "none") -> ImageData:
+        """The training split of data that the model may not fit yet, as `open_data`."""
+        return open_data(source, convert=convert)
+
     def fitted(self, data: ImageData) -> "ImageConfig":
         """With the image size, channels and classes of some data.
 
@@ -180,6 +186,23 @@ class ImageConfig:
         if height != width:
             raise ValueError(f"images must be square, got {height} x {width}")
         return replace(self, image_size=height, channels=channels, num_classes=data.num_classes)
+
+    def open(
+        self, source: str, split: Literal["train", "test"], *, convert: Convert = "none"
+    ) -> ImageData:
+        """A split of the data that the model is for, as `open_data`.
+
+        Raises:
+            ValueError: images have another shape, or as `open_data`.
+        """
+        data = open_data(source, split, self.num_classes, convert=convert)
+        expected = self.fields()["image"].shape
+        if data.image_shape != expected:
+            raise ValueError(
+                f"the {split} images of {source} must be {expected}, as the model is made for, got "
+                f"{data.image_shape}"
+            )
+        return data
 
     def fields(self) -> dict[str, Field]:
         """What a sample holds: an image or a latent, and its label."""

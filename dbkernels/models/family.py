@@ -6,10 +6,11 @@ from typing import ClassVar, Literal, Protocol, get_args
 from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
+from dbkernels.diffusion.process import Interval
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
-Weighting = Literal["none", "edm", "normalised", "published"]
+Weighting = Literal["none", "process", "normalised", "published"]
 WEIGHTINGS = get_args(Weighting)
 
 
@@ -45,15 +46,18 @@ class Family(Protocol):
     stem_and_head: names of the methods that a step runs before and after the layers, for
                    `compile_stem_and_head`: tensors in and out, no graph break, no draw, no row of a
                    table
+    independent:   whether the steps of a block read no layer of another, so that blocks may be
+                   trained apart, and each alone be on the device
     """
 
     layers: nn.ModuleList
     sigma_data: float
     target_parts: ClassVar[tuple[str, ...]]
     stem_and_head: ClassVar[tuple[str, ...]]
+    independent: bool
 
     def target(self, batch: Batch) -> Tensor:
-        """The clean target z0, (B, ...) float32."""
+        """The clean target z0, (B, ...): float32, or int64 where it is tokens."""
 
     def z_shape(self, batch: Batch) -> tuple[int, ...]:
         """Shape of a noisy target, (B, ...), from what the batch conditions on alone."""
@@ -68,12 +72,18 @@ class Family(Protocol):
         """
 
     def loss(
-        self, draw: Draw, level: Tensor, scale: Tensor, layers: Sequence[int], batch: Batch
+        self,
+        draw: Draw,
+        level: Tensor,
+        scale: Tensor,
+        layers: Sequence[int],
+        batch: Batch,
+        interval: Interval,
     ) -> Tensor:
         """Sum over the levels of scale times the loss at the level, () float32.
 
         Some layers denoise the target with the noise that `draw` names. Level, float32, and scale,
-        float64, have `level_shape`.
+        float64, have `level_shape`. The levels are of the interval, whose bounds the host knows.
         """
 
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from dbkernels.data.images import Batch, ImageData
+from dbkernels.data.image_folder import Convert
+from dbkernels.data.images import Batch, Data
 from dbkernels.data.made_up import Field
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.process import Process
@@ -20,7 +21,12 @@ from dbkernels.settings import check_choice
 
 
 class ModelConfig(Protocol):
-    """Sizes of a model, a frozen dataclass; also `dim`, `depth` and `recompute`."""
+    """Sizes of a model, a frozen dataclass; also `dim`, `depth` and `recompute`.
+
+    independent:  as that of `Family`
+    """
+
+    independent: bool
 
     @classmethod
     def stored(cls, fields: dict[str, object], version: int) -> "ModelConfig":
@@ -32,8 +38,14 @@ class ModelConfig(Protocol):
     def resized(self, sizes: dict[str, int]) -> "ModelConfig":
         """With other sizes by field; what is in proportion to one of them changes with it."""
 
-    def fitted(self, data: ImageData) -> "ModelConfig":
-        """With the shapes and the number of classes of some data."""
+    def find(self, source: str, *, convert: Convert) -> Data:
+        """The training split of the data under a name or a path, which may not fit the model."""
+
+    def fitted(self, data: Data) -> "ModelConfig":
+        """With what the data say of a model for them."""
+
+    def open(self, source: str, split: Literal["train", "test"], *, convert: Convert) -> Data:
+        """A split of the data under a name or a path, which fits the model."""
 
     def fields(self) -> dict[str, Field]:
         """What a sample of its data holds, by name."""
@@ -55,6 +67,8 @@ class FamilyEntry:
     """The noise of the paper."""
     weighting: Weighting
     """Of the noise levels in the loss, likewise."""
+    conventional: str = ""
+    """What its model's `conventional_loss` trains; empty where it has none: one block is it."""
     null_label: Callable[[ModelConfig], int] | None = None
     """What stands for "no label"; None where a model always has one."""
     metrics: Callable[[Tensor, Batch], dict[str, Tensor]] | None = None
@@ -84,7 +98,7 @@ FAMILIES = {
         config=dit.DiTConfig,
         process=LogNormal(),
         paper=LogNormal(),
-        weighting="edm",
+        weighting="process",
         null_label=lambda config: config.num_classes,
         prompts=dit.prompts,
     ),

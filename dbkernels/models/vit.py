@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
 from dbkernels.diffusion.prediction import EDM, log_level
+from dbkernels.diffusion.process import Interval
 from dbkernels.models.embed import FinalModulation, ImageConfig, Linear, NoiseEmbedding, patchify
 from dbkernels.models.family import Presets
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm, run_layers
@@ -99,6 +100,7 @@ class ViT(Presets, nn.Module):
     presets = PRESETS
     target_parts = ("label_table",)
     stem_and_head = ("stem", "cross_entropy")
+    independent = True
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -159,7 +161,13 @@ class ViT(Presets, nn.Module):
         return self.tail(*self._answer(z, level, layers, batch), z, level)
 
     def loss(
-        self, draw: Draw, level: Tensor, scale: Tensor, layers: Sequence[int], batch: Batch
+        self,
+        draw: Draw,
+        level: Tensor,
+        scale: Tensor,
+        layers: Sequence[int],
+        batch: Batch,
+        interval: Interval,
     ) -> Tensor:
         """Sum of scale (B,) times the cross-entropy of each sample, in nats."""
         drops = self.training and (self.config.dropout or self.config.attention_dropout)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
-from dbkernels.diffusion.process import Process, Scheme
+from dbkernels.diffusion.process import NoiseOrder, Process, Scheme
 from dbkernels.models.family import WEIGHTINGS, Weighting
 from dbkernels.models.registry import family_of
-from dbkernels.ops.philox import Draw, uniforms
+from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 from dbkernels.training.partition import Block, partition
 from dbkernels.training.saved import require_tensors
@@ -46,18 +46,20 @@ class DiffusionBlocks(Together):
         model:       a family; it serves block 0 itself, and every block where sharing is joint
         num_blocks:  1 trains end to end
         process:     the noise; None is the family's own
-        weighting:   of the levels in the loss; None is the family's own. none: the plain mean. edm:
-                     mean(weight * loss), right for squared errors. normalised: the same over the
-                     mean weight of the block, so that no block outweighs another. published:
+        weighting:   of the levels in the loss; None is the family's own. none: the plain mean.
+                     process: mean(weight * loss), with the process's own weight, that of EDM for a
+                     squared error or that of the bound for masked tokens. normalised: the same over
+                     the mean weight of the block, so that no block outweighs another. published:
                      mean(weight) * mean(loss), what the authors' code does; alone of the four it
                      depends on how a batch is cut
-        layers:      indices of layers in running order, which may repeat; the first meet the most
-                     noise. None is each once, in order
+        layers:      indices of layers in running order, which may repeat. None is each once, in
+                     order
         split:       layers of each block, the noisiest first; None splits evenly, and a remainder
-                     goes one layer each to the first blocks
+                     goes one layer each to the noisiest blocks
         scheme:      how the process cuts its range
         gamma:       overlap of neighbouring blocks, as a share of each one's own width
-        sharing:     joint, or copies
+        sharing:     joint, or copies, which need blocks that read no layer of each other
+        noise_order: which end of the stack meets the most noise: the first layers, or the deepest
     Raises:
         ValueError: a setting is unknown or does not fit the model, a layer with copies would be
             trained by two blocks, or the model is of no known family and process or weighting is
@@ -76,6 +78,7 @@ class DiffusionBlocks(Together):
         scheme: Scheme = "equal_probability",
         gamma: float = 0.05,
         sharing: Sharing = "joint",
+        noise_order: NoiseOrder = "first",
     ):
         super().__init__()
         self.process, self.weighting = process, weighting
@@ -93,12 +96,15 @@ class DiffusionBlocks(Together):
         order = tuple(depth if layers is None else layers)
         if not set(order) <= set(depth):
             raise ValueError(f"layers must be 0 to {depth[-1]}, got {list(order)}")
-        self._blocks = partition(
-            order, num_blocks, self.process, split=split, scheme=scheme, gamma=gamma
-        )
+        cut = {"split": split, "scheme": scheme, "gamma": gamma, "noise_order": noise_order}
+        self._blocks = partition(order, num_blocks, self.process, **cut)
         self.model = model
         self.copies = nn.ModuleList()
         if sharing == "copies" and num_blocks > 1:
+            if not model.independent:
+                raise ValueError(
+                    "sharing must be joint where a block's steps read layers of others, got copies"
+                )
             self._copy()
 
     def _copy(self) -> None:
@@ -177,10 +183,18 @@ class DiffusionBlocks(Together):
         """
         model = self.of(block)
         shape, device = model.level_shape(batch), next(iter(batch.values())).device
-        level = self.process.level_at(block.trained_noise, uniforms(draw, *shape, device=device))
+        quantiles = self.process.quantiles(draw, shape, device)
+        level = self.process.level_at(block.trained_noise, quantiles)
         # a weight over its own inverse is then 1 when it is rounded
         scale = self._scale(block, level.double())
-        return model.loss(draw, level, scale, block.layers, batch)
+        return model.loss(draw, level, scale, block.layers, batch, block.trained_noise)
+
+    def conventional_loss(self, block: Block, batch: Batch, draw: Draw) -> Tensor:
+        """Loss () float32 of the layers of a block as such a network is trained without noise.
+
+        Only where the family has one; arguments as for `loss`.
+        """
+        return self.of(block).conventional_loss(draw, block.layers, batch)
 
     def _scale(self, block: Block, level: Tensor) -> Tensor:
         """What the loss at each level counts for in the block's loss."""

@@ -1,15 +1,18 @@
 """Which layers form a block, and which noise each block is trained on and serves.
 
-Shing et al. 2026 (arXiv:2506.14202), section 3.3: the first layers meet the most noise.
+Shing et al. 2026 (arXiv:2506.14202), section 3.3: the first layers meet the most noise. The order
+"deepest" gives it to the last ones, for a model whose later layers know more of the condition.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import get_args
 
 import numpy as np
 
-from dbkernels.diffusion.process import Interval, Process, Scheme
+from dbkernels.diffusion.process import Interval, NoiseOrder, Process, Scheme
+from dbkernels.settings import check_choice
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ def partition(
     split: Sequence[int] | None = None,
     scheme: Scheme = "equal_probability",
     gamma: float = 0.05,
+    noise_order: NoiseOrder = "first",
 ) -> tuple[Block, ...]:
     """Cut a stack of layers into blocks and give each its interval of noise.
 
@@ -44,14 +48,17 @@ def partition(
         num_blocks:  number of blocks
         process:     gives the intervals and their overlap
         split:       layers per block, the noisiest block first; None splits evenly, and a
-                     remainder goes one layer each to the first blocks
+                     remainder goes one layer each to the noisiest blocks
         scheme:      how the process cuts its range
         gamma:       overlap, as a share of each interval's own width; 0 for none
+        noise_order: which end of the stack meets the most noise: the first layers, or the deepest
     Returns:
         The blocks, the most noise first. Each place of `layers` is in exactly one block.
     Raises:
-        ValueError: more blocks than layers, a split that does not add up, a negative gamma.
+        ValueError: more blocks than layers, a split that does not add up, a negative gamma, or an
+            unknown order.
     """
+    check_choice("noise_order", noise_order, get_args(NoiseOrder))
     order = tuple(range(layers)) if isinstance(layers, int) else tuple(layers)
     if not 1 <= num_blocks <= len(order):
         raise ValueError(
@@ -65,10 +72,12 @@ def partition(
             f"split must give {num_blocks} blocks at least one layer each and add up to "
             f"{len(order)} layers, got {sizes} with sum {sum(sizes)}"
         )
-    running, intervals = iter(order), process.intervals(num_blocks, scheme)
+    running, step = iter(order), 1 if noise_order == "first" else -1
+    parts = [tuple(islice(running, size)) for size in sizes[::step]][::step]
+    intervals = process.intervals(num_blocks, scheme)
     return tuple(
-        Block(index, tuple(islice(running, size)), interval, process.widen(interval, gamma))
-        for index, (size, interval) in enumerate(zip(sizes, intervals, strict=True))
+        Block(index, part, interval, process.widen(interval, gamma))
+        for index, (part, interval) in enumerate(zip(parts, intervals, strict=True))
     )
 
 

@@ -14,7 +14,6 @@ from typing import get_args
 
 import torch
 
-from dbkernels.data.images import open_data
 from dbkernels.settings import check_choice, check_number
 from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, load_weights
@@ -91,7 +90,7 @@ def train(
     check_number("keep", keep, 1)
     check_number("threads", threads, 0, MOST_THREADS)
     check_choice("data_changed", data_changed, get_args(DataChanged))
-    data = open_data(config.data, "train", config.model.num_classes, convert=config.convert)
+    data = config.model.open(config.data, "train", convert=config.convert)
     trainer, root = config.trainer_on(device, data), directory / "checkpoints"
     before: Conditions = {}
     if resume:

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -12,8 +12,7 @@ from torch import nn
 from dbkernels.data.augment import drop_labels, mirror, shift
 from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import Batch, Data
-from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.diffusion.process import Process, Scheme
+from dbkernels.diffusion.process import NoiseOrder, Process, Scheme
 from dbkernels.models.family import Weighting
 from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.philox import Draw
@@ -24,7 +23,8 @@ from dbkernels.training.trainer import Augment, Trainer
 from dbkernels.training.trainer_config import TrainerConfig
 from dbkernels.whole_file import make_directory, write_whole
 
-VERSION = 3  # of config.json and of what a checkpoint holds; every earlier one is read
+Objective = Literal["blocks", "conventional"]
+VERSION = 4  # of config.json and of what a checkpoint holds; every earlier one is read
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,11 @@ class PartitionConfig:
     scheme: Scheme = "equal_probability"
     """How the range of noise is cut into intervals."""
     gamma: float = 0.05
-    """Overlap of neighbouring blocks, as a share of each one's width in ln sigma."""
+    """Overlap of neighbouring blocks, as a share of each one's width."""
     sharing: Sharing = "joint"
     """joint: every block trains the same stem and head. copies: each block has its own."""
+    noise_order: NoiseOrder = "first"
+    """Layers that meet the most noise: the first, or the deepest."""
 
     def of(self, model: nn.Module, process: Process, weighting: Weighting) -> DiffusionBlocks:
         """The blocks of a model; `DiffusionBlocks` says the rest."""
@@ -76,13 +78,18 @@ class RunConfig:
     shift: int
     """Pixels by which images are moved at random, at most."""
     partition: PartitionConfig
-    prior: LogNormal
+    prior: Process
+    """The noise, of the family's own kind."""
     trainer: TrainerConfig
     convert: Convert = "none"
     """Channels of the images of a folder, as `open_data` has it."""
+    objective: Objective = "blocks"
+    """blocks: each denoises. conventional: the network as it is trained without noise, whole."""
 
     def __post_init__(self):
         check_choice("convert", self.convert, get_args(Convert))
+        check_choice("objective", self.objective, get_args(Objective))
+        self._check_family()
         if not 0 <= self.label_drop < 1:
             raise ValueError(f"label_drop must be in [0, 1), got {self.label_drop}")
         check_number("shift", self.shift, 0)
@@ -91,8 +98,30 @@ class RunConfig:
                 "accumulate must be 1 with the published weighting, which is no mean over samples, "
                 f"got {self.trainer.accumulate}"
             )
-        if self.label_drop and family_named(self.family).null_label is None:
+
+    def _check_family(self) -> None:
+        """Whether the family can do what is asked of it."""
+        entry, blocks = family_named(self.family), self.partition.num_blocks
+        if self.label_drop and entry.null_label is None:
             raise ValueError(f"label_drop must be 0 for {self.family}, got {self.label_drop}")
+        if "image" not in self.model.fields():
+            for name in ("mirror", "shift"):
+                if value := getattr(self, name):
+                    raise ValueError(
+                        f"{name} must be {type(value)()} for {self.family}, got {value}"
+                    )
+        if self.objective == "conventional" and not entry.conventional:
+            raise ValueError(
+                f"objective must be blocks for {self.family}, which is trained end to end with one "
+                "block, got conventional"
+            )
+        if self.objective == "conventional" and blocks != 1:
+            raise ValueError(f"num_blocks must be 1 for the conventional objective, got {blocks}")
+        if self.trainer.offload != "none" and blocks > 1 and not self.model.independent:
+            raise ValueError(
+                "offload must be none where a block's steps read layers of others, got "
+                f"{self.trainer.offload}"
+            )
 
     def build(self, device: torch.device | str) -> DiffusionBlocks:
         """New blocks, initialised from the run's seed, on a device."""
@@ -116,8 +145,10 @@ class RunConfig:
         self, blocks: DiffusionBlocks, data: Data, *, device: torch.device | str | None = None
     ) -> Trainer:
         """A trainer at its first step, of blocks that `build` gave; `Trainer` says the rest."""
-        settings = asdict(self.trainer)
-        return Trainer(blocks, data, **settings, augment=self._augment(), device=device)
+        settings = asdict(self.trainer) | {"augment": self._augment(), "device": device}
+        if self.objective == "conventional":
+            settings["objective"] = DiffusionBlocks.conventional_loss
+        return Trainer(blocks, data, **settings)
 
     def _augment(self) -> Augment | None:
         changes: list[Augment] = [partial(shift, pixels=self.shift)] if self.shift else []
@@ -167,11 +198,14 @@ def config_of(saved: dict, version: object, path: Path) -> RunConfig:
             trainer = dict(saved["trainer"])
             partition = {**saved["partition"], "sharing": trainer.pop("sharing")}
             saved = {**saved, "trainer": trainer, "partition": partition}
-        model = family_named(saved["family"]).config.stored(saved["model"], version)
-        saved = {**saved, "model": model}
+        if version < 4 and saved["weighting"] == "edm":
+            # the one weight that a process had
+            saved = {**saved, "weighting": "process"}
+        entry = family_named(saved["family"])
+        saved = {**saved, "model": entry.config.stored(saved["model"], version)}
         nested = {
             "partition": PartitionConfig,
-            "prior": LogNormal,
+            "prior": type(entry.process),
             "trainer": TrainerConfig,
         }
         config = RunConfig(**{k: nested[k](**v) if k in nested else v for k, v in saved.items()})

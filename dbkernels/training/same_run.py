@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from dbkernels.data.digest import digest
-from dbkernels.data.images import ImageData
+from dbkernels.data.images import Data
 from dbkernels.ops.backend.library import PATH, library
 from dbkernels.training.checkpoint import as_json, check_state
 from dbkernels.training.trainer_config import TrainerConfig
@@ -26,7 +26,7 @@ MAX_DIFFERENCES = 5  # more make an error message that nobody reads
 ROUNDING = ("threads", "torch", "library", "device")
 
 
-def conditions(data: ImageData, device: torch.device) -> Conditions:
+def conditions(data: Data, device: torch.device) -> Conditions:
     """What the bits of a run depend on, beside its configuration.
 
     Args:

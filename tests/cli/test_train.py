@@ -35,7 +35,7 @@ def test_flags_reach_the_configuration(train, tmp_path):
     assert list((tmp_path / "off").iterdir()) == []
 
 
-@pytest.mark.parametrize(("family", "automatic"), [("vit", "none"), ("dit", "edm")])
+@pytest.mark.parametrize(("family", "automatic"), [("vit", "none"), ("dit", "process")])
 def test_the_weighting_follows_the_family_unless_it_is_given(runs, family, automatic):
     for flags, expected in (("", automatic), (" --weighting normalised", "normalised")):
         config = json.loads((runs(f"{family}{flags}") / "config.json").read_text())

@@ -69,7 +69,7 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {
         "weighting": "normalised", "label_drop": 0.3, "mirror": True, "shift": 1
     },
 }  # fmt: skip
-OF_RUN = {"weighting": "edm", "label_drop": 0.0, "mirror": False, "shift": 0}
+OF_RUN = {"weighting": "process", "label_drop": 0.0, "mirror": False, "shift": 0}
 OF_BLOCKS = {"num_blocks": NUM_BLOCKS, "sharing": "joint"}
 OF_TRAINER = {"batch_size": 8, "lr": 1e-2, "clip": 0.5, "seed": 3}
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models.tiny import DRAW, LEVEL, SCALE, every_family, make_batch, make_model, noisy
+from models.tiny import DRAW, INTERVAL, LEVEL, SCALE, every_family, make_batch, make_model, noisy
 from training.tiny import PRIOR, assert_same, copies, make_blocks, make_data
 
 from dbkernels.diffusion.samplers import SAMPLERS
@@ -36,7 +36,7 @@ def test_predictions_loss_and_gradients_are_those_of_float32_rounded(family, dty
     made = [m.denoise(z, LEVEL, range(3), batch) for m in (cast, rounded)]
     assert_near(*made, dtype)
     assert streams == {dtype}
-    losses = [m.loss(DRAW, LEVEL, SCALE, range(3), batch) for m in (cast, rounded)]
+    losses = [m.loss(DRAW, LEVEL, SCALE, range(3), batch, INTERVAL) for m in (cast, rounded)]
     assert torch.float32 in {loss.dtype for loss in losses}
     assert_near(*losses, dtype)
     for loss in losses:
@@ -99,6 +99,6 @@ def test_every_policy_keeps_gradients_finite(dtype, recompute):
     for layer in model.layers:
         layer.config = replace(layer.config, recompute=recompute)
     batch = make_batch(model)
-    model.to(dtype).loss(DRAW, LEVEL, SCALE, (0, 1, 2), batch).backward()
+    model.to(dtype).loss(DRAW, LEVEL, SCALE, (0, 1, 2), batch, INTERVAL).backward()
     for name, p in model.named_parameters():
         assert p.grad.isfinite().all() and p.grad.any(), name

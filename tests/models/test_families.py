@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from models.tiny import (
     CONFIGS,
     DRAW,
+    INTERVAL,
     LEVEL,
     SCALE,
     every_family,
@@ -74,7 +75,7 @@ def test_predictions_loss_and_gradients_have_the_bits_of_the_equations(equations
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected, expected_loss = equations(model, batch)
         actual = model.denoise(noisy(model, batch), LEVEL, range(3), batch)
-        loss = model.loss(DRAW, LEVEL, SCALE, range(3), batch)
+        loss = model.loss(DRAW, LEVEL, SCALE, range(3), batch, INTERVAL)
         losses = model.losses(DRAW, LEVEL, range(3), batch)
     torch.testing.assert_close(loss, (SCALE * losses).sum())
     assert torch.equal(actual, expected) and torch.equal(loss, expected_loss)

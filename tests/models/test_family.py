@@ -6,7 +6,17 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from models.tiny import DRAW, LEVEL, SCALE, every_family, make_batch, make_model, noisy, randomise
+from models.tiny import (
+    DRAW,
+    INTERVAL,
+    LEVEL,
+    SCALE,
+    every_family,
+    make_batch,
+    make_model,
+    noisy,
+    randomise,
+)
 from torch import nn
 from training.tiny import PRIOR
 
@@ -44,7 +54,7 @@ def test_layers_run_in_the_order_that_was_asked_each_on_the_last_ones_output(mad
 @every_family
 def test_gradients_stay_in_the_layers_that_ran_and_in_what_is_shared(made):
     model, batch = made
-    model.loss(DRAW, LEVEL, SCALE, (1,), batch).backward()
+    model.loss(DRAW, LEVEL, SCALE, (1,), batch, INTERVAL).backward()
     for name, parameter in model.named_parameters():
         if name.startswith(("layers.0.", "layers.2.")):
             assert parameter.grad is None, name
@@ -60,7 +70,7 @@ def test_loss_and_estimate_have_the_shapes_and_dtypes_of_the_protocol(made, auto
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         prediction = model.denoise(z, LEVEL, range(3), batch)
         losses = model.losses(DRAW, LEVEL, range(3), batch)
-        loss = model.loss(DRAW, LEVEL, SCALE, range(3), batch)
+        loss = model.loss(DRAW, LEVEL, SCALE, range(3), batch, INTERVAL)
     estimate = model.estimate(prediction)
     assert losses.shape == (3,) and loss.shape == () and (losses > 0).all()
     assert estimate.shape == z.shape == model.target(batch).shape
@@ -110,7 +120,7 @@ def test_the_target_is_made_by_the_target_parts_alone(made):
 class Recurrent(nn.Module):
     """Prelude, core and coda over tokens; the core is run as often as a block's layers say."""
 
-    target_parts, stem_and_head, sigma_data = ("table",), (), 0.5
+    target_parts, stem_and_head, sigma_data, independent = ("table",), (), 0.5, True
 
     def __init__(self, words=5, D=16):
         super().__init__()
@@ -138,7 +148,7 @@ class Recurrent(nn.Module):
     def level_shape(self, batch):
         return (len(batch["token"]),)
 
-    def loss(self, draw, level, scale, layers, batch):
+    def loss(self, draw, level, scale, layers, batch, interval):
         z = add_noise(self.target(batch), torch.ones_like(level), level, draw)
         logits = self.denoise(z, level, layers, batch)
         losses = F.cross_entropy(logits.mT, batch["answer"], reduction="none").mean(1)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models.tiny import DRAW, LEVEL, SCALE, randomise
+from models.tiny import DRAW, INTERVAL, LEVEL, SCALE, randomise
 from training.tiny import PRIOR
 
 from dbkernels.models import FAMILIES
@@ -36,7 +36,7 @@ def results(model, batch):
     noise = torch.linspace(-2, 2, torch.Size(model.z_shape(batch)).numel())
     layers = range(len(model.layers))
     z = noise.view(model.z_shape(batch))
-    loss = model.loss(DRAW, LEVEL, SCALE, layers, batch)
+    loss = model.loss(DRAW, LEVEL, SCALE, layers, batch, INTERVAL)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     found = {"prediction": model.denoise(z, LEVEL, layers, batch), "loss": loss}
     return found | dict(zip(dict(model.named_parameters()), gradients, strict=True))

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from models.tiny import randomise
+from models.tiny import INTERVAL, randomise
 from torch import nn
 
 from dbkernels.models import ViT
@@ -137,7 +137,7 @@ def test_loss_and_gradients_are_those_of_the_published_code(sizes, method):
     theirs = theirs_of(model)
     sigma, layers = torch.tensor([0.05, 0.9, 40.0]), range(config.depth)[-4:]
     noise = normals(DRAW, 3, config.dim)
-    loss = model.loss(DRAW, sigma, torch.full((3,), 1 / 3), layers, batch)
+    loss = model.loss(DRAW, sigma, torch.full((3,), 1 / 3), layers, batch, INTERVAL)
     their_loss = theirs.loss(batch, noise, sigma, layers)
     assert loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
     loss.backward(), their_loss.backward()
@@ -185,7 +185,7 @@ def loss_and_gradients(model, draw=DRAW, samples=slice(0, 3)):
     torch.manual_seed(1)
     batch = {name: t[samples] for name, t in batch_of(model.config).items()}
     level = torch.tensor([0.05, 0.9, 40.0])[samples]
-    loss = model.loss(draw, level, torch.ones_like(level), range(3), batch)
+    loss = model.loss(draw, level, torch.ones_like(level), range(3), batch, INTERVAL)
     return loss.detach(), torch.autograd.grad(loss, list(model.parameters()))
 
 

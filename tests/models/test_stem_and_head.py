@@ -8,6 +8,7 @@ from accuracy import assert_as_accurate_as_eager
 from models.tiny import (
     CONFIGS,
     DRAW,
+    INTERVAL,
     LEVEL,
     SCALE,
     dynamo_alone,
@@ -55,7 +56,7 @@ def plain_twin(model):
 def step(model, layers=(1,), count=3, draw=DRAW):
     """The loss of a step on the first samples, and the gradients by name."""
     batch = {name: tensor[:count] for name, tensor in make_batch(model).items()}
-    loss = model.loss(draw, LEVEL[:count], SCALE[:count], layers, batch)
+    loss = model.loss(draw, LEVEL[:count], SCALE[:count], layers, batch, INTERVAL)
     names, parameters = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     found = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}

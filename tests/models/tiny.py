@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dbkernels.diffusion.process import Interval
 from dbkernels.models import FAMILIES, DiTConfig, ViTConfig
 from dbkernels.ops import Draw, add_noise
 
@@ -16,6 +17,7 @@ CONFIGS = {
     "dit": DiTConfig(image_size=6, num_classes=4, mlp_ratio=3, **COMMON),
 }
 LEVEL = torch.tensor([0.05, 0.9, 40.0])
+INTERVAL = Interval(0.01, 80.0)
 SCALE = torch.tensor([2.0, 0.25, 1.5])
 DRAW = Draw(seed=2, step=5)
 every_family = pytest.mark.parametrize("family", CONFIGS)

@@ -16,7 +16,7 @@ def make_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("data.npy", np.random.default_rng(0).standard_normal((12, 1, 4, 4)).astype(np.float32))
     np.save("data_labels.npy", np.arange(12) % 3)
-    model, weighting = {"vit": VIT, "dit": DIT}, {"vit": "none", "dit": "edm"}
+    model, weighting = {"vit": VIT, "dit": DIT}, {"vit": "none", "dit": "process"}
     trainer = TrainerConfig(steps=4, batch_size=4, lr=1e-2, ema=0.9)
     fields = {"data": "data.npy", "label_drop": 0.0, "mirror": False, "shift": 0, "prior": PRIOR}
 

@@ -104,7 +104,7 @@ def test_rejects(call, message):
 
 def test_a_family_brings_its_own_process_and_weighting_unless_another_is_given():
     other = LogNormal(mean=0.0)
-    for family, weighting, least in (("vit", "none", 0.4), ("dit", "edm", 0.002)):
+    for family, weighting, least in (("vit", "none", 0.4), ("dit", "process", 0.002)):
         own = make_blocks(family, process=None)
         assert (own.process, own.weighting) == (LogNormal(sigma_min=least), weighting)
         blocks = make_blocks(family, process=other, weighting="published")
@@ -140,8 +140,10 @@ class Known(nn.Module):
     def level_shape(self, batch):
         return batch["levels"].shape
 
-    def loss(self, draw, level, scale, layers, batch):
-        self.seen = SimpleNamespace(draw=draw, level=level, layers=layers, batch=batch)
+    def loss(self, draw, level, scale, layers, batch, interval):
+        self.seen = SimpleNamespace(
+            draw=draw, level=level, layers=layers, batch=batch, interval=interval
+        )
         return (scale * level).sum()
 
 
@@ -149,20 +151,21 @@ def weighed(losses, weight, weighting, mean_weight):
     """The four weightings of (B,) losses, as equation 6 and the published code have them."""
     return {
         "none": losses.mean(),
-        "edm": (weight * losses).mean(),
+        "process": (weight * losses).mean(),
         "normalised": (weight * losses).mean() / mean_weight,
         "published": weight.mean() * losses.mean(),
     }[weighting]
 
 
 @pytest.mark.parametrize("shape", [(512,), (64, 9)])
-@pytest.mark.parametrize("weighting", ["none", "edm", "normalised", "published"])
+@pytest.mark.parametrize("weighting", ["none", "process", "normalised", "published"])
 def test_a_loss_weighs_the_losses_of_the_levels_that_it_drew(weighting, shape):
     blocks = known(process=PRIOR, weighting=weighting)
     block, batch, draw = blocks[1], {"levels": torch.zeros(shape)}, Draw(3, 4, 5)
     loss, seen, noise = blocks.loss(block, batch, draw), blocks.model.seen, block.trained_noise
     assert seen.draw is draw and seen.batch is batch and seen.layers == block.layers
     assert torch.equal(seen.level, PRIOR.level_at(noise, uniforms(draw, *shape)))
+    assert seen.interval == noise
     assert noise.low <= seen.level.min() and seen.level.max() <= noise.high
     assert seen.level.min() < block.noise.low and seen.level.max() > block.noise.high
     mean = PRIOR.mean_weight(noise, 0.5)

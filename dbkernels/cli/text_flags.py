@@ -1,0 +1,45 @@
+"""The flags of models of text, and whether a model has what was asked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+from dbkernels.models.registry import ModelConfig
+from dbkernels.models.text import CleanStream, LevelsOf, ReadOut
+
+
+@dataclass(frozen=True)
+class TextFlags:
+    """How a model of text reads and is read; None keeps the preset's."""
+
+    clean: CleanStream | None = None
+    """own: a block reads earlier tokens through its own layers. through: through all those before
+    them too, without a gradient."""
+    next_token_weight: float | None = None
+    """Weight, in a block's loss, of guessing the next token without noise; 0 leaves it out."""
+    read_out: ReadOut | None = None
+    """paper: a linear head. posterior: one that adds what the noisy token itself tells."""
+    levels_of: LevelsOf | None = None
+    """Whether each sample has one level of noise, or each token one of its own."""
+
+    def of(self, model: ModelConfig) -> ModelConfig:
+        """A model with what was asked for.
+
+        Raises:
+            ValueError: it has no such setting, or one has a value that it cannot have.
+        """
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        changed = {name: value for name, value in given.items() if value is not None}
+        require_settings("the model", changed, model)
+        return replace(model, **changed)
+
+
+def require_settings(name: str, given: Mapping[str, object], config: object) -> None:
+    """Whether a configuration has all settings that were given.
+
+    Raises:
+        ValueError: with the first that it has not.
+    """
+    known = [each.name for each in fields(config)]
+    for setting, value in given.items():
+        if setting not in known:
+            raise ValueError(f"{setting} is no setting of {name}: {', '.join(known)}; got {value}")

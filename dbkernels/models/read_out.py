@@ -1,0 +1,97 @@
+"""From what the last layer left to logits over the words, of a token that was noisy or never was.
+
+    D      = of_z z + of_F rms(h),                  logits = W ((1 + scale) D + shift)      paper
+    logits = W ((1 + scale) rms(h) + shift) + z E^^T / sigma**2                          posterior
+    logits = W ((1 + scale) rms(h) + shift)                                       of a clean token
+
+E^ has the words' embeddings as unit rows, of_z and of_F are those of `prediction.EDM`. The second
+form is Bayes' rule: for unit rows ln p(k | z, x) = ln q(k | x) + z . e_k / sigma**2 but for a
+constant, so the network has only to learn what the context x tells.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dbkernels.diffusion.prediction import EDM
+from dbkernels.models.embed import FinalModulation
+from dbkernels.models.layer import make_norm
+from dbkernels.models.text import NoisyTextConfig
+from dbkernels.ops.backend.checks import Reduction
+from dbkernels.ops.linear_cross_entropy import linear_cross_entropy
+
+
+class ReadOutHead(nn.Module):
+    """The last norm, its modulation and the head, which starts at zero.
+
+    Rows are what the head multiplies: (B, S, dim), or (B, S, 2 dim) where it reads z too.
+    """
+
+    def __init__(self, config: NoisyTextConfig):
+        super().__init__()
+        self.reads_z = config.read_out == "posterior"
+        self.prediction = EDM(config.sigma_data)
+        self.norm = make_norm(config.layer())
+        self.modulation = FinalModulation(config.dim, config.cond_dim)
+        self.linear = nn.Linear(config.dim, config.vocabulary, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def noisy(self, h: Tensor, c: Tensor, z: Tensor, level: Tensor) -> Tensor:
+        """Rows of a noisy stream h (B, S, dim) with condition c, from z at levels (B,) or
+        (B, S)."""
+        level, normed = per_token(level), self.norm(h)
+        if self.reads_z:
+            return torch.cat([self._modulated(normed, c).float(), z / level.square()], dim=-1)
+        of_z, of_F = self.prediction.estimate(level)
+        return self._modulated(of_z * z + of_F * normed, c)
+
+    def clean(self, h: Tensor, c: Tensor) -> Tensor:
+        """Rows of a stream h (B, S, dim) of clean tokens."""
+        rows = self._modulated(self.norm(h), c)
+        return F.pad(rows.float(), (0, rows.shape[-1])) if self.reads_z else rows
+
+    def logits(self, rows: Tensor, table: Tensor | None) -> Tensor:
+        """(B, S, vocabulary) from rows and E^, as for `cross_entropy`."""
+        with self._wide(rows):
+            return F.linear(rows, self._weight(table).to(rows.dtype))
+
+    def cross_entropy(
+        self,
+        rows: Tensor,
+        token: Tensor,
+        table: Tensor | None,
+        scale: Tensor | None = None,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """Cross-entropy of the logits in nats, () or of each token (B, S).
+
+        Args:
+            rows:       of this head
+            token:      (B, S)  int64
+            table:      E^ (vocabulary, dim); None where the head does not read z
+            scale:      (B, S) factor of each token's; None is 1
+            reduction:  as that of `linear_cross_entropy`
+        """
+        with self._wide(rows):
+            how = {"token_weight": scale, "reduction": reduction}
+            return linear_cross_entropy(rows, self._weight(table), token, **how)
+
+    def _modulated(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation.parts(c if c.dim() == 3 else c[:, None])
+        return (1 + scale) * x + shift
+
+    def _weight(self, table: Tensor | None) -> Tensor:
+        own = self.linear.weight
+        return torch.cat([own.float(), table.float()], dim=1) if self.reads_z else own
+
+    def _wide(self, rows: Tensor) -> torch.autocast:
+        # z / sigma**2 reaches hundreds, of which a narrow dtype would leave no logit right
+        device = rows.device.type
+        return torch.autocast(
+            device, enabled=torch.is_autocast_enabled(device) and not self.reads_z
+        )
+
+
+def per_token(level: Tensor) -> Tensor:
+    """Levels (B,) or (B, S) as what multiplies (B, S, dim)."""
+    return level[..., None] if level.dim() == 2 else level[:, None, None]
