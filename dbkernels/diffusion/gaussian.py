@@ -16,7 +16,14 @@ import torch
 from scipy.special import log_ndtr, ndtr, ndtri
 from torch import Tensor
 
-from dbkernels.diffusion.process import Interval, Scheme, Spacing
+from dbkernels.diffusion.process import (
+    Interval,
+    Scheme,
+    Spacing,
+    check_quantiles,
+    rounded_inside,
+)
+from dbkernels.ops.philox import Draw, uniforms
 from dbkernels.settings import check_choice, check_number
 
 LOG_MOST = math.log(np.finfo(np.float64).max)
@@ -137,6 +144,18 @@ class LogNormal:
             max(interval.low / alpha, self.sigma_min), min(interval.high * alpha, self.sigma_max)
         )
 
+    def quantiles(self, draw: Draw, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+        """One uniform number for each sample, or for each of its tokens.
+
+        Args:
+            draw:    names them
+            shape:   (B,) or (B, T)
+            device:  of the result; it does not change a bit
+        Returns:
+            float64 in (0, 1].
+        """
+        return uniforms(draw, *shape, device=device)
+
     def level_at(self, interval: Interval, u: Tensor) -> Tensor:
         """The inverse cdf of the prior cut to one interval.
 
@@ -153,19 +172,11 @@ class LogNormal:
                 f"the interval must lie in [{self.sigma_min}, {self.sigma_max}], "
                 f"got [{interval.low}, {interval.high}]"
             )
-        # float32 has 2**24 numbers in [0, 1), of which 0 is one
-        if u.dtype != torch.float64:
-            raise ValueError(f"u must be torch.float64, got {u.dtype}")
+        check_quantiles(u)
         q_low, q_high = self.cdf(interval.low), self.cdf(interval.high)
         q = q_low + u * (q_high - q_low)
         sigma = torch.exp(self.mean + self.std * torch.special.ndtri(q))
-        low, high = np.float32(interval.low), np.float32(interval.high)
-        # compared as floats: numpy would round a float to float32 before it compares the two
-        if float(low) <= interval.low:
-            low = np.nextafter(low, np.float32(np.inf))
-        if float(high) > interval.high:
-            high = np.nextafter(high, np.float32(0))
-        return sigma.float().clamp(float(low), float(high))
+        return rounded_inside(sigma, interval)
 
     def grid(self, count: int, spacing: Spacing = "cdf", *, rho: float = 7.0) -> list[float]:
         """Levels from sigma_max down to sigma_min.
