@@ -1,1 +1,1 @@
-"""Arithmetic on noise levels; knows no module and no data."""
+"""Arithmetic on noise levels and on the draws of `ops`; knows no module and no data."""

@@ -1,0 +1,70 @@
+"""Sampling of masked tokens: at each step some of them open, and an open one never changes.
+
+From time t to s a masked token opens with probability (alpha_s - alpha_t) / (1 - alpha_t), and is
+then a draw from the answered probabilities. Shi et al. 2024 (arXiv:2406.04329), section 4.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from dbkernels.diffusion.masked import MASK, Masked
+from dbkernels.diffusion.samplers import Denoiser
+from dbkernels.ops.philox import Draw, uniforms
+
+
+@torch.no_grad()
+def unmask(
+    denoiser: Denoiser,
+    tokens: Tensor,
+    levels: Sequence[float],
+    draw: Draw,
+    *,
+    process: Masked,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Open masked tokens step by step.
+
+    Args:
+        denoiser:     (tokens, time) -> probabilities (B, T, V) of each place's token, asked once
+                      for each level
+        tokens:       (B, T) int64; MASK where a token is wanted, others are a prompt and stay
+        levels:       times, descending in (0, 1]; what is still masked at the last one opens there
+        draw:         names the choices; a sample depends on its own place in the draw alone
+        process:      says how many open at each step
+        temperature:  probabilities are raised to its inverse; below 1 likely tokens come more often
+    Returns:
+        (B, T) int64, without MASK.
+    Raises:
+        ValueError: levels are not as above, or temperature is not positive and finite.
+    """
+    _check(levels, temperature)
+    B, T = tokens.shape
+    opening = [process.opening(*pair) for pair in pairwise(levels)]
+    for step, (level, share) in enumerate(zip(levels, [*opening, 1.0], strict=True)):
+        probability = denoiser(tokens, level)
+        u = uniforms(draw.nth(2 * step), B, T, device=tokens.device)
+        opens = (tokens == MASK) & (u <= share)
+        chosen = uniforms(draw.nth(2 * step + 1), B, T, device=tokens.device)[opens]
+        tokens = tokens.masked_scatter(opens, _choose(probability[opens], chosen, temperature))
+    return tokens
+
+
+def _choose(probability: Tensor, u: Tensor, temperature: float) -> Tensor:
+    """Tokens (N,) of probabilities (N, V) at uniform numbers u (N,) in (0, 1]."""
+    # float64, so that the sums of a large vocabulary keep its rare tokens
+    logarithm = probability.double().log()
+    logarithm -= logarithm.amax(-1, keepdim=True)
+    cumulative = logarithm.div_(temperature).exp_().cumsum(-1)
+    return torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None])[:, 0]
+
+
+def _check(levels: Sequence[float], temperature: float) -> None:
+    descending = all(a > b for a, b in pairwise(levels))
+    if not levels or not descending or not 0 < levels[-1] <= levels[0] <= 1:
+        raise ValueError(f"levels must be descending in (0, 1], got {list(levels)}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
