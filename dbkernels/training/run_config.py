@@ -18,6 +18,7 @@ from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice, check_number
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing
+from dbkernels.training.offload.offloader import check_offload
 from dbkernels.training.saved import require_types
 from dbkernels.training.trainer import Augment, Trainer
 from dbkernels.training.trainer_config import TrainerConfig
@@ -89,7 +90,6 @@ class RunConfig:
     def __post_init__(self):
         check_choice("convert", self.convert, get_args(Convert))
         check_choice("objective", self.objective, get_args(Objective))
-        self._check_family()
         if not 0 <= self.label_drop < 1:
             raise ValueError(f"label_drop must be in [0, 1), got {self.label_drop}")
         check_number("shift", self.shift, 0)
@@ -98,6 +98,7 @@ class RunConfig:
                 "accumulate must be 1 with the published weighting, which is no mean over samples, "
                 f"got {self.trainer.accumulate}"
             )
+        self._check_family()
 
     def _check_family(self) -> None:
         """Whether the family can do what is asked of it."""
@@ -117,11 +118,7 @@ class RunConfig:
             )
         if self.objective == "conventional" and blocks != 1:
             raise ValueError(f"num_blocks must be 1 for the conventional objective, got {blocks}")
-        if self.trainer.offload != "none" and blocks > 1 and not self.model.independent:
-            raise ValueError(
-                "offload must be none where a block's steps read layers of others, got "
-                f"{self.trainer.offload}"
-            )
+        check_offload(self.trainer.offload, self.model.independent, blocks)
 
     def build(self, device: torch.device | str) -> DiffusionBlocks:
         """New blocks, initialised from the run's seed, on a device."""

@@ -32,7 +32,7 @@ from dbkernels.training.offload.memory import (
 )
 from dbkernels.training.param_group import ParamGroup, tensor_sizes
 from dbkernels.training.tensor_file import Pieces, pieces
-from dbkernels.training.trainer_config import TrainerConfig
+from dbkernels.training.trainer_config import Offload, TrainerConfig
 
 
 def open_offloader(
@@ -43,8 +43,9 @@ def open_offloader(
     Until it adopts a group it moves nothing.
 
     Raises:
-        ValueError: the disk has no room for the blocks.
+        ValueError: a block's steps read layers of others, or the disk has no room for the blocks.
     """
+    check_offload(config.offload, models.model.independent, len(models))
     memory: OffloadMemory = CpuMemory(device)
     if config.offload == "disk":
         groups = models.groups().items()
@@ -53,6 +54,14 @@ def open_offloader(
         size = flat_bytes([*tensor_sizes(own, config.ema), *frozen])
         memory = DiskMemory(Path(config.offload_dir), size, device)
     return Offloader(models, device, memory, prefetch=config.prefetch, idle=models.idle())
+
+
+def check_offload(offload: Offload, independent: bool, num_blocks: int) -> None:
+    """Whether a block may be on the device without the others."""
+    if offload != "none" and not independent and num_blocks > 1:
+        raise ValueError(
+            f"offload must be none where a block's steps read layers of others, got {offload}"
+        )
 
 
 class Offloader:
