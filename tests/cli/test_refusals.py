@@ -61,7 +61,10 @@ BEFORE = {
         ("evaluate vit --data lonely.npz", "--data names other data, --split train takes what was"),
         ("evaluate vit --levels 1", "levels must be at least 2, got 1"),
         ("evaluate vit --checkpoint nope", "nope is not a checkpoint"),
-        ("evaluate vit --data rgb.npz", "must be (1, 8, 8), as the model is made for, got (3, 8, 8)"),
+        (
+            "evaluate vit --data rgb.npz",
+            "must be (1, 8, 8), as the model is made for, got (3, 8, 8)",
+        ),
         ("evaluate vit --data more.npz", "labels must be in [0, 3), got 4"),
         ("evaluate vit --device tpu", "device must be auto, cpu or cuda, got tpu"),
         ("evaluate vit --device cuda", "device cuda needs an NVIDIA GPU"),
