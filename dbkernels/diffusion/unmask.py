@@ -49,12 +49,21 @@ def unmask(
         u = uniforms(draw.nth(2 * step), B, T, device=tokens.device)
         opens = (tokens == MASK) & (u <= share)
         chosen = uniforms(draw.nth(2 * step + 1), B, T, device=tokens.device)[opens]
-        tokens = tokens.masked_scatter(opens, _choose(probability[opens], chosen, temperature))
+        tokens = tokens.masked_scatter(opens, choose(probability[opens], chosen, temperature))
     return tokens
 
 
-def _choose(probability: Tensor, u: Tensor, temperature: float) -> Tensor:
-    """Tokens (N,) of probabilities (N, V) at uniform numbers u (N,) in (0, 1]."""
+def choose(probability: Tensor, u: Tensor, temperature: float) -> Tensor:
+    """Tokens by the inverse of their cumulative probabilities.
+
+    Args:
+        probability:  (N, V)  need not add up to 1
+        u:            (N,)    float64 in (0, 1]; uniform numbers draw each token as often as its
+                      probability says
+        temperature:  probabilities are raised to its inverse
+    Returns:
+        (N,) int64; none has probability 0.
+    """
     # float64, so that the sums of a large vocabulary keep its rare tokens
     logarithm = probability.double().log()
     logarithm -= logarithm.amax(-1, keepdim=True)
