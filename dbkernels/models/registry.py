@@ -20,6 +20,8 @@ from dbkernels.models import dit, mdm, vit
 from dbkernels.models.family import Presets, Weighting
 from dbkernels.settings import check_choice
 
+TextNoise = Literal["masked", "gaussian"]
+
 
 class ModelConfig(Protocol):
     """Sizes of a model, a frozen dataclass; also `dim`, `depth` and `recompute`.
@@ -76,6 +78,9 @@ class FamilyEntry:
     """(prediction, batch) -> numbers (B,) of the samples, by name; None where only losses count."""
     average: Callable[[Tensor], Tensor] | None = None
     """Predictions of several starts (N, B, ...) -> one (B, ...); None where they have no mean."""
+    text: TextNoise | None = None
+    """What noise does to a text, which says how its bits are bounded: it masks tokens, or moves
+    their embeddings; None is no model of text."""
     prompts: Callable[[ModelConfig, int, torch.device], Batch] | None = None
     """(config, number of each class, device) -> what to sample; None where it samples nothing."""
 
