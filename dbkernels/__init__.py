@@ -16,6 +16,8 @@ _HOMES = {
     "Draw": "ops.philox",
     "LayerConfig": "models",
     "LogNormal": "diffusion.gaussian",
+    "MDM": "models",
+    "Masked": "diffusion.masked",
     "Trainer": "training.trainer",
     "TrainerConfig": "training.trainer",
     "ViT": "models",

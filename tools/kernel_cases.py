@@ -87,6 +87,17 @@ def _heads(s: Shapes) -> dict[str, object]:
     }
 
 
+def _streams(s: Shapes) -> dict[str, object]:
+    """Of the noisy samples; q, k and v lie side by side."""
+    heads = s.B * T, s.D // HEAD_DIM, HEAD_DIM
+    q, k, v = s.empty(heads[0], 3, *heads[1:]).unbind(1)
+    others = ("o", "out", "dout", "dq_clean", "dq", "dk", "dv")
+    return {
+        **{"q": q, "k": k, "v": v, "logsumexp": s.floats(s.B, heads[1], T)},
+        **{name: s.empty(*heads) for name in others},
+    }
+
+
 def _logits(s: Shapes) -> dict[str, object]:
     return {
         "logits": empty_logits(s.B * T, VOCABULARY, DTYPE, "meta"),
@@ -165,6 +176,7 @@ ENTRIES = [
     *(_gelu_exact(way, partial(_activation, halves=1)) for way in ("fwd", "bwd")),
     *(_swiglu(way, partial(_activation, halves=2)) for way in ("fwd", "bwd")),
     *(Case("qk_norm_rotary", way, _heads, **_HEADS) for way in ("fwd", "bwd")),
+    *(Case("two_stream", w, _streams, multiple=HEAD_DIM, timed=False) for w in ("fwd", "bwd")),
     Case("softmax_gradient", "grad", _logits, timed=False, **_LOGITS),
     Case("philox", "fwd", _noise, raw="philox_normal", timed=False),
     Case("philox", "uniform", _noise, raw="philox_uniform", timed=False),

@@ -7,7 +7,7 @@ import tyro
 
 from dbkernels.cli.train import FAMILY_HELP, PRESET_HELP
 from dbkernels.memory.allocator import Target
-from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName
+from dbkernels.models.registry import DEFAULT_FAMILY, FamilyName, family_named
 from dbkernels.planning.recipe import Recipe, of_preset
 from dbkernels.settings import MOST_SAMPLES, check_number
 
@@ -17,7 +17,7 @@ class OfPreset:
     """A preset of a family, and a batch for it."""
 
     family: Annotated[FamilyName, tyro.conf.arg(help=FAMILY_HELP)] = DEFAULT_FAMILY
-    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "digits"
+    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = ""
     batch: int = 128
     """Samples of a step; made up, of the preset's shape."""
     autocast: bool = False
@@ -29,4 +29,5 @@ class OfPreset:
         """The way to train it that has every other setting by default."""
         check_number("batch", self.batch, 1, MOST_SAMPLES)
         given = {"batch_size": self.batch, "autocast": self.autocast, "device": target}
-        return replace(of_preset(self.family, self.preset), **given)
+        name = self.preset or family_named(self.family).model.smallest
+        return replace(of_preset(self.family, name), **given)

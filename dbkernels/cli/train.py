@@ -28,7 +28,7 @@ from dbkernels.training.trainer_config import TrainerConfig
 
 LARGEST = 2**16  # of a model's sizes
 FAMILY_HELP = "; ".join(f"{name} {entry.summary}" for name, entry in FAMILIES.items()) + "."
-PRESET_HELP = "Sizes of the model by name. " + " ".join(
+PRESET_HELP = "Sizes of the model by name; empty is the smallest. " + " ".join(
     f"{name}: {', '.join(entry.model.presets)}." for name, entry in FAMILIES.items()
 )
 
@@ -87,7 +87,7 @@ class Train:
     of text, a directory that tokenize wrote."""
     convert: Convert = "none"
     """Channels of a folder's images: grey or rgb makes all alike; none refuses any difference."""
-    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = "digits"
+    preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = ""
     patch: int = 0
     """Pixels, or cells of a latent, per side of a patch; 0 keeps the preset's."""
     dim: int = 0

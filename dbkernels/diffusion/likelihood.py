@@ -2,7 +2,7 @@
 
 Masked tokens, each block over the times that it serves itself (Shi et al. 2024, arXiv:2406.04329):
 
-    -ln p <= sum of blocks of the integral of weight(t) E loss(t) dt  +  (1 - alpha(0)) ln V
+    -ln p <= sum of blocks of the integral of weight E loss dt  +  (1 - alpha(0)) ln V
 
 One Gaussian token e given clean context, for any stop level s (Guo, Shamai & Verdu 2005; Kingma et
 al. 2021, arXiv:2107.00630), where D is the expected row under the answered probabilities:
@@ -46,14 +46,14 @@ def masked_bound(
     losses: Sequence[Tensor],
     vocabulary: int,
 ) -> MaskedBound:
-    """The bound of masked blocks from losses at times that `process.level_at` spread evenly.
+    """The bound of masked blocks from losses at levels that `process.level_at` spread evenly.
 
     As in MD4, no term stands for alpha(1), which is eps and not 0: it would add eps ln V.
 
     Args:
         process:     the noise
         intervals:   that the blocks serve, not widened; they tile the process's range
-        levels:      (N,) of each block: uniform in its interval, or equally spaced quantiles
+        levels:      (N,) of each block: of uniform or of equally spaced quantiles of its interval
         losses:      (N,) of each block at these: the sum of the masked tokens' cross-entropies over
                      the number of tokens, in nats, unweighted
         vocabulary:  number of tokens that there are
@@ -71,8 +71,8 @@ def masked_bound(
                 f"got {tuple(level.shape)} levels and {tuple(loss.shape)} losses"
             )
         weighted = process.weight(level.double(), 1.0) * loss.double()
-        blocks.append((interval.high - interval.low) * float(weighted.mean()))
-    return MaskedBound(tuple(blocks), process.masked_at(0.0) * math.log(vocabulary))
+        blocks.append(process.duration(interval) * float(weighted.mean()))
+    return MaskedBound(tuple(blocks), process.range.low * math.log(vocabulary))
 
 
 @dataclass(frozen=True)

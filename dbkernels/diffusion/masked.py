@@ -1,13 +1,17 @@
-"""The masked process of discrete tokens: at time t a token is kept with probability alpha(t).
+"""The masked process of discrete tokens, whose level is the share of them that is masked.
 
-    alpha(t) = 1 - eps - (1 - 2 eps) m(t),    m(t) = t,  or sin(pi t / 2) for the cosine schedule
-    weight(t) = -alpha'(t) / (1 - alpha(t))
+At time t a token is kept with probability alpha(t), which falls from 1 - eps to eps:
 
-so that the integral of weight(t) times the cross-entropies of the masked tokens over [0, 1], and
+    level = 1 - alpha(t) = eps + (1 - 2 eps) m(t),    m(t) = t,  or sin(pi t / 2) for cosine
+    weight = -alpha'(t) / (1 - alpha(t))
+
+so that the integral over [0, 1] of the weight times the cross-entropies of the masked tokens, and
 (1 - alpha(0)) ln V for each token, bound a text's negative logarithm of likelihood.
-Shi et al. 2024 (arXiv:2406.04329), MD4, whose code has the eps. Its cosine schedule is
-alpha = 1 - cos(pi (1 - t) / 2), and m is how far alpha has fallen, accurate near 0, where the
-weight is large. Blocks: arXiv:2506.14202, appendix D.
+Shi et al. 2024 (arXiv:2406.04329), MD4, whose code has the eps, and whose cosine schedule is
+alpha = 1 - cos(pi (1 - t) / 2). Blocks: arXiv:2506.14202, appendix D.
+
+Times say where training and samplers put their levels, and no more: a network that is told the
+level masks by it, and needs to know no schedule.
 """
 
 import math
@@ -34,14 +38,15 @@ MASK = -1  # in the place of a token that is masked, whatever the vocabulary
 GOLDEN = (math.sqrt(5) - 1) / 2
 LEAST_EPS = 1e-9  # whose inverse, the greatest weight, may be squared in float32
 MOST_PARTS = 10_000  # blocks, or levels of a sampler: float32 tells far more apart
+QUARTER = math.pi / 2
 
 
 @dataclass(frozen=True)
 class Masked:
-    """Tokens that are masked one by one: a `Process` whose levels are times from 0 to 1."""
+    """Tokens that are masked one by one: a `Process` whose levels are shares of masked tokens."""
 
     schedule: MaskSchedule = "linear"
-    """How alpha falls: linear in time, or cosine, which masks sooner."""
+    """How the share of tokens that are kept falls with time; cosine masks more of them sooner."""
     eps: float = 1e-4
     """Share of tokens that is masked at time 0, and that is kept at time 1."""
 
@@ -52,51 +57,38 @@ class Masked:
 
     @property
     def range(self) -> Interval:
-        """All times; that of most masks is 1."""
-        return Interval(0.0, 1.0)
-
-    def masked(self, level: Tensor) -> Tensor:
-        """1 - alpha, the probability that a token is masked, shape and dtype of level."""
-        fallen = level if self.schedule == "linear" else torch.sin(level * (math.pi / 2))
-        return fallen * (1 - 2 * self.eps) + self.eps
-
-    def alpha(self, level: Tensor) -> Tensor:
-        """The probability that a token is kept, shape and dtype of level."""
-        return 1 - self.masked(level)
-
-    def slope(self, level: Tensor) -> Tensor:
-        """The derivative of alpha by time, shape and dtype of level."""
-        angle = level * (math.pi / 2)
-        rise = torch.ones_like(level) if self.schedule == "linear" else angle.cos() * (math.pi / 2)
-        return rise * (2 * self.eps - 1)
-
-    def mass_below(self, time: float) -> float:
-        """m(time): how far alpha has fallen, as a share of its whole fall."""
-        return time if self.schedule == "linear" else math.sin(time * (math.pi / 2))
+        """All levels, those of times 0 to 1."""
+        return Interval(self.at_mass(0.0), self.at_mass(1.0))
 
     def at_mass(self, share: float) -> float:
-        """The time at which alpha has fallen by a share of its whole fall."""
-        # the ends are exact, where an arc sine and a rounded pi would lose digits
-        if self.schedule == "linear" or share in (0.0, 1.0):
-            return share
-        return math.asin(share) / (math.pi / 2)
+        """The level at which alpha has fallen by a share of its whole fall: m is the share."""
+        return self.eps + (1 - 2 * self.eps) * share
+
+    def mass_below(self, level: float) -> float:
+        """How far alpha has fallen at a level, as a share of its whole fall."""
+        return min(max((level - self.eps) / (1 - 2 * self.eps), 0.0), 1.0)
 
     def mass(self, interval: Interval) -> float:
         """Share of alpha's whole fall that an interval holds."""
         return self.mass_below(interval.high) - self.mass_below(interval.low)
 
-    def masked_at(self, time: float) -> float:
-        """1 - alpha of one time."""
-        return self.mass_below(time) * (1 - 2 * self.eps) + self.eps
+    def at_time(self, time: float) -> float:
+        """1 - alpha(time), the level there."""
+        return self.at_mass(time if self.schedule == "linear" else math.sin(time * QUARTER))
 
-    def opening(self, time: float, following: float) -> float:
-        """The probability that a token which is masked at a time is open at an earlier one."""
-        return 1 - self.masked_at(following) / self.masked_at(time)
+    def time_of(self, level: float) -> float:
+        """The time in [0, 1] at which the share of masked tokens is `level`."""
+        share = self.mass_below(level)
+        return share if self.schedule == "linear" else math.asin(share) / QUARTER
+
+    def duration(self, interval: Interval) -> float:
+        """Time that an interval of levels takes."""
+        return self.time_of(interval.high) - self.time_of(interval.low)
 
     def intervals(
         self, num_blocks: int, scheme: Scheme = "equal_probability"
     ) -> tuple[Interval, ...]:
-        """Cut the times into one interval per block, the most masked first.
+        """Cut the range into one interval per block, the most masked first.
 
         Args:
             num_blocks:  how many
@@ -107,10 +99,10 @@ class Masked:
             num_blocks intervals that tile the range without gap or overlap.
         Raises:
             ValueError: num_blocks is not from 1 to MOST_PARTS, or the scheme is another one:
-                log_uniform has no sense where the least time is 0.
+                log_uniform would give nearly all layers the least of the bound.
         """
         check_number("num_blocks", num_blocks, 1, MOST_PARTS)
-        positions = {"equal_probability": self.at_mass, "linear": lambda share: share}
+        positions = {"equal_probability": self.at_mass, "linear": self.at_time}
         check_choice("scheme of masked tokens", scheme, positions)
         levels = [positions[scheme](b / num_blocks) for b in range(num_blocks + 1)]
         return tuple(Interval(*pair) for pair in pairwise(levels))[::-1]
@@ -119,19 +111,15 @@ class Masked:
         """Widen an interval on both sides by gamma times its own fall of alpha, cut to the range.
 
         Of K intervals of equal fall that is gamma / K in alpha. The paper does not say what its
-        overlap is for masked tokens; times have no width in logarithms.
+        overlap is for masked tokens; a width in logarithms would be endless for the last block.
 
         Raises:
             ValueError: gamma is negative or not finite.
         """
         if not 0 <= gamma < math.inf:
             raise ValueError(f"gamma must be finite and at least 0, got {gamma}")
-        if gamma == 0:  # there and back through the sine, the ends would lose digits
-            return interval
-        more = gamma * self.mass(interval)
-        low = self.at_mass(max(self.mass_below(interval.low) - more, 0.0))
-        high = self.at_mass(min(self.mass_below(interval.high) + more, 1.0))
-        return Interval(min(low, interval.low), max(high, interval.high))
+        more, whole = gamma * (interval.high - interval.low), self.range
+        return Interval(max(interval.low - more, whole.low), min(interval.high + more, whole.high))
 
     def quantiles(self, draw: Draw, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
         """Where in an interval a step's levels lie: evenly spread, from one number of the step.
@@ -157,31 +145,35 @@ class Masked:
         return (u + places * GOLDEN).frac().view(shape)
 
     def level_at(self, interval: Interval, u: Tensor) -> Tensor:
-        """The times that divide an interval in the proportions u.
+        """The levels at the times that divide an interval's in the proportions u.
 
         Args:
             interval:  inside the range
-            u:         (...) float64 in [0, 1]
+            u:         (...) float64 in [0, 1]; uniform numbers give times as MD4 draws them
         Returns:
             (...) float32, each above `low` and up to `high`.
         Raises:
             ValueError: the interval leaves the range, or u is not float64.
         """
-        if interval.low < 0 or interval.high > 1:
+        whole = self.range
+        if interval.low < whole.low or interval.high > whole.high:
             raise ValueError(
-                f"the interval must lie in [0, 1], got [{interval.low}, {interval.high}]"
+                f"the interval must lie in [{whole.low}, {whole.high}], "
+                f"got [{interval.low}, {interval.high}]"
             )
         check_quantiles(u)
-        return rounded_inside(interval.low + u * (interval.high - interval.low), interval)
+        time = self.time_of(interval.low) + u * self.duration(interval)
+        share = time if self.schedule == "linear" else torch.sin(time * QUARTER)
+        return rounded_inside(self.eps + (1 - 2 * self.eps) * share, interval)
 
     def grid(self, count: int, spacing: Spacing = "cdf") -> list[float]:
-        """Times of a sampler, from 1 down; what is masked at the last one opens there.
+        """Levels of a sampler, from the greatest down; what is masked at the last opens there.
 
         Args:
             count:    how many
-            spacing:  cdf has the same fall of alpha between two times, so that about as many tokens
-                      open at each; cosine opens few at first and more later, cos(pi i / (2 count)),
-                      as MD4 does
+            spacing:  cdf has the same fall of alpha between two levels, so that about as many
+                      tokens open at each; cosine has MD4's times cos(pi i / (2 count)), at which
+                      few tokens open at first
         Raises:
             ValueError: count is not from 1 to MOST_PARTS, or the spacing is unknown.
         """
@@ -190,7 +182,7 @@ class Masked:
             return [self.at_mass(i / count) for i in range(count, 0, -1)]
         if spacing != "cosine":
             raise ValueError(f"spacing of masked tokens must be cdf or cosine, got {spacing}")
-        return [math.cos(math.pi / 2 * i / count) for i in range(count)]
+        return [self.at_time(math.cos(QUARTER * i / count)) for i in range(count)]
 
     def start(self, noise: Tensor, level: float, sigma_data: float) -> Tensor:
         """The start of a sampler: every token masked, int64, shape of noise."""
@@ -198,12 +190,16 @@ class Masked:
 
     def weight(self, level: Tensor, sigma_data: float) -> Tensor:
         """-alpha' / (1 - alpha), of the sum of masked cross-entropies; at most about 1 / eps."""
-        return -self.slope(level) / self.masked(level)
+        fall = 1 - 2 * self.eps
+        if self.schedule == "linear":
+            return fall / level
+        share = (level - self.eps) / fall
+        # the cosine of the angle whose sine is the share
+        return (1 - share.square()).clamp_min(0).sqrt() * (fall * QUARTER) / level
 
     def mean_weight(self, interval: Interval, sigma_data: float) -> float:
         """Mean of `weight` over the times of one interval.
 
-        ln(1 - alpha) has the weight as its derivative.
+        ln(1 - alpha) has the weight as its derivative by time.
         """
-        low, high = interval.low, interval.high
-        return math.log(self.masked_at(high) / self.masked_at(low)) / (high - low)
+        return math.log(interval.high / interval.low) / self.duration(interval)

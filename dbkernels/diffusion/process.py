@@ -1,7 +1,8 @@
 """A noise process: which levels there are, how they are cut, drawn, spaced and weighted.
 
-A level is a number: sigma of the Gaussian process, or a time in [0, 1]. Whatever belongs to levels
-is asked of a `Process`; training, sampling, evaluation and the dry run hold one and look no deeper.
+A level is a number: sigma of the Gaussian process, or the share of tokens that are masked. Whatever
+belongs to levels is asked of a `Process`; training, sampling, evaluation and the dry run hold one
+and look no deeper.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Interval:
     """Noise levels from `low` to `high`.
 
     low:   exclusive, except where it is the least level of all
-    high:  inclusive; sigma in units of z, or a time in [0, 1]
+    high:  inclusive; sigma in units of z, or a share of masked tokens
     """
 
     low: float

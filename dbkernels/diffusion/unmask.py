@@ -1,7 +1,8 @@
 """Sampling of masked tokens: at each step some of them open, and an open one never changes.
 
-From time t to s a masked token opens with probability (alpha_s - alpha_t) / (1 - alpha_t), and is
-then a draw from the answered probabilities. Shi et al. 2024 (arXiv:2406.04329), section 4.
+From time t to s a masked token opens with probability (alpha_s - alpha_t) / (1 - alpha_t), which is
+1 - s / t of the levels, and is then a draw from the answered probabilities. Shi et al. 2024
+(arXiv:2406.04329), section 4.
 """
 
 import math
@@ -11,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dbkernels.diffusion.masked import MASK, Masked
+from dbkernels.diffusion.masked import MASK
 from dbkernels.diffusion.samplers import Denoiser
 from dbkernels.ops.philox import Draw, uniforms
 
@@ -23,18 +24,17 @@ def unmask(
     levels: Sequence[float],
     draw: Draw,
     *,
-    process: Masked,
     temperature: float = 1.0,
 ) -> Tensor:
     """Open masked tokens step by step.
 
     Args:
-        denoiser:     (tokens, time) -> probabilities (B, T, V) of each place's token, asked once
-                      for each level
+        denoiser:     (tokens, level) -> probabilities (B, T, V) of each place's token, asked
+                      once for each level
         tokens:       (B, T) int64; MASK where a token is wanted, others are a prompt and stay
-        levels:       times, descending in (0, 1]; what is still masked at the last one opens there
+        levels:       shares of masked tokens, descending in (0, 1], as `Masked.grid` gives them;
+                      what is still masked at the last one opens there
         draw:         names the choices; a sample depends on its own place in the draw alone
-        process:      says how many open at each step
         temperature:  probabilities are raised to its inverse; below 1 likely tokens come more often
     Returns:
         (B, T) int64, without MASK.
@@ -43,7 +43,7 @@ def unmask(
     """
     _check(levels, temperature)
     B, T = tokens.shape
-    opening = [process.opening(*pair) for pair in pairwise(levels)]
+    opening = [1 - following / level for level, following in pairwise(levels)]
     for step, (level, share) in enumerate(zip(levels, [*opening, 1.0], strict=True)):
         probability = denoiser(tokens, level)
         u = uniforms(draw.nth(2 * step), B, T, device=tokens.device)

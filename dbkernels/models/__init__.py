@@ -3,17 +3,20 @@
 from dbkernels.models.dit import DiT, DiTConfig
 from dbkernels.models.family import Family
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
+from dbkernels.models.mdm import MDM, MDMConfig
 from dbkernels.models.registry import FAMILIES, FamilyEntry, family_named, family_of
 from dbkernels.models.vit import ViT, ViTConfig
 
 __all__ = [
     "FAMILIES",
+    "MDM",
     "AdaLNLayer",
     "DiT",
     "DiTConfig",
     "Family",
     "FamilyEntry",
     "LayerConfig",
+    "MDMConfig",
     "ViT",
     "ViTConfig",
     "family_named",

@@ -78,7 +78,7 @@ PRESETS = {
 class AR(Presets, nn.Module):
     """The autoregressive family: z is (B, S, dim), a prediction is logits (B, S, vocabulary)."""
 
-    presets = PRESETS
+    presets, smallest = PRESETS, "small"
     target_parts = ("target_table",)
     stem_and_head = ("stem",)
 

@@ -65,7 +65,7 @@ PRESETS = {
 class DiT(Presets, nn.Module):
     """The image family: z is (B, C, H, W), a prediction is the denoised image itself."""
 
-    presets = PRESETS
+    presets, smallest = PRESETS, "digits"
     target_parts = ()
     stem_and_head = ("stem", "tail")
     independent = True

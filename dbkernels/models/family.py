@@ -18,14 +18,17 @@ class Presets:
     """A model that has configurations under names; a base beside `nn.Module`."""
 
     presets: ClassVar[dict[str, object]]
+    smallest: ClassVar[str]
+    """Name of the one that trains on any machine."""
 
     @classmethod
     def preset(cls, name: str) -> object:
-        """A configuration by name.
+        """A configuration by name; the smallest where it is empty.
 
         Raises:
             ValueError: there is none of that name.
         """
+        name = name or cls.smallest
         check_choice(f"preset of {cls.__name__}", name, cls.presets)
         return cls.presets[name]
 

@@ -14,8 +14,9 @@ from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import Batch, Data
 from dbkernels.data.made_up import Field
 from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.diffusion.masked import Masked
 from dbkernels.diffusion.process import Process
-from dbkernels.models import dit, vit
+from dbkernels.models import dit, mdm, vit
 from dbkernels.models.family import Presets, Weighting
 from dbkernels.settings import check_choice
 
@@ -101,6 +102,14 @@ FAMILIES = {
         weighting="process",
         null_label=lambda config: config.num_classes,
         prompts=dit.prompts,
+    ),
+    "mdm": FamilyEntry(
+        summary="fills the gaps of a text",
+        model=mdm.MDM,
+        config=mdm.MDMConfig,
+        process=Masked(),
+        paper=Masked(),
+        weighting="process",
     ),
 }
 

@@ -97,7 +97,7 @@ class ViT(Presets, nn.Module):
     step's draw, `losses` and `denoise` have none.
     """
 
-    presets = PRESETS
+    presets, smallest = PRESETS, "digits"
     target_parts = ("label_table",)
     stem_and_head = ("stem", "cross_entropy")
     independent = True

@@ -3,10 +3,11 @@
     out       = softmax(q k^T / sqrt(d)) v
     logsumexp = log(sum_keys exp(q k^T / sqrt(d)))
 
-Vaswani et al. 2017 (arXiv:1706.03762); Dao et al. 2022 (arXiv:2205.14135). The kernels are called
-by name, so that a caller decides where out and logsumexp are kept, which is all that the backward
-needs beside q, k and v. On a GPU float32 goes by the memory-efficient kernel, the others by the
-flash kernel; a CPU has one for every dtype.
+over all keys or, where it is causal, over those of the query's own place and before. Vaswani et al.
+2017 (arXiv:1706.03762); Dao et al. 2022 (arXiv:2205.14135). The kernels are called by name, so that
+a caller decides where out and logsumexp are kept, which is all that the backward needs beside q, k
+and v. On a GPU float32 goes by the memory-efficient kernel, the others by the flash kernel; a CPU
+has one for every dtype.
 
 Those kernels draw a dropout of their own, from a generator. With one by counters, out is
 
@@ -36,28 +37,38 @@ PLACE = 0  # of the weights' mask among those of a layer
 # allocation and autograd
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False
+) -> tuple[Tensor, Tensor]:
     """out (B, N, H * d) and logsumexp, from q (B, H, N, d) and k, v (B, H, T, d).
 
-    Each of them is a view of (B, N or T, H, d). The logsumexp is (B, H, N), of which the
-    memory-efficient kernel rounds N up, in float32 or, for float64, float64.
+    Each of them is a view of (B, N or T, H, d); causal needs N = T. The logsumexp is (B, H, N), of
+    which the memory-efficient kernel rounds N up, in float32 or, for float64, float64.
     """
+    # kernels differ in where the diagonal of fewer queries than keys lies
+    assert not causal or q.shape[2] == k.shape[2]
     B, H, N, d = q.shape
     if not q.numel():
         return q.new_empty((B, N, H * d)), q.new_empty((B, H, N), dtype=checks.statistics_dtype(q))
     if q.device.type == "cpu":
-        out, logsumexp = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        out, logsumexp = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     elif q.dtype == torch.float32:
         out, logsumexp, *_ = _aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, compute_log_sumexp=True
+            q, k, v, None, compute_log_sumexp=True, is_causal=causal
         )
     else:
-        out, logsumexp, *_ = _aten._scaled_dot_product_flash_attention(q, k, v)
+        out, logsumexp, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)
     return out.transpose(1, 2).reshape(B, N, H * d), logsumexp
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv in the shapes of q, k and v, from contiguous dout (B, N, H * d)."""
     if not q.numel():
@@ -66,16 +77,17 @@ def attention_backward(
     dout, out = _by_head(dout, H), _by_head(out, H)
     if q.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, logsumexp, 0.0, False
+            dout, q, k, v, out, logsumexp, 0.0, causal
         )
     # the kernels draw no random numbers without dropout, so they do not look at seed and offset
     seed, offset = (torch.empty(size, dtype=torch.uint64, device=q.device) for size in (2, ()))
     if q.dtype == torch.float32:
         return _aten._scaled_dot_product_efficient_attention_backward(
-            dout, q, k, v, None, out, logsumexp, seed, offset, 0.0, [True, True, True, False]
-        )[:3]
+            dout, q, k, v, None, out, logsumexp, seed, offset, 0.0, [True, True, True, False],
+            causal,
+        )[:3]  # fmt: skip
     return _aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, logsumexp, None, None, N, k.shape[2], 0.0, False, seed, offset
+        dout, q, k, v, out, logsumexp, None, None, N, k.shape[2], 0.0, causal, seed, offset
     )
 
 
@@ -150,28 +162,30 @@ def _without(weights: Tensor, dropout: Dropout) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v):
-        out, logsumexp = attention_forward(q, k, v)
+    def forward(ctx, q, k, v, causal):
+        out, logsumexp = attention_forward(q, k, v, causal)
         ctx.save_for_backward(q, k, v, out, logsumexp)
+        ctx.causal = causal
         return out
 
     @staticmethod
     def backward(ctx, dout):
         checks.refuse_double_backward("attention")
-        return attention_backward(dout.contiguous(), *ctx.saved_tensors)
+        return *attention_backward(dout.contiguous(), *ctx.saved_tensors, ctx.causal), None
 
 
 # public
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Let every token attend to every token of its sample, head by head.
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+    """Let every token attend to tokens of its sample, head by head.
 
     Args:
-        q:  (B, T, H, d)  float32, bfloat16 or float16, on a CPU also float64. On a GPU d is a
-            multiple of ALIGNMENT and at most MAX_HEAD_DIM
-        k:  (B, T, H, d)  dtype of q
-        v:  (B, T, H, d)  dtype of q
+        q:       (B, T, H, d)  float32, bfloat16 or float16, on a CPU also float64. On a GPU d is a
+                 multiple of ALIGNMENT and at most MAX_HEAD_DIM
+        k:       (B, T, H, d)  dtype of q
+        v:       (B, T, H, d)  dtype of q
+        causal:  whether a token attends to itself and those before it alone
     Returns:
         (B, T, H, d), dtype of q. Softmax and sums are at least float32 inside. The gradient has the
         same bits every run if `torch.use_deterministic_algorithms` asks for it.
@@ -179,11 +193,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ValueError: a shape, dtype or device disagrees, or d does not suit a GPU.
         RuntimeError: the gradient is differentiated.
     """
-    _check(q, k, v)
-    return _Attention.apply(*(_token_major(x).transpose(1, 2) for x in (q, k, v))).view(q.shape)
+    check_queries_keys_values(q, k, v)
+    by_head = (token_major(x).transpose(1, 2) for x in (q, k, v))
+    return _Attention.apply(*by_head, causal).view(q.shape)
 
 
-def _token_major(x: Tensor) -> Tensor:
+def token_major(x: Tensor) -> Tensor:
     """x itself where each token's heads are one run of memory and tokens follow each other."""
     _, T, H, d = x.shape
     batch, token, head, column = x.stride()
@@ -191,7 +206,8 @@ def _token_major(x: Tensor) -> Tensor:
     return x if ordered else x.contiguous()
 
 
-def _check(q, k, v):
+def check_queries_keys_values(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """One shape (B, T, H, d), one dtype, and heads that the device takes."""
     if q.dim() != 4 or not q.shape == k.shape == v.shape:
         raise ValueError(
             f"q, k and v must be (B, T, H, d) alike, "

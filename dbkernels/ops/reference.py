@@ -89,10 +89,40 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+    return masked_attention(q, k, v, causal_mask(q) if causal else None)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """mask is true where a query (rows) sees a key (columns); None is everywhere."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, d)
-    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-    return (weights @ v).transpose(1, 2)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def two_stream_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    noisy_q, clean_q = q.chunk(2)
+    clean_k, clean_v = (x.chunk(2)[1] for x in (k, v))
+    noisy = masked_attention(noisy_q, *both_streams(k, v), two_stream_mask(noisy_q))
+    return torch.cat([noisy, attention(clean_q, clean_k, clean_v, causal=True)])
+
+
+def both_streams(*tensors: Tensor) -> list[Tensor]:
+    """(2B, T, H, d) as (B, 2T, H, d): the noisy tokens of a sample, and then its clean ones."""
+    return [torch.cat(x.chunk(2), 1) for x in tensors]
+
+
+def causal_mask(q: Tensor) -> Tensor:
+    """(T, T), of q (B, T, H, d)."""
+    T = q.shape[1]
+    return torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+
+
+def two_stream_mask(q: Tensor) -> Tensor:
+    """(T, 2T), of noisy q (B, T, H, d): each sees itself, and clean tokens up to its place."""
+    own = torch.eye(q.shape[1], dtype=torch.bool, device=q.device)
+    return torch.cat([own, causal_mask(q)], 1)
 
 
 def dropout(x: Tensor, p: float, draw: Draw, *, place: int = 0) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,13 +22,13 @@ class BlockOrder:
     then, so a checkpoint must hold it.
 
     Args:
-        num_blocks:  number of blocks
+        blocks:      indices of the blocks, in the order in which sequential training takes them
         config:      steps of each block, order, seed, and steps_per_swap, which is 1 in effect
                      where no block leaves the device
     """
 
-    def __init__(self, num_blocks: int, config: TrainerConfig):
-        self._num_blocks, self._steps = num_blocks, config.steps
+    def __init__(self, blocks: Sequence[int], config: TrainerConfig):
+        self._blocks, self._num_blocks, self._steps = blocks, len(blocks), config.steps
         self._sequential, self._seed = config.order == "sequential", config.seed
         self._seconds: list[float] = []
         # without swaps there is nothing that longer turns would save
@@ -46,7 +46,7 @@ class BlockOrder:
         """Index of the block that a step of the run trains."""
         sweep, place, _ = self._turn(step)
         if self._sequential:
-            return place
+            return self._blocks[place]
         generator = torch.Generator().manual_seed(stream_seed(self._seed, ORDER_KEY, sweep))
         return int(torch.randperm(self._num_blocks, generator=generator)[place])
 

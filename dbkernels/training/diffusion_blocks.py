@@ -98,6 +98,8 @@ class DiffusionBlocks(Together):
             raise ValueError(f"layers must be 0 to {depth[-1]}, got {list(order)}")
         cut = {"split": split, "scheme": scheme, "gamma": gamma, "noise_order": noise_order}
         self._blocks = partition(order, num_blocks, self.process, **cut)
+        # those whose layers come first may be read by others
+        self.in_running_order = range(num_blocks)[:: 1 if noise_order == "first" else -1]
         self.model = model
         self.copies = nn.ModuleList()
         if sharing == "copies" and num_blocks > 1:

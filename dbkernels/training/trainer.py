@@ -100,7 +100,7 @@ class Trainer:
             for model in (blocks.model, *blocks.copies):
                 stem_and_head.compile_stem_and_head(model, self.device)
         self.step = 0
-        self.block_order = BlockOrder(len(self.blocks), config)
+        self.block_order = BlockOrder(blocks.in_running_order, config)
         size = config.batch_size // config.accumulate
         # an optimizer in the backward cannot wait for gradients to add up
         least = config.batch_size if config.optimizer_in_backward else 1

@@ -47,7 +47,8 @@ class TrainerConfig:
     autocast: bool = False
     """Compute in bfloat16; parameters stay float32."""
     order: Order = "shuffled"
-    """Shuffled trains every block once in each sweep; sequential finishes one after another."""
+    """Shuffled trains every block once in each sweep; sequential finishes one after another, the
+    first layers first."""
     steps_per_swap: int = 1
     """Steps of a block in a row; 0 measures how many keep swaps below 5 % of the time."""
     offload: Offload = "none"

@@ -29,30 +29,29 @@ def published(process, t):
 
 
 @both
-def test_alpha_and_its_slope_are_the_published_ones(process):
+def test_levels_and_weights_are_the_published_ones_at_every_time(process):
     t = TIMES.clone().requires_grad_()
-    torch.testing.assert_close(process.alpha(t), published(process, t), rtol=0, atol=1e-15)
-    torch.testing.assert_close(process.masked(t), 1 - published(process, t), rtol=0, atol=1e-15)
-    (slope,) = torch.autograd.grad(published(process, t).sum(), t)
-    torch.testing.assert_close(process.slope(t.detach()), slope, rtol=1e-12, atol=1e-12)
-    weight = process.weight(t.detach(), 1.0)
-    torch.testing.assert_close(weight, -slope / (1 - published(process, t)).detach())
-    assert [process.masked_at(x) for x in TIMES.tolist()] == pytest.approx(
-        process.masked(t).tolist()
-    )
+    alpha = published(process, t)
+    (slope,) = torch.autograd.grad(alpha.sum(), t)
+    level = [process.at_time(time) for time in TIMES.tolist()]
+    assert level == pytest.approx((1 - alpha).tolist(), abs=1e-15)
+    # at the other end of the cosine, time moves where the level does not
+    assert [process.time_of(x) for x in level] == pytest.approx(TIMES.tolist(), abs=1e-7)
+    weight = process.weight(torch.tensor(level, dtype=torch.float64), 1.0)
+    torch.testing.assert_close(weight, -slope / (1 - alpha).detach(), rtol=1e-6, atol=1e-6)
 
 
 def test_the_linear_schedule_has_the_figures_of_its_formula():
-    assert LINEAR.alpha(HALF).item() == pytest.approx(0.5, abs=1e-15)
+    assert LINEAR.at_time(0.5) == pytest.approx(0.5, abs=1e-15)
     assert LINEAR.weight(HALF, 1.0).item() == pytest.approx(1.9996, abs=1e-12)
-    assert LINEAR.weight(0 * HALF, 1.0).item() == pytest.approx(9998)
+    assert LINEAR.weight(0 * HALF + LINEAR.range.low, 1.0).item() == pytest.approx(9998)
 
 
-def test_float32_loses_nothing_of_the_weight_where_few_are_masked():
-    small = torch.tensor([0, 1e-12, 1e-7, 1e-4, 1e-2])
-    for process in (LINEAR, COSINE):
-        weight, exact = process.weight(small, 1.0), process.weight(small.double(), 1.0)
-        torch.testing.assert_close(weight.double(), exact, rtol=1e-6, atol=0)
+@both
+def test_float32_loses_nothing_of_the_weight_where_few_are_masked(process):
+    small = LINEAR.range.low * torch.tensor([1, 1 + 1e-6, 2, 100])
+    exact = process.weight(small.double(), 1.0)
+    torch.testing.assert_close(process.weight(small, 1.0).double(), exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -60,19 +59,20 @@ def test_float32_loses_nothing_of_the_weight_where_few_are_masked():
     [
         (LINEAR, "equal_probability", [2 / 3, 1 / 3]),
         (LINEAR, "linear", [0.75, 0.5, 0.25]),
-        (COSINE, "equal_probability", [1 - math.acos(b / 3) / (math.pi / 2) for b in (2, 1)]),
+        (COSINE, "equal_probability", [1 - 2 / math.pi * math.acos(b / 3) for b in (2, 1)]),
         (COSINE, "linear", [0.5]),
     ],
 )
 def test_intervals_are_the_published_ones_and_tile_the_range(process, scheme, inner):
     intervals = process.intervals(len(inner) + 1, scheme)
-    assert boundaries(intervals) == pytest.approx([1, *inner, 0], abs=1e-15)
-    assert (intervals[-1].low, intervals[0].high) == (0, 1)
+    times = [process.time_of(level) for level in boundaries(intervals)]
+    assert times == pytest.approx([1, *inner, 0], abs=1e-12)
+    assert (intervals[-1].low, intervals[0].high) == (process.range.low, process.range.high)
     assert all(upper.low == lower.high for upper, lower in pairwise(intervals))
 
 
 @both
-@pytest.mark.parametrize("num_blocks", [1, 2, 3, 7])
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 7])
 def test_an_interval_widens_by_its_share_of_the_fall_of_alpha(process, num_blocks):
     for interval in process.intervals(num_blocks):
         assert process.mass(interval) == pytest.approx(1 / num_blocks, rel=1e-12)
@@ -84,19 +84,22 @@ def test_an_interval_widens_by_its_share_of_the_fall_of_alpha(process, num_block
             high = min(process.mass_below(interval.high) + more, 1)
             assert process.mass_below(wide.low) == pytest.approx(low, abs=1e-15)
             assert process.mass_below(wide.high) == pytest.approx(high, abs=1e-15)
+            assert process.range.low <= wide.low and wide.high <= process.range.high
 
 
 @both
 def test_levels_are_uniform_in_time_and_inside_their_interval(process):
     u = torch.tensor([0, 2.0**-60, 0.25, 1 - 2.0**-53, 1], dtype=torch.float64)
-    # float32 has the first end exactly, rounds the next up and the next down, and has tiny ones
-    for interval in (process.range, *map(Interval, (0.25, 0.3, 0.7), (0.3, 0.7, 1.0))):
+    # float32 has the first end exactly, and rounds the next up and the next down
+    for interval in (process.range, *map(Interval, (0.25, 0.3, 0.7), (0.3, 0.7, 0.9))):
         level = process.level_at(interval, u)
-        assert level.dtype == torch.float32
         exact = level.double()
+        assert level.dtype == torch.float32
         assert interval.low < exact.min() and exact.max() <= interval.high
-        expected = interval.low + u * (interval.high - interval.low)
-        torch.testing.assert_close(exact, expected, rtol=2.0**-22, atol=1e-30)
+        low, high = (process.time_of(x) for x in (interval.low, interval.high))
+        expected = [process.at_time(x) for x in (low + u * (high - low)).tolist()]
+        assert exact.tolist() == pytest.approx(expected, rel=2.0**-22)
+        assert process.duration(interval) == high - low
 
 
 def test_a_gaussian_step_draws_a_uniform_number_for_each_level():
@@ -141,33 +144,28 @@ def test_a_samples_level_is_uniform_over_the_steps():
 def test_the_cdf_grid_opens_alike_at_each_step_and_meets_boundaries_exactly(process, count):
     grid = process.grid(count)
     assert grid == boundaries(process.intervals(count))[:-1]
-    falls = [process.mass_below(t) for t in [*grid, 0.0]]
+    falls = [process.mass_below(level) for level in [*grid, process.range.low]]
     assert [a - b for a, b in pairwise(falls)] == pytest.approx([1 / count] * count)
 
 
-def test_the_cosine_grid_is_the_published_one():
-    expected = [1, math.cos(math.pi / 8), math.cos(math.pi / 4), math.cos(3 * math.pi / 8)]
-    assert LINEAR.grid(4, "cosine") == COSINE.grid(4, "cosine") == pytest.approx(expected)
-
-
 @both
-def test_tokens_open_between_two_times_as_alpha_rises(process):
-    t, s = torch.tensor([0.8, 0.3], dtype=torch.float64)
-    alpha_t, alpha_s = process.alpha(t), process.alpha(s)
-    expected = ((alpha_s - alpha_t) / (1 - alpha_t)).item()
-    assert process.opening(0.8, 0.3) == pytest.approx(expected, rel=1e-12)
+def test_the_cosine_grid_is_the_published_one(process):
+    expected = [1, math.cos(math.pi / 8), math.cos(math.pi / 4), math.cos(3 * math.pi / 8)]
+    times = [process.time_of(level) for level in process.grid(4, "cosine")]
+    assert times == pytest.approx(expected, abs=1e-7)
 
 
 @both
 def test_the_mean_weight_is_the_integral_over_an_interval(process):
-    for interval in (*process.intervals(3), process.range, Interval(0.0, 1e-3)):
+    for interval in (*process.intervals(3), process.range, Interval(1e-4, 1e-3)):
 
         def weight(t):
-            return float(process.weight(torch.tensor(t, dtype=torch.float64), 1.0))
+            level = torch.tensor(process.at_time(t), dtype=torch.float64)
+            return float(process.weight(level, 1.0))
 
-        ends = (interval.low, interval.high)
+        ends = process.time_of(interval.low), process.time_of(interval.high)
         total, _ = integrate.quad(weight, *ends, points=[1e-4, 1e-3], limit=200, epsabs=1e-9)
-        mean = total / (interval.high - interval.low)
+        mean = total / (ends[1] - ends[0])
         assert process.mean_weight(interval, 1.0) == pytest.approx(mean, rel=1e-6)
 
 
@@ -191,8 +189,8 @@ def test_a_sampler_starts_where_every_token_is_masked():
         ),
         (lambda: LINEAR.widen(LINEAR.range, -0.1), "gamma must be finite and at least 0, got -0.1"),
         (lambda: LINEAR.widen(LINEAR.range, math.nan), "gamma must be finite"),
-        (lambda: LINEAR.level_at(Interval(-0.1, 1), HALF), r"must lie in \[0, 1\], got \[-0.1, 1"),
-        (lambda: LINEAR.level_at(Interval(0.5, 1.1), HALF), r"must lie in .* got \[0.5, 1.1\]"),
+        (lambda: LINEAR.level_at(Interval(0, 0.5), HALF), r"in \[0.0001, 0.9999\], got \[0, 0.5"),
+        (lambda: LINEAR.level_at(Interval(0.5, 1), HALF), r"must lie in .* got \[0.5, 1\]"),
         (lambda: LINEAR.level_at(LINEAR.range, HALF.float()), "u must be torch.float64, got torch"),
         (lambda: LINEAR.grid(5, "karras"), "spacing of masked tokens must be cdf or cosine, got k"),
         (lambda: LINEAR.grid(0), "levels must be at least 1, got 0"),

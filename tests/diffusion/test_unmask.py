@@ -1,4 +1,3 @@
-from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,7 +9,6 @@ from dbkernels.ops import Draw
 
 PROCESS, DRAW = Masked(), Draw(seed=4, step=1)
 PROBABILITY = torch.tensor([0.5, 0.0, 0.3, 0.2])
-sampled = partial(unmask, process=PROCESS)
 
 
 def independent(tokens, level):
@@ -32,7 +30,7 @@ def blank(B=3, T=8):
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_every_token_is_open_at_the_end(process, count):
     for seed in range(20):
-        tokens = unmask(independent, blank(), process.grid(count), Draw(seed, 0), process=process)
+        tokens = unmask(independent, blank(), process.grid(count), Draw(seed, 0))
         assert tokens.dtype == torch.int64 and set(tokens.unique().tolist()) <= {0, 2, 3}
 
 
@@ -44,7 +42,7 @@ def test_an_open_token_never_changes_and_a_prompt_stays():
         seen.append(tokens)
         return by_neighbour(tokens, level)
 
-    seen.append(sampled(watched, start, PROCESS.grid(6), DRAW))
+    seen.append(unmask(watched, start, PROCESS.grid(6), DRAW))
     assert torch.equal(seen[0], start) and len(seen) == 7
     for before, after in pairwise(seen):
         open_before = before != MASK
@@ -55,47 +53,45 @@ def test_an_open_token_never_changes_and_a_prompt_stays():
 
 def test_levels_are_asked_for_once_each_from_the_first():
     levels = []
-    sampled(lambda z, level: levels.append(level) or independent(z, level), blank(), [1, 0.5], DRAW)
+    unmask(lambda z, level: levels.append(level) or independent(z, level), blank(), [1, 0.5], DRAW)
     assert levels == [1, 0.5]
 
 
-@pytest.mark.parametrize("process", [PROCESS, Masked("cosine")])
-def test_as_many_tokens_open_at_each_step_as_alpha_rises(process):
-    counts, grid, many = [], [1.0, 0.7, 0.4, 0.1], blank(200, 50)
+def test_as_many_tokens_stay_masked_as_the_levels_say():
+    shares, levels, many = [], [0.9999, 0.7, 0.4, 0.1], blank(200, 50)
 
     def watched(tokens, level):
-        counts.append((tokens == MASK).double().mean().item())
+        shares.append((tokens == MASK).double().mean().item())
         return independent(tokens, level)
 
-    unmask(watched, many, grid, DRAW, process=process)
+    unmask(watched, many, levels, DRAW)
     # all are masked at first; four standard deviations of 10,000 tokens
-    expected = [process.masked_at(t) / process.masked_at(1.0) for t in grid]
-    assert counts == pytest.approx(expected, abs=0.02)
+    assert shares == pytest.approx([1, *levels[1:]], abs=0.02)
 
 
 def test_tokens_come_as_often_as_their_probabilities_say():
-    tokens = sampled(independent, blank(200, 50), PROCESS.grid(3), DRAW)
+    tokens = unmask(independent, blank(200, 50), PROCESS.grid(3), DRAW)
     shares = torch.bincount(tokens.flatten(), minlength=4) / tokens.numel()
     torch.testing.assert_close(shares, PROBABILITY, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize(
     ("temperature", "expected"),
-    [(0.5, [25 / 38, 0, 9 / 38, 4 / 38]), (1e-3, [1, 0, 0, 0]), (1e9, [1 / 3, 0, 1 / 3, 1 / 3])],
+    [(0.5, [25 / 38, 0, 9 / 38, 4 / 38]), (1e-5, [1, 0, 0, 0]), (1e9, [1 / 3, 0, 1 / 3, 1 / 3])],
 )
 def test_temperature_sharpens_what_is_answered(temperature, expected):
-    tokens = sampled(independent, blank(200, 50), [1.0], DRAW, temperature=temperature)
+    tokens = unmask(independent, blank(200, 50), [1.0], DRAW, temperature=temperature)
     shares = torch.bincount(tokens.flatten(), minlength=4) / tokens.numel()
     assert shares.tolist() == pytest.approx(expected, abs=0.02)
 
 
 def test_a_sample_depends_on_its_own_place_in_the_draw_alone():
     grid = PROCESS.grid(5)
-    whole = sampled(by_neighbour, blank(4), grid, DRAW)
-    alone = [sampled(by_neighbour, blank(1), grid, Draw(4, 1, sample)) for sample in range(4)]
+    whole = unmask(by_neighbour, blank(4), grid, DRAW)
+    alone = [unmask(by_neighbour, blank(1), grid, Draw(4, 1, sample)) for sample in range(4)]
     assert torch.equal(torch.cat(alone), whole)
     assert not torch.equal(whole[0], whole[1])
-    assert not torch.equal(sampled(by_neighbour, blank(4), grid, Draw(4, 2)), whole)
+    assert not torch.equal(unmask(by_neighbour, blank(4), grid, Draw(4, 2)), whole)
 
 
 @pytest.mark.parametrize(
@@ -111,4 +107,4 @@ def test_a_sample_depends_on_its_own_place_in_the_draw_alone():
 )
 def test_rejects(levels, temperature, message):
     with pytest.raises(ValueError, match=message):
-        sampled(independent, blank(), levels, DRAW, temperature=temperature)
+        unmask(independent, blank(), levels, DRAW, temperature=temperature)

@@ -5,7 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models.tiny import DRAW, INTERVAL, LEVEL, SCALE, every_family, make_batch, make_model, noisy
+from models.tiny import (
+    DRAW,
+    INTERVAL,
+    LEVEL,
+    SCALE,
+    every_family,
+    image_families,
+    levels_of,
+    make_batch,
+    make_model,
+    noisy,
+)
 from training.tiny import PRIOR, assert_same, copies, make_blocks, make_data
 
 from dbkernels.diffusion.samplers import SAMPLERS
@@ -32,11 +43,11 @@ def test_predictions_loss_and_gradients_are_those_of_float32_rounded(family, dty
     streams = set()
     for layer in cast.layers:
         layer.register_forward_hook(lambda _, args, out: streams.update({args[0].dtype, out.dtype}))
-    z = noisy(model, batch)
-    made = [m.denoise(z, LEVEL, range(3), batch) for m in (cast, rounded)]
+    z, (level, interval) = noisy(model, batch), levels_of(model)
+    made = [m.denoise(z, level, range(3), batch) for m in (cast, rounded)]
     assert_near(*made, dtype)
     assert streams == {dtype}
-    losses = [m.loss(DRAW, LEVEL, SCALE, range(3), batch, INTERVAL) for m in (cast, rounded)]
+    losses = [m.loss(DRAW, level, SCALE, range(3), batch, interval) for m in (cast, rounded)]
     assert torch.float32 in {loss.dtype for loss in losses}
     assert_near(*losses, dtype)
     for loss in losses:
@@ -47,7 +58,7 @@ def test_predictions_loss_and_gradients_are_those_of_float32_rounded(family, dty
         assert (p.grad.double() - q.grad).norm() <= 5 * TOLERANCE[dtype] * size + 1e-3, name
 
 
-@every_family
+@image_families
 @each_dtype
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples_and_evaluation(family, dtype, sampler):
@@ -69,7 +80,7 @@ WAYS = [
 ]
 
 
-@every_family
+@image_families
 @each_dtype
 @pytest.mark.parametrize("settings", WAYS, ids=str)
 def test_trains_goes_on_and_learns(family, dtype, settings):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models.tiny import CONFIGS, every_family, randomise
+from models.tiny import CONFIGS, SMALLEST, every_family, image_families, randomise
 
 from dbkernels.data.images import ImageData
-from dbkernels.models import FAMILIES, DiT, DiTConfig, ViT, family_named, family_of
+from dbkernels.models import FAMILIES, MDM, DiT, DiTConfig, ViT, family_named, family_of
 from dbkernels.models.embed import (
     FinalModulation,
     NoiseEmbedding,
@@ -129,26 +129,34 @@ def data_of(shape):
 
 
 def test_the_families_have_names():
-    assert {name: entry.model for name, entry in FAMILIES.items()} == {"vit": ViT, "dit": DiT}
+    models = {name: entry.model for name, entry in FAMILIES.items()}
+    assert models == {"vit": ViT, "dit": DiT, "mdm": MDM}
     assert family_of(torch.nn.Linear(1, 1)) is None
-    with pytest.raises(ValueError, match="family must be one of vit, dit, got cnn"):
+    with pytest.raises(ValueError, match="family must be one of vit, dit, mdm, got cnn"):
         family_named("cnn")
 
 
 @every_family
 def test_a_family_is_found_by_its_name_and_by_a_model(family):
     entry = FAMILIES[family]
-    model = entry.model.from_preset("digits")
+    model = entry.model.from_preset(SMALLEST[family])
     assert family_named(family) is entry is family_of(model)
-    assert model.config == entry.model.preset("digits") and isinstance(model.config, entry.config)
+    assert model.config == entry.model.preset(SMALLEST[family]) and isinstance(
+        model.config, entry.config
+    )
 
 
 @every_family
-def test_sizes_change_by_name_and_by_data_and_without_any_nothing_does(family):
-    config = FAMILIES[family].model.preset("digits")
+def test_sizes_change_by_name_and_without_any_nothing_does(family):
+    config = FAMILIES[family].model.preset(SMALLEST[family])
     assert config.resized({}) == config
     smaller = config.resized({"dim": 16, "depth": 2})
     assert (smaller.dim, smaller.depth, smaller.num_heads) == (16, 2, config.num_heads)
+
+
+@image_families
+def test_sizes_of_images_change_by_data(family):
+    config = FAMILIES[family].model.preset("digits")
     fitted = config.fitted(data_of((3, 12, 12)))
     assert (fitted.image_size, fitted.channels, fitted.num_classes) == (12, 3, 7)
     assert fitted.fields()["image"].shape == (3, 12, 12) and fitted.fields()["label"].bound == 7
@@ -159,7 +167,7 @@ def test_a_vit_keeps_the_ratio_of_its_mlp():
     assert config.resized({"dim": config.dim // 4}).mlp_hidden == config.mlp_hidden // 4
 
 
-@every_family
+@image_families
 @pytest.mark.parametrize(
     ("ask", "message"),
     [

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager
-from models.tiny import LEVEL, every_family, make_batch, make_model, noisy, randomise
+from models.tiny import every_family, levels_of, make_batch, make_model, noisy, randomise
 from torch import nn
 from torch.export import Dim, export
 
@@ -105,15 +105,16 @@ def saved_and_loaded(program):
 def test_a_whole_network_is_exported_saved_and_loaded_for_any_batch(family, strict):
     model = make_model(family)
     batch, network = make_batch(model), Denoise(model)
-    args, B = (noisy(model, batch).detach(), LEVEL, batch), Dim("B")
+    level, _ = levels_of(model)
+    args, B = (noisy(model, batch).detach(), level, batch), Dim("B")
     shapes = {0: B}, {0: B}, {name: {0: B} for name in batch}
     program = export(network, args, dynamic_shapes=shapes, strict=strict)
     assert_only_torch(program)
     module = saved_and_loaded(program).module()
     for count in (3, 2):
-        z, level, some = args[0][:count], LEVEL[:count], {k: v[:count] for k, v in batch.items()}
-        out = module(z, level, some)
-        torch.testing.assert_close(out, network(z, level, some), rtol=1e-4, atol=1e-5)
+        z, at, some = args[0][:count], level[:count], {k: v[:count] for k, v in batch.items()}
+        out = module(z, at, some)
+        torch.testing.assert_close(out, network(z, at, some), rtol=1e-4, atol=1e-5)
         assert out.requires_grad
 
 

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from models.tiny import (
     CONFIGS,
     DRAW,
-    INTERVAL,
     LEVEL,
     SCALE,
     every_family,
+    image_families,
+    levels_of,
     make_batch,
     make_model,
     noisy,
@@ -24,7 +25,8 @@ from dbkernels.models import FAMILIES, ViT
 from dbkernels.models.baseline import use_baseline
 from dbkernels.models.embed import grid_positions, patchify, unpatchify
 from dbkernels.models.layer import run_layers
-from dbkernels.ops import adaln_norm, add_noise, score_loss
+from dbkernels.models.rotary import rotary_table
+from dbkernels.ops import adaln_norm, add_noise, linear_cross_entropy, score_loss, uniforms
 
 
 def edm(data, shape=(3, 1)):
@@ -67,16 +69,31 @@ def dit(model, batch):
     return c_skip * z + c_out * network(c_in * z), loss
 
 
+def mdm(model, batch):
+    """As `vit`."""
+    token, (level, _) = batch["token"], levels_of(model)
+    masked = uniforms(DRAW.nth(-1), 3, 7) < level[:, None]
+    c = model.condition(1000 * level)
+    x = F.embedding(token.masked_fill(masked, 5), model.table.weight)
+    x = run_layers(model.layers, x, c, rotary_table(torch.arange(7), 4))
+    shift, scale = model.modulation.linear(F.silu(c)).chunk(2, dim=-1)
+    x = adaln_norm(x, scale, shift, norm="rms", dtype=scale.dtype)
+    head = {"bias": model.head.bias, "token_weight": masked * (SCALE / 7)[:, None]}
+    loss = linear_cross_entropy(x, model.head.weight, token, **head, reduction="sum")
+    return model.head(x), loss
+
+
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("equations", [vit, dit])
+@pytest.mark.parametrize("equations", [vit, dit, mdm])
 def test_predictions_loss_and_gradients_have_the_bits_of_the_equations(equations, autocast):
     model = make_model(equations.__name__)
     batch, parameters = make_batch(model), list(model.parameters())
+    level, interval = levels_of(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected, expected_loss = equations(model, batch)
-        actual = model.denoise(noisy(model, batch), LEVEL, range(3), batch)
-        loss = model.loss(DRAW, LEVEL, SCALE, range(3), batch, INTERVAL)
-        losses = model.losses(DRAW, LEVEL, range(3), batch)
+        actual = model.denoise(noisy(model, batch), level, range(3), batch)
+        loss = model.loss(DRAW, level, SCALE, range(3), batch, interval)
+        losses = model.losses(DRAW, level, range(3), batch)
     torch.testing.assert_close(loss, (SCALE * losses).sum())
     assert torch.equal(actual, expected) and torch.equal(loss, expected_loss)
     grads = (torch.autograd.grad(each, parameters) for each in (loss, expected_loss))
@@ -103,14 +120,15 @@ def test_the_published_models_have_as_many_parameters(family, preset, count):
 def test_a_new_network_says_nothing(family):
     model = FAMILIES[family].model(CONFIGS[family])
     batch = make_batch(model)
-    z = torch.randn(model.z_shape(batch))
+    z, (level, _) = noisy(model, batch), levels_of(model)
     _, c_skip, _ = edm(0.7, (3, 1, 1, 1))
-    expected = torch.zeros(3, 5) if family == "vit" else c_skip * z
-    actual = model.denoise(z, LEVEL, range(3), batch)
+    words = {"vit": (3, 5), "mdm": (3, 7, 5)}
+    expected = torch.zeros(words[family]) if family in words else c_skip * z
+    actual = model.denoise(z, level, range(3), batch)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 
 
-@every_family
+@image_families
 def test_new_weights_are_a_small_table_and_xavier_projections(family):
     model = FAMILIES[family].model.from_preset("digits")
     assert model.label_table.weight.std().item() == pytest.approx(0.02, rel=0.1)

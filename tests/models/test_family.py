@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from models.tiny import (
     DRAW,
-    INTERVAL,
-    LEVEL,
     SCALE,
     every_family,
+    levels_of,
     make_batch,
     make_model,
     noisy,
@@ -30,22 +29,22 @@ from dbkernels.ops import add_noise
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.trainer import Trainer
 
-CONDITION = {"vit": "image", "dit": "label"}  # what is read of a batch beside z
+CONDITION = {"vit": "image", "dit": "label", "mdm": "token"}  # what is read of a batch beside z
 
 
 @pytest.fixture
 def made(family):
     model = make_model(family)
-    return model, make_batch(model)
+    return model, make_batch(model), *levels_of(model)
 
 
 @every_family
 @pytest.mark.parametrize("layers", [(0, 1, 2), (2, 0), (1, 1, 1), ()])
 def test_layers_run_in_the_order_that_was_asked_each_on_the_last_ones_output(made, layers):
-    (model, batch), calls = made, []
+    (model, batch, level, _), calls = made, []
     for index, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda _, args, out, i=index: calls.append((i, args[0], out)))
-    model.denoise(noisy(model, batch), LEVEL, layers, batch)
+    model.denoise(noisy(model, batch), level, layers, batch)
     assert tuple(index for index, _, _ in calls) == layers
     for (_, _, given), (_, taken, _) in pairwise(calls):
         assert taken is given
@@ -53,8 +52,8 @@ def test_layers_run_in_the_order_that_was_asked_each_on_the_last_ones_output(mad
 
 @every_family
 def test_gradients_stay_in_the_layers_that_ran_and_in_what_is_shared(made):
-    model, batch = made
-    model.loss(DRAW, LEVEL, SCALE, (1,), batch, INTERVAL).backward()
+    model, batch, level, interval = made
+    model.loss(DRAW, level, SCALE, (1,), batch, interval).backward()
     for name, parameter in model.named_parameters():
         if name.startswith(("layers.0.", "layers.2.")):
             assert parameter.grad is None, name
@@ -65,46 +64,50 @@ def test_gradients_stay_in_the_layers_that_ran_and_in_what_is_shared(made):
 @every_family
 @pytest.mark.parametrize("autocast", [False, True])
 def test_loss_and_estimate_have_the_shapes_and_dtypes_of_the_protocol(made, autocast):
-    model, batch = made
+    model, batch, level, interval = made
     z = noisy(model, batch)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        prediction = model.denoise(z, LEVEL, range(3), batch)
-        losses = model.losses(DRAW, LEVEL, range(3), batch)
-        loss = model.loss(DRAW, LEVEL, SCALE, range(3), batch, INTERVAL)
+        prediction = model.denoise(z, level, range(3), batch)
+        losses = model.losses(DRAW, level, range(3), batch)
+        loss = model.loss(DRAW, level, SCALE, range(3), batch, interval)
     estimate = model.estimate(prediction)
     assert losses.shape == (3,) and loss.shape == () and (losses > 0).all()
-    assert estimate.shape == z.shape == model.target(batch).shape
+    assert z.shape == model.z_shape(batch) == model.target(batch).shape
+    # of tokens a probability for each that there is
+    words = () if z.is_floating_point() else (model.config.vocabulary,)
+    assert estimate.shape == (*z.shape, *words)
     assert {t.dtype for t in (losses, loss, estimate)} == {torch.float32}
 
 
 @every_family
 def test_only_z_and_the_condition_are_read_to_denoise(made, family):
-    model, batch = made
+    model, batch, level, _ = made
     alone, z = {CONDITION[family]: batch[CONDITION[family]]}, noisy(model, batch)
-    expected = model.denoise(z, LEVEL, range(3), batch)
-    assert torch.equal(model.denoise(z, LEVEL, range(3), alone), expected)
-    assert model.z_shape(alone) == z.shape and model.level_shape(alone) == LEVEL.shape
+    expected = model.denoise(z, level, range(3), batch)
+    assert torch.equal(model.denoise(z, level, range(3), alone), expected)
+    assert model.z_shape(alone) == z.shape and model.level_shape(alone) == level.shape
 
 
 @every_family
 def test_samples_do_not_see_each_other(made):
-    model, batch = made
-    z = noisy(model, batch).detach().requires_grad_()
-    predictions = model.denoise(z, LEVEL, range(3), batch)
-    (grad,) = torch.autograd.grad(predictions[2].square().sum(), z)
-    assert grad.flatten(1).any(1).tolist() == [False, False, True]
-    together = model.losses(DRAW, LEVEL, range(3), batch)
+    model, batch, level, _ = made
+    z = noisy(model, batch)
+    predictions = model.denoise(z, level, range(3), batch)
+    moved = model.denoise(z[[1, 0, 2]], level, range(3), batch)
+    same = [torch.equal(*each) for each in zip(moved, predictions, strict=True)]
+    assert same == [False, False, True]
+    together = model.losses(DRAW, level, range(3), batch)
     for i in range(3):
-        alone, level = {name: t[i : i + 1] for name, t in batch.items()}, LEVEL[i : i + 1]
-        losses = model.losses(replace(DRAW, sample=i), level, range(3), alone)
+        alone, own = {name: t[i : i + 1] for name, t in batch.items()}, level[i : i + 1]
+        losses = model.losses(replace(DRAW, sample=i), own, range(3), alone)
         torch.testing.assert_close(losses, together[i : i + 1])
-        one = model.denoise(z[i : i + 1], level, range(3), alone)
+        one = model.denoise(z[i : i + 1], own, range(3), alone)
         torch.testing.assert_close(one[0], predictions[i], rtol=1e-4, atol=1e-5)
 
 
 @every_family
 def test_the_target_is_made_by_the_target_parts_alone(made):
-    model, batch = made
+    model, batch, _, _ = made
     before = model.target(batch)
     children = dict(model.named_children())
     assert set(model.target_parts) <= set(children)

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models.tiny import DRAW, INTERVAL, LEVEL, SCALE, randomise
-from training.tiny import PRIOR
+from models.tiny import DRAW, SCALE, levels_of, make_batch, noisy, randomise
 
 from dbkernels.models import FAMILIES
 from dbkernels.models.embed import FinalModulation, NoiseEmbedding
@@ -21,24 +20,17 @@ def shrunk(family, preset):
     """The preset with the same settings, small in all that has a size."""
     config = FAMILIES[family].model.preset(preset)
     config = config.resized({"dim": 4 * config.num_heads, "depth": 2})
+    if "token" in config.fields():
+        return replace(config, length=5, vocabulary=4)
     return replace(config, image_size=2 * config.patch, num_classes=4)
-
-
-def made_up(config):
-    """Three samples of the data that a configuration tells of."""
-    label = torch.tensor([3, 0, 2])
-    fields = config.fields().items()
-    return {n: label if f.bound else torch.randn(3, *f.shape) for n, f in fields}
 
 
 def results(model, batch):
     """What a family computes, by name: a prediction, a loss and the gradients of parameters."""
-    noise = torch.linspace(-2, 2, torch.Size(model.z_shape(batch)).numel())
-    layers = range(len(model.layers))
-    z = noise.view(model.z_shape(batch))
-    loss = model.loss(DRAW, LEVEL, SCALE, layers, batch, INTERVAL)
+    z, (level, interval), layers = noisy(model, batch), levels_of(model), range(len(model.layers))
+    loss = model.loss(DRAW, level, SCALE, layers, batch, interval)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
-    found = {"prediction": model.denoise(z, LEVEL, layers, batch), "loss": loss}
+    found = {"prediction": model.denoise(z, level, layers, batch), "loss": loss}
     return found | dict(zip(dict(model.named_parameters()), gradients, strict=True))
 
 
@@ -79,7 +71,7 @@ def test_a_model_made_on_meta_and_loaded_equals_the_original(family, preset, loa
     with torch.device("meta"):
         other = FAMILIES[family].model(config)
     load(other, {name: tensor.clone() for name, tensor in original.state_dict().items()})
-    batch = made_up(config)
+    batch = make_batch(original)
     assert_same(results(other, batch), results(original, batch))
 
 
@@ -87,10 +79,11 @@ def test_a_model_made_on_meta_and_loaded_equals_the_original(family, preset, loa
 def test_blocks_with_copies_made_on_meta_and_loaded_equal_the_original(family, preset):
     def blocks():
         model = FAMILIES[family].model(config)
-        return DiffusionBlocks(model, 2, process=PRIOR, weighting="none", sharing="copies")
+        return DiffusionBlocks(model, 2, weighting="none", sharing="copies")
 
     config = shrunk(family, preset)
-    original, batch = randomise(blocks()), made_up(config)
+    original = randomise(blocks())
+    batch = make_batch(original.model)
     with torch.device("meta"):
         other = blocks()
     other.to_empty(device="cpu")

@@ -8,11 +8,11 @@ from accuracy import assert_as_accurate_as_eager
 from models.tiny import (
     CONFIGS,
     DRAW,
-    INTERVAL,
     LEVEL,
     SCALE,
     dynamo_alone,
     every_family,
+    levels_of,
     make_batch,
     make_model,
     noisy,
@@ -56,7 +56,8 @@ def plain_twin(model):
 def step(model, layers=(1,), count=3, draw=DRAW):
     """The loss of a step on the first samples, and the gradients by name."""
     batch = {name: tensor[:count] for name, tensor in make_batch(model).items()}
-    loss = model.loss(draw, LEVEL[:count], SCALE[:count], layers, batch, INTERVAL)
+    level, interval = levels_of(model)
+    loss = model.loss(draw, level[:count], SCALE[:count], layers, batch, interval)
     names, parameters = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     found = {name: grad for name, grad in zip(names, grads, strict=True) if grad is not None}
@@ -69,6 +70,8 @@ def inputs_of(family):
     def moved(*shape, by=3):
         return (by + torch.randn(shape)).requires_grad_()
 
+    if family == "mdm":
+        return {"stem": (LEVEL / 50,), "tail": (moved(3, 7, 8, by=30), moved(3, 6, by=0))}
     image, label = torch.randn(3, 3, *2 * [CONFIGS[family].image_size]), torch.tensor([3, 0, 2])
     if family == "vit":
         answer, c = moved(3, 8, by=30), moved(3, 6, by=0)
@@ -152,12 +155,12 @@ def test_a_model_and_its_copy_run_the_same_ops_each_on_its_own_parameters(traced
 @every_family
 def test_without_a_gradient_nothing_is_compiled_and_no_bit_differs(compiled):
     plain, batch = plain_twin(compiled), make_batch(compiled)
-    z = noisy(plain, batch)
+    z, (level, _) = noisy(plain, batch), levels_of(plain)
     with torch.no_grad():
         for count in range(1, 4):
             part = {name: tensor[:count] for name, tensor in batch.items()}
             expected, actual = (
-                m.denoise(z[:count], LEVEL[:count], (0, 2), part) for m in (plain, compiled)
+                m.denoise(z[:count], level[:count], (0, 2), part) for m in (plain, compiled)
             )
             assert torch.equal(actual, expected)
     assert compiled_graphs() == 0

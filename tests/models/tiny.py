@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from dbkernels.diffusion.masked import MASK
 from dbkernels.diffusion.process import Interval
-from dbkernels.models import FAMILIES, DiTConfig, ViTConfig
+from dbkernels.models import FAMILIES, DiTConfig, MDMConfig, ViTConfig, family_of
 from dbkernels.ops import Draw, add_noise
 
 # no two sizes of a family agree: 4 patches in 5 classes and 9 in 4, of 12 numbers
@@ -15,12 +16,18 @@ COMMON = {"patch": 2, "channels": 3, "dim": 8, "depth": 3, "num_heads": 2, "sigm
 CONFIGS = {
     "vit": ViTConfig(image_size=4, num_classes=5, mlp_hidden=10, cond_dim=6, **COMMON),
     "dit": DiTConfig(image_size=6, num_classes=4, mlp_ratio=3, **COMMON),
+    "mdm": MDMConfig(
+        dim=8, depth=3, num_heads=2, mlp_hidden=10, cond_dim=6, length=7, vocabulary=5
+    ),
 }
+IMAGES = ("vit", "dit")
+SMALLEST = {"vit": "digits", "dit": "digits", "mdm": "small"}  # presets
 LEVEL = torch.tensor([0.05, 0.9, 40.0])
 INTERVAL = Interval(0.01, 80.0)
 SCALE = torch.tensor([2.0, 0.25, 1.5])
 DRAW = Draw(seed=2, step=5)
 every_family = pytest.mark.parametrize("family", CONFIGS)
+image_families = pytest.mark.parametrize("family", IMAGES)
 
 
 def randomise(module, std=0.3):
@@ -36,14 +43,28 @@ def make_model(family):
 
 def make_batch(model):
     """The same three samples every time."""
-    random, config = torch.Generator().manual_seed(7), model.config
-    image = torch.randn(3, config.channels, *2 * [config.image_size], generator=random)
-    return {"image": image, "label": torch.tensor([3, 0, 2])}
+    random = torch.Generator().manual_seed(7)
+    batch = {name: field.made(3, random) for name, field in model.config.fields().items()}
+    return batch | ({"label": torch.tensor([3, 0, 2])} if "label" in batch else {})
+
+
+def is_masked(model):
+    return family_of(model).process.range.high < 1
+
+
+def levels_of(model):
+    """Three levels of the family's process, and an interval that has them."""
+    if is_masked(model):
+        return torch.tensor([0.3, 0.9, 0.6]), Interval(0.2, 0.95)
+    return LEVEL, INTERVAL
 
 
 def noisy(model, batch):
     """The target with the noise of the draw at each sample's level."""
-    return add_noise(model.target(batch), torch.ones_like(LEVEL), LEVEL, DRAW)
+    target, (level, _) = model.target(batch), levels_of(model)
+    if is_masked(model):
+        return target.masked_fill(model.masked(DRAW, level, batch), MASK)
+    return add_noise(target, torch.ones_like(level), level, DRAW)
 
 
 def dynamo_alone(monkeypatch):

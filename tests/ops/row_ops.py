@@ -51,12 +51,12 @@ def by_heads(names, shape, dtype=F32, *, offset=0.0, normed=True, rotated=True):
     return [qkv, *weights][: 3 if normed else 1], {"heads": H, "rotary": table}
 
 
-def queries_keys_values(names, shape, dtype=F32):
+def queries_keys_values(names, shape, dtype=F32, **options):
     """Slices of a projection, as the model passes them."""
     B, T, H, d = shape
     # keys and values far from zero mean: a dropped row sum of the backward would show
     qkv = torch.randn(B, T, 3, H, d) + torch.tensor([0.0, 1.0, 3.0])[:, None, None]
-    return list(qkv.to(dtype).unbind(2)), {}
+    return list(qkv.to(dtype).unbind(2)), options
 
 
 def on_heads(op):
@@ -199,6 +199,16 @@ ATTENTION = RowOp(
     ("q", "k", "v"),
     queries_keys_values,
     ((1, 1, 1, 8), (2, 5, 3, 8), (3, 70, 2, 16)),
+    ({}, {"causal": True}),
+    optional=({}, {"causal": True}),
+    small=(2, 9, 2, 8),
+)
+# a sample in two streams; heads of 5 leave idle lanes
+TWO_STREAM = RowOp(
+    "two_stream_attention",
+    ("q", "k", "v"),
+    queries_keys_values,
+    ((6, 1, 4, 8), (4, 7, 3, 5), (6, 70, 2, 16)),
     ({},),
     small=(2, 9, 2, 8),
 )

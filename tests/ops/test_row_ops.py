@@ -15,6 +15,7 @@ from ops.row_ops import (
     F32,
     ROW_OPS,
     ROW_OPS_BY_NAME,
+    TWO_STREAM,
     by_heads,
     modulated,
     outputs_of,
@@ -37,6 +38,8 @@ RUNS = [(op, name) for op in ROW_OPS for name in implementations(f"{op.name}_fwd
 # of what no implementation has for itself: code that is compiled, else Triton's, since plain torch
 # forgives the caller what both would not
 ONCE = [*{op.name: (op, name) for op, name in RUNS if name != "torch"}.values()]
+STREAMS = [(TWO_STREAM, name) for name in implementations("two_stream_fwd")]
+OF_HEADS = [(ATTENTION, "torch"), *STREAMS]
 
 
 def run_by(request):
@@ -49,8 +52,9 @@ def run_id(param):
 
 
 row_op = pytest.fixture(params=RUNS, ids=run_id)(run_by)
-op = pytest.fixture(params=[*RUNS, (ATTENTION, "torch")], ids=run_id)(run_by)
-once = pytest.fixture(params=[*ONCE, (ATTENTION, "torch")], ids=run_id)(run_by)
+with_kernels = pytest.fixture(params=[*RUNS, *STREAMS], ids=run_id)(run_by)
+op = pytest.fixture(params=[*RUNS, *OF_HEADS], ids=run_id)(run_by)
+once = pytest.fixture(params=[*ONCE, OF_HEADS[0], OF_HEADS[-1]], ids=run_id)(run_by)
 
 
 def interpreted():
@@ -230,21 +234,23 @@ def test_an_empty_batch_has_zero_gradients(op, leading, per_token):
         assert torch.equal(grad, torch.zeros_like(arg))
 
 
-def test_is_made_of_well_formed_torch_ops(row_op):
-    for variant in row_op.optional:
-        args, options = row_op.inputs((2, 3, *row_op.small[2:]), **variant)
-        opcheck_calls(lambda args=args, options=options: results(row_op.fused, args, **options))
+def test_is_made_of_well_formed_torch_ops(with_kernels):
+    op = with_kernels
+    for variant in op.optional:
+        args, options = op.inputs((2, 3, *op.small[2:]), **variant)
+        opcheck_calls(lambda args=args, options=options: results(op.fused, args, **options))
 
 
-def test_touches_nothing_beside_its_tensors(row_op):
+def test_touches_nothing_beside_its_tensors(with_kernels):
+    op = with_kernels
     # of compiled code rows begin amid vectors, and are narrower than one, or have several pieces
     cases = product(DTYPES, (2, 8, 34, 66, 386))
     if implementation("cpu") in ("triton", "torch"):  # which address single elements
         cases = (F32, 8), (BF16, 386)
-    for (dtype, width), variant in product(cases, row_op.optional):
-        odd = width - (row_op.make is modulated)
-        args, options = row_op.inputs((2, 7, *row_op.small[2:-1], odd), dtype, **variant)
-        assert_calls_stay_within_their_tensors(partial(results, row_op.fused, args, **options))
+    for (dtype, width), variant in product(cases, op.optional):
+        odd = width - (op.make is modulated)
+        args, options = op.inputs((2, 7, *op.small[2:-1], odd), dtype, **variant)
+        assert_calls_stay_within_their_tensors(partial(results, op.fused, args, **options))
 
 
 def test_compiles_without_graph_breaks(once):
@@ -261,12 +267,12 @@ def test_compiles_without_graph_breaks(once):
             assert all(map(torch.equal, actual, expected))
 
 
-@pytest.mark.parametrize("op", [*ROW_OPS, ATTENTION], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [*ROW_OPS, ATTENTION, TWO_STREAM], ids=lambda op: op.name)
 def test_plain_torch_agrees_with_differences_in_float64(op):
     with use_implementation("torch"), torch.device("cpu"):
-        norms = [{"norm": "layer", "eps": 0.1}, {"norm": "rms", "eps": 0.1}] if op.stats else [{}]
-        for norm in norms:
-            args, options = op.inputs((2, 3, *((2, 4) if len(op.small) == 4 else (6,))), **norm)
+        norms = [{"norm": "layer", "eps": 0.1}, {"norm": "rms", "eps": 0.1}]
+        for variant in norms if op.stats else op.variants if op is ATTENTION else [{}]:
+            args, options = op.inputs((2, 3, *((2, 4) if len(op.small) == 4 else (6,))), **variant)
             args = [a.double().requires_grad_() for a in args]
             assert torch.autograd.gradcheck(partial(op.fused, **options), args)
 

@@ -1,6 +1,7 @@
 from itertools import pairwise
 
 import pytest
+from training.tiny import make_blocks
 
 from dbkernels.training.block_order import TIMED_STEPS, BlockOrder, fewest_steps_per_swap
 from dbkernels.training.trainer_config import TrainerConfig
@@ -8,7 +9,7 @@ from dbkernels.training.trainer_config import TrainerConfig
 
 def block_order(num_blocks=3, **settings):
     defaults = {"steps": 40, "seed": 0, "steps_per_swap": 1, "offload": "cpu"}
-    return BlockOrder(num_blocks, TrainerConfig(**defaults | settings))
+    return BlockOrder(range(num_blocks), TrainerConfig(**defaults | settings))
 
 
 def blocks(num_blocks, steps, **settings):
@@ -22,6 +23,14 @@ def never():
 
 
 # the order
+
+
+def test_sequential_order_begins_with_the_first_layers_where_the_deepest_meet_the_most_noise():
+    config = TrainerConfig(steps=2, order="sequential")
+    deepest = make_blocks(noise_order="deepest")
+    order = BlockOrder(deepest.in_running_order, config)
+    trained = [deepest[order.block(step)].layers for step in range(6)]
+    assert trained == [(0,), (0,), (1,), (1,), (2,), (2,)]
 
 
 def test_sequential_order_finishes_one_block_before_the_next():

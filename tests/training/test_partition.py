@@ -35,6 +35,16 @@ def test_block_0_has_the_first_layers_and_the_most_noise_and_no_layer_is_dropped
     assert blocks[0].noise.high == 80 and blocks[2].noise.low == 0.002
 
 
+@pytest.mark.parametrize("split", [None, [2, 3, 1]])
+def test_the_deepest_layers_may_meet_the_most_noise_and_routing_follows(split):
+    blocks = partition(6, 3, PRIOR, split=split, noise_order="deepest")
+    first = partition(6, 3, PRIOR, split=split)
+    assert [block.noise for block in blocks] == [block.noise for block in first]
+    assert [len(block.layers) for block in blocks] == [len(block.layers) for block in first]
+    assert sum((block.layers for block in reversed(blocks)), ()) == tuple(range(6))
+    assert block_at(blocks, 80.0).layers[-1] == 5 and block_at(blocks, 0.002).layers[0] == 0
+
+
 def test_every_trained_level_without_overlap_is_served_by_its_block():
     blocks = partition(12, 6, PRIOR, gamma=0.0)
     for block in blocks:
@@ -71,6 +81,10 @@ def test_the_cdf_grid_uses_blocks_equally_and_the_karras_grid_does_not():
         (lambda: partition(12, 3, PRIOR, split=[0, 6, 6]), "at least one layer each"),
         (lambda: partition(12, 3, PRIOR, gamma=-0.05), "gamma must be finite and at least 0"),
         (lambda: partition(12, 3, PRIOR, scheme="cubic"), "scheme must be one of"),
+        (
+            lambda: partition(12, 3, PRIOR, noise_order="last"),
+            "noise_order must be one of first, deepest, got last",
+        ),
         (lambda: block_at(partition(12, 3, PRIOR), 80.1), r"must lie in \[0.002, 80.0\], got 80.1"),
         (lambda: block_at(partition(12, 3, PRIOR), 0.0019), "level must lie in"),
         (lambda: block_at(partition(12, 3, PRIOR), float("nan")), "level must lie in"),
