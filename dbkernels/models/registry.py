@@ -16,7 +16,7 @@ from dbkernels.data.made_up import Field
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.masked import Masked
 from dbkernels.diffusion.process import Process
-from dbkernels.models import dit, mdm, vit
+from dbkernels.models import ar, dit, mdm, vit
 from dbkernels.models.family import Presets, Weighting
 from dbkernels.settings import check_choice
 
@@ -115,6 +115,18 @@ FAMILIES = {
         process=Masked(),
         paper=Masked(),
         weighting="process",
+    ),
+    "ar": FamilyEntry(
+        summary="writes text, token by token",
+        model=ar.AR,
+        config=ar.ARConfig,
+        # where a token's information lies for 32,000 words: below 0.05 it is read off z, and above
+        # 8 less than 0.01 nats of it are in z
+        process=LogNormal(mean=-0.75, std=0.8, sigma_min=0.05, sigma_max=8.0),
+        paper=LogNormal(),
+        weighting="none",
+        text="gaussian",
+        conventional="the next token, from clean ones alone",
     ),
 }
 
