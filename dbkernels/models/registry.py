@@ -18,6 +18,7 @@ from dbkernels.diffusion.masked import Masked
 from dbkernels.diffusion.process import Process
 from dbkernels.models import dit, mdm, vit
 from dbkernels.models.family import Presets, Weighting
+from dbkernels.models.reading import TextWay
 from dbkernels.settings import check_choice
 
 
@@ -77,7 +78,10 @@ class FamilyEntry:
     average: Callable[[Tensor], Tensor] | None = None
     """Predictions of several starts (N, B, ...) -> one (B, ...); None where they have no mean."""
     prompts: Callable[[ModelConfig, int, torch.device], Batch] | None = None
-    """(config, number of each class, device) -> what to sample; None where it samples nothing."""
+    """(config, number of each class, device) -> what to sample; None where it draws no images."""
+    text: TextWay | None = None
+    """cached or whole: token by token, with what layers keep of known ones, or where all are read
+    again for each. unmask: a window at once, whose tokens open one by one. None: no text."""
 
 
 FAMILIES = {
@@ -110,6 +114,7 @@ FAMILIES = {
         process=Masked(),
         paper=Masked(),
         weighting="process",
+        text="unmask",
     ),
 }
 
