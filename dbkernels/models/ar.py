@@ -35,7 +35,7 @@ from dbkernels.models.read_out import ReadOutHead, per_token
 from dbkernels.models.rotary import rotary_table
 from dbkernels.models.text import CleanStream, NoisyTextConfig
 from dbkernels.ops.add_noise import add_noise
-from dbkernels.ops.backend.checks import Reduction
+from dbkernels.ops.backend.checks import Reduction, statistics_dtype
 from dbkernels.ops.philox import Draw
 from dbkernels.ops.table_rows import table_rows
 from dbkernels.settings import check_choice
@@ -107,8 +107,9 @@ class AR(Presets, nn.Module):
         nn.init.normal_(self.clean_condition)
 
     def unit_table(self) -> Tensor:
-        """The words' embeddings at unit length, E^ (vocabulary, dim) float32."""
-        return F.normalize(self.target_table.weight.float(), dim=-1)
+        """The words' embeddings at unit length, E^ (vocabulary, dim), at least float32."""
+        table = self.target_table.weight
+        return F.normalize(table.to(statistics_dtype(table)), dim=-1)
 
     def read_table(self) -> Tensor | None:
         """E^ where the head reads z, else None."""
@@ -120,7 +121,8 @@ class AR(Presets, nn.Module):
 
     def target(self, batch: Batch) -> Tensor:
         """The tokens' embeddings at unit length, (B, S, dim); the gradient reaches the table."""
-        return table_rows(self.target_table.weight, batch["token"], unit=True)
+        rows = table_rows(self.target_table.weight, batch["token"], unit=True)
+        return rows.to(statistics_dtype(rows))
 
     def z_shape(self, batch: Batch) -> tuple[int, ...]:
         """(B, S, dim), from batch["token"]."""
@@ -183,7 +185,8 @@ class AR(Presets, nn.Module):
 
     def estimate(self, prediction: Tensor) -> Tensor:
         """The expected embedding under the logits, (B, S, dim); unit rows, as in training."""
-        return prediction.float().softmax(-1) @ self.unit_table()
+        table = self.unit_table()
+        return prediction.to(table.dtype).softmax(-1) @ table
 
     def _guess(self, layers: Sequence[int], batch: Batch) -> tuple[Tensor, Tensor]:
         """Rows for the head of what the clean stream guesses, and the tokens that it should."""

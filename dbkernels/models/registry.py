@@ -16,10 +16,12 @@ from dbkernels.data.made_up import Field
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.masked import Masked
 from dbkernels.diffusion.process import Process
-from dbkernels.models import dit, mdm, vit
+from dbkernels.models import ar, dit, mdm, vit
 from dbkernels.models.family import Presets, Weighting
 from dbkernels.models.reading import TextWay
 from dbkernels.settings import check_choice
+
+TextNoise = Literal["masked", "gaussian"]
 
 
 class ModelConfig(Protocol):
@@ -77,11 +79,14 @@ class FamilyEntry:
     """(prediction, batch) -> numbers (B,) of the samples, by name; None where only losses count."""
     average: Callable[[Tensor], Tensor] | None = None
     """Predictions of several starts (N, B, ...) -> one (B, ...); None where they have no mean."""
+    text: TextNoise | None = None
+    """What noise does to a text, which says how its bits are bounded: it masks tokens, or moves
+    their embeddings; None is no model of text."""
     prompts: Callable[[ModelConfig, int, torch.device], Batch] | None = None
     """(config, number of each class, device) -> what to sample; None where it draws no images."""
-    text: TextWay | None = None
-    """cached or whole: token by token, with what layers keep of known ones, or where all are read
-    again for each. unmask: a window at once, whose tokens open one by one. None: no text."""
+    writes: TextWay | None = None
+    """How it makes text. cached or whole: token by token, with what layers keep of known ones, or
+    all of them read again for each. unmask: a window at once, whose tokens open one by one."""
 
 
 FAMILIES = {
@@ -114,7 +119,21 @@ FAMILIES = {
         process=Masked(),
         paper=Masked(),
         weighting="process",
-        text="unmask",
+        text="masked",
+        writes="unmask",
+    ),
+    "ar": FamilyEntry(
+        summary="writes text, token by token",
+        model=ar.AR,
+        config=ar.ARConfig,
+        # where a token's information lies for 32,000 words: below 0.05 it is read off z, and above
+        # 8 less than 0.01 nats of it are in z
+        process=LogNormal(mean=-0.75, std=0.8, sigma_min=0.05, sigma_max=8.0),
+        paper=LogNormal(),
+        weighting="none",
+        text="gaussian",
+        writes="cached",
+        conventional="the next token, from clean ones alone",
     ),
 }
 

@@ -21,9 +21,9 @@ from dbkernels.models.family import WEIGHTINGS, Weighting
 from dbkernels.models.registry import family_of
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
+from dbkernels.training.evaluated import Evaluated
 from dbkernels.training.partition import Block, partition
 from dbkernels.training.saved import require_tensors
-from dbkernels.training.together import Together
 
 Sharing = Literal["joint", "copies"]
 Parameters = dict[str, nn.Parameter]
@@ -35,7 +35,7 @@ def own_group(block: Block) -> str:
     return f"block{block.index}"
 
 
-class DiffusionBlocks(Together):
+class DiffusionBlocks(Evaluated):
     """A model, its blocks, and their noise; iterating gives the blocks, the most noise first.
 
     With copies, every block has a stem and a head of its own. Layers exist once in either case, and
@@ -84,7 +84,7 @@ class DiffusionBlocks(Together):
         self.process, self.weighting = process, weighting
         if entry := family_of(model):
             self.process, self.weighting = process or entry.process, weighting or entry.weighting
-            self.metrics, self.average = entry.metrics, entry.average
+            self.metrics, self.average, self.text = entry.metrics, entry.average, entry.text
         if self.process is None:
             raise ValueError(
                 f"process must be given for {type(model).__name__}, which is of no known family, "

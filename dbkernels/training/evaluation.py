@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from dbkernels.data.images import Batch, Data
+from dbkernels.models.registry import TextNoise
 from dbkernels.ops.philox import Draw, stream_seed
 from dbkernels.training.pending import Staging
 
 LEVELS_PER_BLOCK = 8  # quantiles of each block's interval at which its loss is read
+# of an evaluation, by what noise does to a text; None is no text
+SETTINGS: dict[TextNoise | None, tuple[str, ...]] = {
+    None: ("levels", "start", "starts"),
+    "masked": (),
+    "gaussian": ("levels", "starts", "bridge"),
+}
 EVALUATION_KEY = 2**62 + 1  # keeps evaluation's streams apart from training's
 
 

@@ -43,9 +43,9 @@ def text_way(blocks: DiffusionBlocks) -> TextWay:
         ValueError: it makes none.
     """
     entry = family_of(blocks.model)
-    if entry is None or entry.text is None:
+    if entry is None or entry.writes is None:
         raise ValueError(f"blocks must be of a model of text, got {type(blocks.model).__name__}")
-    return entry.text
+    return entry.writes
 
 
 def text_levels(

@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dbkernels.data.images import Batch, Data
+from dbkernels.data.images import Batch
 from dbkernels.diffusion.process import Process
 from dbkernels.diffusion.samplers import SAMPLERS, Denoiser, Sampler, euler, guided
 from dbkernels.ops.philox import Draw, normals
 from dbkernels.settings import check_choice, check_number
-from dbkernels.training.evaluation import LEVELS_PER_BLOCK, Evaluation, batches
 from dbkernels.training.partition import Block, block_at
 
 Start = Literal["zero", "noise"]  # of the steps that lead to an answer
@@ -21,7 +19,7 @@ MOST_STARTS = 1000
 
 
 class Together(nn.Module):
-    """Blocks in the order of their noise, which predict, sample and are evaluated as one.
+    """Blocks in the order of their noise, which predict and sample as one.
 
     model:    of block 0
     process:  the noise
@@ -104,19 +102,20 @@ class Together(nn.Module):
             ValueError: a setting is unknown, or several starts are asked for from z = 0 or of a
                 family whose predictions have no average.
         """
-        self._check(start, starts)
+        self.check_starts(start, starts)
         runs: list[list[Tensor]] = [[] for _ in range(starts)]
         for k, found in enumerate(runs):
             if start == "zero":
                 z = torch.zeros(self.model.z_shape(batch), dtype=torch.float32, device=self.device)
             else:
-                z = self._start(batch, levels[0], replace(draw, step=draw.step + k))
+                z = self.start(batch, levels[0], replace(draw, step=draw.step + k))
             euler(self.denoiser(batch, found.append), z, levels)
         if starts == 1:
             return runs[0]
         return [self.average(torch.stack(step)) for step in zip(*runs, strict=True)]
 
-    def _check(self, start: Start, starts: int) -> None:
+    def check_starts(self, start: Start, starts: int) -> None:
+        """Refuse starts that `predictions` would refuse."""
         check_choice("start", start, get_args(Start))
         check_number("starts", starts, 1, MOST_STARTS)
         if starts > 1 and (start == "zero" or self.average is None):
@@ -148,7 +147,7 @@ class Together(nn.Module):
                 the family cannot do without a condition, and guidance is not 1.
         """
         check_choice("sampler", sampler, SAMPLERS)
-        z = self._start(batch, levels[0], draw)
+        z = self.start(batch, levels[0], draw)
         denoiser = self.denoiser(batch)
         if guidance != 1:
             without = getattr(self.model, "unconditional", None)
@@ -158,78 +157,8 @@ class Together(nn.Module):
             denoiser = guided(denoiser, self.denoiser(without(batch)), guidance)
         return SAMPLERS[sampler](denoiser, z, levels)
 
-    def _start(self, batch: Batch, level: float, draw: Draw) -> Tensor:
-        """A noisy sample at the first level of a sampler."""
+    def start(self, batch: Batch, level: float, draw: Draw) -> Tensor:
+        """A noisy sample at the first level of a sampler, of the shape that a batch asks for."""
         B, *rest = self.model.z_shape(batch)
         noise = normals(draw, B, torch.Size(rest).numel(), self.device).view(B, *rest)
         return self.process.start(noise, level, self.model.sigma_data)
-
-    @torch.no_grad()
-    def loss_at(self, data: Data, level: float, *, seed: int = 0, batch_size: int = 256) -> float:
-        """Mean loss over the data at one noise level, by the block that serves it, unweighted.
-
-        At the highest level z holds nothing of the target, so there the loss cannot be won by
-        copying it.
-        """
-        block, total = block_at(self, level), 0.0
-        model = self.of(block)
-        for batch, draw in batches(data, batch_size, self.device, seed=seed):
-            shape = model.level_shape(batch)
-            levels = torch.full(shape, level, dtype=torch.float32, device=self.device)
-            total += float(model.losses(draw, levels, block.layers, batch).sum())
-        return total / len(data)
-
-    def evaluate(
-        self,
-        data: Data,
-        *,
-        levels: int | Sequence[float] = 3,
-        start: Start = "zero",
-        starts: int = 1,
-        seed: int = 0,
-        batch_size: int = 256,
-    ) -> Evaluation:
-        """Losses of the blocks on some data, and what the family measures after every step.
-
-        Args:
-            data:        such as `open_data` gives
-            levels:      of the sampler, or how many of equal probability; the family's own numbers
-                         are read after each
-            start:       of these steps; with starts, as for `predictions`
-            starts:      whose probabilities are averaged
-            seed:        of the noise
-            batch_size:  samples at a time; it does not change the noise that they get
-        Raises:
-            ValueError: levels is below 2, the data is not what the model was trained on, or starts
-                do not fit.
-        """
-        self._check(start, starts)
-        was_training = self.training
-        self.eval()
-        try:
-            at, losses = {"seed": seed, "batch_size": batch_size}, []
-            shares = torch.arange(0.5, LEVELS_PER_BLOCK, dtype=torch.float64) / LEVELS_PER_BLOCK
-            for block in self:
-                quantiles = self.process.level_at(block.noise, shares).tolist()
-                losses.append(sum(self.loss_at(data, x, **at) for x in quantiles) / len(quantiles))
-            highest = self.loss_at(data, self.process.range.high, **at)
-            grid = self.process.grid(levels, "cdf") if isinstance(levels, int) else levels
-            grid = grid if self.metrics else ()
-            of_steps = partial(self.predictions, levels=grid, start=start, starts=starts)
-            measured = self._measured(data, of_steps, **at) if grid else {}
-            return Evaluation(tuple(losses), highest, tuple(grid), measured)
-        finally:
-            self.train(was_training)
-
-    def _measured(
-        self, data: Data, of_steps: Callable[..., list[Tensor]], *, seed: int, batch_size: int
-    ) -> dict[str, tuple[float, ...]]:
-        """Means of the family's own numbers after each step, by name."""
-        totals: dict[str, list[float]] = {}
-        for batch, draw in batches(data, batch_size, self.device, seed=seed):
-            predictions = of_steps(batch, draw=draw)
-            for step, prediction in enumerate(predictions):
-                for name, numbers in self.metrics(prediction, batch).items():
-                    total = totals.setdefault(name, [0.0] * len(predictions))
-                    total[step] += float(numbers.sum())
-        return {name: tuple(x / len(data) for x in each) for name, each in totals.items()}

@@ -1,0 +1,164 @@
+"""What blocks are worth on some data."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dbkernels.data.images import Data
+from dbkernels.data.spaced import Spaced
+from dbkernels.diffusion.bridges import BridgeName
+from dbkernels.models.registry import TextNoise
+from dbkernels.settings import check_number
+from dbkernels.training.evaluation import LEVELS_PER_BLOCK, SETTINGS, Evaluation, batches
+from dbkernels.training.partition import block_at
+from dbkernels.training.text_bits import Reading, TextEvaluation
+from dbkernels.training.text_bound import conventional_bits
+from dbkernels.training.text_evaluation import WINDOWS, evaluate_text
+from dbkernels.training.together import Start, Together
+
+
+class Evaluated(Together):
+    """Blocks that are measured on some data, each on the levels that it serves.
+
+    text:  what noise does to a text; None is no text
+    """
+
+    text: TextNoise | None = None
+
+    @torch.no_grad()
+    def loss_at(self, data: Data, level: float, *, seed: int = 0, batch_size: int = 256) -> float:
+        """Mean loss over the data at one noise level, by the block that serves it, unweighted.
+
+        At the highest level z holds nothing of the target, so there the loss cannot be won by
+        copying it.
+        """
+        block, total = block_at(self, level), 0.0
+        model = self.of(block)
+        for batch, draw in batches(data, batch_size, self.device, seed=seed):
+            shape = model.level_shape(batch)
+            levels = torch.full(shape, level, dtype=torch.float32, device=self.device)
+            total += float(model.losses(draw, levels, block.layers, batch).sum())
+        return total / len(data)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        data: Data,
+        *,
+        levels: int | Sequence[float] | None = None,
+        start: Start | None = None,
+        starts: int | None = None,
+        bridge: BridgeName | None = None,
+        samples: int | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> Evaluation | TextEvaluation:
+        """What the blocks are worth on some data: losses and the family's own numbers, or bits.
+
+        Args:
+            data:        such as `open_data` or `open_tokens` gives
+            levels:      of the sampler, descending, or how many of equal probability. A classifier
+                         answers after each; None is three. Of a text, None is one for each block
+            start:       of a classifier's steps, as for `predictions`; None is zero
+            starts:      whose probabilities are averaged; None is one of a classifier, and of a
+                         text STARTS, where 0 leaves the sampler out
+            bridge:      of a text's sampler; None is soft
+            samples:     of the data, evenly spaced; None is all of them, and of a text WINDOWS
+            seed:        of the noise
+            batch_size:  samples at a time; it does not change the noise that they get
+        Returns:
+            Of a model of text its bits per character.
+        Raises:
+            ValueError: a setting has a value that it cannot have, or is of another kind of model,
+                or the data is not what the model was trained on.
+        """
+        given = {"levels": levels, "start": start, "starts": starts, "bridge": bridge}
+        for name, value in given.items():
+            if value is not None and name not in SETTINGS[self.text]:
+                raise ValueError(f"{name} must be None for {self._name}, got {value}")
+        at = {"seed": seed, "batch_size": batch_size}
+        was_training = self.training
+        self.eval()
+        try:
+            if self.text is not None:
+                reading = self._reading(data, samples, **at)
+                del given["start"]
+                return evaluate_text(self, self.text, reading, **given)
+            if samples is not None:
+                check_number("samples", samples, 1)
+                data = Spaced(data, samples)
+            steps = {"start": start or "zero", "starts": 1 if starts is None else starts}
+            return self._evaluate(data, 3 if levels is None else levels, steps, at)
+        finally:
+            self.train(was_training)
+
+    @torch.no_grad()
+    def evaluate_conventional(
+        self, data: Data, *, samples: int | None = None, seed: int = 0, batch_size: int = 256
+    ) -> TextEvaluation:
+        """Exact bits per character of a network of text that was trained without noise.
+
+        Arguments are those of `evaluate`.
+
+        Raises:
+            ValueError: the model is none of text, or has several blocks, or samples is not 1 or
+                more.
+        """
+        if self.text is None or len(list(self)) > 1:
+            raise ValueError(
+                f"a network without noise must be one block of a model of text, got {self._name} "
+                f"in {len(list(self))} blocks"
+            )
+        was_training = self.training
+        self.eval()
+        try:
+            how = {"seed": seed, "batch_size": batch_size}
+            return conventional_bits(self, self._reading(data, samples, **how))
+        finally:
+            self.train(was_training)
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+    @staticmethod
+    def _reading(data: Data, samples: int | None, *, seed: int, batch_size: int) -> Reading:
+        windows = WINDOWS if samples is None else samples
+        check_number("samples", windows, 1)
+        return Reading(data, windows, seed, batch_size)
+
+    def _evaluate(
+        self,
+        data: Data,
+        levels: int | Sequence[float],
+        steps: dict[str, object],
+        at: dict[str, int],
+    ) -> Evaluation:
+        """Losses of the blocks, and what the family measures after every step of a sampler."""
+        self.check_starts(**steps)
+        losses = []
+        shares = torch.arange(0.5, LEVELS_PER_BLOCK, dtype=torch.float64) / LEVELS_PER_BLOCK
+        for block in self:
+            quantiles = self.process.level_at(block.noise, shares).tolist()
+            losses.append(sum(self.loss_at(data, x, **at) for x in quantiles) / len(quantiles))
+        highest = self.loss_at(data, self.process.range.high, **at)
+        grid = self.process.grid(levels, "cdf") if isinstance(levels, int) else levels
+        grid = grid if self.metrics else ()
+        of_steps = partial(self.predictions, levels=grid, **steps)
+        measured = self._measured(data, of_steps, **at) if grid else {}
+        return Evaluation(tuple(losses), highest, tuple(grid), measured)
+
+    def _measured(
+        self, data: Data, of_steps: Callable[..., list[Tensor]], *, seed: int, batch_size: int
+    ) -> dict[str, tuple[float, ...]]:
+        """Means of the family's own numbers after each step, by name."""
+        totals: dict[str, list[float]] = {}
+        for batch, draw in batches(data, batch_size, self.device, seed=seed):
+            predictions = of_steps(batch, draw=draw)
+            for step, prediction in enumerate(predictions):
+                for name, numbers in self.metrics(prediction, batch).items():
+                    total = totals.setdefault(name, [0.0] * len(predictions))
+                    total[step] += float(numbers.sum())
+        return {name: tuple(x / len(data) for x in each) for name, each in totals.items()}
