@@ -21,7 +21,6 @@ CONFIGS = {
     ),
 }
 IMAGES = ("vit", "dit")
-SMALLEST = {"vit": "digits", "dit": "digits", "mdm": "small"}  # presets
 LEVEL = torch.tensor([0.05, 0.9, 40.0])
 INTERVAL = Interval(0.01, 80.0)
 SCALE = torch.tensor([2.0, 0.25, 1.5])
