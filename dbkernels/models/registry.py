@@ -115,6 +115,7 @@ FAMILIES = {
         process=Masked(),
         paper=Masked(),
         weighting="process",
+        text="masked",
     ),
 }
 
