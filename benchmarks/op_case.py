@@ -27,7 +27,7 @@ from dbkernels.ops import reference
 
 # the report's files stand beside each other and are no package
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
-from kernel_cases import CASES, DTYPE, HEAD_DIM, B, Shapes, T
+from kernel_cases import CASES, DTYPE, HEAD_DIM, VOCABULARY, B, Shapes, T
 from kernel_compile import PROCESSORS, bytes_moved, record
 
 INPUTS = {  # of the op, with which the arguments of its forward kernel begin
@@ -38,6 +38,7 @@ INPUTS = {  # of the op, with which the arguments of its forward kernel begin
     "gelu_exact": 2,
     "swiglu": 2,
     "qk_norm_rotary": 4,
+    "table_rows": 2,
 }
 FOR_A_LAYER = {  # what a layer asks of a kernel's backward, and the op alone does not
     "adaln_norm": {"dres_ptr", "y_ptr"},
@@ -87,12 +88,20 @@ class OpCase(NamedTuple):
         return B, T, self.dim
 
     def inputs(self) -> list[Tensor]:
-        """Of unit variance, drawn on the device, with the shapes and strides of the report's."""
+        """Of unit variance, drawn on the device, with the shapes and strides of the report's.
+
+        Words are drawn about as Zipf's law has them: each as often as 1 / its rank.
+        """
         random = torch.Generator(self.device).manual_seed(0)
         arguments = CASES[f"{self.op}_fwd"].arguments(self._shapes)[: INPUTS[self.op]]
         has_table = self.op == "qk_norm_rotary"  # of angles, which has no gradient
         likes = map(self._of_dtype, arguments[: len(arguments) - has_table])
-        filled = [_filled(like, random).requires_grad_() for like in likes]
+        filled = [
+            _filled(like, random).requires_grad_()
+            if like.is_floating_point()
+            else _words(like, random)
+            for like in likes
+        ]
         table = rotary_table(torch.arange(T), HEAD_DIM).to(self.device)
         return [*filled, *[table] * has_table]
 
@@ -158,6 +167,8 @@ class OpCase(NamedTuple):
 
 def _on_tensors(function: Callable, op: str, D: int) -> Callable:
     """An op as a function of its tensors alone."""
+    if op == "table_rows":
+        return lambda index, table: function(table, index, unit=True)
     if op != "qk_norm_rotary":
         return function
     return lambda qkv, q_weight, k_weight, rotary: function(
@@ -178,6 +189,11 @@ def _filled(like: Tensor, random: torch.Generator) -> Tensor:
     place = {"dtype": like.dtype, "device": random.device}
     tensor = torch.empty_strided(like.shape, like.stride(), **place)
     return tensor.copy_(torch.randn(like.shape, generator=random, **place))
+
+
+def _words(like: Tensor, random: torch.Generator) -> Tensor:
+    u = torch.rand(like.shape, generator=random, dtype=torch.float64, device=random.device)
+    return (VOCABULARY**u).long() - 1
 
 
 def _as_tuple(outs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 _HOMES = {
+    "AR": "models",
     "AdaLNLayer": "models",
     "Block": "training.partition",
     "DiT": "models",

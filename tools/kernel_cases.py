@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dbkernels.ops.activations import GELU, GELU_EXACT, SWIGLU
 from dbkernels.ops.linear_cross_entropy import empty_logits
+from dbkernels.ops.table_rows import RUN
 
 B, T = 32, 256  # at which bytes and time floors are stated
 HEAD_DIM = 64
@@ -121,6 +122,15 @@ def _dropped(s: Shapes) -> dict[str, object]:
     return {"x": s.tokens(), "y": s.tokens(), **s.draw, **told}
 
 
+def _words(s: Shapes) -> dict[str, object]:
+    table, tokens = s.empty(VOCABULARY, s.D, dtype=s.stream), s.empty(s.B * T, dtype=torch.int64)
+    rows = s.empty(s.B * T, s.D, dtype=s.stream)
+    return {
+        **{"table": table, "dtable": table, "y": rows, "dy": rows, "unit": True},
+        **{"index": tokens, "rows": tokens, "tokens": tokens},
+    }
+
+
 @dataclass(frozen=True)
 class Case:
     """One kernel with everything that it can be asked for at once."""
@@ -167,6 +177,9 @@ _HEADS = {"passes": {"qkv_ptr": 2 / 3, "dqkv_ptr": 4 / 3, "table_ptr": 1 / 2}, "
 _LOGITS = {  # read twice, then written
     "passes": {"logits_ptr": 3}, "raw": "softmax_gradient", "module": "linear_cross_entropy"
 }  # fmt: skip
+_WORDS = {"tensors": _words, "of_stream": True}
+_LOOKED_UP = B * T / VOCABULARY  # of the table's rows, at most
+_SHARED = _LOOKED_UP / RUN  # of them, whose tokens are in more runs than one, at most
 _NORMS = ("adaln_norm", "gated_adaln_norm")
 ENTRIES = [
     *(Case(op, way, _norm, of_stream=True) for op in _NORMS for way in ("fwd", "bwd")),
@@ -178,6 +191,16 @@ ENTRIES = [
     *(Case("qk_norm_rotary", way, _heads, **_HEADS) for way in ("fwd", "bwd")),
     *(Case("two_stream", w, _streams, multiple=HEAD_DIM, timed=False) for w in ("fwd", "bwd")),
     Case("softmax_gradient", "grad", _logits, timed=False, **_LOGITS),
+    *(Case("table_rows", w, passes={"table_ptr": _LOOKED_UP}, **_WORDS) for w in ("fwd", "bwd")),
+    Case(
+        "table_rows",
+        "sum",
+        raw="table_rows_bwd",
+        timed=False,
+        **_WORDS,
+        # of the sorted rows those at the ends of a run
+        passes={"table_ptr": _SHARED, "dtable_ptr": _SHARED, "rows_ptr": 3 / RUN},
+    ),
     Case("philox", "fwd", _noise, raw="philox_normal", timed=False),
     Case("philox", "uniform", _noise, raw="philox_uniform", timed=False),
     Case("dropout", "fwd", _dropped, timed=False),

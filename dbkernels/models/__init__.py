@@ -1,5 +1,6 @@
 """Networks: they receive a condition, never a prior or a partition."""
 
+from dbkernels.models.ar import AR, ARConfig
 from dbkernels.models.dit import DiT, DiTConfig
 from dbkernels.models.family import Family
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
@@ -8,8 +9,10 @@ from dbkernels.models.registry import FAMILIES, FamilyEntry, family_named, famil
 from dbkernels.models.vit import ViT, ViTConfig
 
 __all__ = [
+    "AR",
     "FAMILIES",
     "MDM",
+    "ARConfig",
     "AdaLNLayer",
     "DiT",
     "DiTConfig",

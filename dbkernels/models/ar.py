@@ -35,7 +35,7 @@ from dbkernels.models.read_out import ReadOutHead, per_token
 from dbkernels.models.rotary import rotary_table
 from dbkernels.models.text import CleanStream, NoisyTextConfig
 from dbkernels.ops.add_noise import add_noise
-from dbkernels.ops.backend.checks import Reduction
+from dbkernels.ops.backend.checks import Reduction, statistics_dtype
 from dbkernels.ops.philox import Draw
 from dbkernels.ops.table_rows import table_rows
 from dbkernels.settings import check_choice
@@ -106,15 +106,23 @@ class AR(Presets, nn.Module):
         nn.init.normal_(self.clean_table.weight)
         nn.init.normal_(self.clean_condition)
 
-    def _unit_table(self) -> Tensor:
-        return F.normalize(self.target_table.weight.float(), dim=-1)
+    def unit_table(self) -> Tensor:
+        """The words' embeddings at unit length, E^ (vocabulary, dim), at least float32."""
+        table = self.target_table.weight
+        return F.normalize(table.to(statistics_dtype(table)), dim=-1)
 
-    def _read_table(self) -> Tensor | None:
-        return self._unit_table() if self.head.reads_z else None
+    def read_table(self) -> Tensor | None:
+        """E^ where the head reads z, else None."""
+        return self.unit_table() if self.head.reads_z else None
+
+    def before(self, layers: Sequence[int]) -> Sequence[int]:
+        """Layers that the clean stream passes through before these, without a gradient."""
+        return range(layers[0]) if self.config.clean == "through" and layers else ()
 
     def target(self, batch: Batch) -> Tensor:
         """The tokens' embeddings at unit length, (B, S, dim); the gradient reaches the table."""
-        return table_rows(self.target_table.weight, batch["token"], unit=True)
+        rows = table_rows(self.target_table.weight, batch["token"], unit=True)
+        return rows.to(statistics_dtype(rows))
 
     def z_shape(self, batch: Batch) -> tuple[int, ...]:
         """(B, S, dim), from batch["token"]."""
@@ -128,7 +136,12 @@ class AR(Presets, nn.Module):
     def denoise(self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Logits (B, S, vocabulary) of token i from z at sigma and the clean tokens before it."""
         noisy, _ = self._rows(z, level, layers, batch["token"], guess=False)
-        return self.head.logits(noisy, self._read_table())
+        return self.head.logits(noisy, self.read_table())
+
+    def guess(self, layers: Sequence[int], batch: Batch) -> Tensor:
+        """Logits (B, S, vocabulary) of token i from the clean tokens before it alone."""
+        rows, _ = self._guess(layers, batch)
+        return self.head.logits(rows, self.read_table())
 
     def loss(
         self,
@@ -172,7 +185,8 @@ class AR(Presets, nn.Module):
 
     def estimate(self, prediction: Tensor) -> Tensor:
         """The expected embedding under the logits, (B, S, dim); unit rows, as in training."""
-        return prediction.float().softmax(-1) @ self._unit_table()
+        table = self.unit_table()
+        return prediction.to(table.dtype).softmax(-1) @ table
 
     def _guess(self, layers: Sequence[int], batch: Batch) -> tuple[Tensor, Tensor]:
         """Rows for the head of what the clean stream guesses, and the tokens that it should."""
@@ -200,11 +214,11 @@ class AR(Presets, nn.Module):
         """The clean stream as the layers meet it, (B, S, dim)."""
         before = F.pad(token[:, :-1], (1, 0), value=self.config.vocabulary)
         x = table_rows(self.clean_table.weight, before)
-        if self.config.clean == "own" or not layers or not layers[0]:
+        earlier = [self.layers[index] for index in self.before(layers)]
+        if not earlier:
             return x
         with torch.no_grad():
             c = self._clean_condition(len(token))
-            earlier = self.layers[: layers[0]]
             deep = run_layers(earlier, x, c, self._rotary(token), attention="causal")
         # the value of the deep one; the table learns as if the layers between added to it
         return deep + (x - x.detach())
@@ -226,4 +240,4 @@ class AR(Presets, nn.Module):
     def _cross_entropy(
         self, rows: Tensor, token: Tensor, scale: Tensor | None, reduction: Reduction
     ) -> Tensor:
-        return self.head.cross_entropy(rows, token, self._read_table(), scale, reduction)
+        return self.head.cross_entropy(rows, token, self.read_table(), scale, reduction)

@@ -54,7 +54,7 @@ PRESETS = {
 class MDM(Presets, nn.Module):
     """The masked text family: z is (B, S) int64 with MASK, a prediction is logits (B, S, V)."""
 
-    presets = PRESETS
+    presets, smallest = PRESETS, "small"
     target_parts = ()
     stem_and_head = ("stem", "tail")
     sigma_data = 1.0  # of numbers, which tokens are not; the masked process does not read it

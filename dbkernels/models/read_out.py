@@ -17,7 +17,9 @@ from dbkernels.diffusion.prediction import EDM
 from dbkernels.models.embed import FinalModulation
 from dbkernels.models.layer import make_norm
 from dbkernels.models.text import NoisyTextConfig
-from dbkernels.ops.backend.checks import Reduction
+from dbkernels.ops import reference
+from dbkernels.ops.adaln_norm import adaln_norm
+from dbkernels.ops.backend.checks import Reduction, statistics_dtype
 from dbkernels.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -39,16 +41,16 @@ class ReadOutHead(nn.Module):
     def noisy(self, h: Tensor, c: Tensor, z: Tensor, level: Tensor) -> Tensor:
         """Rows of a noisy stream h (B, S, dim) with condition c, from z at levels (B,) or
         (B, S)."""
-        level, normed = per_token(level), self.norm(h)
+        level = per_token(level)
         if self.reads_z:
-            return torch.cat([self._modulated(normed, c).float(), z / level.square()], dim=-1)
-        of_z, of_F = self.prediction.estimate(level)
-        return self._modulated(of_z * z + of_F * normed, c)
+            return torch.cat([self._normed(h, c).to(z.dtype), z / level.square()], dim=-1)
+        (of_z, of_F), (shift, scale) = self.prediction.estimate(level), self._modulation(c)
+        return (1 + scale) * (of_z * z + of_F * self.norm(h)) + shift
 
     def clean(self, h: Tensor, c: Tensor) -> Tensor:
         """Rows of a stream h (B, S, dim) of clean tokens."""
-        rows = self._modulated(self.norm(h), c)
-        return F.pad(rows.float(), (0, rows.shape[-1])) if self.reads_z else rows
+        rows = self._normed(h, c)
+        return F.pad(rows, (0, rows.shape[-1])) if self.reads_z else rows
 
     def logits(self, rows: Tensor, table: Tensor | None) -> Tensor:
         """(B, S, vocabulary) from rows and E^, as for `cross_entropy`."""
@@ -76,9 +78,17 @@ class ReadOutHead(nn.Module):
             how = {"token_weight": scale, "reduction": reduction}
             return linear_cross_entropy(rows, self._weight(table), token, **how)
 
-    def _modulated(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.modulation.parts(c if c.dim() == 3 else c[:, None])
-        return (1 + scale) * x + shift
+    def _modulation(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale (B, 1 or S, dim)."""
+        return self.modulation.parts(c if c.dim() == 3 else c[:, None])
+
+    def _normed(self, h: Tensor, c: Tensor) -> Tensor:
+        """(1 + scale) rms(h) + shift, in at least float32."""
+        shift, scale = self.modulation.parts(c)
+        told = {"norm": "rms", "eps": self.norm.eps}
+        if torch.compiler.is_exporting():  # as a layer does
+            return reference.adaln_norm(h, scale, shift, **told)
+        return adaln_norm(h, scale, shift, **told, dtype=statistics_dtype(h))
 
     def _weight(self, table: Tensor | None) -> Tensor:
         own = self.linear.weight

@@ -16,8 +16,9 @@ from dbkernels.data.made_up import Field
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.masked import Masked
 from dbkernels.diffusion.process import Process
-from dbkernels.models import dit, mdm, vit
+from dbkernels.models import ar, dit, mdm, vit
 from dbkernels.models.family import Presets, Weighting
+from dbkernels.models.reading import TextWay
 from dbkernels.settings import check_choice
 
 TextNoise = Literal["masked", "gaussian"]
@@ -82,7 +83,10 @@ class FamilyEntry:
     """What noise does to a text, which says how its bits are bounded: it masks tokens, or moves
     their embeddings; None is no model of text."""
     prompts: Callable[[ModelConfig, int, torch.device], Batch] | None = None
-    """(config, number of each class, device) -> what to sample; None where it samples nothing."""
+    """(config, number of each class, device) -> what to sample; None where it draws no images."""
+    writes: TextWay | None = None
+    """How it makes text. cached or whole: token by token, with what layers keep of known ones, or
+    all of them read again for each. unmask: a window at once, whose tokens open one by one."""
 
 
 FAMILIES = {
@@ -116,6 +120,20 @@ FAMILIES = {
         paper=Masked(),
         weighting="process",
         text="masked",
+        writes="unmask",
+    ),
+    "ar": FamilyEntry(
+        summary="writes text, token by token",
+        model=ar.AR,
+        config=ar.ARConfig,
+        # where a token's information lies for 32,000 words: below 0.05 it is read off z, and above
+        # 8 less than 0.01 nats of it are in z
+        process=LogNormal(mean=-0.75, std=0.8, sigma_min=0.05, sigma_max=8.0),
+        paper=LogNormal(),
+        weighting="none",
+        text="gaussian",
+        writes="cached",
+        conventional="the next token, from clean ones alone",
     ),
 }
 

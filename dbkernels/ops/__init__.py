@@ -17,6 +17,7 @@ from dbkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dbkernels.ops.philox import Draw, normals, uniforms
 from dbkernels.ops.qk_norm_rotary import qk_norm_rotary
 from dbkernels.ops.score_loss import score_loss
+from dbkernels.ops.table_rows import table_rows
 from dbkernels.ops.two_stream import two_stream_attention
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "qk_norm_rotary",
     "score_loss",
     "swiglu",
+    "table_rows",
     "two_stream_attention",
     "uniforms",
     "use_implementation",

@@ -236,3 +236,7 @@ def score_loss(
         losses = (error * mask).sum(1) / mask.sum(1).clamp_min(1)
     loss = {"mean": losses.mean, "sum": losses.sum, "none": losses.clone}[reduction]()
     return loss, losses.detach()
+
+
+def table_rows(table: Tensor, index: Tensor, *, unit: bool = False) -> Tensor:
+    return F.embedding(index, F.normalize(table, dim=-1) if unit else table)

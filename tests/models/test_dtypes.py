@@ -80,7 +80,7 @@ WAYS = [
 ]
 
 
-@image_families
+@every_family
 @each_dtype
 @pytest.mark.parametrize("settings", WAYS, ids=str)
 def test_trains_goes_on_and_learns(family, dtype, settings):
@@ -88,7 +88,7 @@ def test_trains_goes_on_and_learns(family, dtype, settings):
         blocks = make_blocks(family, sharing=sharing).to(dtype)
         return Trainer(blocks, data, steps=20, batch_size=8, lr=3e-3, **settings)
 
-    data, settings = make_data(), dict(settings)
+    data, settings = make_data(family=family), dict(settings)
     sharing = settings.pop("sharing", "joint")
     first, second = trainer(), trainer()
     before = sum(first.blocks.evaluate(data).block_losses)

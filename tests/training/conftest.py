@@ -3,8 +3,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training.tiny import DIT, PRIOR, VIT
+from training.tiny import CONFIGS, PROCESSES
 
+from dbkernels.data.token_files import write_tokens
+from dbkernels.models import FAMILIES
 from dbkernels.training import run
 from dbkernels.training.run_config import PartitionConfig, RunConfig
 from dbkernels.training.trainer_config import TrainerConfig
@@ -16,16 +18,19 @@ def make_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("data.npy", np.random.default_rng(0).standard_normal((12, 1, 4, 4)).astype(np.float32))
     np.save("data_labels.npy", np.arange(12) % 3)
-    model, weighting = {"vit": VIT, "dit": DIT}, {"vit": "none", "dit": "process"}
+    tokens = np.random.default_rng(0).integers(0, 3, (12, 24))
+    write_tokens("tokens", {"train": tokens}, vocabulary=3)
     trainer = TrainerConfig(steps=4, batch_size=4, lr=1e-2, ema=0.9)
-    fields = {"data": "data.npy", "label_drop": 0.0, "mirror": False, "shift": 0, "prior": PRIOR}
+    fields = {"label_drop": 0.0, "mirror": False, "shift": 0}
 
     def make(family="vit", *, partition=None, **changes):
-        own = {"weighting": weighting[family], **fields}
+        data = "tokens" if "token" in CONFIGS[family].fields() else "data.npy"
+        own = {"weighting": FAMILIES[family].weighting, "prior": PROCESSES[family], **fields}
+        own["data"] = data
         own |= {name: changes.pop(name) for name in own if name in changes}
         own |= {"partition": PartitionConfig(**partition or {})}
         own |= {"trainer": replace(trainer, **changes)}
-        return RunConfig(family=family, model=model[family], **own)
+        return RunConfig(family=family, model=CONFIGS[family], **own)
 
     return make
 

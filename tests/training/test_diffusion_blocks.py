@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from training.tiny import PRIOR, make_blocks
+from training.tiny import PRIOR, families, make_blocks
 
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.ops.philox import Draw, uniforms
@@ -25,7 +25,7 @@ def test_copies_share_layers_and_target_and_nothing_else():
         assert torch.equal(other.patch.weight, first.patch.weight)
 
 
-@pytest.mark.parametrize("family", ["vit", "dit"])
+@families
 @pytest.mark.parametrize("sharing", ["joint", "copies"])
 def test_every_trainable_parameter_is_in_one_group_under_its_own_name(family, sharing):
     blocks = make_blocks(family, sharing=sharing)

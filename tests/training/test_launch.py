@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from training.tiny import CPU, IN_BACKWARD, PREFETCH, assert_same, augment, make_trainer
+from training.tiny import CPU, IN_BACKWARD, PREFETCH, assert_same, augment, families, make_trainer
 
 import dbkernels.training.trainer as module
 from dbkernels.training.block_order import BlockOrder
@@ -67,7 +67,7 @@ class Data:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("family", ["vit", "dit"])
+@families
 def test_steps_are_launched_without_a_wait_and_their_rows_read_late(family, settings, monkeypatch):
     monkeypatch.setattr(module, "batch_indices", on_host(module.batch_indices))
     monkeypatch.setattr(BlockOrder, "block", on_host(BlockOrder.block))
@@ -76,7 +76,8 @@ def test_steps_are_launched_without_a_wait_and_their_rows_read_late(family, sett
     trainer.data = data = Data(trainer.data)
     with NoWaiting():
         pending = [trainer.launch(trainer.next_block()) for _ in range(5)]
-    assert data.put == 5 * 2 * settings.get("accumulate", 1)
+    each = len(trainer.blocks.model.config.fields())
+    assert data.put == 5 * each * settings.get("accumulate", 1)
     rows = [plain.step_block(plain.next_block()) for _ in range(5)]
     assert [each.row() for each in pending] == rows
     assert_same(trainer, plain)

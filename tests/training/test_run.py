@@ -7,7 +7,7 @@ import pytest
 import torch
 from models.tiny import dynamo_alone
 from torch._dynamo.utils import counters
-from training.tiny import CPU, IN_BACKWARD, equal, make_data, make_older, weights
+from training.tiny import CPU, IN_BACKWARD, equal, families, make_data, make_older, weights
 
 import dbkernels.training.run as run_module
 from dbkernels.data.images import open_data
@@ -27,7 +27,7 @@ def files(directory=RUN):
 # from a configuration to a trainer
 
 
-@pytest.mark.parametrize("family", ["vit", "dit"])
+@families
 def test_config_comes_back_as_it_was_written(make_config, family, tmp_path):
     config = make_config(family, partition={"split": "1,1,1"}, lr=1 / 3)
     write_config(config, tmp_path)

@@ -14,10 +14,10 @@ from training.tiny import (
     assert_same_steps,
     augment,
     copies,
+    families,
     make_trainer,
 )
 
-families = pytest.mark.parametrize("family", ["vit", "dit"])
 SCHEDULE = {"ema": 0.9, "warmup": 1, "decay": "cosine"}
 ROUNDED, COPIES = {"accumulate": 2, "autocast": True}, {"sharing": "copies"}
 DISK = {"offload": "disk"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training.tiny import PRIOR, VIT, assert_same
+from training.tiny import PRIOR, VIT, assert_same, families
 
 import dbkernels.training.same_run as same_run
 from dbkernels.ops.backend.library import Library
@@ -66,7 +66,7 @@ def test_a_configuration_of_version_2_is_read_and_what_came_later_has_its_defaul
     ("settings", "first", "second"),
     [({}, 2, 4), ({"warmup": 3}, 3, 5), ({"steps_per_swap": 2, "offload": "cpu"}, 4, 7)],
 )
-@pytest.mark.parametrize("family", ["vit", "dit"])
+@families
 def test_more_steps_at_a_constant_rate_have_the_bits_of_a_run_that_was_always_longer(
     make_config, train, family, settings, first, second
 ):

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from dbkernels.data.augment import mirror, shift
+from dbkernels.data.dataset import as_data
 from dbkernels.data.images import ImageData
 from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.models import DiT, DiTConfig, ViT, ViTConfig
+from dbkernels.models import FAMILIES, DiTConfig, MDMConfig, ViTConfig
 from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.trainer import Trainer
@@ -20,13 +21,21 @@ PRIOR = LogNormal()
 SIZES = {"dim": 16, "depth": 3, "num_heads": 2, "image_size": 4, "channels": 1, "num_classes": 3}
 DIT = DiTConfig(**SIZES)
 VIT = ViTConfig(**SIZES, patch=2, mlp_hidden=32, cond_dim=8)
+MDM = MDMConfig(dim=16, depth=3, num_heads=2, mlp_hidden=32, cond_dim=8, length=24, vocabulary=3)
+CONFIGS = {"vit": VIT, "dit": DIT, "mdm": MDM}
+PROCESSES = {family: FAMILIES[family].process for family in CONFIGS} | {"vit": PRIOR}
+families = pytest.mark.parametrize("family", CONFIGS)
 IN_BACKWARD = {"optimizer_in_backward": True, "clip": 0.0}
 CPU = {"offload": "cpu"}
 PREFETCH = {"offload": "cpu", "prefetch": True}
 
 
-def make_data(count=10):
+def make_data(count=10, family="vit"):
     random = torch.Generator().manual_seed(5)
+    if "token" in (fields := CONFIGS[family].fields()):
+        # low ids come more often: there is something to learn
+        tokens = torch.minimum(*(fields["token"].made(count, random) for _ in range(2)))
+        return as_data([{"token": token} for token in tokens])
     images = torch.randn(count, 1, 4, 4, generator=random).numpy()
     return ImageData(images, torch.arange(count) % 3, 3)
 
@@ -34,8 +43,9 @@ def make_data(count=10):
 def make_blocks(family="vit", num_blocks=3, sharing="joint", dim=16, **settings):
     """Always of the same weights."""
     torch.manual_seed(1)
-    model = ViT(replace(VIT, dim=dim)) if family == "vit" else DiT(replace(DIT, dim=dim))
-    return DiffusionBlocks(model, num_blocks, sharing=sharing, **{"process": PRIOR} | settings)
+    model = FAMILIES[family].model(replace(CONFIGS[family], dim=dim))
+    settings = {"process": PROCESSES[family], "sharing": sharing, **settings}
+    return DiffusionBlocks(model, num_blocks, **settings)
 
 
 def make_trainer(
@@ -51,7 +61,7 @@ def make_trainer(
     for name, parameter in blocks.named_parameters():
         if frozen and frozen in name:
             parameter.requires_grad_(False)
-    return Trainer(blocks, make_data(), objective=objective, device=device, **settings)
+    return Trainer(blocks, make_data(family=family), objective=objective, device=device, **settings)
 
 
 def make_older(directory):
@@ -71,6 +81,8 @@ def make_older(directory):
 
 
 def augment(batch, draw):
+    if "image" not in batch:
+        return batch
     return shift(mirror(batch, draw), draw, pixels=1)
 
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from training.tiny import assert_same, copies, make_trainer, steps
+from training.tiny import assert_same, copies, families, make_trainer, steps
 
 import dbkernels.training.offload.rest_file as rest_file
 from dbkernels.training import checkpoint
@@ -94,7 +94,7 @@ def save(trainer, root):
 
 
 @pytest.mark.parametrize("settings", [{}, {"prefetch": True}, {"frozen": "mlp"}])
-@pytest.mark.parametrize("family", ["vit", "dit"])
+@families
 def test_a_checkpoint_is_read_from_the_files_and_has_the_bits_of_one_from_memory(
     tmp_path, piece, family, settings
 ):
