@@ -8,7 +8,7 @@ from dbkernels.diffusion.unmask import unmask
 from dbkernels.ops import Draw
 
 PROCESS, DRAW = Masked(), Draw(seed=4, step=1)
-PROBABILITY = torch.tensor([0.5, 0.0, 0.3, 0.2])
+PROBABILITY = torch.tensor([0.3, 0.0, 0.5, 0.2])
 
 
 def independent(tokens, level):
@@ -78,10 +78,10 @@ def test_tokens_come_as_often_as_their_probabilities_say():
 @pytest.mark.parametrize(
     ("temperature", "top_p", "expected"),
     [
-        (0.5, 1.0, [25 / 38, 0, 9 / 38, 4 / 38]),
-        (0.0, 1.0, [1, 0, 0, 0]),
+        (0.5, 1.0, [9 / 38, 0, 25 / 38, 4 / 38]),
+        (0.0, 1.0, [0, 0, 1, 0]),
         (1e9, 1.0, [1 / 3, 0, 1 / 3, 1 / 3]),
-        (1.0, 0.7, [5 / 8, 0, 3 / 8, 0]),
+        (1.0, 0.7, [3 / 8, 0, 5 / 8, 0]),
     ],
 )
 def test_what_is_answered_is_sharpened(temperature, top_p, expected):
