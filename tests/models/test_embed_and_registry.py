@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models.tiny import CONFIGS, SMALLEST, every_family, image_families, randomise
+from models.tiny import CONFIGS, every_family, image_families, randomise
 
 from dbkernels.data.images import ImageData
 from dbkernels.models import (
@@ -151,16 +151,15 @@ def test_the_families_have_names():
 @every_family
 def test_a_family_is_found_by_its_name_and_by_a_model(family):
     entry = FAMILIES[family]
-    model = entry.model.from_preset(SMALLEST[family])
+    config = entry.model.preset(entry.model.smallest)
+    model = entry.model.from_preset(entry.model.smallest)
     assert family_named(family) is entry is family_of(model)
-    assert model.config == entry.model.preset(SMALLEST[family]) and isinstance(
-        model.config, entry.config
-    )
+    assert model.config == config and isinstance(config, entry.config)
 
 
 @every_family
 def test_sizes_change_by_name_and_without_any_nothing_does(family):
-    config = FAMILIES[family].model.preset(SMALLEST[family])
+    config = FAMILIES[family].model.preset(FAMILIES[family].model.smallest)
     assert config.resized({}) == config
     smaller = config.resized({"dim": 16, "depth": 2})
     assert (smaller.dim, smaller.depth, smaller.num_heads) == (16, 2, config.num_heads)

@@ -75,7 +75,7 @@ def mdm(model, batch):
     token, (level, _) = batch["token"], levels_of(model)
     masked = uniforms(DRAW.nth(-1), 3, 7) < level[:, None]
     c = model.condition(1000 * level)
-    x = F.embedding(token.masked_fill(masked, 5), model.table.weight)
+    x = table_rows(model.table.weight, token.masked_fill(masked, 5))
     x = run_layers(model.layers, x, c, rotary_table(torch.arange(7), 4))
     shift, scale = model.modulation.linear(F.silu(c)).chunk(2, dim=-1)
     x = adaln_norm(x, scale, shift, norm="rms", dtype=scale.dtype)

@@ -22,7 +22,6 @@ CONFIGS = {
     "huginn": HuginnConfig(**TEXT, prelude=1, coda=1, read_out="paper", sigma_data=0.7),
 }
 IMAGES = ("vit", "dit")
-SMALLEST = {"vit": "digits", "dit": "digits", "mdm": "small", "huginn": "small"}  # presets
 LEVEL = torch.tensor([0.05, 0.9, 40.0])
 INTERVAL = Interval(0.01, 80.0)
 SCALE = torch.tensor([2.0, 0.25, 1.5])

@@ -1,7 +1,6 @@
 from dataclasses import replace
 
 import pytest
-from models.tiny import SMALLEST
 
 from dbkernels.cli.profile import Profile
 from dbkernels.cli.train import Train
@@ -17,11 +16,12 @@ TINY = DiTConfig(dim=16, depth=4, num_heads=2, image_size=4, channels=1, num_cla
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_settings_that_are_not_given_are_those_of_train(family, tmp_path):
-    made, told = of_preset(family, SMALLEST[family]).config(), {"data": "digits"}
+    smallest = FAMILIES[family].model.smallest
+    made, told = of_preset(family, smallest).config(), {"data": "digits"}
     if "token" in made.model.fields():
         told["data"] = str(tmp_path / "text")
         write_tokens(told["data"], {"train": [[3] * made.model.length]}, vocabulary=27)
-    told |= {"preset": SMALLEST[family], "partition": PartitionConfig(num_blocks=1)}
+    told |= {"preset": smallest, "partition": PartitionConfig(num_blocks=1)}
     flags = Train(family=family, out=tmp_path, **told)
     trainer = replace(flags.config().trainer, steps=made.trainer.steps)
     assert made == replace(flags.config(), data="made up", trainer=trainer)
