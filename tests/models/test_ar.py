@@ -67,15 +67,14 @@ def met_by(model, call):
     return met[-1]
 
 
-def test_through_a_block_meets_the_clean_stream_as_the_layers_before_it_leave_it():
-    batch = {"token": TOKEN}
-    for clean in ("own", "through"):
-        model = make(clean=clean)
-        given = met_by(model, lambda: model.denoise(noisy(model), LEVEL, (2, 3), batch))[3:]
-        deep = met_by(model, lambda: model.conventional_losses(DRAW, range(4), batch))
-        before = F.pad(TOKEN[:, :-1], (1, 0), value=CONFIG.vocabulary)
-        shallow = model.clean_table.weight[before]
-        torch.testing.assert_close(given, deep if clean == "through" else shallow)
+@every_clean
+def test_a_block_meets_the_clean_stream_as_the_table_or_the_layers_before_it_leave_it(clean):
+    model, batch = make(clean=clean), {"token": TOKEN}
+    given = met_by(model, lambda: model.denoise(noisy(model), LEVEL, (2, 3), batch))[3:]
+    deep = met_by(model, lambda: model.conventional_losses(DRAW, range(4), batch))
+    before = F.pad(TOKEN[:, :-1], (1, 0), value=CONFIG.vocabulary)
+    shallow = model.clean_table.weight[before]
+    torch.testing.assert_close(given, deep if clean == "through" else shallow)
 
 
 @every_clean
