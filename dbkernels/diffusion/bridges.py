@@ -22,6 +22,7 @@ from dbkernels.ops.philox import Draw, uniforms
 from dbkernels.settings import check_choice
 
 BridgeName = Literal["soft", "argmax", "sample"]
+DEFAULT_BRIDGE: BridgeName = "sample"
 Bridge = Callable[[Tensor, Tensor, Tensor, float, float, Draw], Tensor]
 
 

@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from models.tiny import CONFIGS, every_family, image_families, randomise
 
 from dbkernels.data.images import ImageData
-from dbkernels.models import AR, FAMILIES, MDM, DiT, DiTConfig, ViT, family_named, family_of
+from dbkernels.models import (
+    AR,
+    FAMILIES,
+    MDM,
+    DiT,
+    DiTConfig,
+    Huginn,
+    ViT,
+    family_named,
+    family_of,
+)
 from dbkernels.models.embed import (
     FinalModulation,
     NoiseEmbedding,
@@ -130,9 +140,11 @@ def data_of(shape):
 
 def test_the_families_have_names():
     models = {name: entry.model for name, entry in FAMILIES.items()}
-    assert models == {"vit": ViT, "dit": DiT, "mdm": MDM, "ar": AR}
+    assert models == {"vit": ViT, "dit": DiT, "mdm": MDM, "ar": AR, "huginn": Huginn}
     assert family_of(torch.nn.Linear(1, 1)) is None
-    with pytest.raises(ValueError, match="family must be one of vit, dit, mdm, ar, got cnn"):
+    with pytest.raises(
+        ValueError, match="family must be one of vit, dit, mdm, ar, huginn, got cnn"
+    ):
         family_named("cnn")
 
 

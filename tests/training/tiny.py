@@ -11,7 +11,7 @@ import torch
 from dbkernels.data.augment import mirror, shift
 from dbkernels.data.images import ImageData
 from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.models import FAMILIES, DiTConfig, MDMConfig, ViTConfig
+from dbkernels.models import FAMILIES, DiTConfig, HuginnConfig, MDMConfig, ViTConfig
 from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.trainer import Trainer
@@ -20,8 +20,14 @@ PRIOR = LogNormal()
 SIZES = {"dim": 16, "depth": 3, "num_heads": 2, "image_size": 4, "channels": 1, "num_classes": 3}
 DIT = DiTConfig(**SIZES)
 VIT = ViTConfig(**SIZES, patch=2, mlp_hidden=32, cond_dim=8)
-MDM = MDMConfig(dim=16, depth=3, num_heads=2, mlp_hidden=32, cond_dim=8, length=24, vocabulary=3)
-CONFIGS = {"vit": VIT, "dit": DIT, "mdm": MDM}
+TEXT = {"dim": 16, "depth": 3, "num_heads": 2, "mlp_hidden": 32, "cond_dim": 8}
+TEXT |= {"length": 24, "vocabulary": 3}
+CONFIGS = {
+    "vit": VIT,
+    "dit": DIT,
+    "mdm": MDMConfig(**TEXT),
+    "huginn": HuginnConfig(**TEXT, prelude=1, coda=1, recurrences=3, truncation=2),
+}
 PROCESSES = {family: FAMILIES[family].process for family in CONFIGS} | {"vit": PRIOR}
 families = pytest.mark.parametrize("family", CONFIGS)
 IN_BACKWARD = {"optimizer_in_backward": True, "clip": 0.0}
