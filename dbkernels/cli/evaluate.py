@@ -1,34 +1,35 @@
 """`python -m dbkernels evaluate`."""
 
 import json
-import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
-from rich import box
-from rich.table import Column, Table
 from tyro.conf import Positional
 
+from dbkernels.cli.bits_table import bits_row, bits_tables, compare
 from dbkernels.cli.device import pick_device
+from dbkernels.cli.losses_table import losses_row, losses_tables
 from dbkernels.cli.table import Row, show
 from dbkernels.data.formats import MissingSplit
 from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import Data
+from dbkernels.diffusion.bridges import BridgeName
+from dbkernels.models.registry import family_named
 from dbkernels.settings import MOST_SEED, check_number
+from dbkernels.training.evaluation import SETTINGS
 from dbkernels.training.run import load_run
-from dbkernels.training.run_config import RunConfig
+from dbkernels.training.run_config import RunConfig, read_config
 from dbkernels.training.together import Start
-
-SPREAD = "spread"  # name of the row of standard deviations
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate trained runs on held-out data: losses by block, and accuracy after every step."""
+    """Evaluate trained runs on held-out data: losses by block and accuracy after every step, or the
+    bits per character of a text."""
 
     run_dirs: Annotated[
         Positional[tuple[Path, ...]],
@@ -42,12 +43,19 @@ class Evaluate:
     """Channels of a folder's images, as for train; run is as the run had it."""
     split: Literal["test", "train"] = "test"
     """Which split to read."""
-    levels: int = 3
-    """Noise levels from which a classifier answers; each is one evaluation of one block."""
-    start: Start = "zero"
-    """Where a classifier's steps start: zero, or noise, as in the paper."""
-    starts: int = 1
-    """Starts from noise whose probabilities are averaged."""
+    samples: int | None = None
+    """So many of the data, evenly spaced; None is all images, or 512 windows of a text."""
+    levels: int | None = None
+    """Noise levels of the sampler, each an evaluation of one block; None is three of a classifier,
+    and of a text one for each block."""
+    start: Start | None = None
+    """Where a classifier's steps start: zero, or noise, as in the paper; None is zero."""
+    starts: int | None = None
+    """Starts from noise whose probabilities are averaged; None is one of a classifier, and of a
+    text 32, where 0 leaves the sampler out."""
+    bridge: BridgeName | None = None
+    """How a text's sampler goes on from one level to the next: with the expected row, with the
+    likeliest word's, or with that of a drawn word, as None does."""
     weights: Literal["average", "last"] = "average"
     """The moving average of the weights where the run kept one, or the last weights."""
     checkpoint: str = "latest"
@@ -66,18 +74,28 @@ class Evaluate:
         directory, times = Counter(self.run_dirs).most_common(1)[0]
         if times > 1:
             raise ValueError(f"run_dirs must name each run once, got {directory} twice")
-        rows = [self._row(directory) for directory in self.run_dirs]
-        show(rows, [_table([*rows, *_over_seeds(rows)])], as_json=self.json)
+        self._check_use([read_config(directory) for directory in self.run_dirs])
+        rows = compare([self._row(directory) for directory in self.run_dirs])
+        show(rows, [*losses_tables(rows), *bits_tables(rows)], as_json=self.json)
+
+    @property
+    def _given(self) -> dict[str, object]:
+        settings = {name: getattr(self, name) for name in ("levels", "start", "starts", "bridge")}
+        return {name: value for name, value in settings.items() if value is not None}
+
+    def _check_use(self, configs: Sequence[RunConfig]) -> None:
+        """Refuse a setting that none of the runs has."""
+        used = {name for config in configs for name in _settings_of(config)}
+        for name, value in self._given.items():
+            if name not in used:
+                raise ValueError(f"{name} must be left out: no run here has it, got {value}")
 
     def _row(self, directory: Path) -> Row:
         averaged = self.weights == "average"
         config, blocks = load_run(
             directory, which=self.checkpoint, averaged=averaged, device=pick_device(self.device)
         )
-        data = self._open(config)
-        found = blocks.evaluate(
-            data, levels=self.levels, start=self.start, starts=self.starts, seed=self.seed
-        )
+        data, how = self._open(config), {"samples": self.samples, "seed": self.seed}
         setting = asdict(config)
         del setting["trainer"]["seed"]
         row: Row = {
@@ -85,11 +103,16 @@ class Evaluate:
             "family": config.family,
             "num_blocks": len(blocks),
             "seed": config.trainer.seed,
-            "block_losses": found.block_losses,
-            "loss_at_sigma_max": found.loss_at_most_noise,
         }
-        if found.metrics:
-            row |= {"levels": found.levels, **found.metrics}
+        if config.objective == "conventional":
+            found = blocks.evaluate_conventional(data, **how)
+        else:
+            given = {k: v for k, v in self._given.items() if k in _settings_of(config)}
+            found = blocks.evaluate(data, **given, **how)
+        if family_named(config.family).text is None:
+            row |= losses_row(found)
+        else:
+            row |= bits_row(found, config, [len(block.layers) for block in blocks])
         return {**row, "setting": json.dumps(setting, sort_keys=True)}
 
     def _open(self, config: RunConfig) -> Data:
@@ -102,45 +125,6 @@ class Evaluate:
             ) from None
 
 
-def _over_seeds(rows: list[Row]) -> list[Row]:
-    """For every setting that several runs share, the mean of each figure and its spread."""
-    found = []
-    for setting in dict.fromkeys(row["setting"] for row in rows):
-        group = [row for row in rows if row["setting"] == setting]
-        if len(group) == 1:
-            continue
-        runs = {"run": f"mean of {len(group)} seeds", "seed": ""}
-        mean, spread = {**group[0], **runs}, {**group[0], "run": SPREAD, "seed": ""}
-        for name in {"loss_at_sigma_max", "block_losses", "accuracy"} & mean.keys():
-            figures = [row[name] for row in group]
-            mean[name], spread[name] = np.mean(figures, axis=0), np.std(figures, axis=0, ddof=1)
-        found += [mean, spread]
-    return found
-
-
-def _table(rows: list[Row]) -> Table:
-    names, parent = _short_names([str(row["run"]) for row in rows if row["seed"] != ""])
-    headings = ["blocks", "seed", "loss of\neach block", "loss at\nsigma_max"]
-    if any("accuracy" in row for row in rows):
-        headings.append("accuracy after\neach step, %")
-    table = Table(
-        Column("run", overflow="fold"), *headings, box=box.SIMPLE_HEAD, show_edge=False,
-        padding=(0, 1, 0, 0), caption=parent and f"runs of {parent}",
-    )  # fmt: skip
-    for row in rows:
-        digits = ".1g" if row["run"] == SPREAD else ".4g"
-        losses = " ".join(f"{loss:{digits}}" for loss in row["block_losses"])
-        most_noise, shares = row["loss_at_sigma_max"], row.get("accuracy", ())
-        accuracy = " ".join(f"{100 * share:.2f}" for share in shares)
-        cells = row["num_blocks"], row["seed"], losses, f"{most_noise:{digits}}", accuracy
-        cells = map(str, cells[: len(headings)])
-        table.add_row(names.get(row["run"], row["run"]), *cells)
-    return table
-
-
-def _short_names(paths: list[str]) -> tuple[dict[str, str], str]:
-    """The paths without the directory that they have in common, and that directory."""
-    parents = [os.path.dirname(path) for path in paths]
-    absolute = {os.path.isabs(path) for path in paths}
-    parent = os.path.commonpath(parents) if len(absolute) == 1 else ""
-    return {path: os.path.relpath(path, parent) if parent else path for path in paths}, parent
+def _settings_of(config: RunConfig) -> Sequence[str]:
+    """Settings that the evaluation of a run has."""
+    return SETTINGS[family_named(config.family).text] if config.objective == "blocks" else ()

@@ -22,6 +22,7 @@ from dbkernels.ops.philox import Draw, uniforms
 from dbkernels.settings import check_choice
 
 BridgeName = Literal["soft", "argmax", "sample"]
+DEFAULT_BRIDGE: BridgeName = "sample"
 Bridge = Callable[[Tensor, Tensor, Tensor, float, float, Draw], Tensor]
 
 
@@ -74,7 +75,7 @@ def _likeliest(probabilities: Tensor, table: Tensor, draw: Draw) -> Tensor:
 def _drawn(probabilities: Tensor, table: Tensor, draw: Draw) -> Tensor:
     B, *places, V = probabilities.shape
     u = uniforms(draw, B, torch.Size(places).numel(), device=probabilities.device)
-    words = choose(probabilities.reshape(-1, V), u.flatten(), 1.0)
+    words = choose(probabilities.reshape(-1, V), u.flatten())
     return table[words.view(B, *places)]
 
 

@@ -30,7 +30,7 @@ def sharpened(probability: Tensor, temperature: float = 1.0, top_p: float = 1.0)
     # from the likeliest on, so that no small temperature leaves them all at minus infinity
     p = ((logarithm - logarithm.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
-        ordered, words = p.sort(-1, descending=True, stable=True)
+        ordered, words = p.sort(dim=-1, descending=True, stable=True)
         likelier = ordered.cumsum(-1) - ordered
         kept = ordered.masked_fill(likelier >= top_p, 0.0)
         p = torch.zeros_like(p).scatter(-1, words, kept)

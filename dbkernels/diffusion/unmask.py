@@ -5,7 +5,6 @@ From time t to s a masked token opens with probability (alpha_s - alpha_t) / (1 
 (arXiv:2406.04329), section 4.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from dbkernels.diffusion.masked import MASK
 from dbkernels.diffusion.samplers import Denoiser
+from dbkernels.diffusion.sharpen import check_sharpening, sharpened
 from dbkernels.ops.philox import Draw, uniforms
 
 
@@ -25,6 +25,7 @@ def unmask(
     draw: Draw,
     *,
     temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> Tensor:
     """Open masked tokens step by step.
 
@@ -35,13 +36,15 @@ def unmask(
         levels:       shares of masked tokens, descending in (0, 1], as `Masked.grid` gives them;
                       what is still masked at the last one opens there
         draw:         names the choices; a sample depends on its own place in the draw alone
-        temperature:  probabilities are raised to its inverse; below 1 likely tokens come more often
+        temperature:  of the answered probabilities, at every level, as for `sharpened`
+        top_p:        likewise
     Returns:
         (B, T) int64, without MASK.
     Raises:
-        ValueError: levels are not as above, or temperature is not positive and finite.
+        ValueError: levels, temperature or top_p are not as above.
     """
-    _check(levels, temperature)
+    _check(levels)
+    check_sharpening(temperature, top_p)
     B, T = tokens.shape
     opening = [1 - following / level for level, following in pairwise(levels)]
     for step, (level, share) in enumerate(zip(levels, [*opening, 1.0], strict=True)):
@@ -49,31 +52,27 @@ def unmask(
         u = uniforms(draw.nth(2 * step), B, T, device=tokens.device)
         opens = (tokens == MASK) & (u <= share)
         chosen = uniforms(draw.nth(2 * step + 1), B, T, device=tokens.device)[opens]
-        tokens = tokens.masked_scatter(opens, choose(probability[opens], chosen, temperature))
+        probability = sharpened(probability[opens], temperature, top_p)
+        tokens = tokens.masked_scatter(opens, choose(probability, chosen))
     return tokens
 
 
-def choose(probability: Tensor, u: Tensor, temperature: float) -> Tensor:
+def choose(probability: Tensor, u: Tensor) -> Tensor:
     """Tokens by the inverse of their cumulative probabilities.
 
     Args:
         probability:  (N, V)  need not add up to 1
         u:            (N,)    float64 in (0, 1]; uniform numbers draw each token as often as its
                       probability says
-        temperature:  probabilities are raised to its inverse
     Returns:
         (N,) int64; none has probability 0.
     """
     # float64, so that the sums of a large vocabulary keep its rare tokens
-    logarithm = probability.double().log()
-    logarithm -= logarithm.amax(-1, keepdim=True)
-    cumulative = logarithm.div_(temperature).exp_().cumsum(-1)
+    cumulative = probability.double().cumsum(-1)
     return torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None])[:, 0]
 
 
-def _check(levels: Sequence[float], temperature: float) -> None:
+def _check(levels: Sequence[float]) -> None:
     descending = all(a > b for a, b in pairwise(levels))
     if not levels or not descending or not 0 < levels[-1] <= levels[0] <= 1:
         raise ValueError(f"levels must be descending in (0, 1], got {list(levels)}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")

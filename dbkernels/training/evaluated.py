@@ -64,7 +64,7 @@ class Evaluated(Together):
             start:       of a classifier's steps, as for `predictions`; None is zero
             starts:      whose probabilities are averaged; None is one of a classifier, and of a
                          text STARTS, where 0 leaves the sampler out
-            bridge:      of a text's sampler; None is soft
+            bridge:      of a text's sampler; None is DEFAULT_BRIDGE
             samples:     of the data, evenly spaced; None is all of them, and of a text WINDOWS
             seed:        of the noise
             batch_size:  samples at a time; it does not change the noise that they get

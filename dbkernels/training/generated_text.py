@@ -21,7 +21,6 @@ from dbkernels.data.token_files import check_ids
 from dbkernels.diffusion.bridges import BridgeName, bridge
 from dbkernels.diffusion.masked import MASK
 from dbkernels.diffusion.process import Interval, Spacing
-from dbkernels.diffusion.samplers import Denoiser
 from dbkernels.diffusion.sharpen import check_sharpening, sharpened
 from dbkernels.diffusion.unmask import choose, unmask
 from dbkernels.models.cached import CachedReader
@@ -44,9 +43,9 @@ def text_way(blocks: DiffusionBlocks) -> TextWay:
         ValueError: it makes none.
     """
     entry = family_of(blocks.model)
-    if entry is None or entry.text is None:
+    if entry is None or entry.writes is None:
         raise ValueError(f"blocks must be of a model of text, got {type(blocks.model).__name__}")
-    return entry.text
+    return entry.writes
 
 
 def text_levels(
@@ -242,12 +241,11 @@ class GeneratedText:
         while left:
             P = known.shape[1]
             tokens = F.pad(known, (0, self.window - P), value=MASK)
-            answer = self.blocks.denoiser({"token": tokens})
-
-            def denoiser(tokens: Tensor, level: float, answer: Denoiser = answer) -> Tensor:
-                return sharpened(answer(tokens, level), **self._how)
-
-            found = unmask(denoiser, tokens, self.levels, self._draw(step))
+            # known tokens are open, and a network expects as many as its level says
+            share, least = 1 - P / self.window, self.blocks.process.range.low
+            levels = [level * share for level in self.levels if level * share >= least]
+            denoiser = self.blocks.denoiser({"token": tokens})
+            found = unmask(denoiser, tokens, levels or [least], self._draw(step), **self._how)
             new = found[:, P : P + left]
             yield new
             known, left, step = self._last_half(found), left - new.shape[1], step + 1
@@ -275,4 +273,4 @@ def check_prompt(prompt: Tensor, window: int, vocabulary: int) -> None:
 
 def _chosen(probability: Tensor, draw: Draw) -> Tensor:
     """Tokens (B,) that are drawn from probabilities (B, V)."""
-    return choose(probability, uniforms(draw, len(probability), device=probability.device), 1.0)
+    return choose(probability, uniforms(draw, len(probability), device=probability.device))

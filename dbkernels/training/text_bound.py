@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
-from dbkernels.diffusion.likelihood import Curve, gaussian_bound, masked_bound
+from dbkernels.diffusion.likelihood import Curve, GaussianBound, gaussian_bound, masked_bound
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.philox import Draw, generator
 from dbkernels.training.partition import Block
@@ -72,40 +72,59 @@ def _spread(windows: int, seed: int, block: int) -> Tensor:
 def gaussian_bits(blocks: Together, text: Reading) -> TextEvaluation:
     """The bound of blocks that denoise embeddings, for every level at which it may stop.
 
+    The bits are the mean of two halves of the windows, of which each stops at the level that is
+    best for the other: the least of many figures with noise in them would be too low.
+
     Arguments are those of `masked_bits`.
     """
-    every = list(blocks)
-    levels = [curve_levels(block.noise.high, block.noise.low) for block in every]
-    sums = [torch.zeros(len(each), 2, dtype=torch.float64) for each in levels]
-    norm = 0.0
+    levels = [curve_levels(block.noise.high, block.noise.low) for block in blocks]
+    sums, norm = _sums(blocks, text, levels)
+    windows = torch.tensor([len(text) - len(text) // 2, len(text) // 2], dtype=torch.float64)
+
+    def bound_of(halves: list[int]) -> tuple[list[Curve], GaussianBound]:
+        tokens = windows[halves].sum() * text.data.length
+        means = [each[halves].sum(0) / tokens for each in sums]
+        curves = [Curve(at, *mean.T.tolist()) for at, mean in zip(levels, means, strict=True)]
+        return curves, gaussian_bound(curves, squared_norm=norm / text.tokens)
+
+    (curves, bound), unit = bound_of([0, 1]), text.unit
+    best = bound.best[1]
+    if len(text) > 1:
+        (_, even), (_, odd) = bound_of([0]), bound_of([1])
+        stops = torch.tensor(
+            [even.nats[np.argmin(odd.nats)], odd.nats[np.argmin(even.nats)]], dtype=torch.float64
+        )
+        best = float((windows * stops).sum() / len(text))
+    return TextEvaluation(
+        unit * best,
+        tuple(unit * nats for nats in bound.blocks),
+        len(text),
+        text.tokens,
+        stop=bound.best[0],
+        least=unit * bound.down_to_least,
+        most_noise=unit * bound.at_most_noise,
+        curves=tuple(curves),
+    )
+
+
+def _sums(blocks: Together, text: Reading, levels: list[list[float]]) -> tuple[list[Tensor], float]:
+    """Of each block the sums over the tokens of every second window, from the first and from the
+    second, of the error and the cross-entropy at its levels, (2, levels, 2) float64; and that of
+    the clean rows' squared norms."""
+    sums, norm = [torch.zeros(2, len(each), 2, dtype=torch.float64) for each in levels], 0.0
     for batch, draw in text.batches(blocks.device):
-        step = 0
-        for block, each, total in zip(every, levels, sums, strict=True):
+        step, odd = 0, draw.sample % 2
+        for block, each, total in zip(blocks, levels, sums, strict=True):
             model = blocks.of(block)
             target = model.target(batch)
             for place, level in enumerate(each):
                 # noise of its own for each level, so that the integral averages over it
                 logits = _answer(model, block, target, level, batch, replace(draw, step=step))
-                total[place] += _error_and_entropy(model, logits, target, batch["token"])
+                found = _error_and_entropy(model, logits, target, batch["token"])
+                total[:, place] += torch.stack([found[odd::2].sum(0), found[1 - odd :: 2].sum(0)])
                 step += 1
-        norm += float(target.double().square().sum())
-    means = [(total / text.tokens).unbind(1) for total in sums]
-    curves = [
-        Curve(each, error.tolist(), entropy.tolist())
-        for each, (error, entropy) in zip(levels, means, strict=True)
-    ]
-    bound = gaussian_bound(curves, squared_norm=norm / text.tokens)
-    stop, nats = bound.best
-    return TextEvaluation(
-        text.unit * nats,
-        tuple(text.unit * nats for nats in bound.blocks),
-        len(text),
-        text.tokens,
-        stop=stop,
-        least=text.unit * bound.down_to_least,
-        most_noise=text.unit * bound.at_most_noise,
-        curves=tuple(curves),
-    )
+        norm += float(target.square().sum(dtype=torch.float64))
+    return sums, norm
 
 
 def curve_levels(high: float, low: float) -> list[float]:
@@ -124,10 +143,12 @@ def _answer(
 
 
 def _error_and_entropy(model: nn.Module, logits: Tensor, target: Tensor, token: Tensor) -> Tensor:
-    """Sums over tokens, (2,) float64 on the host."""
-    error = (target.float() - model.estimate(logits).float()).square().sum(dtype=torch.float64)
+    """Sums over the tokens of each window, (B, 2) float64 on the host."""
+    error = (
+        (target.float() - model.estimate(logits).float()).square().sum((1, 2), dtype=torch.float64)
+    )
     entropy = F.cross_entropy(logits.float().flatten(0, -2), token.flatten(), reduction="none")
-    return torch.stack([error, entropy.sum(dtype=torch.float64)]).cpu()
+    return torch.stack([error, entropy.view(token.shape).sum(1, dtype=torch.float64)], dim=1).cpu()
 
 
 def conventional_bits(blocks: Together, text: Reading) -> TextEvaluation:

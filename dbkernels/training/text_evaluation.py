@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dbkernels.diffusion.bridges import BridgeName
+from dbkernels.diffusion.bridges import DEFAULT_BRIDGE, BridgeName
 from dbkernels.diffusion.process import Process
 from dbkernels.models.registry import TextNoise
 from dbkernels.settings import check_number
@@ -35,7 +35,7 @@ def evaluate_text(
         text:    as it is read
         levels:  of the sampler, descending, or how many; None is one for each block
         starts:  of the sampler; None is STARTS, and 0 leaves the sampler out
-        bridge:  of the sampler; None is soft
+        bridge:  of the sampler; None is DEFAULT_BRIDGE
     Raises:
         ValueError: a setting has a value that it cannot have.
     """
@@ -48,7 +48,7 @@ def evaluate_text(
         # first, for what it refuses
         grid = _grid(blocks.process, len(list(blocks)) if levels is None else levels)
         some = replace(text, windows=-(-len(text) // SAMPLED))
-        found = sampler_bits(blocks, some, grid, starts=starts, name=bridge or "soft")
+        found = sampler_bits(blocks, some, grid, starts=starts, name=bridge or DEFAULT_BRIDGE)
     return replace(gaussian_bits(blocks, text), sampler=found)
 
 

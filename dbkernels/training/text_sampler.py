@@ -84,4 +84,4 @@ def _of_start(
 def _table(blocks: Together, vocabulary: int) -> Tensor:
     """The clean rows of all words, (V, D): what a model makes of a text that has each once."""
     every = torch.arange(vocabulary, device=blocks.device)[None]
-    return blocks.of(next(iter(blocks))).target({"token": every})[0].float()
+    return blocks.model.target({"token": every})[0].float()

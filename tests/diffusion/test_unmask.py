@@ -8,7 +8,7 @@ from dbkernels.diffusion.unmask import unmask
 from dbkernels.ops import Draw
 
 PROCESS, DRAW = Masked(), Draw(seed=4, step=1)
-PROBABILITY = torch.tensor([0.5, 0.0, 0.3, 0.2])
+PROBABILITY = torch.tensor([0.3, 0.0, 0.5, 0.2])
 
 
 def independent(tokens, level):
@@ -76,11 +76,17 @@ def test_tokens_come_as_often_as_their_probabilities_say():
 
 
 @pytest.mark.parametrize(
-    ("temperature", "expected"),
-    [(0.5, [25 / 38, 0, 9 / 38, 4 / 38]), (1e-5, [1, 0, 0, 0]), (1e9, [1 / 3, 0, 1 / 3, 1 / 3])],
+    ("temperature", "top_p", "expected"),
+    [
+        (0.5, 1.0, [9 / 38, 0, 25 / 38, 4 / 38]),
+        (0.0, 1.0, [0, 0, 1, 0]),
+        (1e9, 1.0, [1 / 3, 0, 1 / 3, 1 / 3]),
+        (1.0, 0.7, [3 / 8, 0, 5 / 8, 0]),
+    ],
 )
-def test_temperature_sharpens_what_is_answered(temperature, expected):
-    tokens = unmask(independent, blank(200, 50), [1.0], DRAW, temperature=temperature)
+def test_what_is_answered_is_sharpened(temperature, top_p, expected):
+    told = {"temperature": temperature, "top_p": top_p}
+    tokens = unmask(independent, blank(200, 50), [1.0], DRAW, **told)
     shares = torch.bincount(tokens.flatten(), minlength=4) / tokens.numel()
     assert shares.tolist() == pytest.approx(expected, abs=0.02)
 
@@ -101,8 +107,7 @@ def test_a_sample_depends_on_its_own_place_in_the_draw_alone():
         ([1.0, 1.0], 1.0, "levels must be descending"),
         ([0.5, 0.0], 1.0, "levels must be descending"),
         ([1.5, 0.5], 1.0, r"levels must be .*, got \[1.5, 0.5\]"),
-        ([1.0], 0.0, "temperature must be positive and finite, got 0.0"),
-        ([1.0], float("nan"), "temperature must be positive and finite, got nan"),
+        ([1.0], -1.0, "temperature must be finite and at least 0, got -1.0"),
     ],
 )
 def test_rejects(levels, temperature, message):

@@ -10,7 +10,7 @@ from memory.steps import allocator_peak
 from dbkernels.data.images import batch_indices
 from dbkernels.memory.allocator import TARGETS, MiB
 from dbkernels.memory.measure import MEASURED, measure_peak
-from dbkernels.models import FAMILIES, DiTConfig, MDMConfig, stem_and_head
+from dbkernels.models import FAMILIES, DiTConfig, HuginnConfig, MDMConfig, stem_and_head
 from dbkernels.ops.backend.register import registered
 from dbkernels.ops.layer.recompute import policies_of
 from dbkernels.planning import dry_run as module
@@ -20,10 +20,14 @@ from dbkernels.training.run_config import RunConfig
 
 DIT = DiTConfig(dim=64, depth=4, num_heads=4, image_size=8, channels=4, num_classes=10)
 VIT = replace(FAMILIES["vit"].model.preset("digits"), depth=4)
-TEXT = MDMConfig(
-    dim=64, depth=4, num_heads=4, mlp_hidden=176, cond_dim=16, length=40, vocabulary=50
-)
-MODELS = {"dit": DIT, "vit": VIT, "mdm": TEXT}
+TEXT = {"dim": 64, "depth": 4, "num_heads": 4, "mlp_hidden": 176, "cond_dim": 16}
+TEXT |= {"length": 40, "vocabulary": 50}
+MODELS = {
+    "dit": DIT,
+    "vit": VIT,
+    "mdm": MDMConfig(**TEXT),
+    "huginn": HuginnConfig(**TEXT, prelude=1, coda=1),
+}
 FUSED = Recipe("dit", "", DIT, batch_size=8, num_blocks=2, device=TARGETS["cpu"])
 PLAIN = replace(FUSED, method="end_to_end", num_blocks=1, recompute=None)
 ENDS = [
@@ -38,8 +42,11 @@ ROWS = [
     *LADDER,
     # the second block runs more, though it has no more layers
     replace(FUSED, layers=(0, 1, 2, 3, 2, 2), split=(2, 4)),
-    replace(FUSED, family="mdm", model=TEXT),
-    replace(PLAIN, family="mdm", model=TEXT),
+    *(
+        replace(recipe, family=family, model=MODELS[family])
+        for family in ("mdm", "huginn")
+        for recipe in (FUSED, PLAIN)
+    ),
 ]
 
 

@@ -45,8 +45,9 @@ def test_a_step_runs_one_blocks_layers_and_leaves_all_others_bitwise_unchanged(f
     layers = {name for name in changed if name.startswith("model.layers.")}
     assert ran == [1] and layers
     assert all(name.startswith("model.layers.1.") for name in layers)
-    first = "table" if family == "mdm" else "patch"
-    assert {f"model.{first}.weight", "model.head.weight"} <= changed
+    ends = {"mdm": ("table", "head"), "huginn": ("clean_table", "head.linear")}
+    shared = ends.get(family, ("patch", "head"))
+    assert {f"model.{name}.weight" for name in shared} <= changed
     assert all(parameter.grad is None for parameter in trainer.blocks.parameters())
 
 

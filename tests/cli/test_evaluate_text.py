@@ -1,0 +1,105 @@
+import math
+import statistics
+from functools import cache
+
+import numpy as np
+import pytest
+from cli.runs import refused, rows_of
+
+from dbkernels import write_tokens
+from dbkernels.cli.main import main
+
+SIZES = "--dim 16 --num-heads 2 --length 8 --steps 2 --batch-size 4 --lr 0.1 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """The directory of a tiny run on a text: a family and flags, trained once a module."""
+    root = tmp_path_factory.mktemp("texts")
+    ids = np.random.default_rng(0).integers(0, 5, 400)
+    write_tokens(root / "text", {"train": [ids[:300]], "test": [ids[300:]]}, vocabulary=5)
+
+    @cache
+    def run(line):
+        out = root / line.replace(" ", "")
+        main(["train", *line.split(), *f"--out {out} --data {root}/text {SIZES}".split()])
+        return out
+
+    return run
+
+
+BLOCKS, WHOLE, SHALLOW = (
+    f"mdm --depth {depth} --num-blocks {blocks}" for depth, blocks in ((3, 3), (3, 1), (1, 1))
+)
+
+
+def test_bits_of_blocks_stand_beside_networks_of_all_layers_and_of_a_blocks(cli, texts):
+    runs = [texts(line) for line in (BLOCKS, WHOLE, SHALLOW)]
+    blocks, whole, shallow = rows_of(cli(f"evaluate {' '.join(map(str, runs))} --json"))
+    assert (blocks["layers"], whole["layers"], shallow["layers"]) == ([1, 1, 1], [3], [1])
+    assert blocks["more_than_all_layers"] == blocks["bits"] - whole["bits"]
+    assert blocks["more_than_a_blocks_layers"] == blocks["bits"] - shallow["bits"]
+    assert whole["more_than_all_layers"] is None and whole["end_to_end"]
+    # the least time masks one token in ten thousand, which is said to cost log2(5)
+    assert sum(blocks["bits_of_blocks"]) + 1e-4 * math.log2(5) == pytest.approx(blocks["bits"])
+    assert (blocks["windows"], blocks["tokens"]) == (13, 104)
+
+    out = cli(f"evaluate {' '.join(map(str, runs))}").out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "13 windows of 8 tokens were read" in out and "sampler" not in out
+    (line,) = [line for line in out.splitlines() if line.startswith(f"{runs[0].name} ")][:1]
+    figures = (blocks[n] for n in ("bits", "more_than_all_layers", "more_than_a_blocks_layers"))
+    assert line.split()[1:4] == ["3", "3", "0"]
+    assert line.split()[4:] == [f"{figure:.4g}" for figure in figures]
+
+
+def test_seeds_of_a_text_have_a_mean_and_a_spread(cli, texts):
+    runs = [texts(BLOCKS), texts(f"{BLOCKS} --seed 1"), texts(WHOLE)]
+    rows = rows_of(cli(f"evaluate {' '.join(map(str, runs))} --json"))
+    out = cli(f"evaluate {' '.join(map(str, runs))}").out.splitlines()
+    mean, spread = (
+        next(line for line in out if line.startswith(name)) for name in ("mean", "spread")
+    )
+    bits = [row["bits"] for row in rows[:2]]
+    assert f"{statistics.fmean(bits):.4g}" in mean.split()
+    assert f"{statistics.stdev(bits):.1g}" in spread.split()
+    beside = [row["more_than_all_layers"] for row in rows[:2]]
+    assert f"{statistics.fmean(beside):.4g}" in mean.split()
+
+
+def test_images_and_texts_have_tables_of_their_own(cli, runs, texts):
+    outcome = cli(f"evaluate {runs('vit')} {texts(WHOLE)} --levels 2 --device cpu")
+    assert outcome.code == 0
+    assert "sigma_max" in outcome.out and "character" in outcome.out
+    image, text = rows_of(cli(f"evaluate {runs('vit')} {texts(WHOLE)} --levels 2 --json"))
+    assert "bits" not in image and "block_losses" not in text and len(image["levels"]) == 2
+
+
+def test_so_many_samples_are_read(cli, runs, texts):
+    (few,), (more,) = (
+        rows_of(cli(f"evaluate {texts(BLOCKS)} --samples {count} --json")) for count in (4, 99)
+    )
+    assert (few["windows"], more["windows"]) == (4, 13) and few["bits"] != more["bits"]
+    (some,), (every,) = (
+        rows_of(cli(f"evaluate {runs('vit')} --json {more}")) for more in ("--samples 3", "")
+    )
+    # a third of an accuracy
+    assert round(3 * some["accuracy"][-1], 6).is_integer()
+    assert some["loss_at_sigma_max"] != every["loss_at_sigma_max"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("mdm --levels 2", "levels must be left out: no run here has it, got 2"),
+        ("mdm --starts 0", "starts must be left out: no run here has it, got 0"),
+        ("mdm --bridge soft", "bridge must be left out: no run here has it, got soft"),
+        ("mdm --samples 0", "samples must be at least 1, got 0"),
+        ("mdm --data nowhere", "nowhere has no tokens.json"),
+        ("vit --bridge soft", "bridge must be left out: no run here has it, got soft"),
+    ],
+)
+def test_rejects(cli, runs, texts, tmp_path, line, message):
+    (tmp_path / "mdm").symlink_to(texts(WHOLE))
+    (tmp_path / "vit").symlink_to(runs("vit"))
+    assert refused(cli(f"evaluate {line} --device cpu"), message)
