@@ -19,8 +19,8 @@ from dbkernels.data.images import forget_orders
 from dbkernels.memory.allocator import Target
 from dbkernels.memory.measure import Prediction, predict, record
 from dbkernels.ops.backend.register import dry_run_on_gpu, scratch_bytes
-from dbkernels.planning.pool import results
 from dbkernels.planning.recipe import OFFLOAD, Recipe
+from dbkernels.pool import results
 from dbkernels.training.diffusion_blocks import SHARED, own_group
 from dbkernels.training.offload.memory import flat_bytes
 from dbkernels.training.partition import Block

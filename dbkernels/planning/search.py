@@ -27,8 +27,8 @@ from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.models.registry import family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute, policies_of
 from dbkernels.planning.dry_run import ALONE, dry_run
-from dbkernels.planning.pool import results
 from dbkernels.planning.recipe import OFFLOAD, Recipe
+from dbkernels.pool import results
 from dbkernels.training.block_order import fewest_steps_per_swap
 from dbkernels.training.trainer_config import Offload
 
