@@ -26,7 +26,7 @@ from op_case import DTYPE, DTYPES, HEAD_DIM, INPUTS, PASSES, SHAPES, STREAM, Noi
 from program import Known, Program, called, main
 from show import Row
 
-from dbkernels.planning.pool import processes
+from dbkernels.pool import processes
 
 Case = OpCase | NoiseCase
 

@@ -18,7 +18,7 @@ class Logsumexp {
  public:
   Logsumexp(const Tensor& tensor, int64_t rows)
       : data_(static_cast<float*>(tensor.data_ptr())), T_(rows / tensor.size(0)),
-        H_(tensor.size(1)), stride_(tensor.stride(1)) {}
+        H_(tensor.size(1)), stride_(tensor.size(2)) {}
 
   float& at(int64_t row, int64_t head) const {
     return data_[(row / T_ * H_ + head) * stride_ + row % T_];

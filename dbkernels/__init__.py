@@ -15,6 +15,7 @@ _HOMES = {
     "DiT": "models",
     "DiffusionBlocks": "training.diffusion_blocks",
     "Draw": "ops.philox",
+    "Huginn": "models",
     "LayerConfig": "models",
     "LogNormal": "diffusion.gaussian",
     "MDM": "models",

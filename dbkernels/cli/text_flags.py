@@ -20,6 +20,15 @@ class TextFlags:
     """paper: a linear head. posterior: one that adds what the noisy token itself tells."""
     levels_of: LevelsOf | None = None
     """Whether each sample has one level of noise, or each token one of its own."""
+    prelude: int | None = None
+    """First layers, which read the tokens alone; those between prelude and coda run again."""
+    coda: int | None = None
+    """Last layers, which run once after the others."""
+    recurrences: int | None = None
+    """Without noise: mean of the rate at which layers run again in training, and how often they do
+    in evaluation."""
+    truncation: int | None = None
+    """Without noise: the gradient passes through so many recurrences, the last ones."""
 
     def of(self, model: ModelConfig) -> ModelConfig:
         """A model with what was asked for.

@@ -65,6 +65,21 @@ class PriorFlags:
 
 
 @dataclass(frozen=True)
+class PartitionFlags(PartitionConfig):
+    """How the layers and the noise are cut, and what the blocks share."""
+
+    num_blocks: int | None = None
+    """Number of blocks; 1 trains end to end. None: as many as the family has, and 1 for the
+    conventional objective."""
+
+    def for_family(self, entry: FamilyEntry, objective: Objective) -> PartitionConfig:
+        """With the number of blocks where none was given."""
+        own = 1 if objective == "conventional" else entry.num_blocks
+        given = asdict(self)
+        return PartitionConfig(**given | ({"num_blocks": own} if self.num_blocks is None else {}))
+
+
+@dataclass(frozen=True)
 class TrainerFlags(TrainerConfig):
     """How blocks are trained."""
 
@@ -83,8 +98,8 @@ class Train:
     out: Path
     """Directory of the run: its configuration, log and checkpoints."""
     data: str = "digits"
-    """digits (scikit-learn's), or a path: a folder of images, .npz, CIFAR's files, latents .npy;
-    of text, a directory that tokenize wrote."""
+    """digits (scikit-learn's), fashion (Debian's), or a path: a folder of images, .npz, CIFAR's or
+    IDX files, latents .npy; of text, a directory that tokenize wrote."""
     convert: Convert = "none"
     """Channels of a folder's images: grey or rgb makes all alike; none refuses any difference."""
     preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = ""
@@ -112,7 +127,7 @@ class Train:
     """Mirror images left to right at random."""
     shift: int = 0
     """Move images by up to so many pixels at random."""
-    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    partition: PartitionFlags = field(default_factory=PartitionFlags)
     prior: PriorFlags = field(default_factory=PriorFlags)
     trainer: TrainerFlags = field(default_factory=TrainerFlags)
     device: str = "auto"
@@ -152,11 +167,12 @@ class Train:
         model = model.fitted(model.find(self.data, convert=self.convert))
         if self.resume and (self.out / "config.json").exists():
             model = model.as_in(read_config(self.out).model)
-        as_given = ("data", "convert", "label_drop", "mirror", "shift", "partition", "objective")
+        as_given = ("data", "convert", "label_drop", "mirror", "shift", "objective")
         return RunConfig(
             family=self.family,
             model=replace(model, recompute=self.recompute),
             weighting=entry.weighting if self.weighting == "auto" else self.weighting,
+            partition=self.partition.for_family(entry, self.objective),
             prior=prior,
             trainer=trainer,
             **{name: getattr(self, name) for name in as_given},

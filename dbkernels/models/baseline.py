@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from dbkernels.models.compiled import compiled
 from dbkernels.models.layer import AdaLNLayer
+from dbkernels.ops.layer.tensors import AttentionKind
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
@@ -38,12 +39,17 @@ EXPENSIVE = (  # the attention by each name that torch may choose
 
 
 def stock_layer(
-    layer: AdaLNLayer, x: Tensor, c: Tensor, rotary: Tensor | None, draw: Draw | None = None
+    layer: AdaLNLayer,
+    x: Tensor,
+    c: Tensor,
+    rotary: Tensor | None,
+    draw: Draw | None = None,
+    attention: AttentionKind = "full",
 ) -> Tensor:
     """The specification, with the parameters of a layer."""
     # the fused layer's own projection keeps no rounded copy of its weight, as plain torch does
     projected = F.linear(F.silu(c), layer.modulation.weight, layer.modulation.bias)
-    return layer.specified(x, projected, rotary, draw)
+    return layer.specified(x, projected, rotary, draw, attention)
 
 
 def by_method(
@@ -78,8 +84,8 @@ def by_method(
 def use_baseline(model: nn.Module, method: Baseline, *, budget: float = 1.0) -> None:
     """Have plain torch run each layer of a model from now on, with the layer's own parameters.
 
-    A layer then leaves the stream alone. It computes every token, and the first are taken of all,
-    as in the published code.
+    A layer then leaves the stream alone. It computes every token of every sample, and the first are
+    taken of all, as in the published code.
 
     Args:
         model:   a family, in place; its layers may be baselines already

@@ -182,7 +182,7 @@ class CachedReader:
             if level not in place.of_level:
                 place.of_level[level] = _modulation(place.layer, c)
             x, clean = self._both(place, x, clean, place.of_level[level])
-        rows = self.model.head.noisy(x, c, z, sigma)
+        rows = self.model.head.noisy(x, c[:, 0].expand(self.B, -1), z, sigma)
         return self.model.head.logits(rows, self._table)[:, 0]
 
     @torch.no_grad()
@@ -191,7 +191,8 @@ class CachedReader:
         x = self._rows
         for place in self._paths[tuple(layers)]:
             x = self._pass(place, x)
-        rows = self.model.head.clean(x[:, -1:], self.model.clean_condition[None, None])
+        c = self.model.clean_condition.expand(self.B, -1)
+        rows = self.model.head.clean(x[:, -1:], c)
         return self.model.head.logits(rows, self._table)[:, 0]
 
     def _pass(self, place: _Place, clean: Tensor) -> Tensor:

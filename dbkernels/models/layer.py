@@ -23,11 +23,12 @@ from dbkernels.ops.activations import ACTIVATIONS
 from dbkernels.ops.adaln_norm import fold_affine
 from dbkernels.ops.backend import checks
 from dbkernels.ops.dropout import check_share
+from dbkernels.ops.layer.attend import check_attention, wanted_of
 from dbkernels.ops.layer.condition import Condition
 from dbkernels.ops.layer.function import adaln_layer
 from dbkernels.ops.layer.projection import linear
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
-from dbkernels.ops.layer.tensors import LayerWeights, ResidualStream, first_tokens
+from dbkernels.ops.layer.tensors import AttentionKind, LayerWeights, ResidualStream
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
@@ -125,7 +126,7 @@ class AdaLNLayer(nn.Module):
         self.modulation = Projection(config.cond_dim, 6 * config.dim)
         initialise_linear(self.modulation, nn.init.zeros_)
         self._made = as_made(self, ("norm1", "norm2", "attention", "mlp"), KINDS)
-        # (layer, x, c, rotary, draw) -> out in the op's place: of `use_baseline`
+        # (layer, x, c, rotary, draw, attention) -> out in the op's place: of `use_baseline`
         self.run: Callable[..., Tensor] | None = None
 
     def initialise(self, initialise_weight: Callable[[Tensor], object]) -> None:
@@ -142,11 +143,14 @@ class AdaLNLayer(nn.Module):
         stream: ResidualStream | None = None,
         num_queries: int | None = None,
         draw: Draw | None = None,
+        attention: AttentionKind = "full",
+        num_samples: int | None = None,
     ) -> Tensor:
         """One layer.
 
         Args:
-            x:       (B, T, D)         residual stream
+            x:       (B, T, D)         residual stream; for two-stream attention the noisy stream's
+                     samples, then the clean one's, and B counts both
             c:       (B, cond_dim)     condition of each sample, or (B, T, cond_dim) of each token;
                      a B or T of 1 stands for all
             rotary:  (2, T, d)         of `rotary_table`, or None for no rotary positions
@@ -154,21 +158,27 @@ class AdaLNLayer(nn.Module):
             num_queries:  1 to T: the first so many tokens' results alone; None is T
             draw:    names what the configuration's dropout leaves out in training; None leaves
                      nothing out
+            attention:    which tokens a token sees: "full", "causal" or "two_stream", as
+                     `dbkernels.ops.adaln_layer` tells
+            num_samples:  B / 2 of two streams: the noisy one's results alone; None is B
         Returns:
-            (B, T or num_queries, D), dtype of x.
+            (B or num_samples, T or num_queries, D), dtype of x.
         Raises:
-            ValueError: a shape, dtype or device disagrees, or num_queries is not from 1 to T.
+            ValueError: a shape, dtype or device disagrees, num_queries is not from 1 to T, or it,
+                num_samples or the configuration's attention_dropout is not for this attention.
             RuntimeError: a module inside is not as it was made, or the gradient is differentiated.
         """
         check_as_made(self, self._made)
         c = self._condition(x, c)
+        check_attention(attention, self.config.attention_dropout, x.shape[0])
+        wanted = wanted_of(x, attention, num_queries, num_samples)
         if self.run is not None:
-            return first_tokens(self.run(self, x, c, rotary, draw), num_queries)
+            return wanted.alone(self.run(self, x, c, rotary, draw, attention))
         if torch.compiler.is_exporting():
             # of torch's own ops alone: such a program is differentiated like any other, and runs
             # where this package is not
             projected = self.modulation(F.silu(c))
-            return first_tokens(self.specified(x, projected, rotary, draw), num_queries)
+            return wanted.alone(self.specified(x, projected, rotary, draw, attention))
         keeps = POLICIES[self.config.recompute].keeps_modulation or torch.compiler.is_compiling()
         kept = c.dim() == 2 or keeps
         return adaln_layer(
@@ -179,6 +189,8 @@ class AdaLNLayer(nn.Module):
             recompute=self.config.recompute,
             stream=stream,
             num_queries=num_queries,
+            attention=attention,
+            num_samples=num_samples,
             **self.config.of_op(),
             **self.dropout(draw),
         )
@@ -201,10 +213,16 @@ class AdaLNLayer(nn.Module):
         return c if c.shape[0] == B else c.expand(B, *c.shape[1:])
 
     def specified(
-        self, x: Tensor, projected: Tensor, rotary: Tensor | None, draw: Draw | None = None
+        self,
+        x: Tensor,
+        projected: Tensor,
+        rotary: Tensor | None,
+        draw: Draw | None = None,
+        attention: AttentionKind = "full",
     ) -> Tensor:
         """What the op's specification makes of x and the projection (..., 6 D), in plain torch."""
-        given, told = (self.modulated(projected), self.weights()), self.dropout(draw)
+        given = self.modulated(projected), self.weights()
+        told = {**self.dropout(draw), "attention": attention}
         return reference.adaln_layer(x, *given, rotary=rotary, **self.config.of_op(), **told)
 
     def dropout(self, draw: Draw | None) -> dict[str, object]:
@@ -305,20 +323,24 @@ def run_layers(
     rotary: Tensor | None = None,
     num_queries: int | None = None,
     draw: Draw | None = None,
+    attention: AttentionKind = "full",
+    num_samples: int | None = None,
 ) -> Tensor:
     """Run layers in order, keeping the residual stream once for several of them.
 
-    Args and result as those of `AdaLNLayer.forward`; a layer may come again. num_queries is
-    of the last layer's result: all others compute every token, which the next attends to. Each
-    place in the order has a draw of its own. A loss may read what stands between two layers, by a
-    hook; gradients may be asked for in any order in which plain torch gives them.
+    Args and result as those of `AdaLNLayer.forward`; a layer may come again. num_queries and
+    num_samples are of the last layer's result: all others compute every token, which the next
+    attends to. Each place in the order has a draw of its own. A loss may read what stands between
+    two layers, by a hook; gradients may be asked for in any order in which plain torch gives them.
     """
     if not layers:
-        return first_tokens(x, num_queries)
+        return wanted_of(x, attention, num_queries, num_samples).alone(x)
     stream, last = ResidualStream(), len(layers) - 1
     for place, layer in enumerate(layers):
         own = {} if draw is None else {"draw": draw.nth(place)}
-        x = layer(x, c, rotary, stream, *([num_queries] if place == last else []), **own)
+        if place == last:
+            own |= {"num_queries": num_queries, "num_samples": num_samples}
+        x = layer(x, c, rotary, stream, attention=attention, **own)
     return x
 
 

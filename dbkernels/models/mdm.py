@@ -29,6 +29,7 @@ from dbkernels.ops import reference
 from dbkernels.ops.adaln_norm import adaln_norm
 from dbkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dbkernels.ops.philox import Draw, uniforms
+from dbkernels.ops.table_rows import table_rows
 
 STEPS = 1000.0  # in all levels, as in MD4: sinusoids of [0, 1] would move one wave alone
 MASKS = -1  # of a step's draws: layers have 0 and up, and the levels the draw itself
@@ -155,7 +156,10 @@ class MDM(Presets, nn.Module):
         """What the head reads of every place, (B, S, D)."""
         config, c = self.config, self.stem(level)
         # the row is the last one, whatever number stands for MASK
-        x = self.table(torch.where(z == MASK, config.vocabulary, z))
+        row = torch.where(z == MASK, config.vocabulary, z)
+        # a program is of torch's own ops, as that of a layer is
+        exporting = torch.compiler.is_exporting()
+        x = self.table(row) if exporting else table_rows(self.table.weight, row)
         positions = torch.arange(z.shape[1], device=z.device)
         rotary = rotary_table(positions, config.dim // config.num_heads)
         return self.tail(run_layers([self.layers[index] for index in layers], x, c, rotary), c)
@@ -167,7 +171,7 @@ class MDM(Presets, nn.Module):
     def tail(self, x: Tensor, c: Tensor) -> Tensor:
         """What the head reads of what the last layer left, (B, S, D)."""
         shift, scale = self.modulation.parts(c)
-        if torch.compiler.is_exporting():  # as a layer does
+        if torch.compiler.is_exporting():
             return reference.adaln_norm(x, scale, shift, norm="rms").to(scale.dtype)
         return adaln_norm(x, scale, shift, norm="rms", dtype=scale.dtype)
 

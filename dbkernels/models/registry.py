@@ -16,7 +16,7 @@ from dbkernels.data.made_up import Field
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.masked import Masked
 from dbkernels.diffusion.process import Process
-from dbkernels.models import ar, dit, mdm, vit
+from dbkernels.models import ar, dit, huginn, mdm, vit
 from dbkernels.models.family import Presets, Weighting
 from dbkernels.models.reading import TextWay
 from dbkernels.settings import check_choice
@@ -71,8 +71,12 @@ class FamilyEntry:
     """The noise of the paper."""
     weighting: Weighting
     """Of the noise levels in the loss, likewise."""
+    num_blocks: int = 3
+    """Blocks that its layers are cut into, likewise."""
     conventional: str = ""
     """What its model's `conventional_loss` trains; empty where it has none: one block is it."""
+    recurs: bool = False
+    """Whether a conventional step draws how often layers run, which no CUDA graph can do."""
     null_label: Callable[[ModelConfig], int] | None = None
     """What stands for "no label"; None where a model always has one."""
     metrics: Callable[[Tensor, Batch], dict[str, Tensor]] | None = None
@@ -88,6 +92,10 @@ class FamilyEntry:
     """How it makes text. cached or whole: token by token, with what layers keep of known ones, or
     all of them read again for each. unmask: a window at once, whose tokens open one by one."""
 
+
+# where a token's information lies for 32,000 words: below 0.05 it is read off z, and above 8 less
+# than 0.01 nats of it are in z
+OF_WORDS = LogNormal(mean=-0.75, std=0.8, sigma_min=0.05, sigma_max=8.0)
 
 FAMILIES = {
     "vit": FamilyEntry(
@@ -126,14 +134,25 @@ FAMILIES = {
         summary="writes text, token by token",
         model=ar.AR,
         config=ar.ARConfig,
-        # where a token's information lies for 32,000 words: below 0.05 it is read off z, and above
-        # 8 less than 0.01 nats of it are in z
-        process=LogNormal(mean=-0.75, std=0.8, sigma_min=0.05, sigma_max=8.0),
+        process=OF_WORDS,
         paper=LogNormal(),
         weighting="none",
         text="gaussian",
         writes="cached",
         conventional="the next token, from clean ones alone",
+    ),
+    "huginn": FamilyEntry(
+        summary="writes text too, with few layers that run again and again",
+        model=huginn.Huginn,
+        config=huginn.HuginnConfig,
+        process=OF_WORDS,
+        paper=LogNormal(),
+        weighting="none",
+        text="gaussian",
+        writes="whole",
+        num_blocks=1,
+        conventional="recurrences from noise, the last of them by backpropagation",
+        recurs=True,
     ),
 }
 

@@ -102,15 +102,15 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 
 
 def two_stream_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    noisy_q, clean_q = q.chunk(2)
-    clean_k, clean_v = (x.chunk(2)[1] for x in (k, v))
+    noisy_q, clean_q = q.tensor_split(2)
+    clean_k, clean_v = (x.tensor_split(2)[1] for x in (k, v))
     noisy = masked_attention(noisy_q, *both_streams(k, v), two_stream_mask(noisy_q))
     return torch.cat([noisy, attention(clean_q, clean_k, clean_v, causal=True)])
 
 
 def both_streams(*tensors: Tensor) -> list[Tensor]:
     """(2B, T, H, d) as (B, 2T, H, d): the noisy tokens of a sample, and then its clean ones."""
-    return [torch.cat(x.chunk(2), 1) for x in tensors]
+    return [torch.cat(x.tensor_split(2), 1) for x in tensors]
 
 
 def causal_mask(q: Tensor) -> Tensor:
@@ -157,8 +157,10 @@ def adaln_layer(
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
     draw: Draw | None = None,
+    attention: str = "full",
+    num_samples: int | None = None,
 ) -> Tensor:
-    leave_out = partial(_leave_out, p=dropout, draw=draw)
+    leave_out = partial(_leave_out, p=dropout, draw=draw, streams=1 + (attention == "two_stream"))
     w, dtype = weights, weights.qkv_weight.dtype
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
     y = adaln_norm(x, scale1, shift1, norm=norm, eps=eps).to(dtype)
@@ -169,18 +171,38 @@ def adaln_layer(
     if attention_dropout:
         h = dropped_attention(q, k, v, attention_dropout, draw).flatten(2)
     else:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = _attend(q, k, v, attention).flatten(2)
     h = leave_out(F.linear(h, w.out_weight, w.out_bias), place=1)
     x = gated_residual(x, h, gate1).to(x.dtype)
     y = adaln_norm(x, scale2, shift2, norm=norm, eps=eps if eps2 is None else eps2).to(dtype)
     activation = {"gelu": gelu, "gelu_exact": gelu_exact, "swiglu": swiglu}[mlp]
     h = F.linear(activation(F.linear(y, w.fc1_weight, w.fc1_bias)), w.fc2_weight, w.fc2_bias)
-    return gated_residual(x, leave_out(h, place=2), gate2).to(x.dtype)[:, :num_queries]
+    return gated_residual(x, leave_out(h, place=2), gate2).to(x.dtype)[:num_samples, :num_queries]
 
 
-def _leave_out(h: Tensor, *, p: float, draw: Draw | None, place: int) -> Tensor:
-    return dropout(h, p, draw, place=place) if p else h
+def _attend(q: Tensor, k: Tensor, v: Tensor, attention: str) -> Tensor:
+    """By torch's own attention, which chooses a kernel."""
+    if attention != "two_stream":
+        return _fused(q, k, v, is_causal=attention == "causal")
+    noisy_q, clean_q = q.tensor_split(2)
+    clean = (x.tensor_split(2)[1] for x in (k, v))
+    noisy = _fused(noisy_q, *both_streams(k, v), attn_mask=two_stream_mask(noisy_q))
+    return torch.cat([noisy, _fused(clean_q, *clean, is_causal=True)])
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, **told: Tensor | bool) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, **told).transpose(1, 2)
+
+
+def _leave_out(h: Tensor, *, p: float, draw: Draw | None, streams: int, place: int) -> Tensor:
+    if not p:
+        return h
+    # a stream has masks of its own, and in it a sample its number
+    parts = [
+        dropout(x, p, draw, place=place + 2 * i) for i, x in enumerate(h.tensor_split(streams))
+    ]
+    return torch.cat(parts) if streams > 1 else parts[0]
 
 
 def linear_cross_entropy(

@@ -31,6 +31,9 @@ from dbkernels.ops.backend.register import register
 
 EPS = 1e-12  # the least length that a row is divided by, as in torch.nn.functional.normalize
 RUN = 32  # tokens of a program: few enough that a batch has programs for every processor
+# of a thread of the backward, by the elements of a piece: without a limit the compiler spills some
+# of them so that more programs fit
+REGISTERS = {4: 64, 8: 128}
 SUM_WARPS = 16  # of a program that adds partial sums, at least: one may have those of many tokens
 
 # kernels
@@ -197,7 +200,7 @@ def _backward_triton(dy, table, rows, tokens, dtable):
     of_all = tile.row_tile(D)
     warps = of_all.num_warps // of_all.BLOCK_T
     options = {"RUN": RUN, "BLOCK_D": of_all.BLOCK_D, "PIECES": of_all.PIECES}
-    limit = min(64 if D <= tile.NARROW else 128, tile.REGISTERS // (tile.WARP * warps))
+    limit = min(REGISTERS[of_all.shape[0]], tile.REGISTERS // (tile.WARP * warps))
     runs, together = triton.cdiv(N, RUN), max(SUM_WARPS // warps, 1)
     parts = torch.empty((runs, 2, D), dtype=torch.float32, device=dy.device)
     dtable.zero_()

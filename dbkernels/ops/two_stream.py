@@ -121,13 +121,14 @@ def _bwd_kernel(
 
 def _launch(kernel, registers, tensors, strided, logsumexp):
     """tensors: as the kernel takes them; strided: of them those whose rows may lie apart."""
+    # sizes and no strides of what is contiguous: a dimension of 1 may have any stride
     rows, H, d = strided[0].shape
     lanes = triton.next_power_of_2(d)
     block = {"BLOCK_T": max(LANES * WARPS // lanes, 1), "BLOCK_D": lanes}
     each = tiles_per_program(rows, registers, WARPS, logsumexp.device)
     kernel[(triton.cdiv(rows, each),)](
         *tensors, rows, rows // len(logsumexp), H, *(t.stride(0) for t in strided),
-        logsumexp.stride(1), each,
+        logsumexp.shape[2], each,
         HEAD_DIM=d, **block, num_warps=WARPS, maxnreg=registers,
     )  # fmt: skip
 

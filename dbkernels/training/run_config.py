@@ -118,6 +118,11 @@ class RunConfig:
             )
         if self.objective == "conventional" and blocks != 1:
             raise ValueError(f"num_blocks must be 1 for the conventional objective, got {blocks}")
+        if self.objective == "conventional" and entry.recurs and self.trainer.cuda_graphs:
+            raise ValueError(
+                f"cuda_graphs must be off for the conventional objective of {self.family}, whose "
+                "steps differ in how often layers run, got on"
+            )
         check_offload(self.trainer.offload, self.model.independent, blocks)
 
     def build(self, device: torch.device | str) -> DiffusionBlocks:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from models.tiny import DRAW, INTERVAL, LEVEL, SCALE, randomise
 
 from dbkernels.models import AR, ARConfig
+from dbkernels.models.layer import initialise_linear
 from dbkernels.ops import add_noise
 
 CONFIG = ARConfig(
@@ -58,23 +59,23 @@ def test_gradients_stay_in_the_block_however_deep_its_context_is(clean, weight):
         assert other or parameter.grad.any(), name
 
 
-def test_through_a_block_meets_the_clean_stream_as_the_layers_before_it_leave_it():
-    model, seen = make(clean="through"), {}
-    for index, layer in enumerate(model.layers):
-        layer.register_forward_hook(
-            lambda _, args, out, i=index: seen.setdefault(i, (args[0], out))
-        )
-    model.conventional_losses(DRAW, range(4), {"token": TOKEN})
-    deep = seen[1][1]
-    seen.clear()
-    model.denoise(noisy(model), LEVEL, (2, 3), {"token": TOKEN})
-    torch.testing.assert_close(seen[2][0][3:], deep)
-    own = make(clean="own")
-    seen.clear()
-    own.layers[2].register_forward_hook(lambda _, args, out: seen.setdefault(2, (args[0], out)))
-    own.denoise(noisy(own), LEVEL, (2, 3), {"token": TOKEN})
+def met_by(model, call):
+    """What the third layer is given in a call."""
+    met = []
+    hook = model.layers[2].register_forward_pre_hook(lambda _, args: met.append(args[0].detach()))
+    call()
+    hook.remove()
+    return met[-1]
+
+
+@every_clean
+def test_a_block_meets_the_clean_stream_as_the_table_or_the_layers_before_it_leave_it(clean):
+    model, batch = make(clean=clean), {"token": TOKEN}
+    given = met_by(model, lambda: model.denoise(noisy(model), LEVEL, (2, 3), batch))[3:]
+    deep = met_by(model, lambda: model.conventional_losses(DRAW, range(4), batch))
     before = F.pad(TOKEN[:, :-1], (1, 0), value=CONFIG.vocabulary)
-    assert torch.equal(seen[2][0][3:], own.clean_table.weight[before])
+    shallow = model.clean_table.weight[before]
+    torch.testing.assert_close(given, deep if clean == "through" else shallow)
 
 
 @every_clean
@@ -98,14 +99,14 @@ def test_conventional_losses_are_those_of_the_next_token():
     every = [model.conventional_losses(DRAW, range(4), {"token": t}) for t in (TOKEN, other)]
     assert (every[0] != every[1]).all()
     # a head that knows nothing is at the logarithm of the number of words
-    torch.nn.init.zeros_(model.head.linear.weight)
+    initialise_linear(model.head.linear, torch.nn.init.zeros_)
     known = model.conventional_losses(DRAW, range(4), {"token": TOKEN})
     torch.testing.assert_close(known, torch.full((3,), 7.0).log())
 
 
 def test_with_the_posterior_read_out_a_head_of_zeros_answers_by_bayes_rule():
     model = make(read_out="posterior")
-    torch.nn.init.zeros_(model.head.linear.weight)
+    initialise_linear(model.head.linear, torch.nn.init.zeros_)
     z, rows = noisy(model), F.normalize(model.target_table.weight, dim=-1)
     logits = model.denoise(z, LEVEL, (1,), {"token": TOKEN})
     distance = (z[:, :, None] - rows).square().sum(-1) / (2 * LEVEL.square()[:, None, None])

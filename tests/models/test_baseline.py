@@ -82,6 +82,23 @@ def test_the_first_tokens_are_taken_of_all(method):
 
 
 @each_method
+@pytest.mark.parametrize("attention", ["causal", "two_stream"])
+def test_a_method_has_every_attention(method, attention):
+    fused = randomise(AdaLNLayer(CONFIGS[1])).double()
+    layer, told = baseline(fused, method), {"attention": attention}
+    told |= {"num_samples": 2} if attention == "two_stream" else {}
+    x, c = torch.randn(4, T, D).double(), torch.randn(4, 7).double()
+    results = []
+    for each in (layer, fused):
+        leaf = x.clone().requires_grad_()
+        out = each(leaf, c, rotary_table(torch.arange(T), D // H), **told)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+    # whoever keeps the first samples does not keep the others
+    assert results[0][0].untyped_storage().nbytes() == results[0][0].numel() * 8
+
+
+@each_method
 def test_autocast_and_a_condition_of_each_token(method):
     fused = randomise(AdaLNLayer(CONFIGS[0]), std=0.1)
     x, c = torch.randn(B, T, D), torch.randn(B, T, 7)

@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models.tiny import CONFIGS, SMALLEST, every_family, image_families, randomise
+from models.tiny import CONFIGS, every_family, image_families, randomise
 
 from dbkernels.data.images import ImageData
-from dbkernels.models import AR, FAMILIES, MDM, DiT, DiTConfig, ViT, family_named, family_of
+from dbkernels.models import (
+    AR,
+    FAMILIES,
+    MDM,
+    DiT,
+    DiTConfig,
+    Huginn,
+    ViT,
+    family_named,
+    family_of,
+)
 from dbkernels.models.embed import (
     FinalModulation,
     NoiseEmbedding,
@@ -130,25 +140,26 @@ def data_of(shape):
 
 def test_the_families_have_names():
     models = {name: entry.model for name, entry in FAMILIES.items()}
-    assert models == {"vit": ViT, "dit": DiT, "mdm": MDM, "ar": AR}
+    assert models == {"vit": ViT, "dit": DiT, "mdm": MDM, "ar": AR, "huginn": Huginn}
     assert family_of(torch.nn.Linear(1, 1)) is None
-    with pytest.raises(ValueError, match="family must be one of vit, dit, mdm, ar, got cnn"):
+    with pytest.raises(
+        ValueError, match="family must be one of vit, dit, mdm, ar, huginn, got cnn"
+    ):
         family_named("cnn")
 
 
 @every_family
 def test_a_family_is_found_by_its_name_and_by_a_model(family):
     entry = FAMILIES[family]
-    model = entry.model.from_preset(SMALLEST[family])
+    config = entry.model.preset(entry.model.smallest)
+    model = entry.model.from_preset(entry.model.smallest)
     assert family_named(family) is entry is family_of(model)
-    assert model.config == entry.model.preset(SMALLEST[family]) and isinstance(
-        model.config, entry.config
-    )
+    assert model.config == config and isinstance(config, entry.config)
 
 
 @every_family
 def test_sizes_change_by_name_and_without_any_nothing_does(family):
-    config = FAMILIES[family].model.preset(SMALLEST[family])
+    config = FAMILIES[family].model.preset(FAMILIES[family].model.smallest)
     assert config.resized({}) == config
     smaller = config.resized({"dim": 16, "depth": 2})
     assert (smaller.dim, smaller.depth, smaller.num_heads) == (16, 2, config.num_heads)

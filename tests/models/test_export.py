@@ -66,18 +66,30 @@ def test_a_layer_is_exported_and_its_program_computes_and_learns_as_it(config, s
 
 
 class Stack(nn.Module):
-    def __init__(self, depth):
+    def __init__(self, depth, **told):
         super().__init__()
         self.layers = nn.ModuleList(randomise(AdaLNLayer(CONFIG)) for _ in range(depth))
+        self.told = told
 
     def forward(self, x, c):
-        return run_layers(self.layers, x, c, num_queries=2)
+        return run_layers(self.layers, x, c, **self.told)
+
+
+@each_way
+@pytest.mark.parametrize(
+    "told", [{"attention": "causal"}, {"attention": "two_stream", "num_samples": 2}], ids=str
+)
+def test_a_stack_is_exported_with_its_attention(strict, told):
+    stack, args = Stack(2, **told), inputs(4)
+    program = export(stack, args, strict=strict)
+    assert_only_torch(program)
+    torch.testing.assert_close(program.module()(*args), stack(*args), rtol=1e-4, atol=1e-5)
 
 
 @each_way
 @pytest.mark.parametrize("shape", [(3, 7), (3, 5, 7), (1, 7), (3, 1, 7)])
 def test_a_stack_is_exported_with_its_first_tokens_and_every_condition(strict, shape):
-    stack, x, c = Stack(3), inputs()[0], torch.randn(shape)
+    stack, x, c = Stack(3, num_queries=2), inputs()[0], torch.randn(shape)
     module = export(stack, (x, c), strict=strict).module()
     torch.testing.assert_close(module(x, c), stack(x, c), rtol=1e-5, atol=1e-5)
 

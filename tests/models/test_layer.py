@@ -105,10 +105,63 @@ def test_the_first_tokens_of_a_stack_are_the_first_of_all(config, depth, per_tok
     torch.testing.assert_close(some, whole, rtol=1e-10, atol=1e-10)
 
 
-def test_no_layer_gives_the_first_tokens_of_x():
-    x, c = inputs()
+def by_specification(layers, x, c, rotary, attention):
+    """Each layer in plain torch, one after another."""
+    for layer in layers:
+        x = stock_layer(layer, x, c, rotary, None, attention)
+    return x
+
+
+@pytest.mark.parametrize("asked", [None, "causal", "two_stream"])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("config", [OPTIONS[0], replace(OPTIONS[-1], recompute="layer")])
+def test_a_stack_has_one_attention_and_its_last_layer_the_noisy_stream_alone(
+    config, depth, per_token, asked
+):
+    layers, shapes = [randomise(AdaLNLayer(config)).double() for _ in range(depth)], []
+    (x, c), attention = inputs(torch.float64, per_token=per_token), asked or "full"
+    args = torch.cat([x, x + 1]), torch.cat([c, c.flip(0)]), rotary()
+    wanted = B if asked == "two_stream" else None
+    run = partial(run_layers, layers, attention=attention, num_samples=wanted)
+    exact = with_gradients(
+        layers, lambda *a: by_specification(layers, *a, attention)[:wanted], *args
+    )
+    for layer in layers:
+        layer.register_forward_hook(lambda _, args, out: shapes.append(len(out)))
+    torch.testing.assert_close(with_gradients(layers, run, *args), exact, rtol=1e-10, atol=1e-10)
+    assert shapes == [2 * B] * (depth - 1) + [wanted or 2 * B]
+
+
+def test_no_layer_gives_the_first_of_x():
+    x, c = torch.randn(2 * B, T, D), torch.randn(2 * B, 7)
     assert run_layers([], x, c) is x
     assert torch.equal(run_layers([], x, c, num_queries=2), x[:, :2])
+    noisy = run_layers([], x, c, attention="two_stream", num_samples=B)
+    assert torch.equal(noisy, x[:B])
+
+
+# of the text families' design: two layers keep 11 units of each stream, and the last one 11 of the
+# noisy one and x, k and v of the clean one. In a stack the second and the third keep no x
+@pytest.mark.parametrize(("together", "units"), [(False, 58), (True, 58 - 2 * 2)])
+def test_a_block_of_two_streams_keeps_of_the_last_clean_rows_three_units(together, units):
+    width, heads, tokens = 192, 3, 128
+    config = LayerConfig(width, heads, 4 * width, 7)
+    layers = [randomise(AdaLNLayer(config)) for _ in range(3)]
+    x, c, told = torch.randn(4, tokens, width), torch.randn(4, 7), {"attention": "two_stream"}
+    parameters = [p for layer in layers for p in layer.parameters()]
+
+    def one_by_one():
+        y = layers[1](layers[0](x, c, **told), c, **told)
+        return layers[2](y, c, num_samples=2, **told)
+
+    def stack():
+        return run_layers(layers, x, c, num_samples=2, **told)
+
+    kept = saved_bytes(stack if together else one_by_one, but=[c, *parameters])
+    kept /= 2 * tokens * width * 4
+    # logsumexp, statistics and modulation come on top
+    assert units <= kept <= 1.02 * units
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -298,6 +351,27 @@ def test_rejects_a_wrong_input_by_its_own_name(x, c, message, run):
     layer.run = run
     with pytest.raises(ValueError, match=message):
         layer(torch.zeros(x), torch.zeros(c))
+
+
+@pytest.mark.parametrize("run", [None, stock_layer])
+def test_rejects_what_its_attention_has_no_use_for(run):
+    layer = AdaLNLayer(replace(CONFIG, attention_dropout=0.1))
+    layer.run = run
+    args = torch.zeros(3, 5, D), torch.zeros(3, 7)
+    for attention, message in (
+        ("causal", "attention_dropout must be 0 with attention causal, got 0.1"),
+        ("local", "attention must be one of full, causal, two_stream, got local"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(*args, attention=attention)
+    for told, message in (
+        ({"attention": "two_stream"}, "two streams must have 2B samples, .*, got 3"),
+        ({"num_samples": 1}, "num_samples must be None with attention full, got 1"),
+    ):
+        layer = AdaLNLayer(CONFIG)
+        layer.run = run
+        with pytest.raises(ValueError, match=message):
+            layer(*args, **told)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,10 @@ def inputs_of(family):
 
     if family == "mdm":
         return {"stem": (LEVEL / 50,), "tail": (moved(3, 7, 8, by=30), moved(3, 6, by=0))}
+    if family in ("ar", "huginn"):
+        z = moved(3, 7, 8)
+        tail = moved(3, 7, 8, by=30), moved(3, 6, by=0), z, LEVEL
+        return {"stem": (z, LEVEL, moved(3, 7, 8)), "tail": tail}
     image, label = torch.randn(3, 3, *2 * [CONFIGS[family].image_size]), torch.tensor([3, 0, 2])
     if family == "vit":
         answer, c = moved(3, 8, by=30), moved(3, 6, by=0)

@@ -10,6 +10,13 @@ from dbkernels.models.rotary import rotary_table
 from dbkernels.ops import POLICIES, LayerWeights, adaln_layer, reference
 
 EVERY_POLICY = list(POLICIES)
+# of two samples, or one in two streams; what a layer is asked for beside a policy
+KINDS = [
+    {},
+    {"attention": "causal"},
+    {"attention": "two_stream"},
+    {"attention": "two_stream", "num_samples": 1},
+]
 SAME_BITS = [recompute for recompute, policy in POLICIES.items() if not policy.narrow]
 
 

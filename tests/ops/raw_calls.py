@@ -1,11 +1,16 @@
 """The raw ops that a function calls, and what holds for every one of them."""
 
+import math
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dbkernels.ops.backend.register import scratch_bytes
+
+FLOAT32 = 4  # bytes
 GUARD, UNTOUCHED = 32, 2.0**14  # elements beside an output, and what they hold
 
 
@@ -21,6 +26,27 @@ class Calls(TorchDispatchMode):
             copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
             self.found.append((func, tuple(copies)))
         return func(*args, **(kwargs or {}))
+
+
+class Scratch(TorchDispatchMode):
+    """Scratch of each op, by name: what is counted, and what its launcher allocates."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.allocated = {}, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("dbkernels::")
+        if size := scratch_bytes(func, args):
+            self.bytes[name] = size
+        if func.namespace != "dbkernels":
+            return func(*args, **(kwargs or {}))
+        # nothing else in a launcher makes a tensor by this name
+        with patch.object(torch, "empty", wraps=torch.empty) as empty:
+            func(*args)
+        if empty.called:
+            shapes = (call.args[0] for call in empty.call_args_list)
+            self.allocated[name] = FLOAT32 * sum(map(math.prod, shapes))
 
 
 def calls_of(function: Callable[[], object]) -> list[tuple]:

@@ -123,16 +123,27 @@ def layer_with(**options):
     return layer.run(layer.tensors, **{**TOLD, **options})
 
 
-@pytest.mark.parametrize("num_queries", [None, 2])
-@pytest.mark.parametrize("told", [TOLD, {**TOLD, "attention_dropout": 0}, {**TOLD, "dropout": 0}])
+BRANCHES = {**TOLD, "attention_dropout": 0}
+TWO = {**BRANCHES, "attention": "two_stream"}
+
+
+@pytest.mark.parametrize(
+    ("B", "told"),
+    [
+        *((5, each) for each in (TOLD, BRANCHES, {**TOLD, "dropout": 0})),
+        *((5, {**each, "num_queries": 2}) for each in (TOLD, BRANCHES, {**TOLD, "dropout": 0})),
+        (5, {**BRANCHES, "attention": "causal"}),
+        *((6, {**TWO, "num_samples": wanted}) for wanted in (None, 3)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("options", [{"rotated": True, "H": 1}, {"per_token": True}])
-def test_a_layer_agrees_in_float64_at_every_policy(options, told, num_queries, monkeypatch):
+def test_a_layer_agrees_in_float64_at_every_policy(options, B, told, monkeypatch):
     # two samples at a time of the attention, of a layer, and less than one of the MLP
     monkeypatch.setattr(sys.modules["dbkernels.ops.attention"], "PAIRS", 2 * 3 * 25)
     monkeypatch.setattr(passes, "PART", 10)
     monkeypatch.setattr(passes, "CHUNK", 3)
-    layer = OneLayer(5, **options, dtypes=(torch.float64,) * 3)
-    told = {**told, "num_queries": num_queries}
+    layer = OneLayer(B, **options, dtypes=(torch.float64,) * 3)
     exact = layer.exact(**told)
     for recompute in EVERY_POLICY:
         assert_close(layer.with_grads(recompute=recompute, **told), exact)
@@ -152,6 +163,18 @@ def test_kernels_leave_out_the_same_in_a_layer():
     with use_implementation("triton"):
         result = layer.with_grads(**TOLD)
     layer.assert_as_accurate_as_eager(result, **TOLD)
+
+
+def test_a_sample_in_two_streams_leaves_out_the_same_in_a_batch_of_any_size():
+    layer = OneLayer(6, dtypes=(torch.float64,) * 3)
+    whole = layer.run(layer.tensors, **TWO)
+    two = {n: t[[1, 2, 4, 5]] if n in ("x", "modulation") else t for n, t in layer.tensors.items()}
+    some = layer.run(two, **{**TWO, "draw": Draw(DRAW.seed, DRAW.step, DRAW.sample + 1)})
+    torch.testing.assert_close(some, whole[[1, 2, 4, 5]])
+    # and not what the other stream does
+    ones = torch.ones(2, 3, 64)
+    masks = [dropout(ones, 0.5, DRAW, place=place) for place in (1, 2, 3, 4)]
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 4
 
 
 def test_the_first_tokens_are_the_first_of_all():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from ops.one_layer import (
     EVERY_POLICY,
+    KINDS,
     OneLayer,
     Ops,
     assert_same_bits,
@@ -25,9 +26,9 @@ from dbkernels.memory.measure import measure_peak
 from dbkernels.ops import POLICIES, adaln_layer, linear_cross_entropy, reference, use_implementation
 from dbkernels.ops.backend.register import dry_run_on_gpu
 from dbkernels.ops.layer import passes
+from dbkernels.ops.layer.part import Wanted
 from dbkernels.ops.layer.passes import CHUNK
 from dbkernels.ops.layer.recompute import Recompute, policies_of
-from dbkernels.ops.layer.tensors import first_tokens
 
 F32, BF16 = torch.float32, torch.bfloat16
 B, T, D, H = 2, 64, 192, 3
@@ -44,26 +45,26 @@ def kept_bytes(layer, op=adaln_layer, **options):
 # a condition of each token is kept no other way
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("dtypes", [(F32,) * 3, (BF16,) * 3, (F32, BF16, BF16)], ids=str)
-@pytest.mark.parametrize("num_queries", [None, 1, 3, T])
+@pytest.mark.parametrize("asked", [*({"num_queries": n} for n in (1, 3, T)), *KINDS], ids=str)
 @pytest.mark.parametrize("recompute", EVERY_POLICY)
-def test_keeps_what_its_policy_says_and_of_the_first_tokens_alone(
-    recompute, num_queries, dtypes, per_token
+def test_keeps_what_its_policy_says_and_of_what_is_wanted_alone(
+    recompute, asked, dtypes, per_token
 ):
     layer = OneLayer(
         B, T, D, H, hidden=4 * D, rotated=True, per_token=per_token, dtypes=dtypes
     )  # fmt: skip
-    N, policy = num_queries or T, POLICIES[recompute]
-    elements = {"q": N * D, "qkv": 2 * T * D, "attended": N * D, "a": N * D, "m": N * D}
+    N, policy = asked.get("num_samples", B) * asked.get("num_queries", T), POLICIES[recompute]
+    elements = {"q": N * D, "qkv": 2 * B * T * D, "attended": N * D, "a": N * D, "m": N * D}
     elements["hidden"] = 4 * N * D
-    of_float32 = {"stats1": 2 * T, "logsumexp": H * N, "stats2": 2 * N}
+    of_float32 = {"stats1": 2 * B * T, "logsumexp": H * N, "stats2": 2 * N}
     large, small = (
         sum(sizes[n] for n in policy.keeps & sizes.keys()) for sizes in (elements, of_float32)
     )
     x_dtype, _, dtype = dtypes
-    x_bytes = T * D * (dtype if policy.narrow else x_dtype).itemsize
-    expected = B * (x_bytes + large * dtype.itemsize + small * 4)
-    assert kept_bytes(layer, recompute=recompute, num_queries=num_queries) == expected
-    assert N < T or T * D + large == policy.units * T * D
+    x_bytes = B * T * D * (dtype if policy.narrow else x_dtype).itemsize
+    expected = x_bytes + large * dtype.itemsize + small * 4
+    assert kept_bytes(layer, recompute=recompute, **asked) == expected
+    assert N < B * T or B * T * D + large == policy.units * B * T * D
 
 
 @pytest.mark.parametrize("recompute", EVERY_POLICY)
@@ -96,12 +97,14 @@ def test_policies_go_from_most_memory_to_least():
     assert policies_of(mixed=False) == tuple(EVERY_POLICY[:-1])
 
 
-@pytest.mark.parametrize(("num_queries", "kept"), [(1, 1), (4, 4), (5, 5), (None, 5)])
-def test_first_tokens_hold_no_memory_of_the_others(num_queries, kept):
-    x = torch.randn(2, 5, 3)
-    first = first_tokens(x, num_queries)
-    assert torch.equal(first, x[:, :kept]) and (first is x) == (kept == 5)
-    assert first.is_contiguous() and first.untyped_storage().nbytes() == 2 * kept * 3 * 4
+@pytest.mark.parametrize("samples", [1, None])
+@pytest.mark.parametrize("tokens", [1, 4, None])
+@pytest.mark.parametrize("B", [1, 2])
+def test_the_first_hold_no_memory_of_the_others(B, tokens, samples):
+    x, wanted = torch.randn(B, 5, 3), Wanted(samples, tokens)
+    first, expected = wanted.alone(x), x[:samples, :tokens]
+    assert torch.equal(first, expected) and (first is x) == (tokens is samples is None)
+    assert first.is_contiguous() and first.untyped_storage().nbytes() == 4 * expected.numel()
 
 
 def test_autocast_keeps_no_copy_of_the_weights():

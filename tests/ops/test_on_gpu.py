@@ -212,6 +212,28 @@ def test_cross_entropy_is_as_accurate_as_eager(dtype, reduction, size):
     assert_loss_accurate([t.to(dtype) for t in args], target, weight, reduction=reduction)
 
 
+@pytest.mark.parametrize("unit", [False, True], ids=["plain", "unit"])
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@by_triton
+def test_rows_of_a_table_are_as_accurate_as_eager_and_their_gradient_can_be_captured(
+    dtype, unit, gpu, size
+):
+    N, V, D = size((16384, 50257, 768), (70, 30, 12))
+    # about as Zipf's law has words: one in 16 is the first
+    table, index = (torch.randn(V, D) + 0.5).to(dtype), (V ** torch.rand(N)).long() - 1
+    calls = (partial(f.table_rows, index=index, unit=unit) for f in (ops, reference))
+    assert_op_is_accurate(*calls, [table])
+    leaf, dy = table.requires_grad_(), torch.randn(N, D).to(dtype)
+
+    def gradient():
+        return torch.autograd.grad(ops.table_rows(leaf, index, unit=unit), leaf, dy)
+
+    (expected,) = (bits.clone() for bits in warm_up(gradient, gpu))
+    replay, captured = capture(gradient, gpu)
+    replay()
+    assert torch.equal(captured[0], expected)
+
+
 def noise_case(dtype, dims=1):
     """A target, coefficients and a prediction of an odd size, and a draw near its limits."""
     shape = (5, 3, 1001)

@@ -7,10 +7,9 @@ from itertools import product
 import pytest
 import torch
 from accuracy import assert_op_is_accurate, with_grads
-from implementations import implementations
-from ops.backend.test_launches import Scratch
+from implementations import implementations, thinned
 from ops.one_layer import Ops, saved_bytes
-from ops.raw_calls import assert_calls_stay_within_their_tensors, opcheck_calls
+from ops.raw_calls import Scratch, assert_calls_stay_within_their_tensors, opcheck_calls
 from threads import with_threads
 
 from dbkernels.ops import reference, table_rows
@@ -63,6 +62,7 @@ CASES = {  # V, D and the index
     "all_equal": lambda: (5, 12, torch.full((150,), 3)),  # more runs than are added at once
     "all_distinct": lambda: (40, 12, torch.randperm(40)),
     "ends_of_runs": lambda: (9, 12, counted(4, 8, 1, 3, 2, 10, 0, 7, 5)),
+    "less_than_a_run": lambda: (5, 12, torch.tensor([3, 0, 3])),
     "one_token": lambda: (5, 12, torch.tensor([4])),
     "no_dimension": lambda: (5, 12, torch.tensor(2)),
     "many_dimensions": lambda: (5, 12, torch.randint(0, 5, (2, 3, 4))),
@@ -74,10 +74,9 @@ CASES = {  # V, D and the index
 }
 
 
-@each_form
-@each_dtype
-@pytest.mark.parametrize("case", CASES)
-def test_as_accurate_as_eager(case, dtype, unit):
+# of 13 cases every third has each of them in both forms, and each dtype
+@thinned("table_rows_fwd", "dtype case unit", [*product(DTYPES, CASES, [False, True])])
+def test_as_accurate_as_eager(implementation, dtype, case, unit):
     V, D, index = CASES[case]()
     table = table_of(V, D, dtype)
     calls = (looked_up(index, f=f, unit=unit) for f in (table_rows, reference.table_rows))
@@ -93,20 +92,6 @@ def test_many_small_parts_in_bfloat16_are_not_lost():
     table = torch.ones(2, 1).bfloat16().requires_grad_()
     (dtable,) = torch.autograd.grad(table_rows(table, torch.ones(65).long()), table, dy)
     assert dtable.tolist() == [[0], [288]]
-
-
-@each_form
-def test_the_sum_of_many_tokens_keeps_its_last_digits(unit, monkeypatch):
-    monkeypatch.undo()  # runs as they are
-    table, index = table_of(2, 3), torch.zeros(1000).long()
-    # added one by one the error would be about 1e-5 of the sum
-    dy = 0.1 + torch.randn(3).expand(1000, 3) * torch.rand(1000, 1)
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        with use_implementation("torch") if dtype == torch.float64 else monkeypatch.context():
-            f = looked_up(index, unit=unit)
-            results.append(with_grads(f, table.to(dtype), upstream=lambda y: [dy.to(y[0])])[1])
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6 * 1000, check_dtype=False)
 
 
 @each_form
@@ -146,10 +131,9 @@ def test_without_a_token_the_gradient_is_zero(leading, unit):
     assert rows.shape == (*leading, 3) and dtable.shape == (4, 3) and not dtable.any()
 
 
-@each_form
-@each_dtype
+@pytest.mark.parametrize(("dtype", "unit"), [(DTYPES[0], False), (DTYPES[1], True)], ids=str)
 def test_same_bits_every_run_with_any_strides_and_no_argument_is_changed(dtype, unit):
-    table, index = table_of(20, 40, dtype), zipf(70, 20).view(2, 35)
+    table, index = table_of(20, 12, dtype), zipf(40, 20).view(2, 20)
     before = table.clone(), index.clone()
     call = looked_up(index, unit=unit)
     expected = with_grads(call, table)

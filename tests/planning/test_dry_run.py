@@ -10,7 +10,7 @@ from memory.steps import allocator_peak
 from dbkernels.data.images import batch_indices
 from dbkernels.memory.allocator import TARGETS, MiB
 from dbkernels.memory.measure import MEASURED, measure_peak
-from dbkernels.models import FAMILIES, DiTConfig, MDMConfig, stem_and_head
+from dbkernels.models import FAMILIES, DiTConfig, HuginnConfig, MDMConfig, stem_and_head
 from dbkernels.ops.backend.register import registered
 from dbkernels.ops.layer.recompute import policies_of
 from dbkernels.planning import dry_run as module
@@ -20,22 +20,33 @@ from dbkernels.training.run_config import RunConfig
 
 DIT = DiTConfig(dim=64, depth=4, num_heads=4, image_size=8, channels=4, num_classes=10)
 VIT = replace(FAMILIES["vit"].model.preset("digits"), depth=4)
-TEXT = MDMConfig(
-    dim=64, depth=4, num_heads=4, mlp_hidden=176, cond_dim=16, length=40, vocabulary=50
-)
-MODELS = {"dit": DIT, "vit": VIT, "mdm": TEXT}
+TEXT = {"dim": 64, "depth": 4, "num_heads": 4, "mlp_hidden": 176, "cond_dim": 16}
+TEXT |= {"length": 40, "vocabulary": 50}
+MODELS = {
+    "dit": DIT,
+    "vit": VIT,
+    "mdm": MDMConfig(**TEXT),
+    "huginn": HuginnConfig(**TEXT, prelude=1, coda=1),
+}
 FUSED = Recipe("dit", "", DIT, batch_size=8, num_blocks=2, device=TARGETS["cpu"])
 PLAIN = replace(FUSED, method="end_to_end", num_blocks=1, recompute=None)
-ROWS = [
+ENDS = [
     PLAIN,
     replace(PLAIN, method="block_stock", num_blocks=2),
     replace(PLAIN, method="checkpointed"),
     replace(PLAIN, method="selective"),
-    *(replace(FUSED, recompute=recompute) for recompute in policies_of(mixed=False)),
+]
+LADDER = [replace(FUSED, recompute=recompute) for recompute in policies_of(mixed=False)]
+ROWS = [
+    *ENDS,
+    *LADDER,
     # the second block runs more, though it has no more layers
     replace(FUSED, layers=(0, 1, 2, 3, 2, 2), split=(2, 4)),
-    replace(FUSED, family="mdm", model=TEXT),
-    replace(PLAIN, family="mdm", model=TEXT),
+    *(
+        replace(recipe, family=family, model=MODELS[family])
+        for family in ("mdm", "huginn")
+        for recipe in (FUSED, PLAIN)
+    ),
 ]
 
 
@@ -199,14 +210,14 @@ def test_leaves_no_fake_order_behind():
 
 
 def test_less_is_kept_from_policy_to_policy_and_more_computed():
-    ladder = list(predicted(ROWS[4:-1]))
+    ladder = list(predicted(LADDER))
     saved, flops = ([getattr(each, name) for each in ladder] for name in ("saved_bytes", "flops"))
     assert saved == sorted(saved, reverse=True) and len(set(saved)) == len(saved)
     assert flops == sorted(flops) and len(set(flops)) == len(flops)
 
 
 def test_checkpointing_runs_every_layer_again():
-    whole, _, checkpointed, selective = predicted(ROWS[:4])
+    whole, _, checkpointed, selective = predicted(ENDS)
     assert 1.3 < checkpointed.flops / whole.flops < 4 / 3
     assert selective.flops == whole.flops
     assert checkpointed.saved_bytes < whole.saved_bytes

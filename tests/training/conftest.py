@@ -21,7 +21,7 @@ def make_config(tmp_path, monkeypatch):
     tokens = np.random.default_rng(0).integers(0, 3, (12, 24))
     write_tokens("tokens", {"train": tokens}, vocabulary=3)
     trainer = TrainerConfig(steps=4, batch_size=4, lr=1e-2, ema=0.9)
-    fields = {"label_drop": 0.0, "mirror": False, "shift": 0}
+    fields = {"label_drop": 0.0, "mirror": False, "shift": 0, "objective": "blocks"}
 
     def make(family="vit", *, partition=None, **changes):
         data = "tokens" if "token" in CONFIGS[family].fields() else "data.npy"

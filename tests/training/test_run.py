@@ -18,6 +18,7 @@ from dbkernels.training.run import load_run
 from dbkernels.training.run_config import RunConfig, read_config, write_config
 
 RUN = Path("run")
+CONVENTIONAL = {"family": "huginn", "objective": "conventional", "partition": {"num_blocks": 1}}
 
 
 def files(directory=RUN):
@@ -101,6 +102,9 @@ def test_a_loaded_run_has_the_average_or_the_last_weights(make_config, train, sh
         ({}, {"resume": "latest"}, "must hold a checkpoint"),
         ({}, {"save_every": -1}, "save_every"),
         ({"compile_stem_and_head": True}, {}, "compile_stem_and_head needs what cpu has, got none"),
+        ({**CONVENTIONAL, "partition": {}}, {}, "num_blocks must be 1 for the conventional obj"),
+        ({**CONVENTIONAL, "cuda_graphs": True}, {}, "cuda_graphs must be off for the conventional"),
+        ({"objective": "conventional"}, {}, "objective must be blocks for vit, which is trained"),
     ],
 )
 def test_rejects_and_touches_no_file(make_config, train, monkeypatch, changes, options, message):

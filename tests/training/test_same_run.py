@@ -80,6 +80,15 @@ def test_more_steps_at_a_constant_rate_have_the_bits_of_a_run_that_was_always_lo
         assert load_run(RUN, which=str(path), device="cpu")[0].trainer.steps == second
 
 
+def test_a_conventional_run_that_goes_on_draws_as_often_as_one_that_was_always_longer(
+    make_config, train
+):
+    how = {"objective": "conventional", "partition": {"num_blocks": 1}, "ema": 0.0}
+    whole = train(make_config("huginn", steps=5, **how), "whole")
+    train(make_config("huginn", steps=3, **how))
+    assert_same(train(make_config("huginn", steps=5, **how), **LATEST), whole)
+
+
 @pytest.mark.parametrize(
     ("settings", "steps", "reason"),
     [

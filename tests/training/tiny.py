@@ -3,16 +3,15 @@
 import json
 import shutil
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from dbkernels.data.augment import mirror, shift
-from dbkernels.data.dataset import as_data
 from dbkernels.data.images import ImageData
 from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.models import FAMILIES, DiTConfig, MDMConfig, ViTConfig
+from dbkernels.models import FAMILIES, ARConfig, DiTConfig, HuginnConfig, MDMConfig, ViTConfig
 from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.trainer import Trainer
@@ -21,8 +20,15 @@ PRIOR = LogNormal()
 SIZES = {"dim": 16, "depth": 3, "num_heads": 2, "image_size": 4, "channels": 1, "num_classes": 3}
 DIT = DiTConfig(**SIZES)
 VIT = ViTConfig(**SIZES, patch=2, mlp_hidden=32, cond_dim=8)
-MDM = MDMConfig(dim=16, depth=3, num_heads=2, mlp_hidden=32, cond_dim=8, length=24, vocabulary=3)
-CONFIGS = {"vit": VIT, "dit": DIT, "mdm": MDM}
+TEXT = {"dim": 16, "depth": 3, "num_heads": 2, "mlp_hidden": 32, "cond_dim": 8}
+TEXT |= {"length": 24, "vocabulary": 3}
+CONFIGS = {
+    "vit": VIT,
+    "dit": DIT,
+    "mdm": MDMConfig(**TEXT),
+    "ar": ARConfig(**TEXT),
+    "huginn": HuginnConfig(**TEXT, prelude=1, coda=1, recurrences=3, truncation=2),
+}
 PROCESSES = {family: FAMILIES[family].process for family in CONFIGS} | {"vit": PRIOR}
 families = pytest.mark.parametrize("family", CONFIGS)
 IN_BACKWARD = {"optimizer_in_backward": True, "clip": 0.0}
@@ -30,12 +36,30 @@ CPU = {"offload": "cpu"}
 PREFETCH = {"offload": "cpu", "prefetch": True}
 
 
+@dataclass(frozen=True)
+class Text:
+    """Windows of text, as a trainer and an evaluation read them."""
+
+    token: torch.Tensor
+    vocabulary: int
+
+    @property
+    def length(self):
+        return self.token.shape[1]
+
+    def __len__(self):
+        return len(self.token)
+
+    def batch(self, indices, put=lambda tensor: tensor):
+        return {"token": put(self.token[indices])}
+
+
 def make_data(count=10, family="vit"):
     random = torch.Generator().manual_seed(5)
     if "token" in (fields := CONFIGS[family].fields()):
         # low ids come more often: there is something to learn
         tokens = torch.minimum(*(fields["token"].made(count, random) for _ in range(2)))
-        return as_data([{"token": token} for token in tokens])
+        return Text(tokens, CONFIGS[family].vocabulary)
     images = torch.randn(count, 1, 4, 4, generator=random).numpy()
     return ImageData(images, torch.arange(count) % 3, 3)
 

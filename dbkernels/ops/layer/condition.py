@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dbkernels.ops.backend import checks
+from dbkernels.ops.layer.part import Part
 
 
 class Condition(NamedTuple):
@@ -48,22 +49,22 @@ def autocast_again(device: torch.device) -> Callable[[], AbstractContextManager]
 class ModulationGradient:
     """That of a modulation (samples, 6 D), whose rows come in parts."""
 
-    def __init__(self, modulation: Tensor, B: int):
-        self._modulation, self._B = modulation, B
+    def __init__(self, modulation: Tensor):
+        self._modulation = modulation
         self._total: Tensor | None = None
 
-    def part(self, samples: slice) -> Tensor:
+    def part(self, part: Part) -> Tensor:
         """Rows of the modulation of some samples, (rows, 6 D)."""
-        return rows_of(self._modulation, samples, self._B)
+        return part.of(self._modulation)
 
-    def add(self, samples: slice, dmodulation: Tensor) -> None:
+    def add(self, part: Part, dmodulation: Tensor) -> None:
         """The gradient of those rows, which were the last that were asked for."""
-        if len(dmodulation) == len(self._modulation):
+        if part.is_all:
             self._total = dmodulation
             return
         if self._total is None:
             self._total = torch.empty_like(self._modulation)
-        rows_of(self._total, samples, self._B).copy_(dmodulation)
+        part.put(self._total, dmodulation)
 
     def results(self) -> list[Tensor]:
         """One: the whole."""
@@ -81,19 +82,19 @@ class ConditionGradient:
         self._sums: list[Tensor | None] = [None] * len(condition.parameters)
         self._graph: tuple[Tensor, list[Tensor]] | None = None
 
-    def part(self, samples: slice) -> Tensor:
+    def part(self, part: Part) -> Tensor:
         """Rows of the modulation of some samples, (rows, 6 D), computed again."""
         c, modulate, parameters = self._condition
         leaves = [
             t.detach().requires_grad_(want)
-            for t, want in zip((c[samples], *parameters), self._wanted, strict=True)
+            for t, want in zip((part.of(c), *parameters), self._wanted, strict=True)
         ]
         with torch.enable_grad(), self._autocast():
             modulation = modulate(*leaves)
         self._graph = modulation, leaves
         return rows_of_modulation(modulation.detach())
 
-    def add(self, samples: slice, dmodulation: Tensor) -> None:
+    def add(self, part: Part, dmodulation: Tensor) -> None:
         """The gradient of those rows, which were the last that were asked for."""
         modulation, leaves = self._graph
         self._graph = None
@@ -103,7 +104,7 @@ class ConditionGradient:
         found = iter(torch.autograd.grad(modulation, wanted, dmodulation.view(modulation.shape)))
         grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
         if self._dc is not None:
-            self._dc[samples] = grads[0]
+            part.put(self._dc, grads[0])
         for place, grad in enumerate(grads[1:]):
             total = self._sums[place]
             if grad is not None and total is not None:
@@ -115,11 +116,3 @@ class ConditionGradient:
         """Of c, and of each parameter."""
         pairs = zip(self._sums, self._condition.parameters, strict=True)
         return [self._dc, *(total if total is None else total.to(p.dtype) for total, p in pairs)]
-
-
-def rows_of(tensor: Tensor | None, samples: slice, B: int) -> Tensor | None:
-    """Some samples of a tensor that has a row, or several, for each of B."""
-    if tensor is None:
-        return None
-    each = len(tensor) // max(B, 1)
-    return tensor[samples.start * each : samples.stop * each]

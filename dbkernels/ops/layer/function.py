@@ -7,8 +7,8 @@ Peebles & Xie 2023 (arXiv:2212.09748), section 3.2, adaLN-Zero. Of all that this
 needs only x, q, k, v, the attention's result, a, the MLP's pre-activation and m: the rest are
 elementwise functions of those within a row. `recompute` tells what less can be kept.
 
-Where a sequence's first tokens alone are read, the others are only keys and values: of them x, k
-and v are all that is computed and kept.
+Where a sequence's first tokens alone are read, or the noisy stream of two, the others are only keys
+and values: of them x, k and v are all that is computed and kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
 from dbkernels.ops.dropout import Dropout, check_share
 from dbkernels.ops.layer import passes, tensors
+from dbkernels.ops.layer.attend import check_attention, wanted_of
 from dbkernels.ops.layer.condition import (
     Condition,
     ConditionGradient,
@@ -33,7 +34,14 @@ from dbkernels.ops.layer.condition import (
 )
 from dbkernels.ops.layer.projection import Gradients, cast
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
-from dbkernels.ops.layer.tensors import LayerCall, LayerOptions, LayerWeights, ResidualStream, Turn
+from dbkernels.ops.layer.tensors import (
+    AttentionKind,
+    LayerCall,
+    LayerOptions,
+    LayerWeights,
+    ResidualStream,
+    Turn,
+)
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
@@ -105,7 +113,7 @@ class _AdaLNLayer(torch.autograd.Function):
         made_of = _made_of(ctx.told, modulation, parameters)
         call = LayerCall(x, made_of, rotary, w, options, scale)
         if modulate is None:
-            dmodulation = ModulationGradient(modulation, len(x))
+            dmodulation = ModulationGradient(modulation)
         else:
             end = 4 + WEIGHTS
             wanted = needed[2], *needed[end : end + count]
@@ -148,6 +156,8 @@ def adaln_layer(
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
     draw: Draw | None = None,
+    attention: AttentionKind = "full",
+    num_samples: int | None = None,
 ) -> Tensor:
     """Run one AdaLN layer, keeping for its backward what the policy says.
 
@@ -171,17 +181,26 @@ def adaln_layer(
         recompute:   a name of `POLICIES`
         stream:      of the stack that this layer stands in: spares most layers keeping x
         num_queries: 1 to T: the first so many tokens' results alone, for which all T are keys and
-                     values; None is T. What only others need is neither computed nor kept
+                     values; None is T. What only others need is neither computed nor kept. Of full
+                     attention alone
         dropout:     share of each branch's output that is left out, in [0, 1)
         attention_dropout: share of the attention's weights that is left out; the attention is then
                      plain torch, a few samples at a time
         draw:        names what is left out, for `dropout` by its places 0 to 2; nothing of it is
-                     kept. None only without dropout
+                     kept. None only without dropout. A clean stream has places 3 and 4, and its
+                     samples the numbers of the noisy ones
+        attention:   "full"; "causal", of which a token sees itself and those before; or
+                     "two_stream", that of `two_stream_attention`: x then holds the noisy stream's
+                     samples and after them as many of the clean one
+        num_samples: of two streams as many as one has: the noisy one's results alone, of which the
+                     clean one is keys and values; None is all. What else it needs is neither
+                     computed nor kept
     Returns:
-        (B, T or num_queries, D), dtype of x.
+        (B or num_samples, T or num_queries, D), dtype of x.
     Raises:
         ValueError: a shape, dtype or device disagrees, a name is unknown, num_queries is not from
-            1 to T, or dropout is not in [0, 1) or has no draw.
+            1 to T, num_samples is not that of a stream, either or attention_dropout is not for this
+            attention, or dropout is not in [0, 1) or has no draw.
         RuntimeError: the gradient is differentiated.
     """
     check_choice("mlp", mlp, ACTIVATIONS)
@@ -192,10 +211,13 @@ def adaln_layer(
     dtype, centred = compute_dtype(x, weights.qkv_weight), checks.check_norm(norm)
     norms = (NormOptions(each, centred, dtype) for each in (eps, eps if eps2 is None else eps2))
     dropped = _dropout(dropout, attention_dropout, draw)
-    options = LayerOptions(num_heads, mlp, *norms, qk_eps, recompute, num_queries, dropped)
+    checks.check_tokens(x=x)
+    check_attention(attention, attention_dropout, x.shape[0])
+    wanted = wanted_of(x, attention, num_queries, num_samples)
+    options = LayerOptions(
+        num_heads, mlp, *norms, qk_eps, recompute, wanted, dropped, attention
+    )  # fmt: skip
     _check(LayerCall(x, modulation, rotary, weights, options), head_dim)
-    if num_queries == x.shape[1]:
-        options = options._replace(num_queries=None)
     x, modulate, parameters = x.contiguous(), None, ()
     if isinstance(modulation, Condition):
         modulation, modulate, parameters = modulation
@@ -205,7 +227,7 @@ def adaln_layer(
     run, turn = ((x.detach(),), Turn()) if stream is None else stream.run_to(x)
     told = _Told(options, modulate, len(parameters), turn)
     out, a, m = _AdaLNLayer.apply(told, x, modulation, rotary, *weights, *parameters, *run)
-    if stream is not None and options.num_queries is None and out.requires_grad and a is not None:
+    if stream is not None and wanted.is_all and out.requires_grad and a is not None:
         mod = tensors.LayerModulation.of(modulation)
         stream.extend(run, turn, out, mod.gate1, a, mod.gate2, m)
     return out
@@ -226,7 +248,6 @@ def _check(call: LayerCall, d: int | None) -> None:
     of_tokens = isinstance(modulation, Condition)
     given = {"c": modulation.c} if of_tokens else {"modulation": modulation}
     checks.check_floats(x=x, **given, rotary=rotary, **w._asdict())
-    checks.check_tokens(x=x)
     B, T, D = x.shape
     if of_tokens and (modulation.c.dim() != 3 or tuple(modulation.c.shape[:2]) != (B, T)):
         got = tuple(modulation.c.shape)
@@ -243,7 +264,6 @@ def _check(call: LayerCall, d: int | None) -> None:
     if d < 1:
         raise ValueError(f"head_dim must be at least 1, got {d}")
     check_head_width(x.device, d)
-    tensors.check_first(options.num_queries, T)
     checks.check_heads(*w.qk_norms, rotary, T, d)
     first, hidden, dtype = len(w.fc1_weight), w.fc2_weight.shape[-1], w.qkv_weight.dtype
     expected = LayerWeights(

@@ -8,18 +8,13 @@ from torch import Tensor
 
 from dbkernels.ops.activations import BACKWARD_OPS, activation_forward
 from dbkernels.ops.adaln_norm import adaln_norm_backward, adaln_norm_forward
-from dbkernels.ops.attention import (
-    attention_backward,
-    attention_forward,
-    dropped_attention_backward,
-    dropped_attention_forward,
-)
 from dbkernels.ops.backend.checks import statistics_dtype
 from dbkernels.ops.backend.register import runs_as_on_gpu
 from dbkernels.ops.dropout import drop
 from dbkernels.ops.gated_adaln_norm import gated_adaln_norm_backward, gated_adaln_norm_forward
 from dbkernels.ops.gated_residual import gated_residual_backward, gated_residual_forward
-from dbkernels.ops.layer.condition import ConditionGradient, ModulationGradient, rows_of
+from dbkernels.ops.layer.attend import attend_forward, attend_gradients
+from dbkernels.ops.layer.condition import ConditionGradient, ModulationGradient
 from dbkernels.ops.layer.projection import QKV, Gradients, as_rows, project
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.ops.layer.tensors import (
@@ -28,6 +23,7 @@ from dbkernels.ops.layer.tensors import (
     LayerCall,
     LayerModulation,
     LayerWeights,
+    by_sample,
     chunks,
     like,
 )
@@ -35,22 +31,25 @@ from dbkernels.ops.qk_norm_rotary import qk_norm_rotary_backward, qk_norm_rotary
 
 PART = 4096  # tokens of the samples that run at a time: what they need is little beside the stream
 GPU_PART = 8192  # where only q, k, v and hidden are made again, whose peak is no higher for it
-AFTER_ATTENTION, AFTER_MLP = 1, 2  # places of a layer's dropout
+AFTER_ATTENTION, AFTER_MLP = 1, 2  # places of a layer's dropout; a second stream has the next two
 FLOAT16_BITS = 15  # 2**15 is a number of float16, 2**16 is none
 CHUNK = 8192  # tokens: enough of them to fill a GPU with one matmul
 _addmm_gelu = torch.ops.aten._addmm_activation
 
 
 def forward(call: LayerCall) -> tuple[Tensor, Activations]:
-    """The layer's output (B, N, D), and of its activations those that the policy keeps.
+    """The layer's output (n, N, D), and of its activations those that the policy keeps.
 
     A policy that keeps nothing runs a few samples at a time.
     """
-    B, T, D = call.x.shape
-    out = call.x.new_empty((B, call.options.num_queries or T, D))
+    B, T, _ = call.x.shape
+    out = call.x.new_empty(call.options.wanted.view(call.x).shape)
     tokens = B * T if POLICIES[call.options.recompute].keeps else PART
-    for samples, part in call.parts(call.x.dtype, tokens):
-        kept = _write(part, out[samples])
+    for part, some in call.parts(call.x.dtype, tokens):
+        results = call.results(part)
+        rows = results.of(out)
+        kept = _write(some, rows)
+        results.put_back(out, rows)
     return out, kept
 
 
@@ -66,7 +65,8 @@ def narrowed(call: LayerCall) -> tuple[Tensor, Tensor | None]:
     kept, scale = torch.empty_like(x, dtype=norm.dtype), None
     if norm.dtype == torch.float16:
         scale = x.new_empty((*x.shape[:2], 1), dtype=torch.float32)
-    for samples in call.samples(PART):
+    B, T, _ = x.shape
+    for samples in chunks(B, max(PART // max(T, 1), 1)):
         part = x[samples]
         part = part - part.mean(-1, keepdim=True) if norm.centred else part
         if scale is not None:
@@ -81,8 +81,8 @@ def _write(call: LayerCall, out: Tensor) -> Activations:
     w, options, first = call.weights, call.options, call.first()
     keeps = POLICIES[options.recompute].keeps
     y, stats1 = _first_norm(call)
-    qkv = QKV.of(y, w, options.num_queries)
-    attended, logsumexp = _attend(call, _by_head(call, qkv))
+    qkv = QKV.of(y, w, options.wanted)
+    attended, logsumexp = attend_forward(options, *_by_head(call, qkv))
     a = _drop_branch(call, project(attended, w.out_weight, w.out_bias), AFTER_ATTENTION)
 
     # nothing else sees x1, so the layer's output takes its place
@@ -121,22 +121,23 @@ def backward(
     kept is emptied as it is used up. Without q, k and v, which the widest tensors of the
     attention's backward are made from, a few samples run at a time.
     """
-    B, parts = len(call.x), kept["qkv"] is None
-    if not parts:
+    if kept["qkv"] is not None:
         dx, dmod = _at_once(call, dout, kept, grads)
-        dmodulation.add(slice(0, B), dmod)
+        dmodulation.add(call.all_samples(), dmod)
         return dx
     dx = torch.empty_like(call.x, dtype=dout.dtype)
     size = GPU_PART if kept["a"] is not None and runs_as_on_gpu(dout) else PART
-    for samples, part in call.parts(dout.dtype, size, dmodulation.part):
-        grads.parts = len(part.x) < B
-        own = Activations(*(rows_of(t, samples, B) for t in kept.values()))
-        own = Kept(own, owned=kept.owned)
+    for part, some in call.parts(dout.dtype, size, dmodulation.part):
+        grads.parts, results = not part.is_all, call.results(part)
+        own = Activations(*kept.values()).of(part, results)
+        # copies are nobody else's
+        own = Kept(own, owned=kept.owned or not results.is_together)
         if own["a"] is None:
-            part = part._replace(options=part.options._replace(recompute="none"))
-            own = Kept(forward(part)[1], owned=True)
-        dx[samples], dmod = _at_once(part, dout[samples], own, grads)
-        dmodulation.add(samples, dmod)
+            some = some._replace(options=some.options._replace(recompute="none"))
+            own = Kept(forward(some)[1], owned=True)
+        dx_rows, dmod = _at_once(some, results.of(dout), own, grads)
+        part.put(dx, dx_rows)
+        dmodulation.add(part, dmod)
     kept.clear()
     return dx
 
@@ -149,18 +150,18 @@ def _at_once(call: LayerCall, dout: Tensor, kept: Kept, grads: Gradients) -> tup
     dx1, da = _mlp_backward(first, dout, dfirst, kept, grads)
     dx = _attention_backward(call, da, dx1, dmodulation, kept, grads)
     if not shared:
-        # the tokens whose result nobody wants feel nothing of what follows the attention
-        (B, T, D), N = call.x.shape, call.options.num_queries
-        after = dmodulation.view(B, T, 6 * D)[..., 2 * D :]
+        # what nobody wants the result of feels nothing of what follows the attention
+        (B, _, D), of_first = call.x.shape, by_sample(dfirst, len(first.x))
+        after, of_first = (t[..., 2 * D :] for t in (by_sample(dmodulation, B), of_first))
         after.zero_()
-        after[:, :N] = dfirst.view(B, N, 6 * D)[..., 2 * D :]
+        after[: len(of_first), : of_first.shape[1]] = of_first
     return dx, dmodulation
 
 
 def _mlp_backward(
     call: LayerCall, dout: Tensor, dmodulation: Tensor, kept: Kept, grads: Gradients
 ) -> tuple[Tensor, Tensor]:
-    """dx1, by sample, and da (B, T, D)."""
+    """dx1, by sample, and da (n, N, D)."""
     a, m, y, rows = kept.pop("a"), kept.pop("m"), None, call.by_sample
     mod, dmod = call.mod, LayerModulation.of(dmodulation)
     dout, dm = rows(dout), kept.buffer(m)
@@ -185,21 +186,22 @@ def _attention_backward(
     call: LayerCall, da: Tensor, dx1: Tensor, dmodulation: Tensor, kept: Kept, grads: Gradients
 ) -> Tensor:
     """dx (B, T, D)."""
-    N, mod, dmod = call.options.num_queries, call.mod, LayerModulation.of(dmodulation)
+    wanted, mod, dmod = call.options.wanted, call.mod, LayerModulation.of(dmodulation)
     qkv = QKV(kept.pop("q"), kept.pop("qkv"))
     if qkv.qkv is None:
-        qkv, kept.owned = QKV.of(_first_norm(call)[0], call.weights, N), True
+        qkv, kept.owned = QKV.of(_first_norm(call)[0], call.weights, wanted), True
     dqkv = attend_backward(call, da, qkv, kept, grads)
     dy = dqkv.backward(call.weights)
     dy_rows, dx = call.by_sample(dy), torch.empty_like(call.x)
     adaln_norm_backward(
-        dy_rows, dx1 if N is None else None, call.by_sample(call.x), mod.scale1, mod.shift1,
+        dy_rows, dx1 if wanted.is_all else None, call.by_sample(call.x), mod.scale1, mod.shift1,
         kept.pop("stats1"), call.by_sample(dx), dy_rows, dmod.scale1, dmod.shift1,
         call.options.norm1.centred,
     )  # fmt: skip
     dqkv.add_to(grads, dy)  # y is written over dy by now
-    if N is not None:
-        dx[:, :N] += dx1.view(len(dx), N, dx.shape[-1])
+    if not wanted.is_all:
+        first = wanted.view(dx)
+        first += dx1.view(first.shape)
     return dx
 
 
@@ -218,11 +220,11 @@ def attend_backward(call: LayerCall, da: Tensor, qkv: QKV, kept: Kept, grads: Gr
     by_head = _by_head(call, qkv)
     attended, logsumexp = kept.pop("attended"), kept.pop("logsumexp")
     if attended is None:
-        attended, logsumexp = _attend(call, by_head)
+        attended, logsumexp = attend_forward(call.options, *by_head)
     grads.add_weight("out", da, attended)
     grads.add_bias("out", da)
     dattended = project(da, w.out_weight.T)
-    dqkv.write(*_attend_backward(call, dattended, *by_head, attended, logsumexp))
+    dqkv.write(*attend_gradients(call.options, dattended, *by_head, attended, logsumexp))
     if w.q_weight is None and rotary is None:
         return dqkv
     whole = dqkv.whole()
@@ -235,37 +237,26 @@ def attend_backward(call: LayerCall, da: Tensor, qkv: QKV, kept: Kept, grads: Gr
 
 
 def _by_head(call: LayerCall, qkv: QKV) -> list[Tensor]:
-    """Queries and keys as the attention sees them, and values, (B, H, N or T, D / H) each."""
+    """Queries and keys as the attention sees them, and values, (n or B, H, N or T, d) each."""
     heads, w = call.options.num_heads, call.weights
     q, k, v = qkv.by_head(heads)
     if w.q_weight is None and call.rotary is None:
         return [q, k, v]
     qk = qk_norm_rotary_forward(qkv.whole(), w.qk_norms, call.rotary, heads, call.options.qk_eps)
     seen, k = qk.permute(2, 0, 3, 1, 4)
-    return [seen[:, :, : q.shape[2]], k, v]
-
-
-def _attend(call: LayerCall, by_head: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The attention's result (B, N, H d) and its logsumexp."""
-    dropout = call.options.dropout
-    if dropout is None or not dropout.attention:
-        return attention_forward(*by_head)
-    return dropped_attention_forward(*by_head, dropout)
-
-
-def _attend_backward(call: LayerCall, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dropout = call.options.dropout
-    if dropout is None or not dropout.attention:
-        return attention_backward(*tensors)
-    return dropped_attention_backward(*tensors, dropout)
+    return [seen[: len(q), :, : q.shape[2]], k, v]
 
 
 def _drop_branch(call: LayerCall, branch: Tensor, place: int) -> Tensor:
-    """A branch's output (B, N, D), or its gradient, without what is left out, in its place."""
+    """A branch's output (n, N, D), or its gradient, without what is left out, in its place."""
     dropout = call.options.dropout
     if dropout is None or not dropout.branches:
         return branch
-    return drop(branch, dropout.branches, dropout.draw, place, out=branch)
+    # by the number of its sample in its stream: what a sample leaves out is then the same in a
+    # batch of any size
+    for stream, rows in enumerate(branch.tensor_split(call.options.streams_wanted)):
+        drop(rows, dropout.branches, dropout.draw, place + 2 * stream, out=rows)
+    return branch
 
 
 def mlp(y: Tensor, mlp: str, w: LayerWeights, *, hidden: Tensor | None) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, runs_as_on_gpu
-from dbkernels.ops.layer.tensors import LayerWeights, chunks, first_tokens
+from dbkernels.ops.layer.part import Wanted
+from dbkernels.ops.layer.tensors import LayerWeights, chunks
 
 CPU_CHUNK = 1024  # tokens whose operands a CPU holds in float32 beside them
 
@@ -117,26 +118,26 @@ def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | 
     return found
 
 
-# queries, keys and values, with a query of every token or of its first ones alone
+# queries, keys and values, with a query of every token or of the first samples' first ones alone
 
 
 class QKV(NamedTuple):
-    """One tensor, or two where only the first N tokens have queries; so are their gradients."""
+    """One tensor, or two where only n samples' first N tokens have queries; so are gradients."""
 
     q: Tensor | None
-    """(B, N, H d), or None."""
+    """(n, N, H d), or None."""
     qkv: Tensor
     """(B, T, 3 H d), or keys and values alone (B, T, 2 H d)."""
 
     def by_head(self, heads: int) -> list[Tensor]:
-        """(B, H, N or T, d) each, views."""
+        """(n or B, H, N or T, d) each, views."""
         there = [t for t in self if t is not None]
         width = sum(t.shape[-1] for t in there) // 3
         each = (t.view(*t.shape[:2], t.shape[-1] // width, heads, width // heads) for t in there)
         return [view for views in each for view in views.permute(2, 0, 3, 1, 4)]
 
     def write(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Gradients by head, (B, H, N or T, d) each, which lie token by token: side by side."""
+        """Gradients by head, as `by_head`, which lie token by token: side by side."""
         parts = [t.transpose(1, 2).flatten(0, 1).flatten(1) for t in (dq, dk, dv)]
         if self.q is not None:
             as_rows(self.q).copy_(parts.pop(0))
@@ -146,25 +147,30 @@ class QKV(NamedTuple):
         """(B, T, 3 H d), with zeros for the queries that are not there."""
         if self.q is None:
             return self.qkv
-        _, N, width = self.q.shape
+        width = self.q.shape[-1]
         whole = torch.nn.functional.pad(self.qkv, (width, 0))
-        whole[:, :N, :width] = self.q
+        self._queried(whole)[..., :width] = self.q
         return whole
 
     def take(self, whole: Tensor) -> None:
         """What was done to `whole`, done here."""
         if self.q is not None:
-            _, N, width = self.q.shape
-            self.q.copy_(whole[:, :N, :width])
+            width = self.q.shape[-1]
+            self.q.copy_(self._queried(whole)[..., :width])
             self.qkv.copy_(whole[..., width:])
 
+    def _queried(self, t: Tensor) -> Tensor:
+        """Those of (B, T, ...) that have a query."""
+        n, N, _ = self.q.shape
+        return t[:n, :N]
+
     @classmethod
-    def of(cls, y: Tensor, w: LayerWeights, num_queries: int | None) -> "QKV":
-        """Of y (B, T, D), with queries of its first tokens, or None for all."""
-        if num_queries is None:
+    def of(cls, y: Tensor, w: LayerWeights, wanted: Wanted) -> "QKV":
+        """Of y (B, T, D), with queries of those whose results are wanted."""
+        if wanted.is_all:
             return cls(None, project(y, w.qkv_weight, w.qkv_bias))
         (q_weight, kv_weight), (q_bias, kv_bias) = _apart(w.qkv_weight), _apart(w.qkv_bias)
-        q = project(first_tokens(y, num_queries), q_weight, q_bias)
+        q = project(wanted.of(y), q_weight, q_bias)
         return cls(q, project(y, kv_weight, kv_bias))
 
     def backward(self, w: LayerWeights) -> Tensor:
@@ -173,7 +179,7 @@ class QKV(NamedTuple):
             return project(self.qkv, w.qkv_weight.T)
         q_weight, kv_weight = _apart(w.qkv_weight)
         dy = project(self.qkv, kv_weight.T)
-        dy[:, : self.q.shape[1]] += project(self.q, q_weight.T)
+        self._queried(dy).add_(project(self.q, q_weight.T))
         return dy
 
     def add_to(self, gradients: Gradients, y: Tensor) -> None:
@@ -182,12 +188,13 @@ class QKV(NamedTuple):
             gradients.add_weight("qkv", self.qkv, y)
             gradients.add_bias("qkv", self.qkv)
             return
-        _, N, width = self.q.shape
+        width = self.q.shape[-1]
         if "qkv_weight" in gradients.wanted:
             # whole from the start: its parts beside it would be the step's highest moment
             total = y.new_empty((3 * width, y.shape[-1]), dtype=checks.statistics_dtype(y))
             of_q, of_kv = total[:width], total[width:]
-            product(as_rows(self.q).T, as_rows(first_tokens(y, N)), total.dtype, out=of_q)
+            queried = self._queried(y).contiguous()
+            product(as_rows(self.q).T, as_rows(queried), total.dtype, out=of_q)
             product(as_rows(self.qkv).T, as_rows(y), total.dtype, out=of_kv)
             gradients.add("qkv_weight", total)
         gradients.add_bias("qkv", self.q, self.qkv)

@@ -3,7 +3,8 @@
 A unit is D elements per token in the dtype of the branches. Counts are for a residual stream of
 that dtype, a hidden layer of 4 D and heads as wide together as D; SwiGLU, whose hidden layer is
 twice as wide, adds 4 where it is kept. logsumexp and the statistics of two norms add H + 4 float32
-numbers per token where they are kept. Tokens whose result is not asked for count x, k and v alone.
+numbers per token where they are kept. Tokens and samples whose results are not asked for count x, k
+and v alone.
 
 A condition of each token adds its modulation, 6 D, and the silu of it that its projection read,
 where the modulation is kept. Else it adds nothing but the condition itself, which all layers of a

@@ -8,7 +8,7 @@ only the first need keep x. The others compute it again, by the same sums in the
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from torch import Tensor
 from dbkernels.ops.adaln_norm import NormOptions
 from dbkernels.ops.dropout import Dropout
 from dbkernels.ops.gated_residual import gated_residual_forward
-from dbkernels.ops.layer.condition import Condition, rows_of, rows_of_modulation
+from dbkernels.ops.layer.condition import Condition, rows_of_modulation
+from dbkernels.ops.layer.part import Part, Wanted
 
+AttentionKind = Literal["full", "causal", "two_stream"]
 LENGTH = 4  # layers of a run: the last of n rebuilds x by 2 (n - 1) gated sums
 
 
@@ -84,40 +86,60 @@ class LayerOptions(NamedTuple):
     qk_eps: float
     """Of the norms of queries and keys."""
     recompute: str
-    num_queries: int | None = None
-    """How many of the first tokens' results are wanted, fewer than there are; None wants all."""
+    wanted: Wanted = Wanted()
+    """Whose results are."""
     dropout: Dropout | None = None
     """What is left out; None is nothing."""
+    attention: AttentionKind = "full"
 
-    def of_samples(self, start: int) -> "LayerOptions":
-        """For the samples from one on."""
-        return self if self.dropout is None else self._replace(dropout=self.dropout.after(start))
+    @property
+    def streams(self) -> int:
+        """Of the samples, which lie one after another."""
+        return 2 if self.attention == "two_stream" else 1
+
+    @property
+    def streams_wanted(self) -> int:
+        """Of the results."""
+        return self.streams if self.wanted.samples is None else 1
+
+    def of_part(self, part: Part) -> "LayerOptions":
+        """For some of the samples."""
+        wanted, dropout = self.wanted, self.dropout
+        if wanted.samples is not None:
+            wanted = wanted._replace(samples=part.stop - part.start)
+        dropout = None if dropout is None else dropout.after(part.start)
+        return self._replace(wanted=wanted, dropout=dropout)
 
 
 class Activations(NamedTuple):
     """What one pass of a layer left behind; `recompute` says which of it is kept for the backward.
 
-    N is the number of tokens whose result is wanted: T where all are.
+    n and N are the numbers of samples and tokens whose results are wanted: B and T where all are.
     """
 
     stats1: Tensor | None
     """(samples, tokens, 2), mean and rstd of the first norm."""
     q: Tensor | None
-    """(B, N, H d) where N is less than T, before the norm and the rotation; else None."""
+    """(n, N, H d) where that is less than B or T, before the norm and the rotation; else None."""
     qkv: Tensor | None
     """(B, T, 3 H d), before the norm and the rotation; (B, T, 2 H d) beside q."""
     attended: Tensor | None
-    """(B, N, H d), of the attention, before its projection out."""
+    """(n, N, H d), of the attention, before its projection out."""
     logsumexp: Tensor | None
-    """(B, H, N)"""
+    """(n, H, N)"""
     a: Tensor | None
-    """(B, N, D), output of the attention branch, without what dropout left out."""
+    """(n, N, D), output of the attention branch, without what dropout left out."""
     stats2: Tensor | None
-    """(samples, tokens, 2), of the second norm, of N tokens."""
+    """(samples, tokens, 2), of the second norm, of what is wanted."""
     hidden: Tensor | None
-    """(B * N, F), or 2 F for swiglu: the MLP's pre-activation without its bias."""
+    """(n * N, F), or 2 F for swiglu: the MLP's pre-activation without its bias."""
     m: Tensor | None
-    """(B, N, D), output of the MLP, without what dropout left out."""
+    """(n, N, D), output of the MLP, without what dropout left out."""
+
+    def of(self, part: Part, results: Part) -> "Activations":
+        """What some samples left behind; results are those of them that are wanted."""
+        parts = {"stats1": part, "qkv": part}
+        return Activations(*(parts.get(n, results).of(t) for n, t in self._asdict().items()))
 
 
 class LayerCall(NamedTuple):
@@ -143,20 +165,21 @@ class LayerCall(NamedTuple):
         return by_sample(t, len(self.modulation))
 
     def first(self) -> "LayerCall":
-        """The tokens whose result is wanted, (B, N, D), for all that follows the attention."""
-        N, modulation = self.options.num_queries, self.modulation
-        if N is None:
+        """Samples and tokens whose results are wanted, for all that follows the attention."""
+        wanted, modulation = self.options.wanted, self.modulation
+        if wanted.is_all:
             return self
-        if len(modulation) != len(self.x):
-            modulation = first_tokens(by_sample(modulation, len(self.x)), N).flatten(0, 1)
-        return self._replace(x=first_tokens(self.x, N), modulation=modulation)
+        of_each = wanted._replace(tokens=None) if len(modulation) == len(self.x) else wanted
+        if not of_each.is_all:
+            modulation = of_each.of(by_sample(modulation, len(self.x))).flatten(0, 1)
+        return self._replace(x=wanted.of(self.x), modulation=modulation)
 
     def parts(
         self,
         dtype: torch.dtype,
         tokens: int,
-        modulation_of: Callable[[slice], Tensor] | None = None,
-    ) -> Iterator[tuple[slice, "LayerCall"]]:
+        modulation_of: Callable[[Part], Tensor] | None = None,
+    ) -> Iterator[tuple[Part, "LayerCall"]]:
         """Calls of a few samples each, one after another, with x in the dtype of the stream.
 
         Args:
@@ -165,24 +188,34 @@ class LayerCall(NamedTuple):
             modulation_of:  some samples; None computes it without a gradient
         """
         modulation_of = modulation_of or self._modulation_of
-        for samples in self.samples(tokens):
-            x = self.x[samples].to(dtype)
+        for part in self.samples(tokens):
+            x = part.of(self.x).to(dtype)
             if self.scale is not None:
-                x *= self.scale[samples]
-            options = self.options.of_samples(samples.start)
-            modulation = modulation_of(samples)
-            yield samples, self._replace(x=x, modulation=modulation, options=options, scale=None)
+                x *= part.of(self.scale)
+            options, modulation = self.options.of_part(part), modulation_of(part)
+            yield part, self._replace(x=x, modulation=modulation, options=options, scale=None)
 
-    def samples(self, tokens: int) -> Iterator[slice]:
+    def samples(self, tokens: int) -> Iterator[Part]:
         """A few samples at a time, of about so many tokens together."""
-        B, T, _ = self.x.shape
-        return chunks(B, max(tokens // max(T, 1), 1))
+        (rows, T, _), streams = self.x.shape, self.options.streams
+        B = rows // streams
+        for few in chunks(B, max(tokens // max(streams * T, 1), 1)):
+            yield Part(few.start, few.stop, B, streams)
 
-    def _modulation_of(self, samples: slice) -> Tensor:
+    def all_samples(self) -> Part:
+        """As one part."""
+        B = len(self.x) // self.options.streams
+        return Part(0, B, B, self.options.streams)
+
+    def results(self, part: Part) -> Part:
+        """Where the results of some samples lie among all that are wanted."""
+        return part._replace(streams=self.options.streams_wanted)
+
+    def _modulation_of(self, part: Part) -> Tensor:
         if isinstance(self.modulation, Tensor):
-            return rows_of(self.modulation, samples, len(self.x))
-        part = self.modulation._replace(c=self.modulation.c[samples])
-        return rows_of_modulation(part.modulation())
+            return part.of(self.modulation)
+        of_part = self.modulation._replace(c=part.of(self.modulation.c))
+        return rows_of_modulation(of_part.modulation())
 
 
 class Kept(dict[str, Tensor | None]):
@@ -279,29 +312,3 @@ def chunks(rows: int, size: int) -> Iterator[slice]:
 
 def like(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else torch.empty_like(tensor)
-
-
-def first_tokens(x: Tensor, num_queries: int | None) -> Tensor:
-    """The first tokens of each sample, without the memory of the others.
-
-    Args:
-        x:            (B, T, D)
-        num_queries:  1 to T; None is T
-    Returns:
-        (B, num_queries, D), contiguous; x itself where that is all of it.
-    Raises:
-        ValueError: num_queries is not from 1 to T.
-    """
-    check_first(num_queries, x.shape[1])
-    if num_queries is None or num_queries == x.shape[1]:
-        return x
-    # a copy: whoever keeps a slice keeps all that it is a slice of
-    return x[:, :num_queries].contiguous()
-
-
-def check_first(num_queries: int | None, T: int) -> None:
-    """Whether a sequence of T tokens has so many."""
-    if num_queries is not None and not (isinstance(num_queries, int) and 1 <= num_queries <= T):
-        raise ValueError(
-            f"num_queries must be an integer from 1 to T = {T}, or None, got {num_queries}"
-        )

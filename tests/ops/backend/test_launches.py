@@ -1,25 +1,23 @@
 """How rows are cut into tiles and shared out, and how the sums of programs are added."""
 
 import importlib
-import math
-from unittest.mock import patch
 
 import pytest
 import torch
 import triton
 from ops.one_layer import OneLayer
-from torch.utils._python_dispatch import TorchDispatchMode
+from ops.raw_calls import FLOAT32, Scratch
 
 from dbkernels.ops.backend import sums as sums_module
 from dbkernels.ops.backend import tile
-from dbkernels.ops.backend.register import dry_run_on_gpu, scratch_bytes, use_implementation
+from dbkernels.ops.backend.register import dry_run_on_gpu, use_implementation
 from dbkernels.ops.backend.sums import partial_sums
 from dbkernels.ops.backend.tile import MAX_D, RowTile, row_launch, row_tile
 from dbkernels.ops.philox import Draw
 from dbkernels.ops.score_loss import score_loss
 
 H100 = 132  # streaming multiprocessors
-T, D, H, FLOAT32 = 16, 16, 2, 4  # of a layer, and bytes
+T, D, H = 16, 16, 2  # of a layer
 CPU = torch.device("cpu")
 WIDTHS = (384, 768, 1152, 1536)
 REGISTERS = {(4, 1): 72, (4, 2): 80, (4, 3): 96, (8, 1): 128, (8, 2): 64, (8, 3): 255}
@@ -170,27 +168,6 @@ def test_any_number_of_parts_of_any_width_is_added_in_one_launch(count, outs, mo
     for total, values in zip(totals, parts, strict=True):
         torch.testing.assert_close(total[0], values.sum(0))
     assert grids == [(1, 2)]
-
-
-class Scratch(TorchDispatchMode):
-    """Scratch of each op, by name: what is counted, and what its launcher allocates."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes, self.allocated = {}, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("dbkernels::")
-        if size := scratch_bytes(func, args):
-            self.bytes[name] = size
-        if func.namespace != "dbkernels":
-            return func(*args, **(kwargs or {}))
-        # nothing else in a launcher makes a tensor by this name
-        with patch.object(torch, "empty", wraps=torch.empty) as empty:
-            func(*args)
-        if empty.called:
-            shapes = (call.args[0] for call in empty.call_args_list)
-            self.allocated[name] = FLOAT32 * sum(map(math.prod, shapes))
 
 
 # 4 programs of one processor: with one to each sample a norm has nothing to add up

@@ -6,6 +6,7 @@ import pytest
 import torch
 from ops.one_layer import (
     EVERY_POLICY,
+    KINDS,
     SAME_BITS,
     OneLayer,
     assert_close,
@@ -53,12 +54,12 @@ SHARED = {"qk_norm": False, "mlp": "gelu_exact"}  # the published ViT's: of each
 EACH = {"mlp": "swiglu", "rotated": True, "per_token": True}
 
 
-@pytest.mark.parametrize("num_queries", [None, 1, 4])
+@pytest.mark.parametrize("asked", [{"num_queries": 1}, {"num_queries": 4}, *KINDS], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_agrees_in_float64_at_every_policy(options, num_queries):
+def test_agrees_in_float64_at_every_policy(options, asked):
     layer = OneLayer(**options, dtypes=(F64,) * 3)
     # each norm feels its own
-    told = {"num_queries": num_queries, "eps": 0.1, "eps2": 0.7, "qk_eps": 0.3}
+    told = {**asked, "eps": 0.1, "eps2": 0.7, "qk_eps": 0.3}
     exact = layer.exact(**told)
     for recompute in EVERY_POLICY:
         assert_close(layer.with_grads(recompute=recompute, **told), exact)
@@ -66,28 +67,41 @@ def test_agrees_in_float64_at_every_policy(options, num_queries):
 
 @pytest.mark.parametrize("recompute", EVERY_POLICY)
 @pytest.mark.parametrize(
-    ("samples", "tokens", "num_queries"), [(0, 5, None), (0, 5, 2), (2, 0, None), (1, 1, None)]
+    ("samples", "tokens", "asked"),
+    [
+        *((0, 5, kind) for kind in KINDS[:3]),
+        *((2, 0, kind) for kind in KINDS),
+        *((2, 1, kind) for kind in KINDS[1:]),
+        *((1, 1, kind) for kind in KINDS[:2]),
+        (0, 5, {"num_queries": 2}),
+        (0, 5, {"attention": "two_stream", "num_samples": 0}),
+    ],
 )
 @pytest.mark.parametrize("options", [SHARED, EACH], ids=str)
-def test_one_token_or_none_agrees_too(options, samples, tokens, num_queries, recompute):
+def test_one_token_or_none_agrees_too(options, samples, tokens, asked, recompute):
     layer = OneLayer(samples, tokens, **options, dtypes=(F64,) * 3)
-    result = layer.with_grads(recompute=recompute, num_queries=num_queries)
-    assert_close(result, layer.exact(num_queries=num_queries))
+    assert_close(layer.with_grads(recompute=recompute, **asked), layer.exact(**asked))
 
 
 # parts of two samples leave one of one, chunks of three tokens leave one of one or two
 @pytest.mark.parametrize(("part", "chunk"), [(10, 3), (1, 5)])
-@pytest.mark.parametrize("num_queries", [None, 1, 3])
+@pytest.mark.parametrize(
+    ("samples", "asked"),
+    [
+        *((5, asked) for asked in ({}, {"num_queries": 1}, {"num_queries": 3}, KINDS[1])),
+        *((10, {**KINDS[2], "num_samples": wanted}) for wanted in (None, 5)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("options", [{**EACH, "norm": "rms"}, SHARED], ids=str)
 @pytest.mark.parametrize("recompute", EVERY_POLICY)
 def test_small_parts_of_samples_and_chunks_of_tokens_agree_too(
-    recompute, options, num_queries, part, chunk, monkeypatch
+    recompute, options, samples, asked, part, chunk, monkeypatch
 ):
-    monkeypatch.setattr(passes, "PART", part)
+    monkeypatch.setattr(passes, "PART", part * samples // 5)
     monkeypatch.setattr(passes, "CHUNK", chunk)
-    layer = OneLayer(5, **options, dtypes=(F64,) * 3)
-    result = layer.with_grads(recompute=recompute, num_queries=num_queries)
-    assert_close(result, layer.exact(num_queries=num_queries))
+    layer = OneLayer(samples, **options, dtypes=(F64,) * 3)
+    assert_close(layer.with_grads(recompute=recompute, **asked), layer.exact(**asked))
 
 
 @pytest.mark.parametrize(
@@ -172,20 +186,22 @@ def test_a_gradient_that_passes_closed_gates_is_not_rounded_on_its_way(recompute
 
 
 @pytest.mark.parametrize(
-    ("recompute", "num_queries", "options"),
+    ("recompute", "asked", "options"),
     [
-        ("none", None, SHARED),
-        ("none", 2, SHARED),
-        ("none", 2, EACH),
-        ("mlp", None, {**EACH, "norm": "rms", "bias": False}),
-        ("qkv", None, {"rotated": True, "dtypes": (F32, BF16, BF16)}),
+        ("none", {}, SHARED),
+        ("none", {"num_queries": 2}, SHARED),
+        ("none", {"num_queries": 2}, EACH),
+        ("mlp", {}, {**EACH, "norm": "rms", "bias": False}),
+        ("qkv", {}, {"rotated": True, "dtypes": (F32, BF16, BF16)}),
+        ("none", KINDS[2], {"mlp": "swiglu", "rotated": True}),
+        ("qkv", KINDS[3], {**EACH, "dtypes": (F32, BF16, BF16)}),
     ],
 )
-def test_kernels_are_as_accurate_as_eager(recompute, num_queries, options):
+def test_kernels_are_as_accurate_as_eager(recompute, asked, options):
     layer = OneLayer(2, 5, 24, 2, **options)
     with use_implementation("triton"):
-        result = layer.with_grads(recompute=recompute, num_queries=num_queries)
-    layer.assert_as_accurate_as_eager(result, num_queries=num_queries)
+        result = layer.with_grads(recompute=recompute, **asked)
+    layer.assert_as_accurate_as_eager(result, **asked)
 
 
 @pytest.mark.parametrize("num_queries", [None, 1])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from ops.one_layer import (
     EVERY_POLICY,
+    KINDS,
     OneLayer,
     Ops,
     assert_close,
@@ -19,6 +20,7 @@ from dbkernels.ops import adaln_layer, use_implementation
 from dbkernels.ops.layer.tensors import Activations, Kept
 
 EACH = {"mlp": "swiglu", "rotated": True, "per_token": True}
+ASKED = [{}, {"num_queries": 2}, KINDS[-1]]  # of a layer; the first samples are a whole stream
 LAYOUTS = {  # the same numbers in other places
     "transposed": lambda t: t.mT.contiguous().mT,
     "columns apart": lambda t: torch.stack([t, t], dim=-1)[..., 0],
@@ -39,21 +41,23 @@ def test_samples_do_not_see_each_other(per_token):
         assert not torch.allclose(after[name][1], before[name][1])
 
 
-@pytest.mark.parametrize("num_queries", [None, 2])
+@pytest.mark.parametrize("asked", ASKED, ids=str)
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["x", "modulation", "dout"])
 def test_x_modulation_and_the_upstream_gradient_may_have_any_strides(
-    name, layout, per_token, num_queries
+    name, layout, per_token, asked
 ):
-    layer = OneLayer(rotated=True, per_token=per_token)
-    given = {**layer.leaves(), "dout": torch.randn(2, num_queries or 5, 24)}
+    layer = OneLayer(4, rotated=True, per_token=per_token)
+    asked = {**asked, "num_samples": 2} if "num_samples" in asked else asked
+    out = layer.run(layer.tensors, **asked)
+    given = {**layer.leaves(), "dout": torch.randn_like(out)}
     given[name] = LAYOUTS[layout](given[name].detach()).requires_grad_(name != "dout")
     dense = {name: t.detach().contiguous().requires_grad_() for name, t in given.items()}
     assert not given[name].is_contiguous()
 
     def results(dout, **leaves):
-        y = layer.run(leaves, num_queries=num_queries)
+        y = layer.run(leaves, **asked)
         return {"out": y, **gradients(y, leaves, dout)}
 
     assert_same_bits(results(**given), results(**dense))
@@ -79,14 +83,17 @@ def test_without_gradients_nothing_changes_and_nothing_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("backend", "recompute", "num_queries", "options"),
+    ("backend", "recompute", "asked", "options"),
     [
-        ("inductor", "none", None, {"norm": "rms", "bias": False, "qk_norm": False}),
-        ("aot_eager", "layer", 2, EACH),
+        ("inductor", "none", {}, {"norm": "rms", "bias": False, "qk_norm": False}),
+        ("aot_eager", "layer", {"num_queries": 2}, EACH),
+        ("aot_eager", "qkv", KINDS[1], EACH),
+        ("aot_eager", "none", KINDS[2], {}),
+        ("aot_eager", "layer", KINDS[3], EACH),
     ],
 )
-def test_compiles_without_graph_breaks(backend, recompute, num_queries, options):
-    layer, told = OneLayer(**options), {"recompute": recompute, "num_queries": num_queries}
+def test_compiles_without_graph_breaks(backend, recompute, asked, options):
+    layer, told = OneLayer(**options), {"recompute": recompute, **asked}
     compiled = torch.compile(adaln_layer, backend=backend, fullgraph=True)
     assert_close(layer.with_grads(compiled, **told), layer.with_grads(**told), 1e-4)
 
@@ -94,10 +101,10 @@ def test_compiles_without_graph_breaks(backend, recompute, num_queries, options)
 # a GPU's kernels cannot run here, but what they are given and return has shapes: meta tensors go
 # the way of a GPU's, and unlike fake ones can be written by `out=` without one
 @pytest.mark.parametrize("device", ["meta", "fake"])
-@pytest.mark.parametrize("num_queries", [None, 1, 3])
+@pytest.mark.parametrize("asked", [{"num_queries": 1}, {"num_queries": 3}, *KINDS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("recompute", EVERY_POLICY)
-def test_has_shapes_before_it_has_data(recompute, dtype, num_queries, device):
+def test_has_shapes_before_it_has_data(recompute, dtype, asked, device):
     layer = OneLayer(**EACH, dtypes=(torch.float32, torch.float32, dtype))
     layer.options["rotary"] = None if device == "fake" else torch.empty(2, 5, 8, device="meta")
     with FakeTensorMode() if device == "fake" else torch.device("meta"):
@@ -105,15 +112,15 @@ def test_has_shapes_before_it_has_data(recompute, dtype, num_queries, device):
             name: torch.empty(t.shape, dtype=t.dtype).requires_grad_()
             for name, t in layer.tensors.items()
         }
-        y = layer.run(leaves, recompute=recompute, num_queries=num_queries)
+        y = layer.run(leaves, recompute=recompute, **asked)
         y.sum().backward()
-    assert y.shape == (2, num_queries or 5, 24)
+    assert y.shape == (asked.get("num_samples", 2), asked.get("num_queries", 5), 24)
     assert (y.dtype, y.device) == (torch.float32, leaves["x"].device)
     for name, leaf in leaves.items():
         assert (leaf.grad.shape, leaf.grad.dtype) == (leaf.shape, leaf.dtype), name
 
 
-QUERIES = pytest.mark.parametrize("num_queries", [None, 2])
+each_asked = pytest.mark.parametrize("asked", ASKED, ids=str)
 
 
 def overwritten(layer, *, retain_graph, **options):
@@ -127,33 +134,40 @@ def overwritten(layer, *, retain_graph, **options):
 
 # a, m, qkv and hidden become the gradients of their own; qkv cannot where its norm is read again
 @pytest.mark.parametrize(
-    ("options", "recompute", "num_queries", "widths"),
+    ("options", "recompute", "asked", "widths"),
     [
-        ({"qk_norm": False}, "none", None, [24, 24, 40, 72]),
-        ({"qk_norm": False, "rotated": True}, "none", None, [24, 24, 40, 72]),
-        ({"qk_norm": True, "mlp": "swiglu"}, "none", None, [24, 24, 80]),
-        ({"qk_norm": False}, "attention", None, [24, 24, 40, 72]),
-        ({"qk_norm": False}, "mlp", None, [24, 24, 72]),
-        ({"qk_norm": False}, "qkv", None, [24, 24]),
-        ({"qk_norm": False}, "layer", None, []),
-        ({"qk_norm": False, "rotated": True}, "none", 2, [24, 24, 24, 40, 48]),
-        ({"qk_norm": True, "rotated": True}, "none", 2, [24, 24, 40]),
+        ({"qk_norm": False}, "none", {}, [24, 24, 40, 72]),
+        ({"qk_norm": False, "rotated": True}, "none", {}, [24, 24, 40, 72]),
+        ({"qk_norm": True, "mlp": "swiglu"}, "none", {}, [24, 24, 80]),
+        ({"qk_norm": False}, "attention", {}, [24, 24, 40, 72]),
+        ({"qk_norm": False}, "mlp", {}, [24, 24, 72]),
+        ({"qk_norm": False}, "qkv", {}, [24, 24]),
+        ({"qk_norm": False}, "layer", {}, []),
+        ({"qk_norm": False}, "none", KINDS[2], [24, 24, 40, 72]),
+        *(
+            (options, "none", asked, widths)
+            for asked in ASKED[1:]
+            for options, widths in (
+                ({"qk_norm": False, "rotated": True}, [24, 24, 24, 40, 48]),
+                ({"qk_norm": True, "rotated": True}, [24, 24, 40]),
+            )
+        ),
     ],
 )
-def test_the_last_backward_writes_over_what_was_kept(options, recompute, num_queries, widths):
-    layer, told = OneLayer(**options), {"recompute": recompute, "num_queries": num_queries}
+def test_the_last_backward_writes_over_what_was_kept(options, recompute, asked, widths):
+    layer, told = OneLayer(**options), {"recompute": recompute, **asked}
     assert overwritten(layer, retain_graph=False, **told) == widths
     assert overwritten(layer, retain_graph=True, **told) == []
 
 
-@QUERIES
+@each_asked
 @pytest.mark.parametrize("recompute", EVERY_POLICY)
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_retained_graph_gives_the_same_bits_again_and_no_argument_is_changed(
-    recompute, qk_norm, num_queries
+    recompute, qk_norm, asked
 ):
-    layer, told = OneLayer(rotated=True, qk_norm=qk_norm), {"recompute": recompute}
-    leaves, told["num_queries"] = layer.leaves(), num_queries
+    layer, told = OneLayer(rotated=True, qk_norm=qk_norm), {"recompute": recompute, **asked}
+    leaves = layer.leaves()
     y = layer.run(leaves, **told)
     read = [dy := torch.randn_like(y), *(t.detach() for t in leaves.values())]
     before = [t.clone() for t in read]
@@ -224,10 +238,10 @@ def test_hooks_of_tensors_see_and_change_gradients():
 ALONE = {"qkv_weight", "qkv_bias", "out_weight", "out_bias", "fc1_weight", "fc2_weight"}
 
 
-@QUERIES
+@each_asked
 @pytest.mark.parametrize("recompute", ["none", "mlp"])
-def test_what_is_frozen_gets_no_gradient_and_changes_no_other(recompute, num_queries):
-    layer, told = OneLayer(rotated=True), {"recompute": recompute, "num_queries": num_queries}
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(recompute, asked):
+    layer, told = OneLayer(rotated=True), {"recompute": recompute, **asked}
     names = list(layer.tensors)
     y = layer.run(leaves := layer.leaves(), **told).sum()
     with Ops() as all_of_them:

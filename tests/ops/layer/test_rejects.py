@@ -4,8 +4,7 @@ import pytest
 import torch
 from ops.one_layer import OneLayer
 
-from dbkernels.ops import Condition, LayerWeights
-from dbkernels.ops.layer.tensors import first_tokens
+from dbkernels.ops import Condition, Draw, LayerWeights
 
 OTHER_DEVICE = "must be on one device, got"
 OTHER_DTYPE = "must have the dtype of qkv_weight,"
@@ -75,6 +74,30 @@ def test_rejects_a_condition_of_other_tokens(shape):
 def test_rejects_what_is_no_number_of_tokens(num_queries, T):
     layer = OneLayer(2, T)
     message = f"num_queries must be an integer from 1 to T = {T}, or None, got {num_queries}"
-    for run in (layer.run, lambda tensors, num_queries: first_tokens(tensors["x"], num_queries)):
-        with pytest.raises(ValueError, match=message):
-            run(layer.tensors, num_queries=num_queries)
+    with pytest.raises(ValueError, match=message):
+        layer.run(layer.tensors, num_queries=num_queries)
+
+
+@pytest.mark.parametrize(
+    ("samples", "asked", "message"),
+    [
+        (2, {"attention": "none"}, "one of full, causal, two_stream, got none"),
+        (3, {"attention": "two_stream"}, "two streams must have 2B samples, .*, got 3"),
+        (2, {"attention": "causal", "num_queries": 5}, "num_queries .* attention causal, got 5"),
+        (2, {"attention": "two_stream", "num_queries": 2}, "num_queries .* two_stream, got 2"),
+        (2, {"num_samples": 1}, "num_samples must be None with attention full, got 1"),
+        (2, {"attention": "causal", "num_samples": 2}, "num_samples .* attention causal, got 2"),
+        (4, {"attention": "two_stream", "num_samples": 1}, "num_samples must be B = 2, .* got 1"),
+        (4, {"attention": "two_stream", "num_samples": 0}, "num_samples must be B = 2, .* got 0"),
+        (2, {"attention": "causal", "attention_dropout": 0.1}, "must be 0 with .* causal, got 0.1"),
+        (
+            2,
+            {"attention": "two_stream", "attention_dropout": 0.1},
+            "attention_dropout must be 0 with attention two_stream, got 0.1",
+        ),
+    ],
+)
+def test_rejects_what_an_attention_has_no_use_for(samples, asked, message):
+    layer, draw = OneLayer(samples), {"draw": Draw(1, 2)} if "attention_dropout" in asked else {}
+    with pytest.raises(ValueError, match=message):
+        layer.run(layer.tensors, **asked, **draw)
