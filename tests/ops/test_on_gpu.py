@@ -141,11 +141,12 @@ LAYERS = [
     ("layer_narrow", (256, 16, 72), None, "gelu", "rms", MIXED, True),
 ]
 STREAMS = [
-    # recompute, (T, heads, width), num_samples, dtypes
-    ("none", (256, 12, 64), None, PLAIN),
-    ("none", (77, 12, 64), 2, MIXED),
-    ("qkv", (256, 16, 72), 2, MIXED),
-    ("layer", (1024, 12, 64), None, (F32,) * 3),
+    # recompute, (T, heads, width), num_samples, dtypes, qk_norm: the gradient of its few weights is
+    # a fluke in bfloat16, where a noisy query's has two parts that are rounded apart
+    ("none", (256, 12, 64), None, PLAIN, False),
+    ("none", (77, 12, 64), 2, MIXED, False),
+    ("qkv", (256, 16, 72), 2, MIXED, False),
+    ("layer", (1024, 12, 64), 2, (F32,) * 3, True),
 ]
 
 
@@ -165,10 +166,10 @@ def test_a_layer_is_as_accurate_as_eager_at_each_policy(case, size):
 
 @pytest.mark.parametrize("case", STREAMS, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_a_layer_of_two_streams_is_as_accurate_as_eager(case, size):
-    recompute, shape, num_samples, dtypes = case
+    recompute, shape, num_samples, dtypes, qk_norm = case
     T, H, d = cut(shape, size)
     options = {"hidden": 2 * H * d, "mlp": "swiglu", "norm": "rms", "rotated": True}
-    layer = OneLayer(4, T, H * d, H, **options, dtypes=dtypes)
+    layer = OneLayer(4, T, H * d, H, **options, qk_norm=qk_norm, dtypes=dtypes)
     told = {"attention": "two_stream", "num_samples": num_samples}
     result = layer.with_grads(recompute=recompute, **told)
     assert result["out"].shape == (num_samples or 4, T, H * d)
