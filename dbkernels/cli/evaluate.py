@@ -47,7 +47,7 @@ class Evaluate:
     """So many of the data, evenly spaced; None is all images, or 512 windows of a text."""
     levels: int | None = None
     """Noise levels of the sampler, each an evaluation of one block; None is three of a classifier,
-    and of a text one for each block."""
+    and of a text one for each block, or four of a single block."""
     start: Start | None = None
     """Where a classifier's steps start: zero, or noise, as in the paper; None is zero."""
     starts: int | None = None

@@ -60,7 +60,7 @@ class Evaluated(Together):
         Args:
             data:        such as `open_data` or `open_tokens` gives
             levels:      of the sampler, descending, or how many of equal probability. A classifier
-                         answers after each; None is three. Of a text, None is one for each block
+                         answers after each; None is three, and of a text what `own_levels` says
             start:       of a classifier's steps, as for `predictions`; None is zero
             starts:      whose probabilities are averaged; None is one of a classifier, and of a
                          text STARTS, where 0 leaves the sampler out

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.data.token_files import check_ids
-from dbkernels.diffusion.bridges import BridgeName, bridge
+from dbkernels.diffusion.bridges import DEFAULT_BRIDGE, BridgeName, bridge
 from dbkernels.diffusion.masked import MASK
 from dbkernels.diffusion.process import Interval, Spacing
 from dbkernels.diffusion.sharpen import check_sharpening, sharpened
@@ -30,10 +30,10 @@ from dbkernels.ops.philox import Draw, normals, uniforms
 from dbkernels.settings import check_choice, check_number
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.partition import Block, block_at
+from dbkernels.training.text_bits import own_levels
 
 MOST_LEVELS = 10_000
 OF_A_WINDOW = 128  # levels at which masked tokens open, at most, where no number is asked for
-OF_ONE_BLOCK = 4  # levels of a token, where one block serves them all
 
 
 def text_way(blocks: DiffusionBlocks) -> TextWay:
@@ -75,7 +75,7 @@ def text_levels(
             raise ValueError(f"stop must not be given where tokens are unmasked, got {stop}")
         own = min(blocks.model.config.length, OF_A_WINDOW)
         return process.grid(own if count is None else count, spacing)
-    count = (len(blocks) if len(blocks) > 1 else OF_ONE_BLOCK) if count is None else count
+    count = own_levels(len(blocks)) if count is None else count
     check_number("levels", count, 1, MOST_LEVELS)
     if stop is None:
         return process.grid(count, spacing) if count > 1 else [process.range.high]
@@ -102,8 +102,8 @@ class GeneratedText:
                        and on the batch by no more than the rounding of a product of matrices
         levels:        of noise, descending; empty is what `text_levels` gives
         bridge:        how a token crosses from one level to the next, as `bridges.bridge` has it;
-                       None is sample. After argmax the likeliest token of the last level stays,
-                       after the others one is drawn there
+                       None is DEFAULT_BRIDGE. After argmax the likeliest token of the last level
+                       stays, after the others one is drawn there
         temperature:   of the probabilities at a token's first level, where the row that follows is
                        then drawn from them with every bridge; where tokens are unmasked, at each
                        level. None leaves the first level to the bridge
@@ -144,7 +144,7 @@ class GeneratedText:
             self.levels = self.levels or tuple(text_levels(blocks))
             self._check_levels()
         if not conventional and self.way != "unmask":
-            self.bridge = "sample" if bridge is None else bridge
+            self.bridge = DEFAULT_BRIDGE if bridge is None else bridge
             check_choice("bridge", self.bridge, get_args(BridgeName))
             if temperature == 0 and self.bridge == "sample":
                 raise ValueError(

@@ -13,7 +13,16 @@ from dbkernels.diffusion.likelihood import Curve
 from dbkernels.ops.philox import Draw
 from dbkernels.training.evaluation import batches
 
+OF_ONE_BLOCK = 4  # levels of a token, where one block serves them all
 MOST_LOGITS = 2**26  # that are formed at a time: 256 MiB
+
+
+def own_levels(num_blocks: int) -> int:
+    """Levels of a token where no number is asked for.
+
+    One for each block, so that a token runs every layer once, or OF_ONE_BLOCK for a single block.
+    """
+    return num_blocks if num_blocks > 1 else OF_ONE_BLOCK
 
 
 class TextData(Data, Protocol):

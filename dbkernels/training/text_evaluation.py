@@ -7,7 +7,7 @@ from dbkernels.diffusion.bridges import DEFAULT_BRIDGE, BridgeName
 from dbkernels.diffusion.process import Process
 from dbkernels.models.registry import TextNoise
 from dbkernels.settings import check_number
-from dbkernels.training.text_bits import Reading, TextEvaluation
+from dbkernels.training.text_bits import Reading, TextEvaluation, own_levels
 from dbkernels.training.text_bound import gaussian_bits, masked_bits
 from dbkernels.training.text_sampler import sampler_bits
 from dbkernels.training.together import Together
@@ -33,7 +33,7 @@ def evaluate_text(
         blocks:  in evaluation mode
         noise:   of the text
         text:    as it is read
-        levels:  of the sampler, descending, or how many; None is one for each block
+        levels:  of the sampler, descending, or how many; None is what `own_levels` says
         starts:  of the sampler; None is STARTS, and 0 leaves the sampler out
         bridge:  of the sampler; None is DEFAULT_BRIDGE
     Raises:
@@ -46,7 +46,7 @@ def evaluate_text(
     found = None
     if starts:
         # first, for what it refuses
-        grid = _grid(blocks.process, len(list(blocks)) if levels is None else levels)
+        grid = _grid(blocks.process, own_levels(len(list(blocks))) if levels is None else levels)
         some = replace(text, windows=-(-len(text) // SAMPLED))
         found = sampler_bits(blocks, some, grid, starts=starts, name=bridge or DEFAULT_BRIDGE)
     return replace(gaussian_bits(blocks, text), sampler=found)

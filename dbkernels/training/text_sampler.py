@@ -46,7 +46,7 @@ def sampler_bits(
         starts:  N
         name:    of the bridge from one level to the next
     """
-    across, table = bridge(name), _table(blocks, text.data.vocabulary)
+    across, table = bridge(name), blocks.model.unit_table()
     last = first = 0.0
     for batch, draw in text.batches(blocks.device):
         total = torch.zeros(2, *batch["token"].shape, dtype=torch.float64, device=blocks.device)
@@ -79,9 +79,3 @@ def _of_start(
             following = levels[place + 1]
             z = across(logarithms.exp(), table, z, level, following, draw.nth(place))
     return torch.stack([found[0], found[-1]])
-
-
-def _table(blocks: Together, vocabulary: int) -> Tensor:
-    """The clean rows of all words, (V, D): what a model makes of a text that has each once."""
-    every = torch.arange(vocabulary, device=blocks.device)[None]
-    return blocks.model.target({"token": every})[0].float()

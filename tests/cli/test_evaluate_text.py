@@ -53,6 +53,41 @@ def test_bits_of_blocks_stand_beside_networks_of_all_layers_and_of_a_blocks(cli,
     assert line.split()[4:] == [f"{figure:.4g}" for figure in figures]
 
 
+NOISY, CLEAN, SHALLOW_CLEAN = (
+    "ar --depth 2 --num-blocks 2",
+    "ar --depth 2 --num-blocks 1 --objective conventional",
+    "ar --depth 1 --num-blocks 1 --objective conventional",
+)
+
+
+def test_blocks_with_noise_tell_of_their_stop_and_of_their_sampler(cli, texts):
+    runs = " ".join(str(texts(line)) for line in (NOISY, CLEAN, SHALLOW_CLEAN))
+    line = f"evaluate {runs} --starts 3 --levels 4 --bridge argmax --device cpu"
+    noisy, clean, _ = rows_of(cli(f"{line} --json"))
+    assert 0.05 <= noisy["stop"] <= 8.0 and len(noisy["bits_of_blocks"]) == 2
+    assert noisy["bits_down_to_least"] > sum(noisy["bits_of_blocks"])
+    assert noisy["more_than_all_layers"] == noisy["bits"] - clean["bits"]
+    told = noisy["sampler"]
+    assert (told["starts"], told["bridge"], told["windows"]) == (3, "argmax", 2)
+    assert len(told["levels"]) == 4 and noisy["sampler_bits"] > 0
+    assert [len(curve["levels"]) for curve in noisy["curves"]] == [
+        len(curve["cross_entropy"]) for curve in noisy["curves"]
+    ]
+    assert clean["sampler_bits"] is clean["stop"] is None and clean["end_to_end"]
+
+    out = cli(line).out
+    assert max(map(len, out.splitlines())) <= 80
+    figures = ("bits_down_to_least", "bits_at_most_noise", "sampler_bits")
+    words = out.split()
+    assert all(f"{noisy[name]:.4g}" in words for name in figures)
+    assert "of 2 the sampler, argmax with 4 levels and 3 starts" in out
+
+
+def test_the_sampler_may_be_left_out(cli, texts):
+    (row,) = rows_of(cli(f"evaluate {texts(NOISY)} --starts 0 --json"))
+    assert row["sampler"] is row["sampler_bits"] is None and row["stop"]
+
+
 def test_seeds_of_a_text_have_a_mean_and_a_spread(cli, texts):
     runs = [texts(BLOCKS), texts(f"{BLOCKS} --seed 1"), texts(WHOLE)]
     rows = rows_of(cli(f"evaluate {' '.join(map(str, runs))} --json"))
@@ -96,10 +131,14 @@ def test_so_many_samples_are_read(cli, runs, texts):
         ("mdm --bridge soft", "bridge must be left out: no run here has it, got soft"),
         ("mdm --samples 0", "samples must be at least 1, got 0"),
         ("mdm --data nowhere", "nowhere has no tokens.json"),
+        ("clean --levels 2", "levels must be left out: no run here has it, got 2"),
+        ("noisy clean --starts -1", "starts must be at least 0, got -1"),
+        ("noisy --start noise", "start must be left out: no run here has it, got noise"),
         ("vit --bridge soft", "bridge must be left out: no run here has it, got soft"),
     ],
 )
 def test_rejects(cli, runs, texts, tmp_path, line, message):
     (tmp_path / "mdm").symlink_to(texts(WHOLE))
-    (tmp_path / "vit").symlink_to(runs("vit"))
+    for name, run in (("vit", runs("vit")), ("clean", texts(CLEAN)), ("noisy", texts(NOISY))):
+        (tmp_path / name).symlink_to(run)
     assert refused(cli(f"evaluate {line} --device cpu"), message)
