@@ -7,8 +7,10 @@ import torch
 from cli.runs import read_tree, refused
 from training.tiny import make_older
 
-from dbkernels.models import dit
+from dbkernels.cli.train import PartitionFlags
+from dbkernels.models import dit, family_named
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
+from dbkernels.training.run_config import PartitionConfig
 
 
 def test_says_what_it_trained(train, tmp_path):
@@ -33,6 +35,16 @@ def test_flags_reach_the_configuration(train, tmp_path):
     assert {"sigma_max": 40.0, "sigma_min": 0.002}.items() <= config["prior"].items()
     assert (config["label_drop"], config["mirror"]) == (0.1, True)
     assert list((tmp_path / "off").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "objective", "count"),
+    [("vit", "blocks", 3), ("huginn", "blocks", 1), ("ar", "conventional", 1)],
+)
+def test_the_number_of_blocks_follows_the_family_unless_it_is_given(family, objective, count):
+    told = family_named(family), objective
+    assert PartitionFlags(split="2").for_family(*told) == PartitionConfig(count, split="2")
+    assert PartitionFlags(2, gamma=0.2).for_family(*told) == PartitionConfig(2, gamma=0.2)
 
 
 @pytest.mark.parametrize(("family", "automatic"), [("vit", "none"), ("dit", "process")])
