@@ -102,6 +102,7 @@ def open_tokens(
     *,
     length: int,
     vocabulary: int | None = None,
+    tokenizer: str | None = None,
     stride: int = 0,
 ) -> TokenData:
     """Open one split of a directory that `tokenize` or `write_tokens` has written.
@@ -114,6 +115,7 @@ def open_tokens(
         split:       "train" or "test"
         length:      tokens of a window, S
         vocabulary:  number of ids that the reader has; None takes the directory's
+        tokenizer:   hash of the tokenizer that the reader has; None takes the directory's
         stride:      tokens from one window's start to the next one's, of one document; 0 lays them
                      end to end. The last one ends with its document either way
     Returns:
@@ -121,7 +123,7 @@ def open_tokens(
     Raises:
         MissingSplit: the directory has none of that split.
         ValueError: the source, its files or its tokens cannot be used, no document is as long as
-            a window, or the vocabulary is another.
+            a window, or the vocabulary or the tokenizer is another.
     """
     check_choice("split", split, SPLITS)
     check_number("length", length, 1)
@@ -132,6 +134,10 @@ def open_tokens(
         raise ValueError(
             f"vocabulary must be that of {directory}, {told.vocabulary} ids of tokenizer "
             f"{told.tokenizer}, got {vocabulary}"
+        )
+    if tokenizer not in (None, told.hash):
+        raise ValueError(
+            f"tokenizer must be that of {directory}, {told.tokenizer} {told.hash}, got {tokenizer}"
         )
     if split not in told.splits:
         raise MissingSplit(f"{directory} has no {split} split: {NAME} names {[*told.splits]}")

