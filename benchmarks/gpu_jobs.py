@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from attention_case import ATTENTIONS
 from layer_case import LayerCase
 from op_case import INPUTS, PASSES, SHAPES, STREAM
 from rehearsal import PRESET
@@ -161,7 +162,8 @@ def seconds() -> Mapping[str, float]:
     """Of each part."""
     predicted = len(GPU.headline) * (len(GPU.num_blocks) * len(POLICIES) + 2 + len(BUDGETS))
     ready = -(-predicted // COMPILERS) * PREDICTION
-    kernels = 2 * (len(INPUTS) + len(STREAM)) * len(GPU.widths) + len(PASSES) * len(SHAPES)
+    of_a_width = 2 * (len(INPUTS) + len(STREAM) + len(ATTENTIONS))
+    kernels = of_a_width * len(GPU.widths) + len(PASSES) * len(SHAPES)
     competitors = 3  # fused, eager and a copy; each is also weighed
     timed = competitors * (2 * WARM_UP + GPU.op_rounds * OP)
     graphs = sum(3 * (WEIGH + (5 + GPU.rounds) * _step(name)[0]) for name in GPU.graphs)

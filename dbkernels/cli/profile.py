@@ -45,7 +45,8 @@ class Profile(OfPreset):
     num_blocks: str = "1,2,3,4,6"
     """Numbers of blocks with commas between."""
     methods: str = ",".join(METHODS)
-    """What is trained, with commas between; all but block_fused run the layer in plain torch."""
+    """What is trained, with commas between; all but block_fused run the layer in plain torch. End
+    to end is the network without noise, where the family has one."""
     recompute: str = ",".join(POLICIES)
     """What the fused layer's backward computes again: from most memory to most arithmetic."""
     offload: str = ",".join(OFFLOAD)

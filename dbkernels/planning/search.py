@@ -167,7 +167,7 @@ def search(
         model = presets[name]
         small = replace(recipe, preset=name, model=model, num_blocks=model.depth, **least)
         jobs.append(partial(estimate, small))
-    one = replace(recipe, model=replace(recipe.model, depth=1), num_blocks=1, **least)
+    one = replace(recipe, model=recipe.model.resized({"depth": 1}), num_blocks=1, **least)
     jobs.append(partial(estimate, one))
     every: list[Found | Estimates] = []
     layers = PREDICTIONS * sum(depth // n for n in counts)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import benchmark_rows as made
 import pytest
 
-from dbkernels.models import mdm
+from dbkernels.models import ar, mdm
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,10 @@ def rows_of(bench):
         return rows
 
     with pytest.MonkeyPatch.context() as patch:
-        small = replace(mdm.PRESETS["small"], depth=4, dim=64, mlp_hidden=176)
-        patch.setitem(mdm.PRESETS, "tiny", small)
+        sizes = {"depth": 4, "dim": 64, "mlp_hidden": 176, "cond_dim": 8}
+        for presets in (mdm.PRESETS, ar.PRESETS):
+            patch.setitem(presets, "tiny", replace(presets["small"], **sizes))
+        patch.setitem(ar.PRESETS, "tiny", replace(ar.PRESETS["tiny"], next_token_weight=0.0))
         yield run
 
 
@@ -35,6 +37,29 @@ def test_masked_blocks_compute_no_layer_twice_and_keep_their_share(rows_of):
     for row in (whole, four):
         assert row["sweep_flops"] == row["layers_flops"] + row["head_flops"]
     assert 0.2 < four["kept_units"] / whole["kept_units"] < 0.4
+
+
+S, D, HIDDEN = 64, 64, 176
+# of a token in forward and backward: a layer's matmuls, its attention, and its keys and values
+LAYER, ATTENTION = 6 * (4 * D**2 + 3 * D * HIDDEN), 3.5 * 4 * S * D
+KEYS = 12 * D**2
+
+
+def test_blocks_of_a_language_model_read_each_token_twice(rows_of):
+    # of two layers two are noisy, one is clean, and of the other clean one keys and values are
+    ordinary, half, guessing, through = rows_of(family="ar", preset="tiny", num_blocks=(2,))
+    assert ordinary["method"] == "end_to_end"
+    expected = {4: ordinary, 2 * 3: half, 2 * 4: guessing, 2 * 4 + 2 / 3: through}
+    for layers, row in expected.items():
+        matmuls = layers * LAYER + (2 * KEYS if row is half else 0)
+        attended = layers + (2 / 3.5 - 2 / 3 if row is through else 0)
+        assert row["layers_flops"] == pytest.approx(matmuls + attended * ATTENTION, rel=0.02)
+    heads = [row["head_flops"] / (6 * 27 * D) for row in (ordinary, half, guessing, through)]
+    assert heads == [1, 2, 4, 4]
+    # 11 numbers for the four of the hidden layer, which has 5.5 here; and x, keys and values
+    unit = 11 - 4 + 2 * HIDDEN / D
+    kept = half["kept_units"] - (ordinary["kept_units"] - 4 * unit)
+    assert kept == pytest.approx(3 * unit + 3, rel=0.05)
 
 
 def test_a_report_has_a_table_for_each_vocabulary(rows_of, bench, tmp_path):

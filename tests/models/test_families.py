@@ -87,10 +87,12 @@ def mdm(model, batch):
 def huginn(model, batch):
     """As `vit`."""
     token, z = batch["token"], noisy(model, batch)
-    (c_in, c_skip, c_out), constant = edm(0.7, (3, 1, 1)), model.clean_condition.expand(3, -1)
-    c, rotary = model.condition(torch.log(LEVEL) / 4) + constant, rotary_table(torch.arange(7), 4)
+    (c_in, c_skip, c_out), rotary = edm(0.7, (3, 1, 1)), rotary_table(torch.arange(7), 4)
+    constant = model.clean_condition
     e = table_rows(model.clean_table.weight, F.pad(token[:, :-1], (1, 0), value=5))
-    e = run_layers(model.layers[:1], e, constant, rotary, attention="causal")
+    e = run_layers(model.layers[:1], e, constant.expand(3, -1), rotary, attention="causal")
+    c = model.condition(torch.log(LEVEL) / 4)
+    c = c + constant.to(c.dtype)
     x = (model.from_state(c_in * z) + model.from_tokens(e)).to(e.dtype)
     h = run_layers(model.layers[1:], x, c, rotary, attention="causal")
     shift, scale = model.head.modulation.linear(F.silu(c))[:, None].chunk(2, dim=-1)

@@ -10,11 +10,18 @@ from memory.steps import allocator_peak
 from dbkernels.data.images import batch_indices
 from dbkernels.memory.allocator import TARGETS, MiB
 from dbkernels.memory.measure import MEASURED, measure_peak
-from dbkernels.models import FAMILIES, DiTConfig, HuginnConfig, MDMConfig, stem_and_head
+from dbkernels.models import (
+    FAMILIES,
+    ARConfig,
+    DiTConfig,
+    HuginnConfig,
+    MDMConfig,
+    stem_and_head,
+)
 from dbkernels.ops.backend.register import registered
 from dbkernels.ops.layer.recompute import policies_of
 from dbkernels.planning import dry_run as module
-from dbkernels.planning.dry_run import dry_run, predicted
+from dbkernels.planning.dry_run import dry_run, predicted, sweep_flops
 from dbkernels.planning.recipe import OFFLOAD, Recipe
 from dbkernels.training.run_config import RunConfig
 
@@ -26,8 +33,11 @@ MODELS = {
     "dit": DIT,
     "vit": VIT,
     "mdm": MDMConfig(**TEXT),
-    "huginn": HuginnConfig(**TEXT, prelude=1, coda=1),
+    "ar": ARConfig(**TEXT, next_token_weight=0.0),
+    # the number of recurrences is another in every step, that of the gradients is not
+    "huginn": HuginnConfig(**TEXT, prelude=1, coda=1, recurrences=40, truncation=2),
 }
+THROUGH = ARConfig(**TEXT, clean="through")
 FUSED = Recipe("dit", "", DIT, batch_size=8, num_blocks=2, device=TARGETS["cpu"])
 PLAIN = replace(FUSED, method="end_to_end", num_blocks=1, recompute=None)
 ENDS = [
@@ -44,9 +54,11 @@ ROWS = [
     replace(FUSED, layers=(0, 1, 2, 3, 2, 2), split=(2, 4)),
     *(
         replace(recipe, family=family, model=MODELS[family])
-        for family in ("mdm", "huginn")
+        for family in ("mdm", "ar", "huginn")
         for recipe in (FUSED, PLAIN)
     ),
+    # the second block runs the layers of the first too
+    replace(FUSED, family="ar", model=THROUGH),
 ]
 
 
@@ -180,6 +192,29 @@ def test_the_costliest_block_counts_wherever_it_is(split):
     )
     # a layer's share, as many times as the longest block has layers
     assert found == whole - (4 - max(split)) * (whole - quarter) // 3
+
+
+@pytest.mark.parametrize("num_blocks", [2, 4])
+def test_blocks_that_read_earlier_layers_are_all_on_the_device(num_blocks):
+    own, through = (
+        Recipe("ar", "", model, batch_size=8, num_blocks=num_blocks, device=TARGETS["cpu"])
+        for model in (replace(THROUGH, clean="own"), THROUGH)
+    )
+    assert (own.offloads, through.offloads) == (OFFLOAD, ("none",))
+    assert replace(through, num_blocks=1).offloads == OFFLOAD
+    found, trainer = dry_run(through), real_trainer(through, steps=0)
+    assert found.keys() == {"none"}
+    # each parameter once, also those that two blocks read
+    assert found["none"].by_category["parameters"] == nbytes(trainer.blocks.parameters())
+    (alone,) = predicted([through])
+    assert alone == found["none"] and alone.trace is None
+    # the clean tokens of later blocks pass through all layers before, forward alone
+    apart, together = (sweep_flops(recipe) for recipe in (own, through))
+    assert apart == num_blocks * dry_run(own)["none"].flops
+    assert together < num_blocks * found["none"].flops
+    layers = sum(range(num_blocks)) * (4 // num_blocks)
+    forward = 2 * 8 * 40 * (4 * 64**2 + 3 * 64 * 176 + 2 * 40 * 64)  # of a layer
+    assert together - apart == pytest.approx(layers * forward, rel=0.02)
 
 
 # a GPU

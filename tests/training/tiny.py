@@ -27,7 +27,9 @@ CONFIGS = {
     "dit": DIT,
     "mdm": MDMConfig(**TEXT),
     "ar": ARConfig(**TEXT),
-    "huginn": HuginnConfig(**TEXT, prelude=1, coda=1, recurrences=3, truncation=2),
+    "huginn": HuginnConfig(
+        **TEXT, prelude=1, coda=1, read_out="paper", recurrences=3, truncation=2
+    ),
 }
 PROCESSES = {family: FAMILIES[family].process for family in CONFIGS} | {"vit": PRIOR}
 families = pytest.mark.parametrize("family", CONFIGS)
