@@ -33,9 +33,22 @@ BLOCKS, WHOLE, SHALLOW = (
 )
 
 
-def test_bits_of_blocks_stand_beside_networks_of_all_layers_and_of_a_blocks(cli, texts):
-    runs = [texts(line) for line in (BLOCKS, WHOLE, SHALLOW)]
-    blocks, whole, shallow = rows_of(cli(f"evaluate {' '.join(map(str, runs))} --json"))
+def linked(directory, **runs):
+    """The runs under short names."""
+    for name, run in runs.items():
+        (directory / name).symlink_to(run)
+    return " ".join(runs)
+
+
+def line_of(out, name):
+    """The first line of a run in what was printed, in words."""
+    return next(line.split() for line in out.splitlines() if line.startswith(f"{name} "))
+
+
+def test_bits_of_blocks_stand_beside_networks_of_all_layers_and_of_a_blocks(cli, texts, tmp_path):
+    lines = {"three": BLOCKS, "whole": WHOLE, "one": SHALLOW}
+    names = linked(tmp_path, **{name: texts(line) for name, line in lines.items()})
+    blocks, whole, shallow = rows_of(cli(f"evaluate {names} --json"))
     assert (blocks["layers"], whole["layers"], shallow["layers"]) == ([1, 1, 1], [3], [1])
     assert blocks["more_than_all_layers"] == blocks["bits"] - whole["bits"]
     assert blocks["more_than_a_blocks_layers"] == blocks["bits"] - shallow["bits"]
@@ -44,13 +57,12 @@ def test_bits_of_blocks_stand_beside_networks_of_all_layers_and_of_a_blocks(cli,
     assert sum(blocks["bits_of_blocks"]) + 1e-4 * math.log2(5) == pytest.approx(blocks["bits"])
     assert (blocks["windows"], blocks["tokens"]) == (13, 104)
 
-    out = cli(f"evaluate {' '.join(map(str, runs))}").out
+    out = cli(f"evaluate {names}").out
     assert max(map(len, out.splitlines())) <= 80
     assert "13 windows of 8 tokens were read" in out and "sampler" not in out
-    (line,) = [line for line in out.splitlines() if line.startswith(f"{runs[0].name} ")][:1]
     figures = (blocks[n] for n in ("bits", "more_than_all_layers", "more_than_a_blocks_layers"))
-    assert line.split()[1:4] == ["3", "3", "0"]
-    assert line.split()[4:] == [f"{figure:.4g}" for figure in figures]
+    assert line_of(out, "three") == ["three", "3", "3", "0", *(f"{each:.4g}" for each in figures)]
+    assert line_of(out, "whole") == ["whole", "3", "1", "0", f"{whole['bits']:.4g}"]
 
 
 NOISY, CLEAN, SHALLOW_CLEAN = (
@@ -60,9 +72,10 @@ NOISY, CLEAN, SHALLOW_CLEAN = (
 )
 
 
-def test_blocks_with_noise_tell_of_their_stop_and_of_their_sampler(cli, texts):
-    runs = " ".join(str(texts(line)) for line in (NOISY, CLEAN, SHALLOW_CLEAN))
-    line = f"evaluate {runs} --starts 3 --levels 4 --bridge argmax --device cpu"
+def test_blocks_with_noise_tell_of_their_stop_and_of_their_sampler(cli, texts, tmp_path):
+    lines = {"two": NOISY, "whole": CLEAN, "one": SHALLOW_CLEAN}
+    names = linked(tmp_path, **{name: texts(line) for name, line in lines.items()})
+    line = f"evaluate {names} --starts 3 --levels 4 --bridge argmax --device cpu"
     noisy, clean, _ = rows_of(cli(f"{line} --json"))
     assert 0.05 <= noisy["stop"] <= 8.0 and len(noisy["bits_of_blocks"]) == 2
     assert noisy["bits_down_to_least"] > sum(noisy["bits_of_blocks"])
@@ -138,7 +151,5 @@ def test_so_many_samples_are_read(cli, runs, texts):
     ],
 )
 def test_rejects(cli, runs, texts, tmp_path, line, message):
-    (tmp_path / "mdm").symlink_to(texts(WHOLE))
-    for name, run in (("vit", runs("vit")), ("clean", texts(CLEAN)), ("noisy", texts(NOISY))):
-        (tmp_path / name).symlink_to(run)
+    linked(tmp_path, mdm=texts(WHOLE), vit=runs("vit"), clean=texts(CLEAN), noisy=texts(NOISY))
     assert refused(cli(f"evaluate {line} --device cpu"), message)
