@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from attention_case import ATTENTIONS
 from layer_case import LayerCase
 from op_case import INPUTS, PASSES, SHAPES, STREAM
 from rehearsal import PRESET
 from training_memory import BUDGETS
 
+from dbkernels.models.ar import PRESETS as AR_PRESETS
 from dbkernels.models.dit import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +32,9 @@ class Sizes:
     """All that a rehearsal has otherwise."""
 
     tests: str = "-n 8"  # more options of pytest; of 16 cores: most of their time compiles kernels
-    headline: tuple[str, ...] = ("XL/2", "L/2")  # presets of DiT
+    headline: tuple[str, ...] = ("XL/2",)  # presets of DiT
+    text: str = "paper"  # preset of the autoregressive family
+    text_blocks: int = 4
     graphs: tuple[str, ...] = ("S/2", "B/2")
     profiled: str = "S/2"
     batch: int = 64
@@ -49,6 +53,8 @@ GPU = Sizes()
 REHEARSAL = Sizes(
     tests="-n 0 --rehearse",
     headline=(PRESET,),
+    text="small",
+    text_blocks=3,
     graphs=(PRESET,),
     profiled="digits",
     batch=2,
@@ -83,22 +89,29 @@ def jobs(sizes: Sizes) -> list[Job]:
     # a name comes as soon as its test has failed, and is kept where the rest is cut off
     tests = f"-m pytest -p xdist.plugin -v --tb=short -m gpu {sizes.tests} {words(marked())}"
     training = (
-        "benchmarks/training.py --json --family dit --dtype autocast "
+        "benchmarks/training.py --json --dtype autocast "
         f"--batch {sizes.batch} --rounds {sizes.rounds} --optimizer-in-backward False "
         f"{sizes.more} {sizes.more_of_training}"
     )
     headline = (
-        f"{training} --preset {words(sizes.headline)} --num-blocks {words(sizes.num_blocks)} "
+        f"{training} --family dit --preset {words(sizes.headline)} "
+        f"--num-blocks {words(sizes.num_blocks)} "
         "--methods end_to_end checkpointed block_fused compiled "
         f"--recompute {words(POLICIES)} --budgets 1 --nearest none --offload none cpu "
         "--offload-at 3 --beside --early"
+    )
+    # the ordinary language model, and a model in blocks of the same layers
+    text = (
+        f"{training} --family ar --preset {sizes.text} --num-blocks {sizes.text_blocks} "
+        "--methods end_to_end checkpointed block_fused compiled --recompute none --budgets 1 "
+        "--offload none --beside --early"
     )
     ops = (
         "benchmarks/ops.py --json --impls fused eager --stream same float32 --beside "
         f"--rounds {sizes.op_rounds} --dim {words(sizes.widths)} {sizes.more} {sizes.more_of_ops}"
     )
     graphs = (
-        f"{training} --preset {words(sizes.graphs)} --methods end_to_end block_fused "
+        f"{training} --family dit --preset {words(sizes.graphs)} --methods end_to_end block_fused "
         f"--num-blocks 3 --recompute none --offload none --launch {sizes.launch}"
     )
     profile = (
@@ -109,7 +122,8 @@ def jobs(sizes: Sizes) -> list[Job]:
     return [
         Job("smoke", "build.txt", 40, "setup.py build_ext --inplace"),
         Job("smoke", "tests.txt", 50, tests),
-        Job("headline", "headline.jsonl", 240, headline),
+        Job("headline", "headline.jsonl", 165, headline),
+        Job("headline", "text.jsonl", 75, text),
         Job("kernels", "kernels.jsonl", 90, ops),
         Job("rest", "graphs.jsonl", 35, graphs),
         Job("rest", "profile.ndjson", 25, profile),
@@ -148,14 +162,15 @@ def seconds() -> Mapping[str, float]:
     """Of each part."""
     predicted = len(GPU.headline) * (len(GPU.num_blocks) * len(POLICIES) + 2 + len(BUDGETS))
     ready = -(-predicted // COMPILERS) * PREDICTION
-    kernels = 2 * (len(INPUTS) + len(STREAM)) * len(GPU.widths) + len(PASSES) * len(SHAPES)
+    of_a_width = 2 * (len(INPUTS) + len(STREAM) + len(ATTENTIONS))
+    kernels = of_a_width * len(GPU.widths) + len(PASSES) * len(SHAPES)
     competitors = 3  # fused, eager and a copy; each is also weighed
     timed = competitors * (2 * WARM_UP + GPU.op_rounds * OP)
     graphs = sum(3 * (WEIGH + (5 + GPU.rounds) * _step(name)[0]) for name in GPU.graphs)
     return {
         "smoke": 2 * START + NVCC + TESTS,
         # the first ways are weighed while the last is compiled
-        "headline": 2 * START + ready + INDUCTOR + sum(map(_preset, GPU.headline)),
+        "headline": 2 * START + ready + INDUCTOR + sum(map(_preset, GPU.headline)) + _text(),
         "kernels": 2 * START + kernels * (TRITON / COMPILERS + timed),
         "rest": 3 * START + PREDICTION / 2 + 7 * TRITON + graphs,
     }
@@ -169,6 +184,18 @@ def _preset(name: str) -> float:
     alike += [AGAIN[policy] / count for count in (*GPU.num_blocks, 3) for policy in POLICIES]
     ways = sum(WEIGH + WARM_UP + (9 + GPU.rounds) * share * step for share in alike)
     return ways + STATE * parameters / HOST
+
+
+def _text() -> float:
+    """Of the job of the language model, whose ways are four."""
+    model, cuts = AR_PRESETS[GPU.text], GPU.text_blocks
+    S, D, hidden = model.length, model.dim, model.mlp_hidden
+    layer = LayerCase(GPU.batch, S, D, model.num_heads, 3 * hidden // 2, "bfloat16")
+    layers, head = model.depth * layer.flops, 6 * model.vocabulary * D * GPU.batch * S
+    # eager, checkpointed, compiled, and a block, which has its layers twice and a head of its own
+    steps = [layers + head, 1.33 * layers + head, layers + head, 2 * layers / cuts + head]
+    ways = sum(WEIGH + WARM_UP + (9 + GPU.rounds) * flops / FLOPS for flops in steps)
+    return 2 * START + PREDICTION + INDUCTOR + ways
 
 
 def _step(name: str) -> tuple[float, float]:

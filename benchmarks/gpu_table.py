@@ -27,14 +27,14 @@ def table(folder: Path, ran: Sequence[str]) -> list[str]:
     Returns:
         At most LINES of them.
     """
-    paths = [folder / f"{name}.jsonl" for name in ("headline", "kernels", "graphs")]
-    training, ops, graphs = (read(path) if path.exists() else [] for path in paths)
+    paths = [folder / f"{name}.jsonl" for name in ("headline", "text", "kernels", "graphs")]
+    training, text, ops, graphs = (read(path) if path.exists() else [] for path in paths)
     lines = [*ran, *_tests(folder / "tests.txt")]
-    every = [*training, *ops]
+    every = [*training, *text, *ops]
     # a row that was not timed yet knows no ceilings
     for row in [row for row in every if row.get("copy_gbps")][:1] or every[:1]:
         lines.append(f"{row['device']}, commit {row['commit'] or 'unknown'}, {_ceilings(row)}")
-    lines += [*_training(training), *_training(graphs), *_ops(ops)]
+    lines += [*_training(training), *_training(text), *_training(graphs), *_ops(ops)]
     if len(lines) > LINES:
         lines[LINES - 1 :] = [f"{len(lines) - LINES + 1} more lines are in {folder}"]
     return lines

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -96,14 +96,14 @@ class OpCase(NamedTuple):
         arguments = CASES[f"{self.op}_fwd"].arguments(self._shapes)[: INPUTS[self.op]]
         has_table = self.op == "qk_norm_rotary"  # of angles, which has no gradient
         likes = map(self._of_dtype, arguments[: len(arguments) - has_table])
-        filled = [
-            _filled(like, random).requires_grad_()
+        drawn = [
+            filled(like, random).requires_grad_()
             if like.is_floating_point()
             else _words(like, random)
             for like in likes
         ]
         table = rotary_table(torch.arange(T), HEAD_DIM).to(self.device)
-        return [*filled, *[table] * has_table]
+        return [*drawn, *[table] * has_table]
 
     @property
     def _shapes(self) -> Shapes:
@@ -131,23 +131,8 @@ class OpCase(NamedTuple):
     def calls(
         self, inputs: Sequence[list[Tensor]]
     ) -> dict[tuple[str, str], list[Callable[[], object]]]:
-        """By implementation and direction, a call for each copy of the inputs.
-
-        A backward begins after a forward that is done here. All have the same incoming gradients.
-        """
-        calls = {}
-        for impl in self.impls:
-            function = self.function(impl)
-            calls[impl, "fwd"] = [partial(function, *each) for each in inputs]
-            calls[impl, "bwd"] = [self._backward(function, each) for each in inputs]
-        return calls
-
-    def _backward(self, function: Callable, inputs: list[Tensor]) -> Callable[[], object]:
-        random = torch.Generator(self.device)
-        outs = _as_tuple(function(*inputs))
-        douts = [_filled(out, random.manual_seed(1)) for out in outs]
-        leaves = [tensor for tensor in inputs if tensor.requires_grad]
-        return partial(torch.autograd.grad, outs, leaves, douts, retain_graph=True)
+        """By implementation and direction, a call for each copy of the inputs."""
+        return by_implementation_and_direction(self, inputs)
 
     def implementation(self, impl: str, direction: str) -> str:
         """What computes."""
@@ -163,6 +148,40 @@ class OpCase(NamedTuple):
             if name not in left_out
         }
         return bytes_moved(case, replace(launch, arguments=kept))
+
+
+class ByDirection(Protocol):
+    """A case of forward and backward apart."""
+
+    impls: tuple[str, ...]
+    device: torch.device
+
+    def function(self, impl: str) -> Callable[..., Tensor | tuple[Tensor, ...]]: ...
+
+
+def by_implementation_and_direction(
+    case: ByDirection, inputs: Sequence[list[Tensor]]
+) -> dict[tuple[str, str], list[Callable[[], object]]]:
+    """A call for each copy of the inputs.
+
+    A backward begins after a forward that is done here. All have the same incoming gradients.
+    """
+    calls = {}
+    for impl in case.impls:
+        function = case.function(impl)
+        calls[impl, "fwd"] = [partial(function, *each) for each in inputs]
+        calls[impl, "bwd"] = [_backward(function, each, case.device) for each in inputs]
+    return calls
+
+
+def _backward(
+    function: Callable, inputs: list[Tensor], device: torch.device
+) -> Callable[[], object]:
+    random = torch.Generator(device)
+    outs = _as_tuple(function(*inputs))
+    douts = [filled(out, random.manual_seed(1)) for out in outs]
+    leaves = [tensor for tensor in inputs if tensor.requires_grad]
+    return partial(torch.autograd.grad, outs, leaves, douts, retain_graph=True)
 
 
 def _on_tensors(function: Callable, op: str, D: int) -> Callable:
@@ -184,7 +203,7 @@ def _for_a_branch(
     return *stream, y.to(dtype)
 
 
-def _filled(like: Tensor, random: torch.Generator) -> Tensor:
+def filled(like: Tensor, random: torch.Generator) -> Tensor:
     """Numbers of unit variance, the same for any strides, drawn on the generator's device."""
     place = {"dtype": like.dtype, "device": random.device}
     tensor = torch.empty_strided(like.shape, like.stride(), **place)

@@ -21,14 +21,15 @@ from itertools import chain
 
 import measure
 import torch
+from attention_case import ATTENTIONS, AttentionCase
 from machine import ceilings, device_name, machine
 from op_case import DTYPE, DTYPES, HEAD_DIM, INPUTS, PASSES, SHAPES, STREAM, NoiseCase, OpCase
 from program import Known, Program, called, main
 from show import Row
 
-from dbkernels.planning.pool import processes
+from dbkernels.pool import processes
 
-Case = OpCase | NoiseCase
+Case = OpCase | AttentionCase | NoiseCase
 
 IMPLS = ("fused", "eager", "compiled")
 WIDTHS = {"cpu": (384,), "cuda": (384, 1024, 1152)}  # on a GPU those of DiT-S, L and XL
@@ -44,7 +45,7 @@ class Options(Program):
     What is not given depends on the device.
     """
 
-    op: tuple[str, ...] = (*INPUTS, *PASSES)  # such as adaln_norm
+    op: tuple[str, ...] = (*INPUTS, *ATTENTIONS, *PASSES)  # such as adaln_norm
     dim: tuple[int, ...] = ()  # of the model; of the ops within a layer
     impls: tuple[str, ...] = IMPLS  # fused, eager, compiled
     # of the residual stream: same, that of all else; or float32 beside bfloat16
@@ -55,7 +56,7 @@ class Options(Program):
 
     def __post_init__(self):
         known = {"impls": IMPLS, "stream": ("same", "float32")}
-        self.require_known(op=(*INPUTS, *PASSES), **known)
+        self.require_known(op=(*INPUTS, *ATTENTIONS, *PASSES), **known)
         self.require_positive("threads", "samples")
         for D in self.dim:
             if D < HEAD_DIM or D % HEAD_DIM:
@@ -69,7 +70,9 @@ class Options(Program):
         for D in self.dim or WIDTHS[device.type]:
             for mixed in (stream == "float32" for stream in self.stream):
                 asked = [op for op in self.op if op in (STREAM if mixed else INPUTS)]
-                yield [OpCase(op, D, self.impls, device, mixed) for op in asked]
+                cases = [OpCase(op, D, self.impls, device, mixed) for op in asked]
+                heads = [op for op in self.op if op in ATTENTIONS and not mixed]
+                yield cases + [AttentionCase(op, D, self.impls, device) for op in heads]
         for samples, *rest in SHAPES:
             shape = (self.samples or samples, *rest)
             noise = [op for op in self.op if op in PASSES]

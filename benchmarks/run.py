@@ -40,7 +40,7 @@ GRAPHS += " --methods end_to_end block_fused"
 
 # in a new process between fork and exec no code of ours may run, as the parent has threads: so the
 # child asks for it in a Python of its own, and then becomes the program
-WITH_PARENT = str(CHECKOUT / "dbkernels" / "planning" / "with_parent.py")
+WITH_PARENT = str(CHECKOUT / "dbkernels" / "with_parent.py")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 The fused layer, block by block and end to end, runs against the same model in plain torch end to
 end, compiled, checkpointed, and block by block as the published code does; where memory is the
-aim, also with the optimizer in the backward. All have the same parameters, optimizer (fused
-AdamW), batch, precision and noise. A competitor is one trainer, its call one step of the next of
-its blocks: a round has a step of each.
+aim, also with the optimizer in the backward. A family that is trained without noise elsewhere, as
+language models are, has that network end to end: `FamilyEntry.conventional`. All have the same
+parameters, optimizer (fused AdamW), batch, precision and noise. A competitor is one trainer, its
+call one step of the next of its blocks: a round has a step of each.
 One line or row is one way of training:
 
     step_ms               median of a step of each block, averaged over the blocks; with offload a
@@ -51,12 +52,21 @@ from dbkernels.memory.measure import out_of_memory
 from dbkernels.models.registry import FAMILIES
 from dbkernels.ops.layer.recompute import POLICIES, policies_of
 from dbkernels.planning.dry_run import predicted
-from dbkernels.planning.recipe import BLOCKWISE, METHODS, OFFLOAD, Recipe, of_preset
+from dbkernels.planning.recipe import (
+    BLOCKWISE,
+    METHODS,
+    OFFLOAD,
+    Recipe,
+    of_preset,
+    offloads_of,
+    repeats,
+)
 from dbkernels.training.diffusion_blocks import SHARED
 from dbkernels.training.trainer import Trainer
 
-LARGE = ("S/2", "B/2", "L/2", "XL/2")  # presets that a GPU trains
-SMALL = {"vit": ("cifar100",), "dit": ("digits",)}
+# presets that a GPU trains, and what is trained elsewhere
+LARGE = {"dit": ("S/2", "B/2", "L/2", "XL/2"), "mdm": ("text8",), "ar": ("paper",)}
+SMALL = {name: (entry.model.smallest,) for name, entry in FAMILIES.items()} | {"vit": ("cifar100",)}
 ROUNDS = {"cpu": 12, "cuda": 36}  # the more blocks, the fewer steps of each
 SWAPS = 3
 TIMES = ("step_ms", "p20_ms", "p80_ms", "sweep_ms", "samples_per_second", "rounds", "timing")
@@ -74,8 +84,9 @@ class Options(Program):
     What is not given depends on the device.
     """
 
-    family: str | None = None  # vit or dit; both on a CPU, dit on a GPU
+    family: str | None = None  # vit, dit, ...; without it all on a CPU, dit on a GPU
     preset: tuple[str, ...] = ()  # of the family
+    words: tuple[int, ...] = ()  # vocabularies of a model of text; without any, its own
     batch: int = 64  # samples of a step, made up
     dtype: tuple[str, ...] = ()  # float32, or autocast: compute in bfloat16
     num_blocks: tuple[int, ...] = (1, 2, 3, 4, 6)  # of block_stock and block_fused
@@ -102,6 +113,8 @@ class Options(Program):
             raise ValueError(
                 f"nearest must be of {', '.join(POLICIES)} and come with beside, got {self.nearest}"
             )
+        if self.words and not (self.family and FAMILIES[self.family].text):
+            raise ValueError(f"words must come with a family of text, got {self.words[0]}")
         if self.preset and self.family is None:
             raise ValueError(f"preset must be given together with family, got {self.preset[0]}")
         with rehearsing(self.rehearse):
@@ -127,14 +140,15 @@ class Options(Program):
         families = [self.family] if self.family else ["dit"] if on_gpu else list(SMALL)
         return [
             replace(
-                of_preset(family, name),
+                recipe,
                 batch_size=self.batch,
                 autocast=dtype == "autocast",
                 device=self.target_of(name) or target_of(self.on),
             )
             for family in families
-            for name in self.preset or (LARGE if on_gpu and family == "dit" else SMALL[family])
-            for dtype in self.dtype or (DTYPES[on_gpu or name in LARGE],)
+            for name in self.preset or (LARGE if on_gpu else SMALL).get(family, SMALL[family])
+            for recipe in _with_words(of_preset(family, name), self.words)
+            for dtype in self.dtype or (DTYPES[on_gpu or _is_large(name)],)
         ]
 
     def target_of(self, preset: str) -> Target | None:
@@ -143,7 +157,7 @@ class Options(Program):
             return target_of(self.on)
         if self.target != "auto":
             return target_named(self.target)
-        return self.gpu("auto") if preset in LARGE and self.on.type == "cpu" else None
+        return self.gpu("auto") if _is_large(preset) and self.on.type == "cpu" else None
 
     def name_of(self, model: Recipe) -> str:
         """Of the device in a row."""
@@ -165,8 +179,6 @@ class Options(Program):
         here = self.target_of(model.preset) is None and self.on.type == "cpu"
         places = self.offload or (("none",) if here else OFFLOAD)
         policies = self.recompute or policies_of(mixed=model.autocast)
-        # of plain torch, one block is end to end
-        twice = ("block_stock", 1) if "end_to_end" in self.methods else None
         lean = ("end_to_end", "checkpointed")
         return [
             replace(
@@ -182,10 +194,11 @@ class Options(Program):
             for method in self.methods
             for fused in [method == "block_fused"]
             for count in (self.num_blocks if method in BLOCKWISE else (1,))
-            if (method, count) != twice
+            if not repeats(model.family, self.methods, method, count)
             for budget in (self.budgets if method == "compiled" else (None,))
             # one block is all that there is
             for place in (places if fused and count > 1 else ("none",))
+            if place in offloads_of(model.model, count)
             if place == "none" or count in (self.offload_at or self.num_blocks)
             for recompute in (policies if fused else (None,))
             for is_lean in [method in lean or (fused and (place == "cpu" or count == 1))]
@@ -227,6 +240,16 @@ class Options(Program):
                 yield measured_rows(every, self, ready, about, failed)
         if failed:
             raise SystemExit(f"failed: {'; '.join(failed)}")
+
+
+def _is_large(preset: str) -> bool:
+    return any(preset in names for names in LARGE.values())
+
+
+def _with_words(recipe: Recipe, words: Sequence[int]) -> list[Recipe]:
+    """A recipe with each of some vocabularies; itself where there is none."""
+    models = [replace(recipe.model, vocabulary=count) for count in words] or [recipe.model]
+    return [replace(recipe, model=model) for model in models]
 
 
 def predicted_rows(every: Sequence[Recipe], about: Row) -> Iterator[Row]:

@@ -22,8 +22,8 @@ from training_step import Steps, make_trainer, named
 
 from dbkernels.memory.measure import Prediction, record
 from dbkernels.planning.dry_run import dry_run
-from dbkernels.planning.pool import processes
 from dbkernels.planning.recipe import Recipe
+from dbkernels.pool import processes
 from dbkernels.training.trainer import Trainer
 
 BLOCK = 512  # bytes; the caching allocator gives multiples of it

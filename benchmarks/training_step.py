@@ -29,8 +29,10 @@ LAUNCH = ("ops", "graph")  # one by one, or the step as one CUDA graph
 def described(recipe: Recipe) -> Row:
     """What a row says of a model and of the way in which it is trained."""
     names = ("method", "num_blocks", "recompute", "budget", "offload", "optimizer_in_backward")
+    token = recipe.model.fields().get("token")
     return (
         {"suite": "training", "family": recipe.family, "preset": recipe.preset}
+        | ({"words": token.bound} if token else {})
         | {"batch": recipe.batch_size, "dtype": DTYPES[recipe.autocast]}
         | {name: getattr(recipe, name) for name in names}
         | {"launch": LAUNCH[recipe.cuda_graphs]}

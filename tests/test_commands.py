@@ -28,6 +28,7 @@ SMALLER = {
     "profile": [*ONE_STEP.split(), "--offload", "none", "--steps", "1", "--device", "cpu"],
     "plan": ["--preset", "digits", "--batch", "2"],
     "doctor": [],
+    "tokenize": ["--processes", "1"],
 }
 RUNNERS = [".ci/run", *(f"tools/{name}.sh" for name in ("test", "gpu", "setup"))]
 ELSEWHERE = {
@@ -43,6 +44,7 @@ ELSEWHERE = {
     "python tools/kernel_report.py": "python tools/kernel_report.py",
     "python tools/report.py benchmarks/results --tables benchmarks/RESULTS.md": '"--tables", str(',
     "python tools/count.py": "count.py",
+    "python tools/shakespeare.py --out DIR": '"--out", str(out)',
     "python tools/count.py [--json]": '"--json"',
     "python tests/golden/record.py": "recording.digests(",  # it would write what tests compare with
     "python setup.py build_ext --inplace": '("build_ext", "--inplace")',
@@ -81,14 +83,17 @@ def said(path):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, capsys):
-    """A directory with what the pages' commands read: latents, and a row of the budgets."""
+    """A directory with what the pages' commands read: latents, text, and a row of the budgets."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # to start other processes takes longer
     for suffix in ("", "_test"):
         np.save(f"latents{suffix}.npy", np.zeros((8, 4, 8, 8), dtype=np.float32))
         np.save(f"latents{suffix}_labels.npy", np.arange(8) % 2)
-    (tmp_path / "benchmarks").mkdir()
+    for folder in ("plays", "benchmarks"):
+        (tmp_path / folder).mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "plays" / f"{name}.txt").write_text("To be, or not to be\n\n" * 20)
     cli.main(["profile", *SMALLER["profile"], "--write", "benchmarks/budgets.json"])
     capsys.readouterr()
     return tmp_path

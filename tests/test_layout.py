@@ -11,7 +11,9 @@ from dbkernels.models import FAMILIES
 PACKAGE = Path(__file__).parents[1] / "dbkernels"
 FLOOR = {
     "settings": -1,
+    "pool": -1,
     "whole_file": -1,
+    "with_parent": -2,
     "ops": 0,
     "memory": 0,
     "diffusion": 1,

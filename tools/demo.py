@@ -24,7 +24,7 @@ from torch import Tensor
 from dbkernels import open_data
 from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.table import plain_console
-from dbkernels.planning.pool import processes
+from dbkernels.pool import processes
 from dbkernels.whole_file import write_whole
 
 SHOWN = 8  # digits of each class in the picture

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from dbkernels.cli.table import plain_console
 from dbkernels.ops.backend.tile import MAX_D, programs_per_processor
-from dbkernels.planning.pool import processes
+from dbkernels.pool import processes
 
 Row = dict[str, object]
 LIBRARY = "library"  # among the kernels, for all of CUDA

@@ -170,8 +170,9 @@ def learning_section(rows: Sequence[Row]) -> Section:
     Args:
         rows:  of one table of the suite demo
     """
-    figure = Figure((11, 3.6), layout="constrained")
-    panels = dict(zip((*FAMILIES, "accuracy"), figure.subplots(1, 3), strict=True))
+    names = [*dict.fromkeys(row["family"] for row in rows), "accuracy"]
+    figure = Figure((3.7 * len(names), 3.6), layout="constrained")
+    panels = dict(zip(names, figure.subplots(1, len(names)), strict=True))
     for row in rows:
         whole = row["num_blocks"] == 1
         colours = ("black",) if whole else PALETTE[1:]

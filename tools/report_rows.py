@@ -26,6 +26,11 @@ SUITES = {  # names that the rows of a benchmark have: of the case, of the way, 
         "seeds accuracy accuracy_from_noise accuracy_of_six",
     ),
     "training": (MODEL, TRAINED, "peak_allocated_bytes saved_bytes memory step_ms sweep_ms"),
+    "cost": (
+        f"{MODEL} words",
+        "method num_blocks mode",
+        "layers_flops head_flops sweep_flops kept_units",
+    ),
     "timeline": (MODEL, TRAINED, "peak_allocated_bytes by_category at starts phases levels"),
     "layer": (
         "B T dim num_heads hidden dtype",
@@ -152,6 +157,8 @@ def is_plain(row: Row) -> bool:
 def tables(rows: Sequence[Row], suite: str) -> list[list[Row]]:
     """Sort the rows of a suite into tables: the newest setting of each case on each device.
 
+    Models of text with other vocabularies are other cases.
+
     Args:
         rows:   of all suites
         suite:  one of SUITES
@@ -162,7 +169,7 @@ def tables(rows: Sequence[Row], suite: str) -> list[list[Row]]:
     case, way, _ = SUITES[suite]
     found: dict[tuple, dict[tuple, dict[tuple, Row]]] = {}
     for row in (row for row in rows if row["suite"] == suite):
-        settings = found.setdefault(_key(row, f"{case} device"), {})
+        settings = found.setdefault((row.get("words"), *_key(row, f"{case} device")), {})
         # the newest setting goes to the end; two commands may each print a part of a table
         setting = _key(row, SETTING)
         table = settings[setting] = settings.pop(setting, {})

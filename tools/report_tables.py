@@ -7,10 +7,12 @@ from typing import NamedTuple
 from report_rows import Row, is_plain, is_predicted
 
 from dbkernels.memory.units import in_words
+from dbkernels.models import registry
 
 Table = list[list[str]]
 MISSING = "–"
-FAMILIES = {"vit": "ViT", "dit": "DiT"}
+WRITTEN = {"vit": "ViT", "dit": "DiT", "huginn": "Huginn"}  # no acronyms of capitals alone
+FAMILIES = {name: WRITTEN.get(name, name.upper()) for name in registry.FAMILIES}
 LONG = {
     "end_to_end": "eager",
     "compiled": "torch.compile",
@@ -53,7 +55,8 @@ def case_text(row: Row) -> str:
     if "family" in row:
         join = "-" if "/" in row["preset"] else " "
         name = f"{FAMILIES[row['family']]}{join}{row['preset']}"
-        return f"{name}, batch {row['batch']}, {row['dtype']}"
+        words = f", {row['words']:,} words" if "words" in row else ""
+        return f"{name}{words}, batch {row['batch']}, {row['dtype']}"
     sizes = [f"{k} = {row[k]}" for k in ("B", "T", "dim", "num_heads", "hidden") if k in row]
     return f"{', '.join(sizes) or ' x '.join(map(str, row['shape']))}, {row['dtype']}"
 
@@ -72,6 +75,18 @@ def cut_text(row: Row) -> str:
     """Name a way with its blocks, such as "fused layers, qkv, 3 blocks, offload"."""
     offload = ", offload" if row["offload"] == "cpu" else ""
     return f"{way_text(row)}, {blocks_text(row['num_blocks'])}{offload}"
+
+
+def mode_text(row: Row) -> str:
+    """Name a way to cut a model of text, such as "4 blocks, next-token loss"."""
+    ends = row["method"] == "end_to_end" or row["num_blocks"] > 1
+    count = blocks_text(row["num_blocks"]) if ends else "1 block"
+    return f"{count}, {row['mode']}" if row["mode"] else count
+
+
+def mega_text(value: float) -> str:
+    """Write a number in millions."""
+    return number_text(value / 1e6)
 
 
 def run_text(row: Row) -> str:
@@ -209,6 +224,15 @@ COLUMNS = {
         _number("samples/s", "samples_per_second", number_text, max),
         _number("of matmul rate", "share_of_matmul_rate", percent_text, max),
     ),
+    "cost": (
+        Column("trained", lambda row, _: mode_text(row)),
+        _number("layers, MFLOP", "layers_flops", mega_text),
+        _number("head, MFLOP", "head_flops", mega_text),
+        _number("a sweep, MFLOP", "sweep_flops", mega_text),
+        _ratio("sweep_flops", "of end to end"),
+        _number("kept by a step, dim", "kept_units", number_text),
+        _ratio("kept_units", "of end to end"),
+    ),
     "timeline": (
         *PEAK,
         *(
@@ -243,7 +267,7 @@ RIVALS = {"demo": ("family",), "training": ("num_blocks",), "ops": ("op", "direc
 def _is_eager(row: Row) -> bool:
     """Whether a row is what ratios are to."""
     if "method" in row:
-        return row["method"] == "end_to_end" and is_plain(row)
+        return row["method"] == "end_to_end" and (row["suite"] == "cost" or is_plain(row))
     return row["impl"] == "eager" if "impl" in row else row["num_blocks"] == 1
 
 

@@ -19,10 +19,11 @@ from dbkernels.cli.plan import Plan
 from dbkernels.cli.profile import Profile
 from dbkernels.cli.sample import Sample
 from dbkernels.cli.table import plain_console
+from dbkernels.cli.tokenize import Tokenize
 from dbkernels.cli.train import Train
 from dbkernels.memory.measure import out_of_memory
 
-Verb = Train | Sample | Evaluate | Profile | Plan | Doctor
+Verb = Train | Sample | Evaluate | Tokenize | Profile | Plan | Doctor
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

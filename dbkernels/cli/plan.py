@@ -12,6 +12,7 @@ from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.table import Row, show, table
 from dbkernels.memory.allocator import target_named
 from dbkernels.memory.units import bytes_from, in_words
+from dbkernels.models.registry import family_named
 from dbkernels.planning import search
 from dbkernels.planning.recipe import Recipe
 from dbkernels.planning.search import OP_SECONDS, SHARE, STATE
@@ -78,7 +79,9 @@ def rows_of(recipe: Recipe, memory: int, answer: search.Answer) -> Iterator[Row]
     asked = ("family", "preset", "batch", "autocast", "target")
     common = {name: recipe.settings()[name] for name in asked}
     common |= {"memory": memory, "context": search.context_bytes(recipe.device)}
-    for name, plan in (("end to end", answer.whole), ("fastest plan", answer.plans[0])):
+    # where end to end is another network, one block is still the diffusion
+    whole = "one block" if family_named(recipe.family).conventional else "end to end"
+    for name, plan in ((whole, answer.whole), ("fastest plan", answer.plans[0])):
         parts = search.shares(plan, answer.outside)
         limit = max((part for part in parts if part != search.FREE), key=parts.__getitem__)
         row = {"row": "limit", "of": name, "limit": limit, "by_category": parts}
@@ -122,7 +125,7 @@ def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
     first, second = plans[0]["command"].split(" --num-blocks")
     yield Text(f"{run}, on {whole['target']} with {in_words(whole['memory'])}", style="bold")
     yield (
-        f"End to end with nothing computed again it needs {_needed(whole)}, and "
+        f"{_whole(whole)} with nothing computed again it needs {_needed(whole)}, and "
         f"{'fits' if fits else 'does not fit'}: {_words(whole['limit'])} limit this run. "
         f"The fastest plan needs {_needed(best)}."
     )
@@ -133,13 +136,17 @@ def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
     yield table(columns, map(_choices, plans), names=3)
     yield (
         f"peak: what the allocator takes{left}\n"
-        "time: of an update of every layer, 1.00 being end to end with nothing computed\n"
+        f"time: of an update of every layer, 1.00 being {whole['of']} with nothing computed\n"
         f"again; by operations at {SHARE:.0%} of the device's peak, {OP_SECONDS * 1e6:.0f} us an "
         "op, and swaps\nboth are predicted, not measured\n\n"
         f"Largest preset of {whole['family']} that fits at all: {rows[-1]['largest']}.\n"
         "To train by the first of them, with --data and --out of your own:\n"
         f"  {first} \\\n    --num-blocks{second}"
     )
+
+
+def _whole(row: Row) -> str:
+    return {"end to end": "End to end", "one block": "As one block"}[row["of"]]
 
 
 def _needed(row: Row) -> str:

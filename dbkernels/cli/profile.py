@@ -18,8 +18,16 @@ from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.planning import budgets
 from dbkernels.planning.dry_run import dry_run, predicted, row_of
 from dbkernels.planning.measure import measured
-from dbkernels.planning.recipe import BLOCKWISE, METHODS, OFFLOAD, Recipe
+from dbkernels.planning.recipe import (
+    BLOCKWISE,
+    METHODS,
+    OFFLOAD,
+    Recipe,
+    offloads_of,
+    repeats,
+)
 from dbkernels.settings import check_number
+from dbkernels.training.trainer_config import Offload
 
 FEW = 12  # rows that are shown one below the other
 OP = 24  # letters of an op's name that have room
@@ -91,7 +99,8 @@ class Profile(OfPreset):
         """Every way to train that is asked for, in the order in which it is asked for.
 
         End to end comes once, block by block for each number of blocks, the fused layer for each
-        policy.
+        policy. One block on the device is left out where blocks read each other's layers, unless
+        nothing else is asked for.
         """
         try:
             counts = dict.fromkeys(int(count) for count in self.num_blocks.split(","))
@@ -106,8 +115,6 @@ class Profile(OfPreset):
         methods = _names("methods", self.methods, METHODS)
         policies = _names("recompute", self.recompute, tuple(POLICIES))
         places = _names("offload", self.offload, OFFLOAD)
-        # one block of plain torch is end to end
-        twice = ("block_stock", 1) if "end_to_end" in methods else None
         return [
             replace(
                 recipe,
@@ -121,8 +128,8 @@ class Profile(OfPreset):
             for method in methods
             for count in (counts if method in BLOCKWISE else (1,))
             for policy in (policies if method == "block_fused" else (None,))
-            for place in places
-            if (method, count) != twice
+            if not repeats(self.family, methods, method, count)
+            for place in _possible(places, offloads_of(recipe.model, count))
         ]
 
     def _rows(self, recipes: list[Recipe]) -> Iterator[tuple[Recipe, Row]]:
@@ -185,6 +192,11 @@ class Profile(OfPreset):
                 f"{max(each.growth for each in found):+.1%}, and {exceeded} of {len(found)} too "
                 "high; add --update where that is meant"
             )
+
+
+def _possible(asked: Sequence[Offload], offloads: Sequence[Offload]) -> Sequence[Offload]:
+    """What is asked for and can be; all that is asked for where none can, for it to be refused."""
+    return [place for place in asked if place in offloads] or asked
 
 
 def _names(flag: str, text: str, known: Sequence[str]) -> list[str]:

@@ -98,8 +98,8 @@ class Train:
     out: Path
     """Directory of the run: its configuration, log and checkpoints."""
     data: str = "digits"
-    """digits (scikit-learn's), or a path: a folder of images, .npz, CIFAR's files, latents .npy;
-    of text, a directory that tokenize wrote."""
+    """digits (scikit-learn's), fashion (Debian's), or a path: a folder of images, .npz, CIFAR's or
+    IDX files, latents .npy; of text, a directory that tokenize wrote."""
     convert: Convert = "none"
     """Channels of a folder's images: grey or rgb makes all alike; none refuses any difference."""
     preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = ""

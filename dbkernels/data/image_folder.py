@@ -60,7 +60,9 @@ def _visible(folder: Path) -> list[Path]:
 def _class_folders(folder: Path) -> list[Path]:
     found = [path for path in _visible(folder) if path.is_dir()]
     if not found:
-        raise ValueError(f"{folder} has no data: expected CIFAR's .bin files or one folder a class")
+        raise ValueError(
+            f"{folder} has no data: expected CIFAR's .bin files, IDX files or one folder a class"
+        )
     return sorted(found)
 
 

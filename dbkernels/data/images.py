@@ -4,13 +4,15 @@ What `open_data` reads; nothing is downloaded, written or unpickled:
 
     source                  train                       test
     "digits"                scikit-learn's digits       a stratified fifth of them, held out
+    "fashion"               Debian's dataset-fashion-mnist, and its test images
     folder of images        train/<class>/*.png ...     test/<class>/ or val/<class>/
     folder of CIFAR files   data_batch_1.bin ...        test_batch.bin; CIFAR-100: train, test
+    folder of IDX files     train-images-idx3-ubyte ... t10k-images-idx3-ubyte ..., each or .gz
     name.npz                images, labels              test_images, test_labels
     name.npy (latents)      name.npy, name_labels.npy   name_test.npy, name_test_labels.npy
 
-Images stay on disk and are read, or decoded, for each batch. Only the digits and the smaller
-compressed .npz files are held in memory.
+Images stay on disk and are read, or decoded, for each batch. Only the digits, packed IDX files and
+the smaller compressed .npz files are held in memory.
 """
 
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from dbkernels.data.cifar import find_cifar, read_cifar
 from dbkernels.data.formats import Arrays, Images, read_digits, read_latents, read_npz
+from dbkernels.data.idx import fashion, has_idx, read_idx
 from dbkernels.data.image_folder import Convert, read_folder
 from dbkernels.ops.philox import generator
 from dbkernels.settings import check_choice
@@ -126,7 +129,7 @@ def open_data(
     """Open one split of a local data set; the table above lists the sources.
 
     Args:
-        source:       "digits", or the path of a folder, an .npz or an .npy file
+        source:       "digits", "fashion", or the path of a folder, an .npz or an .npy file
         split:        "train" or "test"
         num_classes:  bound on the labels; None takes the format's own count, else the number of
                       class folders, else one more than the largest label of either split
@@ -158,18 +161,24 @@ def open_data(
 
 
 def _read(source: str | Path, split: str, convert: Convert) -> Arrays:
-    path = Path(source)
-    cifar = find_cifar(path) if source != "digits" and path.is_dir() else None
-    if source != "digits" and path.is_dir() and not cifar:
+    path = fashion() if source == "fashion" else Path(source)
+    is_folder = source != "digits" and path.is_dir()
+    cifar = find_cifar(path) if is_folder else None
+    idx = is_folder and has_idx(path)
+    if is_folder and not cifar and not idx:
         return read_folder(path, split, convert)
     if convert != "none":
         raise ValueError(f"convert must be none where data is no folder of images, got {convert}")
     if source == "digits":
         return read_digits(split)
     if not path.exists():
-        raise ValueError(f"data source {source} does not exist: expected 'digits' or a path")
+        raise ValueError(
+            f"data source {source} does not exist: expected 'digits', 'fashion' or a path"
+        )
     if cifar:
         return read_cifar(*cifar, split)
+    if idx:
+        return read_idx(path, split)
     readers = {".npz": read_npz, ".npy": read_latents}
     if path.suffix not in readers:
         raise ValueError(f"unknown format {path.name}: expected a folder, an .npz or an .npy file")

@@ -10,7 +10,7 @@ tokens.json is written last: a directory that has it is whole.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +28,15 @@ MOST_WORDS = 2**31 - 1  # of a vocabulary: the mask token, which comes after it,
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one split."""
+    """Of one split.
+
+    characters:  of its text, or of what the tokenizer makes of it; as many as tokens where nobody
+                 says it
+    """
 
     tokens: int
     documents: int
+    characters: int
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,13 @@ class Description:
 
     @property
     def dtype(self) -> np.dtype:
-        """The narrower one that has every id."""
-        return DTYPES["uint16" if self.vocabulary <= 2**16 else "uint32"]
+        """Of the ids in its files."""
+        return dtype_of(self.vocabulary)
+
+
+def dtype_of(vocabulary: int) -> np.dtype:
+    """The narrowest dtype that has every id."""
+    return DTYPES["uint16" if vocabulary <= 2**16 else "uint32"]
 
 
 def write_description(directory: Path, description: Description) -> None:
@@ -91,7 +101,7 @@ def read_description(directory: Path) -> Description:
             raise ValueError(f"expected version {VERSION}, got {version!r:.50}")
         dtype, splits = told.pop("dtype"), dict(told.pop("splits"))
         _require_names("splits", splits, {"train"}, set(SPLITS))
-        counts = {name: Counts(**_whole_numbers(split)) for name, split in splits.items()}
+        counts = {name: _counts(split) for name, split in splits.items()}
         for name, kind in (("tokenizer", str), ("hash", str), ("vocabulary", int)):
             if type(told[name]) is not kind:
                 raise ValueError(f"{name} must be {kind.__name__}, got {told[name]!r:.50}")
@@ -103,6 +113,11 @@ def read_description(directory: Path) -> Description:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is no description of tokens: {error!s:.200}") from error
     return found
+
+
+def _counts(split: Mapping[str, object]) -> Counts:
+    numbers = _whole_numbers(split)
+    return Counts(**{"characters": numbers["tokens"]} | numbers)
 
 
 def _require_names(what: str, got: Mapping, least: set[str], most: set[str]) -> None:
@@ -125,6 +140,7 @@ def write_tokens(
     tokenizer: str = "own",
     hash: str = "",
     end_of_text: int | None = None,
+    characters: Mapping[str, int] | None = None,
 ) -> None:
     """Write tokens of your own as a directory that `open_tokens` reads.
 
@@ -134,6 +150,7 @@ def write_tokens(
                       are read one document at a time; empty documents are left out
         vocabulary:   number of ids
         tokenizer, hash, end_of_text:  as `Description` has them
+        characters:   of the text of each split; None is one of each token
     Raises:
         ValueError: an id is not in [0, vocabulary), the splits have other names, or the directory
                     has tokens already.
@@ -141,12 +158,16 @@ def write_tokens(
     directory = Path(directory)
     _require_names("splits", splits, {"train"}, set(SPLITS))
     empty = Description(tokenizer, hash, vocabulary, end_of_text, {})
+    if characters is not None and set(characters) != set(splits):
+        raise ValueError(f"characters must be of {[*splits]}, got {[*characters]}")
     if (directory / NAME).exists():
         raise ValueError(f"directory must have no tokens yet, got {directory / NAME}")
     make_directory(directory)
     counts = {
         name: _write_split(directory / name, documents, empty) for name, documents in splits.items()
     }
+    if characters is not None:
+        counts = {name: replace(each, characters=characters[name]) for name, each in counts.items()}
     write_description(directory, Description(tokenizer, hash, vocabulary, end_of_text, counts))
 
 
@@ -163,7 +184,7 @@ def _write_split(
             ids.write(wide.astype(description.dtype).data)
             tokens, count = tokens + len(wide), count + 1
             ends.write(np.array(tokens, ENDS).tobytes())
-    return Counts(tokens, count)
+    return Counts(tokens, count, characters=tokens)
 
 
 def check_ids(ids: np.ndarray, vocabulary: int, where: str, *, first: int = 0) -> None:

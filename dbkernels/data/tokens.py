@@ -69,6 +69,7 @@ class TokenData:
     tokens: RowsOnDisk  # (N,) uint16 or uint32, each below the vocabulary
     windows: Windows
     vocabulary: int  # number of ids; the mask token of masked diffusion has the next one
+    characters_per_token: float  # of the split's text, so that bits per token become bits of each
 
     @property
     def length(self) -> int:
@@ -144,7 +145,7 @@ def open_tokens(
             f"length must be at most {longest}, as the longest document of the {split} split of "
             f"{directory} has, got {length}"
         )
-    data = TokenData(tokens, windows, told.vocabulary)
+    data = TokenData(tokens, windows, told.vocabulary, counts.characters / counts.tokens)
     for start, piece in pieces(tokens, CHECKED):
         check_ids(piece, told.vocabulary, str(tokens.path), first=start)
     return data

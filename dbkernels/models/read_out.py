@@ -1,8 +1,8 @@
 """From what the last layer left to logits over the words, of a token that was noisy or never was.
 
-    D      = of_z z + of_F rms(h),                  logits = W ((1 + scale) D + shift)      paper
-    logits = W ((1 + scale) rms(h) + shift) + z E^^T / sigma**2                          posterior
-    logits = W ((1 + scale) rms(h) + shift)                                       of a clean token
+    D      = of_z z + of_F rms(h),                logits = W ((1 + scale) D + shift) + b      paper
+    logits = W ((1 + scale) rms(h) + shift) + b + z E^^T / sigma**2                      posterior
+    logits = W ((1 + scale) rms(h) + shift) + b                                   of a clean token
 
 E^ has the words' embeddings as unit rows, of_z and of_F are those of `prediction.EDM`. The second
 form is Bayes' rule: for unit rows ln p(k | z, x) = ln q(k | x) + z . e_k / sigma**2 but for a
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dbkernels.diffusion.prediction import EDM
 from dbkernels.models.embed import FinalModulation
-from dbkernels.models.layer import make_norm
+from dbkernels.models.layer import initialise_linear, make_norm
 from dbkernels.models.text import NoisyTextConfig
 from dbkernels.ops import reference
 from dbkernels.ops.adaln_norm import adaln_norm
@@ -35,8 +35,9 @@ class ReadOutHead(nn.Module):
         self.prediction = EDM(config.sigma_data)
         self.norm = make_norm(config.layer())
         self.modulation = FinalModulation(config.dim, config.cond_dim)
-        self.linear = nn.Linear(config.dim, config.vocabulary, bias=False)
-        nn.init.zeros_(self.linear.weight)
+        # a bias knows how frequent the words are from the first step on
+        self.linear = nn.Linear(config.dim, config.vocabulary)
+        initialise_linear(self.linear, nn.init.zeros_)
 
     def noisy(self, h: Tensor, c: Tensor, z: Tensor, level: Tensor) -> Tensor:
         """Rows of a noisy stream h (B, S, dim) with condition c, from z at levels (B,) or
@@ -55,7 +56,8 @@ class ReadOutHead(nn.Module):
     def logits(self, rows: Tensor, table: Tensor | None) -> Tensor:
         """(B, S, vocabulary) from rows and E^, as for `cross_entropy`."""
         with self._wide(rows):
-            return F.linear(rows, self._weight(table).to(rows.dtype))
+            weight, bias = self._weight(table), self.linear.bias
+            return F.linear(rows, weight.to(rows.dtype), bias.to(rows.dtype))
 
     def cross_entropy(
         self,
@@ -75,7 +77,7 @@ class ReadOutHead(nn.Module):
             reduction:  as that of `linear_cross_entropy`
         """
         with self._wide(rows):
-            how = {"token_weight": scale, "reduction": reduction}
+            how = {"bias": self.linear.bias, "token_weight": scale, "reduction": reduction}
             return linear_cross_entropy(rows, self._weight(table), token, **how)
 
     def _modulation(self, c: Tensor) -> tuple[Tensor, Tensor]:

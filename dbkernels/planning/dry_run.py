@@ -19,8 +19,8 @@ from dbkernels.data.images import forget_orders
 from dbkernels.memory.allocator import Target
 from dbkernels.memory.measure import Prediction, predict, record
 from dbkernels.ops.backend.register import dry_run_on_gpu, scratch_bytes
-from dbkernels.planning.pool import results
-from dbkernels.planning.recipe import OFFLOAD, Recipe
+from dbkernels.planning.recipe import Recipe
+from dbkernels.pool import results
 from dbkernels.training.diffusion_blocks import SHARED, own_group
 from dbkernels.training.offload.memory import flat_bytes
 from dbkernels.training.partition import Block
@@ -35,8 +35,8 @@ def predicted(recipes: Sequence[Recipe]) -> Iterator[Prediction]:
 
     The predictions are bare: what happened op after op stays in the process that followed it.
     """
-    # one dry run tells of both choices of what is on the device
-    keys = [replace(recipe, offload="cpu") for recipe in recipes]
+    # one dry run tells of every choice of what is on the device
+    keys = [replace(recipe, offload=recipe.offloads[-1]) for recipe in recipes]
     jobs = [partial(_bare, key) for key in dict.fromkeys(keys)]
     layers = sum(key.model.depth // key.num_blocks for key in dict.fromkeys(keys))
     stream = results(jobs, most=None if layers > ALONE else 1)
@@ -66,23 +66,19 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
         recipe:  whose stem and head count as if they were not compiled; its offload is the
                  answer's
     Returns:
-        By what is on the device: all blocks with their optimizers' state, or only what the step
-        updates or reads and the rest of the slots, the other blocks being on the host.
+        By what is on the device, for each of the recipe's offloads: all blocks with their
+        optimizers' state, or only what the step updates or reads and the rest of the slots, the
+        other blocks being on the host.
     """
-    slots, target = 1 + recipe.prefetch, recipe.device
+    slots, target, offloads = 1 + recipe.prefetch, recipe.device, recipe.offloads
 
     def workspace(func: OpOverload, args: tuple, kwargs: dict) -> int:
         own = scratch_bytes(func, args) if target.is_gpu else 0
         return own or target.workspace(func, args, kwargs)
 
-    # host and device are one memory here, in which blocks off the device would count; a graph's
-    # steps need what they need op by op, but for a cut batch, which it holds as a whole; a compiled
-    # stem or head keeps no more than op by op, and has no kernels here
-    plain = {"cuda_graphs": False, "compile_stem_and_head": False}
-    recipe = replace(recipe, offload="none", prefetch=False, **plain)
     with _pretending(target):
-        trainer = recipe.trainer("cpu")
-        found: list[tuple[Prediction, ...]] = []  # of a block, for each of OFFLOAD
+        trainer = _plain(recipe).trainer("cpu")
+        found: list[tuple[Prediction, ...]] = []  # of a block, for each of the offloads
         for block in _costliest(trainer):
             moved, on_device = trainer.moved(block), _on_device(trainer, block)
             trace = record(
@@ -93,9 +89,30 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
                 workspace=workspace,
             )
             beside = _elsewhere(trainer, block, on_device), _empty(trainer, block, slots)
-            found.append(tuple(predict(trace.beside(more), target) for more in beside))
-    highest = partial(max, key=attrgetter("peak_allocated_bytes"))
-    return dict(zip(OFFLOAD, map(highest, zip(*found, strict=True)), strict=True))
+            every = beside[: len(offloads)]
+            found.append(tuple(predict(trace.beside(more), target) for more in every))
+    # of blocks that peak alike, the one that computes the most
+    highest = partial(max, key=attrgetter("peak_allocated_bytes", "flops"))
+    return dict(zip(offloads, map(highest, zip(*found, strict=True)), strict=True))
+
+
+def sweep_flops(recipe: Recipe) -> int:
+    """Operations of matmuls and attention in one step of every block of a recipe."""
+    with _pretending(recipe.device):
+        trainer = _plain(recipe).trainer("cpu")
+        steps = (partial(trainer.advance, block) for block in trainer.blocks)
+        return sum(record(step, model=trainer.blocks).flops for step in steps)
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """With what is on the device there from the start, and each op by itself.
+
+    Host and device are one memory here, in which blocks off the device would count; a graph's steps
+    need what they need op by op, but for a cut batch, which it holds as a whole; a compiled stem or
+    head keeps no more than op by op, and has no kernels here.
+    """
+    plain = {"cuda_graphs": False, "compile_stem_and_head": False}
+    return replace(recipe, offload="none", prefetch=False, **plain)
 
 
 class _Mode(FakeTensorMode):
@@ -117,6 +134,8 @@ def _pretending(target: Target) -> Iterator[None]:
 
 def _costliest(trainer: Trainer) -> list[Block]:
     """Blocks of which one needs the most: no block that runs some of another's ops, or the same."""
+    if not trainer.blocks.model.independent:
+        return list(trainer.blocks)  # each may run other layers besides its own
     # how often a step on each block reads a parameter of a layer, by shape
     layers = trainer.blocks.model.layers
     shapes = [
@@ -132,8 +151,13 @@ def _costliest(trainer: Trainer) -> list[Block]:
 
 
 def _on_device(trainer: Trainer, block: Block) -> nn.Module:
-    """What is on the device for a step on a block: its layers, and what no other has alone."""
+    """What is on the device for a step on a block: its layers, and what no other has alone.
+
+    All is there where a step may read the layers of other blocks.
+    """
     model, frozen, read = trainer.blocks.of(block), trainer.blocks.frozen(), nn.Module()
+    if not model.independent:
+        return model
     idle = trainer.groups.keys() - {own_group(block), SHARED}
     of_others = [(*trainer.groups[name].parameters.values(), *frozen[name]) for name in idle]
     of_others.append(trainer.blocks.idle())

@@ -13,8 +13,8 @@ from functools import partial
 import torch
 
 from dbkernels.memory.measure import allocator_peak, measure_peak, out_of_memory
-from dbkernels.planning.pool import processes
 from dbkernels.planning.recipe import Recipe
+from dbkernels.pool import processes
 from dbkernels.training.trainer import Trainer
 
 Figures = dict[str, object]

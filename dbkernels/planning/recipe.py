@@ -13,7 +13,7 @@ from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.training.diffusion_blocks import Sharing
 from dbkernels.training.partition import partition
-from dbkernels.training.run_config import PartitionConfig, RunConfig
+from dbkernels.training.run_config import Objective, PartitionConfig, RunConfig
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import Offload, TrainerConfig
 
@@ -64,7 +64,7 @@ class Recipe:
     method: str = "block_fused"
     """What runs the layers: all but block_fused run plain torch."""
     num_blocks: int = 1
-    """1 trains end to end."""
+    """1 trains all layers in every step."""
     layers: tuple[int, ...] | None = None
     """Indices of layers in running order, the first for the most noise; None runs each once."""
     split: tuple[int, ...] | None = None
@@ -109,6 +109,20 @@ class Recipe:
         """Samples of one backward."""
         return self.batch_size // self.accumulate
 
+    @property
+    def objective(self) -> Objective:
+        """What is trained: end to end it is the network without noise, where the family has one.
+
+        What cuts a model into blocks trains the diffusion, also with one block.
+        """
+        ordinary = bool(family_named(self.family).conventional)
+        return "conventional" if ordinary and self.method not in BLOCKWISE else "blocks"
+
+    @property
+    def offloads(self) -> tuple[Offload, ...]:
+        """Those of OFFLOAD that it may have."""
+        return offloads_of(self.model, self.num_blocks)
+
     def config(self) -> RunConfig:
         """The run, with the settings that `train` has by default; its data is made up."""
         entry = family_named(self.family)
@@ -125,6 +139,7 @@ class Recipe:
             shift=0,
             partition=PartitionConfig(self.num_blocks, layers, split, sharing=self.sharing),
             prior=entry.process,
+            objective=self.objective,
             trainer=TrainerConfig(
                 steps=STEPS, clip=0.0 if self.optimizer_in_backward else 1.0, **same
             ),
@@ -143,6 +158,20 @@ class Recipe:
         """What a row of JSON and a budget say of it."""
         other = {"batch": self.batch_size, "target": self.device.name}
         return {name: other[name] if name in other else getattr(self, name) for name in SETTINGS}
+
+
+def offloads_of(model: ModelConfig, num_blocks: int) -> tuple[Offload, ...]:
+    """What may be on the device: all blocks, or one, where none reads the layers of others."""
+    return OFFLOAD if model.independent or num_blocks == 1 else OFFLOAD[:1]
+
+
+def repeats(family: str, methods: Collection[str], method: str, num_blocks: int) -> bool:
+    """Whether a way is end_to_end under another name, where that is among the methods too.
+
+    One block of plain torch is, unless the family's network is another one without noise.
+    """
+    one = (method, num_blocks) == ("block_stock", 1) and not family_named(family).conventional
+    return one and "end_to_end" in methods
 
 
 def of_preset(family: str, name: str) -> Recipe:

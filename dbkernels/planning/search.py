@@ -27,8 +27,8 @@ from dbkernels.memory.tracker import CATEGORIES
 from dbkernels.models.registry import family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute, policies_of
 from dbkernels.planning.dry_run import ALONE, dry_run
-from dbkernels.planning.pool import results
 from dbkernels.planning.recipe import OFFLOAD, Recipe
+from dbkernels.pool import results
 from dbkernels.training.block_order import fewest_steps_per_swap
 from dbkernels.training.trainer_config import Offload
 
@@ -167,19 +167,22 @@ def search(
         model = presets[name]
         small = replace(recipe, preset=name, model=model, num_blocks=model.depth, **least)
         jobs.append(partial(estimate, small))
+    one = replace(recipe, model=replace(recipe.model, depth=1), num_blocks=1, **least)
+    jobs.append(partial(estimate, one))
     every: list[Found | Estimates] = []
     layers = PREDICTIONS * sum(depth // n for n in counts)
     for part in results(jobs, most=None if layers > ALONE else 1):
         every.append(part)
         told(len(every), len(jobs), part if isinstance(part, Found) else None)
-    found, needed = every[: len(counts)], dict(zip(by_size, every[len(counts) :], strict=True))
+    found, of_presets, of_one = every[: len(counts)], every[len(counts) : -1], every[-1]["none"]
+    needed = dict(zip(by_size, of_presets, strict=True))
     fits = (name for name in by_size if _smallest(needed[name].values()).peak_bytes <= limit)
     return Answer(
         whole=found[0].whole,
         plans=sorted((plan for each in found for plan in each.plans), key=attrgetter("seconds")),
         smallest=_smallest(each.smallest for each in found),
         largest=next(fits, None),
-        outside=outside_layers(needed[recipe.preset], depth),
+        outside=outside_layers(found[0].whole, of_one, depth),
     )
 
 
@@ -206,7 +209,7 @@ def plans_of(recipe: Recipe, predict: Callable[[Recipe], Estimates], limit: int)
 
     whole = planned("none", "none", recipe.batch_size)
     # with one block all is on the device in any case
-    offloads = ("none",) if recipe.num_blocks == 1 else ("none", "cpu")
+    offloads = recipe.offloads[:1] if recipe.num_blocks == 1 else recipe.offloads
     best = [_fastest(partial(planned, offload), recipe, limit) for offload in offloads]
     smallest = _smallest(plan for plans in known.values() for plan in plans.values())
     return Found(whole, [plan for plan in best if plan], smallest)
@@ -267,15 +270,16 @@ def _largest(
     return best
 
 
-def outside_layers(several: Estimates, num_blocks: int) -> dict[str, int]:
+def outside_layers(whole: Estimate, one: Estimate, depth: int) -> dict[str, int]:
     """Bytes of the stem and the head, which no number of blocks divides: each of STATE.
 
     Args:
-        several:     of a recipe with more than one block
-        num_blocks:  of that recipe
+        whole:  of a model with all blocks on the device
+        one:    of the same model with one layer
+        depth:  layers of the model
     """
-    every, one = several["none"].by_category, several["cpu"].by_category
-    return {name: one[name] - (every[name] - one[name]) // (num_blocks - 1) for name in STATE}
+    every, few = whole.by_category, one.by_category
+    return {name: few[name] - (every[name] - few[name]) // max(1, depth - 1) for name in STATE}
 
 
 def shares(plan: Estimate, outside: dict[str, int]) -> dict[str, int]:

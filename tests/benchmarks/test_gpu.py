@@ -58,18 +58,27 @@ def test_the_limits_of_jobs_are_those_of_their_parts_and_of_eight_minutes(bench,
     assert list(found) == ["smoke", "headline", "kernels", "rest"]
 
 
-def test_the_headline_has_every_way_with_the_largest_model_first(bench, jobs):
-    (job,) = [job for job in jobs[0] if job.part == "headline"]
+def test_the_headline_has_every_way_of_the_largest_model_and_a_language_model(bench, jobs):
+    job, text = [job for job in jobs[0] if job.part == "headline"]
     options = tyro.cli(bench("training").Options, args=job.command.split()[1:])
     models = options.models()
     about = [(model.preset, model.batch_size, model.autocast) for model in models]
-    assert about == [("XL/2", 64, True), ("L/2", 64, True)]
+    assert about == [("XL/2", 64, True)]
     ends = ("eager", "checkpointed, every layer", "torch.compile, budget 1")
     eager, checkpointed, compiled = (f"XL/2, {end}, end to end" for end in ends)
     cuts = ("end to end", "2 blocks", "3 blocks", "3 blocks, offload", "4 blocks", "6 blocks")
     fused = [f"XL/2, fused layers, {p}, {cut}" for cut in cuts for p in ("none", "qkv", "layer")]
     named = [bench("training_step").named(way) for way in options.ways(models[0])]
     assert named == [eager, checkpointed, *fused, compiled] and options.nearest == "none"
+    # and the ordinary language model beside a block of one
+    options = tyro.cli(bench("training").Options, args=text.command.split()[1:])
+    (model,) = options.models()
+    ways = [(way.method, way.num_blocks, way.objective) for way in options.ways(model)]
+    assert ways == [
+        *((method, 1, "conventional") for method in ("end_to_end", "checkpointed")),
+        ("block_fused", 4, "blocks"),
+        ("compiled", 1, "conventional"),
+    ]
 
 
 def test_files_of_gpu_tests_are_found(bench):

@@ -12,7 +12,7 @@ MEASURED |= {"p80_ms", "bytes_moved", "allocated_bytes", "resident_bytes", "roun
 @pytest.fixture
 def ops(bench, monkeypatch):
     """`benchmarks/ops.py` at small sizes."""
-    for name in ("ops", "op_case", "kernel_cases"):
+    for name in ("ops", "op_case", "attention_case", "kernel_cases"):
         for size, value in (("B", 2), ("T", 8)):
             monkeypatch.setattr(sys.modules.get(name) or bench(name), size, value, raising=False)
     monkeypatch.setattr(bench("ops"), "SHAPES", ((3, 1, 4, 4),))
@@ -62,6 +62,19 @@ def test_every_op_computes_what_plain_torch_does(op_case, mixed):
                 inputs, outputs = MIXED[op]
                 assert [t.dtype for t in case.inputs()] == inputs
                 assert [t.dtype for t in fused] == (outputs if direction == "fwd" else inputs)
+
+
+def test_attention_of_two_streams_is_timed_beside_softmax_over_a_mask(ops, rows_of):
+    case = ops.AttentionCase("two_stream_attention", 128, PAIR, CPU)
+    calls = case.calls([case.inputs()])
+    for direction in case.directions:
+        fused, eager = (calls[impl, direction][0]() for impl in case.impls)
+        torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-4)
+    (forward, *_, backward) = rows_of(case)
+    tokens = 2 * 8
+    assert forward["bytes_moved"] == 4 * (4 * tokens * 128 + tokens * 2)
+    assert backward["bytes_moved"] == 4 * (8 * tokens * 128 + tokens * 2)
+    assert forward["shape"] == (2, 8, 128)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +192,8 @@ def test_one_function_is_compiled_for_a_case(ops, rows_of, bench, monkeypatch):
 
 
 def test_a_tables_cases_share_a_width_or_a_shape(ops):
-    options = ops.Options(op=("gelu", "score_loss", "swiglu"), dim=(64, 128), device="cpu")
+    asked = ("gelu", "score_loss", "two_stream_attention")
+    options = ops.Options(op=asked, dim=(64, 128), device="cpu")
     tables = [[(case.op, case.shape) for case in cases] for cases in options.cases()]
-    layers = [[(op, (2, 8, D)) for op in ("gelu", "swiglu")] for D in (64, 128)]
+    layers = [[(op, (2, 8, D)) for op in ("gelu", "two_stream_attention")] for D in (64, 128)]
     assert tables == [*layers, [("score_loss", (3, 1, 4, 4))]]

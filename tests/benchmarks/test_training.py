@@ -14,7 +14,7 @@ import torch
 
 from dbkernels.memory.allocator import target_named
 from dbkernels.memory.tracker import CATEGORIES
-from dbkernels.models import dit, vit
+from dbkernels.models import FAMILIES, dit, vit
 from dbkernels.planning.recipe import METHODS, of_preset
 
 CPU = torch.device("cpu")
@@ -260,12 +260,31 @@ def test_a_rehearsal_runs_what_a_gpu_alone_measures(training, options_of, rows_b
 def test_cases_are_those_of_the_device(training):
     options = training.Options(device="cpu")
     names = [(each.family, each.preset, each.autocast) for each in options.models()]
-    assert names == [("vit", "cifar100", False), ("dit", "digits", False)]
+    assert {"vit": "cifar100", "dit": "digits", "mdm": "small"}.items() <= {
+        family: preset for family, preset, _ in names
+    }.items()
+    assert {family for family, *_ in names} == FAMILIES.keys()
+    assert not any(autocast for *_, autocast in names)
     large = training.Options(family="dit", preset=("XL/2",), device="cpu")
     (model,) = large.models()
     assert (model.autocast, model.device.name) == (True, "h100")
     assert {way.offload for way in large.ways(model)} == {"none", "cpu"}
     assert {way.offload for way in options.ways(options.models()[0])} == {"none"}
+
+
+def test_a_model_of_text_is_asked_of_with_several_vocabularies(training, bench):
+    few = {"methods": ("end_to_end",), "dtype": ("float32",), "device": "cpu", "target": "h100"}
+    few |= {"optimizer_in_backward": (False,)}
+    options = training.Options(family="mdm", words=(300, 5), **few)
+    assert [each.model.vocabulary for each in options.models()] == [300, 5]
+    keys = options.wanted()
+    assert [key["words"] for key in keys] == [300, 5]
+    tables = options.tables(bench("program").Known(None, None))
+    many, few = (row for rows in tables for row in rows)
+    assert many["peak_allocated_bytes"] > few["peak_allocated_bytes"]
+    show = bench("show")  # one vocabulary to a table
+    assert len(show.tables([many, few], "training")) == 2
+    assert show.case_text(many) == "MDM small, 300 words, batch 64, float32"
 
 
 def test_a_batch_that_was_halved_does_not_count(training, options_of, bench):

@@ -11,6 +11,7 @@ from dbkernels.cli.evaluate import Evaluate
 from dbkernels.cli.plan import Plan
 from dbkernels.cli.profile import Profile
 from dbkernels.cli.sample import Sample
+from dbkernels.cli.tokenize import Tokenize
 from dbkernels.cli.train import Train
 
 SECONDS = 20
@@ -19,6 +20,7 @@ COMMANDS = {
     Train: f"train vit --out out --data data.npz {' '.join(SIZES)}",
     Sample: "sample dit --out x.png --per-class 1 --levels 2 --device cpu",
     Evaluate: "evaluate vit --levels 2 --device cpu",
+    Tokenize: "tokenize text.txt --out out --tokenizer bytes --documents line --processes 1",
     Profile: f"profile {ONE} --offload none --device cpu",
     Plan: "plan --memory 1GiB --preset digits --batch 2",
 }
@@ -28,7 +30,7 @@ ALLOWED = {  # where a value means something
         # the preset's own, none, or as it was asked for
         *("patch", "dim", "depth", "num_heads", "label_drop", "shift", "gamma", "warmup"),
         *("weight_decay", "clip", "ema", "steps_per_swap", "seed", "save_every", "mean", "budget"),
-        "threads",
+        *("threads", "processes", "test_share", "train_bpe"),
     },
     "-1": {"mean"},
     str(2**62): {"seed", "gamma"},
@@ -64,6 +66,7 @@ def test_every_verb_that_takes_a_number_is_here():
 def test_nonsense_for_a_number_is_one_sentence_in_time(cli, runs, tmp_path, in_time, verb, name):
     for family in ("vit", "dit"):
         (tmp_path / family).symlink_to(runs(family))
+    (tmp_path / "text.txt").write_text("one\ntwo\n")
     for value in VALUES:
         in_time()
         ended = cli(f"{COMMANDS[verb]} --{name.replace('_', '-')}={value}")

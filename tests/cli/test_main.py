@@ -29,7 +29,7 @@ def test_help_has_a_sentence_for_every_flag(cli, monkeypatch, verb, columns):
     outcome = cli(f"{verb} --help")
     text = re.sub(r"[│\s]+", " ", outcome.out)
     assert outcome.code == 0
-    positional = {"run_dir", "run_dirs", *(["family"] if verb == "train" else [])}
+    positional = {"run_dir", "run_dirs", "inputs", *(["family"] if verb == "train" else [])}
     for name in set(flags_of(VERBS[verb])) - positional:
         flag = "--" + name.replace("_", "-")
         kind = r"(, --no-[a-z-]+| [A-Z]+| {[^}]+}(\|[A-Z]+)?)"
@@ -56,10 +56,12 @@ def test_help_has_a_sentence_for_every_flag(cli, monkeypatch, verb, columns):
         ("sample", "PATH"),
         ("sample run --sampler ddim", "invalid choice 'ddim'"),
         ("evaluate run --blocks 3", "--blocks"),
+        ("tokenize text.txt --tokenizer bytes", "--out"),
+        ("tokenize text.txt --out out --documents page", "invalid choice 'page'"),
         ("profile --family gpt", "invalid choice 'gpt'"),
         ("plan", "--memory"),
         ("fly", "fly"),
-        ("", "Expected one of {train, sample, evaluate, profile, plan, doctor}"),
+        ("", "Expected one of {train, sample, evaluate, tokenize, profile, plan, doctor}"),
     ],
 )
 def test_a_bad_flag_exits_with_2_and_touches_no_file(cli, tmp_path, arguments, message):

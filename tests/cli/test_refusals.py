@@ -14,6 +14,7 @@ BEFORE = {
     "train": f"vit --out out --data data.npz {' '.join(SIZES)}",
     "profile": "--batch 2 --steps 1 --device cpu",
     "plan": "--memory 1GiB --family dit",
+    "tokenize": "--out out --tokenizer bytes",
 }
 
 
@@ -88,6 +89,20 @@ BEFORE = {
         ("plan --preset huge", "preset of DiT must be one of S/2, B/2, L/2, XL/2, digits, got"),
         ("plan --batch 0", "batch must be at least 1, got 0"),
         ("plan --batch 1048577", "batch must be at most 1048576, got 1048577"),
+        ("tokenize", "inputs must name at least one file or folder, got none"),
+        ("tokenize none.txt", "file none.txt is missing"),
+        (
+            "tokenize folder.png",
+            "folder.png has no text: expected .txt, .jsonl, .txt.gz, .jsonl.gz",
+        ),
+        ("tokenize file more.npz", "more.npz must be UTF-8, got invalid start byte at byte"),
+        ("tokenize file --test empty.txt", "empty.txt is empty"),
+        ("tokenize file --tokenizer words", "must be bytes, text8 or the path of a JSON file, got"),
+        (
+            "tokenize file --train-bpe 300",
+            "one of tokenizer and train_bpe must be given, got bytes",
+        ),
+        ("tokenize file --out vit", "out must not exist yet, or be an empty directory, got vit"),
         ("plan --target tpu", "target must be one of cpu, a100, h100, h200, b200, got tpu"),
     ],
 )
@@ -97,6 +112,7 @@ def test_a_mistake_is_one_line_and_touches_no_file(cli, runs, monkeypatch, tmp_p
         shutil.copytree(runs(family), tmp_path / family)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty.txt").touch()
     write_npz(tmp_path / "odd.npz", (1, 7, 7))
     write_npz(tmp_path / "rgb.npz", (3, 8, 8))
     write_npz(tmp_path / "more.npz", classes=5)
@@ -104,4 +120,5 @@ def test_a_mistake_is_one_line_and_touches_no_file(cli, runs, monkeypatch, tmp_p
     before = read_tree(tmp_path)
     verb, *flags = line.split()
     assert refused(cli(" ".join([verb, BEFORE.get(verb, ""), *flags])), message)
-    assert read_tree(tmp_path) == before and not (tmp_path / "out").exists()
+    assert read_tree(tmp_path) == before
+    assert not any(tmp_path.glob("out*"))

@@ -1,5 +1,6 @@
 """What `open_data` reads, and the message for each source that it cannot use."""
 
+import gzip
 import io
 import os
 import struct
@@ -16,6 +17,7 @@ from fuzz.forked import forked
 from PIL import Image
 
 from dbkernels.data import formats
+from dbkernels.data import idx as idx_module
 from dbkernels.data.images import open_data
 
 
@@ -106,7 +108,26 @@ def folder(root, mode="RGB"):
     return root, 3, "train/*/*", np.stack([images[name] for name in names]), [0, 1, 1, 2, 0], 4
 
 
+def idx_bytes(numbers):
+    return struct.pack(f">HBB{numbers.ndim}I", 0, 8, numbers.ndim, *numbers.shape) + bytes(numbers)
+
+
+def idx(folder, packed=False, dot="-", test="t10k"):
+    images, labels = pixels(5, 7, 6), [0, 6, 2, 1, 0]
+    for name, at in (("train", slice(3)), (test, slice(3, None))):
+        for kind, numbers in (("images", images[at]), ("labels", np.uint8(labels[at]))):
+            path = folder / f"{name}-{kind}{dot}idx{numbers.ndim}-ubyte"
+            path.write_bytes(idx_bytes(numbers.copy()))
+            if packed:
+                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+                path.unlink()
+    return folder, 7, None if packed else "*", images[:, None], labels, 3
+
+
 SOURCES = [
+    (idx, {}),
+    (idx, {"dot": ".", "test": "test"}),
+    (idx, {"packed": True}),
     (npz, {}),
     (npz, {"last": 6}),
     (npz, {"name": "a name that moves the offset of the data", "order": "F"}),
@@ -181,6 +202,20 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ValueError, match=r"pip install dbkernels\[demo\]"):
         open_data("digits")
+
+
+# Fashion-MNIST
+
+
+def test_fashion_is_found_where_debian_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(idx_module, "FASHION", tmp_path / "fashion-mnist")
+    with pytest.raises(ValueError, match=r"sudo apt install dataset-fashion-mnist, or give the pa"):
+        open_data("fashion")
+    (tmp_path / "fashion-mnist").mkdir()
+    _, count, _, images, labels, _ = idx(tmp_path / "fashion-mnist", packed=True)
+    data = open_data("fashion", "test")
+    assert data.labels.tolist() == labels[3:] and data.num_classes == count
+    assert np.array_equal(data.images[np.arange(2)], images[3:])
 
 
 # what only some formats have
@@ -470,7 +505,7 @@ BROKEN = [
     (None, {"test/a/0.png": "RGB"}, "", "train", "no train split: expected a folder train inside"),
     (None, {"train/a/0.png": "RGB", "test/b/0.png": "RGB"}, "", "test",
      r"test/b is not a class of the train split: \['a'\]"),
-    (None, {}, "", "train", "has no data: expected CIFAR's .bin files or one folder"),
+    (None, {}, "", "train", "has no data: expected CIFAR's .bin files, IDX files or one"),
     (None, {"a/notes.txt": b""}, "", "train", r"class folder .*a is empty: expected images"),
     *((None, {"a/0.png": mode}, "", "train",
        f"0.png must be a grey or RGB image, got mode {mode}") for mode in ("RGBA", "LA", "I;16")),
@@ -492,3 +527,46 @@ def test_rejects_a_source_and_says_why(tmp_path, whole, files, name, split, mess
     write(tmp_path, files)
     with pytest.raises(ValueError, match=message):
         open_data(tmp_path / name, split)
+
+
+PACKED = "train-images-idx3-ubyte.gz"
+NO_IDX = "is no whole IDX file of bytes: "
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "split", "message"),
+    [
+        (PACKED, lambda data: b"", "train", NO_IDX),
+        (PACKED, lambda data: data[:-9], "train", f"{NO_IDX}Compressed file ended"),
+        (PACKED, lambda data: b"none", "train", f"{NO_IDX}Not a gzipped file"),
+        (PACKED, lambda data: gzip.compress(idx_bytes(GREY)), "train", "expected 3 dimensions"),
+        ("train-images-idx3-ubyte", lambda data: idx_bytes(GREY[0])[:-1], "train", "got 63$"),
+        ("train-images-idx3-ubyte", lambda data: idx_bytes(GREY[0]) + b"0", "train", "got more$"),
+        ("train-images-idx3-ubyte", lambda data: b"\0\0\x0d\3", "train", r"got \(0, 13, 3\)"),
+        ("train-images-idx3-ubyte", lambda data: b"\0\0", "train", NO_IDX),
+        ("train-labels-idx1-ubyte.gz", None, "train", "and no labels of that split beside it"),
+        (
+            "train-labels-idx1-ubyte.gz",
+            lambda data: gzip.compress(idx_bytes(np.zeros(2, np.uint8))),
+            "train",
+            "one label per train image: 3 images, 2 labels",
+        ),
+        ("t10k-images-idx3-ubyte.gz", None, "test", "no test split: expected t10k-images-idx3-uby"),
+    ],
+)
+def test_damaged_idx_files_are_refused_by_name(tmp_path, name, change, split, message):
+    idx(tmp_path, packed=True)
+    path = tmp_path / name
+    path.unlink(missing_ok=True) if change is None else path.write_bytes(
+        change(path.read_bytes() if path.exists() else b"")
+    )
+    with pytest.raises(ValueError, match=message) as raised:
+        open_data(tmp_path, split)
+    assert isinstance(raised.value, formats.MissingSplit) == (split == "test")
+
+
+def test_packed_images_are_held_up_to_a_size(tmp_path, monkeypatch):
+    idx(tmp_path, packed=True)
+    monkeypatch.setattr(idx_module, "MAX_COMPRESSED_BYTES", 3 * 7 * 6 - 1)
+    with pytest.raises(ValueError, match=r"126 bytes are packed: unpack it, to be read from disk"):
+        open_data(tmp_path)

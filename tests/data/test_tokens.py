@@ -53,6 +53,7 @@ def test_windows_are_those_of_each_document_alone(tmp_path):
         data = open_tokens(directory, length=length, stride=stride)
         assert everything(data) == expected, (documents, length, stride)
         assert (len(data), data.length, data.vocabulary) == (len(expected), length, 99)
+        assert data.characters_per_token == 1
         rows = torch.from_numpy(random.integers(0, len(data), 5))
         assert data.batch(rows)["token"].tolist() == [expected[row] for row in rows]
 
@@ -239,6 +240,7 @@ def test_a_file_that_is_cut_short_while_it_is_in_use_is_named(tmp_path):
         ({"train": [[0.5]]}, {}, r"document 0 of train must be \(N,\) integers, got .* float64"),
         ({"train": [[[1]]]}, {}, r"document 0 of train must be \(N,\) integers, got \(1, 1\)"),
         ({"train": []}, {"vocabulary": 0}, "vocabulary must be at least 1, got 0"),
+        ({"train": []}, {"characters": {}}, r"characters must be of \['train'\], got \[\]"),
         ({"train": []}, {"end_of_text": 27}, "end_of_text must be at most 26, got 27"),
     ],
 )
@@ -248,6 +250,13 @@ def test_tokens_that_cannot_be_written_are_refused_and_no_directory_is_finished(
     with pytest.raises(ValueError, match=message):
         write_tokens(tmp_path / "a", splits, **{"vocabulary": 27} | options)
     assert not (tmp_path / "a" / "tokens.json").exists()
+
+
+def test_a_directory_may_say_how_many_characters_its_text_has(tmp_path):
+    splits = {"train": [[1, 2, 3, 4]], "test": [[5, 6]]}
+    write_tokens(tmp_path, splits, vocabulary=7, characters={"train": 18, "test": 5})
+    told = [open_tokens(tmp_path, split, length=2).characters_per_token for split in splits]
+    assert told == [4.5, 2.5]
 
 
 def test_tokens_are_never_written_over(tmp_path):

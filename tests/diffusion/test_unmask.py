@@ -76,17 +76,17 @@ def test_tokens_come_as_often_as_their_probabilities_say():
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "expected"),
+    ("sharpening", "expected"),
     [
-        (0.5, 1.0, [9 / 38, 0, 25 / 38, 4 / 38]),
-        (0.0, 1.0, [0, 0, 1, 0]),
-        (1e9, 1.0, [1 / 3, 0, 1 / 3, 1 / 3]),
-        (1.0, 0.7, [3 / 8, 0, 5 / 8, 0]),
+        ({"temperature": 0.5}, [9 / 38, 0, 25 / 38, 4 / 38]),
+        ({"temperature": 1e-5}, [0, 0, 1, 0]),
+        ({"temperature": 0.0}, [0, 0, 1, 0]),
+        ({"temperature": 1e9}, [1 / 3, 0, 1 / 3, 1 / 3]),
+        ({"top_p": 0.7}, [3 / 8, 0, 5 / 8, 0]),
     ],
 )
-def test_what_is_answered_is_sharpened(temperature, top_p, expected):
-    told = {"temperature": temperature, "top_p": top_p}
-    tokens = unmask(independent, blank(200, 50), [1.0], DRAW, **told)
+def test_what_is_answered_is_made_sharper_before_a_token_is_drawn(sharpening, expected):
+    tokens = unmask(independent, blank(200, 50), [1.0], DRAW, **sharpening)
     shares = torch.bincount(tokens.flatten(), minlength=4) / tokens.numel()
     assert shares.tolist() == pytest.approx(expected, abs=0.02)
 
@@ -101,15 +101,17 @@ def test_a_sample_depends_on_its_own_place_in_the_draw_alone():
 
 
 @pytest.mark.parametrize(
-    ("levels", "temperature", "message"),
+    ("levels", "sharpening", "message"),
     [
-        ([], 1.0, r"levels must be descending in \(0, 1\], got \[\]"),
-        ([1.0, 1.0], 1.0, "levels must be descending"),
-        ([0.5, 0.0], 1.0, "levels must be descending"),
-        ([1.5, 0.5], 1.0, r"levels must be .*, got \[1.5, 0.5\]"),
-        ([1.0], -1.0, "temperature must be finite and at least 0, got -1.0"),
+        ([], {}, r"levels must be descending in \(0, 1\], got \[\]"),
+        ([1.0, 1.0], {}, "levels must be descending"),
+        ([0.5, 0.0], {}, "levels must be descending"),
+        ([1.5, 0.5], {}, r"levels must be .*, got \[1.5, 0.5\]"),
+        ([1.0], {"temperature": -0.1}, "temperature must be finite and at least 0, got -0.1"),
+        ([1.0], {"temperature": float("nan")}, "temperature must be finite and at least 0, got n"),
+        ([1.0], {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
     ],
 )
-def test_rejects(levels, temperature, message):
+def test_rejects(levels, sharpening, message):
     with pytest.raises(ValueError, match=message):
-        unmask(independent, blank(), levels, DRAW, temperature=temperature)
+        unmask(independent, blank(), levels, DRAW, **sharpening)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from models.tiny import DRAW, INTERVAL, LEVEL, SCALE, randomise
 
 from dbkernels.models import AR, ARConfig
+from dbkernels.models.layer import initialise_linear
 from dbkernels.ops import add_noise
 
 CONFIG = ARConfig(
@@ -98,14 +99,14 @@ def test_conventional_losses_are_those_of_the_next_token():
     every = [model.conventional_losses(DRAW, range(4), {"token": t}) for t in (TOKEN, other)]
     assert (every[0] != every[1]).all()
     # a head that knows nothing is at the logarithm of the number of words
-    torch.nn.init.zeros_(model.head.linear.weight)
+    initialise_linear(model.head.linear, torch.nn.init.zeros_)
     known = model.conventional_losses(DRAW, range(4), {"token": TOKEN})
     torch.testing.assert_close(known, torch.full((3,), 7.0).log())
 
 
 def test_with_the_posterior_read_out_a_head_of_zeros_answers_by_bayes_rule():
     model = make(read_out="posterior")
-    torch.nn.init.zeros_(model.head.linear.weight)
+    initialise_linear(model.head.linear, torch.nn.init.zeros_)
     z, rows = noisy(model), F.normalize(model.target_table.weight, dim=-1)
     logits = model.denoise(z, LEVEL, (1,), {"token": TOKEN})
     distance = (z[:, :, None] - rows).square().sum(-1) / (2 * LEVEL.square()[:, None, None])

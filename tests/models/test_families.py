@@ -95,13 +95,31 @@ def huginn(model, batch):
     h = run_layers(model.layers[1:], x, c, rotary, attention="causal")
     shift, scale = model.head.modulation.linear(F.silu(c))[:, None].chunk(2, dim=-1)
     rows = (1 + scale) * (c_skip * z + c_out * model.head.norm(h)) + shift
-    weight, head = (SCALE / 7)[:, None].expand(3, 7), model.head.linear
-    loss = linear_cross_entropy(rows, head.weight, token, token_weight=weight, reduction="sum")
-    return head(rows), loss
+    return model.head.linear(rows), of_words(rows, model.head.linear, token)
+
+
+def of_words(rows, head, token):
+    """The sum of each sample's mean cross-entropy times its scale."""
+    told = {"bias": head.bias, "token_weight": (SCALE / 7)[:, None].expand(3, 7)}
+    return linear_cross_entropy(rows, head.weight, token, **told, reduction="sum")
+
+
+def ar(model, batch):
+    """As `vit`."""
+    token, z, rotary = batch["token"], noisy(model, batch), rotary_table(torch.arange(7), 4)
+    c_in, c_skip, c_out = edm(0.7, (3, 1, 1))
+    c = model.condition(torch.log(LEVEL) / 4)
+    clean = table_rows(model.clean_table.weight, F.pad(token[:, :-1], (1, 0), value=5))
+    x = torch.cat([(c_in * z).to(clean.dtype), clean])
+    both = torch.cat([c, model.clean_condition.to(c.dtype).expand(3, -1)])
+    h = run_layers(model.layers, x, both, rotary, attention="two_stream", num_samples=3)
+    shift, scale = model.head.modulation.linear(F.silu(both[:3, None])).chunk(2, dim=-1)
+    rows = (1 + scale) * (c_skip * z + c_out * model.head.norm(h)) + shift
+    return model.head.linear(rows), of_words(rows, model.head.linear, token)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("equations", [vit, dit, mdm, huginn])
+@pytest.mark.parametrize("equations", [vit, dit, mdm, ar, huginn])
 def test_predictions_loss_and_gradients_have_the_bits_of_the_equations(equations, autocast):
     model = make_model(equations.__name__)
     batch, parameters = make_batch(model), list(model.parameters())
@@ -139,7 +157,7 @@ def test_a_new_network_says_nothing(family):
     batch = make_batch(model)
     z, (level, _) = noisy(model, batch), levels_of(model)
     _, c_skip, _ = edm(0.7, (3, 1, 1, 1))
-    words = {"vit": (3, 5), "mdm": (3, 7, 5), "huginn": (3, 7, 5)}
+    words = {"vit": (3, 5), "mdm": (3, 7, 5), "ar": (3, 7, 5), "huginn": (3, 7, 5)}
     expected = torch.zeros(words[family]) if family in words else c_skip * z
     actual = model.denoise(z, level, range(3), batch)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)

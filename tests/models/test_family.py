@@ -30,7 +30,7 @@ from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.trainer import Trainer
 
 # what is read of a batch beside z
-CONDITION = {"vit": "image", "dit": "label", "mdm": "token", "huginn": "token"}
+CONDITION = {"vit": "image", "dit": "label", "mdm": "token", "ar": "token", "huginn": "token"}
 BETWEEN = {"huginn": (0, 1)}  # layers that a family parts, where the first reads something else
 
 

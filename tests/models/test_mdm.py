@@ -92,7 +92,7 @@ def test_the_place_of_a_masked_token_does_not_know_it_and_every_other_does(model
     assert torch.equal(model.denoise(z, level, range(3), elsewhere), before)
 
 
-def test_positions_are_told_by_rotation_alone(model):
+def test_a_token_knows_its_place_in_windows_of_any_length(model):
     level = torch.tensor([0.5])
     z = torch.tensor([[1, MASK, 2, 2, 0]])
     logits = model.denoise(z, level, range(3), {})

@@ -72,7 +72,7 @@ def inputs_of(family):
 
     if family == "mdm":
         return {"stem": (LEVEL / 50,), "tail": (moved(3, 7, 8, by=30), moved(3, 6, by=0))}
-    if family == "huginn":
+    if family in ("ar", "huginn"):
         z = moved(3, 7, 8)
         tail = moved(3, 7, 8, by=30), moved(3, 6, by=0), z, LEVEL
         return {"stem": (z, LEVEL, moved(3, 7, 8)), "tail": tail}

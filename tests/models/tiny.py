@@ -8,7 +8,15 @@ from torch import nn
 
 from dbkernels.diffusion.masked import MASK
 from dbkernels.diffusion.process import Interval
-from dbkernels.models import FAMILIES, DiTConfig, HuginnConfig, MDMConfig, ViTConfig, family_of
+from dbkernels.models import (
+    FAMILIES,
+    ARConfig,
+    DiTConfig,
+    HuginnConfig,
+    MDMConfig,
+    ViTConfig,
+    family_of,
+)
 from dbkernels.ops import Draw, add_noise
 
 # no two sizes of a family agree: 4 patches in 5 classes and 9 in 4, of 12 numbers
@@ -19,6 +27,7 @@ CONFIGS = {
     "vit": ViTConfig(image_size=4, num_classes=5, mlp_hidden=10, cond_dim=6, **COMMON),
     "dit": DiTConfig(image_size=6, num_classes=4, mlp_ratio=3, **COMMON),
     "mdm": MDMConfig(**TEXT),
+    "ar": ARConfig(**TEXT, sigma_data=0.7, next_token_weight=0.0),
     "huginn": HuginnConfig(**TEXT, prelude=1, coda=1, read_out="paper", sigma_data=0.7),
 }
 IMAGES = ("vit", "dit")

@@ -8,7 +8,7 @@ from accuracy import assert_as_accurate_as_eager, assert_op_is_accurate, with_gr
 from captured import capture, warm_up
 from ops.logits import assert_gradient_accurate, assert_loss_accurate
 from ops.one_layer import EVERY_POLICY, SAME_BITS, OneLayer, assert_same_bits
-from ops.row_ops import ATTENTION, BF16, F32, ROW_OPS_BY_NAME, outputs_of
+from ops.row_ops import ATTENTION, BF16, F32, ROW_OPS_BY_NAME, TWO_STREAM, outputs_of
 
 from dbkernels import ops
 from dbkernels.ops import LayerWeights, reference
@@ -99,14 +99,23 @@ def cut(shape, size):
 
 
 @pytest.mark.parametrize(
-    ("op", "dtype"),
-    [(ATTENTION, BF16), (ROTARY, BF16), (ROTARY, F32)],
-    ids=["attention", "rotary-bfloat16", "rotary-float32"],
+    ("op", "dtype", "variant"),
+    [
+        (ATTENTION, BF16, {}),
+        (ATTENTION, BF16, {"causal": True}),
+        # float32 goes by a kernel that pads its logsumexp
+        (ATTENTION, F32, {"causal": True}),
+        (TWO_STREAM, BF16, {}),
+        (TWO_STREAM, F32, {}),
+        (ROTARY, BF16, {}),
+        (ROTARY, F32, {}),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 @pytest.mark.parametrize("shape", HEADS, ids=str)
 @by_triton
-def test_heads_are_as_accurate_as_eager(shape, op, dtype, size):
-    args, options = op.inputs((2, *cut(shape, size)), dtype)
+def test_heads_are_as_accurate_as_eager(shape, op, dtype, variant, size):
+    args, options = op.inputs((2, *cut(shape, size)), dtype, **variant)
     fused, specification = (partial(f, **options) for f in (op.fused, op.specification))
     results = [with_grads(f, *args) for f in (fused, specification)]
     results.append(with_grads(specification, *(a.double() for a in args)))
@@ -131,6 +140,13 @@ LAYERS = [
     ("layer", (77, 12, 128), None, "swiglu", "layer", MIXED, False),
     ("layer_narrow", (256, 16, 72), None, "gelu", "rms", MIXED, True),
 ]
+STREAMS = [
+    # recompute, (T, heads, width), num_samples, dtypes
+    ("none", (256, 12, 64), None, PLAIN),
+    ("none", (77, 12, 64), 2, MIXED),
+    ("qkv", (256, 16, 72), 2, MIXED),
+    ("layer", (1024, 12, 64), None, (F32,) * 3),
+]
 
 
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: f"{case[0]}-{case[1]}")
@@ -145,6 +161,18 @@ def test_a_layer_is_as_accurate_as_eager_at_each_policy(case, size):
     result = layer.with_grads(recompute=recompute, num_queries=num_queries)
     assert result["out"].shape == (2, num_queries or T, H * d)
     layer.assert_as_accurate_as_eager(result, num_queries=num_queries)
+
+
+@pytest.mark.parametrize("case", STREAMS, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_a_layer_of_two_streams_is_as_accurate_as_eager(case, size):
+    recompute, shape, num_samples, dtypes = case
+    T, H, d = cut(shape, size)
+    options = {"hidden": 2 * H * d, "mlp": "swiglu", "norm": "rms", "rotated": True}
+    layer = OneLayer(4, T, H * d, H, **options, dtypes=dtypes)
+    told = {"attention": "two_stream", "num_samples": num_samples}
+    result = layer.with_grads(recompute=recompute, **told)
+    assert result["out"].shape == (num_samples or 4, T, H * d)
+    layer.assert_as_accurate_as_eager(result, **told)
 
 
 def test_a_layer_is_as_accurate_as_eager_under_autocast(gpu, size):

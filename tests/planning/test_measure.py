@@ -12,8 +12,8 @@ from training.tiny import make_trainer
 from dbkernels.memory.measure import MEASURED
 from dbkernels.planning import measure as module
 from dbkernels.planning.measure import KILLED, figures_of, measured, profile_trainer
-from dbkernels.planning.pool import results
 from dbkernels.planning.recipe import of_preset
+from dbkernels.pool import results
 
 RECIPE = replace(
     of_preset("vit", "digits"), batch_size=4, num_blocks=6, recompute="qkv", offload="cpu"

@@ -8,7 +8,7 @@ from dbkernels.data.token_files import write_tokens
 from dbkernels.memory.allocator import TARGETS
 from dbkernels.models import FAMILIES, DiTConfig
 from dbkernels.ops.layer.recompute import POLICIES
-from dbkernels.planning.recipe import METHODS, Recipe, of_preset, of_settings
+from dbkernels.planning.recipe import BLOCKWISE, METHODS, Recipe, of_preset, of_settings
 from dbkernels.training.run_config import PartitionConfig
 
 TINY = DiTConfig(dim=16, depth=4, num_heads=2, image_size=4, channels=1, num_classes=3)
@@ -38,6 +38,20 @@ def test_a_recipe_decides_the_run():
     assert config.trainer.autocast and config.trainer.clip == 1.0
     inside = replace(recipe, optimizer_in_backward=True).config().trainer
     assert (inside.optimizer_in_backward, inside.clip) == (True, 0.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_end_to_end_is_the_network_without_noise_where_there_is_one(family):
+    recipe = of_preset(family, "")
+    ordinary = "conventional" if FAMILIES[family].conventional else "blocks"
+    for method in METHODS:
+        policy = "none" if method == "block_fused" else None
+        way = replace(recipe, method=method, recompute=policy)
+        assert way.config().objective == (ordinary if method not in BLOCKWISE else "blocks")
+    asked = {"family": family, "num_blocks": "1", "methods": "end_to_end,block_stock"}
+    methods = [method for method, *_ in ways(**asked)]
+    # one block of plain torch is told once, where it is the same
+    assert len(methods) == (1 if ordinary == "blocks" else 2)
 
 
 @pytest.mark.parametrize("method", METHODS)

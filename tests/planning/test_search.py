@@ -141,7 +141,7 @@ def test_stem_and_head_are_what_no_number_of_blocks_divides():
     sizes = {**none, "parameters": 70, "optimizer": 140, "temporaries": 9}
     everything = Estimate(LARGE, 250, sizes, 0, 0)
     one = replace(everything, by_category={**sizes, "parameters": 25, "optimizer": 50})
-    outside = module.outside_layers({"none": everything, "cpu": one}, 4)
+    outside = module.outside_layers(everything, one, 4)
     assert outside == {"parameters": 10, "optimizer": 20}
     found = module.shares(everything, outside)
     layers = {"parameters": 60, "optimizer": 120, "temporaries": 9}

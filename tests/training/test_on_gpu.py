@@ -3,6 +3,7 @@
 Races are made likely: one stream sleeps, and the other must wait for it.
 """
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -10,19 +11,47 @@ from functools import partial
 import pytest
 import torch
 from training.recorded import make_captured
-from training.tiny import CPU, IN_BACKWARD, PREFETCH, assert_same_steps, make_trainer, steps
+from training.tiny import (
+    CPU,
+    IN_BACKWARD,
+    PREFETCH,
+    assert_same_steps,
+    families,
+    make_blocks,
+    make_data,
+    make_trainer,
+    steps,
+)
 
 from dbkernels.training.cuda_graphs import CudaRecorder
 from dbkernels.training.offload import rest_file
 from dbkernels.training.offload.copy_stream import CopyStream
 from dbkernels.training.offload.memory import CpuMemory, DiskMemory, pin
 from dbkernels.training.pending import Pending, Staging
+from dbkernels.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 
 MiB = 2**20
 CYCLES = 50_000_000  # some 30 ms, in which a copy of 4 MiB ends a hundred times
 NBYTES = 4 * MiB
+
+
+# a few steps of each family
+
+
+@families
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_steps_have_the_losses_that_they_have_on_a_cpu(gpu, family, num_blocks):
+    here = make_blocks(family, num_blocks, dim=64)
+    told = {"steps": 6, "batch_size": 4, "lr": 1e-3}
+    there = Trainer(copy.deepcopy(here).to(gpu), make_data(family=family), **told)
+    trainers = Trainer(here, make_data(family=family), **told), there
+    for index in [*range(num_blocks)] * 2:
+        expected, found = (each.step_block(each.blocks[index]) for each in trainers)
+        for name in ("loss", "grad_norm"):
+            # the noise is the same to the bit, and sums are rounded in another order
+            assert found[name] == pytest.approx(expected[name], rel=1e-3), name
 
 
 # blocks off the device

@@ -11,7 +11,7 @@ import torch
 from dbkernels.data.augment import mirror, shift
 from dbkernels.data.images import ImageData
 from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.models import FAMILIES, DiTConfig, HuginnConfig, MDMConfig, ViTConfig
+from dbkernels.models import FAMILIES, ARConfig, DiTConfig, HuginnConfig, MDMConfig, ViTConfig
 from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.trainer import Trainer
@@ -26,6 +26,7 @@ CONFIGS = {
     "vit": VIT,
     "dit": DIT,
     "mdm": MDMConfig(**TEXT),
+    "ar": ARConfig(**TEXT),
     "huginn": HuginnConfig(**TEXT, prelude=1, coda=1, recurrences=3, truncation=2),
 }
 PROCESSES = {family: FAMILIES[family].process for family in CONFIGS} | {"vit": PRIOR}

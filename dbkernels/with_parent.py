@@ -1,6 +1,6 @@
 """A process that ends with its parent, however that ends; a program too, if this file is run:
 
-python dbkernels/planning/with_parent.py PARENT PROGRAM [ARGUMENT ...]
+python dbkernels/with_parent.py PARENT PROGRAM [ARGUMENT ...]
 
 It imports little, as it then runs in a Python that starts in a moment.
 """

@@ -11,7 +11,7 @@ import pytest
 
 PROGRAM = """
 from functools import partial
-from dbkernels.planning.pool import results
+from dbkernels.pool import results
 wait = "import os, time; open(f'started-{os.getpid()}', 'w').close(); time.sleep(600)"
 list(results([partial(exec, wait)] * 2, most=2))
 """
@@ -39,7 +39,7 @@ def until(condition, seconds=60):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("when", ["they have begun", "they start"])
 def test_workers_end_with_their_parent(tmp_path, monkeypatch, number, when):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     parent = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=tmp_path)
     try:
         until(lambda: len(children(parent.pid)) >= 2)
@@ -53,7 +53,7 @@ def test_workers_end_with_their_parent(tmp_path, monkeypatch, number, when):
 
 
 def test_a_process_whose_parent_is_gone_already_does_not_begin():
-    program = Path(__file__).parents[2] / "dbkernels/planning/with_parent.py"
+    program = Path(__file__).parents[1] / "dbkernels/with_parent.py"
     command = [sys.executable, "-IS", str(program)]
     run = ["/bin/echo", "begun"]
     done = subprocess.run([*command, str(os.getpid()), *run], capture_output=True, text=True)
