@@ -34,6 +34,8 @@ from dbkernels.training.text_bits import own_levels
 
 MOST_LEVELS = 10_000
 OF_A_WINDOW = 128  # levels at which masked tokens open, at most, where no number is asked for
+KNOWN = -1  # names the noise of known tokens, among a draw's; levels have 0 and up
+OF_ONE_BLOCK = 4  # levels of a token, where one block serves them all
 
 
 def text_way(blocks: DiffusionBlocks) -> TextWay:
@@ -184,7 +186,8 @@ class GeneratedText:
             if self.conventional or block.index in asked:
                 orders.setdefault(self.blocks.of(block), []).append(block.layers)
         if self.way == "whole":
-            return {model: WholeReader(model, self.draw) for model in orders}
+            # of its own: a step's draw has the noise of the token that is drawn
+            return {model: WholeReader(model, self.draw.nth(KNOWN)) for model in orders}
         return {
             model: CachedReader(model, asked, len(self.prompt)) for model, asked in orders.items()
         }

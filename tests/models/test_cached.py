@@ -47,7 +47,7 @@ def case(request):
     layer = randomise(AdaLNLayer(LayerConfig(**SIZES, **OPTIONS[request.param]))).double()
     width = layer.config.attention_width // 2
     x, c = torch.randn(B, T, 8), torch.randn(B, T, 5)
-    return layer, x.double(), c.double(), rotary_table(torch.arange(T), width).double()
+    return layer, x.double(), c.double(), rotary_table(torch.arange(T), width)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from training.tiny import make_blocks
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.masked import MASK
 from dbkernels.diffusion.sharpen import sharpened
-from dbkernels.models import AR, ARConfig, cached
+from dbkernels.models import AR, ARConfig, Huginn, HuginnConfig, cached
 from dbkernels.models.reading import WholeReader
 from dbkernels.ops import Draw
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
@@ -110,6 +110,49 @@ def test_a_text_depends_on_its_own_place_in_the_draw_alone(conventional):
     assert torch.equal(torch.cat([of(slice(i, i + 1), sample=i) for i in range(3)]), whole)
     assert not torch.equal(of(slice(0, 3), seed=6), whole)
     assert not torch.equal(of(slice(0, 3), step=4), whole)
+
+
+RECURRENT = HuginnConfig(
+    dim=8, depth=3, num_heads=2, mlp_hidden=6, cond_dim=5, length=9, vocabulary=7, sigma_data=0.7,
+    prelude=1, coda=1, recurrences=3, truncation=1,
+)  # fmt: skip
+
+
+def recurrent():
+    torch.manual_seed(1)
+    model = randomise(Huginn(RECURRENT), 0.4).double()
+    return DiffusionBlocks(model, 1, process=PROCESS).eval()
+
+
+def test_states_of_known_tokens_have_their_own_noise_of_the_level_whenever_it_comes(monkeypatch):
+    blocks, met = recurrent(), []
+    denoise = blocks.model.denoise
+
+    def watched(z, level, layers, batch):
+        met.append((z - blocks.model.target(batch), float(level[0])))
+        return denoise(z, level, layers, batch)
+
+    monkeypatch.setattr(blocks.model, "denoise", watched)
+    text = GeneratedText(blocks, prompts(P=3), 3, DRAW, levels=[2.0, 0.5])
+    found = drawn(text)
+    # of the three tokens of the prompt
+    first, second, *later = [noise[:, :3] / level for noise, level in met]
+    assert not torch.equal(first, second)
+    for place, noise in enumerate(later):
+        torch.testing.assert_close(noise, (first, second)[place % 2], rtol=0, atol=1e-12)
+    assert first.std() == pytest.approx(1, abs=0.2)
+    # the token that is being drawn starts as noise of its own
+    starts = torch.cat([met[0][0][:, 3], met[2][0][:, 4]]) / 2
+    assert not any(
+        torch.isclose(starts, row, atol=0.05).all(-1).any() for row in first.flatten(0, 1)
+    )
+    alone = GeneratedText(blocks, prompts(P=3)[1:], 3, replace(DRAW, sample=1), levels=[2.0, 0.5])
+    assert torch.equal(drawn(alone), found[1:])
+
+
+def test_recurrences_without_noise_draw_the_next_token_too():
+    text = GeneratedText(recurrent(), prompts(), 12, DRAW, conventional=True)
+    assert len(drawn(text).unique()) > 1 and text.cache_bytes == 0
 
 
 def test_a_window_that_is_full_begins_anew_with_its_last_half():
