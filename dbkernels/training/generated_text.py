@@ -35,7 +35,6 @@ from dbkernels.training.text_bits import own_levels
 MOST_LEVELS = 10_000
 OF_A_WINDOW = 128  # levels at which masked tokens open, at most, where no number is asked for
 KNOWN = -1  # names the noise of known tokens, among a draw's; levels have 0 and up
-OF_ONE_BLOCK = 4  # levels of a token, where one block serves them all
 
 
 def text_way(blocks: DiffusionBlocks) -> TextWay:
