@@ -43,6 +43,8 @@ COMPETITORS = {  # by family and name
     ("ar", "3 blocks, own, next token"): f"--num-blocks 3 {FITTED}",
     ("ar", "3 blocks, through"): f"--num-blocks 3 {FITTED} {THROUGH} --next-token-weight 0",
     ("ar", "3 blocks, through, next token"): f"--num-blocks 3 {FITTED} {THROUGH}",
+    ("huginn", "conventional"): "--objective conventional --num-blocks 1 --depth 4",
+    ("huginn", "one pass"): f"--num-blocks 1 {FITTED} --depth 4",
 }
 FIGURES = ("bits", "least", "most_noise", "sampler", "blocks")
 
@@ -90,14 +92,14 @@ class Text:
         words = name.replace(",", "").replace("'", "").split()
         return self.runs / "-".join([family, *words, str(self.updates), str(seed)])
 
-    def _flags(self, family: str, name: str) -> list[str]:
+    def flags(self, family: str, name: str) -> list[str]:
         own = COMPETITORS[family, name]
         depth = "" if "--depth" in own else "--depth 6"
         return shlex.split(f"{family} {SIZES} {depth} {RATE} {own} --steps {self.updates}")
 
     def _train(self, family: str, name: str, seed: int) -> None:
         directory = self._directory(family, name, seed)
-        flags = [*self._flags(family, name), "--threads", "1", "--save-every", "500"]
+        flags = [*self.flags(family, name), "--threads", "1", "--save-every", "500"]
         flags += ["--data", str(self.data), "--seed", str(seed), "--out", str(directory)]
         if any((directory / "checkpoints").glob("step-*")):
             flags += ["--resume", "latest"]
@@ -112,13 +114,14 @@ class Text:
         found = measured(config.objective, blocks, config.model.open(str(self.data), "test"))
         return {
             "data": self.data.name,
+            "batch": config.trainer.batch_size,
             "updates": self.updates,
             "family": family,
             "competitor": name,
             "num_blocks": len(blocks),
             "depth": config.model.depth,
             **found,
-            "command": shlex.join(["dbkernels", "train", *self._flags(family, name)]),
+            "command": shlex.join(["dbkernels", "train", *self.flags(family, name)]),
         }
 
 

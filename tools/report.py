@@ -36,6 +36,12 @@ the least noise level of the training and by the start of the steps; ± is the s
 over three seeds. Below the least level nothing is trained: there the label is read off the noisy
 target, and a block need not look at the image. End to end has the most noise alone and is the
 ordinary classifier."""),
+    "text": ("Bits of text", """Bits per character of text that no model has read, ± the standard
+deviation over seeds; lower is better. *Bits* is the bound at its best stop level, or exact where a
+network has no noise. *Down to the least level* has every block in the bound. *At the most noise* is
+the likelihood of a sampler that asks the first block once. All have the same number of updates of
+every layer; what all blocks share gets an update from each block's step. *Of the sampler* is an
+estimate that is too high, by more where there are few starts."""),
     "training": ("Training steps", """Methods of one model: end to end, and cut into blocks. *On the
 device* says how many blocks' parameters and optimizer state the device holds; the others wait in
 the memory of the host. *Fused layers* are this library's, *eager layers* are the published

@@ -25,6 +25,7 @@ SUITES = {  # names that the rows of a benchmark have: of the case, of the way, 
         "num_blocks least",
         "seeds accuracy accuracy_from_noise accuracy_of_six",
     ),
+    "text": ("data batch updates", "family competitor num_blocks depth", "seeds bits blocks"),
     "training": (MODEL, TRAINED, "peak_allocated_bytes saved_bytes memory step_ms sweep_ms"),
     "cost": (
         f"{MODEL} words",

@@ -163,6 +163,18 @@ def _shares(row: Row, _: Row | None, *, name: str) -> str:
     return f"{', '.join(steps)} %"
 
 
+def _bits(title: str, name: str, best: Callable | None = None) -> Column:
+    """A column of bits per character: of all seeds together, with their spread."""
+
+    def cell(row: Row, _: Row | None) -> str:
+        if row.get(name) is None:
+            return MISSING
+        pairs = zip(row[name], row[f"{name}_spread"], strict=True)
+        return ", ".join(f"{bits:.3f}" + (f" ± {s:.3f}" if s else "") for bits, s in pairs)
+
+    return Column(title, cell, name if best else "", best or min)
+
+
 def _spread(row: Row, _: Row | None) -> str:
     low, high = row.get("p20_ms"), row.get("p80_ms")
     return MISSING if low is None else f"{number_text(low)} to {number_text(high)}"
@@ -213,6 +225,16 @@ COLUMNS = {
         Column("after each step from z = 0", partial(_shares, name="accuracy")),
         Column("from noise", partial(_shares, name="accuracy_from_noise")),
         Column("mean of six starts", partial(_shares, name="accuracy_of_six")),
+    ),
+    "text": (
+        Column("family", lambda row, _: FAMILIES[row["family"]]),
+        Column("trained", lambda row, _: row["competitor"]),
+        Column("layers", lambda row, _: str(row["depth"])),
+        _bits("bits", "bits"),
+        _bits("down to the least level", "least"),
+        _bits("at the most noise", "most_noise"),
+        _bits("of the sampler", "sampler"),
+        _bits("of each block", "blocks"),
     ),
     "training": (
         *PEAK,
