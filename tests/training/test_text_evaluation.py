@@ -49,6 +49,7 @@ class Exact(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(4))
         self.levels_of, self.worse, self.asked = levels_of, worse, []
+        self.noise = []
 
     def target(self, batch):
         return torch.eye(5)[batch["token"]]
@@ -64,6 +65,8 @@ class Exact(nn.Module):
 
     def denoise(self, z, level, layers, batch):
         self.asked.append((layers, float(level.flatten()[0]), len(z)))
+        # the noise of the first token
+        self.noise.append(float((z[0, 0] - self.target(batch)[0, 0])[0] / level.flatten()[0]))
         level = level if level.dim() == 2 else level[:, None]
         logits = ODDS.log() + z / level[..., None] ** 2
         return logits * (0.5 if layers in self.worse else 1.0)
@@ -75,6 +78,7 @@ class Exact(nn.Module):
         return -ODDS.log()[batch["token"]].mean(1)
 
     def losses(self, draw, level, layers, batch):
+        self.noise.append(draw.step)
         return level * math.log(27)
 
 
@@ -155,6 +159,14 @@ def test_a_network_that_masks_tokens_is_bounded_by_all_its_blocks():
     data = Words(400, length=CONFIGS["mdm"].length)
     found = blocks.evaluate(data)
     assert found.bits == pytest.approx(math.log2(5), abs=0.03)
+
+
+@pytest.mark.parametrize(("text", "process"), [("gaussian", PRIOR), ("masked", Masked())])
+def test_each_level_of_each_block_has_noise_of_its_own(text, process):
+    blocks = exact(2, process=process, text=text)
+    blocks.evaluate(Words(1, vocabulary=5), **({"starts": 0} if text == "gaussian" else {}))
+    noise = [round(each, 3) for each in blocks.model.noise]
+    assert len(set(noise)) == len(noise) >= 16
 
 
 @pytest.mark.parametrize("text", ["gaussian", "masked", "conventional"])
