@@ -110,13 +110,11 @@ def _number(value: float | None, number: Callable[[float], str]) -> str:
 
 def _read(rows: Sequence[Row]) -> str:
     """What was read of the texts, and how they were sampled: a line for each way."""
-    lines = []
-    for row in rows:
-        line = f"{row['windows']} windows of {row['tokens'] // row['windows']} tokens were read"
-        if told := row["sampler"]:
-            line += (
-                f"; of {told['windows']} the sampler, {told['bridge']} with "
-                f"{len(told['levels'])} levels and {told['starts']} starts"
-            )
-        lines.append(line)
-    return "\n".join(dict.fromkeys(lines))
+    read = [f"read: {r['windows']} windows of {r['tokens'] // r['windows']} tokens" for r in rows]
+    sampled = [
+        f"sampler: {told['bridge']}, {len(told['levels'])} levels, {told['starts']} starts, "
+        f"{told['tokens']} tokens of {told['windows']} windows"
+        for told in (row["sampler"] for row in rows)
+        if told
+    ]
+    return "\n".join(dict.fromkeys([*read, *sampled]))

@@ -81,6 +81,7 @@ class SamplerBits:
     starts:   from noise, whose probabilities were averaged
     bridge:   from one level to the next
     windows:  of the text that were read for it
+    tokens:   of them that were sampled
     """
 
     bits: float
@@ -89,6 +90,7 @@ class SamplerBits:
     starts: int
     bridge: str
     windows: int
+    tokens: int
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def test_bits_of_blocks_stand_beside_networks_of_all_layers_and_of_a_blocks(cli,
 
     out = cli(f"evaluate {names}").out
     assert max(map(len, out.splitlines())) <= 80
-    assert "13 windows of 8 tokens were read" in out and "sampler" not in out
+    assert "read: 13 windows of 8 tokens" in out and "sampler" not in out
     figures = (blocks[n] for n in ("bits", "more_than_all_layers", "more_than_a_blocks_layers"))
     assert line_of(out, "three") == ["three", "3", "3", "0", *(f"{each:.4g}" for each in figures)]
     assert line_of(out, "whole") == ["whole", "3", "1", "0", f"{whole['bits']:.4g}"]
@@ -93,7 +93,15 @@ def test_blocks_with_noise_tell_of_their_stop_and_of_their_sampler(cli, texts, t
     figures = ("bits_down_to_least", "bits_at_most_noise", "sampler_bits")
     words = out.split()
     assert all(f"{noisy[name]:.4g}" in words for name in figures)
-    assert "of 2 the sampler, argmax with 4 levels and 3 starts" in out
+    assert "sampler: argmax, 4 levels, 3 starts, 16 tokens of 2 windows" in out
+
+
+def test_a_recurrent_model_is_evaluated_with_any_number_of_levels(cli, texts):
+    run = texts("huginn --depth 3")
+    rows = [rows_of(cli(f"evaluate {run} --starts 2 --levels {n} --json"))[0] for n in (1, 4)]
+    assert [len(row["sampler"]["levels"]) for row in rows] == [1, 4]
+    assert rows[0]["sampler_bits"] == pytest.approx(rows[0]["sampler_bits_once"])
+    assert rows[0]["bits"] == rows[1]["bits"] and rows[0]["layers"] == [3]
 
 
 def test_the_sampler_may_be_left_out(cli, texts):

@@ -9,9 +9,11 @@ from torch import nn
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.likelihood import gaussian_bound
 from dbkernels.diffusion.masked import Masked
+from dbkernels.models import FAMILIES
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.text_bound import APART, LEAST_LEVELS, curve_levels
 from dbkernels.training.text_evaluation import SAMPLED, WINDOWS
+from dbkernels.training.text_sampler import PLACES
 
 COUNTS = torch.tensor([8, 6, 3, 2, 1])  # of each word in a window
 ODDS = COUNTS / COUNTS.sum()
@@ -47,6 +49,7 @@ class Exact(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(1, 1) for _ in range(4))
         self.levels_of, self.worse, self.asked = levels_of, worse, []
+        self.noise = []
 
     def target(self, batch):
         return torch.eye(5)[batch["token"]]
@@ -62,6 +65,8 @@ class Exact(nn.Module):
 
     def denoise(self, z, level, layers, batch):
         self.asked.append((layers, float(level.flatten()[0]), len(z)))
+        # the noise of the first token
+        self.noise.append(float((z[0, 0] - self.target(batch)[0, 0])[0] / level.flatten()[0]))
         level = level if level.dim() == 2 else level[:, None]
         logits = ODDS.log() + z / level[..., None] ** 2
         return logits * (0.5 if layers in self.worse else 1.0)
@@ -73,6 +78,7 @@ class Exact(nn.Module):
         return -ODDS.log()[batch["token"]].mean(1)
 
     def losses(self, draw, level, layers, batch):
+        self.noise.append(draw.step)
         return level * math.log(27)
 
 
@@ -155,6 +161,14 @@ def test_a_network_that_masks_tokens_is_bounded_by_all_its_blocks():
     assert found.bits == pytest.approx(math.log2(5), abs=0.03)
 
 
+@pytest.mark.parametrize(("text", "process"), [("gaussian", PRIOR), ("masked", Masked())])
+def test_each_level_of_each_block_has_noise_of_its_own(text, process):
+    blocks = exact(2, process=process, text=text)
+    blocks.evaluate(Words(1, vocabulary=5), **({"starts": 0} if text == "gaussian" else {}))
+    noise = [round(each, 3) for each in blocks.model.noise]
+    assert len(set(noise)) == len(noise) >= 16
+
+
 @pytest.mark.parametrize("text", ["gaussian", "masked", "conventional"])
 def test_figures_depend_on_the_seed_and_not_on_how_the_text_is_cut(text):
     if text == "masked":
@@ -203,6 +217,31 @@ def test_the_sampler_of_an_exact_posterior_costs_the_entropy_where_its_bridge_is
     assert found.levels == tuple(PRIOR.grid(4)) and found.windows == 10
     assert found.once == pytest.approx(ENTROPY, abs=0.01)
     assert low < found.bits - ENTROPY < high
+
+
+def test_a_token_that_reads_noisy_ones_is_sampled_beside_the_texts_own(monkeypatch):
+    """A token's odds follow the word before it, which it reads off that word's noisy row."""
+
+    class Reads(Exact):
+        def denoise(self, z, level, layers, batch):
+            before = nn.functional.pad(z[:, :-1], (0, 0, 1, 0)).argmax(-1)
+            return nn.functional.one_hot((before + 1) % 5, 5) * 20.0
+
+    class Follows(Words):
+        def batch(self, indices, put=lambda tensor: tensor):
+            row = torch.arange(20) % 5
+            return {"token": put((row + 1).expand(len(indices), 20) % 5)}
+
+    blocks = exact(1)
+    blocks.model = Reads()
+    entry = replace(FAMILIES["ar"], writes="whole")
+    way = {"levels": [0.1], "starts": 20, "samples": 2}
+    monkeypatch.setattr("dbkernels.training.text_sampler.family_of", lambda model: entry)
+    found = blocks.evaluate(Follows(2), **way).sampler
+    assert found.tokens == PLACES and found.bits < 0.01
+    monkeypatch.undo()
+    # beside the sampler's own tokens, which end anywhere, it knows nothing
+    assert blocks.evaluate(Follows(2), **way).sampler.bits > 1.0
 
 
 def test_a_sampler_has_a_level_for_each_block_and_serves_each_by_its_own():
