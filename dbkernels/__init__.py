@@ -16,6 +16,7 @@ _HOMES = {
     "DiffusionBlocks": "training.diffusion_blocks",
     "Draw": "ops.philox",
     "Huginn": "models",
+    "GeneratedText": "training.generated_text",
     "LayerConfig": "models",
     "LogNormal": "diffusion.gaussian",
     "MDM": "models",
