@@ -24,10 +24,10 @@ from dbkernels.models.registry import FAMILIES
 from dbkernels.planning.dry_run import dry_run, sweep_flops
 from dbkernels.planning.recipe import Recipe, of_preset
 
-# by family, how blocks may be trained, as settings of the model; "" is as its preset says
+# by family, how blocks may be trained, as settings of the model; "" is the paper's way
 MODES = {
     "ar": {
-        "": {},
+        "": {"next_token_weight": 0.0},
         "next-token loss": {"next_token_weight": 1.0},
         "clean stream through all, next-token loss": {"next_token_weight": 1.0, "clean": "through"},
     }

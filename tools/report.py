@@ -45,8 +45,10 @@ in a step of every block, and numbers that a step keeps for its backward, in mul
 All of it is counted; nothing ran. End to end is the ordinary model without noise, where the family
 has one, in the same fused layers. A language model in blocks reads each text twice, clean and
 noisy, and each block has the head's work of its own: cut in 4, it takes more arithmetic than the
-ordinary model, and keeps less, but not 4 times less. A classifier or a generator of images in
-blocks reads nothing twice."""),
+ordinary model, and keeps less, but not 4 times less. The last layer of a block computes of its
+clean tokens keys and values alone, unless they guess the next token: the layers of a way with
+next-token loss are those without this saving. A classifier or a generator of images in blocks reads
+nothing twice."""),
     "timeline": ("Memory within one step", "What is alive at the peak of a step, by category."),
     "layer": ("One layer", "Forward and backward of one AdaLN layer."),
     "ops": ("Ops", """Each op against eager torch and `torch.compile`; forward and backward of noise

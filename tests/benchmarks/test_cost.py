@@ -22,7 +22,6 @@ def rows_of(bench):
         sizes = {"depth": 4, "dim": 64, "mlp_hidden": 176, "cond_dim": 8}
         for presets in (mdm.PRESETS, ar.PRESETS):
             patch.setitem(presets, "tiny", replace(presets["small"], **sizes))
-        patch.setitem(ar.PRESETS, "tiny", replace(ar.PRESETS["tiny"], next_token_weight=0.0))
         yield run
 
 

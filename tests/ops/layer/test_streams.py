@@ -57,7 +57,9 @@ def moved_by(token, op, told):
 
 
 # samples 0 and 1 are noisy, 2 and 3 clean
-@pytest.mark.parametrize("run", [*EVERY_POLICY, reference.adaln_layer], ids=str)
+@pytest.mark.parametrize(
+    "run", [*EVERY_POLICY, reference.adaln_layer], ids=[*EVERY_POLICY, "reference"]
+)
 @pytest.mark.parametrize("place", [0, 2, 5])
 def test_a_token_moves_those_alone_that_see_it(place, run):
     op = run if callable(run) else partial(adaln_layer, recompute=run)
