@@ -124,14 +124,14 @@ class AR(NoisyText):
     def _guess(self, layers: Sequence[int], batch: Batch) -> tuple[Tensor, Tensor]:
         """Rows for the head of what the clean stream guesses, and the tokens that it should."""
         token = batch["token"]
-        x, c = self._clean(layers, token), self.constant_condition(len(token))
+        x, c = self._clean(layers, token), self.constant_condition(token.shape[0])
         return self.head.clean(self.run(layers, x, c), c), token
 
     def _rows(
         self, z: Tensor, level: Tensor, layers: Sequence[int], token: Tensor, *, guess: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Rows for the head: of the noisy stream, and of the clean one where it guesses."""
-        B = len(token)
+        B = token.shape[0]
         x, c = self.stem(z, level, self._clean(layers, token))
         some = [self.layers[index] for index in layers]
         num_samples = None if guess else B
@@ -147,7 +147,7 @@ class AR(NoisyText):
         if not earlier:
             return x
         with torch.no_grad():
-            deep = self.run(earlier, x, self.constant_condition(len(token)))
+            deep = self.run(earlier, x, self.constant_condition(token.shape[0]))
         # the value of the deep one; the table learns as if the layers between added to it
         return deep + (x - x.detach())
 

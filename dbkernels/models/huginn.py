@@ -166,9 +166,9 @@ class Huginn(NoisyText):
     ) -> Tensor:
         """Rows for the head after so many recurrences from the noise that a draw names."""
         prelude, core, coda = self._parts(layers)
-        e, c = self._prelude(prelude, token), self.constant_condition(len(token))
+        e, c = self._prelude(prelude, token), self.constant_condition(token.shape[0])
         of_tokens = self.from_tokens(e)
-        start = normals(draw, len(token), e[0].numel(), e.device)
+        start = normals(draw, token.shape[0], e[0].numel(), e.device)
         state = start.view(e.shape).to(e.dtype)
         for left in reversed(range(recurrences)):
             passes = torch.is_grad_enabled() and left < self.config.truncation
@@ -178,7 +178,7 @@ class Huginn(NoisyText):
 
     def _prelude(self, layers: Sequence[int], token: Tensor) -> Tensor:
         """e, (B, S, dim)."""
-        return self.run(layers, self.tokens_before(token), self.constant_condition(len(token)))
+        return self.run(layers, self.tokens_before(token), self.constant_condition(token.shape[0]))
 
     def _adapted(self, state: Tensor, of_tokens: Tensor) -> Tensor:
         # the stream stays wide under autocast
