@@ -28,7 +28,7 @@ VALUES = ["-1", "0", str(2**62), "nan", "inf", "1e300"]
 ALLOWED = {  # where a value means something
     "0": {
         # the preset's own, none, or as it was asked for
-        *("patch", "dim", "depth", "num_heads", "label_drop", "shift", "gamma", "warmup"),
+        *("patch", "dim", "depth", "num_heads", "length", "label_drop", "shift", "gamma", "warmup"),
         *("weight_decay", "clip", "ema", "steps_per_swap", "seed", "save_every", "mean", "budget"),
         *("threads", "processes", "test_share", "train_bpe"),
     },
