@@ -67,6 +67,7 @@ from dbkernels.training.trainer import Trainer
 # presets that a GPU trains, and what is trained elsewhere
 LARGE = {"dit": ("S/2", "B/2", "L/2", "XL/2"), "mdm": ("text8",), "ar": ("paper",)}
 SMALL = {name: (entry.model.smallest,) for name, entry in FAMILIES.items()} | {"vit": ("cifar100",)}
+BLOCKS = (1, 2, 3, 4, 6)  # numbers of them, those that a model has layers for
 ROUNDS = {"cpu": 12, "cuda": 36}  # the more blocks, the fewer steps of each
 SWAPS = 3
 TIMES = ("step_ms", "p20_ms", "p80_ms", "sweep_ms", "samples_per_second", "rounds", "timing")
@@ -89,7 +90,7 @@ class Options(Program):
     words: tuple[int, ...] = ()  # vocabularies of a model of text; without any, its own
     batch: int = 64  # samples of a step, made up
     dtype: tuple[str, ...] = ()  # float32, or autocast: compute in bfloat16
-    num_blocks: tuple[int, ...] = (1, 2, 3, 4, 6)  # of block_stock and block_fused
+    num_blocks: tuple[int, ...] = ()  # of block_stock and block_fused; without any, BLOCKS
     methods: tuple[str, ...] = METHODS  # in the order of the table
     recompute: tuple[str, ...] = ()  # of block_fused; all that differ
     budgets: tuple[float, ...] = (1.0, 0.5, 0.2)  # of activation memory, of compiled
@@ -128,7 +129,7 @@ class Options(Program):
                 raise ValueError("offload must be none on a CPU, which is its own host, got cpu")
             if "graph" in self.launch:
                 raise ValueError("launch must be ops on a CPU, got graph")
-        needed = 2 * max(self.num_blocks, default=1)
+        needed = 2 * max(count for model in models for count in self.counts(model))
         if self.rounds is not None and self.rounds < needed:
             raise ValueError(
                 f"rounds must be at least {needed}, two steps of each block, got {self.rounds}"
@@ -169,6 +170,10 @@ class Options(Program):
         here, name = machine(self.on) | {"command": called()}, self.name_of(model)
         return here if here["device"] == name else here | {"device": name, "driver": None}
 
+    def counts(self, model: Recipe) -> Sequence[int]:
+        """Numbers of blocks to cut a model into."""
+        return self.num_blocks or [count for count in BLOCKS if count <= model.model.depth]
+
     def ways(self, model: Recipe) -> list[Recipe]:
         """Every way that is asked for to train a model, in the order of the methods.
 
@@ -193,13 +198,13 @@ class Options(Program):
             )
             for method in self.methods
             for fused in [method == "block_fused"]
-            for count in (self.num_blocks if method in BLOCKWISE else (1,))
+            for count in (self.counts(model) if method in BLOCKWISE else (1,))
             if not repeats(model.family, self.methods, method, count)
             for budget in (self.budgets if method == "compiled" else (None,))
             # one block is all that there is
             for place in (places if fused and count > 1 else ("none",))
             if place in offloads_of(model.model, count)
-            if place == "none" or count in (self.offload_at or self.num_blocks)
+            if place == "none" or count in (self.offload_at or self.counts(model))
             for recompute in (policies if fused else (None,))
             for is_lean in [method in lean or (fused and (place == "cpu" or count == 1))]
             for in_backward in (self.optimizer_in_backward if is_lean else (False,))

@@ -54,7 +54,7 @@ REFUSED = {
         ({"rounds": 5, "num_blocks": (3,)}, "rounds must be at least 6, two .*, got 5"),
         ({"preset": ("S/2",)}, "preset must be given together with family, got S/2"),
         ({"family": "vit", "preset": ("huge",)}, "preset of ViT must be one of .*, got huge"),
-        ({"family": "cnn"}, "family must be of vit, dit, got cnn"),
+        ({"family": "cnn"}, "family must be of vit, dit, .*, got cnn"),
         ({"target": "tpu"}, "target must be one of cpu, a100, .*, got tpu"),
     ],
     "run": [
