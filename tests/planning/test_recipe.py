@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from dbkernels.cli.profile import Profile
-from dbkernels.cli.train import Train
+from dbkernels.cli.train import PartitionFlags, Train
 from dbkernels.data.token_files import write_tokens
 from dbkernels.memory.allocator import TARGETS
 from dbkernels.models import FAMILIES, DiTConfig
@@ -21,7 +21,7 @@ def test_settings_that_are_not_given_are_those_of_train(family, tmp_path):
     if "token" in made.model.fields():
         told["data"] = str(tmp_path / "text")
         write_tokens(told["data"], {"train": [[3] * made.model.length]}, vocabulary=27)
-    told |= {"preset": smallest, "partition": PartitionConfig(num_blocks=1)}
+    told |= {"preset": smallest, "partition": PartitionFlags(num_blocks=1)}
     flags = Train(family=family, out=tmp_path, **told)
     trainer = replace(flags.config().trainer, steps=made.trainer.steps)
     assert made == replace(flags.config(), data="made up", trainer=trainer)
