@@ -22,12 +22,8 @@ from dbkernels.models.ar import PRESETS as AR_PRESETS
 from dbkernels.models.dit import PRESETS
 
 ROOT = Path(__file__).parents[1]
-LIMITS = {
-    "smoke": 90,
-    "headline": 240,
-    "kernels": 110,
-    "rest": 60,
-}  # seconds, in the order of worth
+# seconds, in the order of worth
+LIMITS = {"smoke": 85, "headline": 235, "kernels": 100, "rest": 60}
 POLICIES = ("none", "qkv", "layer")
 MARK = "pytest.mark.gpu"
 
@@ -126,10 +122,10 @@ def jobs(sizes: Sizes) -> list[Job]:
     )
     return [
         Job("smoke", "build.txt", 40, "setup.py build_ext --inplace"),
-        Job("smoke", "tests.txt", 50, tests),
+        Job("smoke", "tests.txt", 45, tests),
         Job("headline", "headline.jsonl", 165, headline),
-        Job("headline", "text.jsonl", 75, text),
-        Job("kernels", "kernels.jsonl", 110, ops),
+        Job("headline", "text.jsonl", 70, text),
+        Job("kernels", "kernels.jsonl", 100, ops),
         Job("rest", "graphs.jsonl", 35, graphs),
         Job("rest", "profile.ndjson", 25, profile),
     ]

@@ -88,6 +88,7 @@ def jobs(*, full: bool, on_gpu: bool) -> list[Job]:
         full:    every method, policy and number of blocks, and not what few minutes allow
         on_gpu:  whether models of a GPU's size run, or are predicted
     """
+    large = [(family, name) for family, names in LARGE.items() for name in names]
     if full:
         found = [
             Job("timeline", "timeline", 30),
@@ -96,22 +97,23 @@ def jobs(*, full: bool, on_gpu: bool) -> list[Job]:
             _training("vit", "cifar100", 300 if on_gpu else 1800),
         ]
         found += [] if on_gpu else [_training(family, "digits", 200) for family in ("vit", "dit")]
-        for number, name in enumerate(LARGE, 1):
-            found.append(_training("dit", name, (600 if on_gpu else 120) * number))
-            found += [_graphs(name)] if on_gpu else []
+        for family, names in LARGE.items():
+            for number, name in enumerate(names, 1):
+                found.append(_training(family, name, (600 if on_gpu else 120) * number))
+        found += [_graphs(name) for name in LARGE["dit"]] if on_gpu else []
     elif on_gpu:
         found = [
             _training("dit", "S/2", 150, f"{FEW} --rounds 12"),
             # apart from the others, which it does not take along should it fail
             _graphs("S/2"),
-            *(_training("dit", p, 20, f"{PREDICTED} --target this") for p in LARGE[1:]),
+            *(_training(*each, 12, f"{PREDICTED} --target this") for each in large[1:]),
         ]
     else:
         found = [
             _training("vit", "cifar100", 105, PUBLISHED),
             _training("vit", "digits", 45, f"{FEW} --rounds 15"),
             _training("dit", "digits", 40, f"{FEW} --rounds 15"),
-            *(_training("dit", preset, 18, PREDICTED) for preset in LARGE),
+            *(_training(*each, 18, PREDICTED) for each in large),
         ]
     if not full:
         found += [
