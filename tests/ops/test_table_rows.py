@@ -123,6 +123,14 @@ def test_a_short_unit_row_is_divided_by_no_less_than_eps(length):
     assert length or not actual[0][0].any()
 
 
+def test_a_fault_in_a_row_stays_visible_in_it_alone():
+    table, index = table_of(4, 5), torch.tensor([0, 2, 1, 2])
+    table[2, 3] = torch.nan
+    calls = (looked_up(index, f=f, unit=True) for f in (table_rows, reference.table_rows))
+    for ours, theirs in zip(*(with_grads(call, table) for call in calls), strict=True):
+        assert ours.isnan().any() and torch.equal(ours.isnan(), theirs.isnan())
+
+
 @each_form
 @pytest.mark.parametrize("leading", [(0,), (3, 0)], ids=str)
 def test_without_a_token_the_gradient_is_zero(leading, unit):
