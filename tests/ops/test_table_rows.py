@@ -62,7 +62,7 @@ CASES = {  # V, D and the index
     "all_equal": lambda: (5, 12, torch.full((150,), 3)),  # more runs than are added at once
     "all_distinct": lambda: (40, 12, torch.randperm(40)),
     "ends_of_runs": lambda: (9, 12, counted(4, 8, 1, 3, 2, 10, 0, 7, 5)),
-    "less_than_a_run": lambda: (5, 12, torch.tensor([3, 0, 3])),
+    "less_than_a_run": lambda: (5, 12, torch.zeros(3).long()),
     "one_token": lambda: (5, 12, torch.tensor([4])),
     "no_dimension": lambda: (5, 12, torch.tensor(2)),
     "many_dimensions": lambda: (5, 12, torch.randint(0, 5, (2, 3, 4))),
