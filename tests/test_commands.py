@@ -52,6 +52,9 @@ ELSEWHERE = {
     "python benchmarks/layer.py --launches --B 64 --dim 1152 --num-heads 16 --dtype autocast": (
         "launches=True"
     ),
+    "python benchmarks/text.py --data DIR --runs DIR --out benchmarks/results/NAME/text.jsonl": (
+        'bench("text")'
+    ),
     "python benchmarks/run.py --quick": "run.main(asked, [job])",
     "python benchmarks/gpu_jobs.py [--rehearse] [PART ...]": "benchmarks/gpu_jobs.py",
     "python benchmarks/gpu_table.py FOLDER": "benchmarks/gpu_table.py",

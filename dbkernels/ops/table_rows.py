@@ -49,6 +49,14 @@ def _dot(a, b, PIECES: tl.constexpr):
 
 
 @triton.jit
+def _inverse_length(rows, eps, PIECES: tl.constexpr):
+    """The length of each row (BLOCK_T, 1), and 1 over it or over eps."""
+    length = tl.sqrt(_dot(rows, rows, PIECES))
+    # a row that has a NaN is one, as in torch
+    return length, 1 / tl.maximum(length, eps, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _scale_rows(rows, factor, PIECES: tl.constexpr):
     scaled = ()
     for piece in tl.static_range(PIECES):
@@ -82,8 +90,9 @@ def _store_gradient(
     known = (row >= 0) & (row < V)
     if table_ptr is not None:
         w = tile.load_row(table_ptr, row * D, known, D, BLOCK_D, PIECES)
-        length = tl.sqrt(_dot(w, w, PIECES))
-        inverse = 1 / tl.maximum(length, eps)
+        length, inverse = _inverse_length(w, eps, PIECES)
+        # rows that are not stored would be too large for the dtype of the table
+        inverse = tl.where(known, inverse, 0.0)
         w_hat = _scale_rows(w, inverse, PIECES)
         along = tl.where(length >= eps, _dot(w_hat, total, PIECES), 0.0)
         across = tile.add_rows(total, _scale_rows(w_hat, -along, PIECES), PIECES)
@@ -106,7 +115,7 @@ def _fwd_kernel(
 
     factor = tl.where(known, 1.0, float("nan"))
     if UNIT:
-        factor /= tl.maximum(tl.sqrt(_dot(w, w, PIECES)), eps)
+        factor *= _inverse_length(w, eps, PIECES)[1]
     y = _scale_rows(w, factor, PIECES)
 
     tile.store_row(y_ptr, token * D, mask, y, D, BLOCK_D, PIECES)
@@ -205,20 +214,9 @@ def _backward_triton(dy, table, rows, tokens, dtable):
     parts = torch.empty((runs, 2, D), dtype=torch.float32, device=dy.device)
     dtable.zero_()
     _bwd_kernel[(runs,)](
-        dy,
-        table,
-        rows,
-        tokens,
-        dtable,
-        parts,
-        N,
-        V,
-        D,
-        EPS,
-        num_warps=warps,
-        maxnreg=limit,
-        **options,
-    )
+        dy, table, rows, tokens, dtable, parts, N, V, D, EPS,
+        num_warps=warps, maxnreg=limit, **options,
+    )  # fmt: skip
     if runs > 1:
         _sum_kernel[(runs - 1,)](
             parts, table, rows, dtable, N, V, D, EPS,

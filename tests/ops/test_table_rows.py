@@ -62,7 +62,7 @@ CASES = {  # V, D and the index
     "all_equal": lambda: (5, 12, torch.full((150,), 3)),  # more runs than are added at once
     "all_distinct": lambda: (40, 12, torch.randperm(40)),
     "ends_of_runs": lambda: (9, 12, counted(4, 8, 1, 3, 2, 10, 0, 7, 5)),
-    "less_than_a_run": lambda: (5, 12, torch.tensor([3, 0, 3])),
+    "less_than_a_run": lambda: (5, 12, torch.zeros(3).long()),
     "one_token": lambda: (5, 12, torch.tensor([4])),
     "no_dimension": lambda: (5, 12, torch.tensor(2)),
     "many_dimensions": lambda: (5, 12, torch.randint(0, 5, (2, 3, 4))),
@@ -121,6 +121,14 @@ def test_a_short_unit_row_is_divided_by_no_less_than_eps(length):
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     assert length or not actual[0][0].any()
+
+
+def test_a_fault_in_a_row_stays_visible_in_it_alone():
+    table, index = table_of(4, 5), torch.tensor([0, 2, 1, 2])
+    table[2, 3] = torch.nan
+    calls = (looked_up(index, f=f, unit=True) for f in (table_rows, reference.table_rows))
+    for ours, theirs in zip(*(with_grads(call, table) for call in calls), strict=True):
+        assert ours.isnan().any() and torch.equal(ours.isnan(), theirs.isnan())
 
 
 @each_form
