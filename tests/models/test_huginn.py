@@ -106,6 +106,9 @@ def test_the_gradient_passes_through_the_last_recurrences_and_no_others(recurren
     same = all(torch.equal(actual[name], expected[name]) for name in expected)
     assert same == (recurrences <= CONFIG.truncation)
     gradients(model, recurrences)
+    with torch.no_grad():
+        assert not model.recurred(DRAW, EVERY, TOKEN, recurrences).requires_grad
+    del starts[recurrences:]
     assert [s.requires_grad for s in starts] == [
         i > max(recurrences - 2, 0) for i in range(recurrences)
     ]
