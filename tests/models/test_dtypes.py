@@ -74,7 +74,8 @@ def test_samples_and_evaluation(family, dtype, sampler):
 
 def worth(blocks, data):
     """Losses or bits of all blocks."""
-    found = blocks.evaluate(data)
+    # the sampler's bits would take most of the time, and are not read
+    found = blocks.evaluate(data, starts=0 if blocks.text == "gaussian" else None)
     return found.bits if blocks.text else sum(found.block_losses)
 
 
