@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -203,6 +204,9 @@ class ImageConfig:
                 f"{data.image_shape}"
             )
         return data
+
+    def keep(self, source: str, directory: Path) -> None:
+        """Nothing: an image is read as it is."""
 
     def fields(self) -> dict[str, Field]:
         """What a sample holds: an image or a latent, and its label."""

@@ -5,6 +5,7 @@ Training, planning and the command line know a family by its entry alone.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -50,6 +51,9 @@ class ModelConfig(Protocol):
 
     def open(self, source: str, split: Literal["train", "test"], *, convert: Convert) -> Data:
         """A split of the data under a name or a path, which fits the model."""
+
+    def keep(self, source: str, directory: Path) -> None:
+        """Write into a run's directory what its samples are read with, if that is not there."""
 
     def fields(self) -> dict[str, Field]:
         """What a sample of its data holds, by name."""

@@ -1,16 +1,19 @@
 """What models of text share: their sizes, their tables of tokens, and the head over the words."""
 
 from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
 import torch
 
 from dbkernels.data.image_folder import Convert
 from dbkernels.data.made_up import Field
+from dbkernels.data.tokenizer import FILE
 from dbkernels.data.tokens import TokenData, open_tokens
 from dbkernels.models.layer import LayerConfig
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_choice
+from dbkernels.whole_file import write_whole
 
 CleanStream = Literal["own", "through"]
 ReadOut = Literal["paper", "posterior"]
@@ -86,6 +89,12 @@ class TextConfig:
         """
         _require_no_images(convert)
         return open_tokens(source, split, length=self.length, vocabulary=self.vocabulary)
+
+    def keep(self, source: str, directory: Path) -> None:
+        """The tokenizer of a directory of tokens, if it has one and the run has none yet."""
+        of_data, kept = Path(source) / FILE, directory / FILE
+        if of_data.is_file() and not kept.exists():
+            write_whole(kept, of_data.read_text(encoding="utf-8"))
 
     def fields(self) -> dict[str, Field]:
         """What a sample holds: its tokens."""

@@ -1,6 +1,7 @@
 """A run: one configuration, one directory with its log and its checkpoints.
 
 <run>/config.json    everything that is needed to build the run again
+<run>/tokenizer.json of text: what makes its tokens, where the data have one
 <run>/log.jsonl      one row per step
 <run>/checkpoints/   safetensors and JSON
 """
@@ -154,6 +155,7 @@ def _train(
 
     try:
         write_config(config, directory)
+        config.model.keep(config.data, directory)
         with StopSignals() as stop, Rows(take) as rows:
             try:
                 while trainer.step < trainer.total_steps and not stop.asked:

@@ -246,5 +246,18 @@ def test_a_model_has_the_vocabulary_of_its_tokenizer(cli, written, tmp_path):
     try:
         refusal = cli(f"sample {run} --device cpu")
     finally:
-        (run / "tokenizer.json").unlink()
+        save_tokenizer(open_tokenizer("text8"), run)
     assert refused(refusal, "must have the model's vocabulary, 27 ids, got 256")
+
+
+@pytest.mark.parametrize("family", ["ar", "mdm", "huginn"])
+def test_a_run_writes_without_its_data_for_it_keeps_their_tokenizer(cli, written, family):
+    run = written(family)
+    data, elsewhere = run.parent / "text8", run.parent / "moved"
+    assert (run / "tokenizer.json").read_bytes() == (data / "tokenizer.json").read_bytes()
+    data.rename(elsewhere)
+    try:
+        done = cli(f"sample {run} --device cpu --length 4")
+    finally:
+        elsewhere.rename(data)
+    assert done.code == 0 and done.out, done
