@@ -52,7 +52,7 @@ class HuginnConfig(NoisyTextConfig):
     coda: int
     """Last layers, which come after the recurrence. Those between are its core."""
     read_out: ReadOut = "posterior"
-    """As of all such models; one pass of a small one needs 0.14 bits of a letter less with it."""
+    """As of all such models; one pass has learned sooner with the posterior in small runs."""
     recurrences: int = 32
     """Without noise: mean of the rate in training, and the number in evaluation."""
     truncation: int = 8

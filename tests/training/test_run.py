@@ -7,15 +7,17 @@ import pytest
 import torch
 from models.tiny import dynamo_alone
 from torch._dynamo.utils import counters
-from training.tiny import CPU, IN_BACKWARD, equal, families, make_data, make_older, weights
+from training.tiny import CONFIGS, CPU, IN_BACKWARD, equal, families, make_data, make_older, weights
 
 import dbkernels.training.run as run_module
 from dbkernels.data.images import open_data
-from dbkernels.models import stem_and_head
+from dbkernels.models import AR, stem_and_head
 from dbkernels.training import checkpoint
+from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.log import read_log
 from dbkernels.training.run import load_run
 from dbkernels.training.run_config import RunConfig, read_config, write_config
+from dbkernels.training.trainer import Trainer
 
 RUN = Path("run")
 CONVENTIONAL = {"family": "huginn", "objective": "conventional", "partition": {"num_blocks": 1}}
@@ -269,3 +271,46 @@ def test_stem_and_head_are_compiled_for_the_device_that_trains(compiled, monkeyp
     config.trainer_on("meta", make_data())
     config.trainer_of(config.build("cpu"), make_data())
     assert devices == ["meta"] * 3 + ["cpu"] * 3
+
+
+# blocks that read the layers before their own
+
+
+DEPENDENT = replace(CONFIGS["ar"], clean="through")
+
+
+def trainer_through(**settings):
+    return Trainer(DiffusionBlocks(AR(DEPENDENT)), make_data(family="ar"), steps=1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda config: replace(
+                config, model=DEPENDENT, trainer=replace(config.trainer, offload="cpu")
+            ),
+            "offload must be none where a block's steps read layers of others, got cpu",
+        ),
+        (lambda _: trainer_through(offload="cpu"), "offload must be none .*, got cpu"),
+        (
+            lambda _: DiffusionBlocks(AR(DEPENDENT), sharing="copies"),
+            "sharing must be joint where a block's steps read layers of others, got copies",
+        ),
+        (lambda config: replace(config, mirror=True), "mirror must be False for ar, got True"),
+        (lambda config: replace(config, shift=2), "shift must be 0 for ar, got 2"),
+        (
+            lambda config: replace(config, objective="conventional"),
+            "num_blocks must be 1 for the conventional objective, got 3",
+        ),
+    ],
+)
+def test_what_a_model_of_text_cannot_do_is_refused(make_config, call, message):
+    config = make_config("ar")
+    with pytest.raises(ValueError, match=message):
+        call(config)
+
+
+def test_one_block_that_reads_no_other_is_offloaded_whatever_it_could_read():
+    blocks = DiffusionBlocks(AR(DEPENDENT), num_blocks=1)
+    Trainer(blocks, make_data(family="ar"), steps=1, batch_size=4, offload="cpu").run()
