@@ -29,7 +29,7 @@ from dbkernels.training.run import load_run
 from dbkernels.whole_file import write_whole
 
 SIZES = "--dim 128 --num-heads 4 --length 64"
-RATE = "--batch-size 24 --lr 2e-3 --warmup 50 --decay cosine"
+RATE = "--batch-size 12 --lr 2e-3 --warmup 50 --decay cosine"
 FITTED = "--mean -0.55 --std 0.8 --sigma-max 8"  # to where a character's information lies
 THROUGH = "--clean through --noise-order deepest"
 COMPETITORS = {  # by family and name
