@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from dbkernels.models.registry import ModelConfig
-from dbkernels.models.text import CleanStream, LevelsOf, ReadOut
+from dbkernels.models.text import CleanStream, LevelsOf, NoisyInput, ReadOut
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,9 @@ class TextFlags:
     clean: CleanStream | None = None
     """own: a block reads earlier tokens through its own layers. through: through all those before
     them too, without a gradient."""
+    noisy_input: NoisyInput | None = None
+    """z: a noisy token is told apart from the clean ones, which it finds by attention. z_and_clean:
+    it is added to the clean token before it, as that token's layers have left it."""
     next_token_weight: float | None = None
     """Weight, in a block's loss, of guessing the next token without noise; 0 leaves it out."""
     read_out: ReadOut | None = None

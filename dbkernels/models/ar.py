@@ -1,7 +1,7 @@
 """A language model that denoises the next token's embedding, given the clean tokens before it.
 
     E^     = rows of target_table at unit length,    z = E^[x] + sigma noise
-    noisy  = p z,    clean = clean_table[BOS, x_<]
+    noisy  = p z, or p z + clean,    clean = clean_table[BOS, x_<]
     h      = layers(noisy, clean): noisy i sees clean j <= i and itself, clean i sees clean j <= i
     logits = `read_out.ReadOutHead` of h and z
 
@@ -15,6 +15,10 @@ A block reads the context through its own layers alone (clean="own", the paper's
 layers before them too, which keep nothing and get no gradient (clean="through"). Then its context
 is as deep as the stack up to it, and its steps read the weights of earlier blocks. The clean stream
 may guess the next token itself, which is what trains the layers' keys and values for later blocks.
+
+The noisy stream begins with z alone (noisy_input="z", the paper's), and has to fetch the context by
+attention. Or it begins where the clean stream stands at its position, plus z: then a block goes on
+from what the layers before it have made of the context, as layers of an ordinary network do.
 """
 
 from collections.abc import Sequence
@@ -30,7 +34,7 @@ from dbkernels.diffusion.process import Interval
 from dbkernels.models.layer import run_layers
 from dbkernels.models.noisy_text import NoisyText, scale_of_token
 from dbkernels.models.read_out import per_token
-from dbkernels.models.text import CleanStream, NoisyTextConfig
+from dbkernels.models.text import CleanStream, NoisyInput, NoisyTextConfig
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
@@ -41,12 +45,15 @@ class ARConfig(NoisyTextConfig):
 
     clean: CleanStream = "own"
     """Layers through which a block reads earlier tokens: its own, or all up to its last."""
+    noisy_input: NoisyInput = "z"
+    """What the noisy stream begins with: z, or z on top of the clean stream at its position."""
     next_token_weight: float = 1.0
     """Weight of the clean stream's own cross-entropy in a block's loss; 0 leaves it out."""
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("clean", self.clean, get_args(CleanStream))
+        check_choice("noisy_input", self.noisy_input, get_args(NoisyInput))
         if not 0 <= self.next_token_weight < float("inf"):
             raise ValueError(
                 f"next_token_weight must be finite and at least 0, got {self.next_token_weight}"
@@ -153,7 +160,12 @@ class AR(NoisyText):
 
     def stem(self, z: Tensor, level: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
         """What the first layer reads, (2 B, S, dim), and the conditions, (2 B, ..., cond_dim)."""
-        p, _ = self.prediction.input(per_token(level))
         c = self.condition(log_level(level))
         of_clean = self.clean_condition.to(c.dtype).expand_as(c)
-        return torch.cat([(p * z).to(clean.dtype), clean]), torch.cat([c, of_clean])
+        return torch.cat([self.enter(z, level, clean), clean]), torch.cat([c, of_clean])
+
+    def enter(self, z: Tensor, level: Tensor, clean: Tensor) -> Tensor:
+        """What the first layer reads of noisy tokens z (B, S, dim) beside clean ones, alike."""
+        p, _ = self.prediction.input(per_token(level))
+        x = (p * z).to(clean.dtype)
+        return x + clean if self.config.noisy_input == "z_and_clean" else x

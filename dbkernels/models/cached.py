@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from dbkernels.diffusion.prediction import log_level
 from dbkernels.models.layer import AdaLNLayer
-from dbkernels.models.read_out import per_token
 from dbkernels.models.rotary import rotary_table
 from dbkernels.ops import reference
 
@@ -174,10 +173,9 @@ class CachedReader:
         if level not in self._conditions:
             self._conditions[level] = self.model.condition(log_level(sigma))[:, None]
         c, clean = self._conditions[level], self._rows
-        p, _ = self.model.prediction.input(per_token(sigma))
-        x = (p * z).to(clean.dtype)
         for place in path[: -len(layers)]:
             clean = self._pass(place, clean)
+        x = self.model.enter(z, sigma, clean[:, -1:])
         for place in path[-len(layers) :]:
             if level not in place.of_level:
                 place.of_level[level] = _modulation(place.layer, c)

@@ -18,6 +18,7 @@ CONFIG = ARConfig(
 TOKEN = torch.tensor([[3, 0, 5, 2, 6, 1], [1, 1, 4, 0, 2, 3], [6, 5, 4, 3, 2, 1]])
 CHANGED = 2  # place of the token that is another
 every_clean = pytest.mark.parametrize("clean", ["own", "through"])
+every_input = pytest.mark.parametrize("noisy_input", ["z", "z_and_clean"])
 
 
 def make(**settings):
@@ -35,9 +36,10 @@ def moved(before, after):
 
 
 @every_clean
+@every_input
 @pytest.mark.parametrize("layers", [(0, 1), (2, 3), (0, 1, 2, 3)])
-def test_a_token_reads_the_tokens_before_it_and_its_own_noise_alone(clean, layers):
-    model = make(clean=clean)
+def test_a_token_reads_the_tokens_before_it_and_its_own_noise_alone(clean, noisy_input, layers):
+    model = make(clean=clean, noisy_input=noisy_input)
     denoise, z = partial(model.denoise, level=LEVEL, layers=layers), noisy(model)
     before = denoise(z, batch={"token": TOKEN})
     other = TOKEN.clone()
@@ -49,9 +51,10 @@ def test_a_token_reads_the_tokens_before_it_and_its_own_noise_alone(clean, layer
 
 
 @every_clean
+@every_input
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_gradients_stay_in_the_block_however_deep_its_context_is(clean, weight):
-    model = make(clean=clean, next_token_weight=weight)
+def test_gradients_stay_in_the_block_however_deep_its_context_is(clean, noisy_input, weight):
+    model = make(clean=clean, noisy_input=noisy_input, next_token_weight=weight)
     model.loss(DRAW, LEVEL, SCALE, (2, 3), {"token": TOKEN}, INTERVAL).backward()
     for name, parameter in model.named_parameters():
         other = name.startswith(("layers.0.", "layers.1."))
@@ -76,6 +79,17 @@ def test_a_block_meets_the_clean_stream_as_the_table_or_the_layers_before_it_lea
     before = F.pad(TOKEN[:, :-1], (1, 0), value=CONFIG.vocabulary)
     shallow = model.clean_table.weight[before]
     torch.testing.assert_close(given, deep if clean == "through" else shallow)
+
+
+@every_clean
+@every_input
+def test_the_noisy_stream_begins_with_z_or_goes_on_from_the_clean_one(clean, noisy_input):
+    model, batch = make(clean=clean, noisy_input=noisy_input), {"token": TOKEN}
+    z = noisy(model)
+    met = met_by(model, lambda: model.denoise(z, LEVEL, (2, 3), batch))
+    p = (LEVEL**2 + 0.7**2).rsqrt()[:, None, None]
+    under = met[3:] if noisy_input == "z_and_clean" else torch.zeros_like(met[3:])
+    torch.testing.assert_close(met[:3], p * z + under)
 
 
 @every_clean

@@ -51,13 +51,13 @@ def read_whole(text):
 
 
 MODES = [
-    {"num_blocks": blocks, "noise_order": order, "clean": clean, "read_out": read_out}
-    for blocks in (1, 2, 3)
-    for order, clean, read_out in [
-        ("first", "own", "paper"),
-        ("deepest", "own", "posterior"),
-        ("first", "through", "posterior"),
-        ("deepest", "through", "paper"),
+    {"num_blocks": n, "noise_order": order, "clean": clean, "read_out": read, "noisy_input": z}
+    for n in (1, 2, 3)
+    for order, clean, read, z in [
+        ("first", "own", "paper", "z"),
+        ("deepest", "own", "posterior", "z_and_clean"),
+        ("first", "through", "posterior", "z"),
+        ("deepest", "through", "paper", "z_and_clean"),
     ]
 ]
 OTHERS = [
