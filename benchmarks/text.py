@@ -2,7 +2,7 @@
 
 Every competitor is two commands that a user would type: `dbkernels train`, and `dbkernels evaluate`
 on text that no model has seen. A run that is there is not trained again, and one that was cut short
-goes on. All updates are counted by layer: what all blocks share gets an update from each block's step.
+goes on. All updates are counted by layer: what all blocks share gets one from each block's step.
 
     python benchmarks/text.py --data DIR --runs DIR --out benchmarks/results/NAME/text.jsonl
 
@@ -87,7 +87,7 @@ class Text:
         about = {"suite": "text", **machine.machine(torch.device("cpu")), "threads": 1}
         rows = []
         for key in wanted:
-            alike = [found[*key, seed] for seed in range(self.seeds)]
+            alike = [found[(*key, seed)] for seed in range(self.seeds)]
             rows.append(about | over_seeds(alike, tuple(FIGURES.values())))
         if self.out is not None:
             write_whole(self.out, "".join(json.dumps(row) + "\n" for row in rows))
