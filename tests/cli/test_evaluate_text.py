@@ -1,3 +1,4 @@
+import json
 import math
 import statistics
 from functools import cache
@@ -129,6 +130,11 @@ def test_images_and_texts_have_tables_of_their_own(cli, runs, texts):
     assert "sigma_max" in outcome.out and "character" in outcome.out
     image, text = rows_of(cli(f"evaluate {runs('vit')} {texts(WHOLE)} --levels 2 --json"))
     assert "bits" not in image and "block_losses" not in text and len(image["levels"]) == 2
+
+
+def test_windows_that_overlap_are_of_training_alone(cli, texts):
+    (row,) = rows_of(cli(f"evaluate {texts(f'{WHOLE} --stride 3')} --json"))
+    assert (row["windows"], json.loads(row["setting"])["stride"]) == (13, 3)
 
 
 def test_so_many_samples_are_read(cli, runs, texts):
