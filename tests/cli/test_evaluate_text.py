@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import statistics
 from functools import cache
 
@@ -103,6 +104,20 @@ def test_a_recurrent_model_is_evaluated_with_any_number_of_levels(cli, texts):
     assert [len(row["sampler"]["levels"]) for row in rows] == [1, 4]
     assert rows[0]["sampler_bits"] == pytest.approx(rows[0]["sampler_bits_once"])
     assert rows[0]["bits"] == rows[1]["bits"] and rows[0]["layers"] == [3]
+
+
+def test_an_evaluation_shows_how_far_it_is_on_stderr_alone(cli, runs, texts, tmp_path):
+    linked(tmp_path, noisy=texts(NOISY), clean=texts(CLEAN), masks=texts(WHOLE), vit=runs("vit"))
+    line = "evaluate noisy clean masks vit --device cpu --json"
+    outcome = cli(line)
+    assert [row["run"] for row in rows_of(outcome)] == ["noisy", "clean", "masks", "vit"]
+    told = [
+        re.fullmatch(r"evaluating (\d+) of (\d+) passes(?:, \d:\d\d:\d\d left)?: (\w+)", each)
+        for each in outcome.err.splitlines()
+    ]
+    ends = {each[3]: (int(each[1]), int(each[2])) for each in told}
+    assert list(ends) == ["noisy", "clean", "masks", "vit"]
+    assert all(done == total for done, total in ends.values()) and ends["clean"] == (13, 13)
 
 
 def test_the_sampler_may_be_left_out(cli, texts):

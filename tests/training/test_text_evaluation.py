@@ -306,6 +306,35 @@ def test_an_evaluation_of_text_prints_a_line_for_each_figure():
     assert len(str(bare).splitlines()) == 3
 
 
+@pytest.mark.parametrize(
+    ("text", "writes"),
+    [
+        ("gaussian", "cached"),
+        ("gaussian", "whole"),
+        ("masked", "unmask"),
+        ("conventional", "cached"),
+    ],
+)
+def test_an_evaluation_tells_how_many_passes_are_done_and_of_how_many(monkeypatch, text, writes):
+    entry = replace(FAMILIES["ar"], writes=writes)
+    monkeypatch.setattr("dbkernels.training.text_sampler.family_of", lambda model: entry)
+    masked = text == "masked"
+    process, kind = (Masked(), "masked") if masked else (PRIOR, "gaussian")
+    blocks = exact(1 if text == "conventional" else 2, process=process, text=kind)
+    way = blocks.evaluate_conventional if text == "conventional" else blocks.evaluate
+    told, model = [], blocks.model
+    found = way(Words(9), batch_size=4, told=lambda *numbers: told.append(numbers))
+    made = {
+        "gaussian": sum(windows for *_, windows in model.asked),
+        "masked": 9 * len(model.noise) // 3,  # in three batches
+        "conventional": 9,
+    }
+    done, totals = zip(*told, strict=True)
+    assert set(totals) == {done[-1]} == {made[text]}
+    assert list(done) == sorted({*done}) and done[0] < 40
+    assert way(Words(9), batch_size=4) == found
+
+
 def test_an_evaluation_leaves_the_mode_of_training():
     blocks = exact(1).train()
     blocks.evaluate(Words(2))
