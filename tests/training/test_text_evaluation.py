@@ -244,6 +244,41 @@ def test_a_token_that_reads_noisy_ones_is_sampled_beside_the_texts_own(monkeypat
     assert blocks.evaluate(Follows(2), **way).sampler.bits > 1.0
 
 
+def test_a_token_that_reads_its_own_noise_alone_costs_the_same_with_a_window_of_its_own(
+    monkeypatch,
+):
+    monkeypatch.setattr("dbkernels.training.text_sampler.PLACES", 20)
+    found = []
+    for writes in ("cached", "whole"):
+        entry = replace(FAMILIES["ar"], writes=writes)
+        monkeypatch.setattr("dbkernels.training.text_sampler.family_of", lambda _, e=entry: e)
+        found.append(exact(2).evaluate(Words(16), levels=3, starts=4).sampler)
+    assert found[1].bits == pytest.approx(found[0].bits) and found[0].tokens == 40
+
+
+@pytest.mark.parametrize("levels", [[0.5], [2.0, 0.5]])
+def test_tokens_beside_one_that_is_sampled_have_new_noise_of_each_level(monkeypatch, levels):
+    """The word after a noisy one: its odds are the mean over that one's noise."""
+
+    class Next(Exact):
+        def denoise(self, z, level, layers, batch):
+            return 3 * nn.functional.pad(z[:, :-1], (0, 0, 1, 0)).roll(1, -1)
+
+    class InTurn(Words):
+        def batch(self, indices, put=lambda tensor: tensor):
+            return {"token": put((torch.arange(20) % 5).expand(len(indices), 20))}
+
+    blocks = exact(1)
+    blocks.model = Next()
+    entry = replace(FAMILIES["ar"], writes="whole")
+    monkeypatch.setattr("dbkernels.training.text_sampler.family_of", lambda model: entry)
+    found = blocks.evaluate(InTurn(16), levels=levels, starts=150).sampler
+    noise = torch.randn(50_000, 5, generator=torch.Generator().manual_seed(1))
+    for bits, level in ((found.once, levels[0]), (found.bits, levels[-1])):
+        odds = (3 * (torch.eye(5)[0] + level * noise)).softmax(-1)[:, 0].mean()
+        assert bits == pytest.approx(-float(odds.log2()), abs=0.06)
+
+
 def test_a_sampler_has_a_level_for_each_block_and_serves_each_by_its_own():
     blocks = exact(2)
     found = blocks.evaluate(Words(2), starts=3).sampler
