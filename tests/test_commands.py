@@ -30,6 +30,7 @@ SMALLER = {
     "doctor": [],
     "tokenize": ["--processes", "1"],
 }
+STARTS = ["--starts", "2"]  # behind a command that says how many
 RUNNERS = [".ci/run", *(f"tools/{name}.sh" for name in ("test", "gpu", "setup"))]
 ELSEWHERE = {
     "bash tools/test.sh": "exec bash tools/test.sh",  # it is what CI runs
@@ -108,7 +109,8 @@ def test_the_commands_of_the_pages_run_one_after_another(place, capsys):
     for command in dict.fromkeys(command for found in pages.values() for command in found):
         words = shlex.split(command)
         if words[:3] == ["python", "-m", "dbkernels"]:
-            cli.main(words[3:] + ([] if "--check" in words else SMALLER[words[3]]))
+            smaller = SMALLER[words[3]] + (STARTS if "--starts" in words else [])
+            cli.main(words[3:] + ([] if "--check" in words else smaller))
             assert capsys.readouterr().out, command
         else:
             assert command in ELSEWHERE, f"a page names a command that no test runs: {command}"

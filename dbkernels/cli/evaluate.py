@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from dbkernels.cli.bits_table import bits_row, bits_tables, compare
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.losses_table import losses_row, losses_tables
+from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.table import Row, show
 from dbkernels.data.formats import MissingSplit
 from dbkernels.data.image_folder import Convert
@@ -95,7 +96,7 @@ class Evaluate:
         config, blocks = load_run(
             directory, which=self.checkpoint, averaged=averaged, device=pick_device(self.device)
         )
-        data, how = self._open(config), {"samples": self.samples, "seed": self.seed}
+        data = self._open(config)
         setting = asdict(config)
         del setting["trainer"]["seed"]
         row: Row = {
@@ -104,11 +105,18 @@ class Evaluate:
             "num_blocks": len(blocks),
             "seed": config.trainer.seed,
         }
-        if config.objective == "conventional":
-            found = blocks.evaluate_conventional(data, **how)
-        else:
-            given = {k: v for k, v in self._given.items() if k in _settings_of(config)}
-            found = blocks.evaluate(data, **given, **how)
+        with ProgressBar("evaluating", 0, "passes") as shown:
+
+            def told(done: int, total: int) -> None:
+                shown.total = total
+                shown.step(done, str(directory))
+
+            how = {"samples": self.samples, "seed": self.seed, "told": told}
+            if config.objective == "conventional":
+                found = blocks.evaluate_conventional(data, **how)
+            else:
+                given = {k: v for k, v in self._given.items() if k in _settings_of(config)}
+                found = blocks.evaluate(data, **given, **how)
         if family_named(config.family).text is None:
             row |= losses_row(found)
         else:

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from tyro.conf import UseAppendAction
 
 from dbkernels.cli.printing import printing
 from dbkernels.cli.progress import ProgressBar
-from dbkernels.data.tokenizer import FILE, Tokenizer, tokenizer_of
+from dbkernels.data.tokenizer import FILE, Tokenizer, encoded, tokenizer_of
 from dbkernels.diffusion.bridges import BridgeName
 from dbkernels.diffusion.process import Spacing
 from dbkernels.memory.units import in_words
@@ -236,14 +235,13 @@ def _tokenizer(directory: Path, config: RunConfig) -> Tokenizer:
 def _tokens(tokenizer: Tokenizer, text: str) -> Tensor:
     """(1, P) int64 of a prompt."""
     # what follows a letter goes on with its word, unless something stands between
-    found = tokenizer.encode([text], goes_on=bool(text) and not text[-1].isalnum())
-    ids = np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in found)])
+    ids = encoded(tokenizer, text, goes_on=bool(text) and not text[-1].isalnum())
     if text and not len(ids):
         raise ValueError(
             f"prompt must have something that the tokenizer {tokenizer.name} can read, got "
             f"{text!r:.50}"
         )
-    return torch.from_numpy(ids.astype(np.int64))[None]
+    return torch.from_numpy(ids)[None]
 
 
 def _write(out: Path | None, texts: Iterator[str], total: int) -> None:

@@ -113,6 +113,9 @@ class Train:
     """Attention heads; 0 keeps the preset's."""
     length: int = 0
     """Tokens of a window of text; 0 keeps the preset's."""
+    stride: int = 0
+    """Tokens from one window's start to the next one's, in training: 1 has a window begin at each
+    token. 0 lays windows end to end, as evaluation does in any case."""
     text: TextFlags = field(default_factory=TextFlags)
     recompute: Recompute = "none"
     """What the backward of a layer computes again instead of keeping it, from least to most."""
@@ -167,7 +170,7 @@ class Train:
         model = model.fitted(model.find(self.data, convert=self.convert))
         if self.resume and (self.out / "config.json").exists():
             model = model.as_in(read_config(self.out).model)
-        as_given = ("data", "convert", "label_drop", "mirror", "shift", "objective")
+        as_given = ("data", "convert", "stride", "label_drop", "mirror", "shift", "objective")
         return RunConfig(
             family=self.family,
             model=replace(model, recompute=self.recompute),

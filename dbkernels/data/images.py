@@ -29,12 +29,14 @@ from dbkernels.data.cifar import find_cifar, read_cifar
 from dbkernels.data.formats import Arrays, Images, read_digits, read_latents, read_npz
 from dbkernels.data.idx import fashion, has_idx, read_idx
 from dbkernels.data.image_folder import Convert, read_folder
-from dbkernels.ops.philox import generator
+from dbkernels.data.order import samples_at
+from dbkernels.ops.philox import generator, stream_seed
 from dbkernels.settings import check_choice
 
 Batch = dict[str, Tensor]  # of images: "image" (B, C, H, W) float32 and "label" (B,) int64
 Put = Callable[[Tensor], Tensor]  # brings a tensor of the host to where it is used
 
+MOST_LISTED = 2**24  # samples whose order is listed, in 128 MiB; that of more is computed
 # ends the key of the sample order, so that no other user of (seed, block, step) shares its stream
 _ORDER_STREAM = 1
 
@@ -211,10 +213,18 @@ def batch_indices(count: int, batch_size: int, *, seed: int, block: int, step: i
     stop = first + batch_size
     while first < stop:
         epoch, offset = divmod(first, count)
-        piece = _permutation(count, seed, block, epoch)[offset : offset + stop - first]
-        pieces.append(piece)
-        first += len(piece)
+        some = range(offset, min(offset + stop - first, count))
+        pieces.append(_samples(count, (seed, block, epoch), some))
+        first += len(some)
     return torch.cat(pieces)  # a copy, so the caller cannot write into the cache
+
+
+def _samples(count: int, key: tuple[int, int, int], places: range) -> Tensor:
+    """Samples at some places of the order of a seed, a block and an epoch."""
+    if count <= MOST_LISTED:
+        return _permutation(count, *key)[places.start : places.stop]
+    order = stream_seed(*key, _ORDER_STREAM)
+    return samples_at(torch.arange(places.start, places.stop), count, order)
 
 
 # a few blocks in flight, each perhaps between two epochs

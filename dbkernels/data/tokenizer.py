@@ -68,9 +68,10 @@ def hash_of(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.text.encode()).hexdigest()[:16]
 
 
-def encoded(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """All tokens of a text: (n,) int64."""
-    return np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in tokenizer.encode([text]))])
+def encoded(tokenizer: Tokenizer, text: str, *, goes_on: bool = False) -> np.ndarray:
+    """All tokens of a text that is in one piece, as `Tokenizer.encode`: (n,) int64."""
+    found = tokenizer.encode([text], goes_on=goes_on)
+    return np.concatenate([np.empty(0, np.int64), *(ids for ids, _ in found)])
 
 
 class Bytes:

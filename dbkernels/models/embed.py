@@ -189,13 +189,20 @@ class ImageConfig:
         return replace(self, image_size=height, channels=channels, num_classes=data.num_classes)
 
     def open(
-        self, source: str, split: Literal["train", "test"], *, convert: Convert = "none"
+        self,
+        source: str,
+        split: Literal["train", "test"],
+        *,
+        convert: Convert = "none",
+        stride: int = 0,
     ) -> ImageData:
         """A split of the data that the model is for, as `open_data`.
 
         Raises:
-            ValueError: images have another shape, or as `open_data`.
+            ValueError: images have another shape, stride is not 0, or as `open_data`.
         """
+        if stride:
+            raise ValueError(f"stride must be 0 where data is no text, got {stride}")
         data = open_data(source, split, self.num_classes, convert=convert)
         expected = self.fields()["image"].shape
         if data.image_shape != expected:

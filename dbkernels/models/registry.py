@@ -49,7 +49,9 @@ class ModelConfig(Protocol):
     def fitted(self, data: Data) -> "ModelConfig":
         """With what the data say of a model for them."""
 
-    def open(self, source: str, split: Literal["train", "test"], *, convert: Convert) -> Data:
+    def open(
+        self, source: str, split: Literal["train", "test"], *, convert: Convert, stride: int
+    ) -> Data:
         """A split of the data under a name or a path, which fits the model."""
 
     def keep(self, source: str, directory: Path) -> None:

@@ -81,7 +81,12 @@ class TextConfig:
         return replace(self, vocabulary=data.vocabulary)
 
     def open(
-        self, source: str, split: Literal["train", "test"], *, convert: Convert = "none"
+        self,
+        source: str,
+        split: Literal["train", "test"],
+        *,
+        convert: Convert = "none",
+        stride: int = 0,
     ) -> TokenData:
         """Windows of a split, as `open_tokens`.
 
@@ -89,7 +94,8 @@ class TextConfig:
             ValueError: the vocabulary is another, convert is not none, or as `open_tokens`.
         """
         _require_no_images(convert)
-        return open_tokens(source, split, length=self.length, vocabulary=self.vocabulary)
+        told = {"length": self.length, "vocabulary": self.vocabulary, "stride": stride}
+        return open_tokens(source, split, **told)
 
     def keep(self, source: str, directory: Path) -> None:
         """The tokenizer of a directory of tokens, if it has one and the run has none yet."""

@@ -1,17 +1,24 @@
 """What blocks are worth on some data."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from dbkernels.data.images import Data
+from dbkernels.data.images import Batch, Data
 from dbkernels.data.spaced import Spaced
 from dbkernels.diffusion.bridges import BridgeName
 from dbkernels.models.registry import TextNoise
+from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_number
-from dbkernels.training.evaluation import LEVELS_PER_BLOCK, SETTINGS, Evaluation, batches
+from dbkernels.training.evaluation import (
+    LEVELS_PER_BLOCK,
+    SETTINGS,
+    Evaluation,
+    Passes,
+    Told,
+    batches,
+)
 from dbkernels.training.partition import block_at
 from dbkernels.training.text_bits import Reading, TextEvaluation
 from dbkernels.training.text_bound import conventional_bits
@@ -34,12 +41,19 @@ class Evaluated(Together):
         At the highest level z holds nothing of the target, so there the loss cannot be won by
         copying it.
         """
+        return self._loss_at(data, level, Passes(), seed=seed, batch_size=batch_size)
+
+    def _loss_at(
+        self, data: Data, level: float, passes: Passes, *, seed: int, batch_size: int
+    ) -> float:
         block, total = block_at(self, level), 0.0
         model = self.of(block)
         for batch, draw in batches(data, batch_size, self.device, seed=seed):
             shape = model.level_shape(batch)
             levels = torch.full(shape, level, dtype=torch.float32, device=self.device)
-            total += float(model.losses(draw, levels, block.layers, batch).sum())
+            losses = model.losses(draw, levels, block.layers, batch)
+            total += float(losses.sum())
+            passes.made(len(losses))
         return total / len(data)
 
     @torch.no_grad()
@@ -54,6 +68,7 @@ class Evaluated(Together):
         samples: int | None = None,
         seed: int = 0,
         batch_size: int = 256,
+        told: Told = lambda done, total: None,
     ) -> Evaluation | TextEvaluation:
         """What the blocks are worth on some data: losses and the family's own numbers, or bits.
 
@@ -68,6 +83,8 @@ class Evaluated(Together):
             samples:     of the data, evenly spaced; None is all of them, and of a text WINDOWS
             seed:        of the noise
             batch_size:  samples at a time; it does not change the noise that they get
+            told:        is called with the passes of a sample through a block that are done, and
+                         with how many there are
         Returns:
             Of a model of text its bits per character.
         Raises:
@@ -83,20 +100,27 @@ class Evaluated(Together):
         self.eval()
         try:
             if self.text is not None:
-                reading = self._reading(data, samples, **at)
+                reading = self._reading(data, samples, told, **at)
                 del given["start"]
                 return evaluate_text(self, self.text, reading, **given)
             if samples is not None:
                 check_number("samples", samples, 1)
                 data = Spaced(data, samples)
             steps = {"start": start or "zero", "starts": 1 if starts is None else starts}
-            return self._evaluate(data, 3 if levels is None else levels, steps, at)
+            grid = 3 if levels is None else levels
+            return self._evaluate(data, grid, steps, Passes(told), at)
         finally:
             self.train(was_training)
 
     @torch.no_grad()
     def evaluate_conventional(
-        self, data: Data, *, samples: int | None = None, seed: int = 0, batch_size: int = 256
+        self,
+        data: Data,
+        *,
+        samples: int | None = None,
+        seed: int = 0,
+        batch_size: int = 256,
+        told: Told = lambda done, total: None,
     ) -> TextEvaluation:
         """Exact bits per character of a network of text that was trained without noise.
 
@@ -115,7 +139,7 @@ class Evaluated(Together):
         self.eval()
         try:
             how = {"seed": seed, "batch_size": batch_size}
-            return conventional_bits(self, self._reading(data, samples, **how))
+            return conventional_bits(self, self._reading(data, samples, told, **how))
         finally:
             self.train(was_training)
 
@@ -124,29 +148,40 @@ class Evaluated(Together):
         return type(self.model).__name__
 
     @staticmethod
-    def _reading(data: Data, samples: int | None, *, seed: int, batch_size: int) -> Reading:
+    def _reading(
+        data: Data, samples: int | None, told: Told, *, seed: int, batch_size: int
+    ) -> Reading:
         windows = WINDOWS if samples is None else samples
         check_number("samples", windows, 1)
-        return Reading(data, windows, seed, batch_size)
+        return Reading(data, windows, seed, batch_size, Passes(told))
 
     def _evaluate(
         self,
         data: Data,
         levels: int | Sequence[float],
         steps: dict[str, object],
+        passes: Passes,
         at: dict[str, int],
     ) -> Evaluation:
         """Losses of the blocks, and what the family measures after every step of a sampler."""
         self.check_starts(**steps)
+        grid = self.process.grid(levels, "cdf") if isinstance(levels, int) else levels
+        grid = grid if self.metrics else ()
+        in_steps = steps["starts"] * len(grid)  # passes of a sample
+        passes.total = len(data) * (LEVELS_PER_BLOCK * len(list(self)) + 1 + in_steps)
         losses = []
         shares = torch.arange(0.5, LEVELS_PER_BLOCK, dtype=torch.float64) / LEVELS_PER_BLOCK
         for block in self:
             quantiles = self.process.level_at(block.noise, shares).tolist()
-            losses.append(sum(self.loss_at(data, x, **at) for x in quantiles) / len(quantiles))
-        highest = self.loss_at(data, self.process.range.high, **at)
-        grid = self.process.grid(levels, "cdf") if isinstance(levels, int) else levels
-        grid = grid if self.metrics else ()
-        of_steps = partial(self.predictions, levels=grid, **steps)
+            each = [self._loss_at(data, level, passes, **at) for level in quantiles]
+            losses.append(sum(each) / len(each))
+        highest = self._loss_at(data, self.process.range.high, passes, **at)
+
+        def of_steps(batch: Batch, draw: Draw) -> list[Tensor]:
+            found = self.predictions(batch, grid, draw, **steps)
+            passes.made(len(found[0]) * in_steps)
+            return found
+
         measured = self._measured(data, of_steps, **at) if grid else {}
         return Evaluation(tuple(losses), highest, tuple(grid), measured)
 

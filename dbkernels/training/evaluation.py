@@ -1,6 +1,6 @@
 """What trained blocks are worth on some data: means over its samples, and distances of samples."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,22 @@ SETTINGS: dict[TextNoise | None, tuple[str, ...]] = {
     "gaussian": ("levels", "starts", "bridge"),
 }
 EVALUATION_KEY = 2**62 + 1  # keeps evaluation's streams apart from training's
+Told = Callable[[int, int], None]  # how many passes of a sample through a block, and of how many
+
+
+@dataclass
+class Passes:
+    """Passes of a sample through a block that an evaluation has made, of those that it makes."""
+
+    told: Told = lambda done, total: None
+    """Is called with both whenever some were made."""
+    total: int = 0
+    done: int = 0
+
+    def made(self, count: int) -> None:
+        """So many more are done."""
+        self.done += count
+        self.told(self.done, self.total)
 
 
 @dataclass(frozen=True)

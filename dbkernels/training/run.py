@@ -91,7 +91,8 @@ def train(
     check_number("keep", keep, 1)
     check_number("threads", threads, 0, MOST_THREADS)
     check_choice("data_changed", data_changed, get_args(DataChanged))
-    data = config.model.open(config.data, "train", convert=config.convert)
+    how = {"convert": config.convert, "stride": config.stride}
+    data = config.model.open(config.data, "train", **how)
     trainer, root = config.trainer_on(device, data), directory / "checkpoints"
     before: Conditions = {}
     if resume:

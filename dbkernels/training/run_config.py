@@ -86,6 +86,9 @@ class RunConfig:
     """Channels of the images of a folder, as `open_data` has it."""
     objective: Objective = "blocks"
     """blocks: each denoises. conventional: the network as it is trained without noise, whole."""
+    stride: int = 0
+    """Tokens from one window of text to the next in training, as `open_tokens` has it. No setting
+    of the model, which is the same however its text is cut, nor of an evaluation."""
 
     def __post_init__(self):
         check_choice("convert", self.convert, get_args(Convert))
@@ -93,6 +96,7 @@ class RunConfig:
         if not 0 <= self.label_drop < 1:
             raise ValueError(f"label_drop must be in [0, 1), got {self.label_drop}")
         check_number("shift", self.shift, 0)
+        check_number("stride", self.stride, 0)
         if self.weighting == "published" and self.trainer.accumulate > 1:
             raise ValueError(
                 "accumulate must be 1 with the published weighting, which is no mean over samples, "

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -11,7 +11,7 @@ from dbkernels.data.images import Batch, Data
 from dbkernels.data.spaced import Spaced
 from dbkernels.diffusion.likelihood import Curve
 from dbkernels.ops.philox import Draw
-from dbkernels.training.evaluation import batches
+from dbkernels.training.evaluation import Passes, batches
 
 OF_ONE_BLOCK = 4  # levels of a token, where one block serves them all
 MOST_LOGITS = 2**26  # that are formed at a time: 256 MiB
@@ -49,6 +49,8 @@ class Reading:
     """Of the noise."""
     batch_size: int
     """Windows at a time; fewer where their logits would need more room."""
+    passes: Passes = field(default_factory=Passes)
+    """That were made with windows of it."""
 
     def __len__(self) -> int:
         """Number of windows."""

@@ -42,6 +42,7 @@ def masked_bits(blocks: Together, text: Reading) -> TextEvaluation:
         process.level_at(block.noise, _spread(len(text), text.seed, block.index)) for block in every
     ]
     losses = [torch.zeros(level.shape, dtype=torch.float64) for level in levels]
+    text.passes.total = len(text) * TIMES * len(every)
     for batch, draw in text.batches(blocks.device):
         these = slice(draw.sample, draw.sample + len(batch["token"]))
         for block, level, loss in zip(every, levels, losses, strict=True):
@@ -50,6 +51,7 @@ def masked_bits(blocks: Together, text: Reading) -> TextEvaluation:
                 named = replace(draw, step=block.index * TIMES + time)
                 at = level[time, these].to(blocks.device)
                 loss[time, these] = model.losses(named, at, block.layers, batch).double().cpu()
+                text.passes.made(len(at))
     intervals = [block.noise for block in every]
     bound = masked_bound(
         process,
@@ -77,7 +79,7 @@ def gaussian_bits(blocks: Together, text: Reading) -> TextEvaluation:
 
     Arguments are those of `masked_bits`.
     """
-    levels = [curve_levels(block.noise.high, block.noise.low) for block in blocks]
+    levels = levels_of(blocks)
     sums, norm = _sums(blocks, text, levels)
     windows = torch.tensor([len(text) - len(text) // 2, len(text) // 2], dtype=torch.float64)
 
@@ -123,8 +125,14 @@ def _sums(blocks: Together, text: Reading, levels: list[list[float]]) -> tuple[l
                 found = _error_and_entropy(model, logits, target, batch["token"])
                 total[:, place] += torch.stack([found[odd::2].sum(0), found[1 - odd :: 2].sum(0)])
                 step += 1
+                text.passes.made(len(target))
         norm += float(target.square().sum(dtype=torch.float64))
     return sums, norm
+
+
+def levels_of(blocks: Together) -> list[list[float]]:
+    """Levels at which `gaussian_bits` asks each block about every window."""
+    return [curve_levels(block.noise.high, block.noise.low) for block in blocks]
 
 
 def curve_levels(high: float, low: float) -> list[float]:
@@ -157,8 +165,10 @@ def conventional_bits(blocks: Together, text: Reading) -> TextEvaluation:
     Arguments are those of `masked_bits`.
     """
     (block,), nats = blocks, 0.0
+    text.passes.total = len(text)
     for batch, draw in text.batches(blocks.device):
         losses = blocks.of(block).conventional_losses(draw, block.layers, batch)
         nats += float(losses.sum(dtype=torch.float64))
+        text.passes.made(len(losses))
     bits = text.unit * nats / len(text)
     return TextEvaluation(bits, (bits,), len(text), text.tokens)

@@ -8,8 +8,8 @@ from dbkernels.diffusion.process import Process
 from dbkernels.models.registry import TextNoise
 from dbkernels.settings import check_number
 from dbkernels.training.text_bits import Reading, TextEvaluation, own_levels
-from dbkernels.training.text_bound import gaussian_bits, masked_bits
-from dbkernels.training.text_sampler import sampler_bits
+from dbkernels.training.text_bound import gaussian_bits, levels_of, masked_bits
+from dbkernels.training.text_sampler import passes_of_start, sampler_bits
 from dbkernels.training.together import Together
 
 WINDOWS = 512  # that are read where nobody says how many
@@ -43,11 +43,12 @@ def evaluate_text(
         return masked_bits(blocks, text)
     starts = STARTS if starts is None else starts
     check_number("starts", starts, 0, MOST_STARTS)
-    found = None
+    found, text.passes.total = None, len(text) * sum(map(len, levels_of(blocks)))
     if starts:
         # first, for what it refuses
         grid = _grid(blocks.process, own_levels(len(list(blocks))) if levels is None else levels)
         some = replace(text, windows=-(-len(text) // SAMPLED))
+        text.passes.total += len(some) * starts * passes_of_start(blocks, some, grid)
         found = sampler_bits(blocks, some, grid, starts=starts, name=bridge or DEFAULT_BRIDGE)
     return replace(gaussian_bits(blocks, text), sampler=found)
 

@@ -60,6 +60,7 @@ def sampler_bits(
         for start in range(starts):
             named = replace(draw.nth(SAMPLER), step=start)
             total += _of_start(blocks, batch, places, levels, across, named)
+            text.passes.made(len(batch["token"]) * passes_of_start(blocks, text, levels))
         once = total[0] / starts
         smoothed = (total[1] + PRIOR_COUNT * once) / (starts + PRIOR_COUNT)
         first -= float(once.log().sum())
@@ -67,6 +68,12 @@ def sampler_bits(
     tokens = len(text) * len(places)
     each = text.unit / tokens
     return SamplerBits(last * each, first * each, tuple(levels), starts, name, len(text), tokens)
+
+
+def passes_of_start(blocks: Together, text: Reading, levels: Sequence[float]) -> int:
+    """How often a window is read from one start."""
+    windows = len(_places(blocks, text.data.length)) if _reads_noise(blocks) else 1
+    return windows * len(levels)
 
 
 def _reads_noise(blocks: Together) -> bool:

@@ -1,4 +1,6 @@
+import json
 import math
+import re
 import statistics
 from functools import cache
 
@@ -104,6 +106,20 @@ def test_a_recurrent_model_is_evaluated_with_any_number_of_levels(cli, texts):
     assert rows[0]["bits"] == rows[1]["bits"] and rows[0]["layers"] == [3]
 
 
+def test_an_evaluation_shows_how_far_it_is_on_stderr_alone(cli, runs, texts, tmp_path):
+    linked(tmp_path, noisy=texts(NOISY), clean=texts(CLEAN), masks=texts(WHOLE), vit=runs("vit"))
+    line = "evaluate noisy clean masks vit --device cpu --json"
+    outcome = cli(line)
+    assert [row["run"] for row in rows_of(outcome)] == ["noisy", "clean", "masks", "vit"]
+    told = [
+        re.fullmatch(r"evaluating (\d+) of (\d+) passes(?:, \d:\d\d:\d\d left)?: (\w+)", each)
+        for each in outcome.err.splitlines()
+    ]
+    ends = {each[3]: (int(each[1]), int(each[2])) for each in told}
+    assert list(ends) == ["noisy", "clean", "masks", "vit"]
+    assert all(done == total for done, total in ends.values()) and ends["clean"] == (13, 13)
+
+
 def test_the_sampler_may_be_left_out(cli, texts):
     (row,) = rows_of(cli(f"evaluate {texts(NOISY)} --starts 0 --json"))
     assert row["sampler"] is row["sampler_bits"] is None and row["stop"]
@@ -129,6 +145,11 @@ def test_images_and_texts_have_tables_of_their_own(cli, runs, texts):
     assert "sigma_max" in outcome.out and "character" in outcome.out
     image, text = rows_of(cli(f"evaluate {runs('vit')} {texts(WHOLE)} --levels 2 --json"))
     assert "bits" not in image and "block_losses" not in text and len(image["levels"]) == 2
+
+
+def test_windows_that_overlap_are_of_training_alone(cli, texts):
+    (row,) = rows_of(cli(f"evaluate {texts(f'{WHOLE} --stride 3')} --json"))
+    assert (row["windows"], json.loads(row["setting"])["stride"]) == (13, 3)
 
 
 def test_so_many_samples_are_read(cli, runs, texts):

@@ -35,6 +35,7 @@ BEFORE = {
             "train --convert grey",
             "convert must be none where data is no folder of images, got gr",
         ),
+        ("train --stride 3", "stride must be 0 where data is no text, got 3"),
         ("train --mean 10 --std 0.1", "mean and std must put levels between sigma_min"),
         (
             "train --mean 0 --std 1e-9",

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dbkernels.data import images as module
 from dbkernels.data.images import ImageData, batch_indices, forget_orders
+from dbkernels.data.order import samples_at
 
 
 def dataset(images, labels=None):
@@ -20,9 +22,17 @@ def every_step(count, batch_size, steps, **key):
 # the order of the samples
 
 
+@pytest.fixture(params=["listed", "computed"])
+def order(request, monkeypatch):
+    """Either way to an order, whatever the number of samples."""
+    monkeypatch.setattr(module, "MOST_LISTED", 2**24 if request.param == "listed" else 0)
+
+
 # 3 leaves a batch across an epoch's end, 7 none, 10 and 23 put several epochs in one batch
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 23])
-def test_every_sample_is_seen_once_per_epoch_in_an_order_that_batches_do_not_change(batch_size):
+def test_every_sample_is_seen_once_per_epoch_in_an_order_that_batches_do_not_change(
+    order, batch_size
+):
     seen = torch.cat(every_step(7, batch_size, 7, seed=1, block=0))
     assert seen.dtype == torch.int64 and len(seen) == 7 * batch_size
     assert torch.equal(seen, torch.cat(every_step(7, 1, 7 * batch_size, seed=1, block=0)))
@@ -30,7 +40,7 @@ def test_every_sample_is_seen_once_per_epoch_in_an_order_that_batches_do_not_cha
         assert sorted(epoch.tolist()) == list(range(7))
 
 
-def test_any_step_can_be_asked_for_directly_and_its_batch_written_into():
+def test_any_step_can_be_asked_for_directly_and_its_batch_written_into(order):
     expected = {block: every_step(50, 8, 20, seed=3, block=block) for block in range(4)}
     for step in reversed(range(20)):
         for block in (2, 0, 3, 1):
@@ -43,9 +53,30 @@ def test_any_step_can_be_asked_for_directly_and_its_batch_written_into():
 
 
 @pytest.mark.parametrize("other", [{"seed": 4}, {"block": 1}, {"step": 1}], ids=str)
-def test_seeds_blocks_and_epochs_have_orders_of_their_own(other):
+def test_seeds_blocks_and_epochs_have_orders_of_their_own(order, other):
     asked = {"seed": 3, "block": 0, "step": 0}
     assert not torch.equal(batch_indices(50, 50, **asked), batch_indices(50, 50, **asked | other))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 16, 17, 1000])
+def test_an_order_that_is_computed_has_every_sample_once(count):
+    orders = [samples_at(torch.arange(count), count, seed).tolist() for seed in range(20)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    assert count < 4 or len({tuple(order) for order in orders}) > 10
+
+
+@pytest.mark.parametrize("count", [3 * 2**23, 3 * 2**40])  # of an odd and an even number of bits
+def test_an_order_of_any_number_of_samples_is_mixed_as_a_listed_one(count):
+    """Samples lie evenly in the data, and neither the next place nor the next seed tells of one."""
+    places = torch.arange(4000) + count // 3
+    samples = samples_at(places, count, 5)
+    following, other = samples_at(places + 1, count, 5), samples_at(places, count, 6)
+    for some in (samples, (following - samples) % count, (other - samples) % count):
+        shares = torch.bincount(some * 20 // count, minlength=20) / 4000
+        # five standard deviations of a share
+        assert shares.tolist() == pytest.approx([0.05] * 20, abs=5 * (0.05 * 0.95 / 4000) ** 0.5)
+    batch = batch_indices(count, 64, seed=1, block=0, step=10**9)
+    assert len(set(batch.tolist())) == 64 and batch.min() >= 0 and batch.max() < count
 
 
 # batches

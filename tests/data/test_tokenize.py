@@ -6,6 +6,7 @@ import os
 import random
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from fuzz.forked import forked
 
 from dbkernels.data import text_files, token_parts
 from dbkernels.data import tokenize as module
+from dbkernels.data.text_files import CUTS
 from dbkernels.data.token_files import read_description
 from dbkernels.data.tokenize import TokenizeConfig, tokenize
 from dbkernels.data.tokenizer import encoded, open_tokenizer, tokenizer_of
@@ -115,6 +117,24 @@ def test_a_directory_has_the_tokens_of_every_document(tmp_path, small, documents
         assert split_of(root / "joined") == [whole]
         counts = read_description(root / "joined").splits["train"]
         assert counts.characters == len(made.decode(whole))
+
+
+@pytest.mark.parametrize("documents", CUTS)
+def test_a_file_is_cut_at_the_first_place_behind_a_unit_wherever_its_pieces_end(
+    tmp_path, small, documents
+):
+    whole = "".join(texts(random.Random(7), 12)).encode()
+    (path := tmp_path / "a.txt").write_bytes(whole)
+    for unit, piece in product((20, 37, 96), (1, 7, 16)):
+        small(unit=unit, piece=piece)
+        units = list(text_files.units_of(path, documents, "text"))
+        starts = [0]
+        while found := CUTS[documents].search(whole, starts[-1] + unit):
+            starts.append(found.end())
+        # where a file ends, no unit begins
+        starts = [start for start in starts if start < len(whole)]
+        assert [each.start for each in units] == starts
+        assert [each.stop for each in units] == [*starts[1:], len(whole)]
 
 
 def test_a_bpe_is_trained_on_what_is_not_held_out(tmp_path):
@@ -349,8 +369,10 @@ def test_rejects(tmp_path, monkeypatch, settings, message):
     assert read_tree(tmp_path) == before and not (tmp_path / "out.unfinished").exists()
 
 
-def test_the_place_of_what_is_not_utf8_is_that_in_the_file(tmp_path, small):
-    text = ("é日 word\n" * 40).encode()
+# the second has no place between words, so that pieces end inside its characters
+@pytest.mark.parametrize("text", ["é日 word\n" * 40, "é日w" * 40])
+def test_the_place_of_what_is_not_utf8_is_that_in_the_file(tmp_path, small, text):
+    text = text.encode()
     for place in range(0, len(text), 41):
         saved(tmp_path, {"a.txt": text[:place] + b"\xfe" + text[place:]})
         start = len(text[:place].decode(errors="ignore").encode())  # of a character that it cuts

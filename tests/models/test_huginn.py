@@ -3,12 +3,15 @@
 import math
 from dataclasses import replace
 from functools import partial
+from itertools import product
+from statistics import NormalDist
 
 import pytest
 import torch
 from models.tiny import DRAW, INTERVAL, LEVEL, SCALE, randomise
+from scipy.stats import poisson
 
-from dbkernels.models import Huginn, HuginnConfig
+from dbkernels.models import Huginn, HuginnConfig, huginn
 from dbkernels.models.read_out import per_token
 from dbkernels.ops import Draw, normals
 
@@ -84,6 +87,28 @@ def test_the_equations():
     torch.testing.assert_close(actual, losses.mean(1), rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_may_be_all_core():
+    model = make(prelude=0, coda=0)
+    z, constant = model.noisy(LEVEL, BATCH, DRAW), model.constant_condition(3)
+    x, c = model.stem(z, LEVEL, model.tokens_before(TOKEN))
+    rows = model.head.noisy(model.run(EVERY, x, c), c, z, LEVEL)
+    expected = model.head.logits(rows, None)
+    torch.testing.assert_close(model.denoise(z, LEVEL, EVERY, BATCH), expected)
+    rows = model.recurred(DRAW, EVERY, TOKEN, 0)
+    state = normals(DRAW, 3, 6 * 8).view(3, 6, 8)
+    torch.testing.assert_close(rows, model.head.clean(state, constant))
+
+
+def test_the_stream_stays_wide_under_autocast():
+    model, dtypes = make(), []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda _, args: dtypes.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model.recurred(DRAW, EVERY, TOKEN, 2)
+        model.denoise(model.noisy(LEVEL, BATCH, DRAW), LEVEL, EVERY, BATCH)
+    assert set(dtypes) == {torch.float32} and len(dtypes) > 5
+
+
 def gradients(model, recurrences, *, autocast=False):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model.cross_entropy(
@@ -108,6 +133,7 @@ def test_the_gradient_passes_through_the_last_recurrences_and_no_others(recurren
     gradients(model, recurrences)
     with torch.no_grad():
         assert not model.recurred(DRAW, EVERY, TOKEN, recurrences).requires_grad
+    assert not any(state.requires_grad for state in starts[recurrences:])
     del starts[recurrences:]
     assert [s.requires_grad for s in starts] == [
         i > max(recurrences - 2, 0) for i in range(recurrences)
@@ -131,6 +157,29 @@ def test_numbers_of_recurrences_have_huginns_law():
     assert drawn.min() >= 1
     few = [make(recurrences=1).recurrences(Draw(5, step)) for step in range(200)]
     assert min(few) == 1 and 1.6 < sum(few) / 200 < 2.4
+
+
+@pytest.mark.parametrize("recurrences", [1, 32])
+@pytest.mark.parametrize("words", list(product((0, 2**20, 2**31, 2**32 - 1), repeat=2)))
+def test_a_number_of_recurrences_is_the_quantile_that_its_words_name(
+    monkeypatch, words, recurrences
+):
+    """Of the rarest ones too."""
+    monkeypatch.setattr(huginn, "philox", lambda *counter: (*words, 5, 5))
+    found = make(recurrences=recurrences).recurrences(DRAW)
+    of_rate, of_number = ((word + 0.5) / 2**32 for word in words)
+    rate = recurrences * math.exp(0.5 * NormalDist().inv_cdf(of_rate) - 0.125)
+    assert found == 1 + poisson.ppf(of_number, rate)
+
+
+def test_a_step_has_the_number_of_recurrences_that_it_always_had():
+    """A run that goes on has to draw what it would have drawn before."""
+    model = make(recurrences=32)
+    numbers = [model.recurrences(Draw(5, step)) for step in (0, 1, 2, 3, 2**40)]
+    assert numbers == [32, 17, 58, 28, 34]
+    given = model.recurred(DRAW, EVERY, TOKEN, model.recurrences(DRAW))
+    expected = model.cross_entropy(given, TOKEN, None, "mean")
+    assert torch.equal(model.conventional_loss(DRAW, EVERY, BATCH), expected)
 
 
 def test_a_step_has_one_number_and_each_sample_its_own_start():

@@ -18,10 +18,10 @@ def make_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("data.npy", np.random.default_rng(0).standard_normal((12, 1, 4, 4)).astype(np.float32))
     np.save("data_labels.npy", np.arange(12) % 3)
-    tokens = np.random.default_rng(0).integers(0, 3, (12, 24))
+    tokens = np.random.default_rng(0).integers(0, 3, (6, 48))  # two windows each
     write_tokens("tokens", {"train": tokens}, vocabulary=3)
     trainer = TrainerConfig(steps=4, batch_size=4, lr=1e-2, ema=0.9)
-    fields = {"label_drop": 0.0, "mirror": False, "shift": 0, "objective": "blocks"}
+    fields = {"label_drop": 0.0, "mirror": False, "shift": 0, "stride": 0, "objective": "blocks"}
 
     def make(family="vit", *, partition=None, **changes):
         data = "tokens" if "token" in CONFIGS[family].fields() else "data.npy"

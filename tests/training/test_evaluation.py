@@ -120,6 +120,17 @@ def test_answers_are_read_after_each_step():
     assert cross_entropy == pytest.approx((50.0, 30.0, 0.0), abs=1e-4)
 
 
+@pytest.mark.parametrize(("start", "starts"), [("zero", 1), ("noise", 3)])
+def test_an_evaluation_tells_how_many_passes_are_done_and_of_how_many(start, starts):
+    blocks, told = make_blocks(), []
+    how = {"levels": 4, "start": start, "starts": starts, "batch_size": 4}
+    blocks.evaluate(make_data(), told=lambda *numbers: told.append(numbers), **how)
+    done, totals = zip(*told, strict=True)
+    # of ten samples: eight quantiles of each block, the most noise, and the steps of each start
+    assert set(totals) == {done[-1]} == {10 * (3 * 8 + 1 + 4 * starts)}
+    assert list(done[:3]) == [4, 8, 10] and list(done) == sorted({*done})
+
+
 def test_an_evaluation_is_a_function_of_the_seed_and_leaves_the_mode_of_training():
     blocks = randomise(make_blocks("vit")).train()
     first, second, other = (

@@ -96,6 +96,8 @@ def test_a_loaded_run_has_the_average_or_the_last_weights(make_config, train, sh
             "accumulate must be 1 with the published weighting, .*, got 2",
         ),
         ({"shift": -1}, {}, "shift must be at least 0, got -1"),
+        ({"family": "mdm", "stride": -1}, {}, "stride must be at least 0, got -1"),
+        ({"stride": 2}, {}, "stride must be 0 where data is no text, got 2"),
         ({"partition": {"num_blocks": 4}}, {}, "num_blocks"),
         ({"partition": {"split": "1,1"}}, {}, "split"),
         ({"partition": {"split": "1,x"}}, {}, "whole numbers"),
@@ -114,6 +116,25 @@ def test_rejects_and_touches_no_file(make_config, train, monkeypatch, changes, o
     with pytest.raises(ValueError, match=message):
         train(make_config(**changes), **options)
     assert not RUN.exists()
+
+
+def test_a_run_trains_on_windows_at_its_stride_and_goes_on_at_no_other(make_config, train):
+    for stride, samples in ((0, 12), (1, 6 * 25), (20, 6 * 3)):
+        config = make_config("mdm", stride=stride, steps=1)
+        assert len(train(config, f"{stride}").data) == samples
+        (saved,) = Path(f"{stride}/checkpoints").iterdir()
+        assert checkpoint.load(saved)[1]["conditions"]["samples"] == samples
+    with pytest.raises(ValueError, match=r"1 settings differ .*: stride: saved 1, current 0"):
+        train(make_config("mdm", steps=1), "1", resume="latest")
+
+
+def test_a_run_of_before_windows_had_a_stride_has_them_end_to_end(make_config, tmp_path):
+    config = make_config("mdm")
+    write_config(config, tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["stride"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert read_config(tmp_path) == config and config.stride == 0
 
 
 def test_a_run_is_neither_written_over_nor_goes_on_with_other_settings(make_config, train):

@@ -44,6 +44,7 @@ class Interrupted(Exception):
         ("vit", 4, {"steps_per_swap": 3}, CPU, DISK, "latest"),
         ("vit", 7, {"steps_per_swap": 3}, CPU, DISK, "latest"),
         ("vit", 5, {"clip": 0.0}, {}, {"optimizer_in_backward": True}, "latest"),
+        ("mdm", 5, {"stride": 1}, {}, {}, "latest"),
     ],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(

@@ -244,6 +244,41 @@ def test_a_token_that_reads_noisy_ones_is_sampled_beside_the_texts_own(monkeypat
     assert blocks.evaluate(Follows(2), **way).sampler.bits > 1.0
 
 
+def test_a_token_that_reads_its_own_noise_alone_costs_the_same_with_a_window_of_its_own(
+    monkeypatch,
+):
+    monkeypatch.setattr("dbkernels.training.text_sampler.PLACES", 20)
+    found = []
+    for writes in ("cached", "whole"):
+        entry = replace(FAMILIES["ar"], writes=writes)
+        monkeypatch.setattr("dbkernels.training.text_sampler.family_of", lambda _, e=entry: e)
+        found.append(exact(2).evaluate(Words(16), levels=3, starts=4).sampler)
+    assert found[1].bits == pytest.approx(found[0].bits) and found[0].tokens == 40
+
+
+@pytest.mark.parametrize("levels", [[0.5], [2.0, 0.5]])
+def test_tokens_beside_one_that_is_sampled_have_new_noise_of_each_level(monkeypatch, levels):
+    """The word after a noisy one: its odds are the mean over that one's noise."""
+
+    class Next(Exact):
+        def denoise(self, z, level, layers, batch):
+            return 3 * nn.functional.pad(z[:, :-1], (0, 0, 1, 0)).roll(1, -1)
+
+    class InTurn(Words):
+        def batch(self, indices, put=lambda tensor: tensor):
+            return {"token": put((torch.arange(20) % 5).expand(len(indices), 20))}
+
+    blocks = exact(1)
+    blocks.model = Next()
+    entry = replace(FAMILIES["ar"], writes="whole")
+    monkeypatch.setattr("dbkernels.training.text_sampler.family_of", lambda model: entry)
+    found = blocks.evaluate(InTurn(16), levels=levels, starts=150).sampler
+    noise = torch.randn(50_000, 5, generator=torch.Generator().manual_seed(1))
+    for bits, level in ((found.once, levels[0]), (found.bits, levels[-1])):
+        odds = (3 * (torch.eye(5)[0] + level * noise)).softmax(-1)[:, 0].mean()
+        assert bits == pytest.approx(-float(odds.log2()), abs=0.06)
+
+
 def test_a_sampler_has_a_level_for_each_block_and_serves_each_by_its_own():
     blocks = exact(2)
     found = blocks.evaluate(Words(2), starts=3).sampler
@@ -304,6 +339,35 @@ def test_an_evaluation_of_text_prints_a_line_for_each_figure():
     assert "(sample, 2 levels, 32 starts, 2 windows)" in str(found)
     bare = replace(found, stop=None, sampler=None)
     assert len(str(bare).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "writes"),
+    [
+        ("gaussian", "cached"),
+        ("gaussian", "whole"),
+        ("masked", "unmask"),
+        ("conventional", "cached"),
+    ],
+)
+def test_an_evaluation_tells_how_many_passes_are_done_and_of_how_many(monkeypatch, text, writes):
+    entry = replace(FAMILIES["ar"], writes=writes)
+    monkeypatch.setattr("dbkernels.training.text_sampler.family_of", lambda model: entry)
+    masked = text == "masked"
+    process, kind = (Masked(), "masked") if masked else (PRIOR, "gaussian")
+    blocks = exact(1 if text == "conventional" else 2, process=process, text=kind)
+    way = blocks.evaluate_conventional if text == "conventional" else blocks.evaluate
+    told, model = [], blocks.model
+    found = way(Words(9), batch_size=4, told=lambda *numbers: told.append(numbers))
+    made = {
+        "gaussian": sum(windows for *_, windows in model.asked),
+        "masked": 9 * len(model.noise) // 3,  # in three batches
+        "conventional": 9,
+    }
+    done, totals = zip(*told, strict=True)
+    assert set(totals) == {done[-1]} == {made[text]}
+    assert list(done) == sorted({*done}) and done[0] < 40
+    assert way(Words(9), batch_size=4) == found
 
 
 def test_an_evaluation_leaves_the_mode_of_training():
