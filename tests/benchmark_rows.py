@@ -1,6 +1,8 @@
 """Rows of benchmarks as they might be measured, for the tests of what reads them."""
 
 import json
+import math
+from itertools import pairwise
 from pathlib import Path
 
 MIB = 2**20
@@ -48,6 +50,38 @@ def demo_rows(about=CPU):
             shares = [0.978, 0.975, 0.98 - 0.01 * count]
             vit = {"accuracy": shares, "final_accuracy": shares[-1], "cross_entropy": 0.11}
             yield row | (vit if family == "vit" else {"frechet": 20.0 + count}) | about
+
+
+def text_demo_rows(about=CPU):
+    """A masked and an autoregressive model, end to end and in three blocks."""
+    ends = [8.0, 1.05, 0.45, 0.05]
+    for family in ("mdm", "ar"):
+        for count in (1, 3):
+            row = {"suite": "demo", "preset": "shakespeare", "family": family, "num_blocks": count}
+            row |= {"updates": 600, "loss": [[3.0, 2.5, 2.3 + block] for block in range(count)]}
+            row |= {"peak_bytes": 12 * MIB // count, "saved_bytes": 9 * MIB // count}
+            row |= {"step_ms": 60.0 / count, "sweep_ms": 60.0, "training_s": 36.0}
+            row |= {"text": f"the {family} {count}", "held_out": "let us sit upon the ground"}
+            row |= {"bits": 2.5 + 0.1 * count, "blocks": [2.6], "windows": 128, "curves": []}
+            row |= {
+                "shares": [[1.0, 0.0]] if family == "mdm" else [],
+                "command": "bash tools/demo.sh",
+            }
+            if count == 3:
+                row["blocks"] = [1.5, 0.9, 0.4]
+            if (family, count) == ("mdm", 3):
+                row["shares"] = [[1.0, 0.66], [0.66, 0.33], [0.33, 0.0]]
+            if (family, count) == ("ar", 3):
+                row["curves"] = [_curve(high, low) for high, low in pairwise(ends)]
+            yield row | about
+
+
+def _curve(high, low):
+    """What a block might measure at five levels."""
+    levels = [high * (low / high) ** (k / 4) for k in range(5)]
+    errors = [s**2 * math.exp(-((math.log(s) + 0.55) ** 2) / 1.2) for s in levels]
+    entropy = [2.3 / (1 + (0.35 / s) ** 2) for s in levels]
+    return {"levels": levels, "errors": errors, "cross_entropy": entropy}
 
 
 def ops_rows(about=CPU, *, ops=("adaln_norm", "gelu")):

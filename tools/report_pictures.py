@@ -1,4 +1,4 @@
-"""The five pictures of the report, each with a panel for every case."""
+"""The pictures of the report, each with a panel for every case."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,9 +8,11 @@ from matplotlib.figure import Figure
 from page import Section
 from report_rows import BLOCKWISE, METHODS, Row, is_plain, is_predicted, tables
 from report_tables import FAMILIES, LONG, blocks_text, case_text, place_text, run_text
+from report_text import information_section
 
 from dbkernels.memory.units import UNITS, in_words
 
+NAMES = {"shakespeare": "Shakespeare"}  # of presets of the demo
 GIB = UNITS["GiB"]
 RATES = {"GB/s": ("achieved_gbps", "copy_gbps"), "TFLOP/s": ("achieved_tflops", "matmul_tflops")}
 # Okabe and Ito's palette, which most eyes tell apart
@@ -25,7 +27,7 @@ def pictures(rows: Sequence[Row]) -> list[Section]:
     Args:
         rows:  of `report_rows.read`
     Returns:
-        up to five sections, each with one picture.
+        sections, each with one picture.
     """
     training, demo, steps = (tables(rows, suite) for suite in ("training", "demo", "timeline"))
     timed = [table for table in training if any(row["sweep_ms"] for row in table)]
@@ -42,7 +44,8 @@ def pictures(rows: Sequence[Row]) -> list[Section]:
             picture=_by_case(_tradeoff, timed),
         ),
         *(timeline_section(table) for table in steps[:1]),
-        *(learning_section(table) for table in demo[:1]),
+        *(learning_section(table) for table in demo),
+        *(information_section(table) for table in demo),
         Section(
             "Ops and a layer against what the device can do",
             "The dotted line is the rate at which the device copies, or multiplies matrices.",
@@ -165,12 +168,13 @@ def timeline_section(rows: Sequence[Row]) -> Section:
 
 
 def learning_section(rows: Sequence[Row]) -> Section:
-    """Draw how the models of the demo learned, and how well the classifier answers.
+    """Draw how models of the demo learned, and how well the classifier among them answers.
 
     Args:
         rows:  of one table of the suite demo
     """
-    names = [*dict.fromkeys(row["family"] for row in rows), "accuracy"]
+    answers = any(row.get("accuracy") for row in rows)
+    names = [*dict.fromkeys(row["family"] for row in rows), *["accuracy"] * answers]
     figure = Figure((3.7 * len(names), 3.6), layout="constrained")
     panels = dict(zip(names, figure.subplots(1, len(names)), strict=True))
     for row in rows:
@@ -184,17 +188,20 @@ def learning_section(rows: Sequence[Row]) -> Section:
             style = {"marker": "o", "color": colours[0], "label": blocks_text(row["num_blocks"])}
             steps = [str(step + 1) for step in range(len(row["accuracy"]))]
             panels["accuracy"].plot(steps, row["accuracy"], **style)
-    lowest = min((share for row in rows for share in row.get("accuracy", ())), default=0)
-    panels["accuracy"].set_ylim(min(0.9, lowest), 1)
+    if answers:
+        lowest = min(share for row in rows for share in row.get("accuracy", ()))
+        panels["accuracy"].set_ylim(min(0.9, lowest), 1)
     for name, axes in panels.items():
         is_loss = name in FAMILIES
-        axes.set_yscale("log" if is_loss else "linear")
+        axes.set_yscale("log" if is_loss and answers else "linear")  # text spans no decade
         axes.set_title(f"{FAMILIES[name]}: loss in training" if is_loss else "ViT: accuracy")
         axes.set_xlabel("updates of each layer" if is_loss else "Euler step")
         axes.grid(alpha=0.2)
         axes.legend(fontsize=7, frameon=False)
     text = (
         "Blocks work at different noise, so the height of one line of loss says little about "
-        "another. The accuracy is on digits that no model has seen."
+        "another."
     )
-    return Section("Learning, block by block and end to end", text, picture=figure)
+    text += " The accuracy is on digits that no model has seen." * answers
+    title = f"Learning on {NAMES.get(rows[0]['preset'], rows[0]['preset'])}"
+    return Section(f"{title}, block by block and end to end", text, picture=figure)

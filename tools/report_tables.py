@@ -175,6 +175,10 @@ def _bits(title: str, name: str, best: Callable | None = None) -> Column:
     return Column(title, cell, name if best else "", best or min)
 
 
+def _bits_of_blocks(row: Row, _: Row | None) -> str:
+    return ", ".join(f"{bits:.3f}" for bits in row.get("blocks", ())) or MISSING
+
+
 def _spread(row: Row, _: Row | None) -> str:
     low, high = row.get("p20_ms"), row.get("p80_ms")
     return MISSING if low is None else f"{number_text(low)} to {number_text(high)}"
@@ -206,6 +210,8 @@ COLUMNS = {
     "demo": (
         Column("model", lambda row, _: FAMILIES[row["family"]]),
         Column("trained", lambda row, _: blocks_text(row["num_blocks"])),
+        _number("bits per character", "bits", "{:.3f}".format, min),
+        Column("bits of each block", _bits_of_blocks),
         Column("accuracy after each step", partial(_shares, name="accuracy")),
         Column("the same from noise", partial(_shares, name="accuracy_from_noise")),
         _number("cross-entropy at the most noise", "cross_entropy", number_text, min),
@@ -218,6 +224,7 @@ COLUMNS = {
         STEP,
         SWEEP[0],
         _ratio("sweep_ms", "of end to end"),
+        _number("training, s", "training_s", number_text),
     ),
     "answers": (
         Column("trained", lambda row, _: blocks_text(row["num_blocks"])),
