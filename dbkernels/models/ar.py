@@ -72,6 +72,7 @@ PRESETS = {
     ),
     "small": ARConfig(
         dim=128, depth=6, num_heads=4, mlp_hidden=352, cond_dim=128, length=64, vocabulary=27,
+        read_out="posterior",
     ),
 }  # fmt: skip
 
