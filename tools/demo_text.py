@@ -73,7 +73,7 @@ class TextJob:
         config = model.preset("small").resized(SIZES)
         if self.family == "ar" and not self.conventional:
             process, order = replace(process, **FITTED), "deepest"
-            config = replace(config, clean="through")
+            config = replace(config, clean="through", noisy_input="z_and_clean")
         return DiffusionBlocks(model(config), self.num_blocks, process=process, noise_order=order)
 
     def _bits(self, blocks: DiffusionBlocks) -> Row:

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from page import Section
+from palette import PALETTE
 from report_rows import BLOCKWISE, METHODS, Row, is_plain, is_predicted, tables
 from report_tables import FAMILIES, LONG, blocks_text, case_text, place_text, run_text
 from report_text import information_section
@@ -15,8 +16,6 @@ from dbkernels.memory.units import UNITS, in_words
 NAMES = {"shakespeare": "Shakespeare"}  # of presets of the demo
 GIB = UNITS["GiB"]
 RATES = {"GB/s": ("achieved_gbps", "copy_gbps"), "TFLOP/s": ("achieved_tflops", "matmul_tflops")}
-# Okabe and Ito's palette, which most eyes tell apart
-PALETTE = ("black", "#0072B2", "#CC79A7", "#E69F00", "#D55E00", "#009E73", "#56B4E9", "#999999")
 COLOURS = dict(zip(METHODS, PALETTE, strict=False))
 IMPLS = {"eager": "black", "compiled": "#0072B2", "checkpointed": "#CC79A7", "fused": "#009E73"}
 

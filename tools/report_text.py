@@ -8,11 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from page import Section
+from palette import PALETTE
 from report_rows import Row
 from report_tables import FAMILIES, blocks_text
 
-# Okabe and Ito's palette, which most eyes tell apart
-COLOURS = ("#0072B2", "#CC79A7", "#E69F00", "#D55E00", "#009E73", "#56B4E9", "#999999")
+COLOURS = PALETTE[1:]
 REAL = "From the plays that no model has read"
 SHOWN_LINES, WIDTH = 3, 76  # of each text on a terminal
 INFORMATION = """Each block works at its own noise, where a part of the information lies. For the
