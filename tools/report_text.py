@@ -73,15 +73,14 @@ def information_picture(rows: Sequence[Row]) -> Figure | None:
 
 
 def _density(axes: Axes, row: Row) -> None:
-    for bits, curve, colour in zip(row["blocks"], row["curves"], COLOURS, strict=False):
+    of_blocks = zip(row["blocks"], row["curves"], COLOURS, strict=False)
+    for block, (bits, curve, colour) in enumerate(of_blocks):
         levels = np.array(curve["levels"])
         density = np.array(curve["errors"]) / levels**2 / math.log(2)
-        axes.plot(levels, density, color=colour)
+        axes.plot(levels, density, color=colour, label=f"block {block}: {bits:.2f} bits")
         axes.fill_between(levels, density, color=colour, alpha=0.2, lw=0)
-        middle = math.sqrt(levels[0] * levels[-1])
-        height = float(np.interp(math.log(middle), np.log(levels[::-1]), density[::-1]))
-        axes.text(middle, height / 2, f"{bits:.2f} bits", ha="center", fontsize=8)
-    axes.set_ylim(0, 1.2 * axes.dataLim.ymax)
+    axes.set_ylim(0, 1.4 * axes.dataLim.ymax)
+    axes.legend(fontsize=7, frameon=False)
     axes.set_ylabel("bits per unit of ln sigma")
     _over_sigma(axes, f"{FAMILIES[row['family']]}: a character's information")
 
