@@ -237,7 +237,8 @@ def test_the_density_of_information_is_drawn_in_bits_with_those_of_each_block():
     assert np.allclose(density.lines[1].get_ydata(), errors / levels**2 / np.log(2))
     assert np.allclose(entropy.lines[1].get_ydata(), np.array(curve["cross_entropy"]) / np.log(2))
     bits = ["1.50 bits", "0.90 bits", "0.40 bits"]
-    assert [each.get_text() for each in density.texts] == bits
+    of_blocks = [f"block {block}: {each}" for block, each in enumerate(bits)]
+    assert [each.get_text() for each in density.get_legend().get_texts()] == of_blocks
     assert [each.get_text() for each in masked.texts] == [" end to end\n 2.60 bits", *bits]
     areas = [bar.get_width() * bar.get_height() for bar in masked.patches]
     assert np.allclose(areas, [2.6, 1.5, 0.9, 0.4])
