@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dbkernels.data.images import Batch
-from dbkernels.diffusion.prediction import log_level
+from dbkernels.diffusion.path import log_level
 from dbkernels.diffusion.process import Interval
 from dbkernels.models.layer import run_layers
 from dbkernels.models.noisy_text import NoisyText, scale_of_token
@@ -153,7 +153,7 @@ class AR(NoisyText):
 
     def stem(self, z: Tensor, level: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
         """What the first layer reads, (2 B, S, dim), and the conditions, (2 B, ..., cond_dim)."""
-        p, _ = self.prediction.input(per_token(level))
+        p = self.prediction.scale(per_token(level))
         c = self.condition(log_level(level))
         of_clean = self.clean_condition.to(c.dtype).expand_as(c)
         return torch.cat([(p * z).to(clean.dtype), clean]), torch.cat([c, of_clean])

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbkernels.diffusion.prediction import log_level
+from dbkernels.diffusion.path import log_level
 from dbkernels.models.layer import AdaLNLayer
 from dbkernels.models.read_out import per_token
 from dbkernels.models.rotary import rotary_table
@@ -174,7 +174,7 @@ class CachedReader:
         if level not in self._conditions:
             self._conditions[level] = self.model.condition(log_level(sigma))[:, None]
         c, clean = self._conditions[level], self._rows
-        p, _ = self.model.prediction.input(per_token(sigma))
+        p = self.model.prediction.scale(per_token(sigma))
         x = (p * z).to(clean.dtype)
         for place in path[: -len(layers)]:
             clean = self._pass(place, clean)
