@@ -79,6 +79,8 @@ def test_loss_and_gradients_are_as_accurate_as_the_equations_in_plain_torch(proc
     exact_model, exact_batch = copy.deepcopy(model).double(), dict(batch)
     exact_batch["image"] = batch["image"].double()
     exact = with_gradients(denoised(exact_model, level, scale, exact_batch), exact_model)
+    twin = with_gradients(written_out(exact_model, level, scale, exact_batch), exact_model)
+    torch.testing.assert_close(twin, exact, rtol=1e-6, atol=1e-6)
     for i, values in enumerate(zip(actual, eager, exact, strict=True)):
         assert_as_accurate_as_eager(f"{process} {name} {i}", *values)
     losses = model.losses(DRAW, level, range(3), batch)
