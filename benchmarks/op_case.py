@@ -315,5 +315,5 @@ def _eager_noise(z0: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
 def _eager_loss(prediction: Tensor, z: Tensor, z0: Tensor, sigma: Tensor) -> Tensor:
     level = sigma.view(-1, *[1] * (z0.dim() - 1))
     of_z, of_F = PREDICTION.estimate(level)
-    weight = LogNormal().weight(level, SIGMA_DATA)
+    weight = of_F.square().reciprocal()
     return (weight * (of_z * z + of_F * prediction - z0).square()).mean()

@@ -56,12 +56,19 @@ ELSEWHERE = {
     "python benchmarks/text.py --data DIR --runs DIR --out benchmarks/results/NAME/text.jsonl": (
         'bench("text")'
     ),
+    "python benchmarks/noise.py --runs DIR --out benchmarks/results/NAME/noise.jsonl": (
+        'bench("noise")'
+    ),
+    "python examples/flow.py --steps 500 --out digits.png": 'run("flow.py"',
     "python benchmarks/run.py --quick": "run.main(asked, [job])",
     "python benchmarks/gpu_jobs.py [--rehearse] [PART ...]": "benchmarks/gpu_jobs.py",
     "python benchmarks/gpu_table.py FOLDER": "benchmarks/gpu_table.py",
     "python benchmarks/show.py FILE.jsonl ...": '"show"',
 }
-RUN = re.compile(r"(?:python|bash) (?:-m dbkernels|-m pytest|tools/|benchmarks/|tests/|setup\.py)")
+FOLDERS = ("tools", "benchmarks", "examples")
+RUN = re.compile(
+    rf"(?:python|bash) (?:-m dbkernels|-m pytest|(?:{'|'.join(FOLDERS)}|tests)/|setup\.py)"
+)
 
 
 def commands(text):
@@ -117,7 +124,7 @@ def test_the_commands_of_the_pages_run_one_after_another(place, capsys):
 
 
 def test_the_commands_that_scripts_name_are_run_somewhere():
-    scripts = [path for folder in ("tools", "benchmarks") for path in (ROOT / folder).iterdir()]
+    scripts = [path for folder in FOLDERS for path in (ROOT / folder).iterdir()]
     named = {command for path in scripts if path.suffix in (".py", ".sh") for command in said(path)}
     assert "python tools/report.py benchmarks/results --tables benchmarks/RESULTS.md" in named
     assert "bash tools/other_triton.sh VERSION [options of kernel_report.py]" in named

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dbkernels.diffusion.prediction import PREDICTIONS
+from dbkernels.diffusion.samplers import SAMPLERS
 from dbkernels.memory.budget import require_within
 from dbkernels.ops import POLICIES
 
@@ -46,6 +48,17 @@ def test_the_table_is_that_of_the_results():
     for command in re.findall(r"[A-D]: (`[^`]+`)", README):
         assert " ".join(command.split()) in " ".join(results.split())
     assert set(re.findall(r"\| ([A-D]) \|", table)) == set(re.findall(r"([A-D]): `", README))
+
+
+def test_a_flow_in_three_blocks_is_as_the_page_has_it():
+    page = (ROOT / "docs" / "noise.md").read_text()
+    names = {}
+    exec(examples(page)[0], names)
+    assert (len(names["blocks"]), names["blocks"].process.time_shift) == (3, 3.0)
+    lows = [interval.low for interval in names["Flow"]().intervals(3)[:2]]
+    assert "meet at t = {:.3f} and {:.3f}".format(*lows) in page
+    words = {name for names in PREDICTIONS.values() for name in names} | {*PREDICTIONS, *SAMPLERS}
+    assert words <= set(re.findall(r"`(\w+)`", page))
 
 
 def test_the_readme_is_short():

@@ -49,6 +49,10 @@ network has no noise. *Down to the least level* has every block in the bound. *A
 the likelihood of a sampler that asks the first block once. All have the same number of updates of
 every layer; what all blocks share gets an update from each block's step. *Of the sampler* is an
 estimate that is too high, by more where there are few starts."""),
+    "noise": ("Digits by noise", """Digits that a DiT generates, by the noise and by what the
+network predicts, after the same number of updates of every layer; what all blocks share gets an
+update from each block's step. The Fréchet distance, ± its standard deviation over seeds, is that of
+the demo's classifier; lower is better."""),
     "training": ("Training steps", """Methods of one model: end to end, and cut into blocks. *On the
 device* says how many blocks' parameters and optimizer state the device holds; the others wait in
 the memory of the host. *Fused layers* are this library's, *eager layers* are the published

@@ -26,6 +26,11 @@ SUITES = {  # names that the rows of a benchmark have: of the case, of the way, 
         "seeds accuracy accuracy_from_noise accuracy_of_six",
     ),
     "text": ("data batch updates", "family competitor num_blocks depth", "seeds bits blocks"),
+    "noise": (
+        "data batch updates sampler",
+        "process prediction num_blocks",
+        "seeds frechet recognised",
+    ),
     "training": (MODEL, TRAINED, "peak_allocated_bytes saved_bytes memory step_ms sweep_ms"),
     "cost": (
         f"{MODEL} words",

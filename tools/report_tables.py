@@ -51,7 +51,8 @@ def shares_text(shares: Sequence[float]) -> str:
 def case_text(row: Row) -> str:
     """Name a case, such as "DiT-S/2, batch 64, float32"."""
     if "data" in row:
-        return f"{row['data']}, {row['updates']} updates of batches of {row['batch']}"
+        sampler = f", {row['sampler']}" if row.get("suite") == "noise" else ""
+        return f"{row['data']}, {row['updates']} updates of batches of {row['batch']}{sampler}"
     if "family" in row:
         join = "-" if "/" in row["preset"] else " "
         name = f"{FAMILIES[row['family']]}{join}{row['preset']}"
@@ -163,20 +164,24 @@ def _shares(row: Row, _: Row | None, *, name: str) -> str:
     return f"{', '.join(steps)} %"
 
 
-def _bits(title: str, name: str, best: Callable | None = None) -> Column:
-    """A column of bits per character: of all seeds together, with their spread."""
+def _over_seeds(title: str, name: str, best: Callable | None = None) -> Column:
+    """A column of figures, such as bits per character: of all seeds, with their spread."""
 
     def cell(row: Row, _: Row | None) -> str:
         if row.get(name) is None:
             return MISSING
         pairs = zip(row[name], row[f"{name}_spread"], strict=True)
-        return ", ".join(f"{bits:.3f}" + (f" ± {s:.3f}" if s else "") for bits, s in pairs)
+        return ", ".join(f"{mean:.3f}" + (f" ± {s:.3f}" if s else "") for mean, s in pairs)
 
     return Column(title, cell, name if best else "", best or min)
 
 
 def _bits_of_blocks(row: Row, _: Row | None) -> str:
     return ", ".join(f"{bits:.3f}" for bits in row.get("blocks", ())) or MISSING
+
+
+def _of_end_to_end(row: Row, whole: Row | None) -> str:
+    return ratio_text(row["frechet"][0] / whole["frechet"][0]) if whole else MISSING
 
 
 def _spread(row: Row, _: Row | None) -> str:
@@ -237,11 +242,19 @@ COLUMNS = {
         Column("family", lambda row, _: FAMILIES[row["family"]]),
         Column("trained", lambda row, _: row["competitor"]),
         Column("layers", lambda row, _: str(row["depth"])),
-        _bits("bits", "bits"),
-        _bits("down to the least level", "least"),
-        _bits("at the most noise", "most_noise"),
-        _bits("of the sampler", "sampler"),
-        _bits("of each block", "blocks"),
+        _over_seeds("bits", "bits"),
+        _over_seeds("down to the least level", "least"),
+        _over_seeds("at the most noise", "most_noise"),
+        _over_seeds("of the sampler", "sampler"),
+        _over_seeds("of each block", "blocks"),
+    ),
+    "noise": (
+        Column("noise", lambda row, _: row["process"]),
+        Column("predicted", lambda row, _: row["prediction"]),
+        Column("trained", lambda row, _: blocks_text(row["num_blocks"])),
+        _over_seeds("Fréchet distance", "frechet"),
+        Column("of end to end", _of_end_to_end),
+        Column("recognised as asked", partial(_shares, name="recognised")),
     ),
     "training": (
         *PEAK,
@@ -290,7 +303,12 @@ COLUMNS = {
         _number("allocates", "allocated_bytes", in_words, min),
     ),
 }
-RIVALS = {"demo": ("family",), "training": ("num_blocks",), "ops": ("op", "direction")}
+RIVALS = {
+    "demo": ("family",),
+    "noise": ("process", "prediction"),
+    "training": ("num_blocks",),
+    "ops": ("op", "direction"),
+}
 
 
 def _is_eager(row: Row) -> bool:

@@ -9,6 +9,7 @@ from tyro.conf import Positional
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.sample_images import ImageFlags, sample_images
 from dbkernels.cli.sample_text import WritingFlags, sample_text
+from dbkernels.diffusion.process import Spacing
 from dbkernels.models.registry import family_named
 from dbkernels.settings import MOST_SAMPLES, MOST_SEED, check_number
 from dbkernels.training.run import load_run
@@ -29,9 +30,10 @@ class Sample:
     levels: int | None = None
     """Noise levels. Images: 50, each one evaluation of the network, or two with heun. Text: as many
     as blocks, each one evaluation of a token; masked tokens open at one for each of a window."""
-    grid: Literal["auto", "cdf", "karras", "cosine"] = "auto"
-    """Spacing of the levels; auto is karras with heun, else cdf, whose steps visit every block
-    about equally often. cosine is for masked tokens alone: few open at first."""
+    grid: Spacing | Literal["auto"] = "auto"
+    """Spacing of the levels; auto is cdf, whose steps visit every block about equally often, but
+    for samplers that need close levels: then linear for a flow, else karras. cosine is for masked
+    tokens alone: few open at first."""
     weights: Literal["average", "last"] = "average"
     """The moving average of the weights where the run kept one, or the last weights."""
     checkpoint: str = "latest"

@@ -15,7 +15,7 @@ from torch import Tensor
 from dbkernels.cli.progress import ProgressBar
 from dbkernels.data.images import Batch
 from dbkernels.diffusion.process import Spacing
-from dbkernels.diffusion.samplers import Sampler
+from dbkernels.diffusion.samplers import SAMPLERS, Sampler
 from dbkernels.models.registry import family_named
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import MOST_SAMPLES, check_number
@@ -38,8 +38,9 @@ class ImageFlags:
     per_class: int | None = None
     """Images of each class; 8 unless told otherwise."""
     sampler: Sampler | None = None
-    """euler, which it is unless told otherwise, evaluates once per level; heun corrects each step,
-    which needs close levels."""
+    """euler, which it is unless told otherwise, evaluates once per level. heun corrects each step
+    and evaluates twice; dpmpp_2m looks back at the last level, and evaluates once. These two need
+    close levels."""
     guidance: float | None = None
     """Scale of classifier-free guidance; by default 2 if training dropped labels, else 1 (none)."""
 
@@ -94,7 +95,7 @@ def sample_images(
         )
     sampler, per_class = flags.sampler or "euler", flags.per_class or PER_CLASS
     settings = {"guidance": flags.guidance_of(config.label_drop), "sampler": sampler}
-    own = "karras" if sampler == "heun" else "cdf"
+    own = config.prior.close if SAMPLERS[sampler].close else "cdf"
     count = LEVELS if levels is None else levels
     found_at = config.prior.grid(count, own if grid == "auto" else grid)
     wanted = family_named(config.family).prompts(config.model, per_class, blocks.device)

@@ -54,4 +54,5 @@ def require_settings(name: str, given: Mapping[str, object], config: object) -> 
     known = [each.name for each in fields(config)]
     for setting, value in given.items():
         if setting not in known:
-            raise ValueError(f"{setting} is no setting of {name}: {', '.join(known)}; got {value}")
+            told = f": {', '.join(known)}" if known else ", which has none"
+            raise ValueError(f"{setting} is no setting of {name}{told}; got {value}")

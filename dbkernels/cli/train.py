@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,11 +11,10 @@ import tyro
 from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
+from dbkernels.cli.noise_flags import NoiseFlags, PriorFlags
 from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.text_flags import TextFlags, require_settings
 from dbkernels.data.image_folder import Convert
-from dbkernels.diffusion.masked import MaskSchedule
-from dbkernels.diffusion.process import Process
 from dbkernels.models.registry import FAMILIES, FamilyEntry, FamilyName, family_named
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_number
@@ -31,37 +30,6 @@ FAMILY_HELP = "; ".join(f"{name} {entry.summary}" for name, entry in FAMILIES.it
 PRESET_HELP = "Sizes of the model by name; empty is the smallest. " + " ".join(
     f"{name}: {', '.join(entry.model.presets)}." for name, entry in FAMILIES.items()
 )
-
-
-# values are judged where the configuration is made: the parser would name its own inner fields
-@dataclass(frozen=True)
-class PriorFlags:
-    """The prior over the levels of noise; None keeps the family's own."""
-
-    mean: float | None = None
-    """Mean of ln sigma."""
-    std: float | None = None
-    """Standard deviation of ln sigma."""
-    sigma_min: float | None = None
-    """Least level, in units of z."""
-    sigma_max: float | None = None
-    """Greatest level, in units of z."""
-    schedule: MaskSchedule | None = None
-    """How the share of tokens that are not masked falls, for masked diffusion."""
-    paper: bool = False
-    """The paper's prior, not the family's own; evaluation from noise is the rest of its way."""
-
-    def of(self, entry: FamilyEntry) -> Process:
-        """The prior of a family with what was asked for.
-
-        Raises:
-            ValueError: a setting is none of the family's process, or has no value that it can have.
-        """
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "paper"}
-        changed = {name: value for name, value in given.items() if value is not None}
-        process = entry.paper if self.paper else entry.process
-        require_settings("the prior", changed, process)
-        return replace(process, **changed)
 
 
 @dataclass(frozen=True)
@@ -117,6 +85,7 @@ class Train:
     """Tokens from one window's start to the next one's, in training: 1 has a window begin at each
     token. 0 lays windows end to end, as evaluation does in any case."""
     text: TextFlags = field(default_factory=TextFlags)
+    noise: NoiseFlags = field(default_factory=NoiseFlags)
     recompute: Recompute = "none"
     """What the backward of a layer computes again instead of keeping it, from least to most."""
     weighting: Literal["auto", "none", "process", "normalised", "published"] = "auto"
@@ -157,7 +126,6 @@ class Train:
             ValueError: a flag has a value that it cannot have, or the data cannot be used.
         """
         entry, trainer = family_named(self.family), TrainerConfig(**asdict(self.trainer))
-        prior = self.prior.of(entry)
         if not self.data:
             raise ValueError("data must be digits or a path, got an empty text")
         sizes = {k: getattr(self, k) for k in ("patch", "dim", "depth", "num_heads", "length")}
@@ -166,7 +134,8 @@ class Train:
         own = entry.model.preset(self.preset)
         given = {k: v for k, v in sizes.items() if v}
         require_settings(f"a model of {self.family}", given, own)
-        model = self.text.of(own.resized(given))
+        model = self.noise.of(self.text.of(own.resized(given)))
+        prior = self.prior.of(entry, model)
         model = model.fitted(model.find(self.data, convert=self.convert))
         if self.resume and (self.out / "config.json").exists():
             model = model.as_in(read_config(self.out).model)

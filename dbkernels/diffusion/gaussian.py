@@ -9,21 +9,25 @@ overlap: Shing et al. 2026 (arXiv:2506.14202), section 3.3 and appendix C.
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 from scipy.special import log_ndtr, ndtr, ndtri
 from torch import Tensor
 
+from dbkernels.diffusion.path import EXPLODING
+from dbkernels.diffusion.prediction import Prediction
 from dbkernels.diffusion.process import (
     Interval,
+    OnPath,
     Scheme,
     Spacing,
+    check_gamma,
+    check_inside,
     check_quantiles,
     rounded_inside,
+    tiled,
 )
-from dbkernels.ops.philox import Draw, uniforms
 from dbkernels.settings import check_choice, check_number
 
 LOG_MOST = math.log(np.finfo(np.float64).max)
@@ -36,8 +40,10 @@ TAIL = 6.0
 
 
 @dataclass(frozen=True)
-class LogNormal:
+class LogNormal(OnPath):
     """The Gaussian process: the prior over sigma, a `Process`."""
+
+    path, close = EXPLODING, "karras"
 
     mean: float = -1.2
     """Mean of ln sigma."""
@@ -118,13 +124,7 @@ class LogNormal:
         check_choice("scheme", scheme, positions)
         inner = [positions[scheme](b / num_blocks) for b in range(1, num_blocks)]
         levels = [low, *inner, high]
-        rounded = np.array(levels, dtype=np.float32)
-        if not (np.diff(rounded) > 0).all():
-            raise ValueError(
-                f"std must be large enough for {num_blocks} blocks with levels of their own in "
-                f"float32, got std {self.std} with mean {self.mean}"
-            )
-        return tuple(Interval(*pair) for pair in pairwise(levels))[::-1]
+        return tiled(levels, "std", f"std {self.std} with mean {self.mean}")
 
     def widen(self, interval: Interval, gamma: float) -> Interval:
         """Widen an interval on both sides by gamma times its own width in ln sigma.
@@ -135,26 +135,13 @@ class LogNormal:
         Raises:
             ValueError: gamma is negative or not finite.
         """
-        if not 0 <= gamma < math.inf:
-            raise ValueError(f"gamma must be finite and at least 0, got {gamma}")
+        check_gamma(gamma)
         ratio = interval.high / interval.low
         # what float has no number for widens to the range too
         alpha = math.inf if gamma * math.log(ratio) > LOG_MOST else ratio**gamma
         return Interval(
             max(interval.low / alpha, self.sigma_min), min(interval.high * alpha, self.sigma_max)
         )
-
-    def quantiles(self, draw: Draw, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
-        """One uniform number for each sample, or for each of its tokens.
-
-        Args:
-            draw:    names them
-            shape:   (B,) or (B, T)
-            device:  of the result; it does not change a bit
-        Returns:
-            float64 in (0, 1].
-        """
-        return uniforms(draw, *shape, device=device)
 
     def level_at(self, interval: Interval, u: Tensor) -> Tensor:
         """The inverse cdf of the prior cut to one interval.
@@ -167,11 +154,7 @@ class LogNormal:
         Raises:
             ValueError: the interval leaves the range, or u is not float64.
         """
-        if interval.low < self.sigma_min or interval.high > self.sigma_max:
-            raise ValueError(
-                f"the interval must lie in [{self.sigma_min}, {self.sigma_max}], "
-                f"got [{interval.low}, {interval.high}]"
-            )
+        check_inside(interval, self.range)
         check_quantiles(u)
         q_low, q_high = self.cdf(interval.low), self.cdf(interval.high)
         q = q_low + u * (q_high - q_low)
@@ -202,34 +185,27 @@ class LogNormal:
         inner = [(high + i / (count - 1) * (low - high)) ** rho for i in range(1, count - 1)]
         return [self.sigma_max, *inner, self.sigma_min]
 
-    def start(self, noise: Tensor, level: float, sigma_data: float) -> Tensor:
-        """The start of a sampler: the marginal at sigma, N(0, sigma**2 + sigma_data**2).
+    def mean_weight(self, interval: Interval, prediction: Prediction) -> float:
+        """Mean of `weight` under the prior cut to one interval; a / s is 1 / sigma."""
+        ends = ((math.log(s) - self.mean) / self.std for s in (interval.low, interval.high))
+        moments = exponential_moments(self.mean, self.std, *ends)
+        constant, linear, square = prediction.powers
+        return square * moments[1] + linear * moments[0] + constant
 
-        Args:
-            noise:       unit normal numbers
-            level:       sigma, the first of the sampler
-            sigma_data:  standard deviation of the clean target
-        """
-        return noise * (level**2 + sigma_data**2) ** 0.5
 
-    def weight(self, level: Tensor, sigma_data: float) -> Tensor:
-        """(sigma**2 + sigma_data**2) / (sigma * sigma_data)**2, table 1's lambda."""
-        return (level**2 + sigma_data**2) / (level * sigma_data) ** 2
+def exponential_moments(mean: float, std: float, a: float, b: float) -> tuple[float, float]:
+    """Means of exp(-x) and exp(-2 x) of x = mean + std * n, with n normal and cut to [a, b].
 
-    def mean_weight(self, interval: Interval, sigma_data: float) -> float:
-        """Mean of `weight` under the prior cut to one interval.
-
-        The weight is sigma**-2 + sigma_data**-2, and for ln sigma = mean + std * n with n normal
-        and cut to [a, b]:
-
-            E[sigma**-2] = exp(2 std**2 - 2 mean) * (Phi(b + 2 std) - Phi(a + 2 std))
-                           / (Phi(b) - Phi(a))
-        """
-        a, b = ((math.log(s) - self.mean) / self.std for s in (interval.low, interval.high))
-        tilt = 2 * self.std**2 - 2 * self.mean
-        if a + 2 * self.std < TAIL:
-            tilted = math.exp(tilt) * (ndtr(b + 2 * self.std) - ndtr(a + 2 * self.std))
+    E[exp(-k x)] = exp(k**2 std**2 / 2 - k mean) * (Phi(b + k std) - Phi(a + k std))
+                   / (Phi(b) - Phi(a))
+    """
+    found = []
+    for k in (1, 2):
+        tilt = k**2 / 2 * std**2 - k * mean
+        if a + k * std < TAIL:
+            tilted = math.exp(tilt) * (ndtr(b + k * std) - ndtr(a + k * std))
         else:
-            upper, lower = log_ndtr([-b - 2 * self.std, -a - 2 * self.std])
+            upper, lower = log_ndtr([-b - k * std, -a - k * std])
             tilted = math.exp(tilt + lower) * -math.expm1(upper - lower)
-        return float(tilted / (ndtr(b) - ndtr(a))) + sigma_data**-2
+        found.append(float(tilted / (ndtr(b) - ndtr(a))))
+    return found[0], found[1]

@@ -70,7 +70,7 @@ def masked_bound(
                 "a block must have at least one level and a loss for each, "
                 f"got {tuple(level.shape)} levels and {tuple(loss.shape)} losses"
             )
-        weighted = process.weight(level.double(), 1.0) * loss.double()
+        weighted = process.weight(level.double(), None) * loss.double()
         blocks.append(process.duration(interval) * float(weighted.mean()))
     return MaskedBound(tuple(blocks), process.range.low * math.log(vocabulary))
 

@@ -26,6 +26,8 @@ from dbkernels.diffusion.process import (
     Interval,
     Scheme,
     Spacing,
+    check_gamma,
+    check_inside,
     check_quantiles,
     rounded_inside,
 )
@@ -44,6 +46,8 @@ QUARTER = math.pi / 2
 @dataclass(frozen=True)
 class Masked:
     """Tokens that are masked one by one: a `Process` whose levels are shares of masked tokens."""
+
+    path, close = None, "cdf"
 
     schedule: MaskSchedule = "linear"
     """How the share of tokens that are kept falls with time; cosine masks more of them sooner."""
@@ -116,8 +120,7 @@ class Masked:
         Raises:
             ValueError: gamma is negative or not finite.
         """
-        if not 0 <= gamma < math.inf:
-            raise ValueError(f"gamma must be finite and at least 0, got {gamma}")
+        check_gamma(gamma)
         more, whole = gamma * (interval.high - interval.low), self.range
         return Interval(max(interval.low - more, whole.low), min(interval.high + more, whole.high))
 
@@ -155,12 +158,7 @@ class Masked:
         Raises:
             ValueError: the interval leaves the range, or u is not float64.
         """
-        whole = self.range
-        if interval.low < whole.low or interval.high > whole.high:
-            raise ValueError(
-                f"the interval must lie in [{whole.low}, {whole.high}], "
-                f"got [{interval.low}, {interval.high}]"
-            )
+        check_inside(interval, self.range)
         check_quantiles(u)
         time = self.time_of(interval.low) + u * self.duration(interval)
         share = time if self.schedule == "linear" else torch.sin(time * QUARTER)
@@ -188,7 +186,7 @@ class Masked:
         """The start of a sampler: every token masked, int64, shape of noise."""
         return torch.full_like(noise, MASK, dtype=torch.int64)
 
-    def weight(self, level: Tensor, sigma_data: float) -> Tensor:
+    def weight(self, level: Tensor, prediction: None) -> Tensor:
         """-alpha' / (1 - alpha), of the sum of masked cross-entropies; at most about 1 / eps."""
         fall = 1 - 2 * self.eps
         if self.schedule == "linear":
@@ -197,7 +195,7 @@ class Masked:
         # the cosine of the angle whose sine is the share
         return (1 - share.square()).clamp_min(0).sqrt() * (fall * QUARTER) / level
 
-    def mean_weight(self, interval: Interval, sigma_data: float) -> float:
+    def mean_weight(self, interval: Interval, prediction: None) -> float:
         """Mean of `weight` over the times of one interval.
 
         ln(1 - alpha) has the weight as its derivative by time.

@@ -1,44 +1,58 @@
 """What a network F predicts, as coefficients of the noisy sample, the clean one and the noise.
 
-    z        = a z0 + s noise                      the noisy sample of a process at a level
+    z        = a z0 + s noise                      the noisy sample on a `Path` at a level
     input    = p z0 + q noise                      what the network reads
     target   = alpha z0 + beta noise               what F is asked for
     estimate = of_z z + of_F F                     the clean sample that F stands for
 
-    prediction   p, q                     alpha, beta                     of_z, of_F
-    EDM          1 / r, s / r             s / (sd r), -sd / r             sd**2 / r**2, s sd / r
-    flow         1 - t, t                 -1, 1                           1, -t
-    velocity     a, s                     -s, a                           a, -s
-    epsilon      a, s                     0, 1                            1 / a, -s / a
-    x0           a, s                     1, 0                            0, 1
+    prediction   p, q            alpha, beta          of_z, of_F              1 / of_F**2
+    EDM          1 / r, s / r    s / (sd r), -sd / r  sd**2 / r**2, s sd / r  1 / sd**2 + x**2
+    velocity     1 - t, t        -1, 1                1, -t                   1 + 2 x + x**2
+    v            a, s            -s, a                a, -s                   1 + x**2
+    epsilon      a, s            0, 1                 1 / a, -s / a           x**2
+    x0           a, s            1, 0                 0, 1                    1
 
-with r = sqrt(s**2 + sd**2), and sd the standard deviation of the clean sample. EDM: Karras et al.
-2022 (arXiv:2206.00364), table 1, where a = 1 and s = sigma. Flow: a = 1 - t and s = t. Velocity:
-Salimans & Ho 2022 (arXiv:2202.00512), where a**2 + s**2 = 1. An error of F is an error of the
-estimate over of_F, whatever the row.
+with r = sqrt(s**2 + sd**2), sd the standard deviation of the clean sample, and x = a / s. EDM:
+Karras et al. 2022 (arXiv:2206.00364), table 1, where a = 1 and s = sigma. Velocity: of the straight
+path, a = 1 - t and s = t. v: Salimans & Ho 2022 (arXiv:2202.00512), where a**2 + s**2 = 1. An error
+of F is an error of the estimate over of_F, whatever the row; so the last column is the weight of
+the estimate's squared error that makes it one of F.
 
-Every method takes a level of any shape and returns two tensors of that shape, in its dtype.
+Every method takes a level of any shape and returns tensors of that shape, in its dtype.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-Pair = tuple[Tensor, Tensor]
-Path = Callable[[Tensor], Pair]
+from dbkernels.diffusion.path import EXPLODING, PRESERVING, STRAIGHT, Pair, Path, PathName
+from dbkernels.settings import check_choice
+
+Powers = tuple[float, float, float]
+PredictionName = Literal["edm", "velocity", "v", "epsilon", "x0"]
 
 
 class Prediction(Protocol):
-    """A row of the table above."""
+    """A row of the table above.
 
-    def path(self, level: Tensor) -> Pair:
-        """a, s: the noisy sample is a z0 + s noise."""
+    path:    that the noisy sample is on
+    powers:  the last column, as coefficients of 1, x and x**2
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def powers(self) -> Powers: ...
 
     def input(self, level: Tensor) -> Pair:
-        """p, q: the network reads p z0 + q noise, which is p / a times the noisy sample."""
+        """p, q: the network reads p z0 + q noise."""
+
+    def scale(self, level: Tensor) -> Tensor:
+        """p / a: the network reads z times this number."""
 
     def target(self, level: Tensor) -> Pair:
         """alpha, beta: F is asked for alpha z0 + beta noise."""
@@ -47,41 +61,27 @@ class Prediction(Protocol):
         """of_z, of_F: the clean sample is of_z z + of_F F."""
 
 
-def variance_exploding(level: Tensor) -> Pair:
-    """The Gaussian process, z0 + sigma noise; the level is sigma."""
-    return torch.ones_like(level), level
-
-
-def variance_preserving(level: Tensor) -> Pair:
-    """sqrt(1 - s**2) z0 + s noise; the level is s, in [0, 1]."""
-    return (1 - level.square()).sqrt(), level
-
-
-def straight(level: Tensor) -> Pair:
-    """The flow, (1 - t) z0 + t noise; the level is t, in [0, 1]."""
-    return 1 - level, level
-
-
-def log_level(level: Tensor) -> Tensor:
-    """ln(sigma) / 4: what the condition of a layer is computed from; table 1, c_noise."""
-    return torch.log(level) / 4
-
-
 @dataclass(frozen=True)
 class EDM:
     """Input and target of unit variance at every sigma, for a clean sample of `sigma_data`."""
 
     sigma_data: float
     """Standard deviation of the clean sample."""
+    path: ClassVar[Path] = EXPLODING
 
-    def path(self, level: Tensor) -> Pair:
-        """1 and sigma."""
-        return variance_exploding(level)
+    @property
+    def powers(self) -> Powers:
+        """1 / sd**2, 0 and 1."""
+        return self.sigma_data**-2, 0.0, 1.0
 
     def input(self, level: Tensor) -> Pair:
-        """1 / r and sigma / r; the first is c_in of table 1."""
-        scale = (level.square() + self.sigma_data**2).rsqrt()
+        """1 / r and sigma / r."""
+        scale = self.scale(level)
         return scale, level * scale
+
+    def scale(self, level: Tensor) -> Tensor:
+        """1 / r, c_in of table 1."""
+        return (level.square() + self.sigma_data**2).rsqrt()
 
     def target(self, level: Tensor) -> Pair:
         """sigma / (sd r) and -sd / r."""
@@ -98,19 +98,24 @@ class EDM:
 class _Unscaled:
     """A network that reads the noisy sample as it is."""
 
-    path: Path = variance_preserving
-    """Level -> a, s: `variance_exploding`, `variance_preserving` or `straight`."""
+    path: Path = PRESERVING
+    """That the noisy sample is on."""
 
     def input(self, level: Tensor) -> Pair:
         """a and s."""
         return self.path(level)
 
+    def scale(self, level: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(level)
+
 
 @dataclass(frozen=True)
-class Flow(_Unscaled):
+class Velocity(_Unscaled):
     """The velocity of the straight path, noise - z0."""
 
-    path: Path = straight
+    path: Path = STRAIGHT
+    powers: ClassVar[Powers] = 1.0, 2.0, 1.0
 
     def target(self, level: Tensor) -> Pair:
         """-1 and 1."""
@@ -121,8 +126,10 @@ class Flow(_Unscaled):
         return torch.ones_like(level), -level
 
 
-class Velocity(_Unscaled):
+class V(_Unscaled):
     """a noise - s z0, on a path of constant variance."""
+
+    powers: ClassVar[Powers] = 1.0, 0.0, 1.0
 
     def target(self, level: Tensor) -> Pair:
         """-s and a."""
@@ -138,6 +145,8 @@ class Velocity(_Unscaled):
 class Epsilon(_Unscaled):
     """The noise."""
 
+    powers: ClassVar[Powers] = 0.0, 0.0, 1.0
+
     def target(self, level: Tensor) -> Pair:
         """0 and 1."""
         return torch.zeros_like(level), torch.ones_like(level)
@@ -151,6 +160,8 @@ class Epsilon(_Unscaled):
 class X0(_Unscaled):
     """The clean sample."""
 
+    powers: ClassVar[Powers] = 1.0, 0.0, 0.0
+
     def target(self, level: Tensor) -> Pair:
         """1 and 0."""
         return torch.ones_like(level), torch.zeros_like(level)
@@ -158,3 +169,27 @@ class X0(_Unscaled):
     def estimate(self, level: Tensor) -> Pair:
         """0 and 1."""
         return torch.zeros_like(level), torch.ones_like(level)
+
+
+# what a network may predict on each path, the usual one first. Unscaled, a network would read a
+# sigma of 80 as it is; and at t = 1 a straight path has nothing left of z0 that epsilon tells.
+PREDICTIONS: dict[PathName, dict[PredictionName, Callable[[float], Prediction]]] = {
+    "gaussian": {"edm": EDM},
+    "flow": {"velocity": lambda _: Velocity(), "x0": lambda _: X0(STRAIGHT)},
+    "vp": {"epsilon": lambda _: Epsilon(), "v": lambda _: V(), "x0": lambda _: X0()},
+}
+
+
+def prediction_named(process: str, prediction: str, sigma_data: float) -> Prediction:
+    """What a network predicts, by the names of a process and of a prediction.
+
+    Args:
+        process:     a key of PREDICTIONS
+        prediction:  one of those that it has
+        sigma_data:  standard deviation of the clean sample
+    Raises:
+        ValueError: there is no such process, or it has no such prediction.
+    """
+    check_choice("process", process, PREDICTIONS)
+    check_choice(f"prediction of {process}", prediction, PREDICTIONS[process])
+    return PREDICTIONS[process][prediction](sigma_data)

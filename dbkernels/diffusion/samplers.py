@@ -1,58 +1,105 @@
-"""Samplers of the probability flow: pure functions of a denoiser, a start and a grid of levels.
+"""Samplers of the probability flow: pure functions of a denoiser, a start, levels and their path.
 
-    dz / dsigma = (z - D(z, sigma)) / sigma
+On a path z = a z0 + s noise the denoiser's estimate D of z0 leaves n = (z - a D) / s as the noise,
+and a sample follows
 
-Karras et al. 2022 (arXiv:2206.00364), algorithm 2 without churn. A denoiser takes z and one level,
-a float, and returns its estimate D of the clean target. The last level is read out, not left: one
-more evaluation there gives the result, as in the published code of arXiv:2506.14202.
+    dz = D da + n ds
+
+A denoiser takes z and one level, a float, and returns D. The last level is read out, not left: one
+more evaluation there gives the result, as in the published code of arXiv:2506.14202. For a straight
+path that is Euler's step from the last level to 0.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
 
+from dbkernels.diffusion.path import Path, at
+
 Denoiser = Callable[[Tensor, float], Tensor]
-Sampler = Literal["euler", "heun"]
 
 
-def euler(denoiser: Denoiser, z: Tensor, levels: Sequence[float]) -> Tensor:
-    """Follow the flow with one evaluation per level.
+def euler(denoiser: Denoiser, z: Tensor, levels: Sequence[float], path: Path) -> Tensor:
+    """Follow the flow with one evaluation per level; of first order.
+
+    On a path of constant variance it is DDIM without noise: Song et al. 2020 (arXiv:2010.02502).
 
     Args:
         denoiser:  (z, level) -> estimate of z0
         z:         (B, ...)  a sample at levels[0]
-        levels:    descending, positive
+        levels:    descending
+        path:      that the samples are on; at the last level there has to be noise
     Returns:
         (B, ...)  the estimate of z0 at the last level.
     Raises:
-        ValueError: levels are empty, not descending or not positive.
+        ValueError: levels are empty, not descending, or not on the path.
     """
-    _check_levels(levels)
-    for level, following in pairwise(levels):
-        z = z + (following - level) * (z - denoiser(z, level)) / level
+    for level, _, (a, s), (next_a, next_s) in _steps(levels, path):
+        D = denoiser(z, level)
+        z = z + (next_a - a) * D + (next_s - s) * (z - a * D) / s
     return denoiser(z, levels[-1])
 
 
-def heun(denoiser: Denoiser, z: Tensor, levels: Sequence[float]) -> Tensor:
-    """Follow the flow with a correction after each Euler step: two evaluations per step.
+def heun(denoiser: Denoiser, z: Tensor, levels: Sequence[float], path: Path) -> Tensor:
+    """Follow the flow with a correction after each Euler step; of second order.
 
-    The correction is evaluated at the next level, so by the block that serves that level. It grows
-    an error of the estimates by (level / following - 1) / 2: keep neighbouring levels within a
-    factor of about two, which the cdf spacing does not.
+    Karras et al. 2022 (arXiv:2206.00364), algorithm 2 without churn: two evaluations per step. The
+    correction is evaluated at the next level, so by the block that serves that level. It grows an
+    error of the estimates by (s / next s - 1) / 2: keep neighbouring levels within a factor of
+    about two, which the cdf spacing does not.
     Arguments, result and errors are those of `euler`.
     """
-    _check_levels(levels)
-    for level, following in pairwise(levels):
-        slope = (z - denoiser(z, level)) / level
-        predicted = z + (following - level) * slope
-        corrected = (predicted - denoiser(predicted, following)) / following
-        z = z + (following - level) * (slope + corrected) / 2
+    for level, following, (a, s), (next_a, next_s) in _steps(levels, path):
+        D = denoiser(z, level)
+        noise = (z - a * D) / s
+        predicted = z + (next_a - a) * D + (next_s - s) * noise
+        next_D = denoiser(predicted, following)
+        next_noise = (predicted - next_a * next_D) / next_s
+        z = z + (next_a - a) * (D + next_D) / 2 + (next_s - s) * (noise + next_noise) / 2
     return denoiser(z, levels[-1])
 
 
-SAMPLERS = {"euler": euler, "heun": heun}
+def dpmpp_2m(denoiser: Denoiser, z: Tensor, levels: Sequence[float], path: Path) -> Tensor:
+    """DPM-Solver++(2M): of second order with one evaluation per level.
+
+    Lu et al. 2022 (arXiv:2211.01095), algorithm 2: over ln(a / s), the estimate of a step is
+    extended on the line through the last two; the first step is Euler's.
+    Arguments, result and errors are those of `euler`.
+    """
+    before, width_before = None, math.inf
+    for level, _, (a, s), (next_a, next_s) in _steps(levels, path):
+        D = denoiser(z, level)
+        # a first level that has nothing left of z0 is at minus infinity
+        width = math.log(next_a / next_s) - math.log(a / s) if a else math.inf
+        # of a first step, or after one of infinite width, there is no line
+        extended = D if math.isinf(width_before) else D + width / width_before / 2 * (D - before)
+        z = next_s / s * z + (next_a - a * next_s / s) * extended
+        before, width_before = D, width
+    return denoiser(z, levels[-1])
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A sampler and what it needs.
+
+    run:    takes a denoiser, a start, levels and their path
+    close:  whether neighbouring levels have to be close all the way
+    """
+
+    run: Callable[[Denoiser, Tensor, Sequence[float], Path], Tensor]
+    close: bool
+
+
+SAMPLERS = {
+    "euler": Solver(euler, close=False),
+    "heun": Solver(heun, close=True),
+    "dpmpp_2m": Solver(dpmpp_2m, close=True),
+}
+Sampler = Literal[tuple(SAMPLERS)]
 
 
 def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:
@@ -68,7 +115,12 @@ def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Deno
     return denoiser
 
 
-def _check_levels(levels: Sequence[float]) -> None:
-    descending = all(a > b for a, b in pairwise(levels))
-    if not levels or not descending or levels[-1] <= 0:
-        raise ValueError(f"levels must be descending and positive, got {list(levels)}")
+def _steps(
+    levels: Sequence[float], path: Path
+) -> list[tuple[float, float, tuple[float, float], tuple[float, float]]]:
+    """Two levels and their a and s, of each step."""
+    descending = all(map(math.isfinite, levels)) and all(x > y for x, y in pairwise(levels))
+    points = [at(path, level) for level in levels] if descending else []
+    if not points or not points[0][0] >= 0 or not points[-1][1] > 0:
+        raise ValueError(f"levels must be descending and on the path, got {list(levels)}")
+    return [(*pair, *ends) for pair, ends in zip(pairwise(levels), pairwise(points), strict=True)]

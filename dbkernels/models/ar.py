@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dbkernels.data.images import Batch
-from dbkernels.diffusion.prediction import log_level
+from dbkernels.diffusion.path import log_level
 from dbkernels.diffusion.process import Interval
 from dbkernels.models.layer import run_layers
 from dbkernels.models.noisy_text import NoisyText, scale_of_token
@@ -167,6 +167,5 @@ class AR(NoisyText):
 
     def enter(self, z: Tensor, level: Tensor, clean: Tensor) -> Tensor:
         """What the first layer reads of noisy tokens z (B, S, dim) beside clean ones, alike."""
-        p, _ = self.prediction.input(per_token(level))
-        x = (p * z).to(clean.dtype)
+        x = (self.prediction.scale(per_token(level)) * z).to(clean.dtype)
         return x + clean if self.config.noisy_input == "z_and_clean" else x

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dbkernels.diffusion.prediction import log_level
+from dbkernels.diffusion.path import log_level
 from dbkernels.models.layer import AdaLNLayer
 from dbkernels.models.rotary import rotary_table
 from dbkernels.ops import reference

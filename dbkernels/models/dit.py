@@ -3,8 +3,9 @@
     c = noise(ln(sigma) / 4) + table[label]
     F = unpatchify(W ((1 + scale) * norm(layers(patches(input) + positions, c)) + shift) + b)
 
-Peebles & Xie 2023 (arXiv:2212.09748); input and estimate by `prediction.EDM`; arXiv:2506.14202,
-section 5.2.
+Peebles & Xie 2023 (arXiv:2212.09748). Input and estimate are those of its prediction, and with
+another process than the Gaussian one what noise() reads: `diffusion.path` has it. With EDM:
+arXiv:2506.14202, section 5.2.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
-from dbkernels.diffusion.prediction import EDM, log_level
+from dbkernels.diffusion.path import PathName
+from dbkernels.diffusion.prediction import PredictionName, prediction_named
 from dbkernels.diffusion.process import Interval
 from dbkernels.models import embed
 from dbkernels.models.family import Presets
@@ -39,9 +41,15 @@ class DiTConfig(embed.ImageConfig):
     positions: embed.PositionOrder = "sin_cos"
     """Of the sines and cosines of each axis: sin_cos as in the published weights; cos_sin in runs
     of this package whose config.json has a version below 3."""
+    process: PathName = "gaussian"
+    """gaussian: sigma is added. flow: a straight path to noise, as in SD3, Flux and SiT. vp: the
+    steps of a schedule, as in the published DiT."""
+    prediction: PredictionName = "edm"
+    """What the network predicts, of those that `PREDICTIONS` has for the process."""
 
     def __post_init__(self):
         super().__post_init__()
+        prediction_named(self.process, self.prediction, self.sigma_data)
         # a width or an order that there is not is refused here
         embed.grid_positions(1, self.dim, self.positions)
 
@@ -73,7 +81,7 @@ class DiT(Presets, nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config, self.sigma_data = config, config.sigma_data
-        self.prediction = EDM(config.sigma_data)
+        self.prediction = prediction_named(config.process, config.prediction, config.sigma_data)
         D, pixels = config.dim, config.channels * config.patch**2
         layer = LayerConfig(
             D, config.num_heads, config.mlp_ratio * D, cond_dim=D, recompute=config.recompute
@@ -116,10 +124,10 @@ class DiT(Presets, nn.Module):
         return (len(batch["label"]),)
 
     def denoise(self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
-        """The denoised image (B, C, H, W) from z at sigma (B,), given batch["label"]."""
-        sigma = level[:, None, None, None]
-        (p, _), (of_z, of_F) = self.prediction.input(sigma), self.prediction.estimate(sigma)
-        return of_z * z + of_F * self._network(p * z, level, layers, batch)
+        """The denoised image (B, C, H, W) from z at the levels (B,), given batch["label"]."""
+        prediction, wide = self.prediction, level[:, None, None, None]
+        of_z, of_F = prediction.estimate(wide)
+        return of_z * z + of_F * self._network(prediction.scale(wide) * z, level, layers, batch)
 
     def loss(
         self,
@@ -162,7 +170,7 @@ class DiT(Presets, nn.Module):
 
     def stem(self, scaled: Tensor, level: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """What the first layer reads, (B, T, D), and the condition, from a label's row, (B, D)."""
-        c = self.condition(log_level(level)) + label
+        c = self.condition(self.prediction.path.condition(level)) + label
         return self.patch(embed.patchify(scaled, self.config.patch)) + self._positions(), c
 
     def _positions(self) -> Tensor:

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Protocol, get_args
 from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
+from dbkernels.diffusion.prediction import Prediction
 from dbkernels.diffusion.process import Interval
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
@@ -43,6 +44,8 @@ class Family(Protocol):
 
     layers:        the stack that a partition cuts; a block runs some of them
     sigma_data:    standard deviation of the clean target that the network assumes
+    prediction:    what the network predicts, which has the path that its noisy samples are on, and
+                   so the processes that it can be trained on; None where these are tokens
     target_parts:  names of the children that make the clean target. Where every block owns a copy
                    of what is shared, these stay common and frozen: the blocks must agree on the
                    space in which the signal passes from one to the next.
@@ -55,6 +58,7 @@ class Family(Protocol):
 
     layers: nn.ModuleList
     sigma_data: float
+    prediction: Prediction | None
     target_parts: ClassVar[tuple[str, ...]]
     stem_and_head: ClassVar[tuple[str, ...]]
     independent: bool

@@ -29,7 +29,7 @@ from scipy.special import ndtri, pdtr
 from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
-from dbkernels.diffusion.prediction import log_level
+from dbkernels.diffusion.path import log_level
 from dbkernels.models.embed import Linear
 from dbkernels.models.layer import make_norm
 from dbkernels.models.noisy_text import NoisyText
@@ -116,7 +116,7 @@ class Huginn(NoisyText):
 
     def stem(self, z: Tensor, level: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """What the core's first layer reads, (B, S, dim), and the condition, (B, ..., cond_dim)."""
-        p, _ = self.prediction.input(per_token(level))
+        p = self.prediction.scale(per_token(level))
         c = self.condition(log_level(level))
         return self._adapted(p * z, self.from_tokens(e)), c + self.clean_condition.to(c.dtype)
 

@@ -58,7 +58,8 @@ class MDM(Presets, nn.Module):
     presets, smallest = PRESETS, "small"
     target_parts = ()
     stem_and_head = ("stem", "tail")
-    sigma_data = 1.0  # of numbers, which tokens are not; the masked process does not read it
+    # of numbers, which tokens are not
+    sigma_data, prediction = 1.0, None
     independent = True
 
     def __init__(self, config: MDMConfig):

@@ -3,8 +3,8 @@
 Training, planning and the command line know a family by its entry alone.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import Batch, Data
 from dbkernels.data.made_up import Field
+from dbkernels.diffusion.flow import Flow
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.masked import Masked
+from dbkernels.diffusion.path import PathName
 from dbkernels.diffusion.process import Process
+from dbkernels.diffusion.timesteps import Timesteps
 from dbkernels.models import ar, dit, huginn, mdm, vit
 from dbkernels.models.family import Presets, Weighting
 from dbkernels.models.reading import TextWay
@@ -97,6 +100,12 @@ class FamilyEntry:
     writes: TextWay | None = None
     """How it makes text. cached or whole: token by token, with what layers keep of known ones, or
     all of them read again for each. unmask: a window at once, whose tokens open one by one."""
+    other_noise: Mapping[PathName, Process] = field(default_factory=dict)
+    """The noise of models whose configuration has another process than the family's own."""
+
+    def process_of(self, config: ModelConfig) -> Process:
+        """The noise of a model where nobody says another."""
+        return self.other_noise.get(getattr(config, "process", ""), self.process)
 
 
 # where a token's information lies for 32,000 words: below 0.05 it is read off z, and above 8 less
@@ -125,6 +134,7 @@ FAMILIES = {
         weighting="process",
         null_label=lambda config: config.num_classes,
         prompts=dit.prompts,
+        other_noise={"flow": Flow(), "vp": Timesteps()},
     ),
     "mdm": FamilyEntry(
         summary="fills the gaps of a text",

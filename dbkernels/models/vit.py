@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
-from dbkernels.diffusion.prediction import EDM, log_level
+from dbkernels.diffusion.path import log_level
+from dbkernels.diffusion.prediction import EDM
 from dbkernels.diffusion.process import Interval
 from dbkernels.models.embed import FinalModulation, ImageConfig, Linear, NoiseEmbedding, patchify
 from dbkernels.models.family import Presets
@@ -213,8 +214,7 @@ class ViT(Presets, nn.Module):
         """What the first layer reads, (B, T + 1, D), and the condition (B, cond_dim)."""
         c = self.condition(log_level(level))
         patches = self.patch(patchify(image, self.config.patch))
-        p, _ = self.prediction.input(level[:, None])
-        noisy = p * z
+        noisy = self.prediction.scale(level[:, None]) * z
         return torch.cat([noisy[:, None].to(patches), patches], dim=1) + self.positions, c
 
     def tail(self, answer: Tensor, c: Tensor, z: Tensor, level: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class Recipe:
             mirror=False,
             shift=0,
             partition=PartitionConfig(self.num_blocks, layers, split, sharing=self.sharing),
-            prior=entry.process,
+            prior=entry.process_of(self.model),
             objective=self.objective,
             trainer=TrainerConfig(
                 steps=STEPS, clip=0.0 if self.optimizer_in_backward else 1.0, **same

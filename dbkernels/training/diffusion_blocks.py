@@ -45,10 +45,11 @@ class DiffusionBlocks(Evaluated):
     Args:
         model:       a family; it serves block 0 itself, and every block where sharing is joint
         num_blocks:  1 trains end to end
-        process:     the noise; None is the family's own
+        process:     the noise, on the path of the model; None is the family's own
         weighting:   of the levels in the loss; None is the family's own. none: the plain mean.
-                     process: mean(weight * loss), with the process's own weight, that of EDM for a
-                     squared error or that of the bound for masked tokens. normalised: the same over
+                     process: mean(weight * loss), with the weight that makes a squared error one
+                     of what the network predicts, which is that of EDM for EDM, or with that of the
+                     bound for masked tokens. normalised: the same over
                      the mean weight of the block, so that no block outweighs another. published:
                      mean(weight) * mean(loss), what the authors' code does; alone of the four it
                      depends on how a batch is cut
@@ -61,9 +62,9 @@ class DiffusionBlocks(Evaluated):
         sharing:     joint, or copies, which need blocks that read no layer of each other
         noise_order: which end of the stack meets the most noise: the first layers, or the deepest
     Raises:
-        ValueError: a setting is unknown or does not fit the model, a layer with copies would be
-            trained by two blocks, or the model is of no known family and process or weighting is
-            None.
+        ValueError: a setting is unknown or does not fit the model, the process is on another path
+            than the model, a layer with copies would be trained by two blocks, or the model is of
+            no known family and process or weighting is None.
     """
 
     def __init__(
@@ -83,12 +84,19 @@ class DiffusionBlocks(Evaluated):
         super().__init__()
         self.process, self.weighting = process, weighting
         if entry := family_of(model):
-            self.process, self.weighting = process or entry.process, weighting or entry.weighting
+            self.process = process or entry.process_of(model.config)
+            self.weighting = weighting or entry.weighting
             self.metrics, self.average, self.text = entry.metrics, entry.average, entry.text
         if self.process is None:
             raise ValueError(
                 f"process must be given for {type(model).__name__}, which is of no known family, "
                 "got None"
+            )
+        path = model.prediction and model.prediction.path
+        if self.process.path != path:
+            raise ValueError(
+                f"process must be on the path of the model, {path or 'that of tokens'}, "
+                f"got {self.process}"
             )
         check_choice("weighting", self.weighting, WEIGHTINGS)
         check_choice("sharing", sharing, ("joint", "copies"))
@@ -203,9 +211,9 @@ class DiffusionBlocks(Evaluated):
         share = 1 / max(level.numel(), 1)
         if self.weighting == "none":
             return torch.full_like(level, share)
-        weight = self.process.weight(level, self.model.sigma_data)
+        weight = self.process.weight(level, self.model.prediction)
         if self.weighting == "normalised":
-            share /= self.process.mean_weight(block.trained_noise, self.model.sigma_data)
+            share /= self.process.mean_weight(block.trained_noise, self.model.prediction)
         if self.weighting == "published":
             weight = weight.mean().expand_as(level)
         return weight * share

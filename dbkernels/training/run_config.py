@@ -127,6 +127,9 @@ class RunConfig:
                 f"cuda_graphs must be off for the conventional objective of {self.family}, whose "
                 "steps differ in how often layers run, got on"
             )
+        own = type(entry.process_of(self.model))
+        if type(self.prior) is not own:
+            raise ValueError(f"prior must be {own.__name__} for this model, got {self.prior}")
         check_offload(self.trainer.offload, self.model.independent, blocks)
 
     def build(self, device: torch.device | str) -> DiffusionBlocks:
@@ -208,10 +211,11 @@ def config_of(saved: dict, version: object, path: Path) -> RunConfig:
             # the one weight that a process had
             saved = {**saved, "weighting": "process"}
         entry = family_named(saved["family"])
-        saved = {**saved, "model": entry.config.stored(saved["model"], version)}
+        model = entry.config.stored(saved["model"], version)
+        saved = {**saved, "model": model}
         nested = {
             "partition": PartitionConfig,
-            "prior": type(entry.process),
+            "prior": type(entry.process_of(model)),
             "trainer": TrainerConfig,
         }
         config = RunConfig(**{k: nested[k](**v) if k in nested else v for k, v in saved.items()})

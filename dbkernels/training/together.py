@@ -109,7 +109,7 @@ class Together(nn.Module):
                 z = torch.zeros(self.model.z_shape(batch), dtype=torch.float32, device=self.device)
             else:
                 z = self.start(batch, levels[0], replace(draw, step=draw.step + k))
-            euler(self.denoiser(batch, found.append), z, levels)
+            euler(self.denoiser(batch, found.append), z, levels, self.process.path)
         if starts == 1:
             return runs[0]
         return [self.average(torch.stack(step)) for step in zip(*runs, strict=True)]
@@ -139,7 +139,7 @@ class Together(nn.Module):
             levels:    descending
             draw:      names the start; a sample depends on its own place in the draw alone
             guidance:  scale of classifier-free guidance; 1 for none
-            sampler:   euler, or heun
+            sampler:   a key of SAMPLERS
         Returns:
             (B, ...) float32, in the range of the training data.
         Raises:
@@ -155,7 +155,7 @@ class Together(nn.Module):
                 name = type(self.model).__name__
                 raise ValueError(f"guidance must be 1 for {name}, got {guidance}")
             denoiser = guided(denoiser, self.denoiser(without(batch)), guidance)
-        return SAMPLERS[sampler](denoiser, z, levels)
+        return SAMPLERS[sampler].run(denoiser, z, levels, self.process.path)
 
     def start(self, batch: Batch, level: float, draw: Draw) -> Tensor:
         """A noisy sample at the first level of a sampler, of the shape that a batch asks for."""

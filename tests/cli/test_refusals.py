@@ -41,6 +41,8 @@ BEFORE = {
             "train --mean 0 --std 1e-9",
             "std must be large enough for 3 blocks with levels of their own",
         ),
+        ("train --process flow", "process is no setting of the model: dim, depth, num_heads"),
+        ("train --t-max 0.5", "t_max is no setting of the prior: mean, std, sigma_min, sigma_max"),
         ("train --depth 65537", "depth must be at most 65536, got 65537"),
         ("train --resume latest", "out must hold a checkpoint, got none"),
         ("train --resume nope", "nope is not a checkpoint"),

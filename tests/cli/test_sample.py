@@ -42,6 +42,7 @@ DROPPED = "dit --lr 0.1 --label-drop 0.5"
     ("line", "flags", "same"),
     [
         (DROPPED, "--sampler heun", False),
+        (DROPPED, "--sampler dpmpp_2m", False),
         (DROPPED, "--grid karras", False),
         (DROPPED, "--grid cdf", True),
         (DROPPED, "--guidance 7", False),
@@ -54,11 +55,23 @@ def test_every_setting_changes_the_images_but_the_default_of_guidance(sample, li
     assert np.array_equal(sample(line), sample(line, flags)) == same
 
 
-def test_heun_has_the_levels_that_it_needs_unless_told_otherwise(sample):
-    own, karras, cdf = (
-        sample(DROPPED, f"--sampler heun {grid}") for grid in ("", "--grid karras", "--grid cdf")
+@pytest.mark.parametrize(
+    ("noise", "sampler", "close"),
+    [
+        ("", "heun", "karras"),
+        (" --process flow", "dpmpp_2m", "linear"),
+        (" --process vp --prediction v", "heun", "karras"),
+    ],
+)
+def test_a_sampler_has_the_levels_that_it_needs_unless_told_otherwise(
+    sample, noise, sampler, close
+):
+    own, near, cdf = (
+        sample(DROPPED + noise, f"--sampler {sampler} {grid}")
+        for grid in ("", f"--grid {close}", "--grid cdf")
     )
-    assert np.array_equal(own, karras) and not np.array_equal(own, cdf)
+    assert np.array_equal(own, near) and not np.array_equal(own, cdf)
+    assert np.isfinite(own).all()
 
 
 @pytest.fixture

@@ -69,6 +69,42 @@ def test_the_prior_is_the_familys_or_the_papers_with_what_is_asked_for(runs, fla
     assert prior == {"mean": mean, "std": 1.2, "sigma_min": least, "sigma_max": 80.0}
 
 
+@pytest.mark.parametrize(
+    ("flags", "noise", "prior"),
+    [
+        ("dit", ("gaussian", "edm"), {"mean": -1.2}),
+        ("dit --process flow", ("flow", "velocity"), {"mean": 0.0, "time_shift": 1.0}),
+        (
+            "dit --process flow --prediction x0 --mean 0.5 --time-shift 3 --t-max 0.9",
+            ("flow", "x0"),
+            {"mean": 0.5, "time_shift": 3.0, "t_max": 0.9},
+        ),
+        ("dit --process flow --density uniform", ("flow", "velocity"), {"density": "uniform"}),
+        ("dit --process vp", ("vp", "epsilon"), {}),
+        ("dit --process vp --prediction v", ("vp", "v"), {}),
+    ],
+)
+def test_noise_and_its_prior_are_those_that_were_asked_for(runs, flags, noise, prior):
+    config = json.loads((runs(flags) / "config.json").read_text())
+    assert (config["model"]["process"], config["model"]["prediction"]) == noise
+    assert prior.items() <= config["prior"].items()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--process flow --prediction v", "prediction of flow must be one of velocity, x0, got v"),
+        ("--prediction epsilon", "prediction of gaussian must be one of edm, got epsilon"),
+        ("--process vp --mean 0.5", "mean is no setting of the prior, which has none; got 0.5"),
+        ("--process flow --sigma-max 5", "sigma_max is no setting of the prior: mean, std, dens"),
+        ("--process flow --density uniform --mean 0.5", "mean and std must be those of logit_nor"),
+        ("--process flow --paper", "paper must be False for noise that is not the paper's"),
+    ],
+)
+def test_noise_that_there_is_not_is_refused(train, flags, message):
+    assert refused(train(f"dit --out out {flags}"), message)
+
+
 def test_a_run_goes_on_to_its_end_and_not_with_other_settings(train, runs, tmp_path):
     whole, out = runs("vit --save-every 4"), tmp_path / "out"
     shutil.copytree(whole, out)

@@ -6,6 +6,7 @@ import torch
 from scipy import integrate, stats
 
 from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.diffusion.prediction import EDM
 from dbkernels.diffusion.process import Interval
 
 PRIOR = LogNormal()
@@ -116,7 +117,7 @@ def test_a_prior_draws_inside_its_blocks_intervals_or_names_what_is_wrong(num_bl
                 assert wide.low <= interval.low and interval.high <= wide.high
             sigma, ends = prior.level_at(interval, u), torch.tensor([interval.low, interval.high])
             assert ends[0] <= sigma.min() and sigma.max() <= ends[1], (setting, interval)
-            assert 0 < prior.mean_weight(interval, 0.5) < math.inf
+            assert 0 < prior.mean_weight(interval, EDM(0.5)) < math.inf
     assert drawn > len(SETTINGS) // 3
 
 
@@ -130,10 +131,10 @@ def test_the_mean_weight_is_the_integral_also_where_the_prior_is_wide(std):
             return math.exp(-(((x - prior.mean) / prior.std) ** 2) / 2)
 
         def weighted(x):
-            return density(x) * float(prior.weight(torch.tensor(math.exp(x)).double(), 0.5))
+            return density(x) * float(prior.weight(torch.tensor(math.exp(x)).double(), EDM(0.5)))
 
         (mass, _), (total, _) = (integrate.quad(f, *ends, limit=200) for f in (density, weighted))
-        assert prior.mean_weight(interval, 0.5) == pytest.approx(total / mass, rel=1e-5)
+        assert prior.mean_weight(interval, EDM(0.5)) == pytest.approx(total / mass, rel=1e-5)
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 7])

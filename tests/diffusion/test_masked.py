@@ -37,21 +37,21 @@ def test_levels_and_weights_are_the_published_ones_at_every_time(process):
     assert level == pytest.approx((1 - alpha).tolist(), abs=1e-15)
     # at the other end of the cosine, time moves where the level does not
     assert [process.time_of(x) for x in level] == pytest.approx(TIMES.tolist(), abs=1e-7)
-    weight = process.weight(torch.tensor(level, dtype=torch.float64), 1.0)
+    weight = process.weight(torch.tensor(level, dtype=torch.float64), None)
     torch.testing.assert_close(weight, -slope / (1 - alpha).detach(), rtol=1e-6, atol=1e-6)
 
 
 def test_the_linear_schedule_has_the_figures_of_its_formula():
     assert LINEAR.at_time(0.5) == pytest.approx(0.5, abs=1e-15)
-    assert LINEAR.weight(HALF, 1.0).item() == pytest.approx(1.9996, abs=1e-12)
-    assert LINEAR.weight(0 * HALF + LINEAR.range.low, 1.0).item() == pytest.approx(9998)
+    assert LINEAR.weight(HALF, None).item() == pytest.approx(1.9996, abs=1e-12)
+    assert LINEAR.weight(0 * HALF + LINEAR.range.low, None).item() == pytest.approx(9998)
 
 
 @both
 def test_float32_loses_nothing_of_the_weight_where_few_are_masked(process):
     small = LINEAR.range.low * torch.tensor([1, 1 + 1e-6, 2, 100])
-    exact = process.weight(small.double(), 1.0)
-    torch.testing.assert_close(process.weight(small, 1.0).double(), exact, rtol=1e-6, atol=0)
+    exact = process.weight(small.double(), None)
+    torch.testing.assert_close(process.weight(small, None).double(), exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_the_mean_weight_is_the_integral_over_an_interval(process):
 
         def weight(t):
             level = torch.tensor(process.at_time(t), dtype=torch.float64)
-            return float(process.weight(level, 1.0))
+            return float(process.weight(level, None))
 
         ends = process.time_of(interval.low), process.time_of(interval.high)
         total, _ = integrate.quad(weight, *ends, points=[1e-4, 1e-3], limit=200, epsabs=1e-9)
         mean = total / (ends[1] - ends[0])
-        assert process.mean_weight(interval, 1.0) == pytest.approx(mean, rel=1e-6)
+        assert process.mean_weight(interval, None) == pytest.approx(mean, rel=1e-6)
 
 
 def test_a_sampler_starts_where_every_token_is_masked():

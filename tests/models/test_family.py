@@ -20,7 +20,8 @@ from torch import nn
 from training.tiny import PRIOR
 
 from dbkernels.data.dataset import as_data
-from dbkernels.diffusion.prediction import EDM, log_level
+from dbkernels.diffusion.path import EXPLODING, log_level
+from dbkernels.diffusion.prediction import EDM
 from dbkernels.diffusion.samplers import euler, heun
 from dbkernels.models import AdaLNLayer, LayerConfig
 from dbkernels.models.embed import NoiseEmbedding
@@ -126,6 +127,7 @@ class Recurrent(nn.Module):
     """Prelude, core and coda over tokens; the core is run as often as a block's layers say."""
 
     target_parts, stem_and_head, sigma_data, independent = ("table",), (), 0.5, True
+    prediction = EDM(0.5)
 
     def __init__(self, words=5, D=16):
         super().__init__()
@@ -143,7 +145,7 @@ class Recurrent(nn.Module):
 
     def denoise(self, z, level, layers, batch):
         c, sigma = self.condition(log_level(level)), level[:, None, None]
-        (p, _), (of_z, of_F) = EDM(0.5).input(sigma), EDM(0.5).estimate(sigma)
+        p, (of_z, of_F) = EDM(0.5).scale(sigma), EDM(0.5).estimate(sigma)
         rotary = rotary_table(torch.arange(z.shape[1], device=z.device), 8)
         x = p * z + self.stem(batch["token"])
         for index in layers:
@@ -185,6 +187,6 @@ def test_a_recurrent_stack_is_trained_and_sampled_unchanged(num_blocks, groups):
     halving = [80 / 2**i for i in range(11)]
     with torch.no_grad():
         for sampler, levels in ((euler, PRIOR.grid(4)), (heun, halving)):
-            answer = sampler(blocks.eval().denoiser(batch), z, levels)
+            answer = sampler(blocks.eval().denoiser(batch), z, levels, EXPLODING)
             word = (answer @ blocks.model.rows().T).argmax(-1)
             assert (word == batch["answer"]).float().mean() > 0.9

@@ -64,7 +64,7 @@ def test_without_noise_the_next_token_is_named_from_those_before_it():
 
 def test_the_equations():
     model, z = make(), make().noisy(LEVEL, BATCH, DRAW)
-    constant, scale = model.constant_condition(3), per_token(model.prediction.input(LEVEL)[0])
+    constant, scale = model.constant_condition(3), per_token(model.prediction.scale(LEVEL))
     c = model.condition(LEVEL.log() / 4) + constant
     e = model.run(PRELUDE, model.tokens_before(TOKEN), constant)
     A = torch.cat([model.from_state.weight, model.from_tokens.weight], dim=1)

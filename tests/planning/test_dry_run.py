@@ -50,6 +50,7 @@ LADDER = [replace(FUSED, recompute=recompute) for recompute in policies_of(mixed
 ROWS = [
     *ENDS,
     *LADDER,
+    replace(FUSED, model=replace(DIT, process="vp", prediction="v")),
     # the second block runs more, though it has no more layers
     replace(FUSED, layers=(0, 1, 2, 3, 2, 2), split=(2, 4)),
     *(

@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from training.tiny import PRIOR, families, make_blocks
 
+from dbkernels.diffusion.flow import Flow
 from dbkernels.diffusion.gaussian import LogNormal
+from dbkernels.diffusion.masked import Masked
+from dbkernels.diffusion.prediction import EDM
 from dbkernels.ops.philox import Draw, uniforms
 from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, load_weights
 
@@ -87,6 +90,15 @@ def load(name):
         (lambda: two(layers=[-1, 1, 2]), "layers must be 0 to 2"),
         (lambda: two(layers=[0, 1, 1, 2], sharing="copies"), "one block, got layer 1 in several"),
         (lambda: make_blocks(num_blocks=4), "num_blocks must be between 1 and the 3 layers, got 4"),
+        (
+            lambda: two("dit", process=Flow()),
+            r"process must be on the path of the model, Exploding\(\), got Flow\(",
+        ),
+        (
+            lambda: two("mdm", process=PRIOR),
+            r"path of the model, that of tokens, got LogNormal\(",
+        ),
+        (lambda: two(process=Masked()), r"path of the model, Exploding\(\), got Masked\("),
         # a model of no known family needs both
         (lambda: known(weighting="none"), "process must be given for Known, .*, got None"),
         (lambda: known(process=PRIOR), "weighting must be one of none, .*, got None"),
@@ -131,7 +143,7 @@ def test_frozen_parameters_are_those_of_layers_that_one_block_runs(sharing):
 class Known(nn.Module):
     """A family whose losses are its levels."""
 
-    target_parts, sigma_data = (), 0.5
+    target_parts, sigma_data, prediction = (), 0.5, EDM(0.5)
 
     def __init__(self):
         super().__init__()
@@ -168,6 +180,7 @@ def test_a_loss_weighs_the_losses_of_the_levels_that_it_drew(weighting, shape):
     assert seen.interval == noise
     assert noise.low <= seen.level.min() and seen.level.max() <= noise.high
     assert seen.level.min() < block.noise.low and seen.level.max() > block.noise.high
-    mean = PRIOR.mean_weight(noise, 0.5)
-    expected = weighed(seen.level.double(), PRIOR.weight(seen.level, 0.5).double(), weighting, mean)
+    mean = PRIOR.mean_weight(noise, EDM(0.5))
+    weight = PRIOR.weight(seen.level, EDM(0.5)).double()
+    expected = weighed(seen.level.double(), weight, weighting, mean)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

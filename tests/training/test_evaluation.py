@@ -10,6 +10,7 @@ from torch import nn
 from training.tiny import PRIOR, make_blocks, make_data
 
 from dbkernels.data.images import ImageData
+from dbkernels.diffusion.prediction import EDM
 from dbkernels.models.vit import metrics
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.evaluation import batches, frechet_distance
@@ -18,7 +19,7 @@ from dbkernels.training.evaluation import batches, frechet_distance
 class Known(nn.Module):
     """A classifier whose answers are given; the first pixel of an image is its label."""
 
-    target_parts, sigma_data = (), 0.5
+    target_parts, sigma_data, prediction = (), 0.5, EDM(0.5)
 
     def __init__(self, logits=None, loss=None):
         super().__init__()

@@ -138,7 +138,12 @@ def test_guidance_extrapolates_from_no_label_to_the_label():
 
 @sharings
 @pytest.mark.parametrize(
-    ("sampler", "served"), [("euler", [0, 1, 2, 2]), ("heun", [0, 1, 1, 2, 2, 2, 2])]
+    ("sampler", "served"),
+    [
+        ("euler", [0, 1, 2, 2]),
+        ("heun", [0, 1, 1, 2, 2, 2, 2]),
+        ("dpmpp_2m", [0, 1, 2, 2]),
+    ],
 )
 @pytest.mark.parametrize("guidance", [1, 1.0, 2.0])
 def test_samplers_ask_the_serving_block_and_once_more_without_a_label_where_guided(
@@ -171,9 +176,15 @@ def test_the_same_seed_gives_the_same_images_and_another_seed_others():
     [
         ("dit", [0, 3], LEVELS, {}, "labels must be 0 to 2, got 0 to 3"),
         ("dit", [-1, 2], LEVELS, {}, "labels must be 0 to 2, got -1 to 2"),
-        ("dit", [0], LEVELS, {"sampler": "rk4"}, "sampler must be one of euler, heun, got rk4"),
+        (
+            "dit",
+            [0],
+            LEVELS,
+            {"sampler": "rk4"},
+            "one of euler, heun, dpmpp_2m, got rk4",
+        ),
         ("dit", [0], [81.0, 1.0], {}, r"level must lie in \[0.002, 80.0\], got 81"),
-        ("dit", [0], [1.0, 2.0], {}, "levels must be descending and positive"),
+        ("dit", [0], [1.0, 2.0], {}, "levels must be descending and on the path"),
         ("vit", [0], LEVELS, {"guidance": 2}, "guidance must be 1 for ViT, got 2"),
     ],
 )

@@ -11,6 +11,8 @@ from training.tiny import CONFIGS, CPU, IN_BACKWARD, equal, families, make_data,
 
 import dbkernels.training.run as run_module
 from dbkernels.data.images import open_data
+from dbkernels.diffusion.flow import Flow
+from dbkernels.diffusion.timesteps import Timesteps
 from dbkernels.models import AR, stem_and_head
 from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
@@ -35,6 +37,23 @@ def test_config_comes_back_as_it_was_written(make_config, family, tmp_path):
     config = make_config(family, partition={"split": "1,1,1"}, lr=1 / 3)
     write_config(config, tmp_path)
     assert read_config(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("noise", "prior"),
+    [(("flow", "velocity"), Flow(mean=0.5, time_shift=3.0)), (("vp", "v"), Timesteps())],
+)
+def test_a_config_of_other_noise_comes_back_and_has_no_prior_but_its_own(
+    make_config, noise, prior, tmp_path
+):
+    own = make_config("dit")
+    model = replace(own.model, process=noise[0], prediction=noise[1])
+    config = replace(own, model=model, prior=prior)
+    write_config(config, tmp_path)
+    assert read_config(tmp_path) == config
+    assert config.build("cpu").process == prior
+    with pytest.raises(ValueError, match=f"prior must be {type(prior).__name__} for this model"):
+        replace(config, prior=own.prior)
 
 
 def test_blocks_are_built_of_the_seed_alone_whatever_the_partition(make_config):

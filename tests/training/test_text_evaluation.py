@@ -9,6 +9,7 @@ from torch import nn
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.likelihood import gaussian_bound
 from dbkernels.diffusion.masked import Masked
+from dbkernels.diffusion.prediction import EDM
 from dbkernels.models import FAMILIES
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.text_bound import APART, LEAST_LEVELS, curve_levels
@@ -83,7 +84,9 @@ class Exact(nn.Module):
 
 
 def exact(num_blocks=2, *, process=PRIOR, text="gaussian", **model):
-    blocks = DiffusionBlocks(Exact(**model), num_blocks, process=process, weighting="none")
+    model = Exact(**model)
+    model.prediction = EDM(0.5) if process.path else None
+    blocks = DiffusionBlocks(model, num_blocks, process=process, weighting="none")
     blocks.text = text
     return blocks
 
