@@ -1,6 +1,6 @@
 """A diffusion transformer that denoises an image or a latent, given its class.
 
-    c = noise(ln(sigma) / 4) + table[label]
+    c = noise(ln(sigma) / 4) + table[label]        or noise(step), as published networks have it
     F = unpatchify(W ((1 + scale) * norm(layers(patches(input) + positions, c)) + shift) + b)
 
 Peebles & Xie 2023 (arXiv:2212.09748); input and estimate by `prediction.EDM`; arXiv:2506.14202,
@@ -9,6 +9,7 @@ section 5.2.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from dbkernels.ops.adaln_norm import adaln_norm
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.philox import Draw
 from dbkernels.ops.score_loss import score_loss
+from dbkernels.settings import check_choice
+
+LevelRead = Literal["log", "step"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +43,18 @@ class DiTConfig(embed.ImageConfig):
     positions: embed.PositionOrder = "sin_cos"
     """Of the sines and cosines of each axis: sin_cos as in the published weights; cos_sin in runs
     of this package whose config.json has a version below 3."""
+    level: LevelRead = "log"
+    """What the condition is computed from: log is ln(sigma) / 4; step is the level itself, which is
+    the step 0 to 999 of the schedule that a published network was trained with."""
+    frequencies: embed.Frequencies = "open"
+    """Of the condition's sinusoid, as `embed.sinusoid`: open as published, closed in diffusers."""
+    eps2: float | None = None
+    """Of the norm before each MLP, in units of x**2; None is 1e-6, as of every other norm."""
 
     def __post_init__(self):
         super().__post_init__()
+        check_choice("level", self.level, get_args(LevelRead))
+        check_choice("frequencies", self.frequencies, get_args(embed.Frequencies))
         # a width or an order that there is not is refused here
         embed.grid_positions(1, self.dim, self.positions)
 
@@ -76,10 +89,15 @@ class DiT(Presets, nn.Module):
         self.prediction = EDM(config.sigma_data)
         D, pixels = config.dim, config.channels * config.patch**2
         layer = LayerConfig(
-            D, config.num_heads, config.mlp_ratio * D, cond_dim=D, recompute=config.recompute
+            D,
+            config.num_heads,
+            config.mlp_ratio * D,
+            cond_dim=D,
+            recompute=config.recompute,
+            eps2=config.eps2,
         )
         self.patch = embed.Linear(pixels, D)
-        self.condition = embed.NoiseEmbedding(D)
+        self.condition = embed.NoiseEmbedding(D, config.frequencies)
         self.label_table = nn.Embedding(config.num_classes + 1, D)
         self.layers = nn.ModuleList(AdaLNLayer(layer) for _ in range(config.depth))
         self.modulation = embed.FinalModulation(D, D)
@@ -162,7 +180,8 @@ class DiT(Presets, nn.Module):
 
     def stem(self, scaled: Tensor, level: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """What the first layer reads, (B, T, D), and the condition, from a label's row, (B, D)."""
-        c = self.condition(log_level(level)) + label
+        read = log_level(level) if self.config.level == "log" else level
+        c = self.condition(read) + label
         return self.patch(embed.patchify(scaled, self.config.patch)) + self._positions(), c
 
     def _positions(self) -> Tensor:
