@@ -1,9 +1,16 @@
 """Weights of other people's models."""
 
+from dbkernels.convert.checkpoint import load, save_as
 from dbkernels.convert.dit_block import (
     dit_block_from_layer,
     layer_from_dit_block,
     layer_from_dit_state,
 )
 
-__all__ = ["dit_block_from_layer", "layer_from_dit_block", "layer_from_dit_state"]
+__all__ = [
+    "dit_block_from_layer",
+    "layer_from_dit_block",
+    "layer_from_dit_state",
+    "load",
+    "save_as",
+]

@@ -21,7 +21,8 @@ from dbkernels.models.layer import AdaLNLayer, LayerConfig
 from dbkernels.settings import check_choice
 
 _ACTIVATIONS = {"gelu_tanh": "gelu", "gelu_exact": "gelu_exact", "swiglu": "swiglu"}
-_PARTS = {
+# of a layer: their names, and ours
+PARTS = {
     "attn.qkv": "attention.qkv",
     "attn.proj": "attention.out",
     "attn.q_norm": "attention.q_norm",
@@ -116,7 +117,7 @@ def layer_from_dit_state(
 
 def _loaded(config: LayerConfig, state: Mapping[str, Tensor]) -> AdaLNLayer:
     layer = AdaLNLayer(config)
-    translated = {_translate(name, _PARTS): t.detach().clone() for name, t in state.items()}
+    translated = {_translate(name, PARTS): t.detach().clone() for name, t in state.items()}
     dtype = state["attn.qkv.weight"].dtype
     for name, tensor in state.items():
         if tensor.dtype != dtype and name.startswith(("attn.", "mlp.")):
@@ -140,7 +141,7 @@ def dit_block_from_layer(layer: AdaLNLayer) -> dict[str, Tensor]:
     """
     if layer.config.silu_modulation:
         raise ValueError("silu_modulation must be False in a DiT block, got True")
-    names = {ours: theirs for theirs, ours in _PARTS.items()}
+    names = {ours: theirs for theirs, ours in PARTS.items()}
     return {_translate(name, names): tensor for name, tensor in layer.state_dict().items()}
 
 

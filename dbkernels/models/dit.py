@@ -10,6 +10,7 @@ arXiv:2506.14202, section 5.2.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from dbkernels.ops.adaln_norm import adaln_norm
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.philox import Draw
 from dbkernels.ops.score_loss import score_loss
+from dbkernels.settings import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +48,15 @@ class DiTConfig(embed.ImageConfig):
     steps of a schedule, as in the published DiT."""
     prediction: PredictionName = "edm"
     """What the network predicts, of those that `PREDICTIONS` has for the process."""
+    frequencies: embed.Frequencies = "open"
+    """Of the condition's sinusoid, as `embed.sinusoid`: open as published, closed in diffusers."""
+    eps2: float | None = None
+    """Of the norm before each MLP, in units of x**2; None is 1e-6, as of every other norm."""
 
     def __post_init__(self):
         super().__post_init__()
         prediction_named(self.process, self.prediction, self.sigma_data)
+        check_choice("frequencies", self.frequencies, get_args(embed.Frequencies))
         # a width or an order that there is not is refused here
         embed.grid_positions(1, self.dim, self.positions)
 
@@ -84,10 +91,15 @@ class DiT(Presets, nn.Module):
         self.prediction = prediction_named(config.process, config.prediction, config.sigma_data)
         D, pixels = config.dim, config.channels * config.patch**2
         layer = LayerConfig(
-            D, config.num_heads, config.mlp_ratio * D, cond_dim=D, recompute=config.recompute
+            D,
+            config.num_heads,
+            config.mlp_ratio * D,
+            cond_dim=D,
+            recompute=config.recompute,
+            eps2=config.eps2,
         )
         self.patch = embed.Linear(pixels, D)
-        self.condition = embed.NoiseEmbedding(D)
+        self.condition = embed.NoiseEmbedding(D, config.frequencies)
         self.label_table = nn.Embedding(config.num_classes + 1, D)
         self.layers = nn.ModuleList(AdaLNLayer(layer) for _ in range(config.depth))
         self.modulation = embed.FinalModulation(D, D)

@@ -17,6 +17,7 @@ from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_choice
 
 PositionOrder = Literal["sin_cos", "cos_sin"]
+Frequencies = Literal["open", "closed"]
 
 FREQUENCIES = 256  # width of the sinusoid that embeds a noise level
 MAX_PERIOD = 10000.0  # longest wavelength of that sinusoid, over 2 pi
@@ -37,17 +38,21 @@ def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, channels, side * patch, side * patch)
 
 
-def sinusoid(value: Tensor, dim: int, max_period: float = MAX_PERIOD) -> Tensor:
-    """Cosines, then sines, of a number at `dim / 2` geometric frequencies.
+def sinusoid(
+    value: Tensor, dim: int, frequencies: Frequencies = "open", *, max_period: float = MAX_PERIOD
+) -> Tensor:
+    """Cosines, then sines, of a number at `dim / 2` geometric frequencies from 1 downward.
 
     Args:
-        value:  (...)  float32
-        dim:    even
+        value:        (...)  float32
+        dim:          even; at least 4 where closed
+        frequencies:  open ends one frequency before 1 / max_period, closed ends there
     Returns:
         (..., dim) float32.
     """
     half = dim // 2
-    exponent = torch.arange(half, device=value.device, dtype=torch.float32) / half
+    gaps = half if frequencies == "open" else half - 1
+    exponent = torch.arange(half, device=value.device, dtype=torch.float32) / gaps
     angle = value.float()[..., None] * max_period**-exponent
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
@@ -94,8 +99,9 @@ class Linear(nn.Linear):
 class NoiseEmbedding(nn.Module):
     """c_noise (B,) -> condition (B, cond_dim): sinusoid, Linear, SiLU, Linear."""
 
-    def __init__(self, cond_dim: int):
+    def __init__(self, cond_dim: int, frequencies: Frequencies = "open"):
         super().__init__()
+        self.frequencies = frequencies
         self.fc1 = Linear(FREQUENCIES, cond_dim)
         self.fc2 = nn.Linear(cond_dim, cond_dim)
         for linear in (self.fc1, self.fc2):
@@ -103,7 +109,7 @@ class NoiseEmbedding(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(sinusoid(c_noise, FREQUENCIES))))
+        return self.fc2(F.silu(self.fc1(sinusoid(c_noise, FREQUENCIES, self.frequencies))))
 
 
 class FinalModulation(nn.Module):
