@@ -1,5 +1,6 @@
 """Whole networks of other people's files: they compute the same, and come back with their bits."""
 
+import json
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -63,7 +64,7 @@ dit_files = pytest.mark.parametrize("name", ["dit.pt", "dit.safetensors", "folde
 
 def of_their_code(name):
     """What diffusers computes otherwise."""
-    return {} if "." in name else {"gaps": 127, "eps2": 1e-5}
+    return {} if "." in name else {"gaps": 127, "eps2": 0.1}
 
 
 @dit_files
@@ -82,6 +83,13 @@ def test_a_dit_predicts_the_noise_that_the_original_does(tmp_path, name, varianc
     actual = network(model, noise(), STEPS, LABEL)
     error, allowed = ((each - expected).abs().max() for each in (actual, eager))
     assert error <= 2 * allowed
+
+
+def test_a_folder_that_says_no_eps_has_that_of_diffusers(tmp_path):
+    path = write(their.dit_tensors(), tmp_path / "folder") / "transformer" / "config.json"
+    settings = {name: value for name, value in their.SETTINGS.items() if name != "norm_eps"}
+    path.write_text(json.dumps(settings))
+    assert loaded(tmp_path / "folder").config.eps2 == 1e-5
 
 
 @dit_files

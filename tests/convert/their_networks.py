@@ -169,7 +169,7 @@ SETTINGS = {
     "_class_name": "DiTTransformer2DModel", "num_attention_heads": HEADS,
     "attention_head_dim": D // HEADS, "in_channels": CHANNELS, "out_channels": 2 * CHANNELS,
     "num_layers": DEPTH, "sample_size": SIZE, "patch_size": PATCH, "num_embeds_ada_norm": CLASSES,
-    "activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_eps": 1e-5,
+    "activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "norm_eps": 0.1,
 }  # fmt: skip
 
 

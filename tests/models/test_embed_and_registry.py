@@ -58,6 +58,9 @@ def test_a_sinusoid_holds_cosines_then_sines_at_geometric_frequencies():
         angles = [float(value[place]) * f for f in (1.0, 0.1, 0.01)]
         expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
         torch.testing.assert_close(actual[place], torch.tensor(expected), rtol=0, atol=1e-5)
+    closed = sinusoid(torch.tensor(10.0), 6, "closed", max_period=100.0)
+    expected = [math.sin(10 * f) for f in (1.0, 0.1, 0.01)]
+    torch.testing.assert_close(closed[3:], torch.tensor(expected), rtol=0, atol=1e-5)
     # the longest wavelength is ten thousand by default
     assert sinusoid(torch.tensor(10.0), 4)[3].item() == pytest.approx(math.sin(10 / 100), abs=1e-6)
 
@@ -118,6 +121,8 @@ def test_the_final_modulation_is_shift_then_scale_and_nothing_at_first():
     [
         (lambda: grid_positions(2, 6), "a width that 4 divides, got 6"),
         (lambda: DiTConfig(6, 1, 1), "a width that 4 divides, got 6"),
+        (lambda: DiTConfig(8, 1, 1, level="sigma"), "be one of log, step, got sigma"),
+        (lambda: DiTConfig(8, 1, 1, frequencies="all"), "be one of open, closed, got all"),
         (lambda: DiTConfig(8, 1, 1, positions="sin"), "be one of sin_cos, cos_sin, got sin"),
         (lambda: rotary_table(torch.arange(3), 5), "need an even head width, got 5"),
         (lambda: CONFIGS["vit"].resized({"patch": 3}), "must divide the image size, got 3 and 4"),
