@@ -118,7 +118,7 @@ class AR(NoisyText):
         if clean is not None:
             share = torch.full_like(of_token, guess / max(token.numel(), 1))
             of_token = torch.cat([of_token, share])
-            noisy, token = torch.cat([noisy, clean]), token.repeat(2, 1)
+            noisy, token = self.head.beside(noisy, clean), token.repeat(2, 1)
         return self.cross_entropy(noisy, token, of_token, "sum")
 
     def conventional_loss(self, draw: Draw, layers: Sequence[int], batch: Batch) -> Tensor:

@@ -28,7 +28,7 @@ from dbkernels.ops.linear_cross_entropy import linear_cross_entropy
 class ReadOutHead(nn.Module):
     """The last norm, its modulation and the head, which starts at zero.
 
-    Rows are what the head multiplies: (B, S, dim), or (B, S, 2 dim) where it reads z too.
+    Rows are what the head multiplies: (B, S, dim), or (B, S, 2 dim) where they hold z too.
     """
 
     def __init__(self, config: NoisyTextConfig):
@@ -51,14 +51,18 @@ class ReadOutHead(nn.Module):
         return (1 + scale) * (of_z * z + of_F * self.norm(h)) + shift
 
     def clean(self, h: Tensor, c: Tensor) -> Tensor:
-        """Rows of a stream h (B, S, dim) of clean tokens."""
-        rows = self._normed(h, c)
-        return F.pad(rows, (0, rows.shape[-1])) if self.reads_z else rows
+        """Rows (B, S, dim) of a stream h of clean tokens, which have no z."""
+        return self._normed(h, c)
+
+    def beside(self, noisy: Tensor, clean: Tensor) -> Tensor:
+        """Rows of both streams, one after the other along B, for one pass of the head."""
+        missing = noisy.shape[-1] - clean.shape[-1]
+        return torch.cat([noisy, F.pad(clean, (0, missing)) if missing else clean])
 
     def logits(self, rows: Tensor, table: Tensor | None) -> Tensor:
         """(B, S, vocabulary) from rows and E^, as for `cross_entropy`."""
         with self._wide(rows):
-            weight, bias = self._weight(table), self.linear.bias
+            weight, bias = self._weight(rows, table), self.linear.bias
             return F.linear(rows, weight.to(rows.dtype), bias.to(rows.dtype))
 
     def cross_entropy(
@@ -74,13 +78,13 @@ class ReadOutHead(nn.Module):
         Args:
             rows:       of this head
             token:      (B, S)  int64
-            table:      E^ (vocabulary, dim); None where the head does not read z
+            table:      E^ (vocabulary, dim); None where no row holds z
             scale:      (B, S) factor of each token's; None is 1
             reduction:  as that of `linear_cross_entropy`
         """
         with self._wide(rows):
             how = {"bias": self.linear.bias, "token_weight": scale, "reduction": reduction}
-            return linear_cross_entropy(rows, self._weight(table), token, **how)
+            return linear_cross_entropy(rows, self._weight(rows, table), token, **how)
 
     def _modulation(self, c: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and scale (B, 1 or S, dim)."""
@@ -94,14 +98,17 @@ class ReadOutHead(nn.Module):
             return reference.adaln_norm(h, scale, shift, **told)
         return adaln_norm(h, scale, shift, **told, dtype=statistics_dtype(h))
 
-    def _weight(self, table: Tensor | None) -> Tensor:
+    def _weight(self, rows: Tensor, table: Tensor | None) -> Tensor:
         own = self.linear.weight
-        return torch.cat([own.float(), table.float()], dim=1) if self.reads_z else own
+        return torch.cat([own.float(), table.float()], dim=1) if self._holds_z(rows) else own
+
+    def _holds_z(self, rows: Tensor) -> bool:
+        return rows.shape[-1] > self.linear.in_features
 
     def _wide(self, rows: Tensor) -> AbstractContextManager:
         # z / sigma**2 reaches hundreds, of which a narrow dtype would leave no logit right
         device = rows.device.type
-        narrow = self.reads_z and torch.is_autocast_enabled(device)
+        narrow = self._holds_z(rows) and torch.is_autocast_enabled(device)
         # nothing where nothing changes, for an exported program shows every context
         return torch.autocast(device, enabled=False) if narrow else nullcontext()
 

@@ -22,6 +22,8 @@ def rows_of(bench):
         sizes = {"depth": 4, "dim": 64, "mlp_hidden": 176, "cond_dim": 8}
         for presets in (mdm.PRESETS, ar.PRESETS):
             patch.setitem(presets, "tiny", replace(presets["small"], **sizes))
+        patch.setitem(ar.PRESETS, "posterior", ar.PRESETS["tiny"])
+        patch.setitem(ar.PRESETS, "tiny", replace(ar.PRESETS["tiny"], read_out="paper"))
         yield run
 
 
@@ -55,6 +57,9 @@ def test_blocks_of_a_language_model_read_each_token_twice(rows_of):
         assert row["layers_flops"] == pytest.approx(matmuls + attended * ATTENTION, rel=0.02)
     heads = [row["head_flops"] / (6 * 27 * D) for row in (ordinary, half, guessing, through)]
     assert heads == [1, 2, 4, 4]
+    # rows that hold z are twice as wide, and those of an ordinary network hold none
+    rows = rows_of(family="ar", preset="posterior", num_blocks=(2,))
+    assert [row["head_flops"] / (6 * 27 * D) for row in rows] == [1, 4, 8, 8]
     # 11 numbers for the four of the hidden layer, which has 5.5 here; and x, keys and values
     unit = 11 - 4 + 2 * HIDDEN / D
     kept = half["kept_units"] - (ordinary["kept_units"] - 4 * unit)
