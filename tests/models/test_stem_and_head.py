@@ -97,7 +97,8 @@ def run_end(model, name, inputs):
     return {"y": y.detach(), **found}
 
 
-def exact_sinusoid(value, width):
+def exact_sinusoid(value, width, frequencies="open"):
+    assert frequencies == "open"
     angle = value[:, None] * 10000.0 ** -torch.linspace(0, 1, width // 2 + 1).double()[:-1]
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
