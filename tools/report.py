@@ -48,7 +48,12 @@ deviation over seeds; lower is better. *Bits* is the bound at its best stop leve
 network has no noise. *Down to the least level* has every block in the bound. *At the most noise* is
 the likelihood of a sampler that asks the first block once. All have the same number of updates of
 every layer; what all blocks share gets an update from each block's step. *Of the sampler* is an
-estimate that is too high, by more where there are few starts."""),
+estimate that is too high, by more where there are few starts. *The paper's* has its prior, read-out
+and levels; the blocks below it have a prior that is fitted to the text. *Own* reads the text
+through a block's own layers, *through* through all layers before them too, with the deepest block
+at the most noise; *next token* adds that loss. *All of these* has both, and its noisy stream goes
+on from the clean one (`--noisy-input z_and_clean`). `benchmarks/text.py` trains and evaluates
+all."""),
     "noise": ("Digits by noise", """Digits that a DiT generates, by the noise and by what the
 network predicts, after the same number of updates of every layer; what all blocks share gets an
 update from each block's step. The Fréchet distance, ± its standard deviation over seeds, is that of
