@@ -121,7 +121,6 @@ def test_the_final_modulation_is_shift_then_scale_and_nothing_at_first():
     [
         (lambda: grid_positions(2, 6), "a width that 4 divides, got 6"),
         (lambda: DiTConfig(6, 1, 1), "a width that 4 divides, got 6"),
-        (lambda: DiTConfig(8, 1, 1, level="sigma"), "be one of log, step, got sigma"),
         (lambda: DiTConfig(8, 1, 1, frequencies="all"), "be one of open, closed, got all"),
         (lambda: DiTConfig(8, 1, 1, positions="sin"), "be one of sin_cos, cos_sin, got sin"),
         (lambda: rotary_table(torch.arange(3), 5), "need an even head width, got 5"),
