@@ -34,7 +34,8 @@ from dbkernels.ops.backend.register import (
     is_last_to_read,
     register,
 )
-from dbkernels.ops.layer.projection import add_product, chunks
+from dbkernels.ops.layer.gradients import add_product
+from dbkernels.ops.layer.tensors import chunks
 
 SHARE = 16  # of the logits is a chunk; of what eager holds, which is three times the logits, 48
 ENOUGH = 4096  # tokens, at which reading and writing the sums costs little beside the matmuls

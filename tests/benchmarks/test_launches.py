@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dbkernels.memory.allocator import target_named
 from dbkernels.ops import adaln_norm, attention, linear
 from dbkernels.ops.backend.register import dry_run_on_gpu
-from dbkernels.ops.layer.projection import cast
+from dbkernels.ops.layer.gradients import cast
 
 F32, BF16 = torch.float32, torch.bfloat16
 DIT_XL = (64, 256, 1152, 16, 4608)

@@ -142,7 +142,7 @@ def test_a_layer_agrees_in_float64_at_every_policy(options, B, told, monkeypatch
     # two samples at a time of the attention, of a layer, and less than one of the MLP
     monkeypatch.setattr(sys.modules["dbkernels.ops.attention"], "PAIRS", 2 * 3 * 25)
     monkeypatch.setattr(passes, "PART", 10)
-    monkeypatch.setattr(passes, "CHUNK", 3)
+    monkeypatch.setattr("dbkernels.ops.layer.mlp.CHUNK", 3)
     layer = OneLayer(B, **options, dtypes=(torch.float64,) * 3)
     exact = layer.exact(**told)
     for recompute in EVERY_POLICY:

@@ -26,8 +26,8 @@ from dbkernels.memory.measure import measure_peak
 from dbkernels.ops import POLICIES, adaln_layer, linear_cross_entropy, reference, use_implementation
 from dbkernels.ops.backend.register import dry_run_on_gpu
 from dbkernels.ops.layer import passes
+from dbkernels.ops.layer.mlp import CHUNK
 from dbkernels.ops.layer.part import Wanted
-from dbkernels.ops.layer.passes import CHUNK
 from dbkernels.ops.layer.recompute import Recompute, policies_of
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -130,7 +130,7 @@ def test_each_tensor_dies_with_its_last_use(monkeypatch):
 
         monkeypatch.setattr(room, name, watched)
 
-    mlp = {"dm": lambda _, dm, *rest: dm, "hidden": lambda _, dm, y, kept, *rest: kept["hidden"]}
+    mlp = {"dm": lambda dm, *rest: dm, "hidden": lambda *given: given[5]["hidden"]}
     attention = {"attended": lambda _, da, qkv, kept, *rest: kept["attended"]}
     watch(passes, "mlp_backward", args=mlp, ask=[])
     watch(passes, "gated_adaln_norm_backward", args={}, ask=["dm", "hidden"])
@@ -171,7 +171,7 @@ def test_a_few_samples_at_a_time_lower_the_peak(monkeypatch):
     layer = OneLayer(64)
     whole = peaks()
     monkeypatch.setattr(passes, "PART", 10)
-    monkeypatch.setattr(passes, "CHUNK", 10)
+    monkeypatch.setattr("dbkernels.ops.layer.mlp.CHUNK", 10)
     for (_, part), (share, bytes_of_all) in zip(peaks(), whole, strict=True):
         assert part < share * bytes_of_all
 
@@ -182,7 +182,7 @@ def test_the_temporaries_of_a_chunk_die_before_the_next_has_its_own(mlp, monkeyp
         layer = OneLayer(1, tokens, 2, 1, hidden=4000, mlp=mlp, bias=False, qk_norm=False)
         return peak_bytes(layer, recompute="mlp")
 
-    monkeypatch.setattr(passes, "CHUNK", 100)
+    monkeypatch.setattr("dbkernels.ops.layer.mlp.CHUNK", 100)
     # three chunks have longer streams than one, but no chunk of the hidden layer more
     assert peak_beside(300) - peak_beside(100) < 4 * 100 * 4000 / 2
 

@@ -32,7 +32,7 @@ from dbkernels.ops.layer.condition import (
     autocast_again,
     rows_of_modulation,
 )
-from dbkernels.ops.layer.projection import Gradients, cast
+from dbkernels.ops.layer.gradients import Gradients, cast
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.tensors import (
     AttentionKind,

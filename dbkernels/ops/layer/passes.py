@@ -1,40 +1,38 @@
-"""One call of an AdaLN layer: its forward, and its backward from whatever the policy kept.
-
-The MLP runs in chunks of tokens: its widest tensors exist a part at a time.
-"""
+"""One call of an AdaLN layer: its forward, and its backward from whatever the policy kept."""
 
 import torch
 from torch import Tensor
 
-from dbkernels.ops.activations import BACKWARD_OPS, activation_forward
 from dbkernels.ops.adaln_norm import adaln_norm_backward, adaln_norm_forward
-from dbkernels.ops.backend.checks import statistics_dtype
 from dbkernels.ops.backend.register import runs_as_on_gpu
-from dbkernels.ops.dropout import drop
 from dbkernels.ops.gated_adaln_norm import gated_adaln_norm_backward, gated_adaln_norm_forward
 from dbkernels.ops.gated_residual import gated_residual_backward, gated_residual_forward
-from dbkernels.ops.layer.attend import attend_forward, attend_gradients
+from dbkernels.ops.layer.attend import attend_forward
+from dbkernels.ops.layer.attention_branch import (
+    AFTER_ATTENTION,
+    AFTER_MLP,
+    attend_backward,
+    drop_branch,
+    heads,
+)
 from dbkernels.ops.layer.condition import ConditionGradient, ModulationGradient
-from dbkernels.ops.layer.projection import QKV, Gradients, as_rows, project
+from dbkernels.ops.layer.gradients import Gradients
+from dbkernels.ops.layer.linear import as_rows
+from dbkernels.ops.layer.mlp import mlp, mlp_backward
+from dbkernels.ops.layer.qkv import QKV
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.ops.layer.tensors import (
     Activations,
     Kept,
     LayerCall,
     LayerModulation,
-    LayerWeights,
     by_sample,
     chunks,
-    like,
 )
-from dbkernels.ops.qk_norm_rotary import qk_norm_rotary_backward, qk_norm_rotary_forward
 
 PART = 4096  # tokens of the samples that run at a time: what they need is little beside the stream
 GPU_PART = 8192  # where only q, k, v and hidden are made again, whose peak is no higher for it
-AFTER_ATTENTION, AFTER_MLP = 1, 2  # places of a layer's dropout; a second stream has the next two
 FLOAT16_BITS = 15  # 2**15 is a number of float16, 2**16 is none
-CHUNK = 8192  # tokens: enough of them to fill a GPU with one matmul
-_addmm_gelu = torch.ops.aten._addmm_activation
 
 
 def forward(call: LayerCall) -> tuple[Tensor, Activations]:
@@ -81,15 +79,15 @@ def _write(call: LayerCall, out: Tensor) -> Activations:
     w, options, first = call.weights, call.options, call.first()
     keeps = POLICIES[options.recompute].keeps
     y, stats1 = _first_norm(call)
-    qkv = QKV.of(y, w, options.wanted)
-    attended, logsumexp = attend_forward(options, *_by_head(call, qkv))
-    a = _drop_branch(call, project(attended, w.out_weight, w.out_bias), AFTER_ATTENTION)
+    qkv = QKV.of(y, w.qkv, options.wanted)
+    attended, logsumexp = attend_forward(options, *heads(call, qkv))
+    a = drop_branch(call, w.out.of(attended), AFTER_ATTENTION)
 
     # nothing else sees x1, so the layer's output takes its place
     x1 = first.by_sample(out)
     y, stats2 = _second_norm(first, a, x1=x1)
-    hidden = y.new_empty((len(as_rows(y)), len(w.fc1_weight))) if "hidden" in keeps else None
-    m = _drop_branch(call, mlp(y, options.mlp, w, hidden=hidden), AFTER_MLP)
+    hidden = y.new_empty((len(as_rows(y)), w.fc1.width)) if "hidden" in keeps else None
+    m = drop_branch(call, mlp(y, options.mlp, w.fc1, w.fc2, hidden=hidden), AFTER_MLP)
     gated_residual_forward(x1, first.by_sample(m), first.mod.gate2, y=x1)
     made = Activations(stats1, *qkv, attended, logsumexp, a, stats2, hidden, m)
     return Activations(*(t if name in keeps else None for name, t in made._asdict().items()))
@@ -166,10 +164,11 @@ def _mlp_backward(
     mod, dmod = call.mod, LayerModulation.of(dmodulation)
     dout, dm = rows(dout), kept.buffer(m)
     gated_residual_backward(dout, rows(m), mod.gate2, dh=rows(dm), dgate=dmod.gate2)
-    _drop_branch(call, dm, AFTER_MLP)
+    drop_branch(call, dm, AFTER_MLP)
     if kept["hidden"] is None:
         y, _ = _second_norm(call, a, x1=None)
-    dy, dhidden = mlp_backward(call, dm, y, kept, grads)
+    w, options = call.weights, call.options
+    dy, dhidden = mlp_backward(dm, y, options.mlp, w.fc1, w.fc2, kept, grads)
     del m, dm, y
     da, y = kept.buffer(a), None if dhidden is None else rows(dy)
     dx1 = torch.empty_like(rows(call.x))
@@ -189,9 +188,9 @@ def _attention_backward(
     wanted, mod, dmod = call.options.wanted, call.mod, LayerModulation.of(dmodulation)
     qkv = QKV(kept.pop("q"), kept.pop("qkv"))
     if qkv.qkv is None:
-        qkv, kept.owned = QKV.of(_first_norm(call)[0], call.weights, wanted), True
+        qkv, kept.owned = QKV.of(_first_norm(call)[0], call.weights.qkv, wanted), True
     dqkv = attend_backward(call, da, qkv, kept, grads)
-    dy = dqkv.backward(call.weights)
+    dy = dqkv.backward(call.weights.qkv)
     dy_rows, dx = call.by_sample(dy), torch.empty_like(call.x)
     adaln_norm_backward(
         dy_rows, dx1 if wanted.is_all else None, call.by_sample(call.x), mod.scale1, mod.shift1,
@@ -203,122 +202,3 @@ def _attention_backward(
         first = wanted.view(dx)
         first += dx1.view(first.shape)
     return dx
-
-
-# the branches: attention after its projection to q, k and v, and the MLP
-
-
-def attend_backward(call: LayerCall, da: Tensor, qkv: QKV, kept: Kept, grads: Gradients) -> QKV:
-    """dqkv, from the gradient of the branch's output.
-
-    It is written over qkv where that is owned and queries and keys have no norm, whose backward
-    reads qkv again. Where the attention was not kept, it is computed again.
-    """
-    w, rotary = call.weights, call.rotary
-    da = _drop_branch(call, da, AFTER_ATTENTION)
-    dqkv = QKV(*(kept.buffer(t) if w.q_weight is None else like(t) for t in qkv))
-    by_head = _by_head(call, qkv)
-    attended, logsumexp = kept.pop("attended"), kept.pop("logsumexp")
-    if attended is None:
-        attended, logsumexp = attend_forward(call.options, *by_head)
-    grads.add_weight("out", da, attended)
-    grads.add_bias("out", da)
-    dattended = project(da, w.out_weight.T)
-    dqkv.write(*attend_gradients(call.options, dattended, *by_head, attended, logsumexp))
-    if w.q_weight is None and rotary is None:
-        return dqkv
-    whole = dqkv.whole()
-    dweights, told = [like(t) for t in w.qk_norms], (call.options.num_heads, call.options.qk_eps)
-    qk_norm_rotary_backward(whole, qkv.whole(), *w.qk_norms, rotary, *dweights, *told)
-    dqkv.take(whole)
-    grads.add("q_weight", dweights[0])
-    grads.add("k_weight", dweights[1])
-    return dqkv
-
-
-def _by_head(call: LayerCall, qkv: QKV) -> list[Tensor]:
-    """Queries and keys as the attention sees them, and values, (n or B, H, N or T, d) each."""
-    heads, w = call.options.num_heads, call.weights
-    q, k, v = qkv.by_head(heads)
-    if w.q_weight is None and call.rotary is None:
-        return [q, k, v]
-    qk = qk_norm_rotary_forward(qkv.whole(), w.qk_norms, call.rotary, heads, call.options.qk_eps)
-    seen, k = qk.permute(2, 0, 3, 1, 4)
-    return [seen[: len(q), :, : q.shape[2]], k, v]
-
-
-def _drop_branch(call: LayerCall, branch: Tensor, place: int) -> Tensor:
-    """A branch's output (n, N, D), or its gradient, without what is left out, in its place."""
-    dropout = call.options.dropout
-    if dropout is None or not dropout.branches:
-        return branch
-    # by the number of its sample in its stream: what a sample leaves out is then the same in a
-    # batch of any size
-    for stream, rows in enumerate(branch.tensor_split(call.options.streams_wanted)):
-        drop(rows, dropout.branches, dropout.draw, place + 2 * stream, out=rows)
-    return branch
-
-
-def mlp(y: Tensor, mlp: str, w: LayerWeights, *, hidden: Tensor | None) -> Tensor:
-    """The MLP's output, over y (B, T, D); writes hidden (B * T, F) where it is given."""
-    rows = as_rows(y)
-    epilogue = hidden is None and _has_epilogue(rows, mlp, w)
-    for chunk in chunks(len(rows), _chunk(rows, 2 if hidden is None and not epilogue else 1)):
-        if epilogue:
-            u = _addmm_gelu(w.fc1_bias, rows[chunk], w.fc1_weight.T, use_gelu=True)
-        else:
-            kept = None if hidden is None else hidden[chunk]
-            u = activation_forward(mlp, project(rows[chunk], w.fc1_weight, out=kept), w.fc1_bias)
-        project(u, w.fc2_weight, w.fc2_bias, out=rows[chunk])
-        del u  # or the next chunk's would stand beside it
-    return y
-
-
-def mlp_backward(
-    call: LayerCall, dm: Tensor, y: Tensor | None, kept: Kept, grads: Gradients
-) -> tuple[Tensor, Tensor | None]:
-    """dy (B, T, D), from the gradient of the MLP's output, and the gradient of hidden.
-
-    Where hidden was kept, its gradient is written over it if it is owned, and the gradient of fc1's
-    weight is left to the caller, who has y later. Else hidden is computed again from y, and has
-    none. dy is written over dm, a chunk at a time.
-    """
-    w, rows, hidden = call.weights, as_rows(dm), kept.pop("hidden")
-    dhidden, size = kept.buffer(hidden), _chunk(rows, 2 if hidden is None else 1)
-    part = len(rows) > size
-    grads.add_bias("fc2", dm)
-    for chunk in chunks(len(rows), size):
-        h = project(as_rows(y)[chunk], w.fc1_weight) if hidden is None else hidden[chunk]
-        dh = h if hidden is None else dhidden[chunk]
-        u = project(rows[chunk], w.fc2_weight.T)  # du, until the activation is written over it
-        dbias = h.new_empty(h.shape[1], dtype=statistics_dtype(h))
-        BACKWARD_OPS[call.options.mlp](h, u, w.fc1_bias, dh, u, dbias)
-        grads.add_weight("fc2", rows[chunk], u, part=part)
-        grads.add("fc1_bias", dbias)
-        if hidden is None:
-            grads.add_weight("fc1", dh, as_rows(y)[chunk], part=part)
-        project(dh, w.fc1_weight.T, out=rows[chunk])
-        del h, dh, u, dbias
-    return dm, dhidden
-
-
-def _has_epilogue(rows: Tensor, mlp: str, w: LayerWeights) -> bool:
-    """Whether fc1 can give its activation alone, for those who do not keep its pre-activation.
-
-    cuBLASLt adds the bias and takes GELU in its tanh form before it rounds and writes: one launch
-    less, and 4 F bytes less to move for a token. Only for bfloat16: the tanh may be the hardware's,
-    of 11 bits. A CPU's op of that name has GELU's other form.
-    """
-    fits = mlp == "gelu" and w.fc1_bias is not None and rows.dtype == torch.bfloat16
-    return fits and runs_as_on_gpu(rows)
-
-
-def _chunk(rows: Tensor, temporaries: int) -> int:
-    """Tokens of a chunk, of those in rows, each of which has so many temporaries of hidden's width.
-
-    On a GPU those of a chunk together are as large as hidden would be of half of the tokens, which
-    the attention's backward needs too, or of 2 CHUNK: few launches are worth more than that saves.
-    """
-    if not runs_as_on_gpu(rows):
-        return CHUNK
-    return max(2 * CHUNK, -(-len(rows) // 2)) // temporaries

@@ -17,6 +17,7 @@ from dbkernels.ops.adaln_norm import NormOptions
 from dbkernels.ops.dropout import Dropout
 from dbkernels.ops.gated_residual import gated_residual_forward
 from dbkernels.ops.layer.condition import Condition, rows_of_modulation
+from dbkernels.ops.layer.linear import Linear
 from dbkernels.ops.layer.part import Part, Wanted
 
 AttentionKind = Literal["full", "causal", "two_stream"]
@@ -49,6 +50,22 @@ class LayerWeights(NamedTuple):
     """(d,), of the RMS norm of queries; None leaves queries and keys as they are."""
     k_weight: Tensor | None = None
     """(d,), of the RMS norm of keys."""
+
+    @property
+    def qkv(self) -> Linear:
+        return Linear(self.qkv_weight, self.qkv_bias)
+
+    @property
+    def out(self) -> Linear:
+        return Linear(self.out_weight, self.out_bias)
+
+    @property
+    def fc1(self) -> Linear:
+        return Linear(self.fc1_weight, self.fc1_bias)
+
+    @property
+    def fc2(self) -> Linear:
+        return Linear(self.fc2_weight, self.fc2_bias)
 
     @property
     def qk_norms(self) -> tuple[Tensor | None, Tensor | None]:

@@ -21,7 +21,7 @@ from dbkernels.ops.backend.register import (
     use_implementation,
 )
 from dbkernels.ops.backend.tile import MAX_D, processors
-from dbkernels.ops.layer.projection import add_product
+from dbkernels.ops.layer.gradients import add_product
 
 
 def registered_op(name, extra="float"):

@@ -99,7 +99,7 @@ def test_small_parts_of_samples_and_chunks_of_tokens_agree_too(
     recompute, options, samples, asked, part, chunk, monkeypatch
 ):
     monkeypatch.setattr(passes, "PART", part * samples // 5)
-    monkeypatch.setattr(passes, "CHUNK", chunk)
+    monkeypatch.setattr("dbkernels.ops.layer.mlp.CHUNK", chunk)
     layer = OneLayer(samples, **options, dtypes=(F64,) * 3)
     assert_close(layer.with_grads(recompute=recompute, **asked), layer.exact(**asked))
 
@@ -208,7 +208,7 @@ def test_kernels_are_as_accurate_as_eager(recompute, asked, options):
 @pytest.mark.parametrize("recompute", ["mlp", "qkv", "layer"])
 def test_many_small_parts_in_bfloat16_are_not_lost(recompute, num_queries, monkeypatch):
     monkeypatch.setattr(passes, "PART", 1)
-    monkeypatch.setattr(passes, "CHUNK", 1)
+    monkeypatch.setattr("dbkernels.ops.layer.mlp.CHUNK", 1)
     layer, samples = OneLayer(1, 2, dtypes=(BF16,) * 3), 65
     for name in ("x", "modulation"):
         layer.tensors[name] = layer.tensors[name].repeat_interleave(samples, 0)

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbkernels.ops import linear
 from dbkernels.ops.backend.register import dry_run_on_gpu
-from dbkernels.ops.layer import projection
-from dbkernels.ops.layer.projection import QKV, Gradients, add_product, cast
+from dbkernels.ops.layer.gradients import Gradients, add_product, cast
+from dbkernels.ops.layer.qkv import QKV
 
 NAMES = ("y", "dx", "dweight", "dbias")
 
@@ -143,7 +143,7 @@ def test_parts_are_not_rounded_before_they_add_up(num_queries):
 
 
 def test_a_product_of_many_tokens_on_a_cpu_is_the_sum_of_its_chunks(monkeypatch):
-    monkeypatch.setattr(projection, "CPU_CHUNK", 3)
+    monkeypatch.setattr("dbkernels.ops.layer.gradients.CPU_CHUNK", 3)
     left, right, total = torch.randn(4, 10).to(BF16), torch.randn(10, 5).to(BF16), torch.ones(4, 5)
     add_product(total, left, right)
     torch.testing.assert_close(total, 1 + left.float() @ right.float())
