@@ -264,12 +264,9 @@ class AdaLNLayer(nn.Module):
         if not self.config.affine:
             return projected
         given = dict(self._of_norms()) if of_norms is None else of_norms
-        parts = list(projected.chunk(6, dim=-1))
-        for first, norm in ((0, "norm1"), (3, "norm2")):
-            shift, scale = parts[first : first + 2]
-            folded = fold_affine(scale, shift, given[f"{norm}.weight"], given.get(f"{norm}.bias"))
-            parts[first + 1], parts[first] = folded
-        return torch.cat(parts, dim=-1)
+        names = ("norm1", "norm2")
+        each = ((given[f"{norm}.weight"], given.get(f"{norm}.bias")) for norm in names)
+        return fold_norms(projected, *each)
 
     def weights(self) -> LayerWeights:
         """Of the projections, for the op."""
@@ -279,6 +276,25 @@ class AdaLNLayer(nn.Module):
         if self.config.qk_norm:
             parameters += [attention.q_norm.weight, attention.k_norm.weight]
         return LayerWeights(*parameters)
+
+
+def fold_norms(modulation: Tensor, *norms: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """The modulation that does the work of the norms' own weights and biases too.
+
+    Args:
+        modulation:  (..., 6 D)
+        norms:       weight and bias (D,) of the first and of the second; no weight is no work
+    Returns:
+        (..., 6 D), float32 or wider where a norm has a weight.
+    """
+    if all(weight is None for weight, _ in norms):
+        return modulation
+    parts = list(modulation.chunk(6, dim=-1))
+    for first, (weight, bias) in zip((0, 3), norms, strict=True):
+        if weight is not None:
+            shift, scale = parts[first : first + 2]
+            parts[first + 1], parts[first] = fold_affine(scale, shift, weight, bias)
+    return torch.cat(parts, dim=-1)
 
 
 class Projection(nn.Linear):
