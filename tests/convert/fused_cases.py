@@ -82,7 +82,7 @@ class Turning(published.Attention):
         B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, H, D // H).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (q, k) if rope is None else (rope(q), rope(k))
+        q, k = (q, k) if rope is None else (rope(q).to(v), rope(k).to(v))
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 

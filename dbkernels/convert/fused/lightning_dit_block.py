@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.convert.fused import parts
-from dbkernels.convert.fused.layer import FusedLayer, check_no_dropout, check_signature, normal
+from dbkernels.convert.fused.layer import (
+    FusedLayer,
+    check_no_dropout,
+    check_signature,
+    normal,
+    of_each_sample,
+)
 from dbkernels.convert.pairing import halves_of_neighbours, qkv_by_halves, table_by_halves
 from dbkernels.models.layer import LayerConfig, fold_norms
 from dbkernels.ops import LayerWeights, adaln_layer, linear
@@ -60,14 +66,12 @@ class FusedLightningDiTBlock(FusedLayer):
         self.check()
         if torch.compiler.is_exporting():
             return self.original(x, c, feat_rope)
-        if c.dim() != 2:
-            raise ValueError(f"c must be (B, cond_dim), got {tuple(c.shape)}")
         rotary = None
         if feat_rope is not None:
             rotary = table_of(feat_rope, x.shape[1], self.config.head_dim)
         return adaln_layer(
             x,
-            self._modulation(c).expand(len(x), -1),
+            self._modulation(of_each_sample(x, c)),
             self._weights(None if rotary is None else self._order(x.device)),
             rotary=rotary,
             recompute=self.recompute,
