@@ -33,6 +33,7 @@ from dbkernels.ops.layer.condition import (
     rows_of_modulation,
 )
 from dbkernels.ops.layer.gradients import Gradients, cast
+from dbkernels.ops.layer.linear import check_adapter
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.tensors import (
     AttentionKind,
@@ -45,7 +46,8 @@ from dbkernels.ops.layer.tensors import (
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
-WEIGHTS, KEPT = len(LayerWeights._fields), len(tensors.Activations._fields)
+KEPT = len(tensors.Activations._fields)
+PROJECTIONS = ("qkv", "out", "fc1", "fc2")
 
 # autograd
 
@@ -54,6 +56,8 @@ class _Told(NamedTuple):
     """What is neither a tensor with a gradient nor of a call."""
 
     options: LayerOptions
+    weights: LayerWeights
+    """Without its tensors."""
     modulate: Callable[..., Tensor] | None
     """Of a condition, where the modulation is computed again from it."""
     parameters: int
@@ -71,9 +75,10 @@ class _AdaLNLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, told, x, modulation, rotary, *rest):
-        options, end = told.options, WEIGHTS + told.parameters
-        weights, parameters, run = rest[:WEIGHTS], rest[WEIGHTS:end], rest[end:]
-        w = LayerWeights(*cast(weights, options.norm1.dtype))
+        options, count = told.options, len(told.weights.names())
+        end = count + told.parameters
+        weights, parameters, run = rest[:count], rest[count:end], rest[end:]
+        w = told.weights.with_tensors(cast(weights, options.norm1.dtype))
         call = LayerCall(x, _made_of(told, modulation, parameters), rotary, w, options)
         out, kept = passes.forward(call)
         scale = None
@@ -89,14 +94,15 @@ class _AdaLNLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, da, dm):
         checks.refuse_double_backward("adaln_layer")
-        needed, (options, modulate, count, turn) = ctx.needs_input_grad, ctx.told
+        needed, (options, spec, modulate, count, turn) = ctx.needs_input_grad, ctx.told
         if dout is None:
             return (None,) * len(needed)
         last = is_last_to_read()
         # a layer after this one may be differentiated later than this, for a loss between layers
         owned = last and not turn.is_read()
         modulation, rotary, *saved = ctx.saved_tensors
-        weights, saved = LayerWeights(*saved[:WEIGHTS]), saved[WEIGHTS:]
+        names = spec.names()
+        weights, saved = saved[: len(names)], saved[len(names) :]
         parameters, saved = saved[:count], saved[count:]
         kept = tensors.Kept(tensors.Activations(*saved[:KEPT]), owned=owned)
         scale, start, *sums = saved[KEPT:]
@@ -105,22 +111,22 @@ class _AdaLNLayer(torch.autograd.Function):
             ctx.maybe_clear_saved_tensors()
         del saved
         x = tensors.end_of_run(start, sums)
-        wanted = zip(LayerWeights._fields, needed[4:], strict=False)
-        gradients = Gradients(frozenset(n for n, want in wanted if want), weights.qkv_weight.dtype)
         # kept from the forward, the casts would take 2 bytes for each parameter of a block at the
         # peak of its step: to read 4 bytes and write 2 again costs far less than that memory
-        w = LayerWeights(*cast(weights, options.norm1.dtype))
+        w = spec.with_tensors(cast(weights, options.norm1.dtype))
+        wanted = frozenset(n for n, want in zip(names, needed[4:], strict=False) if want)
+        gradients = Gradients(wanted, weights[0].dtype, w.adapters)
         made_of = _made_of(ctx.told, modulation, parameters)
         call = LayerCall(x, made_of, rotary, w, options, scale)
         if modulate is None:
             dmodulation = ModulationGradient(modulation)
         else:
-            end = 4 + WEIGHTS
+            end = 4 + len(names)
             wanted = needed[2], *needed[end : end + count]
             dmodulation = ConditionGradient(made_of, wanted, ctx.autocast)
         with dtypes_as_they_are(dout.device.type):
             dx = passes.backward(call, dout.contiguous(), kept, gradients, dmodulation)
-        dweights = cast([gradients.sums.get(name) for name in w._fields], gradients.dtype)
+        dweights = gradients.results(weights, names)
         if last:
             turn.is_done = True
         dmodulation, *dparameters = dmodulation.results()
@@ -169,7 +175,8 @@ def adaln_layer(
         modulation:  (B, 6 D) per sample or (B, T, 6 D) per token: shift, scale and gate of the
                      attention branch, then of the MLP; or the condition of each token that it is
                      made of, which policies that keep little keep in its place
-        weights:     of one dtype, as `LayerWeights` tells their shapes
+        weights:     of one dtype, as `LayerWeights` tells their shapes; its adapters may have
+                     others, and run in that of the branches
         num_heads:   H
         head_dim:    d; None is D / H, and then H divides D
         rotary:      (2, T, d) cosines and sines, float32; None does not rotate
@@ -225,8 +232,10 @@ def adaln_layer(
     else:
         modulation = rows_of_modulation(modulation)
     run, turn = ((x.detach(),), Turn()) if stream is None else stream.run_to(x)
-    told = _Told(options, modulate, len(parameters), turn)
-    out, a, m = _AdaLNLayer.apply(told, x, modulation, rotary, *weights, *parameters, *run)
+    told = _Told(options, weights.without_tensors(), modulate, len(parameters), turn)
+    out, a, m = _AdaLNLayer.apply(
+        told, x, modulation, rotary, *weights.tensors(), *parameters, *run
+    )
     if stream is not None and wanted.is_all and out.requires_grad and a is not None:
         mod = tensors.LayerModulation.of(modulation)
         stream.extend(run, turn, out, mod.gate1, a, mod.gate2, m)
@@ -247,7 +256,8 @@ def _check(call: LayerCall, d: int | None) -> None:
     x, modulation, rotary, w, options, _ = call
     of_tokens = isinstance(modulation, Condition)
     given = {"c": modulation.c} if of_tokens else {"modulation": modulation}
-    checks.check_floats(x=x, **given, rotary=rotary, **w._asdict())
+    tensors = dict(zip(w.names(), w.tensors(), strict=True))
+    checks.check_floats(x=x, **given, rotary=rotary, **tensors)
     B, T, D = x.shape
     if of_tokens and (modulation.c.dim() != 3 or tuple(modulation.c.shape[:2]) != (B, T)):
         got = tuple(modulation.c.shape)
@@ -271,7 +281,10 @@ def _check(call: LayerCall, d: int | None) -> None:
         (2 * hidden if options.mlp == "swiglu" else hidden, D), (first,), (D, hidden), (D,),
         (d,), (d,),
     )  # fmt: skip
-    for name, t, shape in zip(w._fields, w, expected, strict=True):
+    for name, t, shape in zip(w._fields[:-1], w[:-1], expected[:-1], strict=True):
         checks.check_shape(shape, **{name: t})
         if t is not None and t.dtype != dtype:
             raise ValueError(f"{name} must have the dtype of qkv_weight, {dtype}, got {t.dtype}")
+    for adapter in w.adapters:
+        check_choice("projection of an adapter", adapter.projection, PROJECTIONS)
+        check_adapter(adapter, getattr(w, f"{adapter.projection}_weight"))
