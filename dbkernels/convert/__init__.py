@@ -6,11 +6,15 @@ from dbkernels.convert.dit_block import (
     layer_from_dit_block,
     layer_from_dit_state,
 )
+from dbkernels.convert.fuse import Fusion, fuse, unfuse
 
 __all__ = [
+    "Fusion",
     "dit_block_from_layer",
+    "fuse",
     "layer_from_dit_block",
     "layer_from_dit_state",
     "load",
     "save_as",
+    "unfuse",
 ]

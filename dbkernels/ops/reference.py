@@ -48,7 +48,11 @@ def gated_adaln_norm(
 
 
 def projected(x: Tensor, linear: Linear) -> Tensor:
-    y = F.linear(x, linear.weight, linear.bias)
+    return adapted(F.linear(x, linear.weight, linear.bias), x, linear)
+
+
+def adapted(y: Tensor, x: Tensor, linear: Linear) -> Tensor:
+    """With what the adapters of a projection make of x."""
     for adapter in linear.adapters:
         down, up = (t.to(x.dtype) for t in (adapter.down, adapter.up))
         h = adapter.scale * F.linear(F.linear(x, down), up)

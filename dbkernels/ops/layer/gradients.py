@@ -68,14 +68,12 @@ class Gradients:
             self.sums[name] = torch.zeros_like(like, dtype=checks.statistics_dtype(like))
         return self.sums[name]
 
-    def results(
-        self, weights: Sequence[Tensor | None], names: Sequence[str]
-    ) -> list[Tensor | None]:
-        """In the dtypes of the weights, which have these names; None where none is wanted."""
+    def results(self, names: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
+        """By name, the adapters' last, which have dtypes of their own; None is not wanted."""
         found = [self.sums.get(name) for name in names]
-        first = len(found) - 2 * len(self._adapters)
-        small = zip(found[first:], weights[first:], strict=True)
-        small = (grad if grad is None else grad.to(weight.dtype) for grad, weight in small)
+        first = len(found) - len(dtypes)
+        small = zip(found[first:], dtypes, strict=True)
+        small = (grad if grad is None else grad.to(dtype) for grad, dtype in small)
         return [*cast(found[:first], self.dtype), *small]
 
     def wants(self, name: str) -> bool:
@@ -129,13 +127,15 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
             total.addmm_(left[:, rows].to(total.dtype), right[rows].to(total.dtype))
 
 
-def is_quantized(t: Tensor | None) -> bool:
-    """Whether a tensor holds fewer bits than its dtype says, as those of torchao do."""
-    return type(t) is not Tensor and is_traceable_wrapper_subclass(t) and _widens(type(t))
+def is_quantized(t: Tensor) -> bool:
+    """Whether a tensor holds fewer bits than its dtype says, as torchao's do."""
+    widens = getattr(type(t), "dequantize", Tensor.dequantize) is not Tensor.dequantize
+    return widens and is_traceable_wrapper_subclass(t)
 
 
-def _widens(kind: type[Tensor]) -> bool:
-    return getattr(kind, "dequantize", None) is not Tensor.dequantize
+def wide(t: Tensor | None) -> Tensor | None:
+    """A tensor of all the bits of its dtype: itself if it is one."""
+    return t.dequantize() if t is not None and is_quantized(t) else t
 
 
 def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
@@ -145,9 +145,9 @@ def cast(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | 
     dtype, and each copy has the strides of its source and no holes; else it copies one by one,
     which costs launches and no bits. So sources go by dtype, and copies are made in their layout.
 
-    Weights of 8 bits, such as torchao's, are made wide and belong to nobody else then.
+    Weights of fewer bits are made wide, by copies that nobody else has.
     """
-    tensors = [t.dequantize() if is_quantized(t) else t for t in tensors]
+    tensors = [wide(t) for t in tensors]
     found = [
         t if t is None or t.dtype == dtype else torch.empty_like(t, dtype=dtype) for t in tensors
     ]

@@ -128,17 +128,37 @@ class Linear(NamedTuple):
             y = torch.mm(rows, self.weight.T, out=out)
         else:
             y = torch.addmm(self.bias, rows, self.weight.T, out=out)
-        for adapter in self.adapters:
-            adapter.seen(y).addmm_(adapter.narrow(rows), adapter.up.T)
+        self._adapt(rows, y)
         return y.view(*x.shape[:-1], self.width)
 
     def back(self, dy: Tensor, *, out: Tensor | None = None) -> Tensor:
         """dx (..., D_in) from dy (..., D_out), into out (tokens, D_in) where it is given."""
         rows = as_rows(dy)
         dx = torch.mm(rows, self.weight, out=out)
-        for adapter in self.adapters:
-            dx.addmm_(adapter.narrow_back(rows), adapter.down)
+        self._adapt_back(rows, dx)
         return dx.view(*dy.shape[:-1], self.weight.shape[1])
+
+    def add_of(self, x: Tensor, total: Tensor) -> None:
+        """total (..., D_out) += `of` x."""
+        total = as_rows(total).addmm_(as_rows(x), self.weight.T)
+        if self.bias is not None:
+            total += self.bias
+        self._adapt(as_rows(x), total)
+
+    def add_back(self, dy: Tensor, total: Tensor) -> None:
+        """total (..., D_in) += `back` of dy."""
+        total = as_rows(total).addmm_(as_rows(dy), self.weight)
+        self._adapt_back(as_rows(dy), total)
+
+    def _adapt(self, x: Tensor, y: Tensor) -> None:
+        """Add what the adapters make of x (tokens, D_in)."""
+        for adapter in self.adapters:
+            adapter.seen(y).addmm_(adapter.narrow(x), adapter.up.T)
+
+    def _adapt_back(self, dy: Tensor, dx: Tensor) -> None:
+        """Add what dy (tokens, D_out) makes of the adapters."""
+        for adapter in self.adapters:
+            dx.addmm_(adapter.narrow_back(dy), adapter.down)
 
     def rows(self, start: int, stop: int | None) -> "Linear":
         """Of some of its outputs."""

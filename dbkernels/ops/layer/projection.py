@@ -61,7 +61,7 @@ class _Linear(torch.autograd.Function):
             grads = Gradients(wanted, ctx.dtype, adapters)
             if wanted:
                 grads.add_adapters(NAME, rows, read[0])
-        return dx, dweight, dbias, None, None, *grads.results(small, names)
+        return dx, dweight, dbias, None, None, *grads.results(names, [t.dtype for t in small])
 
 
 def linear(

@@ -1,8 +1,11 @@
 """Adapters of low rank in a layer: what they compute, and what they neither keep nor make."""
 
+from functools import partial
+
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, with_grads
+from ops.kinds import LAYERS
 from ops.one_layer import (
     EVERY_POLICY,
     KINDS,
@@ -36,20 +39,20 @@ def merged(weight, adapters):
     return weight
 
 
-def on_merged(x, modulation, weights, **options):
-    """The specification of a layer whose adapters are in its weights."""
+def on_merged(specification, x, modulation, weights, **options):
+    """A specification of a layer whose adapters are in its weights."""
     of = {name: [a for a in weights.adapters if a.projection == name] for name in EVERY_TARGET}
     full = {
         f"{name}_weight": merged(getattr(weights, f"{name}_weight"), adapters)
         for name, adapters in of.items()
         if adapters
     }
-    return reference.adaln_layer(x, modulation, weights._replace(**full, adapters=()), **options)
+    return specification(x, modulation, weights._replace(**full, adapters=()), **options)
 
 
 def exact(layer, **options):
     tensors = {name: t.double() for name, t in layer.tensors.items()}
-    return layer.with_grads(on_merged, tensors=tensors, **options)
+    return layer.with_grads(partial(on_merged, layer.specification), tensors=tensors, **options)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,16 @@ def test_agrees_with_weights_that_they_are_in_at_every_policy(targets, asked, ml
     expected = exact(layer, **asked)
     for recompute in EVERY_POLICY:
         assert_close(layer.with_grads(recompute=recompute, **asked), expected, 1e-12)
+
+
+@pytest.mark.parametrize("targets", [*((target,) for target in TARGETS), EVERY_TARGET], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_kind_of_layer_has_them(kind, targets):
+    layer = LAYERS[kind](mlp="swiglu", head_dim=6, dtypes=(F64,) * 3, adapters=targets, rank=3)
+    for recompute in EVERY_POLICY:
+        assert_close(layer.with_grads(recompute=recompute), exact(layer), 1e-12)
+    eager = layer.with_grads(layer.specification)
+    assert_close(eager, exact(layer), 1e-12)
 
 
 @pytest.mark.parametrize("num_queries", [None, 3])
@@ -96,7 +109,7 @@ def test_as_accurate_as_eager_at_every_policy(dtypes, adapter_dtype, num_queries
     for result in others[: None if dtypes[0] == dtypes[2] else -1]:
         assert_same_bits(result, first)
     assert first["q_down"].dtype == adapter_dtype
-    eager = layer.with_grads(reference.adaln_layer, **told)
+    eager = layer.with_grads(layer.specification, **told)
     expected = exact(layer, **told)
     for name in first.keys() - {"q_weight", "k_weight"}:
         assert_as_accurate_as_eager(name, first[name], eager[name], expected[name])
