@@ -33,6 +33,7 @@ from dbkernels.ops.layer.condition import (
     rows_of_modulation,
 )
 from dbkernels.ops.layer.gradients import Gradients, cast
+from dbkernels.ops.layer.modulation import LayerModulation
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.tensors import (
     AttentionKind,
@@ -75,7 +76,7 @@ class _AdaLNLayer(torch.autograd.Function):
         weights, parameters, run = rest[:WEIGHTS], rest[WEIGHTS:end], rest[end:]
         w = LayerWeights(*cast(weights, options.norm1.dtype))
         call = LayerCall(x, _made_of(told, modulation, parameters), rotary, w, options)
-        out, kept = passes.forward(call)
+        (out,), (kept,) = passes.forward((call,))
         scale = None
         if POLICIES[options.recompute].narrow:
             *run, scale = passes.narrowed(call)
@@ -119,7 +120,9 @@ class _AdaLNLayer(torch.autograd.Function):
             wanted = needed[2], *needed[end : end + count]
             dmodulation = ConditionGradient(made_of, wanted, ctx.autocast)
         with dtypes_as_they_are(dout.device.type):
-            dx = passes.backward(call, dout.contiguous(), kept, gradients, dmodulation)
+            (dx,) = passes.backward(
+                (call,), (dout.contiguous(),), (kept,), (gradients,), (dmodulation,)
+            )
         dweights = cast([gradients.sums.get(name) for name in w._fields], gradients.dtype)
         if last:
             turn.is_done = True
@@ -228,7 +231,7 @@ def adaln_layer(
     told = _Told(options, modulate, len(parameters), turn)
     out, a, m = _AdaLNLayer.apply(told, x, modulation, rotary, *weights, *parameters, *run)
     if stream is not None and wanted.is_all and out.requires_grad and a is not None:
-        mod = tensors.LayerModulation.of(modulation)
+        mod = LayerModulation.of(modulation)
         stream.extend(run, turn, out, mod.gate1, a, mod.gate2, m)
     return out
 
@@ -244,7 +247,7 @@ def _dropout(branches: float, attention: float, draw: Draw | None) -> Dropout | 
 
 def _check(call: LayerCall, d: int | None) -> None:
     """Shapes, dtypes and devices of one call."""
-    x, modulation, rotary, w, options, _ = call
+    x, modulation, rotary, w, options, *_ = call
     of_tokens = isinstance(modulation, Condition)
     given = {"c": modulation.c} if of_tokens else {"modulation": modulation}
     checks.check_floats(x=x, **given, rotary=rotary, **w._asdict())
