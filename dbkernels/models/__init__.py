@@ -7,6 +7,7 @@ from dbkernels.models.huginn import Huginn, HuginnConfig
 from dbkernels.models.joint_layer import JointConfig, JointLayer
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.models.mdm import MDM, MDMConfig
+from dbkernels.models.parallel_layer import ParallelConfig, ParallelLayer
 from dbkernels.models.registry import FAMILIES, FamilyEntry, family_named, family_of
 from dbkernels.models.vit import ViT, ViTConfig
 
@@ -26,6 +27,8 @@ __all__ = [
     "JointLayer",
     "LayerConfig",
     "MDMConfig",
+    "ParallelConfig",
+    "ParallelLayer",
     "ViT",
     "ViTConfig",
     "family_named",

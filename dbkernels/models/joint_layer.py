@@ -9,7 +9,7 @@ and b start at zero, so a new layer returns its inputs. The modules here hold we
 `dbkernels.ops.joint_layer` runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,19 +23,20 @@ from dbkernels.models.layer import (
     MLP,
     Attention,
     LayerConfig,
+    OfBranches,
     Projection,
+    initialise_branches,
     initialise_linear,
 )
 from dbkernels.ops import reference_layers
 from dbkernels.ops.backend import checks
 from dbkernels.ops.layer.joint import joint_layer
-from dbkernels.ops.layer.recompute import POLICIES, Recompute
+from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.ops.layer.tensors import LayerWeights
-from dbkernels.settings import check_choice
 
 
 @dataclass(frozen=True)
-class JointConfig:
+class JointConfig(OfBranches):
     """One layer of two streams of one width."""
 
     dim: int
@@ -122,17 +123,13 @@ class JointLayer(nn.Module):
     A context of keys and values alone has no attention.out and no mlp.
 
     Raises:
-        ValueError: dim is not a multiple of num_heads and head_dim is not given, or norm, mlp or
-            recompute is unknown.
+        ValueError: dim is not a multiple of num_heads and head_dim is not given, or norm, mlp,
+            recompute or the name of a bias is unknown.
     """
 
     def __init__(self, config: JointConfig):
         super().__init__()
-        if config.head_dim is None and config.dim % config.num_heads:
-            raise ValueError(
-                f"dim must be a multiple of num_heads, got {config.dim} and {config.num_heads}"
-            )
-        check_choice("recompute", config.recompute, POLICIES)
+        config.check_branches()
         checks.check_norm(config.norm)
         self.config, own = config, config.of_stream()
         self.x = Stream(own, 9 if config.dual_attention else 6)
@@ -146,9 +143,7 @@ class JointLayer(nn.Module):
 
     def initialise(self, initialise_weight: Callable[[Tensor], object]) -> None:
         """Initialise the weights of the attentions' and the MLPs' projections; biases become 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and not isinstance(module, Projection):
-                initialise_linear(module, initialise_weight)
+        initialise_branches(self._branches(), initialise_weight)
 
     def forward(
         self, x: Tensor, context: Tensor, c: Tensor, rotary: Tensor | None = None
@@ -199,6 +194,12 @@ class JointLayer(nn.Module):
         given = modulation, context_modulation, self.x.weights(), self.context.weights()
         told = {"second_weights": self._second_weights(), "rotary": rotary}
         return reference_layers.joint_layer(x, context, *given, **told, **self.config.of_op())
+
+    def _branches(self) -> Iterator[nn.Module]:
+        for stream in (self.x, self.context):
+            yield from (module for name, module in stream.named_children() if name != "modulation")
+        if self.second is not None:
+            yield self.second
 
     def _second_weights(self) -> LayerWeights | None:
         return None if self.second is None else _weights(self.second, None)

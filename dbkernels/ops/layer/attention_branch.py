@@ -35,20 +35,20 @@ def attend_backward(
     It is written over qkv where that is owned and queries and keys have no norm, whose backward
     reads qkv again. Where the attention was not kept, it is computed again.
     """
-    dqkvs = [_gradient_buffer(*each) for each in zip(streams, qkvs, kept, strict=True)]
+    dqkvs = [gradient_buffer(*each) for each in zip(streams, qkvs, kept, strict=True)]
     seen = _heads_of_all(streams, qkvs)
     attended, logsumexp = kept[-1].pop("attended"), kept[-1].pop("logsumexp")
     if attended is None:
         attended, logsumexp = attend_forward(streams[-1].options, *seen)
     dattended = [
-        _output_backward(call, da, rows, own)
+        output_backward(call, da, rows, own)
         for call, da, rows, own in zip(streams, das, by_stream(attended, qkvs), grads, strict=True)
         if da is not None
     ]
     dattended = dattended[0] if len(dattended) == 1 else torch.cat(dattended, 1)
     _write(dqkvs, *attend_gradients(streams[-1].options, dattended, *seen, attended, logsumexp))
     for call, dqkv, qkv, own in zip(streams, dqkvs, qkvs, grads, strict=True):
-        _heads_backward(call, dqkv, qkv, own)
+        heads_backward(call, dqkv, qkv, own)
     return dqkvs
 
 
@@ -60,7 +60,7 @@ def by_stream(attended: Tensor, qkvs: Sequence[QKV]) -> Iterator[Tensor]:
 
 def _heads_of_all(streams: Sequence[LayerCall], qkvs: Sequence[QKV]) -> list[Tensor]:
     """Queries, keys and values of all streams as the attention sees them."""
-    each = [_heads(call, qkv) for call, qkv in zip(streams, qkvs, strict=True)]
+    each = [heads(call, qkv) for call, qkv in zip(streams, qkvs, strict=True)]
     return each[0] if len(each) == 1 else [_one_after_another(t) for t in zip(*each, strict=True)]
 
 
@@ -78,7 +78,7 @@ def _write(dqkvs: Sequence[QKV], dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         dqkv.write(*own)
 
 
-def _heads(call: LayerCall, qkv: QKV) -> list[Tensor]:
+def heads(call: LayerCall, qkv: QKV) -> list[Tensor]:
     """Queries and keys as the attention sees them, and values, (n or B, H, N or T, d) each."""
     heads, w = call.options.num_heads, call.weights
     q, k, v = qkv.by_head(heads)
@@ -89,7 +89,7 @@ def _heads(call: LayerCall, qkv: QKV) -> list[Tensor]:
     return [seen[: len(q), :, : q.shape[2]], k, v]
 
 
-def _output_backward(call: LayerCall, da: Tensor, attended: Tensor, grads: Gradients) -> Tensor:
+def output_backward(call: LayerCall, da: Tensor, attended: Tensor, grads: Gradients) -> Tensor:
     """The gradient of what was attended to (n, N, H d), from that of the branch's output."""
     da = drop_branch(call, da, AFTER_ATTENTION)
     grads.add_weight("out", da, attended)
@@ -97,12 +97,12 @@ def _output_backward(call: LayerCall, da: Tensor, attended: Tensor, grads: Gradi
     return call.weights.out.back(da)
 
 
-def _gradient_buffer(call: LayerCall, qkv: QKV, kept: Kept) -> QKV:
+def gradient_buffer(call: LayerCall, qkv: QKV, kept: Kept) -> QKV:
     """Where the gradient of qkv goes: over it, unless the norms' backward reads it again."""
     return QKV(*(kept.buffer(t) if call.weights.q_weight is None else like(t) for t in qkv))
 
 
-def _heads_backward(call: LayerCall, dqkv: QKV, qkv: QKV, grads: Gradients) -> None:
+def heads_backward(call: LayerCall, dqkv: QKV, qkv: QKV, grads: Gradients) -> None:
     """Turn the gradient of what the attention sees, in its place, into that of qkv."""
     w, rotary = call.weights, call.rotary
     if w.q_weight is None and rotary is None:

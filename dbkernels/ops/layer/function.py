@@ -1,4 +1,4 @@
-"""A whole AdaLN layer as one autograd function, with a chosen set of what it keeps.
+"""A whole layer as one autograd function, with a chosen set of what it keeps; the AdaLN layer's:
 
     y1 = (1 + scale1) * norm(x) + shift1,     a = attention(y1),    x1 = x + gate1 * a
     y2 = (1 + scale2) * norm(x1) + shift2,    m = mlp(y2),          out = x1 + gate2 * m
@@ -23,7 +23,7 @@ from dbkernels.ops.attention import check_head_width
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
 from dbkernels.ops.dropout import Dropout, check_share
-from dbkernels.ops.layer import passes, tensors
+from dbkernels.ops.layer import passes, stacked, tensors
 from dbkernels.ops.layer.attend import check_attention, wanted_of
 from dbkernels.ops.layer.condition import (
     Condition,
@@ -46,7 +46,7 @@ from dbkernels.ops.layer.tensors import (
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
-WEIGHTS, KEPT = len(LayerWeights._fields), len(tensors.Activations._fields)
+KEPT = len(tensors.Activations._fields)
 
 # autograd
 
@@ -54,6 +54,7 @@ WEIGHTS, KEPT = len(LayerWeights._fields), len(tensors.Activations._fields)
 class _Told(NamedTuple):
     """What is neither a tensor with a gradient nor of a call."""
 
+    kind: passes.Kind
     options: LayerOptions
     modulate: Callable[..., Tensor] | None
     """Of a condition, where the modulation is computed again from it."""
@@ -61,10 +62,12 @@ class _Told(NamedTuple):
     """Of the condition's modulation; they follow the weights."""
     turn: Turn
     """Of the call in its run."""
+    layout: stacked.Layout
+    """Of the tensors of the weights."""
 
 
-class _AdaLNLayer(torch.autograd.Function):
-    """(out, a, m), the last two None if nothing is kept.
+class _Layer(torch.autograd.Function):
+    """(out, a, m), the last two None if they are not kept.
 
     The modulation is that, or the condition from which it is made. After the weights come the
     parameters that make it, and the run that led to x.
@@ -72,11 +75,12 @@ class _AdaLNLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, told, x, modulation, rotary, *rest):
-        options, end = told.options, WEIGHTS + told.parameters
-        weights, parameters, run = rest[:WEIGHTS], rest[WEIGHTS:end], rest[end:]
-        w = LayerWeights(*cast(weights, options.norm1.dtype))
+        options, count = told.options, sum(told.layout)
+        weights, parameters = rest[:count], rest[count : count + told.parameters]
+        run = rest[count + told.parameters :]
+        w = LayerWeights(*stacked.whole(weights, told.layout, options.norm1.dtype))
         call = LayerCall(x, _made_of(told, modulation, parameters), rotary, w, options)
-        (out,), (kept,) = passes.forward((call,))
+        (out,), (kept,) = passes.forward(told.kind, (call,))
         scale = None
         if POLICIES[options.recompute].narrow:
             *run, scale = passes.narrowed(call)
@@ -89,15 +93,16 @@ class _AdaLNLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, da, dm):
-        checks.refuse_double_backward("adaln_layer")
-        needed, (options, modulate, count, turn) = ctx.needs_input_grad, ctx.told
+        kind, options, modulate, count, turn, layout = ctx.told
+        checks.refuse_double_backward(kind.name)
+        needed = ctx.needs_input_grad
         if dout is None:
             return (None,) * len(needed)
         last = is_last_to_read()
         # a layer after this one may be differentiated later than this, for a loss between layers
         owned = last and not turn.is_read()
         modulation, rotary, *saved = ctx.saved_tensors
-        weights, saved = LayerWeights(*saved[:WEIGHTS]), saved[WEIGHTS:]
+        weights, saved = saved[: sum(layout)], saved[sum(layout) :]
         parameters, saved = saved[:count], saved[count:]
         kept = tensors.Kept(tensors.Activations(*saved[:KEPT]), owned=owned)
         scale, start, *sums = saved[KEPT:]
@@ -106,24 +111,24 @@ class _AdaLNLayer(torch.autograd.Function):
             ctx.maybe_clear_saved_tensors()
         del saved
         x = tensors.end_of_run(start, sums)
-        wanted = zip(LayerWeights._fields, needed[4:], strict=False)
-        gradients = Gradients(frozenset(n for n, want in wanted if want), weights.qkv_weight.dtype)
+        end = 4 + len(weights)
+        wanted = zip(LayerWeights._fields, stacked.wanted(needed[4:end], layout), strict=True)
+        gradients = Gradients(frozenset(n for n, want in wanted if want), weights[0].dtype)
         # kept from the forward, the casts would take 2 bytes for each parameter of a block at the
         # peak of its step: to read 4 bytes and write 2 again costs far less than that memory
-        w = LayerWeights(*cast(weights, options.norm1.dtype))
+        w = LayerWeights(*stacked.whole(weights, layout, options.norm1.dtype))
         made_of = _made_of(ctx.told, modulation, parameters)
         call = LayerCall(x, made_of, rotary, w, options, scale)
         if modulate is None:
             dmodulation = ModulationGradient(modulation)
         else:
-            end = 4 + WEIGHTS
             wanted = needed[2], *needed[end : end + count]
             dmodulation = ConditionGradient(made_of, wanted, ctx.autocast)
         with dtypes_as_they_are(dout.device.type):
-            (dx,) = passes.backward(
-                (call,), (dout.contiguous(),), (kept,), (gradients,), (dmodulation,)
-            )
+            given = (dout.contiguous(),), (kept,), (gradients,), (dmodulation,)
+            (dx,) = passes.backward(kind, (call,), *given)
         dweights = cast([gradients.sums.get(name) for name in w._fields], gradients.dtype)
+        dweights = stacked.apart(dweights, weights, layout)
         if last:
             turn.is_done = True
         dmodulation, *dparameters = dmodulation.results()
@@ -172,7 +177,7 @@ def adaln_layer(
         modulation:  (B, 6 D) per sample or (B, T, 6 D) per token: shift, scale and gate of the
                      attention branch, then of the MLP; or the condition of each token that it is
                      made of, which policies that keep little keep in its place
-        weights:     of one dtype, as `LayerWeights` tells their shapes
+        weights:     of one dtype, as `LayerWeights` tells their shapes; any may be `Stacked`
         num_heads:   H
         head_dim:    d; None is D / H, and then H divides D
         rotary:      (2, T, d) cosines and sines, float32; None does not rotate
@@ -207,10 +212,7 @@ def adaln_layer(
         RuntimeError: the gradient is differentiated.
     """
     check_choice("mlp", mlp, ACTIVATIONS)
-    check_choice("recompute", recompute, POLICIES)
-    keeps = POLICIES[recompute].keeps_modulation or torch.compiler.is_compiling()
-    if isinstance(modulation, Condition) and keeps:
-        modulation = modulation.modulation()
+    modulation = modulation_at(recompute, modulation)
     dtype, centred = compute_dtype(x, weights.qkv_weight), checks.check_norm(norm)
     norms = (NormOptions(each, centred, dtype) for each in (eps, eps if eps2 is None else eps2))
     dropped = _dropout(dropout, attention_dropout, draw)
@@ -220,17 +222,34 @@ def adaln_layer(
     options = LayerOptions(
         num_heads, mlp, *norms, qk_eps, recompute, wanted, dropped, attention
     )  # fmt: skip
-    _check(LayerCall(x, modulation, rotary, weights, options), head_dim)
-    x, modulate, parameters = x.contiguous(), None, ()
+    call = LayerCall(x, modulation, rotary, weights, options)
+    check_call(call, head_dim, chunks=6)
+    return apply_layer(passes.ADALN, call, stream)
+
+
+def modulation_at(recompute: Recompute, modulation: Tensor | Condition) -> Tensor | Condition:
+    """The modulation, or its condition where the policy keeps that in its place."""
+    check_choice("recompute", recompute, POLICIES)
+    keeps = POLICIES[recompute].keeps_modulation or torch.compiler.is_compiling()
+    if isinstance(modulation, Condition) and keeps:
+        return modulation.modulation()
+    return modulation
+
+
+def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | None = None) -> Tensor:
+    """The output (n, N, D) of a call whose tensors are checked, with its gradient."""
+    (x, modulation, rotary, weights, options, *_), modulate, parameters = call, None, ()
+    x = x.contiguous()
     if isinstance(modulation, Condition):
         modulation, modulate, parameters = modulation
         stream = None  # whose runs hold the gates of earlier layers
     else:
         modulation = rows_of_modulation(modulation)
     run, turn = ((x.detach(),), Turn()) if stream is None else stream.run_to(x)
-    told = _Told(options, modulate, len(parameters), turn)
-    out, a, m = _AdaLNLayer.apply(told, x, modulation, rotary, *weights, *parameters, *run)
-    if stream is not None and wanted.is_all and out.requires_grad and a is not None:
+    flat, layout = stacked.flatten(weights)
+    told = _Told(kind, options, modulate, len(parameters), turn, layout)
+    out, a, m = _Layer.apply(told, x, modulation, rotary, *flat, *parameters, *run)
+    if stream is not None and options.wanted.is_all and out.requires_grad and a is not None:
         mod = LayerModulation.of(modulation)
         stream.extend(run, turn, out, mod.gate1, a, mod.gate2, m)
     return out
@@ -245,8 +264,8 @@ def _dropout(branches: float, attention: float, draw: Draw | None) -> Dropout | 
     return Dropout(branches, attention, draw)
 
 
-def _check(call: LayerCall, d: int | None) -> None:
-    """Shapes, dtypes and devices of one call."""
+def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
+    """Shapes, dtypes and devices of one call, whose modulation has so many chunks of D."""
     x, modulation, rotary, w, options, *_ = call
     of_tokens = isinstance(modulation, Condition)
     given = {"c": modulation.c} if of_tokens else {"modulation": modulation}
@@ -255,10 +274,11 @@ def _check(call: LayerCall, d: int | None) -> None:
     if of_tokens and (modulation.c.dim() != 3 or tuple(modulation.c.shape[:2]) != (B, T)):
         got = tuple(modulation.c.shape)
         raise ValueError(f"a condition's c must be (B, T, C) = ({B}, {T}, C), got {got}")
-    if not of_tokens and tuple(modulation.shape) not in ((B, 6 * D), (B, T, 6 * D)):
+    width = chunks * D
+    if not of_tokens and tuple(modulation.shape) not in ((B, width), (B, T, width)):
         raise ValueError(
-            f"modulation must be (B, 6 D) = ({B}, {6 * D}) or (B, T, 6 D) = ({B}, {T}, {6 * D}), "
-            f"got {tuple(modulation.shape)}"
+            f"modulation must be (B, {chunks} D) = ({B}, {width}) or (B, T, {chunks} D) = "
+            f"({B}, {T}, {width}), got {tuple(modulation.shape)}"
         )
     H = options.num_heads
     if H < 1 or (d is None and D % H):

@@ -32,7 +32,7 @@ from dbkernels.ops.adaln_norm import NormOptions
 from dbkernels.ops.attention import check_head_width
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
-from dbkernels.ops.layer import passes, tensors
+from dbkernels.ops.layer import passes, stacked, tensors
 from dbkernels.ops.layer.condition import ModulationGradient, rows_of_modulation
 from dbkernels.ops.layer.gradients import Gradients, cast
 from dbkernels.ops.layer.modulation import DualModulation, KeyModulation, LayerModulation
@@ -52,7 +52,8 @@ class _Told(NamedTuple):
     """What is no tensor: of the context's stream, then of x's."""
 
     options: tuple[LayerOptions, LayerOptions]
-    has_second: bool
+    layout: stacked.Layout
+    """Of the tensors of the weights: the context's, those of x, and of a second attention."""
 
     def calls(
         self,
@@ -62,15 +63,26 @@ class _Told(NamedTuple):
         weights: Sequence[Tensor | None],
         scales: Sequence[Tensor | None] = (None, None),
     ) -> passes.Streams:
-        """Of streams, modulations and scales in that order; weights of these, then the second's."""
+        """Of streams, modulations and scales in that order."""
         T = streams[0].shape[1]
         tables = (rotary, rotary)
         if rotary is not None:
             tables = rotary[:, :T].contiguous(), rotary[:, T:].contiguous()
-        own, second = _apart(cast(weights, self.options[0].norm1.dtype), self.has_second)
-        each = zip(streams, modulations, tables, own, self.options, scales, strict=True)
+        whole = stacked.whole(weights, self.layout, self.options[0].norm1.dtype)
+        of_context, of_x, *second = (LayerWeights(*own) for own in _each(whole))
+        each = zip(
+            streams, modulations, tables, (of_context, of_x), self.options, scales, strict=True
+        )
         context, x = (LayerCall(*call) for call in each)
-        return context, x._replace(second=second)
+        return context, x._replace(second=second[0] if second else None)
+
+    def gradients(self, needed: Sequence[bool], dtype: torch.dtype) -> list[Gradients]:
+        """Of the weights, the second attention's beside those of x too."""
+        wanted = _each(stacked.wanted(needed, self.layout))
+        names = (zip(LayerWeights._fields, own, strict=True) for own in wanted)
+        grads = [Gradients(frozenset(n for n, want in own if want), dtype) for own in names]
+        grads[1].second = grads[2] if len(grads) > 2 else None
+        return grads
 
 
 class _JointLayer(torch.autograd.Function):
@@ -80,14 +92,14 @@ class _JointLayer(torch.autograd.Function):
     def forward(ctx, told, context, x, context_modulation, modulation, rotary, *weights):
         modulations = context_modulation, modulation
         calls = told.calls((context, x), modulations, rotary, weights)
-        outs, kept = passes.forward(calls)
+        outs, kept = passes.forward(passes.JOINT, calls)
         streams, scales = (context, x), (None, None)
         if POLICIES[told.options[0].recompute].narrow:
             streams, scales = zip(*map(passes.narrowed, calls), strict=True)
-        saved = (t for own in kept for t in own)
-        ctx.save_for_backward(*modulations, rotary, *scales, *streams, *weights, *saved)
+        made = (t for own in kept for t in own)
+        ctx.save_for_backward(*streams, *modulations, rotary, *scales, *made, *weights)
         ctx.set_materialize_grads(False)
-        ctx.told, ctx.like = told, [(out.shape, out.dtype) for out in outs]
+        ctx.told, ctx.results = told, [(out.shape, out.dtype) for out in outs]
         return tuple(outs)
 
     @staticmethod
@@ -97,58 +109,38 @@ class _JointLayer(torch.autograd.Function):
         if all(dout is None for dout in douts):
             return (None,) * len(needed)
         owned = is_last_to_read()
-        modulations, rotary, scales, streams, weights, kept = _saved(ctx.saved_tensors)
-        kept = [tensors.Kept(own, owned=owned) for own in kept]
+        streams, modulations, (rotary, *scales), made, weights = _apart(ctx.saved_tensors)
+        kept = [tensors.Kept(tensors.Activations(*own), owned=owned) for own in made]
         if owned:
             # nothing but kept holds what the forward kept, so each tensor dies with its last use
             ctx.maybe_clear_saved_tensors()
+        del made
         calls = told.calls(streams, modulations, rotary, weights, scales)
-        grads = _gradients(needed[GIVEN:], weights)
+        grads = told.gradients(needed[GIVEN:], weights[0].dtype)
         dmodulations = [ModulationGradient(modulation) for modulation in modulations]
+        # a result that nothing reads has a gradient of zeros
         douts = [
             streams[0].new_zeros(shape, dtype=dtype) if dout is None else dout.contiguous()
-            for dout, (shape, dtype) in zip(douts, ctx.like, strict=True)
+            for dout, (shape, dtype) in zip(douts, ctx.results, strict=True)
         ]
         with dtypes_as_they_are(douts[0].device.type):
-            dxs = passes.backward(calls, douts, kept, grads[:2], dmodulations)
+            dxs = passes.backward(passes.JOINT, calls, douts, kept, grads[:2], dmodulations)
         sums = [own.sums.get(name) for own in grads for name in LayerWeights._fields]
-        dweights = cast(sums, weights[0].dtype)
+        dweights = stacked.apart(cast(sums, weights[0].dtype), weights, told.layout)
         dmods = [total for each in dmodulations for total in each.results()]
         return None, *dxs, *dmods, None, *dweights
 
 
-def _saved(saved: Sequence[Tensor | None]) -> tuple[Sequence, ...]:
-    """Modulations, rotary, scales, streams, weights and what was kept."""
-    modulations, rotary, scales, streams, rest = (
-        saved[:2], saved[2], saved[3:5], saved[5:7], saved[7:],
-    )  # fmt: skip
-    kept = rest[-2 * KEPT :]
-    made = [tensors.Activations(*kept[:KEPT]), tensors.Activations(*kept[KEPT:])]
-    return modulations, rotary, scales, streams, rest[: -2 * KEPT], made
+def _apart(saved: Sequence[Tensor | None]) -> tuple[Sequence, ...]:
+    """Streams, modulations, rotary and scales, what was kept of each stream, and weights."""
+    start, kept = 7, saved[7:]
+    made = kept[:KEPT], kept[KEPT : 2 * KEPT]
+    return saved[:2], saved[2:4], saved[4:start], made, kept[2 * KEPT :]
 
 
-def _apart(
-    weights: Sequence[Tensor | None], has_second: bool
-) -> tuple[list[LayerWeights], LayerWeights | None]:
-    """Those of the context's and of x's stream, and of the second attention."""
-    each = [
-        LayerWeights(*weights[start : start + WEIGHTS]) for start in range(0, len(weights), WEIGHTS)
-    ]
-    return each[:2], each[2] if has_second else None
-
-
-def _gradients(needed: Sequence[bool], weights: Sequence[Tensor | None]) -> list[Gradients]:
-    """Of the same weights."""
-    names = LayerWeights._fields
-    grads = [
-        Gradients(
-            frozenset(n for n, want in zip(names, needed[start:], strict=False) if want),
-            weights[0].dtype,
-        )
-        for start in range(0, len(weights), WEIGHTS)
-    ]
-    grads[1].second = grads[2] if len(grads) > 2 else None
-    return grads
+def _each(by_field: Sequence) -> list[Sequence]:
+    """What belongs to each `LayerWeights`."""
+    return [by_field[start : start + WEIGHTS] for start in range(0, len(by_field), WEIGHTS)]
 
 
 # public
@@ -185,7 +177,7 @@ def joint_layer(
                      come last
         context_modulation:  (B, 6 C) or (B, T, 6 C) likewise; 2 C where the context is only keys
                      and values: scale, then shift
-        weights:     of x, of one dtype, as `LayerWeights` tells their shapes
+        weights:     of x, of one dtype, as `LayerWeights` tells their shapes; any may be `Stacked`
         context_weights:  of the context, in the dtype of weights, with norms of queries and keys
                      of its own or without. Where the context is only keys and values it has qkv and
                      those norms alone, and None for the rest; nothing reads its queries, which have
@@ -230,9 +222,9 @@ def joint_layer(
     _check_modulation("modulation", modulation, x, of_x)
     _check_modulation("context_modulation", context_modulation, context, of_context)
     _check_weights(x, context, rotary, tensors_of, num_heads, head_dim, mlp)
-    flat = (*context_weights, *weights, *(second_weights or ()))
+    flat, layout = stacked.flatten((*context_weights, *weights, *(second_weights or ())))
     context, x = _JointLayer.apply(
-        _Told((of_context, of_x), second_weights is not None),
+        _Told((of_context, of_x), layout),
         context.contiguous(),
         x.contiguous(),
         rows_of_modulation(context_modulation),

@@ -1,10 +1,12 @@
 """One call of a layer: its forward, and its backward from whatever the policy kept.
 
 A layer has one residual stream, or several that share one attention; the last one's results are
-wanted in any case.
+wanted in any case. `forward` and `backward` share the samples out, for any kind of layer; the rest
+is the AdaLN layer, of one stream or more.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +44,21 @@ Streams = tuple[LayerCall, ...]
 FLOAT16_BITS = 15  # 2**15 is a number of float16, 2**16 is none
 
 
-def forward(streams: Streams) -> tuple[list[Tensor], list[Activations]]:
+class Kind(NamedTuple):
+    """What one kind of layer does with samples that run together, of each of its streams."""
+
+    name: str
+    """Of its op, for errors."""
+    write: Callable[[Streams, Sequence[Tensor]], list[Activations]]
+    """Its outputs into tensors (n, N, D), and what its policy keeps."""
+    gradients: Callable[
+        [Streams, Sequence[Tensor], Sequence[Kept], Sequence[Gradients]],
+        tuple[list[Tensor], list[Tensor]],
+    ]
+    """dx and the gradients of the modulations, from dout; kept is emptied as it is used up."""
+
+
+def forward(kind: Kind, streams: Streams) -> tuple[list[Tensor], list[Activations]]:
     """Each stream's output (n, N, D), and of its activations those that the policy keeps.
 
     A policy that keeps nothing runs a few samples at a time.
@@ -53,7 +69,7 @@ def forward(streams: Streams) -> tuple[list[Tensor], list[Activations]]:
     for parts, some in _parts(streams, [call.x.dtype for call in streams], tokens):
         results = [call.results(part) for call, part in zip(streams, parts, strict=True)]
         rows = [place.of(out) for place, out in zip(results, outs, strict=True)]
-        kept = _write(some, rows)
+        kept = kind.write(some, rows)
         for place, out, own in zip(results, outs, rows, strict=True):
             place.put_back(out, own)
     return outs, kept
@@ -81,6 +97,56 @@ def _parts(
     ):
         parts, calls = zip(*some, strict=True)
         yield parts, calls
+
+
+def backward(
+    kind: Kind,
+    streams: Streams,
+    douts: Sequence[Tensor],
+    kept: Sequence[Kept],
+    grads: Sequence[Gradients],
+    dmodulations: Sequence[ModulationGradient | ConditionGradient],
+) -> list[Tensor]:
+    """dx (B, T, D) of each stream; gradients of modulations are added where they belong.
+
+    kept is emptied as it is used up. Without q, k and v, which the widest tensors of the
+    attention's backward are made from, a few samples run at a time.
+    """
+    if kept[-1]["qkv"] is not None:
+        dxs, dmods = kind.gradients(streams, douts, kept, grads)
+        for call, dmod, total in zip(streams, dmods, dmodulations, strict=True):
+            total.add(call.all_samples(), dmod)
+        return dxs
+    dtypes = [dout.dtype for dout in douts]
+    dxs = [torch.empty_like(call.x, dtype=t) for call, t in zip(streams, dtypes, strict=True)]
+    size = GPU_PART if kept[-1]["a"] is not None and runs_as_on_gpu(douts[-1]) else PART
+    for parts, some in _parts(streams, dtypes, size, dmodulations):
+        for own in grads:
+            own.in_parts(not parts[-1].is_all)
+        results = [call.results(part) for call, part in zip(streams, parts, strict=True)]
+        own = [_kept_of(*each) for each in zip(kept, parts, results, strict=True)]
+        if own[-1]["a"] is None:
+            some = tuple(
+                call._replace(options=call.options._replace(recompute="none")) for call in some
+            )
+            own = [Kept(each, owned=True) for each in forward(kind, some)[1]]
+        rows = [place.of(dout) for place, dout in zip(results, douts, strict=True)]
+        dx_rows, dmods = kind.gradients(some, rows, own, grads)
+        for part, dx, own_dx, dmod, total in zip(
+            parts, dxs, dx_rows, dmods, dmodulations, strict=True
+        ):
+            part.put(dx, own_dx)
+            total.add(part, dmod)
+    for each in kept:
+        each.clear()
+    return dxs
+
+
+def _kept_of(kept: Kept, part: Part, results: Part) -> Kept:
+    """What some samples left behind."""
+    own = Activations(*kept.values()).of(part, results)
+    # copies are nobody else's
+    return Kept(own, owned=kept.owned or not results.is_together)
 
 
 def narrowed(call: LayerCall) -> tuple[Tensor, Tensor | None]:
@@ -118,13 +184,12 @@ def _write(streams: Streams, outs: Sequence[Tensor]) -> list[Activations]:
     ]
     made[-1] = made[-1]._replace(attended=attended, logsumexp=logsumexp)
     keeps = POLICIES[streams[-1].options.recompute].keeps
-    kept = ({n: t if n in keeps else None for n, t in own._asdict().items()} for own in made)
-    return [Activations(**own) for own in kept]
+    return [own.only(keeps) for own in made]
 
 
 def _enter(call: LayerCall) -> tuple[QKV, Tensor]:
     """Queries, keys and values of the normalised stream, and the norm's statistics."""
-    y, stats1 = _first_norm(call)
+    y, stats1 = first_norm(call, call.mod.scale1, call.mod.shift1)
     return QKV.of(y, call.weights.qkv, call.options.wanted), stats1
 
 
@@ -154,10 +219,9 @@ def _attend_alone(call: LayerCall) -> dict[str, Tensor]:
     return {"qkv2": qkv.qkv, "attended2": attended, "logsumexp2": logsumexp, "a2": a}
 
 
-def _first_norm(call: LayerCall) -> tuple[Tensor, Tensor]:
+def first_norm(call: LayerCall, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """y1 (B, T, D) and its statistics."""
-    mod, x = call.mod, call.by_sample(call.x)
-    y, stats = adaln_norm_forward(call.options.norm1, x, mod.scale1, mod.shift1)
+    y, stats = adaln_norm_forward(call.options.norm1, call.by_sample(call.x), scale, shift)
     return y.view(call.x.shape), stats
 
 
@@ -182,59 +246,10 @@ def _last_sum(
     return y, call.by_sample(a2)
 
 
-def backward(
-    streams: Streams,
-    douts: Sequence[Tensor],
-    kept: Sequence[Kept],
-    grads: Sequence[Gradients],
-    dmodulations: Sequence[ModulationGradient | ConditionGradient],
-) -> list[Tensor]:
-    """dx (B, T, D) of each stream; gradients of modulations are added where they belong.
-
-    kept is emptied as it is used up. Without q, k and v, which the widest tensors of the
-    attention's backward are made from, a few samples run at a time.
-    """
-    if kept[-1]["qkv"] is not None:
-        dxs, dmods = _at_once(streams, douts, kept, grads)
-        for call, dmod, total in zip(streams, dmods, dmodulations, strict=True):
-            total.add(call.all_samples(), dmod)
-        return dxs
-    dtypes = [dout.dtype for dout in douts]
-    dxs = [torch.empty_like(call.x, dtype=t) for call, t in zip(streams, dtypes, strict=True)]
-    size = GPU_PART if kept[-1]["a"] is not None and runs_as_on_gpu(douts[-1]) else PART
-    for parts, some in _parts(streams, dtypes, size, dmodulations):
-        for own in grads:
-            own.in_parts(not parts[-1].is_all)
-        results = [call.results(part) for call, part in zip(streams, parts, strict=True)]
-        own = [_kept_of(*each) for each in zip(kept, parts, results, strict=True)]
-        if own[-1]["a"] is None:
-            some = tuple(
-                call._replace(options=call.options._replace(recompute="none")) for call in some
-            )
-            own = [Kept(each, owned=True) for each in forward(some)[1]]
-        rows = [place.of(dout) for place, dout in zip(results, douts, strict=True)]
-        dx_rows, dmods = _at_once(some, rows, own, grads)
-        for part, dx, own_dx, dmod, total in zip(
-            parts, dxs, dx_rows, dmods, dmodulations, strict=True
-        ):
-            part.put(dx, own_dx)
-            total.add(part, dmod)
-    for each in kept:
-        each.clear()
-    return dxs
-
-
-def _kept_of(kept: Kept, part: Part, results: Part) -> Kept:
-    """What some samples left behind."""
-    own = Activations(*kept.values()).of(part, results)
-    # copies are nobody else's
-    return Kept(own, owned=kept.owned or not results.is_together)
-
-
 def _at_once(
     streams: Streams, douts: Sequence[Tensor], kept: Sequence[Kept], grads: Sequence[Gradients]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`backward`, of all samples together: dx and the modulation's gradient of each stream."""
+    """dx and the modulation's gradient of each stream, of all samples together."""
     dmods = [torch.empty_like(call.modulation) for call in streams]
     each = list(zip(streams, dmods, kept, grads, strict=True))
     left = [_leave_backward(*own, dout) for own, dout in zip(each, douts, strict=True)]
@@ -338,3 +353,6 @@ def _enter_backward(
         first = wanted.view(dx)
         first += dx1.view(first.shape)
     return dx
+
+
+ADALN, JOINT = (Kind(name, _write, _at_once) for name in ("adaln_layer", "joint_layer"))
