@@ -182,6 +182,14 @@ class JointLayer(nn.Module):
             **self.config.of_op(),
         )
 
+    def stock(
+        self, x: Tensor, context: Tensor, c: Tensor, rotary: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The specification, with the parameters of the layer; it keeps what plain torch keeps."""
+        silu, projections = F.silu(c), (self.x.modulation, self.context.modulation)
+        projected = (F.linear(silu, each.weight, each.bias) for each in projections)
+        return self.specified(x, context, *projected, rotary)
+
     def specified(
         self,
         x: Tensor,

@@ -34,11 +34,12 @@ def parallel_layer(
     shift, scale, gate = modulation.chunk(3, dim=-1)
     y = reference.adaln_norm(x, scale, shift, norm=norm, eps=eps).to(dtype)
     attended = self_attention(y, w, num_heads, rotary, qk_eps)
-    activated = ACTIVATIONS[mlp](F.linear(y, w.fc1_weight, w.fc1_bias))
+    activated = ACTIVATIONS[mlp](reference.projected(y, w.fc1))
     weight, bias = torch.cat([w.out_weight, w.fc2_weight], dim=1), w.fc2_bias
     if w.out_bias is not None:
         bias = w.out_bias if bias is None else bias + w.out_bias
     h = F.linear(torch.cat([attended, activated], dim=-1), weight, bias)
+    h = reference.adapted(reference.adapted(h, attended, w.out), activated, w.fc2)
     return reference.gated_residual(x, h, gate).to(x.dtype)
 
 
@@ -76,17 +77,17 @@ def joint_layer(
     )
     h = attend(*(torch.cat(pair, dim=1) for pair in heads))
 
-    x1 = reference.gated_residual(x, F.linear(h[:, T:], w.out_weight, w.out_bias), parts[2])
+    x1 = reference.gated_residual(x, reference.projected(h[:, T:], w.out), parts[2])
     if second_weights is not None:
         shift3, scale3, gate3 = parts[6:]
         y2 = normed(x, scale3, shift3).to(dtype)
         a2 = self_attention(y2, second_weights, num_heads, None, qk_eps)
-        a2 = F.linear(a2, second_weights.out_weight, second_weights.out_bias)
+        a2 = reference.projected(a2, second_weights.out)
         x1 = reference.gated_residual(x1.to(x.dtype), a2, gate3)
     out = add_mlp(x1.to(x.dtype), parts[3:6], w, mlp, normed)
     if keys_only:
         return out, None
-    b = F.linear(h[:, :T], context_w.out_weight, context_w.out_bias)
+    b = reference.projected(h[:, :T], context_w.out)
     context1 = reference.gated_residual(context, b, of_context[2]).to(x.dtype)
     return out, add_mlp(context1, of_context[3:], context_w, mlp, normed)
 
@@ -97,8 +98,8 @@ def add_mlp(
     """The stream with its MLP's output; parts are shift, scale and gate."""
     shift, scale, gate = parts
     y = normed(x, scale, shift).to(w.qkv_weight.dtype)
-    h = ACTIVATIONS[mlp](F.linear(y, w.fc1_weight, w.fc1_bias))
-    return reference.gated_residual(x, F.linear(h, w.fc2_weight, w.fc2_bias), gate).to(x.dtype)
+    h = ACTIVATIONS[mlp](reference.projected(y, w.fc1))
+    return reference.gated_residual(x, reference.projected(h, w.fc2), gate).to(x.dtype)
 
 
 def self_attention(
@@ -112,7 +113,7 @@ def heads_of(
     y: Tensor, w: LayerWeights, num_heads: int, rotary: Tensor | None, qk_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys as an attention sees them, and values, (B, T, H, d) each."""
-    qkv = F.linear(y, w.qkv_weight, w.qkv_bias)
+    qkv = reference.projected(y, w.qkv)
     norms = {"q_weight": w.q_weight, "k_weight": w.k_weight, "eps": qk_eps}
     q, k = reference.qk_norm_rotary(qkv, num_heads, **norms, rotary=rotary)
     return q, k, qkv.unflatten(-1, (3, num_heads, -1))[:, :, 2]

@@ -105,7 +105,7 @@ def check_signature(original: nn.Module, *names: str) -> None:
 
 
 def check_no_dropout(original: nn.Module) -> None:
-    """Refuse what leaves something out in training.
+    """Refuse what leaves something out in training: elements, weights or a whole branch.
 
     Raises:
         ValueError: a share is not 0.

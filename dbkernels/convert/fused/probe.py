@@ -14,11 +14,14 @@ from dbkernels.convert.read_block import TOLERANCE
 
 
 def check_same(layer: FusedLayer) -> None:
-    """Raises:
-    ValueError: the original does not run as the layer does, or its result is another one.
+    """Run copies of a layer and of its original.
+
+    Raises:
+        ValueError: the original does not run as the layer does, or its result is another one.
     """
     random, kind = torch.Generator().manual_seed(0), type(layer.original).__name__
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    eager = torch.compiler.set_stance("force_eager")  # some compile their forward
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), eager:
         original = _randomised(layer.original, random)
         twin = type(layer)(original, layer.recompute)
         given = twin.example(random)

@@ -66,7 +66,7 @@ def _heads_of_all(streams: Sequence[LayerCall], qkvs: Sequence[QKV]) -> list[Ten
 
 def _one_after_another(heads: Sequence[Tensor]) -> Tensor:
     """(n, H, tokens, d) each -> (n, H, all tokens, d), a view of (n, all tokens, H, d)."""
-    there = [t.transpose(1, 2) for t in heads if t.shape[2]]
+    there = [t.transpose(1, 2) for t in heads if t.shape[2]] or [heads[0].transpose(1, 2)]
     return (there[0] if len(there) == 1 else torch.cat(there, 1)).transpose(1, 2)
 
 

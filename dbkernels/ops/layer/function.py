@@ -23,7 +23,7 @@ from dbkernels.ops.attention import check_head_width
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
 from dbkernels.ops.dropout import Dropout, check_share
-from dbkernels.ops.layer import passes, stacked, tensors
+from dbkernels.ops.layer import passes, tensors
 from dbkernels.ops.layer.attend import check_attention, wanted_of
 from dbkernels.ops.layer.condition import (
     Condition,
@@ -32,9 +32,10 @@ from dbkernels.ops.layer.condition import (
     autocast_again,
     rows_of_modulation,
 )
-from dbkernels.ops.layer.gradients import Gradients, cast
+from dbkernels.ops.layer.flat import Form, flatten
 from dbkernels.ops.layer.modulation import LayerModulation
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
+from dbkernels.ops.layer.shapes import check_weights
 from dbkernels.ops.layer.tensors import (
     AttentionKind,
     LayerCall,
@@ -62,8 +63,8 @@ class _Told(NamedTuple):
     """Of the condition's modulation; they follow the weights."""
     turn: Turn
     """Of the call in its run."""
-    layout: stacked.Layout
-    """Of the tensors of the weights."""
+    form: Form
+    """Of the weights."""
 
 
 class _Layer(torch.autograd.Function):
@@ -75,10 +76,10 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, told, x, modulation, rotary, *rest):
-        options, count = told.options, sum(told.layout)
+        options, count = told.options, len(told.form)
         weights, parameters = rest[:count], rest[count : count + told.parameters]
         run = rest[count + told.parameters :]
-        w = LayerWeights(*stacked.whole(weights, told.layout, options.norm1.dtype))
+        w = told.form.whole(weights, options.norm1.dtype)
         call = LayerCall(x, _made_of(told, modulation, parameters), rotary, w, options)
         (out,), (kept,) = passes.forward(told.kind, (call,))
         scale = None
@@ -93,7 +94,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, da, dm):
-        kind, options, modulate, count, turn, layout = ctx.told
+        kind, options, modulate, count, turn, form = ctx.told
         checks.refuse_double_backward(kind.name)
         needed = ctx.needs_input_grad
         if dout is None:
@@ -102,7 +103,7 @@ class _Layer(torch.autograd.Function):
         # a layer after this one may be differentiated later than this, for a loss between layers
         owned = last and not turn.is_read()
         modulation, rotary, *saved = ctx.saved_tensors
-        weights, saved = saved[: sum(layout)], saved[sum(layout) :]
+        weights, saved = saved[: len(form)], saved[len(form) :]
         parameters, saved = saved[:count], saved[count:]
         kept = tensors.Kept(tensors.Activations(*saved[:KEPT]), owned=owned)
         scale, start, *sums = saved[KEPT:]
@@ -111,12 +112,11 @@ class _Layer(torch.autograd.Function):
             ctx.maybe_clear_saved_tensors()
         del saved
         x = tensors.end_of_run(start, sums)
-        end = 4 + len(weights)
-        wanted = zip(LayerWeights._fields, stacked.wanted(needed[4:end], layout), strict=True)
-        gradients = Gradients(frozenset(n for n, want in wanted if want), weights[0].dtype)
         # kept from the forward, the casts would take 2 bytes for each parameter of a block at the
         # peak of its step: to read 4 bytes and write 2 again costs far less than that memory
-        w = LayerWeights(*stacked.whole(weights, layout, options.norm1.dtype))
+        w = form.whole(weights, options.norm1.dtype)
+        end = 4 + len(form)
+        gradients = form.gradients(needed[4:end], weights, w)
         made_of = _made_of(ctx.told, modulation, parameters)
         call = LayerCall(x, made_of, rotary, w, options, scale)
         if modulate is None:
@@ -127,8 +127,7 @@ class _Layer(torch.autograd.Function):
         with dtypes_as_they_are(dout.device.type):
             given = (dout.contiguous(),), (kept,), (gradients,), (dmodulation,)
             (dx,) = passes.backward(kind, (call,), *given)
-        dweights = cast([gradients.sums.get(name) for name in w._fields], gradients.dtype)
-        dweights = stacked.apart(dweights, weights, layout)
+        dweights = form.apart(gradients, weights)
         if last:
             turn.is_done = True
         dmodulation, *dparameters = dmodulation.results()
@@ -177,7 +176,8 @@ def adaln_layer(
         modulation:  (B, 6 D) per sample or (B, T, 6 D) per token: shift, scale and gate of the
                      attention branch, then of the MLP; or the condition of each token that it is
                      made of, which policies that keep little keep in its place
-        weights:     of one dtype, as `LayerWeights` tells their shapes; any may be `Stacked`
+        weights:     of one dtype, as `LayerWeights` tells their shapes; any may be `Stacked`. Its
+                     adapters may have other dtypes, and run in that of the branches
         num_heads:   H
         head_dim:    d; None is D / H, and then H divides D
         rotary:      (2, T, d) cosines and sines, float32; None does not rotate
@@ -246,8 +246,8 @@ def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | Non
     else:
         modulation = rows_of_modulation(modulation)
     run, turn = ((x.detach(),), Turn()) if stream is None else stream.run_to(x)
-    flat, layout = stacked.flatten(weights)
-    told = _Told(kind, options, modulate, len(parameters), turn, layout)
+    flat, form = flatten(weights)
+    told = _Told(kind, options, modulate, len(parameters), turn, form)
     out, a, m = _Layer.apply(told, x, modulation, rotary, *flat, *parameters, *run)
     if stream is not None and options.wanted.is_all and out.requires_grad and a is not None:
         mod = LayerModulation.of(modulation)
@@ -269,7 +269,8 @@ def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
     x, modulation, rotary, w, options, *_ = call
     of_tokens = isinstance(modulation, Condition)
     given = {"c": modulation.c} if of_tokens else {"modulation": modulation}
-    checks.check_floats(x=x, **given, rotary=rotary, **w._asdict())
+    tensors = dict(zip(w.names(), w.tensors(), strict=True))
+    checks.check_floats(x=x, **given, rotary=rotary, **tensors)
     B, T, D = x.shape
     if of_tokens and (modulation.c.dim() != 3 or tuple(modulation.c.shape[:2]) != (B, T)):
         got = tuple(modulation.c.shape)
@@ -288,13 +289,4 @@ def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
         raise ValueError(f"head_dim must be at least 1, got {d}")
     check_head_width(x.device, d)
     checks.check_heads(*w.qk_norms, rotary, T, d)
-    first, hidden, dtype = len(w.fc1_weight), w.fc2_weight.shape[-1], w.qkv_weight.dtype
-    expected = LayerWeights(
-        (3 * H * d, D), (3 * H * d,), (D, H * d), (D,),
-        (2 * hidden if options.mlp == "swiglu" else hidden, D), (first,), (D, hidden), (D,),
-        (d,), (d,),
-    )  # fmt: skip
-    for name, t, shape in zip(w._fields, w, expected, strict=True):
-        checks.check_shape(shape, **{name: t})
-        if t is not None and t.dtype != dtype:
-            raise ValueError(f"{name} must have the dtype of qkv_weight, {dtype}, got {t.dtype}")
+    check_weights("", w, D, H * d, d, mlp=options.mlp)

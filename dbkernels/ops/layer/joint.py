@@ -22,6 +22,7 @@ and q, k, v, of either attention. The joined q, k and v exist while the attentio
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -32,17 +33,18 @@ from dbkernels.ops.adaln_norm import NormOptions
 from dbkernels.ops.attention import check_head_width
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
-from dbkernels.ops.layer import passes, stacked, tensors
+from dbkernels.ops.layer import passes, tensors
 from dbkernels.ops.layer.condition import ModulationGradient, rows_of_modulation
-from dbkernels.ops.layer.gradients import Gradients, cast
+from dbkernels.ops.layer.flat import Form, flatten
+from dbkernels.ops.layer.gradients import Gradients
 from dbkernels.ops.layer.modulation import DualModulation, KeyModulation, LayerModulation
 from dbkernels.ops.layer.part import Wanted
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
-from dbkernels.ops.layer.shapes import ATTENTION, KEYS, check_weights
+from dbkernels.ops.layer.shapes import ATTENTION, KEYS, PROJECTIONS, check_weights
 from dbkernels.ops.layer.tensors import LayerCall, LayerOptions, LayerWeights
 from dbkernels.settings import check_choice
 
-WEIGHTS, KEPT = len(LayerWeights._fields), len(tensors.Activations._fields)
+KEPT = len(tensors.Activations._fields)
 GIVEN = 6  # arguments of the function before the weights
 
 # autograd
@@ -52,37 +54,51 @@ class _Told(NamedTuple):
     """What is no tensor: of the context's stream, then of x's."""
 
     options: tuple[LayerOptions, LayerOptions]
-    layout: stacked.Layout
-    """Of the tensors of the weights: the context's, those of x, and of a second attention."""
+    forms: tuple[Form, ...]
+    """Of the weights of each, and of a second attention where x has one."""
+
+    def rows(self, flat: Sequence) -> list[Sequence]:
+        """What belongs to the weights of each."""
+        ends = list(accumulate(map(len, self.forms), initial=0))
+        return [flat[start:end] for start, end in pairwise(ends)]
 
     def calls(
         self,
         streams: Sequence[Tensor],
         modulations: Sequence[Tensor],
         rotary: Tensor | None,
-        weights: Sequence[Tensor | None],
+        flat: Sequence[Tensor | None],
         scales: Sequence[Tensor | None] = (None, None),
     ) -> passes.Streams:
         """Of streams, modulations and scales in that order."""
-        T = streams[0].shape[1]
+        T, dtype = streams[0].shape[1], self.options[0].norm1.dtype
         tables = (rotary, rotary)
         if rotary is not None:
             tables = rotary[:, :T].contiguous(), rotary[:, T:].contiguous()
-        whole = stacked.whole(weights, self.layout, self.options[0].norm1.dtype)
-        of_context, of_x, *second = (LayerWeights(*own) for own in _each(whole))
-        each = zip(
-            streams, modulations, tables, (of_context, of_x), self.options, scales, strict=True
-        )
+        whole = [
+            form.whole(row, dtype) for form, row in zip(self.forms, self.rows(flat), strict=True)
+        ]
+        each = zip(streams, modulations, tables, whole[:2], self.options, scales, strict=True)
         context, x = (LayerCall(*call) for call in each)
-        return context, x._replace(second=second[0] if second else None)
+        return context, x._replace(second=whole[2] if len(whole) > 2 else None)
 
-    def gradients(self, needed: Sequence[bool], dtype: torch.dtype) -> list[Gradients]:
-        """Of the weights, the second attention's beside those of x too."""
-        wanted = _each(stacked.wanted(needed, self.layout))
-        names = (zip(LayerWeights._fields, own, strict=True) for own in wanted)
-        grads = [Gradients(frozenset(n for n, want in own if want), dtype) for own in names]
+    def gradients(
+        self, needed: Sequence[bool], flat: Sequence[Tensor | None], calls: passes.Streams
+    ) -> list[Gradients]:
+        """Sums for those of the weights; the second attention's stand beside those of x too."""
+        context, x = calls
+        weights = context.weights, x.weights, x.second
+        each = zip(self.forms, self.rows(needed), self.rows(flat), weights, strict=False)
+        grads = [form.gradients(*own) for form, *own in each]
         grads[1].second = grads[2] if len(grads) > 2 else None
         return grads
+
+    def apart(
+        self, grads: Sequence[Gradients], flat: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Gradients of the row's tensors."""
+        each = zip(self.forms, grads, self.rows(flat), strict=True)
+        return [grad for form, *own in each for grad in form.apart(*own)]
 
 
 class _JointLayer(torch.autograd.Function):
@@ -116,7 +132,7 @@ class _JointLayer(torch.autograd.Function):
             ctx.maybe_clear_saved_tensors()
         del made
         calls = told.calls(streams, modulations, rotary, weights, scales)
-        grads = told.gradients(needed[GIVEN:], weights[0].dtype)
+        grads = told.gradients(needed[GIVEN:], weights, calls)
         dmodulations = [ModulationGradient(modulation) for modulation in modulations]
         # a result that nothing reads has a gradient of zeros
         douts = [
@@ -125,10 +141,8 @@ class _JointLayer(torch.autograd.Function):
         ]
         with dtypes_as_they_are(douts[0].device.type):
             dxs = passes.backward(passes.JOINT, calls, douts, kept, grads[:2], dmodulations)
-        sums = [own.sums.get(name) for own in grads for name in LayerWeights._fields]
-        dweights = stacked.apart(cast(sums, weights[0].dtype), weights, told.layout)
         dmods = [total for each in dmodulations for total in each.results()]
-        return None, *dxs, *dmods, None, *dweights
+        return None, *dxs, *dmods, None, *told.apart(grads, weights)
 
 
 def _apart(saved: Sequence[Tensor | None]) -> tuple[Sequence, ...]:
@@ -136,11 +150,6 @@ def _apart(saved: Sequence[Tensor | None]) -> tuple[Sequence, ...]:
     start, kept = 7, saved[7:]
     made = kept[:KEPT], kept[KEPT : 2 * KEPT]
     return saved[:2], saved[2:4], saved[4:start], made, kept[2 * KEPT :]
-
-
-def _each(by_field: Sequence) -> list[Sequence]:
-    """What belongs to each `LayerWeights`."""
-    return [by_field[start : start + WEIGHTS] for start in range(0, len(by_field), WEIGHTS)]
 
 
 # public
@@ -211,26 +220,26 @@ def joint_layer(
         of_context = options._replace(wanted=Wanted(tokens=0), layout=KeyModulation)
     if second_weights is not None:
         of_x = options._replace(layout=DualModulation)
-    tensors_of = {"weights": weights, "context_weights": context_weights}
+    each = {"context_weights": context_weights, "weights": weights}
     if second_weights is not None:
-        tensors_of["second_weights"] = second_weights
+        each["second_weights"] = second_weights
     given = {"x": x, "modulation": modulation}
     given |= {"context": context, "context_modulation": context_modulation, "rotary": rotary}
-    for name, w in tensors_of.items():
-        given |= {f"{name}.{field}": t for field, t in w._asdict().items()}
+    for name, w in each.items():
+        given |= {f"{name}.{n}": t for n, t in zip(w.names(), w.tensors(), strict=True)}
     checks.check_floats(**given)
     _check_modulation("modulation", modulation, x, of_x)
     _check_modulation("context_modulation", context_modulation, context, of_context)
-    _check_weights(x, context, rotary, tensors_of, num_heads, head_dim, mlp)
-    flat, layout = stacked.flatten((*context_weights, *weights, *(second_weights or ())))
+    _check_weights(x, context, rotary, each, of_x, head_dim)
+    rows, forms = zip(*map(flatten, each.values()), strict=True)
     context, x = _JointLayer.apply(
-        _Told((of_context, of_x), layout),
+        _Told((of_context, of_x), forms),
         context.contiguous(),
         x.contiguous(),
         rows_of_modulation(context_modulation),
         rows_of_modulation(modulation),
         rotary,
-        *flat,
+        *chain.from_iterable(rows),
     )
     return x, None if keys_only else context
 
@@ -259,25 +268,22 @@ def _check_weights(
     context: Tensor,
     rotary: Tensor | None,
     weights: dict[str, LayerWeights],
-    H: int,
+    options: LayerOptions,
     d: int | None,
-    mlp: str,
 ) -> None:
-    D, T = x.shape[-1], context.shape[1] + x.shape[1]
+    D, T, H = x.shape[-1], context.shape[1] + x.shape[1], options.num_heads
     if H < 1 or (d is None and D % H):
         raise ValueError(f"num_heads must divide D = {D}, got {H}")
     d = D // H if d is None else d
     if d < 1:
         raise ValueError(f"head_dim must be at least 1, got {d}")
     check_head_width(x.device, d)
-    of = {"weights": LayerWeights._fields, "second_weights": ATTENTION}
-    of["context_weights"] = LayerWeights._fields
-    if weights["context_weights"].out_weight is None:
-        of["context_weights"] = KEYS
+    keys_only = weights["context_weights"].out_weight is None
+    has = {"context_weights": KEYS if keys_only else PROJECTIONS, "second_weights": ATTENTION}
     dtype = weights["weights"].qkv_weight.dtype
     for name, w in weights.items():
-        width = context.shape[-1] if name == "context_weights" else D
-        check_weights(name, w, width, H * d, d, mlp=mlp, of=of[name])
+        width, of = context.shape[-1] if name == "context_weights" else D, has.get(name)
+        check_weights(f"{name}.", w, width, H * d, d, mlp=options.mlp, has=of or PROJECTIONS)
         if w.qkv_weight.dtype != dtype:
             got = w.qkv_weight.dtype
             raise ValueError(f"{name} must have the dtype of weights, {dtype}, got {got}")

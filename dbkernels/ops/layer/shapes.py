@@ -1,28 +1,35 @@
 """What the weights of one stream of a layer must be."""
 
-from torch import Tensor
-
 from dbkernels.ops.backend import checks
+from dbkernels.ops.layer.linear import check_adapter
 from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.settings import check_choice
 
-ATTENTION = ("qkv_weight", "qkv_bias", "out_weight", "out_bias", "q_weight", "k_weight")
-KEYS = ("qkv_weight", "qkv_bias", "q_weight", "k_weight")
+PROJECTIONS = ("qkv", "out", "fc1", "fc2")
+ATTENTION = ("qkv", "out")
+KEYS = ("qkv",)
 
 
 def check_weights(
-    name: str, w: LayerWeights, D: int, width: int, d: int, *, mlp: str, of: tuple[str, ...]
+    name: str,
+    w: LayerWeights,
+    D: int,
+    width: int,
+    d: int,
+    *,
+    mlp: str,
+    has: tuple[str, ...] = PROJECTIONS,
 ) -> None:
-    """Shapes, and one dtype.
+    """Shapes, one dtype, and adapters that fit.
 
     Args:
-        name:   of the argument
+        name:   goes before each weight's own
         w:      of the stream
         D:      width of the stream
         width:  of all heads together
         d:      of a head
         mlp:    which one
-        of:     names of those that there are to be; the others must be None, and those of norms
-                and biases may be
+        has:    the projections that there are to be, of PROJECTIONS; of the others all is None
     Raises:
         ValueError: one is of another shape or dtype, is missing, or is not for this stream.
     """
@@ -31,21 +38,24 @@ def check_weights(
     expected = LayerWeights(
         (3 * width, D), (3 * width,), (D, width), (D,),
         (2 * hidden if mlp == "swiglu" else hidden, D), (first,), (D, hidden), (D,), (d,), (d,),
-    )  # fmt: skip
-    for field, t, shape in zip(w._fields, w, expected, strict=True):
-        _check_weight(f"{name}.{field}", t, shape, is_one=field in of)
-        if t is not None and t.dtype != w.qkv_weight.dtype:
+    )._asdict()  # fmt: skip
+    for projection in PROJECTIONS:
+        weight, bias = (f"{projection}_{kind}" for kind in ("weight", "bias"))
+        if projection not in has:
+            for each in (weight, bias):
+                if getattr(w, each) is not None:
+                    raise ValueError(f"{name}{each} must be None here, got a tensor")
+        elif getattr(w, weight) is None:
+            raise ValueError(f"{name}{weight} must be {expected[weight]}, got None")
+    for field, t in w._asdict().items():
+        if field == "adapters" or t is None:
+            continue
+        checks.check_shape(expected[field], **{f"{name}{field}": t})
+        if t.dtype != w.qkv_weight.dtype:
             raise ValueError(
-                f"{name}.{field} must have the dtype of qkv_weight, {w.qkv_weight.dtype}, "
+                f"{name}{field} must have the dtype of qkv_weight, {w.qkv_weight.dtype}, "
                 f"got {t.dtype}"
             )
-
-
-def _check_weight(name: str, t: Tensor | None, shape: tuple[int, ...], *, is_one: bool) -> None:
-    if t is None:
-        if is_one and name.endswith(("qkv_weight", "out_weight", "fc1_weight", "fc2_weight")):
-            raise ValueError(f"{name} must be {shape}, got None")
-    elif not is_one:
-        raise ValueError(f"{name} must be None in this stream, got {tuple(t.shape)}")
-    else:
-        checks.check_shape(shape, **{name: t})
+    for adapter in w.adapters:
+        check_choice("projection of an adapter", adapter.projection, has)
+        check_adapter(adapter, getattr(w, f"{adapter.projection}_weight"))
