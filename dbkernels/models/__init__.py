@@ -1,5 +1,6 @@
 """Networks: they receive a condition, never a prior or a partition."""
 
+from dbkernels.models.adapter import add_adapters, merge_adapters, remove_adapters
 from dbkernels.models.ar import AR, ARConfig
 from dbkernels.models.dit import DiT, DiTConfig
 from dbkernels.models.family import Family
@@ -31,7 +32,10 @@ __all__ = [
     "ParallelLayer",
     "ViT",
     "ViTConfig",
+    "add_adapters",
     "family_named",
     "family_of",
+    "merge_adapters",
+    "remove_adapters",
     "run_layers",
 ]

@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from dbkernels.models.compiled import compiled
 from dbkernels.models.layer import AdaLNLayer
+from dbkernels.models.low_rank import as_linear
+from dbkernels.ops import reference
 from dbkernels.ops.layer.tensors import AttentionKind
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
@@ -48,7 +50,7 @@ def stock_layer(
 ) -> Tensor:
     """The specification, with the parameters of a layer."""
     # the fused layer's own projection keeps no rounded copy of its weight, as plain torch does
-    projected = F.linear(F.silu(c), layer.modulation.weight, layer.modulation.bias)
+    projected = reference.projected(F.silu(c), as_linear(layer.modulation))
     return layer.specified(x, projected, rotary, draw, attention)
 
 
