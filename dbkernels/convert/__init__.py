@@ -6,11 +6,13 @@ from dbkernels.convert.dit_block import (
     layer_from_dit_block,
     layer_from_dit_state,
 )
+from dbkernels.convert.source import open_trained
 
 __all__ = [
     "dit_block_from_layer",
     "layer_from_dit_block",
     "layer_from_dit_state",
     "load",
+    "open_trained",
     "save_as",
 ]
