@@ -52,7 +52,8 @@ estimate that is too high, by more where there are few starts. *The paper's* has
 and levels; the blocks below it have a prior that is fitted to the text. *Own* reads the text
 through a block's own layers, *through* through all layers before them too, with the deepest block
 at the most noise; *next token* adds that loss. *All of these* has both, and its noisy stream goes
-on from the clean one (`--noisy-input z_and_clean`). `benchmarks/text.py` trains and evaluates
+on from the clean one (`--noisy-input z_and_clean`). *As much arithmetic* has as many updates more
+as a conventional step costs more forwards of one layer. `benchmarks/text.py` trains and evaluates
 all."""),
     "noise": ("Digits by noise", """Digits that a DiT generates, by the noise and by what the
 network predicts, after the same number of updates of every layer; what all blocks share gets an

@@ -31,28 +31,34 @@ class Made(NamedTuple):
     children: frozenset[str]
 
 
-def as_made(root: nn.Module, names: tuple[str, ...], kinds: Kinds) -> tuple[Made, ...]:
+def as_made(
+    root: nn.Module, names: tuple[str, ...], kinds: Kinds, called: tuple[str, ...] = ()
+) -> tuple[Made, ...]:
     """Some children of a module, and all that is in these, parents first.
 
     Args:
-        root:   of the modules
-        names:  of its children
-        kinds:  of modules whose reader knows what each of them computes
+        root:    of the modules
+        names:   of its children
+        kinds:   of modules whose reader knows what each of them computes
+        called:  of modules inside these that do run; nothing is told of them
     """
     places: dict[str, int] = {"": -1}
-    return tuple(made for name in names for made in _walk(root, name, places, kinds))
+    return tuple(made for name in names for made in _walk(root, name, places, kinds, called))
 
 
-def _walk(root: nn.Module, name: str, places: dict[str, int], kinds: Kinds) -> Iterator[Made]:
+def _walk(
+    root: nn.Module, name: str, places: dict[str, int], kinds: Kinds, called: tuple[str, ...]
+) -> Iterator[Made]:
     module, (parent, _, key) = root.get_submodule(name), name.rpartition(".")
     assert type(module) in kinds, f"{name}: nothing is known of how to read a {type(module)}"
     settings = tuple((setting, getattr(module, setting)) for setting in kinds[type(module)])
     parameters = {key: parameter is None for key, parameter in module._parameters.items()}
     places[name] = len(places) - 1
-    children = tuple(module._modules)
+    children = tuple(key for key, child in module._modules.items() if child is not None)
     yield Made(name, places[parent], key, type(module), settings, parameters, frozenset(children))
     for child in children:
-        yield from _walk(root, f"{name}.{child}", places, kinds)
+        if (inside := f"{name}.{child}") not in called:
+            yield from _walk(root, inside, places, kinds, called)
 
 
 def check_as_made(root: nn.Module, made: tuple[Made, ...]) -> None:

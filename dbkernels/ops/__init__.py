@@ -10,8 +10,11 @@ from dbkernels.ops.gated_adaln_norm import gated_adaln_norm
 from dbkernels.ops.gated_residual import gated_residual
 from dbkernels.ops.layer.condition import Condition
 from dbkernels.ops.layer.function import adaln_layer
+from dbkernels.ops.layer.linear import Adapter
+from dbkernels.ops.layer.parallel import parallel_layer
 from dbkernels.ops.layer.projection import linear
 from dbkernels.ops.layer.recompute import POLICIES
+from dbkernels.ops.layer.stacked import Stacked
 from dbkernels.ops.layer.tensors import LayerWeights, ResidualStream
 from dbkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dbkernels.ops.philox import Draw, normals, uniforms
@@ -22,10 +25,12 @@ from dbkernels.ops.two_stream import two_stream_attention
 
 __all__ = [
     "POLICIES",
+    "Adapter",
     "Condition",
     "Draw",
     "LayerWeights",
     "ResidualStream",
+    "Stacked",
     "adaln_layer",
     "adaln_norm",
     "add_noise",
@@ -40,6 +45,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "normals",
+    "parallel_layer",
     "qk_norm_rotary",
     "score_loss",
     "swiglu",

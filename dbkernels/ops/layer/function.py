@@ -1,4 +1,4 @@
-"""A whole AdaLN layer as one autograd function, with a chosen set of what it keeps.
+"""A whole layer as one autograd function, with a chosen set of what it keeps; the AdaLN layer's:
 
     y1 = (1 + scale1) * norm(x) + shift1,     a = attention(y1),    x1 = x + gate1 * a
     y2 = (1 + scale2) * norm(x1) + shift2,    m = mlp(y2),          out = x1 + gate2 * m
@@ -32,7 +32,8 @@ from dbkernels.ops.layer.condition import (
     autocast_again,
     rows_of_modulation,
 )
-from dbkernels.ops.layer.gradients import Gradients, cast
+from dbkernels.ops.layer.flat import Form, flatten
+from dbkernels.ops.layer.linear import check_adapter
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.tensors import (
     AttentionKind,
@@ -45,7 +46,8 @@ from dbkernels.ops.layer.tensors import (
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
-WEIGHTS, KEPT = len(LayerWeights._fields), len(tensors.Activations._fields)
+KEPT = len(tensors.Activations._fields)
+PROJECTIONS = ("qkv", "out", "fc1", "fc2")
 
 # autograd
 
@@ -53,6 +55,7 @@ WEIGHTS, KEPT = len(LayerWeights._fields), len(tensors.Activations._fields)
 class _Told(NamedTuple):
     """What is neither a tensor with a gradient nor of a call."""
 
+    kind: passes.Kind
     options: LayerOptions
     modulate: Callable[..., Tensor] | None
     """Of a condition, where the modulation is computed again from it."""
@@ -60,10 +63,12 @@ class _Told(NamedTuple):
     """Of the condition's modulation; they follow the weights."""
     turn: Turn
     """Of the call in its run."""
+    form: Form
+    """Of the weights."""
 
 
-class _AdaLNLayer(torch.autograd.Function):
-    """(out, a, m), the last two None if nothing is kept.
+class _Layer(torch.autograd.Function):
+    """(out, a, m), the last two None if they are not kept.
 
     The modulation is that, or the condition from which it is made. After the weights come the
     parameters that make it, and the run that led to x.
@@ -71,11 +76,12 @@ class _AdaLNLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, told, x, modulation, rotary, *rest):
-        options, end = told.options, WEIGHTS + told.parameters
-        weights, parameters, run = rest[:WEIGHTS], rest[WEIGHTS:end], rest[end:]
-        w = LayerWeights(*cast(weights, options.norm1.dtype))
+        options, count = told.options, len(told.form)
+        weights, parameters = rest[:count], rest[count : count + told.parameters]
+        run = rest[count + told.parameters :]
+        w = told.form.whole(weights, options.norm1.dtype)
         call = LayerCall(x, _made_of(told, modulation, parameters), rotary, w, options)
-        out, kept = passes.forward(call)
+        out, kept = passes.forward(told.kind, call)
         scale = None
         if POLICIES[options.recompute].narrow:
             *run, scale = passes.narrowed(call)
@@ -88,15 +94,16 @@ class _AdaLNLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, da, dm):
-        checks.refuse_double_backward("adaln_layer")
-        needed, (options, modulate, count, turn) = ctx.needs_input_grad, ctx.told
+        kind, options, modulate, count, turn, form = ctx.told
+        checks.refuse_double_backward(kind.name)
+        needed = ctx.needs_input_grad
         if dout is None:
             return (None,) * len(needed)
         last = is_last_to_read()
         # a layer after this one may be differentiated later than this, for a loss between layers
         owned = last and not turn.is_read()
         modulation, rotary, *saved = ctx.saved_tensors
-        weights, saved = LayerWeights(*saved[:WEIGHTS]), saved[WEIGHTS:]
+        weights, saved = saved[: len(form)], saved[len(form) :]
         parameters, saved = saved[:count], saved[count:]
         kept = tensors.Kept(tensors.Activations(*saved[:KEPT]), owned=owned)
         scale, start, *sums = saved[KEPT:]
@@ -105,22 +112,22 @@ class _AdaLNLayer(torch.autograd.Function):
             ctx.maybe_clear_saved_tensors()
         del saved
         x = tensors.end_of_run(start, sums)
-        wanted = zip(LayerWeights._fields, needed[4:], strict=False)
-        gradients = Gradients(frozenset(n for n, want in wanted if want), weights.qkv_weight.dtype)
         # kept from the forward, the casts would take 2 bytes for each parameter of a block at the
         # peak of its step: to read 4 bytes and write 2 again costs far less than that memory
-        w = LayerWeights(*cast(weights, options.norm1.dtype))
+        w = form.whole(weights, options.norm1.dtype)
+        end = 4 + len(form)
+        gradients = form.gradients(needed[4:end], weights, w)
         made_of = _made_of(ctx.told, modulation, parameters)
         call = LayerCall(x, made_of, rotary, w, options, scale)
         if modulate is None:
             dmodulation = ModulationGradient(modulation)
         else:
-            end = 4 + WEIGHTS
             wanted = needed[2], *needed[end : end + count]
             dmodulation = ConditionGradient(made_of, wanted, ctx.autocast)
         with dtypes_as_they_are(dout.device.type):
-            dx = passes.backward(call, dout.contiguous(), kept, gradients, dmodulation)
-        dweights = cast([gradients.sums.get(name) for name in w._fields], gradients.dtype)
+            dout = dout.contiguous()
+            dx = passes.backward(kind, call, dout, kept, gradients, dmodulation)
+        dweights = form.apart(gradients, weights)
         if last:
             turn.is_done = True
         dmodulation, *dparameters = dmodulation.results()
@@ -169,7 +176,8 @@ def adaln_layer(
         modulation:  (B, 6 D) per sample or (B, T, 6 D) per token: shift, scale and gate of the
                      attention branch, then of the MLP; or the condition of each token that it is
                      made of, which policies that keep little keep in its place
-        weights:     of one dtype, as `LayerWeights` tells their shapes
+        weights:     of one dtype, as `LayerWeights` tells their shapes; any may be `Stacked`. Its
+                     adapters may have other dtypes, and run in that of the branches
         num_heads:   H
         head_dim:    d; None is D / H, and then H divides D
         rotary:      (2, T, d) cosines and sines, float32; None does not rotate
@@ -204,10 +212,7 @@ def adaln_layer(
         RuntimeError: the gradient is differentiated.
     """
     check_choice("mlp", mlp, ACTIVATIONS)
-    check_choice("recompute", recompute, POLICIES)
-    keeps = POLICIES[recompute].keeps_modulation or torch.compiler.is_compiling()
-    if isinstance(modulation, Condition) and keeps:
-        modulation = modulation.modulation()
+    modulation = modulation_at(recompute, modulation)
     dtype, centred = compute_dtype(x, weights.qkv_weight), checks.check_norm(norm)
     norms = (NormOptions(each, centred, dtype) for each in (eps, eps if eps2 is None else eps2))
     dropped = _dropout(dropout, attention_dropout, draw)
@@ -217,17 +222,34 @@ def adaln_layer(
     options = LayerOptions(
         num_heads, mlp, *norms, qk_eps, recompute, wanted, dropped, attention
     )  # fmt: skip
-    _check(LayerCall(x, modulation, rotary, weights, options), head_dim)
-    x, modulate, parameters = x.contiguous(), None, ()
+    call = LayerCall(x, modulation, rotary, weights, options)
+    check_call(call, head_dim, chunks=6)
+    return apply_layer(passes.ADALN, call, stream)
+
+
+def modulation_at(recompute: Recompute, modulation: Tensor | Condition) -> Tensor | Condition:
+    """The modulation, or its condition where the policy keeps that in its place."""
+    check_choice("recompute", recompute, POLICIES)
+    keeps = POLICIES[recompute].keeps_modulation or torch.compiler.is_compiling()
+    if isinstance(modulation, Condition) and keeps:
+        return modulation.modulation()
+    return modulation
+
+
+def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | None = None) -> Tensor:
+    """The output (n, N, D) of a call whose tensors are checked, with its gradient."""
+    (x, modulation, rotary, weights, options, _), modulate, parameters = call, None, ()
+    x = x.contiguous()
     if isinstance(modulation, Condition):
         modulation, modulate, parameters = modulation
         stream = None  # whose runs hold the gates of earlier layers
     else:
         modulation = rows_of_modulation(modulation)
     run, turn = ((x.detach(),), Turn()) if stream is None else stream.run_to(x)
-    told = _Told(options, modulate, len(parameters), turn)
-    out, a, m = _AdaLNLayer.apply(told, x, modulation, rotary, *weights, *parameters, *run)
-    if stream is not None and wanted.is_all and out.requires_grad and a is not None:
+    flat, form = flatten(weights)
+    told = _Told(kind, options, modulate, len(parameters), turn, form)
+    out, a, m = _Layer.apply(told, x, modulation, rotary, *flat, *parameters, *run)
+    if stream is not None and options.wanted.is_all and out.requires_grad and a is not None:
         mod = tensors.LayerModulation.of(modulation)
         stream.extend(run, turn, out, mod.gate1, a, mod.gate2, m)
     return out
@@ -242,20 +264,22 @@ def _dropout(branches: float, attention: float, draw: Draw | None) -> Dropout | 
     return Dropout(branches, attention, draw)
 
 
-def _check(call: LayerCall, d: int | None) -> None:
-    """Shapes, dtypes and devices of one call."""
+def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
+    """Shapes, dtypes and devices of one call, whose modulation has so many chunks of D."""
     x, modulation, rotary, w, options, _ = call
     of_tokens = isinstance(modulation, Condition)
     given = {"c": modulation.c} if of_tokens else {"modulation": modulation}
-    checks.check_floats(x=x, **given, rotary=rotary, **w._asdict())
+    tensors = dict(zip(w.names(), w.tensors(), strict=True))
+    checks.check_floats(x=x, **given, rotary=rotary, **tensors)
     B, T, D = x.shape
     if of_tokens and (modulation.c.dim() != 3 or tuple(modulation.c.shape[:2]) != (B, T)):
         got = tuple(modulation.c.shape)
         raise ValueError(f"a condition's c must be (B, T, C) = ({B}, {T}, C), got {got}")
-    if not of_tokens and tuple(modulation.shape) not in ((B, 6 * D), (B, T, 6 * D)):
+    width = chunks * D
+    if not of_tokens and tuple(modulation.shape) not in ((B, width), (B, T, width)):
         raise ValueError(
-            f"modulation must be (B, 6 D) = ({B}, {6 * D}) or (B, T, 6 D) = ({B}, {T}, {6 * D}), "
-            f"got {tuple(modulation.shape)}"
+            f"modulation must be (B, {chunks} D) = ({B}, {width}) or (B, T, {chunks} D) = "
+            f"({B}, {T}, {width}), got {tuple(modulation.shape)}"
         )
     H = options.num_heads
     if H < 1 or (d is None and D % H):
@@ -271,7 +295,10 @@ def _check(call: LayerCall, d: int | None) -> None:
         (2 * hidden if options.mlp == "swiglu" else hidden, D), (first,), (D, hidden), (D,),
         (d,), (d,),
     )  # fmt: skip
-    for name, t, shape in zip(w._fields, w, expected, strict=True):
+    for name, t, shape in zip(w._fields[:-1], w[:-1], expected[:-1], strict=True):
         checks.check_shape(shape, **{name: t})
         if t is not None and t.dtype != dtype:
             raise ValueError(f"{name} must have the dtype of qkv_weight, {dtype}, got {t.dtype}")
+    for adapter in w.adapters:
+        check_choice("projection of an adapter", adapter.projection, PROJECTIONS)
+        check_adapter(adapter, getattr(w, f"{adapter.projection}_weight"))

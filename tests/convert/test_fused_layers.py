@@ -1,0 +1,91 @@
+"""Each layer that `fuse` knows computes what the original does, and its gradients."""
+
+import copy
+import re
+
+import pytest
+import torch
+from accuracy import assert_as_accurate_as_eager, upstream_of
+from convert.fused_cases import CASES
+from torch import nn
+
+from dbkernels.convert import fuse, unfuse
+from dbkernels.ops import POLICIES
+
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def as_floats(value, change):
+    """The value, changed where it is a tensor of floats."""
+    is_floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return change(value) if is_floats else value
+
+
+def results(module, given):
+    """Outputs, and gradients by the names of the arguments and of the parameters."""
+    given = [as_floats(t, lambda t: t.detach().clone().requires_grad_()) for t in given]
+    named = {f"argument {i}": t for i, t in enumerate(given) if getattr(t, "requires_grad", 0)}
+    named |= dict(module.named_parameters())
+    torch.manual_seed(1)
+    out = module(*given)
+    outputs = [out] if isinstance(out, torch.Tensor) else list(out)
+    grads = torch.autograd.grad(outputs, list(named.values()), upstream_of(outputs))
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return together(found | dict(zip(named, grads, strict=True)))
+
+
+def together(found):
+    """The gradients of queries', keys' and values' biases as one, for that of keys may be 0."""
+    joined = {}
+    for name, t in found.items():
+        joined.setdefault(re.sub(r"to_[qkv].bias$", "to_qkv.bias", name), []).append(t)
+    return {name: torch.cat(parts) for name, parts in joined.items()}
+
+
+def fused(module, recompute="none"):
+    holder = nn.ModuleList([copy.deepcopy(module)])
+    report = fuse(holder, recompute)
+    assert [each.path for each in report.replaced] == ["0"], str(report)
+    return holder[0]
+
+
+def doubled(module, given):
+    given = [as_floats(t, torch.Tensor.double) for t in given]
+    return copy.deepcopy(module).double(), [
+        copy.deepcopy(t).double() if isinstance(t, nn.Module) else t for t in given
+    ]
+
+
+@every_case
+def test_outputs_and_gradients_are_the_originals(name):
+    module, given = CASES[name]()
+    module64, given64 = doubled(module, given)
+    exact, eager = results(module64, given64), results(module, given)
+    for recompute in POLICIES:
+        found = results(fused(module64, recompute), given64)
+        assert found.keys() == exact.keys()
+        for key, expected in exact.items():
+            error = (found[key] - expected).abs().max() / expected.abs().max()
+            assert error < 1e-12, f"{key} at {recompute}: {error:.1e}"
+        for key, actual in results(fused(module, recompute), given).items():
+            where = f"{key} at {recompute}"
+            assert actual.dtype == eager[key].dtype
+            assert_as_accurate_as_eager(where, actual, eager[key], exact[key])
+
+
+@every_case
+def test_names_objects_and_bits_are_the_originals(name):
+    module, _ = CASES[name]()
+    before, state = dict(module.named_parameters()), copy.deepcopy(module.state_dict())
+    holder = nn.ModuleList([module])
+    fuse(holder)
+    layer = holder[0]
+    assert layer is not module
+    assert {key: id(p) for key, p in layer.named_parameters()} == {
+        key: id(p) for key, p in before.items()
+    }
+    assert list(layer.state_dict()) == list(state)
+    assert all(torch.equal(t, state[key]) for key, t in layer.state_dict().items())
+    unfuse(holder)
+    assert holder[0] is module
+    assert all(torch.equal(t, state[key]) for key, t in module.state_dict().items())
