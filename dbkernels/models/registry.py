@@ -23,6 +23,7 @@ from dbkernels.diffusion.timesteps import Timesteps
 from dbkernels.models import ar, dit, huginn, mdm, vit
 from dbkernels.models.family import Presets, Weighting
 from dbkernels.models.reading import TextWay
+from dbkernels.models.start import Start
 from dbkernels.settings import check_choice
 
 TextNoise = Literal["masked", "gaussian"]
@@ -100,6 +101,8 @@ class FamilyEntry:
     writes: TextWay | None = None
     """How it makes text. cached or whole: token by token, with what layers keep of known ones, or
     all of them read again for each. unmask: a window at once, whose tokens open one by one."""
+    start: Start = field(default_factory=Start)
+    """How its blocks start from a network that was trained end to end."""
     other_noise: Mapping[PathName, Process] = field(default_factory=dict)
     """The noise of models whose configuration has another process than the family's own."""
 
@@ -111,6 +114,10 @@ class FamilyEntry:
 # where a token's information lies for 32,000 words: below 0.05 it is read off z, and above 8 less
 # than 0.01 nats of it are in z
 OF_WORDS = LogNormal(mean=-0.75, std=0.8, sigma_min=0.05, sigma_max=8.0)
+
+# settings of a model of text that its weights do not know, and those that only noise uses
+OF_TEXT = ("recompute", "length")
+OF_NOISE = ("read_out", "levels_of", "sigma_data")
 
 FAMILIES = {
     "vit": FamilyEntry(
@@ -145,6 +152,7 @@ FAMILIES = {
         weighting="process",
         text="masked",
         writes="unmask",
+        start=Start(free=OF_TEXT),
     ),
     "ar": FamilyEntry(
         summary="writes text, token by token",
@@ -155,6 +163,13 @@ FAMILIES = {
         weighting="none",
         text="gaussian",
         writes="cached",
+        start=Start(
+            free=(*OF_TEXT, "clean", "next_token_weight"),
+            free_without_noise=("noisy_input", *OF_NOISE),
+            as_blocks=ar.ARConfig.as_blocks,
+            add_noise=ar.AR.add_noise,
+            noise_order="deepest",
+        ),
         conventional="the next token, from clean ones alone",
     ),
     "huginn": FamilyEntry(
@@ -166,6 +181,12 @@ FAMILIES = {
         weighting="none",
         text="gaussian",
         writes="whole",
+        start=Start(
+            free=(*OF_TEXT, "recurrences", "truncation"),
+            free_without_noise=OF_NOISE,
+            as_blocks=huginn.HuginnConfig.as_blocks,
+            add_noise=huginn.Huginn.add_noise,
+        ),
         num_blocks=1,
         conventional="recurrences from noise, the last of them by backpropagation",
         recurs=True,
