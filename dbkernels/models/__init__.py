@@ -6,6 +6,7 @@ from dbkernels.models.family import Family
 from dbkernels.models.huginn import Huginn, HuginnConfig
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.models.mdm import MDM, MDMConfig
+from dbkernels.models.mmdit import MMDiT, MMDiTConfig
 from dbkernels.models.registry import FAMILIES, FamilyEntry, family_named, family_of
 from dbkernels.models.vit import ViT, ViTConfig
 
@@ -23,6 +24,8 @@ __all__ = [
     "HuginnConfig",
     "LayerConfig",
     "MDMConfig",
+    "MMDiT",
+    "MMDiTConfig",
     "ViT",
     "ViTConfig",
     "family_named",
