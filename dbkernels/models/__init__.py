@@ -7,6 +7,7 @@ from dbkernels.models.huginn import Huginn, HuginnConfig
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.models.mdm import MDM, MDMConfig
 from dbkernels.models.mmdit import MMDiT, MMDiTConfig
+from dbkernels.models.parallel_layer import ParallelConfig, ParallelLayer
 from dbkernels.models.registry import FAMILIES, FamilyEntry, family_named, family_of
 from dbkernels.models.vit import ViT, ViTConfig
 
@@ -26,6 +27,8 @@ __all__ = [
     "MDMConfig",
     "MMDiT",
     "MMDiTConfig",
+    "ParallelConfig",
+    "ParallelLayer",
     "ViT",
     "ViTConfig",
     "family_named",

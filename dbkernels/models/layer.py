@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dbkernels.models.as_made import as_made, check_as_made
+from dbkernels.models.condition import condition_of_all
 from dbkernels.ops import reference
 from dbkernels.ops.activations import ACTIVATIONS
 from dbkernels.ops.adaln_norm import fold_affine
-from dbkernels.ops.backend import checks
 from dbkernels.ops.dropout import check_share
 from dbkernels.ops.layer.attend import check_attention, wanted_of
 from dbkernels.ops.layer.condition import Condition
@@ -35,8 +35,36 @@ from dbkernels.settings import check_choice
 BIASED = ("qkv", "out", "fc1", "fc2")  # the projections of the attention and of the MLP
 
 
+class OfBranches:
+    """What the configurations of layers derive from their `bias`, `head_dim` and widths."""
+
+    def has_bias(self, name: str) -> bool:
+        """Whether the projection of a name in BIASED has one."""
+        return self.bias if isinstance(self.bias, bool) else name in self.bias
+
+    @property
+    def attention_width(self) -> int:
+        """Of all heads together."""
+        if self.head_dim is None:
+            return self.dim
+        return self.num_heads * self.head_dim
+
+    def check_branches(self, biased: tuple[str, ...] = BIASED) -> None:
+        """Raises:
+        ValueError: dim is not a multiple of num_heads and head_dim is not given, or recompute or
+            the name of a bias is unknown.
+        """
+        if self.head_dim is None and self.dim % self.num_heads:
+            raise ValueError(
+                f"dim must be a multiple of num_heads, got {self.dim} and {self.num_heads}"
+            )
+        check_choice("recompute", self.recompute, POLICIES)
+        for name in () if isinstance(self.bias, bool) else self.bias:
+            check_choice("bias", name, biased)
+
+
 @dataclass(frozen=True)
-class LayerConfig:
+class LayerConfig(OfBranches):
     """One AdaLN layer."""
 
     dim: int
@@ -81,17 +109,6 @@ class LayerConfig:
         names = ("num_heads", "head_dim", "mlp", "norm", "eps", "eps2", "qk_eps")
         return {name: getattr(self, name) for name in names}
 
-    def has_bias(self, name: str) -> bool:
-        """Whether the projection of a name in BIASED has one."""
-        return self.bias if isinstance(self.bias, bool) else name in self.bias
-
-    @property
-    def attention_width(self) -> int:
-        """Of all heads together."""
-        if self.head_dim is None:
-            return self.dim
-        return self.num_heads * self.head_dim
-
 
 class AdaLNLayer(nn.Module):
     """Attention and MLP, each between a conditioned norm and a conditioned gate.
@@ -110,13 +127,7 @@ class AdaLNLayer(nn.Module):
 
     def __init__(self, config: LayerConfig):
         super().__init__()
-        if config.head_dim is None and config.dim % config.num_heads:
-            raise ValueError(
-                f"dim must be a multiple of num_heads, got {config.dim} and {config.num_heads}"
-            )
-        check_choice("recompute", config.recompute, POLICIES)
-        for name in () if isinstance(config.bias, bool) else config.bias:
-            check_choice("bias", name, BIASED)
+        config.check_branches()
         for name in ("dropout", "attention_dropout"):
             check_share(name, getattr(config, name))
         self.config = config
@@ -131,9 +142,7 @@ class AdaLNLayer(nn.Module):
 
     def initialise(self, initialise_weight: Callable[[Tensor], object]) -> None:
         """Initialise the weights of the attention's and the MLP's projections; biases become 0."""
-        for module in (*self.attention.modules(), *self.mlp.modules()):
-            if isinstance(module, nn.Linear):
-                initialise_linear(module, initialise_weight)
+        initialise_branches((self.attention, self.mlp), initialise_weight)
 
     def forward(
         self,
@@ -169,7 +178,7 @@ class AdaLNLayer(nn.Module):
             RuntimeError: a module inside is not as it was made, or the gradient is differentiated.
         """
         check_as_made(self, self._made)
-        c = self._condition(x, c)
+        c = condition_of_all(x, c, self.config.dim, self.config.cond_dim)
         check_attention(attention, self.config.attention_dropout, x.shape[0])
         wanted = wanted_of(x, attention, num_queries, num_samples)
         if self.run is not None:
@@ -194,23 +203,6 @@ class AdaLNLayer(nn.Module):
             **self.config.of_op(),
             **self.dropout(draw),
         )
-
-    def _condition(self, x: Tensor, c: Tensor) -> Tensor:
-        """c for all samples, (B, cond_dim) or (B, T, cond_dim); x and c are checked."""
-        D, width = self.config.dim, self.config.cond_dim
-        checks.check_floats(x=x, c=c)
-        if x.dim() != 3 or x.shape[-1] != D:
-            raise ValueError(f"x must be (B, T, D) with D = {D}, got {tuple(x.shape)}")
-        B, T, _ = x.shape
-        fits = c.dim() in (2, 3) and c.shape[0] in (1, B) and c.shape[-1] == width
-        if not fits or (c.dim() == 3 and c.shape[1] not in (1, T)):
-            raise ValueError(
-                f"c must be (B, cond_dim) = ({B}, {width}) or (B, T, cond_dim) = "
-                f"({B}, {T}, {width}), or have a B or T of 1, got {tuple(c.shape)}"
-            )
-        if c.dim() == 3 and c.shape[1] == 1:
-            c = c[:, 0]
-        return c if c.shape[0] == B else c.expand(B, *c.shape[1:])
 
     def specified(
         self,
@@ -270,12 +262,7 @@ class AdaLNLayer(nn.Module):
 
     def weights(self) -> LayerWeights:
         """Of the projections, for the op."""
-        attention, mlp = self.attention, self.mlp
-        projections = (attention.qkv, attention.out, mlp.fc1, mlp.fc2)
-        parameters = [p for module in projections for p in (module.weight, module.bias)]
-        if self.config.qk_norm:
-            parameters += [attention.q_norm.weight, attention.k_norm.weight]
-        return LayerWeights(*parameters)
+        return branch_weights(self.attention, self.mlp)
 
 
 def fold_norms(modulation: Tensor, *norms: tuple[Tensor | None, Tensor | None]) -> Tensor:
@@ -332,6 +319,15 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.mlp_hidden, config.dim, bias=config.has_bias("fc2"))
 
 
+def branch_weights(attention: Attention, mlp: MLP) -> LayerWeights:
+    """Of the projections of both, for an op."""
+    projections = (attention.qkv, attention.out, mlp.fc1, mlp.fc2)
+    parameters = [p for module in projections for p in (module.weight, module.bias)]
+    if "q_norm" in attention._modules:
+        parameters += [attention.q_norm.weight, attention.k_norm.weight]
+    return LayerWeights(*parameters)
+
+
 def run_layers(
     layers: Sequence[nn.Module],
     x: Tensor,
@@ -358,6 +354,16 @@ def run_layers(
             own |= {"num_queries": num_queries, "num_samples": num_samples}
         x = layer(x, c, rotary, stream, attention=attention, **own)
     return x
+
+
+def initialise_branches(
+    branches: Sequence[nn.Module], initialise_weight: Callable[[Tensor], object]
+) -> None:
+    """Initialise every projection in some modules."""
+    for branch in branches:
+        for module in branch.modules():
+            if isinstance(module, nn.Linear):
+                initialise_linear(module, initialise_weight)
 
 
 def initialise_linear(linear: nn.Linear, initialise_weight: Callable[[Tensor], object]) -> None:

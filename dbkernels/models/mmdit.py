@@ -28,9 +28,9 @@ from dbkernels.diffusion.prediction import PredictionName, prediction_named
 from dbkernels.models import embed
 from dbkernels.models.denoiser import ImageDenoiser
 from dbkernels.models.image_config import ImageConfig, check_no_stride
-from dbkernels.models.joint_layer import JointLayer, JointLayerConfig
+from dbkernels.models.joint_layer import JointLayer, JointConfig
 from dbkernels.models.layer import initialise_linear
-from dbkernels.models.parallel_layer import ParallelLayer, ParallelLayerConfig
+from dbkernels.models.parallel_layer import ParallelLayer, ParallelConfig
 from dbkernels.models.rotary import axis_table
 
 
@@ -189,7 +189,7 @@ class MMDiT(ImageDenoiser):
             "qk_norm": config.qk_norm,
             "recompute": config.recompute,
         }
-        joint, parallel = JointLayerConfig(**sizes), ParallelLayerConfig(**sizes)
+        joint, parallel = JointConfig(**sizes), ParallelConfig(**sizes)
         self.layers = nn.ModuleList(
             JointLayer(joint) if index < config.depth - config.parallel else ParallelLayer(parallel)
             for index in range(config.depth)

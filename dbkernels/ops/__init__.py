@@ -10,6 +10,7 @@ from dbkernels.ops.gated_adaln_norm import gated_adaln_norm
 from dbkernels.ops.gated_residual import gated_residual
 from dbkernels.ops.layer.condition import Condition
 from dbkernels.ops.layer.function import adaln_layer
+from dbkernels.ops.layer.parallel import parallel_layer
 from dbkernels.ops.layer.projection import linear
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.ops.layer.stacked import Stacked
@@ -42,6 +43,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "normals",
+    "parallel_layer",
     "qk_norm_rotary",
     "score_loss",
     "swiglu",

@@ -26,6 +26,8 @@ class OneLayer:
     Gates and scales are random, the stream has a mean: nothing cancels or hides.
     """
 
+    op, specification, chunks = staticmethod(adaln_layer), staticmethod(reference.adaln_layer), 6
+
     def __init__(
         self,
         B=2, T=5, D=24, H=3, *, hidden=40, mlp="gelu", norm="layer", bias=True, qk_norm=True,
@@ -47,7 +49,7 @@ class OneLayer:
         samples = (B, T) if per_token else (B,)
         self.tensors = {
             "x": normal(B, T, D, mean=2.0).to(x_dtype),
-            "modulation": normal(*samples, 6 * D, std=0.5).to(modulation_dtype),
+            "modulation": normal(*samples, self.chunks * D, std=0.5).to(modulation_dtype),
         }
         for name, weight in weights.items():
             has_bias = "bias" not in name or name in biases
@@ -64,15 +66,15 @@ class OneLayer:
     def weights_of(self, tensors):
         return LayerWeights(*(tensors.get(name) for name in LayerWeights._fields))
 
-    def run(self, tensors, op=adaln_layer, **options):
-        """op on these tensors, by name."""
-        weights = self.weights_of(tensors)
+    def run(self, tensors, op=None, **options):
+        """op on these tensors, by name; None is the layer's own."""
+        weights, op = self.weights_of(tensors), op or self.op
         return op(tensors["x"], tensors["modulation"], weights, **self.options, **options)
 
     def leaves(self):
         return {name: t.detach().requires_grad_() for name, t in self.tensors.items()}
 
-    def with_grads(self, op=adaln_layer, *, tensors=None, **options):
+    def with_grads(self, op=None, *, tensors=None, **options):
         """The output and the gradient in every tensor, by name."""
         tensors = tensors or self.tensors
 
@@ -84,11 +86,11 @@ class OneLayer:
     def exact(self, **options):
         """What the specification gives in float64."""
         tensors = {name: t.double() for name, t in self.tensors.items()}
-        return self.with_grads(reference.adaln_layer, tensors=tensors, **options)
+        return self.with_grads(self.specification, tensors=tensors, **options)
 
     def assert_as_accurate_as_eager(self, *results, **options):
         """Each of the results, by `with_grads`."""
-        self.compare(results, self.with_grads(reference.adaln_layer, **options), **options)
+        self.compare(results, self.with_grads(self.specification, **options), **options)
 
     def compare(self, results, eager, **options):
         eager, exact = together(eager), together(self.exact(**options))

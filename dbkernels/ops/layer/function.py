@@ -1,4 +1,4 @@
-"""A whole AdaLN layer as one autograd function, with a chosen set of what it keeps.
+"""A whole layer as one autograd function, with a chosen set of what it keeps; the AdaLN layer's:
 
     y1 = (1 + scale1) * norm(x) + shift1,     a = attention(y1),    x1 = x + gate1 * a
     y2 = (1 + scale2) * norm(x1) + shift2,    m = mlp(y2),          out = x1 + gate2 * m
@@ -53,6 +53,7 @@ KEPT = len(tensors.Activations._fields)
 class _Told(NamedTuple):
     """What is neither a tensor with a gradient nor of a call."""
 
+    kind: passes.Kind
     options: LayerOptions
     modulate: Callable[..., Tensor] | None
     """Of a condition, where the modulation is computed again from it."""
@@ -64,8 +65,8 @@ class _Told(NamedTuple):
     """Of the tensors of the weights."""
 
 
-class _AdaLNLayer(torch.autograd.Function):
-    """(out, a, m), the last two None if nothing is kept.
+class _Layer(torch.autograd.Function):
+    """(out, a, m), the last two None if they are not kept.
 
     The modulation is that, or the condition from which it is made. After the weights come the
     parameters that make it, and the run that led to x.
@@ -78,7 +79,7 @@ class _AdaLNLayer(torch.autograd.Function):
         run = rest[count + told.parameters :]
         w = LayerWeights(*stacked.whole(weights, told.layout, options.norm1.dtype))
         call = LayerCall(x, _made_of(told, modulation, parameters), rotary, w, options)
-        out, kept = passes.forward(call)
+        out, kept = passes.forward(told.kind, call)
         scale = None
         if POLICIES[options.recompute].narrow:
             *run, scale = passes.narrowed(call)
@@ -91,8 +92,9 @@ class _AdaLNLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, da, dm):
-        checks.refuse_double_backward("adaln_layer")
-        needed, (options, modulate, count, turn, layout) = ctx.needs_input_grad, ctx.told
+        kind, options, modulate, count, turn, layout = ctx.told
+        checks.refuse_double_backward(kind.name)
+        needed = ctx.needs_input_grad
         if dout is None:
             return (None,) * len(needed)
         last = is_last_to_read()
@@ -122,7 +124,8 @@ class _AdaLNLayer(torch.autograd.Function):
             wanted = needed[2], *needed[end : end + count]
             dmodulation = ConditionGradient(made_of, wanted, ctx.autocast)
         with dtypes_as_they_are(dout.device.type):
-            dx = passes.backward(call, dout.contiguous(), kept, gradients, dmodulation)
+            dout = dout.contiguous()
+            dx = passes.backward(kind, call, dout, kept, gradients, dmodulation)
         dweights = cast([gradients.sums.get(name) for name in w._fields], gradients.dtype)
         dweights = stacked.apart(dweights, weights, layout)
         if last:
@@ -208,10 +211,7 @@ def adaln_layer(
         RuntimeError: the gradient is differentiated.
     """
     check_choice("mlp", mlp, ACTIVATIONS)
-    check_choice("recompute", recompute, POLICIES)
-    keeps = POLICIES[recompute].keeps_modulation or torch.compiler.is_compiling()
-    if isinstance(modulation, Condition) and keeps:
-        modulation = modulation.modulation()
+    modulation = modulation_at(recompute, modulation)
     dtype, centred = compute_dtype(x, weights.qkv_weight), checks.check_norm(norm)
     norms = (NormOptions(each, centred, dtype) for each in (eps, eps if eps2 is None else eps2))
     dropped = _dropout(dropout, attention_dropout, draw)
@@ -221,8 +221,24 @@ def adaln_layer(
     options = LayerOptions(
         num_heads, mlp, *norms, qk_eps, recompute, wanted, dropped, attention
     )  # fmt: skip
-    _check(LayerCall(x, modulation, rotary, weights, options), head_dim)
-    x, modulate, parameters = x.contiguous(), None, ()
+    call = LayerCall(x, modulation, rotary, weights, options)
+    check_call(call, head_dim, chunks=6)
+    return apply_layer(passes.ADALN, call, stream)
+
+
+def modulation_at(recompute: Recompute, modulation: Tensor | Condition) -> Tensor | Condition:
+    """The modulation, or its condition where the policy keeps that in its place."""
+    check_choice("recompute", recompute, POLICIES)
+    keeps = POLICIES[recompute].keeps_modulation or torch.compiler.is_compiling()
+    if isinstance(modulation, Condition) and keeps:
+        return modulation.modulation()
+    return modulation
+
+
+def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | None = None) -> Tensor:
+    """The output (n, N, D) of a call whose tensors are checked, with its gradient."""
+    (x, modulation, rotary, weights, options, _), modulate, parameters = call, None, ()
+    x = x.contiguous()
     if isinstance(modulation, Condition):
         modulation, modulate, parameters = modulation
         stream = None  # whose runs hold the gates of earlier layers
@@ -230,9 +246,9 @@ def adaln_layer(
         modulation = rows_of_modulation(modulation)
     run, turn = ((x.detach(),), Turn()) if stream is None else stream.run_to(x)
     flat, layout = stacked.flatten(weights)
-    told = _Told(options, modulate, len(parameters), turn, layout)
-    out, a, m = _AdaLNLayer.apply(told, x, modulation, rotary, *flat, *parameters, *run)
-    if stream is not None and wanted.is_all and out.requires_grad and a is not None:
+    told = _Told(kind, options, modulate, len(parameters), turn, layout)
+    out, a, m = _Layer.apply(told, x, modulation, rotary, *flat, *parameters, *run)
+    if stream is not None and options.wanted.is_all and out.requires_grad and a is not None:
         mod = tensors.LayerModulation.of(modulation)
         stream.extend(run, turn, out, mod.gate1, a, mod.gate2, m)
     return out
@@ -247,8 +263,8 @@ def _dropout(branches: float, attention: float, draw: Draw | None) -> Dropout | 
     return Dropout(branches, attention, draw)
 
 
-def _check(call: LayerCall, d: int | None) -> None:
-    """Shapes, dtypes and devices of one call."""
+def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
+    """Shapes, dtypes and devices of one call, whose modulation has so many chunks of D."""
     x, modulation, rotary, w, options, _ = call
     of_tokens = isinstance(modulation, Condition)
     given = {"c": modulation.c} if of_tokens else {"modulation": modulation}
@@ -257,10 +273,11 @@ def _check(call: LayerCall, d: int | None) -> None:
     if of_tokens and (modulation.c.dim() != 3 or tuple(modulation.c.shape[:2]) != (B, T)):
         got = tuple(modulation.c.shape)
         raise ValueError(f"a condition's c must be (B, T, C) = ({B}, {T}, C), got {got}")
-    if not of_tokens and tuple(modulation.shape) not in ((B, 6 * D), (B, T, 6 * D)):
+    width = chunks * D
+    if not of_tokens and tuple(modulation.shape) not in ((B, width), (B, T, width)):
         raise ValueError(
-            f"modulation must be (B, 6 D) = ({B}, {6 * D}) or (B, T, 6 D) = ({B}, {T}, {6 * D}), "
-            f"got {tuple(modulation.shape)}"
+            f"modulation must be (B, {chunks} D) = ({B}, {width}) or (B, T, {chunks} D) = "
+            f"({B}, {T}, {width}), got {tuple(modulation.shape)}"
         )
     H = options.num_heads
     if H < 1 or (d is None and D % H):

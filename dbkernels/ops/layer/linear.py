@@ -38,6 +38,16 @@ class Linear(NamedTuple):
         dx = torch.mm(as_rows(dy), self.weight, out=out)
         return dx.view(*dy.shape[:-1], self.weight.shape[1])
 
+    def add_of(self, x: Tensor, total: Tensor) -> None:
+        """total (..., D_out) += `of` x."""
+        total = as_rows(total).addmm_(as_rows(x), self.weight.T)
+        if self.bias is not None:
+            total += self.bias
+
+    def add_back(self, dy: Tensor, total: Tensor) -> None:
+        """total (..., D_in) += `back` of dy."""
+        as_rows(total).addmm_(as_rows(dy), self.weight)
+
     def rows(self, start: int, stop: int | None) -> "Linear":
         """Of some of its outputs."""
         bias = None if self.bias is None else self.bias[start:stop]

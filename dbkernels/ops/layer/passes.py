@@ -1,4 +1,10 @@
-"""One call of an AdaLN layer: its forward, and its backward from whatever the policy kept."""
+"""One call of a layer: its forward, and its backward from whatever the policy kept.
+
+`forward` and `backward` share the samples out, for any kind of layer; the rest is the AdaLN layer.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +41,18 @@ GPU_PART = 8192  # where only q, k, v and hidden are made again, whose peak is n
 FLOAT16_BITS = 15  # 2**15 is a number of float16, 2**16 is none
 
 
-def forward(call: LayerCall) -> tuple[Tensor, Activations]:
+class Kind(NamedTuple):
+    """What one kind of layer does with samples that run together."""
+
+    name: str
+    """Of its op, for errors."""
+    write: Callable[[LayerCall, Tensor], Activations]
+    """Its output into a tensor (n, N, D), and what its policy keeps."""
+    gradients: Callable[[LayerCall, Tensor, Kept, Gradients], tuple[Tensor, Tensor]]
+    """dx and the gradient of the modulation, from dout; kept is emptied as it is used up."""
+
+
+def forward(kind: Kind, call: LayerCall) -> tuple[Tensor, Activations]:
     """The layer's output (n, N, D), and of its activations those that the policy keeps.
 
     A policy that keeps nothing runs a few samples at a time.
@@ -46,7 +63,7 @@ def forward(call: LayerCall) -> tuple[Tensor, Activations]:
     for part, some in call.parts(call.x.dtype, tokens):
         results = call.results(part)
         rows = results.of(out)
-        kept = _write(some, rows)
+        kept = kind.write(some, rows)
         results.put_back(out, rows)
     return out, kept
 
@@ -75,39 +92,8 @@ def narrowed(call: LayerCall) -> tuple[Tensor, Tensor | None]:
     return kept, scale
 
 
-def _write(call: LayerCall, out: Tensor) -> Activations:
-    w, options, first = call.weights, call.options, call.first()
-    keeps = POLICIES[options.recompute].keeps
-    y, stats1 = _first_norm(call)
-    qkv = QKV.of(y, w.qkv, options.wanted)
-    attended, logsumexp = attend_forward(options, *heads(call, qkv))
-    a = drop_branch(call, w.out.of(attended), AFTER_ATTENTION)
-
-    # nothing else sees x1, so the layer's output takes its place
-    x1 = first.by_sample(out)
-    y, stats2 = _second_norm(first, a, x1=x1)
-    hidden = y.new_empty((len(as_rows(y)), w.fc1.width)) if "hidden" in keeps else None
-    m = drop_branch(call, mlp(y, options.mlp, w.fc1, w.fc2, hidden=hidden), AFTER_MLP)
-    gated_residual_forward(x1, first.by_sample(m), first.mod.gate2, y=x1)
-    made = Activations(stats1, *qkv, attended, logsumexp, a, stats2, hidden, m)
-    return Activations(*(t if name in keeps else None for name, t in made._asdict().items()))
-
-
-def _first_norm(call: LayerCall) -> tuple[Tensor, Tensor]:
-    """y1 (B, T, D) and its statistics."""
-    mod, x = call.mod, call.by_sample(call.x)
-    y, stats = adaln_norm_forward(call.options.norm1, x, mod.scale1, mod.shift1)
-    return y.view(call.x.shape), stats
-
-
-def _second_norm(call: LayerCall, a: Tensor, *, x1: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y2 (B, T, D) and its statistics; writes x1 where it is given."""
-    x, h = map(call.by_sample, (call.x, a))
-    y, stats = gated_adaln_norm_forward(call.options.norm2, x, h, *call.mod.between, x1)
-    return y.view(call.x.shape), stats
-
-
 def backward(
+    kind: Kind,
     call: LayerCall,
     dout: Tensor,
     kept: Kept,
@@ -120,7 +106,7 @@ def backward(
     attention's backward are made from, a few samples run at a time.
     """
     if kept["qkv"] is not None:
-        dx, dmod = _at_once(call, dout, kept, grads)
+        dx, dmod = kind.gradients(call, dout, kept, grads)
         dmodulation.add(call.all_samples(), dmod)
         return dx
     dx = torch.empty_like(call.x, dtype=dout.dtype)
@@ -132,16 +118,47 @@ def backward(
         own = Kept(own, owned=kept.owned or not results.is_together)
         if own["a"] is None:
             some = some._replace(options=some.options._replace(recompute="none"))
-            own = Kept(forward(some)[1], owned=True)
-        dx_rows, dmod = _at_once(some, results.of(dout), own, grads)
+            own = Kept(forward(kind, some)[1], owned=True)
+        dx_rows, dmod = kind.gradients(some, results.of(dout), own, grads)
         part.put(dx, dx_rows)
         dmodulation.add(part, dmod)
     kept.clear()
     return dx
 
 
+def _write(call: LayerCall, out: Tensor) -> Activations:
+    w, options, first, mod = call.weights, call.options, call.first(), call.mod
+    keeps = POLICIES[options.recompute].keeps
+    y, stats1 = first_norm(call, mod.scale1, mod.shift1)
+    qkv = QKV.of(y, w.qkv, options.wanted)
+    attended, logsumexp = attend_forward(options, *heads(call, qkv))
+    a = drop_branch(call, w.out.of(attended), AFTER_ATTENTION)
+
+    # nothing else sees x1, so the layer's output takes its place
+    x1 = first.by_sample(out)
+    y, stats2 = _second_norm(first, a, x1=x1)
+    hidden = y.new_empty((len(as_rows(y)), w.fc1.width)) if "hidden" in keeps else None
+    m = drop_branch(call, mlp(y, options.mlp, w.fc1, w.fc2, hidden=hidden), AFTER_MLP)
+    gated_residual_forward(x1, first.by_sample(m), first.mod.gate2, y=x1)
+    made = Activations(stats1, *qkv, attended, logsumexp, a, stats2, hidden, m)
+    return made.only(keeps)
+
+
+def first_norm(call: LayerCall, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """y1 (B, T, D) and its statistics."""
+    y, stats = adaln_norm_forward(call.options.norm1, call.by_sample(call.x), scale, shift)
+    return y.view(call.x.shape), stats
+
+
+def _second_norm(call: LayerCall, a: Tensor, *, x1: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y2 (B, T, D) and its statistics; writes x1 where it is given."""
+    x, h = map(call.by_sample, (call.x, a))
+    y, stats = gated_adaln_norm_forward(call.options.norm2, x, h, *call.mod.between, x1)
+    return y.view(call.x.shape), stats
+
+
 def _at_once(call: LayerCall, dout: Tensor, kept: Kept, grads: Gradients) -> tuple[Tensor, Tensor]:
-    """`backward`, of all samples together."""
+    """dx (B, T, D) and the gradient of the modulation, of all samples together."""
     first, dmodulation = call.first(), torch.empty_like(call.modulation)
     shared = first.modulation is call.modulation
     dfirst = dmodulation if shared else torch.empty_like(first.modulation)
@@ -188,7 +205,9 @@ def _attention_backward(
     wanted, mod, dmod = call.options.wanted, call.mod, LayerModulation.of(dmodulation)
     qkv = QKV(kept.pop("q"), kept.pop("qkv"))
     if qkv.qkv is None:
-        qkv, kept.owned = QKV.of(_first_norm(call)[0], call.weights.qkv, wanted), True
+        y, _ = first_norm(call, mod.scale1, mod.shift1)
+        qkv, kept.owned = QKV.of(y, call.weights.qkv, wanted), True
+        del y
     dqkv = attend_backward(call, da, qkv, kept, grads)
     dy = dqkv.backward(call.weights.qkv)
     dy_rows, dx = call.by_sample(dy), torch.empty_like(call.x)
@@ -202,3 +221,6 @@ def _attention_backward(
         first = wanted.view(dx)
         first += dx1.view(first.shape)
     return dx
+
+
+ADALN = Kind("adaln_layer", _write, _at_once)

@@ -7,7 +7,7 @@ only the first need keep x. The others compute it again, by the same sums in the
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -157,6 +157,10 @@ class Activations(NamedTuple):
         """What some samples left behind; results are those of them that are wanted."""
         parts = {"stats1": part, "qkv": part}
         return Activations(*(parts.get(n, results).of(t) for n, t in self._asdict().items()))
+
+    def only(self, names: Collection[str]) -> "Activations":
+        """Those of these names."""
+        return Activations(*(t if name in names else None for name, t in self._asdict().items()))
 
 
 class LayerCall(NamedTuple):

@@ -1,0 +1,101 @@
+"""What a parallel layer does with samples that run together, forward and backward."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dbkernels.ops.adaln_norm import adaln_norm_backward
+from dbkernels.ops.gated_residual import gated_residual_backward, gated_residual_forward
+from dbkernels.ops.layer.attend import attend_forward, attend_gradients
+from dbkernels.ops.layer.attention_branch import (
+    gradient_buffer,
+    heads,
+    heads_backward,
+    output_backward,
+)
+from dbkernels.ops.layer.gradients import Gradients
+from dbkernels.ops.layer.linear import as_rows
+from dbkernels.ops.layer.mlp import mlp, mlp_backward
+from dbkernels.ops.layer.passes import Kind, first_norm
+from dbkernels.ops.layer.qkv import QKV
+from dbkernels.ops.layer.recompute import POLICIES
+from dbkernels.ops.layer.tensors import Activations, Kept, LayerCall
+
+
+class Modulation(NamedTuple):
+    """(samples, D) each, slices of one tensor."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+    @classmethod
+    def of(cls, modulation: Tensor) -> "Modulation":
+        """Of (..., 3 D)."""
+        return cls(*modulation.chunk(3, dim=-1))
+
+
+def _write(call: LayerCall, out: Tensor) -> Activations:
+    w, options, mod = call.weights, call.options, Modulation.of(call.modulation)
+    keeps = POLICIES[options.recompute].keeps
+    y, stats = first_norm(call, mod.scale, mod.shift)
+    qkv = QKV.of(y, w.qkv, options.wanted)
+    hidden = y.new_empty((len(as_rows(y)), w.fc1.width)) if "hidden" in keeps else None
+    a = mlp(y, options.mlp, w.fc1, w.fc2, hidden=hidden)  # over y, which nothing reads after it
+    attended, logsumexp = attend_forward(options, *heads(call, qkv))
+    w.out.add_of(attended, a)
+    x, h, y = map(call.by_sample, (call.x, a, out))
+    gated_residual_forward(x, h, mod.gate, y=y)
+    return Activations(stats, *qkv, attended, logsumexp, a, None, hidden, None).only(keeps)
+
+
+def _gradients(
+    call: LayerCall, dout: Tensor, kept: Kept, grads: Gradients
+) -> tuple[Tensor, Tensor]:
+    """dx (B, T, D) and the gradient of the modulation.
+
+    The MLP goes first: its hidden layer is gone before the attention's widest tensors are there.
+    """
+    w, options, rows = call.weights, call.options, call.by_sample
+    dmodulation = torch.empty_like(call.modulation)
+    mod, dmod = Modulation.of(call.modulation), Modulation.of(dmodulation)
+    a = kept.pop("a")
+    da = kept.buffer(a)
+    gated_residual_backward(rows(dout), rows(a), mod.gate, dh=rows(da), dgate=dmod.gate)
+    del a
+
+    qkv, y = QKV(kept.pop("q"), kept.pop("qkv")), None
+    if kept["hidden"] is None:
+        y, _ = first_norm(call, mod.scale, mod.shift)
+    if qkv.qkv is None:
+        qkv, kept.owned = QKV.of(y, w.qkv, options.wanted), True
+    attended, logsumexp = kept.pop("attended"), kept.pop("logsumexp")
+    if attended is None:
+        attended, logsumexp = attend_forward(options, *heads(call, qkv))
+    dattended = output_backward(call, da, attended, grads)
+    dy, dhidden = mlp_backward(da, y, options.mlp, w.fc1, w.fc2, kept, grads)
+    if dhidden is not None:
+        # made here and again below, for a pass over x each: kept until then, dhidden would stand
+        # beside all of the attention's gradients
+        y, _ = first_norm(call, mod.scale, mod.shift)
+        grads.add_weight("fc1", dhidden, y)
+    del da, y, dhidden
+
+    dqkv = gradient_buffer(call, qkv, kept)
+    given = dattended, *heads(call, qkv), attended, logsumexp
+    del dattended, attended
+    dqkv.write(*attend_gradients(options, *given))
+    del given
+    heads_backward(call, dqkv, qkv, grads)
+    w.qkv.add_back(dqkv.qkv, dy)
+    dx = torch.empty_like(call.x)
+    adaln_norm_backward(
+        rows(dy), rows(dout), rows(call.x), mod.scale, mod.shift, kept.pop("stats1"),
+        rows(dx), rows(dy), dmod.scale, dmod.shift, options.norm1.centred,
+    )  # fmt: skip
+    dqkv.add_to(grads, dy)  # y is written over dy by now
+    return dx, dmodulation
+
+
+PARALLEL = Kind("parallel_layer", _write, _gradients)

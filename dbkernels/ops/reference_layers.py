@@ -1,0 +1,56 @@
+"""Layers beside the AdaLN layer in plain torch: with `reference`, the specification."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dbkernels.ops import reference
+from dbkernels.ops.layer.tensors import LayerWeights
+
+ACTIVATIONS = {
+    "gelu": reference.gelu,
+    "gelu_exact": reference.gelu_exact,
+    "swiglu": reference.swiglu,
+}
+
+
+def parallel_layer(
+    x: Tensor,
+    modulation: Tensor,
+    weights: LayerWeights,
+    *,
+    num_heads: int,
+    head_dim: int | None = None,
+    rotary: Tensor | None = None,
+    mlp: str = "gelu",
+    norm: str = "layer",
+    eps: float = 1e-6,
+    qk_eps: float = 1e-6,
+) -> Tensor:
+    w, dtype = weights, weights.qkv_weight.dtype
+    shift, scale, gate = modulation.chunk(3, dim=-1)
+    y = reference.adaln_norm(x, scale, shift, norm=norm, eps=eps).to(dtype)
+    attended = self_attention(y, w, num_heads, rotary, qk_eps)
+    activated = ACTIVATIONS[mlp](F.linear(y, w.fc1_weight, w.fc1_bias))
+    weight, bias = torch.cat([w.out_weight, w.fc2_weight], dim=1), w.fc2_bias
+    if w.out_bias is not None:
+        bias = w.out_bias if bias is None else bias + w.out_bias
+    h = F.linear(torch.cat([attended, activated], dim=-1), weight, bias)
+    return reference.gated_residual(x, h, gate).to(x.dtype)
+
+
+def self_attention(
+    y: Tensor, w: LayerWeights, num_heads: int, rotary: Tensor | None, qk_eps: float
+) -> Tensor:
+    """(B, T, H d), of y (B, T, D), before its projection out."""
+    qkv = F.linear(y, w.qkv_weight, w.qkv_bias)
+    norms = {"q_weight": w.q_weight, "k_weight": w.k_weight, "eps": qk_eps}
+    q, k = reference.qk_norm_rotary(qkv, num_heads, **norms, rotary=rotary)
+    v = qkv.unflatten(-1, (3, num_heads, -1))[:, :, 2]
+    return attend(q, k, v)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, N, H d), of q (B, N, H, d) and k, v (B, S, H, d), by torch's own attention."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
