@@ -40,3 +40,8 @@ def modulation_or_condition(projection: nn.Module, c: Tensor) -> Tensor | Condit
         return functional_call(projection, given, (F.silu(c),))
 
     return Condition(c, modulate, tuple(own.values()))
+
+
+def stock_projection(projection: nn.Linear, c: Tensor) -> Tensor:
+    """A projection of silu of c, which keeps a rounded copy of its weight as plain torch does."""
+    return F.linear(F.silu(c), projection.weight, projection.bias)
