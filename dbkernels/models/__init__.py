@@ -4,6 +4,7 @@ from dbkernels.models.ar import AR, ARConfig
 from dbkernels.models.dit import DiT, DiTConfig
 from dbkernels.models.family import Family
 from dbkernels.models.huginn import Huginn, HuginnConfig
+from dbkernels.models.joint_layer import JointConfig, JointLayer
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.models.mdm import MDM, MDMConfig
 from dbkernels.models.mmdit import MMDiT, MMDiTConfig
@@ -23,6 +24,8 @@ __all__ = [
     "FamilyEntry",
     "Huginn",
     "HuginnConfig",
+    "JointConfig",
+    "JointLayer",
     "LayerConfig",
     "MDMConfig",
     "MMDiT",

@@ -33,6 +33,7 @@ from dbkernels.ops.layer.condition import (
     rows_of_modulation,
 )
 from dbkernels.ops.layer.gradients import Gradients, cast
+from dbkernels.ops.layer.modulation import LayerModulation
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.tensors import (
     AttentionKind,
@@ -79,7 +80,7 @@ class _Layer(torch.autograd.Function):
         run = rest[count + told.parameters :]
         w = LayerWeights(*stacked.whole(weights, told.layout, options.norm1.dtype))
         call = LayerCall(x, _made_of(told, modulation, parameters), rotary, w, options)
-        out, kept = passes.forward(told.kind, call)
+        (out,), (kept,) = passes.forward(told.kind, (call,))
         scale = None
         if POLICIES[options.recompute].narrow:
             *run, scale = passes.narrowed(call)
@@ -124,8 +125,8 @@ class _Layer(torch.autograd.Function):
             wanted = needed[2], *needed[end : end + count]
             dmodulation = ConditionGradient(made_of, wanted, ctx.autocast)
         with dtypes_as_they_are(dout.device.type):
-            dout = dout.contiguous()
-            dx = passes.backward(kind, call, dout, kept, gradients, dmodulation)
+            given = (dout.contiguous(),), (kept,), (gradients,), (dmodulation,)
+            (dx,) = passes.backward(kind, (call,), *given)
         dweights = cast([gradients.sums.get(name) for name in w._fields], gradients.dtype)
         dweights = stacked.apart(dweights, weights, layout)
         if last:
@@ -237,7 +238,7 @@ def modulation_at(recompute: Recompute, modulation: Tensor | Condition) -> Tenso
 
 def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | None = None) -> Tensor:
     """The output (n, N, D) of a call whose tensors are checked, with its gradient."""
-    (x, modulation, rotary, weights, options, _), modulate, parameters = call, None, ()
+    (x, modulation, rotary, weights, options, *_), modulate, parameters = call, None, ()
     x = x.contiguous()
     if isinstance(modulation, Condition):
         modulation, modulate, parameters = modulation
@@ -249,7 +250,7 @@ def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | Non
     told = _Told(kind, options, modulate, len(parameters), turn, layout)
     out, a, m = _Layer.apply(told, x, modulation, rotary, *flat, *parameters, *run)
     if stream is not None and options.wanted.is_all and out.requires_grad and a is not None:
-        mod = tensors.LayerModulation.of(modulation)
+        mod = LayerModulation.of(modulation)
         stream.extend(run, turn, out, mod.gate1, a, mod.gate2, m)
     return out
 
@@ -265,7 +266,7 @@ def _dropout(branches: float, attention: float, draw: Draw | None) -> Dropout | 
 
 def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
     """Shapes, dtypes and devices of one call, whose modulation has so many chunks of D."""
-    x, modulation, rotary, w, options, _ = call
+    x, modulation, rotary, w, options, *_ = call
     of_tokens = isinstance(modulation, Condition)
     given = {"c": modulation.c} if of_tokens else {"modulation": modulation}
     checks.check_floats(x=x, **given, rotary=rotary, **w._asdict())
