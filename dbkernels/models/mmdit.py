@@ -28,9 +28,9 @@ from dbkernels.diffusion.prediction import PredictionName, prediction_named
 from dbkernels.models import embed
 from dbkernels.models.denoiser import ImageDenoiser
 from dbkernels.models.image_config import ImageConfig, check_no_stride
-from dbkernels.models.joint_layer import JointLayer, JointConfig
+from dbkernels.models.joint_layer import JointConfig, JointLayer
 from dbkernels.models.layer import initialise_linear
-from dbkernels.models.parallel_layer import ParallelLayer, ParallelConfig
+from dbkernels.models.parallel_layer import ParallelConfig, ParallelLayer
 from dbkernels.models.rotary import axis_table
 
 
