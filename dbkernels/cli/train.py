@@ -119,7 +119,7 @@ class Train:
     """blocks: each denoises. conventional: the network as it is trained without noise, end to
     end."""
     label_drop: float = 0.0
-    """Share of labels dropped in training, for classifier-free guidance."""
+    """Share of labels or texts dropped in training, for classifier-free guidance."""
     mirror: bool = False
     """Mirror images left to right at random."""
     shift: int = 0

@@ -8,6 +8,7 @@ from dbkernels.models.huginn import Huginn, HuginnConfig
 from dbkernels.models.joint_layer import JointConfig, JointLayer
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.models.mdm import MDM, MDMConfig
+from dbkernels.models.mmdit import MMDiT, MMDiTConfig
 from dbkernels.models.parallel_layer import ParallelConfig, ParallelLayer
 from dbkernels.models.registry import FAMILIES, FamilyEntry, family_named, family_of
 from dbkernels.models.vit import ViT, ViTConfig
@@ -28,6 +29,8 @@ __all__ = [
     "JointLayer",
     "LayerConfig",
     "MDMConfig",
+    "MMDiT",
+    "MMDiTConfig",
     "ParallelConfig",
     "ParallelLayer",
     "ViT",

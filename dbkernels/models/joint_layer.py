@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.models.as_made import as_made, check_as_made
+from dbkernels.models.condition import stock_projection
 from dbkernels.models.layer import (
     KINDS,
     MLP,
@@ -182,14 +183,6 @@ class JointLayer(nn.Module):
             **self.config.of_op(),
         )
 
-    def stock(
-        self, x: Tensor, context: Tensor, c: Tensor, rotary: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The specification, with the parameters of the layer; it keeps what plain torch keeps."""
-        silu, projections = F.silu(c), (self.x.modulation, self.context.modulation)
-        projected = (F.linear(silu, each.weight, each.bias) for each in projections)
-        return self.specified(x, context, *projected, rotary)
-
     def specified(
         self,
         x: Tensor,
@@ -208,6 +201,15 @@ class JointLayer(nn.Module):
             yield from (module for name, module in stream.named_children() if name != "modulation")
         if self.second is not None:
             yield self.second
+
+    def stock(
+        self, x: Tensor, context: Tensor, c: Tensor, rotary: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The whole layer in plain torch, as `forward` asks for it."""
+        of_x, of_context = (
+            stock_projection(stream.modulation, c) for stream in (self.x, self.context)
+        )
+        return self.specified(x, context, of_x, of_context, rotary)
 
     def _second_weights(self) -> LayerWeights | None:
         return None if self.second is None else _weights(self.second, None)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dbkernels.models.as_made import as_made, check_as_made
-from dbkernels.models.condition import condition_of_all
+from dbkernels.models.condition import condition_of_all, stock_projection
 from dbkernels.models.low_rank import LowRank, adapters_of, as_linear
 from dbkernels.ops import reference
 from dbkernels.ops.activations import ACTIVATIONS
@@ -39,6 +39,8 @@ BIASED = ("qkv", "out", "fc1", "fc2")  # the projections of the attention and of
 
 class OfBranches:
     """What the configurations of layers derive from their `bias`, `head_dim` and widths."""
+
+    dropout = attention_dropout = 0.0  # where a layer has none
 
     def has_bias(self, name: str) -> bool:
         """Whether the projection of a name in BIASED has one."""
@@ -218,6 +220,17 @@ class AdaLNLayer(nn.Module):
         given = self.modulated(projected), self.weights()
         told = {**self.dropout(draw), "attention": attention}
         return reference.adaln_layer(x, *given, rotary=rotary, **self.config.of_op(), **told)
+
+    def stock(
+        self,
+        x: Tensor,
+        c: Tensor,
+        rotary: Tensor | None,
+        draw: Draw | None = None,
+        attention: AttentionKind = "full",
+    ) -> Tensor:
+        """The whole layer in plain torch, as `forward` asks for it."""
+        return self.specified(x, stock_projection(self.modulation, c), rotary, draw, attention)
 
     def dropout(self, draw: Draw | None) -> dict[str, object]:
         """What the op is told of dropout: nothing outside of training, or without a draw."""

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from dbkernels.data.augment import drop_labels, mirror, shift
+from dbkernels.data.augment import drop_conditions, mirror, shift
 from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import Batch, Data
 from dbkernels.diffusion.process import NoiseOrder, Process, Scheme
@@ -96,7 +96,7 @@ class RunConfig:
     weighting: Weighting
     """Weight of the noise levels in the loss."""
     label_drop: float
-    """Share of labels dropped for guidance; families without "no label" need 0."""
+    """Share of labels or texts dropped for guidance; families without an empty one need 0."""
     mirror: bool
     """Whether images are mirrored at random."""
     shift: int
@@ -132,7 +132,7 @@ class RunConfig:
     def _check_family(self) -> None:
         """Whether the family can do what is asked of it."""
         entry, blocks = family_named(self.family), self.partition.num_blocks
-        if self.label_drop and entry.null_label is None:
+        if self.label_drop and not entry.guided:
             raise ValueError(f"label_drop must be 0 for {self.family}, got {self.label_drop}")
         if "image" not in self.model.fields():
             for name in ("mirror", "shift"):
@@ -207,18 +207,18 @@ class RunConfig:
         loss: Loss | None = None,
     ) -> Trainer:
         """A trainer at its first step, of blocks that `build` gave; `Trainer` says the rest."""
-        settings = asdict(self.trainer) | {"augment": self._augment(), "device": device}
+        settings = asdict(self.trainer) | {"augment": self._augment(blocks), "device": device}
         settings["objective"] = loss
         if self.objective == "conventional":
             settings["objective"] = DiffusionBlocks.conventional_loss
         return Trainer(blocks, data, **settings)
 
-    def _augment(self) -> Augment | None:
+    def _augment(self, blocks: DiffusionBlocks) -> Augment | None:
         changes: list[Augment] = [partial(shift, pixels=self.shift)] if self.shift else []
         changes += [mirror] if self.mirror else []
         if self.label_drop:
-            null = family_named(self.family).null_label(self.model)
-            changes.append(partial(drop_labels, share=self.label_drop, null=null))
+            dropped = {"share": self.label_drop, "unconditional": blocks.model.unconditional}
+            changes.append(partial(drop_conditions, **dropped))
 
         def augment(batch: Batch, draw: Draw) -> Batch:
             for change in changes:
