@@ -18,6 +18,7 @@ from dbkernels.data.image_folder import Convert
 from dbkernels.models.registry import FAMILIES, FamilyEntry, FamilyName, family_named
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_number
+from dbkernels.training.lora_config import LoraConfig
 from dbkernels.training.pending import Row
 from dbkernels.training.run import train
 from dbkernels.training.run_config import Objective, PartitionConfig, RunConfig, read_config
@@ -25,6 +26,10 @@ from dbkernels.training.same_run import DataChanged
 from dbkernels.training.stop import Stopped
 from dbkernels.training.trainer_config import TrainerConfig
 
+RANDOM_BASE = (
+    "adapters leave the network as it is, and this one's weights are random: what they need is a "
+    "network that was trained"
+)
 LARGEST = 2**16  # of a model's sizes
 FAMILY_HELP = "; ".join(f"{name} {entry.summary}" for name, entry in FAMILIES.items()) + "."
 PRESET_HELP = "Sizes of the model by name; empty is the smallest. " + " ".join(
@@ -93,6 +98,12 @@ class Train:
     objective: Objective = "blocks"
     """blocks: each denoises. conventional: the network as it is trained without noise, end to
     end."""
+    lora: int = 0
+    """Rank of adapters on every layer, which alone are trained then; 0 trains the network."""
+    lora_alpha: float = LoraConfig.alpha
+    """They are added alpha / rank times; 0 is the rank."""
+    lora_targets: str = LoraConfig.targets
+    """Projections with an adapter: q, k, v or qkv, out, fc1, fc2, modulation."""
     label_drop: float = 0.0
     """Share of labels dropped in training, for classifier-free guidance."""
     mirror: bool = False
@@ -147,6 +158,7 @@ class Train:
             partition=self.partition.for_family(entry, self.objective),
             prior=prior,
             trainer=trainer,
+            lora=LoraConfig(self.lora, self.lora_alpha, self.lora_targets),
             **{name: getattr(self, name) for name in as_given},
         )
 
@@ -165,6 +177,8 @@ class Train:
             config = self.config()
             shown.total = config.trainer.steps * config.partition.num_blocks
             _warn_of_test(config)
+            if self.lora:
+                warnings.warn(RANDOM_BASE, stacklevel=2)
             try:
                 trainer = train(
                     config,

@@ -18,6 +18,7 @@ from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice, check_number
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing
+from dbkernels.training.lora_config import NO_LORA, LoraConfig
 from dbkernels.training.offload.offloader import check_offload
 from dbkernels.training.saved import require_types
 from dbkernels.training.trainer import Augment, Trainer
@@ -89,6 +90,8 @@ class RunConfig:
     stride: int = 0
     """Tokens from one window of text to the next in training, as `open_tokens` has it. No setting
     of the model, which is the same however its text is cut, nor of an evaluation."""
+    lora: LoraConfig = NO_LORA
+    """Adapters, which alone are trained then."""
 
     def __post_init__(self):
         check_choice("convert", self.convert, get_args(Convert))
@@ -137,6 +140,7 @@ class RunConfig:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.trainer.seed)
             model = family_named(self.family).model(self.model)
+        self.lora.add_to(model, self.trainer.seed)
         # fake tensors cannot be moved, not even to where they are
         if next(model.parameters()).device != torch.device(device):
             model = model.to(device)
@@ -217,6 +221,7 @@ def config_of(saved: dict, version: object, path: Path) -> RunConfig:
             "partition": PartitionConfig,
             "prior": type(entry.process_of(model)),
             "trainer": TrainerConfig,
+            "lora": LoraConfig,
         }
         config = RunConfig(**{k: nested[k](**v) if k in nested else v for k, v in saved.items()})
     except (AttributeError, KeyError, TypeError) as error:
