@@ -7,6 +7,7 @@ from dbkernels.convert.dit_block import (
     layer_from_dit_state,
 )
 from dbkernels.convert.fusion import Fusion, fuse, unfuse
+from dbkernels.convert.source import open_trained
 
 __all__ = [
     "Fusion",
@@ -15,6 +16,7 @@ __all__ = [
     "layer_from_dit_block",
     "layer_from_dit_state",
     "load",
+    "open_trained",
     "save_as",
     "unfuse",
 ]
