@@ -20,7 +20,7 @@ from dbkernels.diffusion.masked import Masked
 from dbkernels.diffusion.path import PathName
 from dbkernels.diffusion.process import Process
 from dbkernels.diffusion.timesteps import Timesteps
-from dbkernels.models import ar, dit, huginn, mdm, vit
+from dbkernels.models import ar, dit, huginn, mdm, mmdit, vit
 from dbkernels.models.family import Presets, Weighting
 from dbkernels.models.reading import TextWay
 from dbkernels.models.start import Start
@@ -87,8 +87,8 @@ class FamilyEntry:
     """What its model's `conventional_loss` trains; empty where it has none: one block is it."""
     recurs: bool = False
     """Whether a conventional step draws how often layers run, which no CUDA graph can do."""
-    null_label: Callable[[ModelConfig], int] | None = None
-    """What stands for "no label"; None where a model always has one."""
+    guided: bool = False
+    """Whether a model has a batch that asks for nothing, `unconditional`, which guidance needs."""
     metrics: Callable[[Tensor, Batch], dict[str, Tensor]] | None = None
     """(prediction, batch) -> numbers (B,) of the samples, by name; None where only losses count."""
     average: Callable[[Tensor], Tensor] | None = None
@@ -96,8 +96,9 @@ class FamilyEntry:
     text: TextNoise | None = None
     """What noise does to a text, which says how its bits are bounded: it masks tokens, or moves
     their embeddings; None is no model of text."""
-    prompts: Callable[[ModelConfig, int, torch.device], Batch] | None = None
-    """(config, number of each class, device) -> what to sample; None where it draws no images."""
+    prompts: Callable[[ModelConfig, Path | None, int, torch.device], Batch] | None = None
+    """(config, file of prompts, number of each class or prompt, device) -> what to sample; None
+    where it draws no images."""
     writes: TextWay | None = None
     """How it makes text. cached or whole: token by token, with what layers keep of known ones, or
     all of them read again for each. unmask: a window at once, whose tokens open one by one."""
@@ -139,9 +140,20 @@ FAMILIES = {
         process=LogNormal(),
         paper=LogNormal(),
         weighting="process",
-        null_label=lambda config: config.num_classes,
+        guided=True,
         prompts=dit.prompts,
         other_noise={"flow": Flow(), "vp": Timesteps()},
+    ),
+    "mmdit": FamilyEntry(
+        summary="generates images of texts",
+        model=mmdit.MMDiT,
+        config=mmdit.MMDiTConfig,
+        process=Flow(),
+        paper=Flow(),
+        weighting="process",
+        guided=True,
+        prompts=mmdit.prompts,
+        other_noise={"gaussian": LogNormal(), "vp": Timesteps()},
     ),
     "mdm": FamilyEntry(
         summary="fills the gaps of a text",
@@ -205,6 +217,19 @@ def family_named(name: str) -> FamilyEntry:
     """
     check_choice("family", name, FAMILIES)
     return FAMILIES[name]
+
+
+def family_with(preset: str) -> FamilyName:
+    """The first family that has a preset of this name; the default one where it is empty.
+
+    Raises:
+        ValueError: none has it.
+    """
+    if not preset:
+        return DEFAULT_FAMILY
+    every = [name for entry in FAMILIES.values() for name in entry.model.presets]
+    check_choice("preset", preset, list(dict.fromkeys(every)))
+    return next(name for name, entry in FAMILIES.items() if preset in entry.model.presets)
 
 
 def family_of(model: nn.Module) -> FamilyEntry | None:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from dbkernels.data.augment import drop_labels, mirror, shift
+from dbkernels.data.augment import drop_conditions, mirror, shift
 from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import Batch, Data
 from dbkernels.diffusion.process import NoiseOrder, Process, Scheme
@@ -19,6 +19,7 @@ from dbkernels.models.start import Weights
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice, check_number
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing
+from dbkernels.training.lora_config import NO_LORA, LoraConfig
 from dbkernels.training.offload.offloader import check_offload
 from dbkernels.training.saved import require_types
 from dbkernels.training.trainer import Augment, Trainer
@@ -96,7 +97,7 @@ class RunConfig:
     weighting: Weighting
     """Weight of the noise levels in the loss."""
     label_drop: float
-    """Share of labels dropped for guidance; families without "no label" need 0."""
+    """Share of labels or texts dropped for guidance; families without an empty one need 0."""
     mirror: bool
     """Whether images are mirrored at random."""
     shift: int
@@ -114,6 +115,8 @@ class RunConfig:
     of the model, which is the same however its text is cut, nor of an evaluation."""
     start: StartConfig = StartConfig()
     """The trained network that it starts from."""
+    lora: LoraConfig = NO_LORA
+    """Adapters, which alone are trained then."""
 
     def __post_init__(self):
         check_choice("convert", self.convert, get_args(Convert))
@@ -132,7 +135,7 @@ class RunConfig:
     def _check_family(self) -> None:
         """Whether the family can do what is asked of it."""
         entry, blocks = family_named(self.family), self.partition.num_blocks
-        if self.label_drop and entry.null_label is None:
+        if self.label_drop and not entry.guided:
             raise ValueError(f"label_drop must be 0 for {self.family}, got {self.label_drop}")
         if "image" not in self.model.fields():
             for name in ("mirror", "shift"):
@@ -178,6 +181,7 @@ class RunConfig:
             # a teacher and its blocks must agree on what z means
             for name in model.target_parts:
                 getattr(model, name).requires_grad_(False)
+        self.lora.add_to(model, self.trainer.seed)
         # fake tensors cannot be moved, not even to where they are
         if next(model.parameters()).device != torch.device(device):
             model = model.to(device)
@@ -207,18 +211,18 @@ class RunConfig:
         loss: Loss | None = None,
     ) -> Trainer:
         """A trainer at its first step, of blocks that `build` gave; `Trainer` says the rest."""
-        settings = asdict(self.trainer) | {"augment": self._augment(), "device": device}
+        settings = asdict(self.trainer) | {"augment": self._augment(blocks), "device": device}
         settings["objective"] = loss
         if self.objective == "conventional":
             settings["objective"] = DiffusionBlocks.conventional_loss
         return Trainer(blocks, data, **settings)
 
-    def _augment(self) -> Augment | None:
+    def _augment(self, blocks: DiffusionBlocks) -> Augment | None:
         changes: list[Augment] = [partial(shift, pixels=self.shift)] if self.shift else []
         changes += [mirror] if self.mirror else []
         if self.label_drop:
-            null = family_named(self.family).null_label(self.model)
-            changes.append(partial(drop_labels, share=self.label_drop, null=null))
+            dropped = {"share": self.label_drop, "unconditional": blocks.model.unconditional}
+            changes.append(partial(drop_conditions, **dropped))
 
         def augment(batch: Batch, draw: Draw) -> Batch:
             for change in changes:
@@ -272,6 +276,7 @@ def config_of(saved: dict, version: object, path: Path) -> RunConfig:
             "prior": type(entry.process_of(model)),
             "trainer": TrainerConfig,
             "start": StartConfig,
+            "lora": LoraConfig,
         }
         config = RunConfig(**{k: nested[k](**v) if k in nested else v for k, v in saved.items()})
     except (AttributeError, KeyError, TypeError) as error:
