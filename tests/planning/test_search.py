@@ -148,9 +148,9 @@ def test_stem_and_head_are_what_no_number_of_blocks_divides(recipe):
     own = [p for p in model.parameters() if p not in within]
     outside = module.outside_layers(whole)
     assert outside["parameters"] == sum(p.nbytes for p in own)
-    # two moments, and what counts the steps
+    # two moments; what counts the steps is much beside weights as small as these
     moments = 2 * sum(p.nbytes for p in own if p.requires_grad)
-    assert moments <= outside["optimizer"] <= 1.01 * moments
+    assert moments <= outside["optimizer"] <= 1.1 * moments
     found = module.shares(whole, outside)
     assert found["stem_and_head"] == sum(outside.values()) and min(found.values()) >= 0
     assert sum(found.values()) == whole.peak_bytes
