@@ -21,7 +21,7 @@ from dbkernels.models.registry import FAMILIES, FamilyEntry, FamilyName, family_
 from dbkernels.models.start import Trained
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_number
-from dbkernels.training.lora_config import LoraConfig
+from dbkernels.training.lora_config import Base, LoraConfig
 from dbkernels.training.pending import Row
 from dbkernels.training.run import train
 from dbkernels.training.run_config import (
@@ -129,6 +129,8 @@ class Train:
     """They are added alpha / rank times; 0 is the rank."""
     lora_targets: str = LoraConfig.targets
     """Projections with an adapter: q, k, v or qkv, out, fc1, fc2, modulation."""
+    lora_base: Base = LoraConfig.base
+    """Dtype of the frozen network below adapters."""
     label_drop: float = 0.0
     """Share of labels or texts dropped in training, for classifier-free guidance."""
     mirror: bool = False
@@ -216,7 +218,7 @@ class Train:
             start=start,
             prior=prior,
             trainer=trainer,
-            lora=LoraConfig(self.lora, self.lora_alpha, self.lora_targets),
+            lora=LoraConfig(self.lora, self.lora_alpha, self.lora_targets, self.lora_base),
             **{name: getattr(self, name) for name in as_given},
         )
 
