@@ -161,9 +161,9 @@ def of_layer(
         return None, None
     with FakeTensorMode(), dry_run_on_gpu(target.processors):
         inputs = make_inputs(case, torch.device("cpu"))
-        step = LayerStep(player.function(case.num_heads), inputs, case.autocast)
+        step = LayerStep(player.function(case.num_heads, case.layer), inputs, case.autocast)
         with Launches() as forward:
             out = step.forward()
         with Launches() as backward:
-            torch.autograd.grad(out, inputs.leaves, inputs.dout)
+            torch.autograd.grad(out, inputs.leaves, inputs.douts)
     return forward.total, backward.total

@@ -1,11 +1,11 @@
-"""One AdaLN layer, forward plus backward: what it keeps, its peak and its time.
+"""One layer, forward plus backward: what it keeps, its peak and its time.
 
 Every policy of the fused layer runs against plain torch, torch.compile, torch.compile under budgets
 of activation memory, and a checkpointed layer, on the same inputs. One line or row is one
 competitor in one case:
 
     saved_units      what the backward keeps, in D elements per token of the case's dtype, without
-                     the layer's parameters
+                     the layer's parameters; a token of either stream of a joint layer counts
     peak_bytes       highest total of what one call allocates, beyond resident_bytes; the gradients
                      of inputs and parameters, which every call returns, are part of it
     resident_bytes   inputs and parameters, and on a GPU workspaces that outlive a call
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 import measure
 import torch
 from launches import of_layer
-from layer_case import IMPLS, Competitor, LayerCase, LayerStep, competitors, make_inputs
+from layer_case import IMPLS, LAYERS, Competitor, LayerCase, LayerStep, competitors, make_inputs
 from machine import ceilings, device_name, machine
 from program import Known, Program, called, main
 from show import Row
@@ -35,13 +35,14 @@ ROUNDS = {"cpu": 15, "cuda": 50}
 
 @dataclass(frozen=True)
 class Options(Program):
-    """Time and weigh one AdaLN layer, forward plus backward, against its competitors.
+    """Time and weigh one layer, forward plus backward, against its competitors.
 
     What is not given depends on the device.
     """
 
+    layer: tuple[str, ...] = ("adaln",)  # adaln, joint or parallel
     B: int | None = None  # samples
-    T: int | None = None  # tokens of a sample
+    T: int | None = None  # tokens of a sample; a joint layer's context has a quarter as many more
     dim: int | None = None  # of the residual stream
     num_heads: int | None = None  # 64 wide each where only dim is given
     hidden: int | None = None  # width of the MLP's hidden layer; 4 dim where it is not given
@@ -54,7 +55,7 @@ class Options(Program):
 
     def __post_init__(self):
         self.require_positive("B", "T", "dim", "num_heads", "hidden", "threads")
-        self.require_known(dtype=DTYPES, impls=IMPLS)
+        self.require_known(layer=tuple(LAYERS), dtype=DTYPES, impls=IMPLS)
         self.require_share("budgets")
         self.require_positive("rounds", least=2)
         if self.num_heads is not None and self.dim is None:
@@ -69,7 +70,8 @@ class Options(Program):
         heads = self.num_heads or max((self.dim or 0) // 64, 1)
         B, T = self.B or SAMPLES[kind], self.T or TOKENS
         return [
-            LayerCase(B, T, D, H, self.hidden or 4 * D, dtype)
+            LayerCase(B, T, D, H, self.hidden or 4 * D, dtype, layer)
+            for layer in self.layer
             for dtype in self.dtype or (DTYPE[kind],)
             for D, H in ([(self.dim, heads)] if self.dim else WIDTHS[kind])
         ]
@@ -79,7 +81,7 @@ class Options(Program):
 
     def key_of(self, case: LayerCase, player: Competitor) -> Row:
         """What a row is known by."""
-        return asdict(case) | asdict(player) | {"device": device_name(self.on)}
+        return case.told() | asdict(player) | {"device": device_name(self.on)}
 
     def wanted(self) -> list[Row]:
         return [self.key_of(case, player) for case in self.cases() for player in self.players(case)]
@@ -97,7 +99,7 @@ class Options(Program):
             for player in self.players(case):
                 forward, backward = of_layer(case, player, self.gpu(self.target))
                 name = " ".join(filter(None, (player.impl, player.recompute)))
-                print(f"{name:<16} {forward or '–':>3} + {backward or '–'}")
+                print(f"{case.layer:<9} {name:<16} {forward or '–':>3} + {backward or '–'}")
 
 
 def rows_of(case: LayerCase, players: Sequence[Competitor], options: Options) -> list[Row]:
@@ -110,7 +112,7 @@ def rows_of(case: LayerCase, players: Sequence[Competitor], options: Options) ->
     with measure.own_stream(device):
         inputs = make_inputs(case, device)
         steps = {
-            player: LayerStep(player.function(case.num_heads), inputs, case.autocast)
+            player: LayerStep(player.function(case.num_heads, case.layer), inputs, case.autocast)
             for player in players
         }
         # before any is captured, whose memory would stay; compiled once for this and for the clock
@@ -119,7 +121,7 @@ def rows_of(case: LayerCase, players: Sequence[Competitor], options: Options) ->
         about = ceilings(device, case.compute_dtype) | machine(device)
     return [
         asdict(player)
-        | asdict(case)
+        | case.told()
         | {"launches_forward": forward, "launches_backward": backward}
         | weights
         | asdict(times[player])
@@ -134,7 +136,7 @@ def rows_of(case: LayerCase, players: Sequence[Competitor], options: Options) ->
 def weigh(case: LayerCase, step: LayerStep, device: torch.device) -> Row:
     """What a step keeps, its peak, and what was there before."""
     inputs = step.inputs
-    found = measure.memory(step, inputs=[*inputs.leaves, inputs.dout], device=device)
+    found = measure.memory(step, inputs=[*inputs.leaves, *inputs.douts], device=device)
     saved = measure.saved_bytes(step.forward, parameters=inputs.parameters)
     return {"saved_units": saved / case.unit_bytes} | found
 
