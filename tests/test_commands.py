@@ -60,6 +60,7 @@ ELSEWHERE = {
         'bench("noise")'
     ),
     "python examples/flow.py --steps 500 --out digits.png": 'run("flow.py"',
+    "python examples/lora_blocks.py --steps 200 --out adapters": 'run("lora_blocks.py"',
     "python benchmarks/run.py --quick": "run.main(asked, [job])",
     "python benchmarks/gpu_jobs.py [--rehearse] [PART ...]": "benchmarks/gpu_jobs.py",
     "python benchmarks/gpu_table.py FOLDER": "benchmarks/gpu_table.py",

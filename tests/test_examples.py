@@ -27,6 +27,13 @@ def test_a_flow_is_trained_in_blocks_and_draws_digits(run, tmp_path):
     assert Image.open(tmp_path / "digits.png").size == (8 * 64, 10 * 64)
 
 
+def test_adapters_of_two_blocks_are_trained_apart_and_merge(run, tmp_path):
+    lines = run("lora_blocks.py", steps=1, rank=2).splitlines()
+    assert [line[:7] for line in lines[:2]] == ["block 0", "block 1"]
+    assert lines[2].startswith("wrote adapters: 72 adapters of rank 2")
+    assert (tmp_path / "adapters/adapter_config.json").exists()
+
+
 def test_every_example_is_run_here():
     text = Path(__file__).read_text()
     for path in EXAMPLES.glob("*.py"):
