@@ -1,5 +1,6 @@
 """Every example runs, at a small size; commands of the pages that name one are these."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def test_adapters_of_two_blocks_are_trained_apart_and_merge(run, tmp_path):
     assert [line[:7] for line in lines[:2]] == ["block 0", "block 1"]
     assert lines[2].startswith("wrote adapters: 72 adapters of rank 2")
     assert (tmp_path / "adapters/adapter_config.json").exists()
+
+
+def test_a_model_trains_as_before_and_keeps_less_once_it_is_fused(run):
+    sizes = {"dim": 24, "heads": 2, "depth": 2, "tokens": 30, "batch": 2, "steps": 2}
+    before, *report, after = run("adopt.py", **sizes).splitlines()
+    assert report[:2] == ["replaced: 2", "  blocks.0  DiTBlock"]
+    (loss, kept), (same_loss, less) = (
+        re.search(r"(loss .*), (.*) units", line).groups() for line in (before, after)
+    )
+    assert loss == same_loss
+    assert float(less) < 0.7 * float(kept)
 
 
 def test_every_example_is_run_here():

@@ -7,7 +7,8 @@ from dbkernels.convert.dit_block import (
     layer_from_dit_block,
     layer_from_dit_state,
 )
-from dbkernels.convert.fuse import Fusion, fuse, unfuse
+from dbkernels.convert.fusion import Fusion, fuse, unfuse
+from dbkernels.convert.source import open_trained
 
 __all__ = [
     "Fusion",
@@ -18,6 +19,7 @@ __all__ = [
     "load",
     "load_adapters",
     "merge_adapter_files",
+    "open_trained",
     "save_adapters",
     "save_as",
     "unfuse",

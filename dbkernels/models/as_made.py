@@ -54,16 +54,11 @@ def _walk(
     settings = tuple((setting, getattr(module, setting)) for setting in kinds[type(module)])
     parameters = {key: parameter is None for key, parameter in module._parameters.items()}
     places[name] = len(places) - 1
-    children = tuple(module._modules)
+    children = tuple(key for key, child in module._modules.items() if child is not None)
     yield Made(name, places[parent], key, type(module), settings, parameters, frozenset(children))
     for child in children:
         if (inside := f"{name}.{child}") not in called:
             yield from _walk(root, inside, places, kinds, called)
-
-
-def made_again(root: nn.Module, made: tuple[Made, ...], kinds: Kinds) -> tuple[Made, ...]:
-    """What `as_made` tells of the same children after a change that is meant."""
-    return as_made(root, tuple(each.name for each in made if each.parent < 0), kinds)
 
 
 def check_as_made(root: nn.Module, made: tuple[Made, ...]) -> None:

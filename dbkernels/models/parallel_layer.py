@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.models.as_made import as_made, check_as_made
-from dbkernels.models.condition import condition_of_all, modulation_or_condition
+from dbkernels.models.condition import condition_of_all, modulation_or_condition, stock_projection
 from dbkernels.models.layer import (
     KINDS,
     MLP,
@@ -100,9 +100,17 @@ class ParallelLayer(nn.Module):
         self.attention, self.mlp = Attention(config), MLP(config)
         self.modulation = Projection(config.cond_dim, CHUNKS * config.dim)
         initialise_linear(self.modulation, nn.init.zeros_)
-        self._made = as_made(self, ("attention", "mlp"), KINDS)
+        self.note_inside()
         # (layer, x, c, rotary) -> out in the op's place
         self.run: Callable[..., Tensor] | None = None
+
+    def note_inside(self) -> None:
+        """As that of `AdaLNLayer`."""
+        self._made = as_made(self, ("attention", "mlp"), KINDS)
+
+    def check_inside(self) -> None:
+        """As that of `AdaLNLayer`."""
+        check_as_made(self, self._made)
 
     def initialise(self, initialise_weight: Callable[[Tensor], object]) -> None:
         """Initialise the weights of the attention's and the MLP's projections; biases become 0."""
@@ -122,7 +130,7 @@ class ParallelLayer(nn.Module):
             ValueError: a shape, dtype or device disagrees.
             RuntimeError: a module inside is not as it was made, or the gradient is differentiated.
         """
-        check_as_made(self, self._made)
+        self.check_inside()
         c = condition_of_all(x, c, self.config.dim, self.config.cond_dim)
         if self.run is not None:
             return self.run(self, x, c, rotary)
@@ -142,6 +150,10 @@ class ParallelLayer(nn.Module):
         """What the op's specification makes of x and the projection (..., 3 D), in plain torch."""
         given = x, projected, self.weights()
         return reference_layers.parallel_layer(*given, rotary=rotary, **self.config.of_op())
+
+    def stock(self, x: Tensor, c: Tensor, rotary: Tensor | None) -> Tensor:
+        """The whole layer in plain torch, as `forward` asks for it."""
+        return self.specified(x, stock_projection(self.modulation, c), rotary)
 
     def weights(self) -> LayerWeights:
         """Of the projections, for the op."""

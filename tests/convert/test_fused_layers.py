@@ -1,30 +1,50 @@
 """Each layer that `fuse` knows computes what the original does, and its gradients."""
 
 import copy
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, upstream_of
-from convert.fused_cases import CASES
+from convert.fused_cases import CASES, Rotary, dit_block, lightning, vit
+from convert.published import COND, D, H
+from ops.one_layer import saved_bytes
 from torch import nn
 
 from dbkernels.convert import fuse, unfuse
+from dbkernels.models.layer import AdaLNLayer
+from dbkernels.models.rotary import rotary_table
 from dbkernels.ops import POLICIES
 
 every_case = pytest.mark.parametrize("name", CASES)
 
 
+def as_floats(value, change):
+    """The value, changed where it is a tensor of floats."""
+    is_floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return change(value) if is_floats else value
+
+
 def results(module, given):
     """Outputs, and gradients by the names of the arguments and of the parameters."""
-    given = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in given]
-    named = {f"argument {i}": t for i, t in enumerate(given) if t.requires_grad}
+    given = [as_floats(t, lambda t: t.detach().clone().requires_grad_()) for t in given]
+    named = {f"argument {i}": t for i, t in enumerate(given) if getattr(t, "requires_grad", 0)}
     named |= dict(module.named_parameters())
     torch.manual_seed(1)
     out = module(*given)
     outputs = [out] if isinstance(out, torch.Tensor) else list(out)
     grads = torch.autograd.grad(outputs, list(named.values()), upstream_of(outputs))
     found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    return found | dict(zip(named, grads, strict=True))
+    return together(found | dict(zip(named, grads, strict=True)))
+
+
+def together(found):
+    """The gradients of queries', keys' and values' biases as one, for that of keys may be 0."""
+    joined = {}
+    for name, t in found.items():
+        joined.setdefault(re.sub(r"to_[qkv].bias$", "to_qkv.bias", name), []).append(t)
+    return {name: torch.cat(parts) for name, parts in joined.items()}
 
 
 def fused(module, recompute="none"):
@@ -35,8 +55,10 @@ def fused(module, recompute="none"):
 
 
 def doubled(module, given):
-    given = [t.double() if t.is_floating_point() else t for t in given]
-    return copy.deepcopy(module).double(), given
+    given = [as_floats(t, torch.Tensor.double) for t in given]
+    return copy.deepcopy(module).double(), [
+        copy.deepcopy(t).double() if isinstance(t, nn.Module) else t for t in given
+    ]
 
 
 @every_case
@@ -72,3 +94,28 @@ def test_names_objects_and_bits_are_the_originals(name):
     unfuse(holder)
     assert holder[0] is module
     assert all(torch.equal(t, state[key]) for key, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize("recompute", POLICIES)
+@pytest.mark.parametrize("made", [dit_block, lightning, vit])
+def test_keeps_what_a_layer_of_this_package_keeps(made, recompute):
+    """Beside x and the parameters; no joined or permuted weight is kept."""
+    module, (x, *given) = made()
+    T = 49
+    x = torch.randn(2, T, D, requires_grad=True)
+    given = [t[:2] if isinstance(t, torch.Tensor) else Rotary(7, D // H) for t in given]
+    layer = fused(module, recompute)
+    config = replace(layer.config, recompute=recompute, cond_dim=COND)
+    like = AdaLNLayer(config)
+    rotary = rotary_table(torch.arange(T), D // H) if len(given) > 1 else None
+
+    def kept(run, module):
+        held = [x, *module.parameters(), *(t for t in given if isinstance(t, torch.Tensor))]
+        return saved_bytes(run, but=held)
+
+    mine = kept(lambda: layer(x, *given), layer)
+    theirs = kept(lambda: like(x, torch.ones(2, COND), rotary), like)
+    eager = kept(lambda: module(x, *given), module)
+    modulation = 2 * 6 * D * 4
+    assert mine <= theirs + modulation
+    assert mine < eager

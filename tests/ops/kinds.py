@@ -1,5 +1,6 @@
 """Layers of other kinds than the AdaLN layer, for the tests that all of them share."""
 
+from ops.one_joint import Dual, DualAndKeysOnly, KeysOnly, OneJoint
 from ops.one_layer import OneLayer
 
 from dbkernels.ops import parallel_layer, reference_layers
@@ -21,5 +22,14 @@ class OneParallel(OneLayer):
         floats = {"none": 2 + 3, "attention": 2, "layer": 0, "layer_narrow": 0}
         return units[recompute], 0, floats.get(recompute, 2 + 3)
 
+    def rows(self, recompute):
+        """What is kept of each sequence: its tokens; then of a token, in D elements, that has the
+        dtype of the stream and that of the branches; and float32 numbers of a token."""
+        units, context, floats = self.units(recompute)
+        return [(self.tensors["x"].shape[1], 1, units - 1, floats), (self.S, 0, context, 0)]
+
 
 LAYERS = {"parallel": OneParallel}
+LAYERS |= {
+    "joint": OneJoint, "dual": Dual, "keys only": KeysOnly, "dual, keys only": DualAndKeysOnly
+}  # fmt: skip

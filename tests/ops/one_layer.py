@@ -122,7 +122,7 @@ class OneLayer:
 def together(results):
     """The gradients of the norms of queries and keys as one: the largest error of so few elements
     is a fluke, of eager as of the layer."""
-    few = [name for name in ("q_weight", "k_weight") if name in results]
+    few = [name for name in results if name.endswith(("q_weight", "k_weight"))]
     rest = {name: t for name, t in results.items() if name not in few}
     return {**rest, "qk_weights": torch.cat([results[name] for name in few])} if few else rest
 

@@ -33,8 +33,9 @@ from dbkernels.ops.layer.condition import (
     rows_of_modulation,
 )
 from dbkernels.ops.layer.flat import Form, flatten
-from dbkernels.ops.layer.linear import check_adapter
+from dbkernels.ops.layer.modulation import LayerModulation
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
+from dbkernels.ops.layer.shapes import check_weights
 from dbkernels.ops.layer.tensors import (
     AttentionKind,
     LayerCall,
@@ -47,7 +48,6 @@ from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
 KEPT = len(tensors.Activations._fields)
-PROJECTIONS = ("qkv", "out", "fc1", "fc2")
 
 # autograd
 
@@ -81,7 +81,7 @@ class _Layer(torch.autograd.Function):
         run = rest[count + told.parameters :]
         w = told.form.whole(weights, options.norm1.dtype)
         call = LayerCall(x, _made_of(told, modulation, parameters), rotary, w, options)
-        out, kept = passes.forward(told.kind, call)
+        (out,), (kept,) = passes.forward(told.kind, (call,))
         scale = None
         if POLICIES[options.recompute].narrow:
             *run, scale = passes.narrowed(call)
@@ -125,8 +125,8 @@ class _Layer(torch.autograd.Function):
             wanted = needed[2], *needed[end : end + count]
             dmodulation = ConditionGradient(made_of, wanted, ctx.autocast)
         with dtypes_as_they_are(dout.device.type):
-            dout = dout.contiguous()
-            dx = passes.backward(kind, call, dout, kept, gradients, dmodulation)
+            given = (dout.contiguous(),), (kept,), (gradients,), (dmodulation,)
+            (dx,) = passes.backward(kind, (call,), *given)
         dweights = form.apart(gradients, weights)
         if last:
             turn.is_done = True
@@ -238,7 +238,7 @@ def modulation_at(recompute: Recompute, modulation: Tensor | Condition) -> Tenso
 
 def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | None = None) -> Tensor:
     """The output (n, N, D) of a call whose tensors are checked, with its gradient."""
-    (x, modulation, rotary, weights, options, _), modulate, parameters = call, None, ()
+    (x, modulation, rotary, weights, options, *_), modulate, parameters = call, None, ()
     x = x.contiguous()
     if isinstance(modulation, Condition):
         modulation, modulate, parameters = modulation
@@ -250,7 +250,7 @@ def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | Non
     told = _Told(kind, options, modulate, len(parameters), turn, form)
     out, a, m = _Layer.apply(told, x, modulation, rotary, *flat, *parameters, *run)
     if stream is not None and options.wanted.is_all and out.requires_grad and a is not None:
-        mod = tensors.LayerModulation.of(modulation)
+        mod = LayerModulation.of(modulation)
         stream.extend(run, turn, out, mod.gate1, a, mod.gate2, m)
     return out
 
@@ -266,7 +266,7 @@ def _dropout(branches: float, attention: float, draw: Draw | None) -> Dropout | 
 
 def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
     """Shapes, dtypes and devices of one call, whose modulation has so many chunks of D."""
-    x, modulation, rotary, w, options, _ = call
+    x, modulation, rotary, w, options, *_ = call
     of_tokens = isinstance(modulation, Condition)
     given = {"c": modulation.c} if of_tokens else {"modulation": modulation}
     tensors = dict(zip(w.names(), w.tensors(), strict=True))
@@ -289,16 +289,4 @@ def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
         raise ValueError(f"head_dim must be at least 1, got {d}")
     check_head_width(x.device, d)
     checks.check_heads(*w.qk_norms, rotary, T, d)
-    first, hidden, dtype = len(w.fc1_weight), w.fc2_weight.shape[-1], w.qkv_weight.dtype
-    expected = LayerWeights(
-        (3 * H * d, D), (3 * H * d,), (D, H * d), (D,),
-        (2 * hidden if options.mlp == "swiglu" else hidden, D), (first,), (D, hidden), (D,),
-        (d,), (d,),
-    )  # fmt: skip
-    for name, t, shape in zip(w._fields[:-1], w[:-1], expected[:-1], strict=True):
-        checks.check_shape(shape, **{name: t})
-        if t is not None and t.dtype != dtype:
-            raise ValueError(f"{name} must have the dtype of qkv_weight, {dtype}, got {t.dtype}")
-    for adapter in w.adapters:
-        check_choice("projection of an adapter", adapter.projection, PROJECTIONS)
-        check_adapter(adapter, getattr(w, f"{adapter.projection}_weight"))
+    check_weights("", w, D, H * d, d, mlp=options.mlp)

@@ -49,12 +49,14 @@ class Policy:
 
 
 _ALL, _NOTHING = frozenset(Activations._fields), frozenset[str]()
+_ATTENDED = {"attended", "logsumexp", "attended2", "logsumexp2"}
+_MADE_AGAIN = {"hidden", "q", "qkv", "qkv2"}
 
 POLICIES: dict[Recompute, Policy] = {
     "none": Policy(_ALL, 11, "nothing"),
-    "attention": Policy(_ALL - {"attended", "logsumexp"}, 10, "the attention"),
+    "attention": Policy(_ALL - _ATTENDED, 10, "the attention"),
     "mlp": Policy(_ALL - {"hidden"}, 7, "fc1"),
-    "qkv": Policy(_ALL - {"hidden", "q", "qkv"}, 4, "fc1 and the projection to q, k and v"),
+    "qkv": Policy(_ALL - _MADE_AGAIN, 4, "fc1 and the projection to q, k and v"),
     "layer": Policy(_NOTHING, 1, "everything"),
     "layer_narrow": Policy(_NOTHING, 1, "everything, from x in the branches' dtype", narrow=True),
 }
