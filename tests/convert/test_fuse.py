@@ -71,6 +71,15 @@ def test_what_no_fused_layer_computes_is_left_as_it_is(name):
     assert snapshot(model) == before
 
 
+def test_each_layer_that_may_compute_something_else_is_compared():
+    blocks = [randomise(kind()) for kind in (published.Block, published.Parallel)]
+    blocks += [randomise(published.Functional()) for _ in range(2)]
+    blocks[3].eps = 1e-2  # of the same class, and no part shows it
+    report = fuse(Network(*blocks))
+    assert [each.path for each in report.replaced] == ["blocks.0", "blocks.2"]
+    assert "blocks.1  Parallel: the forward of Parallel must compute what its parts" in str(report)
+
+
 def put(path, module):
     return lambda layer: layer.set_submodule(path, module)
 

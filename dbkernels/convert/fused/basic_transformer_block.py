@@ -56,7 +56,7 @@ class FusedBasicTransformerBlock(FusedLayer):
         x = 0.1 * normal(random, 2, 4, self.config.dim) + 0.2
         if self.norm_type == "ada_norm_single":
             return x, None, None, None, normal(random, 2, 6 * self.config.dim)
-        step, label = torch.tensor([[3, 500], [0, 0]], dtype=torch.int64)
+        step, label = torch.tensor([[3, 500], [0, 0]], dtype=torch.int64, device="cpu")
         return x, None, None, None, step, None, label
 
     def forward(
