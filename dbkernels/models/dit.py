@@ -18,20 +18,15 @@ from torch import Tensor, nn
 from dbkernels.data.images import Batch
 from dbkernels.diffusion.path import PathName
 from dbkernels.diffusion.prediction import PredictionName, prediction_named
-from dbkernels.diffusion.process import Interval
 from dbkernels.models import embed
-from dbkernels.models.family import Presets
+from dbkernels.models.denoiser import ImageDenoiser
+from dbkernels.models.image_config import LabelledConfig
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, run_layers
-from dbkernels.ops import reference
-from dbkernels.ops.adaln_norm import adaln_norm
-from dbkernels.ops.add_noise import add_noise
-from dbkernels.ops.philox import Draw
-from dbkernels.ops.score_loss import score_loss
 from dbkernels.settings import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTConfig(embed.ImageConfig):
+class DiTConfig(LabelledConfig):
     """A diffusion transformer; the condition is as wide as the residual stream."""
 
     patch: int = 2
@@ -77,18 +72,13 @@ PRESETS = {
 }
 
 
-class DiT(Presets, nn.Module):
+class DiT(ImageDenoiser):
     """The image family: z is (B, C, H, W), a prediction is the denoised image itself."""
 
     presets, smallest = PRESETS, "digits"
-    target_parts = ()
-    stem_and_head = ("stem", "tail")
-    independent = True
 
     def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.config, self.sigma_data = config, config.sigma_data
-        self.prediction = prediction_named(config.process, config.prediction, config.sigma_data)
+        super().__init__(config)
         D, pixels = config.dim, config.channels * config.patch**2
         layer = LayerConfig(
             D,
@@ -113,10 +103,6 @@ class DiT(Presets, nn.Module):
         initialise_linear(self.head, nn.init.zeros_)
         nn.init.normal_(self.label_table.weight, std=0.02)
 
-    def target(self, batch: Batch) -> Tensor:
-        """The image itself, (B, C, H, W)."""
-        return batch["image"]
-
     def z_shape(self, batch: Batch) -> tuple[int, ...]:
         """(B, C, H, W), from batch["label"].
 
@@ -135,46 +121,7 @@ class DiT(Presets, nn.Module):
         """(B,)."""
         return (len(batch["label"]),)
 
-    def denoise(self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
-        """The denoised image (B, C, H, W) from z at the levels (B,), given batch["label"]."""
-        prediction, wide = self.prediction, level[:, None, None, None]
-        of_z, of_F = prediction.estimate(wide)
-        return of_z * z + of_F * self._network(prediction.scale(wide) * z, level, layers, batch)
-
-    def loss(
-        self,
-        draw: Draw,
-        level: Tensor,
-        scale: Tensor,
-        layers: Sequence[int],
-        batch: Batch,
-        interval: Interval,
-    ) -> Tensor:
-        """Sum of scale (B,) times the mean squared error of each denoised image."""
-        return self._score(draw, level, scale, layers, batch)[0]
-
-    def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
-        """Squared error of the denoised image, mean over the elements of each sample, (B,)."""
-        return self._score(draw, level, torch.ones_like(level).double(), layers, batch)[1]
-
-    def _score(
-        self, draw: Draw, level: Tensor, scale: Tensor, layers: Sequence[int], batch: Batch
-    ) -> tuple[Tensor, Tensor]:
-        """Sum of the samples' weighted errors, and the errors (B,), which have no gradient."""
-        z0, prediction = batch["image"], self.prediction
-        # each is rounded once, from float64: else its errors add up to those of the loss
-        exact = level.double()
-        # an error of the image is of_F times one of F
-        weight = (scale * prediction.estimate(exact)[1].square()).float()
-        p, q, alpha, beta = (
-            each.float() for each in (*prediction.input(exact), *prediction.target(exact))
-        )
-        F = self._network(add_noise(z0, p, q, draw), level, layers, batch)
-        return score_loss(F, z0, alpha, beta, draw, weight=weight, reduction="sum", inplace=True)
-
-    def _network(
-        self, scaled: Tensor, level: Tensor, layers: Sequence[int], batch: Batch
-    ) -> Tensor:
+    def network(self, scaled: Tensor, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """F of what the prediction makes of z, (B, C, H, W)."""
         x, c = self.stem(scaled, level, self.label_table(batch["label"]))
         x = run_layers([self.layers[index] for index in layers], x, c)
@@ -191,20 +138,6 @@ class DiT(Presets, nn.Module):
         side = config.image_size // config.patch
         table = embed.grid_positions(side, config.dim, config.positions, device=weight.device)
         return table.to(weight.dtype)
-
-    def tail(self, x: Tensor, c: Tensor) -> Tensor:
-        """F (B, C, H, W) of what the last layer left, (B, T, D)."""
-        shift, scale = self.modulation.parts(c)
-        if torch.compiler.is_exporting():  # as a layer does
-            y = reference.adaln_norm(x, scale, shift).to(scale.dtype)
-        else:
-            y = adaln_norm(x, scale, shift, dtype=scale.dtype)
-        F = self.head(y)
-        return embed.unpatchify(F, self.config.patch, self.config.channels)
-
-    def estimate(self, prediction: Tensor) -> Tensor:
-        """The prediction is the estimate."""
-        return prediction
 
     def unconditional(self, batch: Batch) -> Batch:
         """The batch with every label replaced by "no label", for guidance."""

@@ -23,8 +23,9 @@ from dbkernels.data.images import Batch
 from dbkernels.diffusion.path import log_level
 from dbkernels.diffusion.prediction import EDM
 from dbkernels.diffusion.process import Interval
-from dbkernels.models.embed import FinalModulation, ImageConfig, Linear, NoiseEmbedding, patchify
+from dbkernels.models.embed import FinalModulation, Linear, NoiseEmbedding, patchify
 from dbkernels.models.family import Presets
+from dbkernels.models.image_config import LabelledConfig
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm, run_layers
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.dropout import dropout
@@ -32,7 +33,7 @@ from dbkernels.ops.philox import Draw
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTConfig(ImageConfig):
+class ViTConfig(LabelledConfig):
     """A vision transformer; the embedding of a label is as wide as the residual stream."""
 
     mlp_hidden: int

@@ -13,6 +13,7 @@ from dbkernels.ops.layer.function import adaln_layer
 from dbkernels.ops.layer.parallel import parallel_layer
 from dbkernels.ops.layer.projection import linear
 from dbkernels.ops.layer.recompute import POLICIES
+from dbkernels.ops.layer.stacked import Stacked
 from dbkernels.ops.layer.tensors import LayerWeights, ResidualStream
 from dbkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dbkernels.ops.philox import Draw, normals, uniforms
@@ -27,6 +28,7 @@ __all__ = [
     "Draw",
     "LayerWeights",
     "ResidualStream",
+    "Stacked",
     "adaln_layer",
     "adaln_norm",
     "add_noise",

@@ -23,7 +23,7 @@ from dbkernels.ops.attention import check_head_width
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
 from dbkernels.ops.dropout import Dropout, check_share
-from dbkernels.ops.layer import passes, tensors
+from dbkernels.ops.layer import passes, stacked, tensors
 from dbkernels.ops.layer.attend import check_attention, wanted_of
 from dbkernels.ops.layer.condition import (
     Condition,
@@ -45,7 +45,7 @@ from dbkernels.ops.layer.tensors import (
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
-WEIGHTS, KEPT = len(LayerWeights._fields), len(tensors.Activations._fields)
+KEPT = len(tensors.Activations._fields)
 
 # autograd
 
@@ -61,6 +61,8 @@ class _Told(NamedTuple):
     """Of the condition's modulation; they follow the weights."""
     turn: Turn
     """Of the call in its run."""
+    layout: stacked.Layout
+    """Of the tensors of the weights."""
 
 
 class _Layer(torch.autograd.Function):
@@ -72,9 +74,10 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, told, x, modulation, rotary, *rest):
-        options, end = told.options, WEIGHTS + told.parameters
-        weights, parameters, run = rest[:WEIGHTS], rest[WEIGHTS:end], rest[end:]
-        w = LayerWeights(*cast(weights, options.norm1.dtype))
+        options, count = told.options, sum(told.layout)
+        weights, parameters = rest[:count], rest[count : count + told.parameters]
+        run = rest[count + told.parameters :]
+        w = LayerWeights(*stacked.whole(weights, told.layout, options.norm1.dtype))
         call = LayerCall(x, _made_of(told, modulation, parameters), rotary, w, options)
         out, kept = passes.forward(told.kind, call)
         scale = None
@@ -89,7 +92,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, da, dm):
-        kind, options, modulate, count, turn = ctx.told
+        kind, options, modulate, count, turn, layout = ctx.told
         checks.refuse_double_backward(kind.name)
         needed = ctx.needs_input_grad
         if dout is None:
@@ -98,7 +101,7 @@ class _Layer(torch.autograd.Function):
         # a layer after this one may be differentiated later than this, for a loss between layers
         owned = last and not turn.is_read()
         modulation, rotary, *saved = ctx.saved_tensors
-        weights, saved = LayerWeights(*saved[:WEIGHTS]), saved[WEIGHTS:]
+        weights, saved = saved[: sum(layout)], saved[sum(layout) :]
         parameters, saved = saved[:count], saved[count:]
         kept = tensors.Kept(tensors.Activations(*saved[:KEPT]), owned=owned)
         scale, start, *sums = saved[KEPT:]
@@ -107,23 +110,24 @@ class _Layer(torch.autograd.Function):
             ctx.maybe_clear_saved_tensors()
         del saved
         x = tensors.end_of_run(start, sums)
-        wanted = zip(LayerWeights._fields, needed[4:], strict=False)
-        gradients = Gradients(frozenset(n for n, want in wanted if want), weights.qkv_weight.dtype)
+        end = 4 + len(weights)
+        wanted = zip(LayerWeights._fields, stacked.wanted(needed[4:end], layout), strict=True)
+        gradients = Gradients(frozenset(n for n, want in wanted if want), weights[0].dtype)
         # kept from the forward, the casts would take 2 bytes for each parameter of a block at the
         # peak of its step: to read 4 bytes and write 2 again costs far less than that memory
-        w = LayerWeights(*cast(weights, options.norm1.dtype))
+        w = LayerWeights(*stacked.whole(weights, layout, options.norm1.dtype))
         made_of = _made_of(ctx.told, modulation, parameters)
         call = LayerCall(x, made_of, rotary, w, options, scale)
         if modulate is None:
             dmodulation = ModulationGradient(modulation)
         else:
-            end = 4 + WEIGHTS
             wanted = needed[2], *needed[end : end + count]
             dmodulation = ConditionGradient(made_of, wanted, ctx.autocast)
         with dtypes_as_they_are(dout.device.type):
             dout = dout.contiguous()
             dx = passes.backward(kind, call, dout, kept, gradients, dmodulation)
         dweights = cast([gradients.sums.get(name) for name in w._fields], gradients.dtype)
+        dweights = stacked.apart(dweights, weights, layout)
         if last:
             turn.is_done = True
         dmodulation, *dparameters = dmodulation.results()
@@ -172,7 +176,7 @@ def adaln_layer(
         modulation:  (B, 6 D) per sample or (B, T, 6 D) per token: shift, scale and gate of the
                      attention branch, then of the MLP; or the condition of each token that it is
                      made of, which policies that keep little keep in its place
-        weights:     of one dtype, as `LayerWeights` tells their shapes
+        weights:     of one dtype, as `LayerWeights` tells their shapes; any may be `Stacked`
         num_heads:   H
         head_dim:    d; None is D / H, and then H divides D
         rotary:      (2, T, d) cosines and sines, float32; None does not rotate
@@ -241,8 +245,9 @@ def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | Non
     else:
         modulation = rows_of_modulation(modulation)
     run, turn = ((x.detach(),), Turn()) if stream is None else stream.run_to(x)
-    told = _Told(kind, options, modulate, len(parameters), turn)
-    out, a, m = _Layer.apply(told, x, modulation, rotary, *weights, *parameters, *run)
+    flat, layout = stacked.flatten(weights)
+    told = _Told(kind, options, modulate, len(parameters), turn, layout)
+    out, a, m = _Layer.apply(told, x, modulation, rotary, *flat, *parameters, *run)
     if stream is not None and options.wanted.is_all and out.requires_grad and a is not None:
         mod = tensors.LayerModulation.of(modulation)
         stream.extend(run, turn, out, mod.gate1, a, mod.gate2, m)
