@@ -22,6 +22,7 @@ from dbkernels.ops.adaln_norm import NormOptions
 from dbkernels.ops.attention import check_head_width
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
+from dbkernels.ops.cross_attention import check_lengths
 from dbkernels.ops.dropout import Dropout, check_share
 from dbkernels.ops.layer import passes, stacked, tensors
 from dbkernels.ops.layer.attend import check_attention, wanted_of
@@ -36,6 +37,7 @@ from dbkernels.ops.layer.gradients import Gradients, cast
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.tensors import (
     AttentionKind,
+    Context,
     LayerCall,
     LayerOptions,
     LayerWeights,
@@ -46,6 +48,7 @@ from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
 KEPT = len(tensors.Activations._fields)
+FIRST = 6  # place of the weights among what the function is given
 
 # autograd
 
@@ -73,17 +76,20 @@ class _Layer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, told, x, modulation, rotary, *rest):
+    def forward(ctx, told, x, modulation, rotary, context, lengths, *rest):
         options, count = told.options, sum(told.layout)
         weights, parameters = rest[:count], rest[count : count + told.parameters]
         run = rest[count + told.parameters :]
         w = LayerWeights(*stacked.whole(weights, told.layout, options.norm1.dtype))
-        call = LayerCall(x, _made_of(told, modulation, parameters), rotary, w, options)
+        made_of = _made_of(told, modulation, parameters)
+        other = None if context is None else Context(context, lengths)
+        call = LayerCall(x, made_of, rotary, w, options, context=other)
         out, kept = passes.forward(told.kind, call)
-        scale = None
+        scale, mean = None, None
         if POLICIES[options.recompute].narrow:
-            *run, scale = passes.narrowed(call)
-        ctx.save_for_backward(modulation, rotary, *weights, *parameters, *kept, scale, *run)
+            *run, scale, mean = passes.narrowed(call)
+        given = modulation, rotary, context, lengths
+        ctx.save_for_backward(*given, *weights, *parameters, *kept, scale, mean, *run)
         ctx.mark_non_differentiable(*(branch for branch in (kept.a, kept.m) if branch is not None))
         ctx.set_materialize_grads(False)
         ctx.told = told
@@ -100,24 +106,26 @@ class _Layer(torch.autograd.Function):
         last = is_last_to_read()
         # a layer after this one may be differentiated later than this, for a loss between layers
         owned = last and not turn.is_read()
-        modulation, rotary, *saved = ctx.saved_tensors
+        modulation, rotary, context, lengths, *saved = ctx.saved_tensors
         weights, saved = saved[: sum(layout)], saved[sum(layout) :]
         parameters, saved = saved[:count], saved[count:]
         kept = tensors.Kept(tensors.Activations(*saved[:KEPT]), owned=owned)
-        scale, start, *sums = saved[KEPT:]
+        scale, mean, start, *sums = saved[KEPT:]
         if last:
             # nothing but kept holds what the forward kept, so each tensor dies with its last use
             ctx.maybe_clear_saved_tensors()
         del saved
         x = tensors.end_of_run(start, sums)
-        end = 4 + len(weights)
-        wanted = zip(LayerWeights._fields, stacked.wanted(needed[4:end], layout), strict=True)
+        end = FIRST + len(weights)
+        wanted = zip(LayerWeights._fields, stacked.wanted(needed[FIRST:end], layout), strict=True)
         gradients = Gradients(frozenset(n for n, want in wanted if want), weights[0].dtype)
         # kept from the forward, the casts would take 2 bytes for each parameter of a block at the
         # peak of its step: to read 4 bytes and write 2 again costs far less than that memory
         w = LayerWeights(*stacked.whole(weights, layout, options.norm1.dtype))
         made_of = _made_of(ctx.told, modulation, parameters)
-        call = LayerCall(x, made_of, rotary, w, options, scale)
+        dcontext = torch.empty_like(context) if needed[4] else None
+        other = None if context is None else Context(context, lengths, dcontext)
+        call = LayerCall(x, made_of, rotary, w, options, scale, mean, other)
         if modulate is None:
             dmodulation = ModulationGradient(modulation)
         else:
@@ -131,7 +139,7 @@ class _Layer(torch.autograd.Function):
         if last:
             turn.is_done = True
         dmodulation, *dparameters = dmodulation.results()
-        grads = None, dx, dmodulation, None, *dweights, *dparameters
+        grads = None, dx, dmodulation, None, dcontext, None, *dweights, *dparameters
         return *grads, *(None,) * (len(needed) - len(grads))
 
 
@@ -237,8 +245,9 @@ def modulation_at(recompute: Recompute, modulation: Tensor | Condition) -> Tenso
 
 def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | None = None) -> Tensor:
     """The output (n, N, D) of a call whose tensors are checked, with its gradient."""
-    (x, modulation, rotary, weights, options, _), modulate, parameters = call, None, ()
-    x = x.contiguous()
+    x, modulation, rotary, weights, options, _, _, context = call
+    x, modulate, parameters = x.contiguous(), None, ()
+    context, lengths, _ = context or Context(None, None)
     if isinstance(modulation, Condition):
         modulation, modulate, parameters = modulation
         stream = None  # whose runs hold the gates of earlier layers
@@ -247,7 +256,9 @@ def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | Non
     run, turn = ((x.detach(),), Turn()) if stream is None else stream.run_to(x)
     flat, layout = stacked.flatten(weights)
     told = _Told(kind, options, modulate, len(parameters), turn, layout)
-    out, a, m = _Layer.apply(told, x, modulation, rotary, *flat, *parameters, *run)
+    out, a, m = _Layer.apply(
+        told, x, modulation, rotary, context, lengths, *flat, *parameters, *run
+    )
     if stream is not None and options.wanted.is_all and out.requires_grad and a is not None:
         mod = tensors.LayerModulation.of(modulation)
         stream.extend(run, turn, out, mod.gate1, a, mod.gate2, m)
@@ -265,11 +276,14 @@ def _dropout(branches: float, attention: float, draw: Draw | None) -> Dropout | 
 
 def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
     """Shapes, dtypes and devices of one call, whose modulation has so many chunks of D."""
-    x, modulation, rotary, w, options, _ = call
+    x, modulation, rotary, w, options, _, _, context = call
     of_tokens = isinstance(modulation, Condition)
     given = {"c": modulation.c} if of_tokens else {"modulation": modulation}
+    given |= {} if context is None else {"context": context.tokens}
     checks.check_floats(x=x, **given, rotary=rotary, **w._asdict())
     B, T, D = x.shape
+    if context is not None:
+        _check_context(context, B)
     if of_tokens and (modulation.c.dim() != 3 or tuple(modulation.c.shape[:2]) != (B, T)):
         got = tuple(modulation.c.shape)
         raise ValueError(f"a condition's c must be (B, T, C) = ({B}, {T}, C), got {got}")
@@ -291,9 +305,27 @@ def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
     expected = LayerWeights(
         (3 * H * d, D), (3 * H * d,), (D, H * d), (D,),
         (2 * hidden if options.mlp == "swiglu" else hidden, D), (first,), (D, hidden), (D,),
-        (d,), (d,),
+        (d,), (d,), *_shapes_of_cross(H * d, D, context),
     )  # fmt: skip
     for name, t, shape in zip(w._fields, w, expected, strict=True):
-        checks.check_shape(shape, **{name: t})
+        if shape is not None:
+            checks.check_shape(shape, **{name: t})
+        elif t is not None:
+            raise ValueError(f"{name} must be None in a layer without cross-attention, got one")
         if t is not None and t.dtype != dtype:
             raise ValueError(f"{name} must have the dtype of qkv_weight, {dtype}, got {t.dtype}")
+
+
+def _check_context(context: Context, B: int) -> None:
+    tokens, lengths, _ = context
+    if tokens.dim() != 3 or len(tokens) != B:
+        raise ValueError(f"context must be (B, S, C) = ({B}, S, C), got {tuple(tokens.shape)}")
+    check_lengths(lengths, tokens)
+
+
+def _shapes_of_cross(width: int, D: int, context: Context | None) -> list[tuple[int, ...] | None]:
+    """Of its weights, whose heads are so wide together; None where there is none."""
+    if context is None:
+        return [None] * 6
+    C = context.tokens.shape[-1]
+    return [(width, D), (width,), (2 * width, C), (2 * width,), (D, width), (D,)]

@@ -68,28 +68,33 @@ def forward(kind: Kind, call: LayerCall) -> tuple[Tensor, Activations]:
     return out, kept
 
 
-def narrowed(call: LayerCall) -> tuple[Tensor, Tensor | None]:
+def narrowed(call: LayerCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x in the dtype of the branches, less what a norm subtracts; x itself if that is no less.
 
     Around a mean that is large beside the rest, x would lose what the norm makes of it. In float16
-    also by what each token was divided, (B, T, 1), a power of two, or 1 where it fits.
+    also by what each token was divided, (B, T, 1), a power of two, or 1 where it fits. For
+    cross-attention, which reads the stream without a norm, also that mean, (B, T, 1).
     """
     x, norm = call.x, call.options.norm1
     if norm.dtype.itemsize >= x.dtype.itemsize:
-        return x, None
-    kept, scale = torch.empty_like(x, dtype=norm.dtype), None
-    if norm.dtype == torch.float16:
-        scale = x.new_empty((*x.shape[:2], 1), dtype=torch.float32)
+        return x, None, None
+    kept, of_tokens = torch.empty_like(x, dtype=norm.dtype), (*x.shape[:2], 1)
+    scale = x.new_empty(of_tokens) if norm.dtype == torch.float16 else None
+    means = x.new_empty(of_tokens) if norm.centred and call.context is not None else None
     B, T, _ = x.shape
     for samples in chunks(B, max(PART // max(T, 1), 1)):
         part = x[samples]
-        part = part - part.mean(-1, keepdim=True) if norm.centred else part
+        if norm.centred:
+            mean = part.mean(-1, keepdim=True)
+            part = part - mean
+            if means is not None:
+                means[samples] = mean
         if scale is not None:
             exponent = torch.frexp(part.abs().amax(-1, keepdim=True)).exponent
             scale[samples] = torch.ldexp(scale.new_ones(()), (exponent - FLOAT16_BITS).clamp(min=0))
             part = part / scale[samples]
         kept[samples] = part
-    return kept, scale
+    return kept, scale, means
 
 
 def backward(
@@ -163,7 +168,7 @@ def _at_once(call: LayerCall, dout: Tensor, kept: Kept, grads: Gradients) -> tup
     shared = first.modulation is call.modulation
     dfirst = dmodulation if shared else torch.empty_like(first.modulation)
     dx1, da = _mlp_backward(first, dout, dfirst, kept, grads)
-    dx = _attention_backward(call, da, dx1, dmodulation, kept, grads)
+    dx = attention_backward(call, da, dx1, dmodulation, kept, grads)
     if not shared:
         # what nobody wants the result of feels nothing of what follows the attention
         (B, _, D), of_first = call.x.shape, by_sample(dfirst, len(first.x))
@@ -198,10 +203,10 @@ def _mlp_backward(
     return dx1, da
 
 
-def _attention_backward(
+def attention_backward(
     call: LayerCall, da: Tensor, dx1: Tensor, dmodulation: Tensor, kept: Kept, grads: Gradients
 ) -> Tensor:
-    """dx (B, T, D)."""
+    """dx (B, T, D), from da and the rest of x1's gradient."""
     wanted, mod, dmod = call.options.wanted, call.mod, LayerModulation.of(dmodulation)
     qkv = QKV(kept.pop("q"), kept.pop("qkv"))
     if qkv.qkv is None:
