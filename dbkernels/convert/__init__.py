@@ -6,7 +6,7 @@ from dbkernels.convert.dit_block import (
     layer_from_dit_block,
     layer_from_dit_state,
 )
-from dbkernels.convert.fuse import Fusion, fuse, unfuse
+from dbkernels.convert.fusion import Fusion, fuse, unfuse
 
 __all__ = [
     "Fusion",

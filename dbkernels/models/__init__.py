@@ -1,6 +1,7 @@
 """Networks: they receive a condition, never a prior or a partition."""
 
 from dbkernels.models.ar import AR, ARConfig
+from dbkernels.models.cross_layer import CrossConfig, CrossLayer
 from dbkernels.models.dit import DiT, DiTConfig
 from dbkernels.models.family import Family
 from dbkernels.models.huginn import Huginn, HuginnConfig
@@ -16,6 +17,8 @@ __all__ = [
     "MDM",
     "ARConfig",
     "AdaLNLayer",
+    "CrossConfig",
+    "CrossLayer",
     "DiT",
     "DiTConfig",
     "Family",

@@ -54,7 +54,7 @@ def _walk(
     settings = tuple((setting, getattr(module, setting)) for setting in kinds[type(module)])
     parameters = {key: parameter is None for key, parameter in module._parameters.items()}
     places[name] = len(places) - 1
-    children = tuple(module._modules)
+    children = tuple(key for key, child in module._modules.items() if child is not None)
     yield Made(name, places[parent], key, type(module), settings, parameters, frozenset(children))
     for child in children:
         if (inside := f"{name}.{child}") not in called:

@@ -12,6 +12,7 @@ from dbkernels.ops.gated_residual import gated_residual
 from dbkernels.ops.layer.condition import Condition
 from dbkernels.ops.layer.cross import cross_layer
 from dbkernels.ops.layer.function import adaln_layer
+from dbkernels.ops.layer.linear import Adapter
 from dbkernels.ops.layer.parallel import parallel_layer
 from dbkernels.ops.layer.projection import linear
 from dbkernels.ops.layer.recompute import POLICIES
@@ -26,6 +27,7 @@ from dbkernels.ops.two_stream import two_stream_attention
 
 __all__ = [
     "POLICIES",
+    "Adapter",
     "Condition",
     "Draw",
     "LayerWeights",

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dbkernels.ops.backend.noise_tile import DROPOUT
+from dbkernels.ops.layer.linear import Linear
 from dbkernels.ops.layer.tensors import LayerWeights
 from dbkernels.ops.philox import Draw, counter_words, key_words, philox, sizes
 
@@ -44,6 +45,19 @@ def gated_adaln_norm(
 ) -> tuple[Tensor, Tensor]:
     x1 = gated_residual(x, h, gate)
     return x1, adaln_norm(x1, scale, shift, norm=norm, eps=eps)
+
+
+def projected(x: Tensor, linear: Linear) -> Tensor:
+    return adapted(F.linear(x, linear.weight, linear.bias), x, linear)
+
+
+def adapted(y: Tensor, x: Tensor, linear: Linear) -> Tensor:
+    """With what the adapters of a projection make of x."""
+    for adapter in linear.adapters:
+        down, up = (t.to(x.dtype) for t in (adapter.down, adapter.up))
+        h = adapter.scale * F.linear(F.linear(x, down), up)
+        y = y + F.pad(h, (adapter.start, linear.width - adapter.stop))
+    return y
 
 
 def biased(h: Tensor, bias: Tensor | None) -> Tensor:
@@ -164,7 +178,7 @@ def adaln_layer(
     w, dtype = weights, weights.qkv_weight.dtype
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
     y = adaln_norm(x, scale1, shift1, norm=norm, eps=eps).to(dtype)
-    qkv = F.linear(y, w.qkv_weight, w.qkv_bias)
+    qkv = projected(y, w.qkv)
     norms = {"q_weight": w.q_weight, "k_weight": w.k_weight, "eps": qk_eps}
     q, k = qk_norm_rotary(qkv, num_heads, **norms, rotary=rotary)
     v = qkv.unflatten(-1, (3, num_heads, -1))[:, :, 2]
@@ -172,11 +186,11 @@ def adaln_layer(
         h = dropped_attention(q, k, v, attention_dropout, draw).flatten(2)
     else:
         h = _attend(q, k, v, attention).flatten(2)
-    h = leave_out(F.linear(h, w.out_weight, w.out_bias), place=1)
+    h = leave_out(projected(h, w.out), place=1)
     x = gated_residual(x, h, gate1).to(x.dtype)
     y = adaln_norm(x, scale2, shift2, norm=norm, eps=eps if eps2 is None else eps2).to(dtype)
     activation = {"gelu": gelu, "gelu_exact": gelu_exact, "swiglu": swiglu}[mlp]
-    h = F.linear(activation(F.linear(y, w.fc1_weight, w.fc1_bias)), w.fc2_weight, w.fc2_bias)
+    h = projected(activation(projected(y, w.fc1)), w.fc2)
     return gated_residual(x, leave_out(h, place=2), gate2).to(x.dtype)[:num_samples, :num_queries]
 
 

@@ -31,11 +31,12 @@ def parallel_layer(
     shift, scale, gate = modulation.chunk(3, dim=-1)
     y = reference.adaln_norm(x, scale, shift, norm=norm, eps=eps).to(dtype)
     attended = self_attention(y, w, num_heads, rotary, qk_eps)
-    activated = ACTIVATIONS[mlp](F.linear(y, w.fc1_weight, w.fc1_bias))
+    activated = ACTIVATIONS[mlp](reference.projected(y, w.fc1))
     weight, bias = torch.cat([w.out_weight, w.fc2_weight], dim=1), w.fc2_bias
     if w.out_bias is not None:
         bias = w.out_bias if bias is None else bias + w.out_bias
     h = F.linear(torch.cat([attended, activated], dim=-1), weight, bias)
+    h = reference.adapted(reference.adapted(h, attended, w.out), activated, w.fc2)
     return reference.gated_residual(x, h, gate).to(x.dtype)
 
 
@@ -43,7 +44,7 @@ def self_attention(
     y: Tensor, w: LayerWeights, num_heads: int, rotary: Tensor | None, qk_eps: float
 ) -> Tensor:
     """(B, T, H d), of y (B, T, D), before its projection out."""
-    qkv = F.linear(y, w.qkv_weight, w.qkv_bias)
+    qkv = reference.projected(y, w.qkv)
     norms = {"q_weight": w.q_weight, "k_weight": w.k_weight, "eps": qk_eps}
     q, k = reference.qk_norm_rotary(qkv, num_heads, **norms, rotary=rotary)
     v = qkv.unflatten(-1, (3, num_heads, -1))[:, :, 2]

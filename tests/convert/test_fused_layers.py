@@ -1,6 +1,7 @@
 """Each layer that `fuse` knows computes what the original does, and its gradients."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -14,17 +15,31 @@ from dbkernels.ops import POLICIES
 every_case = pytest.mark.parametrize("name", CASES)
 
 
+def as_floats(value, change):
+    """The value, changed where it is a tensor of floats."""
+    is_floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return change(value) if is_floats else value
+
+
 def results(module, given):
     """Outputs, and gradients by the names of the arguments and of the parameters."""
-    given = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in given]
-    named = {f"argument {i}": t for i, t in enumerate(given) if t.requires_grad}
+    given = [as_floats(t, lambda t: t.detach().clone().requires_grad_()) for t in given]
+    named = {f"argument {i}": t for i, t in enumerate(given) if getattr(t, "requires_grad", 0)}
     named |= dict(module.named_parameters())
     torch.manual_seed(1)
     out = module(*given)
     outputs = [out] if isinstance(out, torch.Tensor) else list(out)
     grads = torch.autograd.grad(outputs, list(named.values()), upstream_of(outputs))
     found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    return found | dict(zip(named, grads, strict=True))
+    return together(found | dict(zip(named, grads, strict=True)))
+
+
+def together(found):
+    """The gradients of queries', keys' and values' biases as one, for that of keys may be 0."""
+    joined = {}
+    for name, t in found.items():
+        joined.setdefault(re.sub(r"to_[qkv].bias$", "to_qkv.bias", name), []).append(t)
+    return {name: torch.cat(parts) for name, parts in joined.items()}
 
 
 def fused(module, recompute="none"):
@@ -35,8 +50,10 @@ def fused(module, recompute="none"):
 
 
 def doubled(module, given):
-    given = [t.double() if t.is_floating_point() else t for t in given]
-    return copy.deepcopy(module).double(), given
+    given = [as_floats(t, torch.Tensor.double) for t in given]
+    return copy.deepcopy(module).double(), [
+        copy.deepcopy(t).double() if isinstance(t, nn.Module) else t for t in given
+    ]
 
 
 @every_case

@@ -7,7 +7,7 @@ from accuracy import assert_as_accurate_as_eager, with_grads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels.models.rotary import rotary_table
-from dbkernels.ops import POLICIES, LayerWeights, adaln_layer, reference
+from dbkernels.ops import POLICIES, Adapter, LayerWeights, adaln_layer, reference
 
 EVERY_POLICY = list(POLICIES)
 # of two samples, or one in two streams; what a layer is asked for beside a policy
@@ -17,6 +17,10 @@ KINDS = [
     {"attention": "two_stream"},
     {"attention": "two_stream", "num_samples": 1},
 ]
+# of adapters, each by its projection and the third of its outputs
+TARGETS = {name: (name, None) for name in ("qkv", "out", "fc1", "fc2")}
+TARGETS |= {name: ("qkv", third) for third, name in enumerate(("q", "k", "v"))}
+SCALE = 0.6  # of them: no power of two, which would be exact
 SAME_BITS = [recompute for recompute, policy in POLICIES.items() if not policy.narrow]
 
 
@@ -32,6 +36,7 @@ class OneLayer:
         self,
         B=2, T=5, D=24, H=3, *, hidden=40, mlp="gelu", norm="layer", bias=True, qk_norm=True,
         rotated=False, per_token=False, head_dim=None, dtypes=(torch.float32,) * 3,
+        adapters=(), rank=2, adapter_dtype=None,
     ):  # fmt: skip
         def normal(*shape, std=1.0, mean=0.0):
             return mean + std * torch.randn(shape, dtype=torch.float64)
@@ -55,6 +60,16 @@ class OneLayer:
             has_bias = "bias" not in name or name in biases
             if has_bias and (qk_norm or name not in ("q_weight", "k_weight")):
                 self.tensors[name] = weight.to(dtype)
+        self.adapters = {}
+        for target in adapters:
+            projection, third = TARGETS[target]
+            outputs, reads = shapes[projection]
+            outputs, start = (outputs, 0) if third is None else (H * d, third * H * d)
+            self.adapters[target] = projection, start
+            for kind, shape in (("down", (rank, reads)), ("up", (outputs, rank))):
+                # what it adds is as large as what it is added to
+                small = normal(*shape, std=shape[-1] ** -0.5).to(adapter_dtype or dtype)
+                self.tensors[f"{target}_{kind}"] = small
         rotary = rotary_table(torch.arange(T), d) if rotated else None
         self.options = {"num_heads": H, "mlp": mlp, "norm": norm, "rotary": rotary}
         self.options |= {"head_dim": head_dim} if head_dim else {}
@@ -64,7 +79,11 @@ class OneLayer:
         return self.weights_of(self.tensors)
 
     def weights_of(self, tensors):
-        return LayerWeights(*(tensors.get(name) for name in LayerWeights._fields))
+        adapters = tuple(
+            Adapter(projection, tensors[f"{name}_down"], tensors[f"{name}_up"], SCALE, start)
+            for name, (projection, start) in self.adapters.items()
+        )
+        return LayerWeights(*map(tensors.get, LayerWeights._fields[:-1]), adapters)
 
     def run(self, tensors, op=None, **options):
         """op on these tensors, by name; None is the layer's own."""

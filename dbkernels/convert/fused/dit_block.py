@@ -17,6 +17,7 @@ from dbkernels.convert.fused.layer import (
     check_one_dtype,
     check_signature,
     normal,
+    of_each_sample,
 )
 from dbkernels.convert.read_block import PROJECTIONS, read_config
 from dbkernels.models.layer import fold_norms
@@ -57,13 +58,11 @@ class FusedDiTBlock(FusedLayer):
         if torch.compiler.is_exporting():
             return self.original(x, c)
         projection = self.adaLN_modulation[1]
-        if c.dim() != 2:
-            raise ValueError(f"c must be (B, cond_dim), got {tuple(c.shape)}")
-        modulation = linear(F.silu(c), projection.weight, projection.bias)
+        modulation = linear(F.silu(of_each_sample(x, c)), projection.weight, projection.bias)
         modulation = fold_norms(modulation, *(self._of_norm(name) for name in ("norm1", "norm2")))
         return adaln_layer(
             x,
-            modulation.expand(len(x), -1),
+            modulation,
             self._weights(),
             recompute=self.recompute,
             **self.config.of_op(),

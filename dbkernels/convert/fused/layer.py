@@ -90,6 +90,17 @@ def normal(random: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=random, dtype=torch.float64)
 
 
+def of_each_sample(x: Tensor, c: Tensor) -> Tensor:
+    """A condition (B, ...) of the samples of x, which may have a B of 1 for all.
+
+    Raises:
+        ValueError: it is not (B, cond_dim).
+    """
+    if c.dim() != 2 or len(c) not in (1, len(x)):
+        raise ValueError(f"c must be (B, cond_dim) = ({len(x)}, cond_dim), got {tuple(c.shape)}")
+    return c.expand(len(x), -1)
+
+
 def check_signature(original: nn.Module, *names: str) -> None:
     """Refuse a class whose forward takes other arguments than the layer's does.
 
@@ -105,16 +116,15 @@ def check_signature(original: nn.Module, *names: str) -> None:
 
 
 def check_no_dropout(original: nn.Module) -> None:
-    """Refuse what leaves something out in training.
+    """Refuse what leaves something out in training: elements, weights or a whole branch.
 
     Raises:
         ValueError: a share is not 0.
     """
     for name, module in original.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p != 0:
-            raise ValueError(
-                f"{name}.p must be 0, for a fused layer has no dropout, got {module.p}"
-            )
+        key = "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "drop_prob"
+        if (share := getattr(module, key, 0)) != 0:
+            raise ValueError(f"{name}.{key} must be 0 in a fused layer, got {share}")
 
 
 def check_one_dtype(original: nn.Module, *names: str) -> None:

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 
 from dbkernels.convert.fused.layer import FusedLayer
 from dbkernels.convert.read_block import TOLERANCE
+from dbkernels.models.as_made import HOOKS
 
 
 def check_same(layer: FusedLayer) -> None:
-    """Raises:
-    ValueError: the original does not run as the layer does, or its result is another one.
+    """Run copies of a layer and of its original.
+
+    Raises:
+        ValueError: the original does not run as the layer does, or its result is another one.
     """
     random, kind = torch.Generator().manual_seed(0), type(layer.original).__name__
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    eager = torch.compiler.set_stance("force_eager")  # some compile their forward
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), eager:
         original = _randomised(layer.original, random)
         twin = type(layer)(original, layer.recompute)
         given = twin.example(random)
@@ -50,7 +54,12 @@ def signature(layer: FusedLayer) -> tuple[object, ...]:
 
 
 def _told(value: object) -> object:
-    return value if isinstance(value, bool | int | float | str | None) else repr(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    # what has nothing of its own, as a processor of attention, is what its class is
+    return type(value) if getattr(value, "__dict__", None) == {} else repr(value)
 
 
 def _randomised(original: nn.Module, random: torch.Generator) -> nn.Module:
@@ -59,6 +68,8 @@ def _randomised(original: nn.Module, random: torch.Generator) -> nn.Module:
     if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
         raise ValueError(f"a {type(original).__name__} must have numbers, got tensors on meta")
     twin = twin.to("cpu", torch.float64).train()
+    for hooks in HOOKS:  # which are of either, and somebody's who does not expect this call
+        getattr(twin, hooks).clear()
     for parameter in twin.parameters():
         normal = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
         parameter.copy_(normal * parameter.shape[-1] ** -0.5 + 0.1)

@@ -71,15 +71,15 @@ def _gradients(
     dmodulation = torch.empty_like(call.modulation)
     dmod, rows, a = LayerModulation.of(dmodulation), call.by_sample, kept["a"]
     q, kv = kept.pop("cross_q"), kept.pop("cross_kv")
-    owns = kept.owned or q is None
+    made_again = q is None
     x = _after_attention(call, a)
-    if q is None:
+    if made_again:
         w, dtype = call.weights, call.options.norm1.dtype
         q, kv = w.cross_q.of(x.to(dtype)), w.cross_kv.of(call.context.tokens.to(dtype))
     x += kept["c"]
     dx2 = _mlp_backward(call, dout, x, dmod, kept, grads)
     del x
-    buffers = (q, kv) if owns else map(torch.empty_like, (q, kv))
+    buffers = (q, kv) if made_again else map(kept.buffer, (q, kv))
     dx1 = _cross_backward(call, dx2, q, kv, *buffers, kept, grads)
     del q, kv, dx2
     da = kept.buffer(a)
@@ -131,7 +131,7 @@ def _cross_backward(
     by_head = _by_head(call, q, kv)
     if seen is None:
         seen, of_seen = cross_attention_forward(*by_head, lengths)
-    dc = kept.pop("c") if kept.owned else torch.empty_like(kept.pop("c"))
+    dc = kept.buffer(kept.pop("c"))
     dc.copy_(dx2)
     grads.add_weight("cross_out", dc, seen)
     grads.add_bias("cross_out", dc)

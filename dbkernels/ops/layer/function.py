@@ -24,7 +24,7 @@ from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
 from dbkernels.ops.cross_attention import check_lengths
 from dbkernels.ops.dropout import Dropout, check_share
-from dbkernels.ops.layer import passes, stacked, tensors
+from dbkernels.ops.layer import passes, tensors
 from dbkernels.ops.layer.attend import check_attention, wanted_of
 from dbkernels.ops.layer.condition import (
     Condition,
@@ -33,7 +33,8 @@ from dbkernels.ops.layer.condition import (
     autocast_again,
     rows_of_modulation,
 )
-from dbkernels.ops.layer.gradients import Gradients, cast
+from dbkernels.ops.layer.flat import Form, flatten
+from dbkernels.ops.layer.linear import check_adapter
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.tensors import (
     AttentionKind,
@@ -49,6 +50,7 @@ from dbkernels.settings import check_choice
 
 KEPT = len(tensors.Activations._fields)
 FIRST = 6  # place of the weights among what the function is given
+PROJECTIONS = ("qkv", "out", "fc1", "fc2", "cross_q", "cross_kv", "cross_out")
 
 # autograd
 
@@ -64,8 +66,8 @@ class _Told(NamedTuple):
     """Of the condition's modulation; they follow the weights."""
     turn: Turn
     """Of the call in its run."""
-    layout: stacked.Layout
-    """Of the tensors of the weights."""
+    form: Form
+    """Of the weights."""
 
 
 class _Layer(torch.autograd.Function):
@@ -77,10 +79,10 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, told, x, modulation, rotary, context, lengths, *rest):
-        options, count = told.options, sum(told.layout)
+        options, count = told.options, len(told.form)
         weights, parameters = rest[:count], rest[count : count + told.parameters]
         run = rest[count + told.parameters :]
-        w = LayerWeights(*stacked.whole(weights, told.layout, options.norm1.dtype))
+        w = told.form.whole(weights, options.norm1.dtype)
         made_of = _made_of(told, modulation, parameters)
         other = None if context is None else Context(context, lengths)
         call = LayerCall(x, made_of, rotary, w, options, context=other)
@@ -98,7 +100,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, da, dm):
-        kind, options, modulate, count, turn, layout = ctx.told
+        kind, options, modulate, count, turn, form = ctx.told
         checks.refuse_double_backward(kind.name)
         needed = ctx.needs_input_grad
         if dout is None:
@@ -107,7 +109,7 @@ class _Layer(torch.autograd.Function):
         # a layer after this one may be differentiated later than this, for a loss between layers
         owned = last and not turn.is_read()
         modulation, rotary, context, lengths, *saved = ctx.saved_tensors
-        weights, saved = saved[: sum(layout)], saved[sum(layout) :]
+        weights, saved = saved[: len(form)], saved[len(form) :]
         parameters, saved = saved[:count], saved[count:]
         kept = tensors.Kept(tensors.Activations(*saved[:KEPT]), owned=owned)
         scale, mean, start, *sums = saved[KEPT:]
@@ -116,12 +118,11 @@ class _Layer(torch.autograd.Function):
             ctx.maybe_clear_saved_tensors()
         del saved
         x = tensors.end_of_run(start, sums)
-        end = FIRST + len(weights)
-        wanted = zip(LayerWeights._fields, stacked.wanted(needed[FIRST:end], layout), strict=True)
-        gradients = Gradients(frozenset(n for n, want in wanted if want), weights[0].dtype)
         # kept from the forward, the casts would take 2 bytes for each parameter of a block at the
         # peak of its step: to read 4 bytes and write 2 again costs far less than that memory
-        w = LayerWeights(*stacked.whole(weights, layout, options.norm1.dtype))
+        w = form.whole(weights, options.norm1.dtype)
+        end = FIRST + len(form)
+        gradients = form.gradients(needed[FIRST:end], weights, w)
         made_of = _made_of(ctx.told, modulation, parameters)
         dcontext = torch.empty_like(context) if needed[4] else None
         other = None if context is None else Context(context, lengths, dcontext)
@@ -134,8 +135,7 @@ class _Layer(torch.autograd.Function):
         with dtypes_as_they_are(dout.device.type):
             dout = dout.contiguous()
             dx = passes.backward(kind, call, dout, kept, gradients, dmodulation)
-        dweights = cast([gradients.sums.get(name) for name in w._fields], gradients.dtype)
-        dweights = stacked.apart(dweights, weights, layout)
+        dweights = form.apart(gradients, weights)
         if last:
             turn.is_done = True
         dmodulation, *dparameters = dmodulation.results()
@@ -184,7 +184,8 @@ def adaln_layer(
         modulation:  (B, 6 D) per sample or (B, T, 6 D) per token: shift, scale and gate of the
                      attention branch, then of the MLP; or the condition of each token that it is
                      made of, which policies that keep little keep in its place
-        weights:     of one dtype, as `LayerWeights` tells their shapes; any may be `Stacked`
+        weights:     of one dtype, as `LayerWeights` tells their shapes; any may be `Stacked`. Its
+                     adapters may have other dtypes, and run in that of the branches
         num_heads:   H
         head_dim:    d; None is D / H, and then H divides D
         rotary:      (2, T, d) cosines and sines, float32; None does not rotate
@@ -254,8 +255,8 @@ def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | Non
     else:
         modulation = rows_of_modulation(modulation)
     run, turn = ((x.detach(),), Turn()) if stream is None else stream.run_to(x)
-    flat, layout = stacked.flatten(weights)
-    told = _Told(kind, options, modulate, len(parameters), turn, layout)
+    flat, form = flatten(weights)
+    told = _Told(kind, options, modulate, len(parameters), turn, form)
     out, a, m = _Layer.apply(
         told, x, modulation, rotary, context, lengths, *flat, *parameters, *run
     )
@@ -280,7 +281,8 @@ def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
     of_tokens = isinstance(modulation, Condition)
     given = {"c": modulation.c} if of_tokens else {"modulation": modulation}
     given |= {} if context is None else {"context": context.tokens}
-    checks.check_floats(x=x, **given, rotary=rotary, **w._asdict())
+    tensors = dict(zip(w.names(), w.tensors(), strict=True))
+    checks.check_floats(x=x, **given, rotary=rotary, **tensors)
     B, T, D = x.shape
     if context is not None:
         _check_context(context, B)
@@ -307,13 +309,16 @@ def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
         (2 * hidden if options.mlp == "swiglu" else hidden, D), (first,), (D, hidden), (D,),
         (d,), (d,), *_shapes_of_cross(H * d, D, context),
     )  # fmt: skip
-    for name, t, shape in zip(w._fields, w, expected, strict=True):
+    for name, t, shape in zip(w._fields[:-1], w[:-1], expected[:-1], strict=True):
         if shape is not None:
             checks.check_shape(shape, **{name: t})
         elif t is not None:
             raise ValueError(f"{name} must be None in a layer without cross-attention, got one")
         if t is not None and t.dtype != dtype:
             raise ValueError(f"{name} must have the dtype of qkv_weight, {dtype}, got {t.dtype}")
+    for adapter in w.adapters:
+        check_choice("projection of an adapter", adapter.projection, PROJECTIONS)
+        check_adapter(adapter, getattr(w, f"{adapter.projection}_weight"))
 
 
 def _check_context(context: Context, B: int) -> None:

@@ -71,10 +71,10 @@ def _has_epilogue(rows: Tensor, activation: str, fc1: Linear) -> bool:
 
     cuBLASLt adds the bias and takes GELU in its tanh form before it rounds and writes: one launch
     less, and 4 F bytes less to move for a token. Only for bfloat16: the tanh may be the hardware's,
-    of 11 bits. A CPU's op of that name has GELU's other form.
+    of 11 bits. A CPU's op of that name has GELU's other form. What adapters add comes before GELU.
     """
     fits = activation == "gelu" and fc1.bias is not None and rows.dtype == torch.bfloat16
-    return fits and runs_as_on_gpu(rows)
+    return fits and not fc1.adapters and runs_as_on_gpu(rows)
 
 
 def _chunk(rows: Tensor, temporaries: int) -> int:

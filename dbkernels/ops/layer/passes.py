@@ -59,7 +59,8 @@ def forward(kind: Kind, call: LayerCall) -> tuple[Tensor, Activations]:
     """
     B, T, _ = call.x.shape
     out = call.x.new_empty(call.options.wanted.view(call.x).shape)
-    tokens = B * T if POLICIES[call.options.recompute].keeps else PART
+    # all samples together, also where they have no tokens
+    tokens = max(B * T, B) if POLICIES[call.options.recompute].keeps else PART
     for part, some in call.parts(call.x.dtype, tokens):
         results = call.results(part)
         rows = results.of(out)

@@ -1,12 +1,25 @@
 """A linear map of a condition, which keeps no copy of its weight."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are
-from dbkernels.ops.layer.gradients import cast, product, sum_dtype
-from dbkernels.ops.layer.linear import Linear, as_rows
+from dbkernels.ops.layer.gradients import Gradients, add_product, cast, product, sum_dtype
+from dbkernels.ops.layer.linear import (
+    Adapter,
+    Linear,
+    adapter_names,
+    as_rows,
+    check_adapter,
+    flat_adapters,
+    with_adapters,
+)
+from dbkernels.settings import check_choice
+
+NAME = "linear"  # of the projection, to its adapters
 
 
 class _Linear(torch.autograd.Function):
@@ -17,47 +30,67 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, dtype):
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, x, weight, bias, dtype, adapters, *small):
+        ctx.save_for_backward(x, weight, *small)
         ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
-        x, *linear = cast([x, weight, bias], dtype)
-        return Linear(*linear).of(x)
+        ctx.adapters = adapters
+        x, weight, bias, *small = cast([x, weight, bias, *small], dtype)
+        return Linear(weight, bias, with_adapters(adapters, small)).of(x)
 
     @staticmethod
     def backward(ctx, dy):
         checks.refuse_double_backward("linear")
-        (x, weight), needed = ctx.saved_tensors, ctx.needs_input_grad
+        (x, weight, *small), needed = ctx.saved_tensors, ctx.needs_input_grad
         rows, dx, dweight, dbias = as_rows(dy.contiguous()), None, None, None
+        names = adapter_names(ctx.adapters)
+        wanted = frozenset(n for n, want in zip(names, needed[5:], strict=True) if want)
         with dtypes_as_they_are(dy.device.type):
-            read = cast([x if needed[1] else None, weight if needed[0] else None], ctx.dtype)
+            adapters = with_adapters(ctx.adapters, cast(small, ctx.dtype))
+            reads_x = needed[1] or wanted
+            read = cast([x if reads_x else None, weight if needed[0] else None], ctx.dtype)
             if needed[0]:  # the weight's copy dies with its only use
-                dx = product(rows, read.pop(), sum_dtype(rows, x.dtype)).to(x.dtype).view(x.shape)
+                dx = product(rows, read.pop(), sum_dtype(rows, x.dtype))
+                for adapter in adapters:
+                    add_product(dx, adapter.narrow_back(rows), adapter.down)
+                dx = dx.to(x.dtype).view(x.shape)
             if needed[1]:
                 dtype = weight.dtype
                 dweight = product(rows.T, as_rows(read[0]), sum_dtype(rows, dtype)).to(dtype)
             if needed[2]:
                 dbias = rows.sum(0, dtype=sum_dtype(rows, ctx.bias_dtype)).to(ctx.bias_dtype)
-        return dx, dweight, dbias, None
+            grads = Gradients(wanted, ctx.dtype, adapters)
+            if wanted:
+                grads.add_adapters(NAME, rows, read[0])
+        return dx, dweight, dbias, None, None, *grads.results(names, [t.dtype for t in small])
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, adapters: Sequence[Adapter] = ()
+) -> Tensor:
     """x W^T + b, in the dtype of the weight or in autocast's.
 
     Args:
         x:       (..., D_in)     float32, bfloat16 or float16, on a CPU also float64
         weight:  (D_out, D_in)   of any of these dtypes
         bias:    (D_out,)        of any of these dtypes, or None
+        adapters: of the projection "linear", of any of these dtypes
     Returns:
         (..., D_out).
     Raises:
         ValueError: a shape, dtype or device disagrees.
         RuntimeError: the gradient is differentiated.
     """
-    checks.check_floats(x=x, weight=weight, bias=bias)
+    small = flat_adapters(adapters)
+    named = dict(zip(adapter_names(adapters), small, strict=True))
+    checks.check_floats(x=x, weight=weight, bias=bias, **named)
     if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             "x and weight must be (..., D_in) and (D_out, D_in), "
             f"got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     checks.check_shape(weight.shape[:1], bias=bias)
-    return _Linear.apply(x.contiguous(), weight, bias, compute_dtype(x, weight))
+    for adapter in adapters:
+        check_choice("projection of an adapter", adapter.projection, (NAME,))
+        check_adapter(adapter, weight)
+    dtype, bare = compute_dtype(x, weight), with_adapters(adapters, [None] * len(small))
+    return _Linear.apply(x.contiguous(), weight, bias, dtype, bare, *small)

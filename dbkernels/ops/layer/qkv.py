@@ -77,16 +77,19 @@ class QKV(NamedTuple):
             gradients.add_weight("qkv", self.qkv, y)
             gradients.add_bias("qkv", self.qkv)
             return
-        width = self.q.shape[-1]
+        gradients.add_bias("qkv", self.q, self.qkv)
+        if not gradients.wants("qkv"):
+            return
+        width, queried = self.q.shape[-1], self._queried(y).contiguous()
+        gradients.add_adapters("qkv", self.q, queried)
+        gradients.add_adapters("qkv", self.qkv, y, start=width)
         if "qkv_weight" in gradients.wanted:
             # whole from the start: its parts beside it would be the step's highest moment
             total = y.new_empty((3 * width, y.shape[-1]), dtype=checks.statistics_dtype(y))
             of_q, of_kv = total[:width], total[width:]
-            queried = self._queried(y).contiguous()
             product(as_rows(self.q).T, as_rows(queried), total.dtype, out=of_q)
             product(as_rows(self.qkv).T, as_rows(y), total.dtype, out=of_kv)
             gradients.add("qkv_weight", total)
-        gradients.add_bias("qkv", self.q, self.qkv)
 
 
 def _apart(qkv: Linear) -> tuple[Linear, Linear]:

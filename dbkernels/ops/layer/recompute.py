@@ -10,6 +10,9 @@ A condition of each token adds its modulation, 6 D, and the silu of it that its 
 where the modulation is kept. Else it adds nothing but the condition itself, which all layers of a
 stack share; each layer then keeps its own x.
 
+Adapters of low rank add nothing at any policy. What one could keep is x A^T, r / D of a unit, which
+the backward makes again from x, or from what became x, that it has for the gradient of A anyway.
+
 On a CPU all policies give the same bits, except the last one where the stream is wider than the
 branches, as in autocast: it keeps x in the branches' dtype, and its backward runs the layer on
 that. What the norms make of x is rounded to that dtype in any case. In float16, which ends at

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbkernels.ops.layer.gradients import cast
+from dbkernels.ops.layer.gradients import cast, wide
 
 Layout = tuple[int, ...]  # how many tensors of a flat list each weight has
 
@@ -110,7 +110,8 @@ def _by_weight(flat: Sequence, layout: Layout) -> Iterator[Sequence]:
 
 def _stack(field: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
     *parts, order = field
-    y = parts[0].new_empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=dtype)
+    shape = sum(map(len, parts)), *parts[0].shape[1:]
+    y = torch.empty(shape, dtype=dtype, device=parts[0].device)
     for rows, part in zip(y.split([len(part) for part in parts]), parts, strict=True):
-        rows.copy_(part)
+        rows.copy_(wide(part))
     return y if order is None else y.index_select(0, order)

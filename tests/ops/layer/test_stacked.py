@@ -17,7 +17,7 @@ def orders():
 
 
 def run(layer, tensors, told):
-    weights = {name: told.get(name, tensors.get(name)) for name in LayerWeights._fields}
+    weights = {name: told.get(name, tensors.get(name)) for name in LayerWeights._fields[:-1]}
     weights = LayerWeights(**weights)
     return adaln_layer(tensors["x"], tensors["modulation"], weights, **layer)
 

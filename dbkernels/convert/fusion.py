@@ -71,16 +71,16 @@ def fuse(model: nn.Module, recompute: Recompute = "none") -> Fusion:
     """
     check_choice("recompute", recompute, POLICIES)
     _check_module(model)
-    if (known := _knower(model)) is not None:
-        raise ValueError(
-            f"model must be what holds the layers, got one layer itself, a {type(model).__name__} "
-            f"that {known.__name__} would replace"
-        )
     fused = [path for path, module in _all_modules(model) if isinstance(module, FusedLayer)]
     if fused:
         raise ValueError(
             f"model must have no fused layers, got {len(fused)} of them, the first is {fused[0]}: "
             "call unfuse before"
+        )
+    if (known := _knower(model)) is not None:
+        raise ValueError(
+            f"model must be what holds the layers, got one layer itself, a {type(model).__name__} "
+            f"that {known.__name__} would replace"
         )
     layers: dict[nn.Module, FusedLayer | str] = {}
     checked: set[object] = set()
@@ -132,7 +132,9 @@ def _all_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _outermost(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Modules that are known, and those with parameters that neither are nor hold one."""
-    for name, module in model.named_children():
+    for name, module in model._modules.items():
+        if module is None:
+            continue
         inside = f"{path}.{name}" if path else name
         if _knower(module) is not None:
             yield inside, module
