@@ -14,7 +14,7 @@ import tyro
 from PIL import Image
 
 from dbkernels import DiffusionBlocks, DiT, Draw, Flow, Trainer, open_data
-from dbkernels.data.augment import drop_labels
+from dbkernels.data.augment import drop_conditions
 from dbkernels.training.diffusion_blocks import load_weights
 
 CLASSES, EACH = 10, 8
@@ -44,7 +44,7 @@ def main(steps: int = 500, out: Path = Path("digits.png")) -> None:
         decay="cosine",
         ema=0.99,
         # a tenth of the labels is hidden, which guidance needs
-        augment=partial(drop_labels, share=0.1, null=CLASSES),
+        augment=partial(drop_conditions, share=0.1, unconditional=blocks.model.unconditional),
     )
     trainer.run()
     load_weights(blocks, trainer.tensors()["ema"])

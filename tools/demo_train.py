@@ -16,7 +16,7 @@ from report_rows import Row
 from torch import Tensor
 
 from dbkernels import DiffusionBlocks, DiT, Draw, LogNormal, Trainer, ViT, measure_peak, open_data
-from dbkernels.data.augment import drop_labels
+from dbkernels.data.augment import drop_conditions
 from dbkernels.training.diffusion_blocks import load_weights
 
 CLASSES = 10
@@ -63,7 +63,9 @@ class Job:
     def _train(self, told: Told) -> tuple[DiffusionBlocks, Row]:
         torch.manual_seed(self.seed)
         model, is_vit = MODELS[self.family].from_preset("digits"), self.family == "vit"
-        noise = NOISE.get((self.family, self.num_blocks))
+        noise, augment = NOISE.get((self.family, self.num_blocks)), None
+        if not is_vit:
+            augment = partial(drop_conditions, share=0.1, unconditional=model.unconditional)
         blocks = DiffusionBlocks(model, self.num_blocks, process=noise)
         trainer = Trainer(
             blocks,
@@ -74,7 +76,7 @@ class Job:
             warmup=20,
             decay="cosine",
             ema=0.0 if is_vit else 0.99,
-            augment=None if is_vit else partial(drop_labels, share=0.1, null=CLASSES),
+            augment=augment,
             seed=self.seed,
         )
         row = {"family": self.family, "num_blocks": self.num_blocks, "updates": self.steps}

@@ -31,6 +31,11 @@ SUITES = {  # names that the rows of a benchmark have: of the case, of the way, 
         "process prediction num_blocks",
         "seeds frechet recognised",
     ),
+    "conversion": (
+        "data batch updates source_updates",
+        "family competitor num_blocks",
+        "seeds",
+    ),
     "training": (MODEL, TRAINED, "peak_allocated_bytes saved_bytes memory step_ms sweep_ms"),
     "cost": (
         f"{MODEL} words",

@@ -51,8 +51,10 @@ def shares_text(shares: Sequence[float]) -> str:
 def case_text(row: Row) -> str:
     """Name a case, such as "DiT-S/2, batch 64, float32"."""
     if "data" in row:
-        sampler = f", {row['sampler']}" if row.get("suite") == "noise" else ""
-        return f"{row['data']}, {row['updates']} updates of batches of {row['batch']}{sampler}"
+        more = [row["sampler"]] if row.get("suite") == "noise" else []
+        more += [f"{row['source_updates']} before"] if "source_updates" in row else []
+        updates = f"{row['updates']} updates of batches of {row['batch']}"
+        return ", ".join([str(row["data"]), updates, *more])
     if "family" in row:
         join = "-" if "/" in row["preset"] else " "
         name = f"{FAMILIES[row['family']]}{join}{row['preset']}"
@@ -254,6 +256,16 @@ COLUMNS = {
         Column("trained", lambda row, _: blocks_text(row["num_blocks"])),
         _over_seeds("Fréchet distance", "frechet"),
         Column("of end to end", _of_end_to_end),
+        Column("recognised as asked", partial(_shares, name="recognised")),
+    ),
+    "conversion": (
+        Column("family", lambda row, _: FAMILIES[row["family"]]),
+        Column("trained", lambda row, _: row["competitor"]),
+        _over_seeds("bits", "bits"),
+        _over_seeds("at the most noise", "most_noise"),
+        _over_seeds("down to the least level", "least"),
+        _over_seeds("as an ordinary network", "ordinary"),
+        _over_seeds("Fréchet distance", "frechet"),
         Column("recognised as asked", partial(_shares, name="recognised")),
     ),
     "training": (

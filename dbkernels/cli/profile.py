@@ -129,7 +129,7 @@ class Profile(OfPreset):
             for method in methods
             for count in (counts if method in BLOCKWISE else (1,))
             for policy in (policies if method == "block_fused" else (None,))
-            if not repeats(self.family, methods, method, count)
+            if not repeats(recipe.family, methods, method, count)
             for place in _possible(places, offloads_of(recipe.model, count))
         ]
 
@@ -163,7 +163,7 @@ class Profile(OfPreset):
             write_timeline(self.timeline, prediction)
         if self.picture:
             blocks = f"{recipe.num_blocks} block{'s' if recipe.num_blocks > 1 else ''}"
-            run = f"{self.family} {recipe.preset}, batch {self.batch}"
+            run = f"{recipe.family} {recipe.preset}, batch {self.batch}"
             draw(self.picture, prediction, title=f"{run}: {_name(recipe.settings())}, {blocks}")
 
     def _measured(self, recipe: Recipe) -> dict[str, object]:

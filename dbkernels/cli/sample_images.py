@@ -36,7 +36,10 @@ class ImageFlags:
     """Of images."""
 
     per_class: int | None = None
-    """Images of each class; 8 unless told otherwise."""
+    """Images of each class, or of each prompt; 8 unless told otherwise."""
+    prompts: Path | None = None
+    """Of a model of texts, an .npz of their embeddings: text (N, S, E) and, where the model has
+    them, pooled (N, P)."""
     sampler: Sampler | None = None
     """euler, which it is unless told otherwise, evaluates once per level. heun corrects each step
     and evaluates twice; dpmpp_2m looks back at the last level, and evaluates once. These two need
@@ -98,7 +101,9 @@ def sample_images(
     own = config.prior.close if SAMPLERS[sampler].close else "cdf"
     count = LEVELS if levels is None else levels
     found_at = config.prior.grid(count, own if grid == "auto" else grid)
-    wanted = family_named(config.family).prompts(config.model, per_class, blocks.device)
+    wanted = family_named(config.family).prompts(
+        config.model, flags.prompts, per_class, blocks.device
+    )
     found = drawn(blocks, wanted, found_at, batch=batch, seed=seed, **settings)
     count = len(next(iter(wanted.values())))
     write = write_numbers if out.suffix == ".npy" else write_picture

@@ -16,7 +16,8 @@ class TextFlags:
     them too, without a gradient."""
     noisy_input: NoisyInput | None = None
     """z: a noisy token is told apart from the clean ones, which it finds by attention. z_and_clean:
-    it is added to the clean token before it, as that token's layers have left it."""
+    it is added to the clean token before it, as that token's layers have left it. map_and_clean:
+    the same by a map that starts at zero."""
     next_token_weight: float | None = None
     """Weight, in a block's loss, of guessing the next token without noise; 0 leaves it out."""
     read_out: ReadOut | None = None

@@ -14,17 +14,31 @@ from dbkernels.cli.device import pick_device
 from dbkernels.cli.noise_flags import NoiseFlags, PriorFlags
 from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.text_flags import TextFlags, require_settings
+from dbkernels.convert import open_trained
 from dbkernels.data.image_folder import Convert
+from dbkernels.diffusion.process import NoiseOrder
 from dbkernels.models.registry import FAMILIES, FamilyEntry, FamilyName, family_named
+from dbkernels.models.start import Trained
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_number
+from dbkernels.training.lora_config import Base, LoraConfig
 from dbkernels.training.pending import Row
 from dbkernels.training.run import train
-from dbkernels.training.run_config import Objective, PartitionConfig, RunConfig, read_config
+from dbkernels.training.run_config import (
+    Objective,
+    PartitionConfig,
+    RunConfig,
+    StartConfig,
+    read_config,
+)
 from dbkernels.training.same_run import DataChanged
 from dbkernels.training.stop import Stopped
 from dbkernels.training.trainer_config import TrainerConfig
 
+RANDOM_BASE = (
+    "adapters leave the network as it is, and this one's weights are random: give one that was "
+    "trained with --from"
+)
 LARGEST = 2**16  # of a model's sizes
 FAMILY_HELP = "; ".join(f"{name} {entry.summary}" for name, entry in FAMILIES.items()) + "."
 PRESET_HELP = "Sizes of the model by name; empty is the smallest. " + " ".join(
@@ -40,11 +54,21 @@ class PartitionFlags(PartitionConfig):
     """Number of blocks; 1 trains end to end. None: as many as the family has, and 1 for the
     conventional objective."""
 
-    def for_family(self, entry: FamilyEntry, objective: Objective) -> PartitionConfig:
-        """With the number of blocks where none was given."""
-        own = 1 if objective == "conventional" else entry.num_blocks
-        given = asdict(self)
-        return PartitionConfig(**given | ({"num_blocks": own} if self.num_blocks is None else {}))
+    noise_order: NoiseOrder | None = None
+    """Layers that meet the most noise: the first, or the deepest. None is the first; but of a text
+    model that was trained without noise, and of which --from makes blocks, it is the deepest."""
+
+    def for_family(
+        self,
+        entry: FamilyEntry,
+        objective: Objective,
+        noise_order: NoiseOrder = PartitionConfig.noise_order,
+    ) -> PartitionConfig:
+        """With the number of blocks and the order where none was given."""
+        blocks = 1 if objective == "conventional" else entry.num_blocks
+        own = {"num_blocks": blocks, "noise_order": noise_order}
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return PartitionConfig(**own | given)
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,12 @@ class Train:
     IDX files, latents .npy; of text, a directory that tokenize wrote."""
     convert: Convert = "none"
     """Channels of a folder's images: grey or rgb makes all alike; none refuses any difference."""
+    source: Annotated[str, tyro.conf.arg(name="from")] = ""
+    """A network to start from that was trained end to end: a run, one of its checkpoints, or
+    somebody else's file that `dbkernels.convert.load` reads. Its sizes are the model's."""
+    distill: float = 0.0
+    """Share of each block's target that is what the whole network of --from predicts, 0 to 1; it is
+    held beside the blocks, frozen."""
     preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = ""
     patch: int = 0
     """Pixels, or cells of a latent, per side of a patch; 0 keeps the preset's."""
@@ -93,8 +123,16 @@ class Train:
     objective: Objective = "blocks"
     """blocks: each denoises. conventional: the network as it is trained without noise, end to
     end."""
+    lora: int = 0
+    """Rank of adapters on every layer, which alone are trained then; 0 trains the network."""
+    lora_alpha: float = LoraConfig.alpha
+    """They are added alpha / rank times; 0 is the rank."""
+    lora_targets: str = LoraConfig.targets
+    """Projections with an adapter: q, k, v or qkv, out, fc1, fc2, modulation."""
+    lora_base: Base = LoraConfig.base
+    """Dtype of the frozen network below adapters."""
     label_drop: float = 0.0
-    """Share of labels dropped in training, for classifier-free guidance."""
+    """Share of labels or texts dropped in training, for classifier-free guidance."""
     mirror: bool = False
     """Mirror images left to right at random."""
     shift: int = 0
@@ -119,9 +157,30 @@ class Train:
     tensorboard: bool = False
     """Log to TensorBoard too."""
 
-    def config(self) -> RunConfig:
+    def trained(self) -> Trained | None:
+        """The network of --from; None without it, and where the run that goes on has started.
+
+        Raises:
+            ValueError: there is no such network, or it is of another family.
+        """
+        if not self.source or self._resumed() is not None:
+            return None
+        trained = open_trained(self.source, num_heads=self.num_heads or None)
+        if trained.family != self.family:
+            raise ValueError(
+                f"family must be {trained.family} as in {self.source}, got {self.family}"
+            )
+        return trained
+
+    def _resumed(self) -> RunConfig | None:
+        there = self.resume and (self.out / "config.json").exists()
+        return read_config(self.out) if there else None
+
+    def config(self, trained: Trained | None = None) -> RunConfig:
         """The run that the flags describe.
 
+        Args:
+            trained:  what `trained` gives
         Raises:
             ValueError: a flag has a value that it cannot have, or the data cannot be used.
         """
@@ -131,45 +190,62 @@ class Train:
         sizes = {k: getattr(self, k) for k in ("patch", "dim", "depth", "num_heads", "length")}
         for name, size in sizes.items():
             check_number(name, size, 0, LARGEST)
+        start, order = StartConfig(self.source, distill=self.distill), PartitionConfig.noise_order
         own = entry.model.preset(self.preset)
+        if self.source:
+            if self.preset:
+                raise ValueError(f"preset must be left out with from, got {self.preset}")
+            if (resumed := self._resumed()) is not None:
+                own, order = resumed.model, resumed.partition.noise_order
+                start = replace(start, digest=resumed.start.digest)
+            elif trained is not None:
+                own, start = trained.config, replace(start, digest=trained.digest)
+                if trained.without_noise and self.objective == "blocks":
+                    own, order = entry.start.as_blocks(own), entry.start.noise_order
         given = {k: v for k, v in sizes.items() if v}
         require_settings(f"a model of {self.family}", given, own)
         model = self.noise.of(self.text.of(own.resized(given)))
         prior = self.prior.of(entry, model)
         model = model.fitted(model.find(self.data, convert=self.convert))
-        if self.resume and (self.out / "config.json").exists():
-            model = model.as_in(read_config(self.out).model)
+        if (resumed := self._resumed()) is not None:
+            model = model.as_in(resumed.model)
         as_given = ("data", "convert", "stride", "label_drop", "mirror", "shift", "objective")
         return RunConfig(
             family=self.family,
             model=replace(model, recompute=self.recompute),
             weighting=entry.weighting if self.weighting == "auto" else self.weighting,
-            partition=self.partition.for_family(entry, self.objective),
+            partition=self.partition.for_family(entry, self.objective, order),
+            start=start,
             prior=prior,
             trainer=trainer,
+            lora=LoraConfig(self.lora, self.lora_alpha, self.lora_targets, self.lora_base),
             **{name: getattr(self, name) for name in as_given},
         )
 
     def run(self) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out must be a directory, got the file {self.out}")
-        trained, shown = 0, ProgressBar("training", 0)
+        steps, shown = 0, ProgressBar("training", 0)
 
         def on_step(row: Row) -> None:
-            nonlocal trained
-            trained += 1
+            nonlocal steps
+            steps += 1
             shown.step(row["step"] + 1, f"block {row['block']} loss {row['loss']:.4g}")
 
         with warnings.catch_warnings(), shown:
             warnings.showwarning = shown.warn
-            config = self.config()
+            trained = self.trained()
+            config = self.config(trained)
             shown.total = config.trainer.steps * config.partition.num_blocks
             _warn_of_test(config)
+            if self.lora and not self.source:
+                warnings.warn(RANDOM_BASE, stacklevel=2)
             try:
                 trainer = train(
                     config,
                     self.out,
                     device=pick_device(self.device),
+                    trained=trained,
                     resume=self.resume,
                     data_changed=self.data_changed,
                     save_every=self.save_every,
@@ -181,11 +257,11 @@ class Train:
             except Stopped as stopped:
                 shown.warn(stopped)
                 sys.exit(os.EX_TEMPFAIL if self.requeue else 128 + stopped.signal)
-        if not trained:
+        if not steps:
             print(f"nothing to do: all {trainer.total_steps} steps are trained already: {self.out}")
             return
         count = len(trainer.blocks)
-        print(f"trained {trained} steps in {count} block{'s' * (count > 1)}: {self.out}")
+        print(f"trained {steps} steps in {count} block{'s' * (count > 1)}: {self.out}")
 
 
 def _warn_of_test(config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 A sample's change does not depend on the samples beside it, so a batch may be cut anywhere.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,21 +15,27 @@ from dbkernels.ops.philox import Draw, stream_seed, uniforms
 DROP, MIRROR, ROWS, COLUMNS = range(4)  # what a number is for; each purpose has a stream of its own
 
 
-def drop_labels(batch: Batch, draw: Draw, *, share: float, null: int) -> Batch:
-    """Replace a share of the labels by "no label", so that guidance has both to subtract.
+def drop_conditions(
+    batch: Batch, draw: Draw, *, share: float, unconditional: Callable[[Batch], Batch]
+) -> Batch:
+    """Have a share of the samples ask for nothing, so that guidance has both to subtract.
 
     Ho & Salimans 2022 (arXiv:2207.12598), algorithm 1.
 
     Args:
-        batch:  "label" (B,) int64, among others
-        draw:   of the batch's samples
-        share:  probability of each label to be dropped
-        null:   what stands for "no label"
+        batch:          of a family that has such a batch
+        draw:           of the batch's samples
+        share:          probability of each sample's condition to be dropped
+        unconditional:  the family's: the same batch, of which no sample asks for anything
     """
-    label = batch["label"]
+    nothing = unconditional(batch)
+    asked = {name: tensor for name, tensor in batch.items() if nothing[name] is not tensor}
     # a number may be 1 and is never 0
-    dropped = _numbers(draw, DROP, label) <= share
-    return {**batch, "label": torch.where(dropped, null, label)}
+    dropped = _numbers(draw, DROP, next(iter(asked.values()))) <= share
+    return batch | {
+        name: torch.where(dropped.view(-1, *[1] * (tensor.dim() - 1)), nothing[name], tensor)
+        for name, tensor in asked.items()
+    }
 
 
 def mirror(batch: Batch, draw: Draw) -> Batch:

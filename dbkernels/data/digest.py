@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dbkernels.data.captions import CaptionedImages
+from dbkernels.data.formats import Images
 from dbkernels.data.images import ImageData
 from dbkernels.data.rows import spaced
 from dbkernels.data.tokens import TokenData, pieces
@@ -15,7 +17,7 @@ WHOLE_BYTES = 2**26  # data sets of up to so many bytes are read whole, of large
 PIECE = 256  # images read at a time
 
 
-def digest(data: ImageData | TokenData) -> str:
+def digest(data: ImageData | CaptionedImages | TokenData) -> str:
     """Digest of the samples in their order: what they are, and their bytes.
 
     Image files count with their class folder, name and size, all of them, and with the bytes of
@@ -30,7 +32,8 @@ def digest(data: ImageData | TokenData) -> str:
         ValueError: an image or a file of tokens cannot be read.
         OSError: a file cannot be.
     """
-    parts = _of_tokens(data) if isinstance(data, TokenData) else _of_images(data)
+    kinds = {TokenData: _of_tokens, CaptionedImages: _of_captions}
+    parts = kinds.get(type(data), _of_images)(data)
     found = hashlib.sha256()
     for part in parts:
         found.update(part)
@@ -47,12 +50,23 @@ def _of_images(data: ImageData) -> Iterator[bytes | memoryview]:
         for row in spaced(len(sources), _within(len(sources), sum(sizes))):
             yield sources[row].read_bytes()
     else:
-        nbytes = int(np.prod(images.shape)) * images.dtype.itemsize
-        rows = spaced(len(data), _within(len(data), nbytes))
-        for first in range(0, len(rows), PIECE):
-            yield np.ascontiguousarray(images[rows[first : first + PIECE]]).data
+        yield from _of_rows(images)
     yield json.dumps(head).encode()
     yield np.ascontiguousarray(labels).data
+
+
+def _of_captions(data: CaptionedImages) -> Iterator[bytes | memoryview]:
+    for name, array in data.arrays().items():
+        yield from _of_rows(array)
+        yield json.dumps([name, list(array.shape), str(array.dtype)]).encode()
+
+
+def _of_rows(array: Images) -> Iterator[memoryview]:
+    """Bytes of evenly spaced rows."""
+    nbytes = int(np.prod(array.shape)) * array.dtype.itemsize
+    rows = spaced(array.shape[0], _within(array.shape[0], nbytes))
+    for first in range(0, len(rows), PIECE):
+        yield np.ascontiguousarray(array[rows[first : first + PIECE]]).data
 
 
 def _of_tokens(data: TokenData) -> Iterator[bytes | memoryview]:

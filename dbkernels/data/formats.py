@@ -20,6 +20,8 @@ from dbkernels.data.rows import RowsOnDisk
 
 # what readers of others raise at a damaged file, beside what zipfile says
 DAMAGED = (ValueError, OSError, EOFError, SyntaxError, TokenError, OverflowError, zlib.error)
+# an encrypted member, or a method of compression that this Python lacks, is a RuntimeError
+ZIP_DAMAGED = (zipfile.BadZipFile, RuntimeError, struct.error)
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 MAX_COMPRESSED_BYTES = 2**28  # compressed images up to this many bytes are read whole
 DIGITS_SPLIT_SEED = 0  # every run must hold out the same digits
@@ -114,21 +116,26 @@ def read_latents(path: Path, split: str) -> Arrays:
         raise MissingSplit(
             f"{path} has no {split} split: expected {own.name} and {files[split].name} beside it"
         )
-    images = _open_npy(own)
+    images = open_npy(own)
     if images.ndim != 4 or images.dtype not in (np.float16, np.float32):
         raise ValueError(
             "latents must be (N, C, H, W) float16 or float32, "
             f"got {images.shape} {images.dtype}: {path}"
         )
     labels = {
-        name: _labels(_open_npy(file), file)
+        name: _labels(open_npy(file), file)
         for name, file in files.items()
         if name == split or file.exists()
     }
     return Arrays(images, labels[split], _count_classes(list(labels.values())))
 
 
-def _open_npy(path: Path) -> RowsOnDisk:
+def open_npy(path: Path) -> RowsOnDisk:
+    """The array of a .npy file, whose rows stay there.
+
+    Raises:
+        ValueError: there is no such file, or it is no whole array of numbers.
+    """
     if not path.is_file():
         raise ValueError(f"file {path} is missing")
     try:
@@ -158,6 +165,19 @@ def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
 # .npz
 
 
+def read_member(path: Path, name: str) -> Images | None:
+    """An array of an .npz; None where it has none of that name.
+
+    Raises:
+        ValueError: it is no whole .npz file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _open_member(archive, name) if f"{name}.npy" in archive.namelist() else None
+    except ZIP_DAMAGED as error:
+        raise ValueError(f"{path} is not a whole .npz file: {error!s:.200}") from error
+
+
 def read_npz(path: Path, split: str) -> Arrays:
     """`images` and `labels` of an .npz, or `test_images` and `test_labels`."""
     prefix = {"train": "", "test": "test_"}[split]
@@ -178,8 +198,7 @@ def read_npz(path: Path, split: str) -> Arrays:
                 if name in names
             }
             images = _open_member(archive, f"{prefix}images")
-    # an encrypted member, or a method of compression that this Python lacks, is a RuntimeError
-    except (zipfile.BadZipFile, RuntimeError, struct.error) as error:
+    except ZIP_DAMAGED as error:
         raise ValueError(f"{path} is not a whole .npz file: {error!s:.200}") from error
     images = _channels_first(images, path)
     return Arrays(images, labels[f"{prefix}labels"], _count_classes(list(labels.values())))

@@ -88,7 +88,7 @@ class ImageData:
             # as bytes, a quarter of what they are in float32
             image = _scaled(put(torch.from_numpy(np.ascontiguousarray(pixels))))
         else:
-            image = put(_finite(pixels, indices))
+            image = put(finite(pixels, indices, "images"))
         return {"image": image, "label": put(self.labels[indices])}
 
 
@@ -112,13 +112,18 @@ def _scaled(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32).sub_(127.5).mul_(1 / 127.5)
 
 
-def _finite(values: np.ndarray, indices: Tensor) -> Tensor:
+def finite(values: np.ndarray, indices: Tensor, name: str) -> Tensor:
+    """Numbers (B, ...) of some samples as float32.
+
+    Raises:
+        ValueError: one is not finite; the sample's index is told.
+    """
     with np.errstate(over="ignore"):  # a float64 past float32 becomes inf, and is reported below
-        image = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    finite = image.isfinite().flatten(1).all(1)
-    if not finite.all():
-        raise ValueError(f"images must be finite in float32, sample {indices[~finite][0]} is not")
-    return image
+        found = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    are = found.isfinite().flatten(1).all(1)
+    if not are.all():
+        raise ValueError(f"{name} must be finite in float32, sample {indices[~are][0]} is not")
+    return found
 
 
 def open_data(

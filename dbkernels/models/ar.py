@@ -1,7 +1,7 @@
 """A language model that denoises the next token's embedding, given the clean tokens before it.
 
     E^     = rows of target_table at unit length,    z = E^[x] + sigma noise
-    noisy  = p z, or p z + clean,    clean = clean_table[BOS, x_<]
+    noisy  = p z, or p z + clean, or M p z + clean,    clean = clean_table[BOS, x_<]
     h      = layers(noisy, clean): noisy i sees clean j <= i and itself, clean i sees clean j <= i
     logits = `read_out.ReadOutHead` of h and z
 
@@ -17,16 +17,17 @@ is as deep as the stack up to it, and its steps read the weights of earlier bloc
 may guess the next token itself, which is what trains the layers' keys and values for later blocks.
 
 The noisy stream begins with z alone (noisy_input="z", the paper's), and has to fetch the context by
-attention. Or it begins where the clean stream stands at its position, plus z: then a block goes on
-from what the layers before it have made of the context, as layers of an ordinary network do.
+attention. Or it begins where the clean stream stands at its position, plus z (z_and_clean) or plus
+a map of z that starts at zero (map_and_clean): then a block goes on from what the layers before it
+have made of the context, as layers of an ordinary network do.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
 from dbkernels.diffusion.path import log_level
@@ -46,7 +47,8 @@ class ARConfig(NoisyTextConfig):
     clean: CleanStream = "own"
     """Layers through which a block reads earlier tokens: its own, or all up to its last."""
     noisy_input: NoisyInput = "z"
-    """What the noisy stream begins with: z, or z on top of the clean stream at its position."""
+    """What the noisy stream begins with: z, or z on top of the clean stream at its position, or a
+    map of z there that starts at zero, as a network needs that has learned without z."""
     next_token_weight: float = 1.0
     """Weight of the clean stream's own cross-entropy in a block's loss; 0 leaves it out."""
 
@@ -58,6 +60,11 @@ class ARConfig(NoisyTextConfig):
             raise ValueError(
                 f"next_token_weight must be finite and at least 0, got {self.next_token_weight}"
             )
+
+    def as_blocks(self) -> "ARConfig":
+        """With what lets blocks of a network that never met noise keep what it knows."""
+        told = {"clean": "through", "noisy_input": "map_and_clean", "read_out": "posterior"}
+        return replace(self, **told)
 
     @property
     def independent(self) -> bool:
@@ -85,6 +92,20 @@ class AR(NoisyText):
     def __init__(self, config: ARConfig):
         super().__init__(config)
         self.independent = config.independent
+        if config.noisy_input == "map_and_clean":
+            self.z_map = nn.Linear(config.dim, config.dim, bias=False)
+            nn.init.zeros_(self.z_map.weight)
+
+    def add_noise(self) -> None:
+        """Give a network that never met noise a condition of noisy tokens: that of clean ones.
+
+        With noisy_input="map_and_clean" and read_out="posterior" noisy token i then has the logits
+        of the clean one beside it, plus what z tells by Bayes' rule, but for this: it sees itself
+        beside that clean one, so that in the attention the newest token counts twice.
+        """
+        with torch.no_grad():
+            self.condition.fc2.weight.zero_()
+            self.condition.fc2.bias.copy_(self.clean_condition)
 
     def before(self, layers: Sequence[int]) -> Sequence[int]:
         """Layers that the clean stream passes through before these, without a gradient."""
@@ -120,6 +141,25 @@ class AR(NoisyText):
             of_token = torch.cat([of_token, share])
             noisy, token = self.head.beside(noisy, clean), token.repeat(2, 1)
         return self.cross_entropy(noisy, token, of_token, "sum")
+
+    def taught_loss(
+        self,
+        z: Tensor,
+        taught: Tensor,
+        share: float,
+        level: Tensor,
+        scale: Tensor,
+        layers: Sequence[int],
+        batch: Batch,
+    ) -> Tensor:
+        """As `loss`, whose noisy tokens have taught words; what the clean stream guesses is its
+        own."""
+        token, guess = batch["token"], self.config.next_token_weight
+        noisy, clean = self._rows(z, level, layers, token, guess=bool(guess))
+        loss = self.taught_entropy(noisy, taught, share, scale, token)
+        if clean is not None:
+            loss = loss + guess * self.cross_entropy(clean, token, None, "mean")
+        return loss
 
     def conventional_loss(self, draw: Draw, layers: Sequence[int], batch: Batch) -> Tensor:
         """Mean cross-entropy of the next token, (), by the clean stream alone, in nats."""
@@ -168,4 +208,6 @@ class AR(NoisyText):
     def enter(self, z: Tensor, level: Tensor, clean: Tensor) -> Tensor:
         """What the first layer reads of noisy tokens z (B, S, dim) beside clean ones, alike."""
         x = (self.prediction.scale(per_token(level)) * z).to(clean.dtype)
-        return x + clean if self.config.noisy_input == "z_and_clean" else x
+        if self.config.noisy_input == "map_and_clean":
+            x = self.z_map(x)
+        return x if self.config.noisy_input == "z" else x + clean

@@ -5,8 +5,9 @@
     selective     keeps also what matmuls and the attention gave, and runs the rest again
     compiled      torch.compile, under a budget of activation memory where one is given
 
-Each computes what `dbkernels.ops.reference.adaln_layer` says, with the parameters of the fused
-layer under their own names: a checkpoint, a trainer and a measurement of one serve the others.
+Each computes what the layer's specification in `dbkernels.ops` says, with the parameters of the
+fused layer under their own names: a checkpoint, a trainer and a measurement of one serve the
+others.
 """
 
 from collections.abc import Callable
@@ -14,14 +15,10 @@ from functools import partial
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dbkernels.models.compiled import compiled
-from dbkernels.models.layer import AdaLNLayer
-from dbkernels.ops.layer.tensors import AttentionKind
-from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
 Baseline = Literal["stock", "checkpointed", "selective", "compiled"]
@@ -38,18 +35,9 @@ EXPENSIVE = (  # the attention by each name that torch may choose
 )
 
 
-def stock_layer(
-    layer: AdaLNLayer,
-    x: Tensor,
-    c: Tensor,
-    rotary: Tensor | None,
-    draw: Draw | None = None,
-    attention: AttentionKind = "full",
-) -> Tensor:
-    """The specification, with the parameters of a layer."""
-    # the fused layer's own projection keeps no rounded copy of its weight, as plain torch does
-    projected = F.linear(F.silu(c), layer.modulation.weight, layer.modulation.bias)
-    return layer.specified(x, projected, rotary, draw, attention)
+def stock_layer(layer: nn.Module, *given: object) -> Tensor | tuple[Tensor, ...]:
+    """The specification, with the parameters of a layer; given is what a layer gives its `run`."""
+    return layer.stock(*given)
 
 
 def by_method(
@@ -96,7 +84,8 @@ def use_baseline(model: nn.Module, method: Baseline, *, budget: float = 1.0) -> 
             a compiler would take for constants.
     """
     run = by_method(stock_layer, method, budget=budget)
-    shares = [max(each.config.dropout, each.config.attention_dropout) for each in model.layers]
+    configs = [each.config for each in model.layers]
+    shares = [max(config.dropout, config.attention_dropout) for config in configs]
     if method == "compiled" and any(shares):
         raise ValueError(f"dropout must be 0 for compiled, got {max(shares)}")
     for layer in model.layers:

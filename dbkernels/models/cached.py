@@ -56,7 +56,7 @@ def cached_layer(
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
     of_norm = {"norm": config.norm, "eps": config.eps}
     y = reference.adaln_norm(x, scale1, shift1, **of_norm).to(w.qkv_weight.dtype)
-    qkv = F.linear(y, w.qkv_weight, w.qkv_bias)
+    qkv = reference.projected(y, w.qkv)
     norms = {"q_weight": w.q_weight, "k_weight": w.k_weight, "eps": config.qk_eps}
     q, k = reference.qk_norm_rotary(qkv, H, **norms, rotary=rotary)
     v = qkv.unflatten(-1, (3, H, -1))[:, :, 2]
@@ -69,13 +69,13 @@ def cached_layer(
     mask = None if answers == 1 else _causal(answers, last, x.device)
     keys, values = cache[:, :, :, :last]
     h = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask)
-    h = F.linear(h.transpose(1, 2).flatten(2), w.out_weight, w.out_bias)
+    h = reference.projected(h.transpose(1, 2).flatten(2), w.out)
     x = reference.gated_residual(x, h, gate1).to(x.dtype)
     if config.eps2 is not None:
         of_norm["eps"] = config.eps2
     y = reference.adaln_norm(x, scale2, shift2, **of_norm).to(w.fc1_weight.dtype)
-    u = ACTIVATIONS[config.mlp](F.linear(y, w.fc1_weight, w.fc1_bias))
-    return reference.gated_residual(x, F.linear(u, w.fc2_weight, w.fc2_bias), gate2).to(x.dtype)
+    u = ACTIVATIONS[config.mlp](reference.projected(y, w.fc1))
+    return reference.gated_residual(x, reference.projected(u, w.fc2), gate2).to(x.dtype)
 
 
 ACTIVATIONS = {

@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dbkernels.models.low_rank import as_linear
+from dbkernels.ops import reference
 from dbkernels.ops.backend import checks
 from dbkernels.ops.layer.condition import Condition
 
@@ -40,3 +42,8 @@ def modulation_or_condition(projection: nn.Module, c: Tensor) -> Tensor | Condit
         return functional_call(projection, given, (F.silu(c),))
 
     return Condition(c, modulate, tuple(own.values()))
+
+
+def stock_projection(projection: nn.Module, c: Tensor) -> Tensor:
+    """A projection of silu of c, which keeps a rounded copy of its weight as plain torch does."""
+    return reference.projected(F.silu(c), as_linear(projection))

@@ -16,6 +16,7 @@ from dbkernels.diffusion.prediction import prediction_named
 from dbkernels.diffusion.process import Interval
 from dbkernels.models import embed
 from dbkernels.models.family import Presets
+from dbkernels.models.taught import square_error
 from dbkernels.ops import reference
 from dbkernels.ops.adaln_norm import adaln_norm
 from dbkernels.ops.add_noise import add_noise
@@ -70,6 +71,24 @@ class ImageDenoiser(Presets, nn.Module, abc.ABC):
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Squared error of the denoised image, mean over the elements of each sample, (B,)."""
         return self._score(draw, level, torch.ones_like(level).double(), layers, batch)[1]
+
+    def noisy(self, level: Tensor, batch: Batch, draw: Draw) -> Tensor:
+        """z (B, C, H, W) of the images themselves."""
+        return add_noise(batch["image"], *self.prediction.path(level), draw)
+
+    def taught_loss(
+        self,
+        z: Tensor,
+        taught: Tensor,
+        share: float,
+        level: Tensor,
+        scale: Tensor,
+        layers: Sequence[int],
+        batch: Batch,
+    ) -> Tensor:
+        """Sum of scale (B,) times the mean squared error, of which a share is of what is taught."""
+        estimate = self.denoise(z, level, layers, batch)
+        return (scale.float() * square_error(estimate, taught, batch["image"], share)).sum()
 
     def _score(
         self, draw: Draw, level: Tensor, scale: Tensor, layers: Sequence[int], batch: Batch

@@ -10,6 +10,7 @@ arXiv:2506.14202, section 5.2.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import get_args
 
 import torch
@@ -144,6 +145,14 @@ class DiT(ImageDenoiser):
         return {**batch, "label": torch.full_like(batch["label"], self.config.num_classes)}
 
 
-def prompts(config: DiTConfig, per_class: int, device: torch.device | str) -> Batch:
-    """What asks for so many images of every class, in the order of the classes."""
+def prompts(
+    config: DiTConfig, source: Path | None, per_class: int, device: torch.device | str
+) -> Batch:
+    """What asks for so many images of every class, in the order of the classes.
+
+    Raises:
+        ValueError: there is a source: no prompt has anything but a class.
+    """
+    if source is not None:
+        raise ValueError(f"prompts must not be given for a model of classes, got {source}")
     return {"label": torch.arange(config.num_classes, device=device).repeat_interleave(per_class)}

@@ -106,6 +106,20 @@ class NoiseEmbedding(nn.Module):
         return self.fc2(F.silu(self.fc1(sinusoid(c_noise, FREQUENCIES, self.frequencies))))
 
 
+class VectorEmbedding(nn.Module):
+    """A vector (B, D_in) -> condition (B, cond_dim): Linear, SiLU, Linear."""
+
+    def __init__(self, width: int, cond_dim: int):
+        super().__init__()
+        self.fc1, self.fc2 = Linear(width, cond_dim), nn.Linear(cond_dim, cond_dim)
+        for linear in (self.fc1, self.fc2):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(vector)))
+
+
 class FinalModulation(nn.Module):
     """(1 + scale) * x + shift from a condition, without a norm; starts as the identity.
 

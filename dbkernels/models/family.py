@@ -96,5 +96,23 @@ class Family(Protocol):
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """The loss of each sample, (B,) float32 and unweighted, for evaluation."""
 
+    def noisy(self, level: Tensor, batch: Batch, draw: Draw) -> Tensor:
+        """z of the batch's own targets at the levels, with the noise that `loss` has of a draw."""
+
+    def taught_loss(
+        self,
+        z: Tensor,
+        taught: Tensor,
+        share: float,
+        level: Tensor,
+        scale: Tensor,
+        layers: Sequence[int],
+        batch: Batch,
+    ) -> Tensor:
+        """The loss where a share of the target is what a teacher's `denoise` gave for this z.
+
+        Level, scale and what comes back are those of `loss`.
+        """
+
     def estimate(self, prediction: Tensor) -> Tensor:
         """The clean target that a prediction stands for, shape of z: what a sampler moves along."""

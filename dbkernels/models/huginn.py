@@ -20,7 +20,7 @@ depends on the level; without noise, the constant serves all.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import numpy as np
@@ -68,6 +68,10 @@ class HuginnConfig(NoisyTextConfig):
                 f"got {self.depth}"
             )
 
+    def as_blocks(self) -> "HuginnConfig":
+        """With what lets a network that never met noise keep what it knows."""
+        return replace(self, read_out="posterior")
+
     def resized(self, sizes: dict[str, int]) -> "HuginnConfig":
         """With other sizes by field; prelude and coda keep their ratios to depth too."""
         if "depth" in sizes:
@@ -107,6 +111,16 @@ class Huginn(NoisyText):
         for half in (self.from_state, self.from_tokens):
             nn.init.xavier_uniform_(half.weight, gain=math.sqrt(2 / 3))
         self.norm = make_norm(config.layer())
+
+    def add_noise(self) -> None:
+        """Give a network that never met noise a condition that all levels leave as it is.
+
+        With read_out="posterior" a pass then is the last of the recurrences, from a state along z,
+        and adds to the logits what z tells by Bayes' rule.
+        """
+        with torch.no_grad():
+            self.condition.fc2.weight.zero_()
+            self.condition.fc2.bias.zero_()
 
     def read(self, z: Tensor, level: Tensor, layers: Sequence[int], token: Tensor) -> Tensor:
         """Rows for the head of one pass: of token i from z up to i and the tokens before i."""

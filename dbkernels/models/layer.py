@@ -10,6 +10,7 @@ layer returns its input. The modules here hold weights; `dbkernels.ops.adaln_lay
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dbkernels.models.as_made import as_made, check_as_made
-from dbkernels.models.condition import condition_of_all
+from dbkernels.models.condition import condition_of_all, stock_projection
+from dbkernels.models.low_rank import LowRank, adapters_of, as_linear
 from dbkernels.ops import reference
 from dbkernels.ops.activations import ACTIVATIONS
 from dbkernels.ops.adaln_norm import fold_affine
@@ -37,6 +39,8 @@ BIASED = ("qkv", "out", "fc1", "fc2")  # the projections of the attention and of
 
 class OfBranches:
     """What the configurations of layers derive from their `bias`, `head_dim` and widths."""
+
+    dropout = attention_dropout = 0.0  # where a layer has none
 
     def has_bias(self, name: str) -> bool:
         """Whether the projection of a name in BIASED has one."""
@@ -118,7 +122,7 @@ class AdaLNLayer(nn.Module):
 
     The names of its state dict do not change: modulation, attention.qkv, attention.out, mlp.fc1 and
     mlp.fc2, each with weight and bias, and what the configuration adds: norm1 and norm2 with weight
-    and bias, attention.q_norm and attention.k_norm with weight.
+    and bias, attention.q_norm and attention.k_norm with weight. `add_adapters` adds names.
 
     Raises:
         ValueError: dim is not a multiple of num_heads and head_dim is not given, dropout is not in
@@ -217,6 +221,17 @@ class AdaLNLayer(nn.Module):
         told = {**self.dropout(draw), "attention": attention}
         return reference.adaln_layer(x, *given, rotary=rotary, **self.config.of_op(), **told)
 
+    def stock(
+        self,
+        x: Tensor,
+        c: Tensor,
+        rotary: Tensor | None,
+        draw: Draw | None = None,
+        attention: AttentionKind = "full",
+    ) -> Tensor:
+        """The whole layer in plain torch, as `forward` asks for it."""
+        return self.specified(x, stock_projection(self.modulation, c), rotary, draw, attention)
+
     def dropout(self, draw: Draw | None) -> dict[str, object]:
         """What the op is told of dropout: nothing outside of training, or without a draw."""
         config = self.config
@@ -290,8 +305,8 @@ class Projection(nn.Linear):
     def forward(self, c: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
         if torch.compiler.is_exporting():
-            return super().forward(c)
-        return linear(c, self.weight, self.bias)
+            return reference.projected(c, as_linear(self))
+        return linear(c, self.weight, self.bias, adapters_of(self, "linear"))
 
 
 class Attention(nn.Module):
@@ -323,9 +338,11 @@ def branch_weights(attention: Attention, mlp: MLP) -> LayerWeights:
     """Of the projections of both, for an op."""
     projections = (attention.qkv, attention.out, mlp.fc1, mlp.fc2)
     parameters = [p for module in projections for p in (module.weight, module.bias)]
+    norms = [None, None]
     if "q_norm" in attention._modules:
-        parameters += [attention.q_norm.weight, attention.k_norm.weight]
-    return LayerWeights(*parameters)
+        norms = [attention.q_norm.weight, attention.k_norm.weight]
+    adapters = (adapters_of(*each) for each in zip(projections, BIASED, strict=True))
+    return LayerWeights(*parameters, *norms, tuple(chain.from_iterable(adapters)))
 
 
 def run_layers(
@@ -383,4 +400,7 @@ def make_norm(config: LayerConfig) -> nn.Module:
 NORM = ("normalized_shape", "eps", "elementwise_affine")
 # what is known of the modules inside a layer: their settings, by name. One of another kind, or with
 # a setting that the op is not told, would stand there and do nothing
-KINDS = {Attention: (), MLP: (), nn.Linear: (), nn.LayerNorm: NORM, nn.RMSNorm: NORM}
+KINDS = {
+    Attention: (), MLP: (), nn.Linear: (), nn.LayerNorm: NORM, nn.RMSNorm: NORM,
+    nn.ModuleDict: (), LowRank: ("alpha", "start"),
+}  # fmt: skip

@@ -24,6 +24,7 @@ from dbkernels.models import embed
 from dbkernels.models.family import Presets
 from dbkernels.models.layer import AdaLNLayer, initialise_linear, run_layers
 from dbkernels.models.rotary import rotary_table
+from dbkernels.models.taught import cross_entropy as taught_entropy
 from dbkernels.models.text import TextConfig
 from dbkernels.ops import reference
 from dbkernels.ops.adaln_norm import adaln_norm
@@ -131,6 +132,26 @@ class MDM(Presets, nn.Module):
         head = self.head.weight, target
         nll = linear_cross_entropy(x, *head, bias=self.head.bias, reduction="none")
         return nll.sum(1) / max(token.shape[1], 1)
+
+    def noisy(self, level: Tensor, batch: Batch, draw: Draw) -> Tensor:
+        """z (B, S) of the tokens themselves, with MASK in some places."""
+        return batch["token"].masked_fill(self.masked(draw, level, batch), MASK)
+
+    def taught_loss(
+        self,
+        z: Tensor,
+        taught: Tensor,
+        share: float,
+        level: Tensor,
+        scale: Tensor,
+        layers: Sequence[int],
+        batch: Batch,
+    ) -> Tensor:
+        """Sum of scale (B,) times the loss of each sample with taught tokens, in nats."""
+        token = batch["token"]
+        each = taught_entropy(self.denoise(z, level, layers, batch), taught, token, share)
+        of_sample = each.masked_fill(z != MASK, 0).sum(1) / max(token.shape[1], 1)
+        return (scale.float() * of_sample).sum()
 
     def masked(self, draw: Draw, level: Tensor, batch: Batch) -> Tensor:
         """Which tokens a draw masks at levels (B,): (B, S) bool, the same whenever it is asked."""

@@ -18,6 +18,7 @@ from dbkernels.models.family import Presets
 from dbkernels.models.layer import AdaLNLayer, run_layers
 from dbkernels.models.read_out import ReadOutHead
 from dbkernels.models.rotary import rotary_table
+from dbkernels.models.taught import cross_entropy
 from dbkernels.models.text import NoisyTextConfig
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.backend.checks import Reduction, statistics_dtype
@@ -94,6 +95,27 @@ class NoisyText(Presets, nn.Module):
         token = batch["token"]
         rows = self.read(self.noisy(level, batch, draw), level, layers, token)
         return self.cross_entropy(rows, token, scale_of_token(scale, token), "sum")
+
+    def taught_loss(
+        self,
+        z: Tensor,
+        taught: Tensor,
+        share: float,
+        level: Tensor,
+        scale: Tensor,
+        layers: Sequence[int],
+        batch: Batch,
+    ) -> Tensor:
+        """Sum of scale times the cross-entropy with taught words in nats, a mean over tokens."""
+        rows = self.read(z, level, layers, batch["token"])
+        return self.taught_entropy(rows, taught, share, scale, batch["token"])
+
+    def taught_entropy(
+        self, rows: Tensor, taught: Tensor, share: float, scale: Tensor, token: Tensor
+    ) -> Tensor:
+        """The same of rows that the head reads; the logits of all words are held, of both."""
+        logits = self.head.logits(rows, self.read_table())
+        return (scale_of_token(scale, token) * cross_entropy(logits, taught, token, share)).sum()
 
     def losses(self, draw: Draw, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
         """Cross-entropy of each sample, mean over its tokens, (B,), in nats."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.models.as_made import as_made, check_as_made
-from dbkernels.models.condition import condition_of_all, modulation_or_condition
+from dbkernels.models.condition import condition_of_all, modulation_or_condition, stock_projection
 from dbkernels.models.layer import (
     KINDS,
     MLP,
@@ -142,6 +142,10 @@ class ParallelLayer(nn.Module):
         """What the op's specification makes of x and the projection (..., 3 D), in plain torch."""
         given = x, projected, self.weights()
         return reference_layers.parallel_layer(*given, rotary=rotary, **self.config.of_op())
+
+    def stock(self, x: Tensor, c: Tensor, rotary: Tensor | None) -> Tensor:
+        """The whole layer in plain torch, as `forward` asks for it."""
+        return self.specified(x, stock_projection(self.modulation, c), rotary)
 
     def weights(self) -> LayerWeights:
         """Of the projections, for the op."""

@@ -20,9 +20,10 @@ from dbkernels.diffusion.masked import Masked
 from dbkernels.diffusion.path import PathName
 from dbkernels.diffusion.process import Process
 from dbkernels.diffusion.timesteps import Timesteps
-from dbkernels.models import ar, dit, huginn, mdm, vit
+from dbkernels.models import ar, dit, huginn, mdm, mmdit, vit
 from dbkernels.models.family import Presets, Weighting
 from dbkernels.models.reading import TextWay
+from dbkernels.models.start import Start
 from dbkernels.settings import check_choice
 
 TextNoise = Literal["masked", "gaussian"]
@@ -86,8 +87,8 @@ class FamilyEntry:
     """What its model's `conventional_loss` trains; empty where it has none: one block is it."""
     recurs: bool = False
     """Whether a conventional step draws how often layers run, which no CUDA graph can do."""
-    null_label: Callable[[ModelConfig], int] | None = None
-    """What stands for "no label"; None where a model always has one."""
+    guided: bool = False
+    """Whether a model has a batch that asks for nothing, `unconditional`, which guidance needs."""
     metrics: Callable[[Tensor, Batch], dict[str, Tensor]] | None = None
     """(prediction, batch) -> numbers (B,) of the samples, by name; None where only losses count."""
     average: Callable[[Tensor], Tensor] | None = None
@@ -95,11 +96,14 @@ class FamilyEntry:
     text: TextNoise | None = None
     """What noise does to a text, which says how its bits are bounded: it masks tokens, or moves
     their embeddings; None is no model of text."""
-    prompts: Callable[[ModelConfig, int, torch.device], Batch] | None = None
-    """(config, number of each class, device) -> what to sample; None where it draws no images."""
+    prompts: Callable[[ModelConfig, Path | None, int, torch.device], Batch] | None = None
+    """(config, file of prompts, number of each class or prompt, device) -> what to sample; None
+    where it draws no images."""
     writes: TextWay | None = None
     """How it makes text. cached or whole: token by token, with what layers keep of known ones, or
     all of them read again for each. unmask: a window at once, whose tokens open one by one."""
+    start: Start = field(default_factory=Start)
+    """How its blocks start from a network that was trained end to end."""
     other_noise: Mapping[PathName, Process] = field(default_factory=dict)
     """The noise of models whose configuration has another process than the family's own."""
 
@@ -111,6 +115,10 @@ class FamilyEntry:
 # where a token's information lies for 32,000 words: below 0.05 it is read off z, and above 8 less
 # than 0.01 nats of it are in z
 OF_WORDS = LogNormal(mean=-0.75, std=0.8, sigma_min=0.05, sigma_max=8.0)
+
+# settings of a model of text that its weights do not know, and those that only noise uses
+OF_TEXT = ("recompute", "length")
+OF_NOISE = ("read_out", "levels_of", "sigma_data")
 
 FAMILIES = {
     "vit": FamilyEntry(
@@ -132,9 +140,20 @@ FAMILIES = {
         process=LogNormal(),
         paper=LogNormal(),
         weighting="process",
-        null_label=lambda config: config.num_classes,
+        guided=True,
         prompts=dit.prompts,
         other_noise={"flow": Flow(), "vp": Timesteps()},
+    ),
+    "mmdit": FamilyEntry(
+        summary="generates images of texts",
+        model=mmdit.MMDiT,
+        config=mmdit.MMDiTConfig,
+        process=Flow(),
+        paper=Flow(),
+        weighting="process",
+        guided=True,
+        prompts=mmdit.prompts,
+        other_noise={"gaussian": LogNormal(), "vp": Timesteps()},
     ),
     "mdm": FamilyEntry(
         summary="fills the gaps of a text",
@@ -145,6 +164,7 @@ FAMILIES = {
         weighting="process",
         text="masked",
         writes="unmask",
+        start=Start(free=OF_TEXT),
     ),
     "ar": FamilyEntry(
         summary="writes text, token by token",
@@ -155,6 +175,13 @@ FAMILIES = {
         weighting="none",
         text="gaussian",
         writes="cached",
+        start=Start(
+            free=(*OF_TEXT, "clean", "next_token_weight"),
+            free_without_noise=("noisy_input", *OF_NOISE),
+            as_blocks=ar.ARConfig.as_blocks,
+            add_noise=ar.AR.add_noise,
+            noise_order="deepest",
+        ),
         conventional="the next token, from clean ones alone",
     ),
     "huginn": FamilyEntry(
@@ -166,6 +193,12 @@ FAMILIES = {
         weighting="none",
         text="gaussian",
         writes="whole",
+        start=Start(
+            free=(*OF_TEXT, "recurrences", "truncation"),
+            free_without_noise=OF_NOISE,
+            as_blocks=huginn.HuginnConfig.as_blocks,
+            add_noise=huginn.Huginn.add_noise,
+        ),
         num_blocks=1,
         conventional="recurrences from noise, the last of them by backpropagation",
         recurs=True,
@@ -184,6 +217,19 @@ def family_named(name: str) -> FamilyEntry:
     """
     check_choice("family", name, FAMILIES)
     return FAMILIES[name]
+
+
+def family_with(preset: str) -> FamilyName:
+    """The first family that has a preset of this name; the default one where it is empty.
+
+    Raises:
+        ValueError: none has it.
+    """
+    if not preset:
+        return DEFAULT_FAMILY
+    every = [name for entry in FAMILIES.values() for name in entry.model.presets]
+    check_choice("preset", preset, list(dict.fromkeys(every)))
+    return next(name for name, entry in FAMILIES.items() if preset in entry.model.presets)
 
 
 def family_of(model: nn.Module) -> FamilyEntry | None:

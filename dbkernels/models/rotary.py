@@ -22,3 +22,23 @@ def rotary_table(positions: Tensor, head_dim: int, *, base: float = 10000.0) -> 
     angle = positions.float()[:, None] * base ** (-exponent / head_dim)
     angle = torch.cat([angle, angle], dim=-1)
     return torch.stack([angle.cos(), angle.sin()])
+
+
+def axis_table(positions: Tensor, head_dim: int, *, base: float = 10000.0) -> Tensor:
+    """`rotary_table` of places along several axes, of which each turns an equal part of the pairs.
+
+    Args:
+        positions:  (T, axes)  any number type
+        head_dim:   a multiple of 2 axes
+    Returns:
+        (2, T, head_dim) float32, each half repeated.
+    Raises:
+        ValueError: the axes do not divide the pairs.
+    """
+    axes = positions.shape[1]
+    if head_dim % (2 * axes):
+        raise ValueError(f"{axes} axes need a head width that {2 * axes} divides, got {head_dim}")
+    width = head_dim // axes
+    each = [rotary_table(positions[:, axis], width, base=base) for axis in range(axes)]
+    half = torch.cat([table[..., : width // 2] for table in each], dim=-1)
+    return torch.cat([half, half], dim=-1)

@@ -16,7 +16,7 @@ from dbkernels.settings import check_choice
 from dbkernels.whole_file import write_whole
 
 CleanStream = Literal["own", "through"]
-NoisyInput = Literal["z", "z_and_clean"]
+NoisyInput = Literal["z", "z_and_clean", "map_and_clean"]
 ReadOut = Literal["paper", "posterior"]
 LevelsOf = Literal["sample", "token"]
 

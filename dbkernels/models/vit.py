@@ -27,6 +27,7 @@ from dbkernels.models.embed import FinalModulation, Linear, NoiseEmbedding, patc
 from dbkernels.models.family import Presets
 from dbkernels.models.image_config import LabelledConfig
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm, run_layers
+from dbkernels.models.taught import cross_entropy as taught_entropy
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.dropout import dropout
 from dbkernels.ops.philox import Draw
@@ -180,6 +181,24 @@ class ViT(Presets, nn.Module):
         """Cross-entropy of each sample, (B,), in nats."""
         return self._losses(draw, level, layers, batch, None)
 
+    def noisy(self, level: Tensor, batch: Batch, draw: Draw) -> Tensor:
+        """z (B, dim) of the labels themselves."""
+        return add_noise(self.target(batch), *self.prediction.path(level), draw)
+
+    def taught_loss(
+        self,
+        z: Tensor,
+        taught: Tensor,
+        share: float,
+        level: Tensor,
+        scale: Tensor,
+        layers: Sequence[int],
+        batch: Batch,
+    ) -> Tensor:
+        """Sum of scale (B,) times the cross-entropy in nats with taught labels, and no dropout."""
+        logits = self.denoise(z, level, layers, batch)
+        return (scale.float() * taught_entropy(logits, taught, batch["label"], share)).sum()
+
     def _losses(
         self,
         draw: Draw,
@@ -188,7 +207,7 @@ class ViT(Presets, nn.Module):
         batch: Batch,
         dropped: Draw | None,
     ) -> Tensor:
-        z = add_noise(self.target(batch), *self.prediction.path(level), draw)
+        z = self.noisy(level, batch, draw)
         answer, c = self._answer(z, level, layers, batch, dropped)
         return self.cross_entropy(answer, c, z, level, batch["label"])
 

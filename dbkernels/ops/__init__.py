@@ -12,6 +12,7 @@ from dbkernels.ops.gated_residual import gated_residual
 from dbkernels.ops.layer.condition import Condition
 from dbkernels.ops.layer.cross import cross_layer
 from dbkernels.ops.layer.function import adaln_layer
+from dbkernels.ops.layer.joint import joint_layer
 from dbkernels.ops.layer.linear import Adapter
 from dbkernels.ops.layer.parallel import parallel_layer
 from dbkernels.ops.layer.projection import linear
@@ -46,6 +47,7 @@ __all__ = [
     "gelu",
     "gelu_exact",
     "implementation",
+    "joint_layer",
     "linear",
     "linear_cross_entropy",
     "normals",

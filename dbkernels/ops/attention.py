@@ -71,8 +71,8 @@ def attention_backward(
     causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv in the shapes of q, k and v, from contiguous dout (B, N, H * d)."""
-    if not q.numel():
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if not q.numel():  # nothing reads the keys that there may be
+        return torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     _, H, N, _ = q.shape
     dout, out = _by_head(dout, H), _by_head(out, H)
     if q.device.type == "cpu":

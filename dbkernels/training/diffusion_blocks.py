@@ -9,7 +9,7 @@ the paper's text lets no parameter be shared. Both are here: `sharing`.
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ from dbkernels.training.saved import require_tensors
 
 Sharing = Literal["joint", "copies"]
 Parameters = dict[str, nn.Parameter]
+Predict = Callable[[Tensor, Tensor, Batch], Tensor]
 SHARED = "shared"  # name of the group that the steps of several blocks update
 
 
@@ -162,23 +163,29 @@ class DiffusionBlocks(Evaluated):
 
     def idle(self) -> list[nn.Parameter]:
         """Parameters of layers that no block runs, which no step reads."""
-        read = {id(p) for block in self for p in self._parameters_of(block)}
+        read = set().union(*self._by_block().values())
         return [p for p in self.parameters() if id(p) not in read]
 
-    def _parameters_of(self, block: Block) -> list[nn.Parameter]:
-        """What the steps of a block read: its layers, and all that is in no layer."""
-        model = self.of(block)
-        running = {id(p) for index in block.layers for p in model.layers[index].parameters()}
-        left_out = {id(p) for p in model.layers.parameters()} - running
-        return [p for p in model.parameters() if id(p) not in left_out]
+    def _by_block(self) -> dict[str, set[int]]:
+        """Of what the steps of each block read, by its group: its layers, and all in no layer."""
+        parts: dict[int, tuple[list[set[int]], set[int]]] = {}
+        found = {}
+        for block in self:
+            model = self.of(block)
+            if id(model) not in parts:  # one walk through a large model, not one for each block
+                layers = [set(map(id, layer.parameters())) for layer in model.layers]
+                parts[id(model)] = layers, set(map(id, model.parameters())).difference(*layers)
+            layers, outside = parts[id(model)]
+            found[own_group(block)] = outside.union(*(layers[index] for index in block.layers))
+        return found
 
     def _read(self, *, trained: bool) -> tuple[dict[str, Parameters], Parameters]:
         """What the steps of one block alone read, by its group, and those of several."""
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad == trained]
-        read = {}
-        for block in self:
-            every = set(map(id, self._parameters_of(block)))
-            read[own_group(block)] = {name: p for name, p in named if id(p) in every}
+        read = {
+            group: {name: p for name, p in named if id(p) in every}
+            for group, every in self._by_block().items()
+        }
         times = Counter(name for parameters in read.values() for name in parameters)
         own = {g: {n: p for n, p in found.items() if times[n] == 1} for g, found in read.items()}
         return own, {n: p for found in read.values() for n, p in found.items() if times[n] > 1}
@@ -191,13 +198,24 @@ class DiffusionBlocks(Evaluated):
             batch:  of B samples
             draw:   names the noise levels and the noise
         """
-        model = self.of(block)
-        shape, device = model.level_shape(batch), next(iter(batch.values())).device
-        quantiles = self.process.quantiles(draw, shape, device)
-        level = self.process.level_at(block.trained_noise, quantiles)
-        # a weight over its own inverse is then 1 when it is rounded
-        scale = self._scale(block, level.double())
-        return model.loss(draw, level, scale, block.layers, batch, block.trained_noise)
+        level, scale = self._levels(block, batch, draw)
+        given = level, scale, block.layers, batch
+        return self.of(block).loss(draw, *given, block.trained_noise)
+
+    def taught_loss(
+        self, block: Block, batch: Batch, draw: Draw, predict: Predict, share: float
+    ) -> Tensor:
+        """Loss of one block, () float32, of whose target a share is what a teacher predicts.
+
+        Args:
+            predict:  (z, levels, batch) -> prediction, in the family's form and without gradient
+            share:    from 0 to 1
+        The others are those of `loss`, which has the same levels and noise.
+        """
+        model, (level, scale) = self.of(block), self._levels(block, batch, draw)
+        z = model.noisy(level, batch, draw)
+        taught = predict(z.detach(), level, batch)
+        return model.taught_loss(z, taught, share, level, scale, block.layers, batch)
 
     def conventional_loss(self, block: Block, batch: Batch, draw: Draw) -> Tensor:
         """Loss () float32 of the layers of a block as such a network is trained without noise.
@@ -205,6 +223,14 @@ class DiffusionBlocks(Evaluated):
         Only where the family has one; arguments as for `loss`.
         """
         return self.of(block).conventional_loss(draw, block.layers, batch)
+
+    def _levels(self, block: Block, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Levels that a draw names, float32, and what the loss at each counts for, float64."""
+        shape = self.of(block).level_shape(batch)
+        quantiles = self.process.quantiles(draw, shape, next(iter(batch.values())).device)
+        level = self.process.level_at(block.trained_noise, quantiles)
+        # a weight over its own inverse is then 1 when it is rounded
+        return level, self._scale(block, level.double())
 
     def _scale(self, block: Block, level: Tensor) -> Tensor:
         """What the loss at each level counts for in the block's loss."""

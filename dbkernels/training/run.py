@@ -15,6 +15,7 @@ from typing import get_args
 
 import torch
 
+from dbkernels.models.start import Trained
 from dbkernels.settings import check_choice, check_number
 from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, load_weights
@@ -39,6 +40,8 @@ from dbkernels.training.same_run import (
 from dbkernels.training.saved import require_tensors
 from dbkernels.training.stop import Stopped, StopSignals
 from dbkernels.training.threads import MOST_THREADS, cpu_threads, fastest_for
+from dbkernels.training.trained import distillation, kept, start_weights
+from dbkernels.training.trained import keep as keep_trained
 from dbkernels.training.trainer import Trainer
 
 # settings of the trainer that a run may change on its way, for its bits stay the same; without
@@ -51,6 +54,7 @@ def train(
     directory: Path,
     *,
     device: torch.device | str,
+    trained: Trained | None = None,
     resume: str = "",
     data_changed: DataChanged = "refuse",
     save_every: int = 0,
@@ -68,6 +72,8 @@ def train(
         config:        of the run
         directory:     of the run; a new run needs one that holds none
         device:        to train on
+        trained:       the network that a new run starts from, where the configuration names one;
+                       a run that is resumed needs none
         resume:        "latest", or the path of a checkpoint of this run; empty starts anew. More
                        steps may be asked for where the earlier ones are the same for it
         data_changed:  ok goes on with data that are not those of the checkpoint
@@ -93,7 +99,13 @@ def train(
     check_choice("data_changed", data_changed, get_args(DataChanged))
     how = {"convert": config.convert, "stride": config.stride}
     data = config.model.open(config.data, "train", **how)
-    trainer, root = config.trainer_on(device, data), directory / "checkpoints"
+    root, distills = directory / "checkpoints", bool(config.start.distill)
+    if not resume:
+        weights = start_weights(config, trained)
+    else:
+        weights = kept(directory, config.start.digest) if distills else None
+    loss = distillation(config, weights, device) if distills else None
+    trainer = config.trainer_on(device, data, None if resume else weights, loss)
     before: Conditions = {}
     if resume:
         path, tensors, state, saved = _load(config, directory, resume)
@@ -112,6 +124,9 @@ def train(
         if trainer.step < trainer.total_steps:
             every = [t for tensors in trainer.tensors().values() for t in tensors.values()]
             checkpoint.check_root(root, sum(tensor.nbytes for tensor in every))
+        if distills and not resume:
+            keep_trained(directory, weights, config.start.digest)
+        del weights
         log = RunLog(directory, first_step=trainer.step, tensorboard=tensorboard)
         _train(trainer, config, directory, log, now, save_every, keep, on_step)
     return trainer

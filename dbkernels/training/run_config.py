@@ -9,18 +9,21 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from dbkernels.data.augment import drop_labels, mirror, shift
+from dbkernels.data.augment import drop_conditions, mirror, shift
 from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import Batch, Data
 from dbkernels.diffusion.process import NoiseOrder, Process, Scheme
 from dbkernels.models.family import Weighting
 from dbkernels.models.registry import ModelConfig, family_named
+from dbkernels.models.start import Weights
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice, check_number
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing
+from dbkernels.training.lora_config import NO_LORA, LoraConfig
 from dbkernels.training.offload.offloader import check_offload
 from dbkernels.training.saved import require_types
 from dbkernels.training.trainer import Augment, Trainer
+from dbkernels.training.trainer import Objective as Loss
 from dbkernels.training.trainer_config import TrainerConfig
 from dbkernels.whole_file import make_directory, write_whole
 
@@ -62,6 +65,27 @@ def _whole_numbers(name: str, text: str) -> list[int] | None:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """The trained network that a run starts from, and whether its blocks learn from it too."""
+
+    source: str = ""
+    """A run, its checkpoint, or somebody else's file, as it was named; empty starts anew."""
+    digest: str = ""
+    """Of its weights."""
+    distill: float = 0.0
+    """Share of each block's target that is what the whole network predicts: 0 to 1."""
+
+    def __post_init__(self):
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"distill must be from 0 to 1, got {self.distill}")
+        if self.distill and not self.source:
+            raise ValueError(
+                "distill must be 0 for a run that starts from no trained network, "
+                f"got {self.distill}"
+            )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run's numbers."""
 
@@ -73,7 +97,7 @@ class RunConfig:
     weighting: Weighting
     """Weight of the noise levels in the loss."""
     label_drop: float
-    """Share of labels dropped for guidance; families without "no label" need 0."""
+    """Share of labels or texts dropped for guidance; families without an empty one need 0."""
     mirror: bool
     """Whether images are mirrored at random."""
     shift: int
@@ -89,6 +113,10 @@ class RunConfig:
     stride: int = 0
     """Tokens from one window of text to the next in training, as `open_tokens` has it. No setting
     of the model, which is the same however its text is cut, nor of an evaluation."""
+    start: StartConfig = StartConfig()
+    """The trained network that it starts from."""
+    lora: LoraConfig = NO_LORA
+    """Adapters, which alone are trained then."""
 
     def __post_init__(self):
         check_choice("convert", self.convert, get_args(Convert))
@@ -107,7 +135,7 @@ class RunConfig:
     def _check_family(self) -> None:
         """Whether the family can do what is asked of it."""
         entry, blocks = family_named(self.family), self.partition.num_blocks
-        if self.label_drop and entry.null_label is None:
+        if self.label_drop and not entry.guided:
             raise ValueError(f"label_drop must be 0 for {self.family}, got {self.label_drop}")
         if "image" not in self.model.fields():
             for name in ("mirror", "shift"):
@@ -127,16 +155,33 @@ class RunConfig:
                 f"cuda_graphs must be off for the conventional objective of {self.family}, whose "
                 "steps differ in how often layers run, got on"
             )
+        if self.objective == "conventional" and self.start.distill:
+            raise ValueError(
+                "distill must be 0 for the conventional objective, which has no levels of noise, "
+                f"got {self.start.distill}"
+            )
         own = type(entry.process_of(self.model))
         if type(self.prior) is not own:
             raise ValueError(f"prior must be {own.__name__} for this model, got {self.prior}")
         check_offload(self.trainer.offload, self.model.independent, blocks)
 
-    def build(self, device: torch.device | str) -> DiffusionBlocks:
-        """New blocks, initialised from the run's seed, on a device."""
+    def model_of(self, weights: Weights | None = None) -> nn.Module:
+        """A new model, initialised from the run's seed, or with all of some weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.trainer.seed)
             model = family_named(self.family).model(self.model)
+        if weights is not None:
+            model.load_state_dict(weights)
+        return model
+
+    def build(self, device: torch.device | str, weights: Weights | None = None) -> DiffusionBlocks:
+        """New blocks on a device, of what `model_of` gives."""
+        model = self.model_of(weights)
+        if self.start.distill:
+            # a teacher and its blocks must agree on what z means
+            for name in model.target_parts:
+                getattr(model, name).requires_grad_(False)
+        self.lora.add_to(model, self.trainer.seed)
         # fake tensors cannot be moved, not even to where they are
         if next(model.parameters()).device != torch.device(device):
             model = model.to(device)
@@ -146,25 +191,38 @@ class RunConfig:
         """Where models are built that train on a device: where all of their blocks have room."""
         return "cpu" if self.trainer.offload != "none" else device
 
-    def trainer_on(self, device: torch.device | str, data: Data) -> Trainer:
-        """A trainer at its first step."""
-        return self.trainer_of(self.build(self.home(device)), data, device=device)
+    def trainer_on(
+        self,
+        device: torch.device | str,
+        data: Data,
+        weights: Weights | None = None,
+        loss: Loss | None = None,
+    ) -> Trainer:
+        """A trainer at its first step, of blocks with these weights; with another loss, if any."""
+        blocks = self.build(self.home(device), weights)
+        return self.trainer_of(blocks, data, device=device, loss=loss)
 
     def trainer_of(
-        self, blocks: DiffusionBlocks, data: Data, *, device: torch.device | str | None = None
+        self,
+        blocks: DiffusionBlocks,
+        data: Data,
+        *,
+        device: torch.device | str | None = None,
+        loss: Loss | None = None,
     ) -> Trainer:
         """A trainer at its first step, of blocks that `build` gave; `Trainer` says the rest."""
-        settings = asdict(self.trainer) | {"augment": self._augment(), "device": device}
+        settings = asdict(self.trainer) | {"augment": self._augment(blocks), "device": device}
+        settings["objective"] = loss
         if self.objective == "conventional":
             settings["objective"] = DiffusionBlocks.conventional_loss
         return Trainer(blocks, data, **settings)
 
-    def _augment(self) -> Augment | None:
+    def _augment(self, blocks: DiffusionBlocks) -> Augment | None:
         changes: list[Augment] = [partial(shift, pixels=self.shift)] if self.shift else []
         changes += [mirror] if self.mirror else []
         if self.label_drop:
-            null = family_named(self.family).null_label(self.model)
-            changes.append(partial(drop_labels, share=self.label_drop, null=null))
+            dropped = {"share": self.label_drop, "unconditional": blocks.model.unconditional}
+            changes.append(partial(drop_conditions, **dropped))
 
         def augment(batch: Batch, draw: Draw) -> Batch:
             for change in changes:
@@ -217,6 +275,8 @@ def config_of(saved: dict, version: object, path: Path) -> RunConfig:
             "partition": PartitionConfig,
             "prior": type(entry.process_of(model)),
             "trainer": TrainerConfig,
+            "start": StartConfig,
+            "lora": LoraConfig,
         }
         config = RunConfig(**{k: nested[k](**v) if k in nested else v for k, v in saved.items()})
     except (AttributeError, KeyError, TypeError) as error:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dbkernels.data.augment import drop_labels, mirror, shift
+from dbkernels.data.augment import drop_conditions, mirror, shift
 from dbkernels.ops.philox import Draw, uniforms
 
 DRAW = Draw(seed=1, step=0)
@@ -18,10 +18,16 @@ def make_batch(count, shape=(2, 3, 5)):
     }
 
 
+def drop_labels(batch, draw, share=0.5):
+    """A 9 asks for nothing."""
+    nothing = {**batch, "label": torch.full_like(batch["label"], 9)}
+    return drop_conditions(batch, draw, share=share, unconditional=lambda _: nothing)
+
+
 CHANGES = {
     "shift": ("image", lambda batch, draw: shift(batch, draw, pixels=2)),
     "mirror": ("image", mirror),
-    "drop_labels": ("label", lambda batch, draw: drop_labels(batch, draw, share=0.5, null=9)),
+    "drop_conditions": ("label", drop_labels),
 }
 
 
@@ -62,7 +68,7 @@ def test_changes_are_independent_of_each_other_and_of_the_noise():
     image = torch.arange(81.0).view(1, 1, 9, 9).expand(400, 1, 9, 9)
     batch = {"image": image, "label": torch.zeros(400, dtype=torch.int64)}
     moved = shift(batch, DRAW, pixels=4)["image"][:, 0, 4, 4]
-    dropped = drop_labels(batch, DRAW, share=0.5, null=9)["label"]
+    dropped = drop_labels(batch, DRAW)["label"]
     mirrored = mirror(batch, DRAW)["image"][:, 0, 0, 0]
     made = moved // 9, moved % 9, dropped, mirrored, uniforms(DRAW, 400)
     correlation = torch.corrcoef(torch.stack([each.float() for each in made]))
@@ -72,7 +78,7 @@ def test_changes_are_independent_of_each_other_and_of_the_noise():
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 def test_the_share_of_labels_that_are_dropped(share):
     batch = make_batch(20_000)
-    label = drop_labels(batch, DRAW, share=share, null=9)["label"]
+    label = drop_labels(batch, DRAW, share)["label"]
     dropped = label == 9
     assert dropped.float().mean().item() == pytest.approx(share, abs=0.01 * (0 < share < 1))
     assert torch.equal(label[~dropped], batch["label"][~dropped])
@@ -107,3 +113,14 @@ def test_a_move_may_be_larger_than_the_image_or_none():
     corner = batch["image"][:, :, 2:, 4:].expand_as(image)
     assert (image == corner).flatten(1).all(1).any()
     assert torch.equal(shift(batch, DRAW, pixels=0)["image"], batch["image"])
+
+
+def test_all_that_a_sample_asks_for_is_dropped_together():
+    text, pooled, image = torch.ones(50, 3, 2), torch.ones(50, 4), torch.ones(50, 1)
+    batch = {"text": text, "pooled": pooled, "image": image}
+    nothing = {"text": 0 * text, "pooled": 0 * pooled, "image": image}
+    after = drop_conditions(batch, DRAW, share=0.5, unconditional=lambda _: nothing)
+    kept = after["pooled"][:, 0]
+    assert set(kept.tolist()) == {0, 1} and after["image"] is image
+    assert torch.equal(after["pooled"], kept[:, None].expand(50, 4))
+    assert torch.equal(after["text"], kept[:, None, None].expand(50, 3, 2))

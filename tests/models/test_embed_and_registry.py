@@ -16,6 +16,7 @@ from dbkernels.models import (
     DiT,
     DiTConfig,
     Huginn,
+    MMDiT,
     ViT,
     family_named,
     family_of,
@@ -144,10 +145,12 @@ def data_of(shape):
 
 def test_the_families_have_names():
     models = {name: entry.model for name, entry in FAMILIES.items()}
-    assert models == {"vit": ViT, "dit": DiT, "mdm": MDM, "ar": AR, "huginn": Huginn}
+    assert models == {
+        "vit": ViT, "dit": DiT, "mmdit": MMDiT, "mdm": MDM, "ar": AR, "huginn": Huginn
+    }  # fmt: skip
     assert family_of(torch.nn.Linear(1, 1)) is None
     with pytest.raises(
-        ValueError, match="family must be one of vit, dit, mdm, ar, huginn, got cnn"
+        ValueError, match="family must be one of vit, dit, mmdit, mdm, ar, huginn, got cnn"
     ):
         family_named("cnn")
 

@@ -241,7 +241,7 @@ def test_the_unconditional_batch_uses_the_last_row():
     batch = {**make_batch(model), "mask": torch.ones(3)}
     without = model.unconditional(batch)
     assert without["label"].tolist() == [4, 4, 4] and without["label"].dtype == torch.int64
-    assert FAMILIES["dit"].null_label(model.config) == 4
+    assert FAMILIES["dit"].guided
     assert without["image"] is batch["image"] and without["mask"] is batch["mask"]
     assert batch["label"].tolist() == [3, 0, 2]
     model.denoise(torch.randn(3, 3, 6, 6), LEVEL, (0,), without).sum().backward()

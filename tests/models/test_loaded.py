@@ -22,7 +22,8 @@ def shrunk(family, preset):
     config = config.resized({"dim": 4 * config.num_heads, "depth": 2})
     if "token" in config.fields():
         return replace(config, length=5, vocabulary=4)
-    return replace(config, image_size=2 * config.patch, num_classes=4)
+    sizes = {"num_classes": 4} if "label" in config.fields() else {"text_length": 3, "text_dim": 5}
+    return replace(config, image_size=2 * config.patch, **sizes)
 
 
 def results(model, batch):

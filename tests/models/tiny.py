@@ -14,6 +14,7 @@ from dbkernels.models import (
     DiTConfig,
     HuginnConfig,
     MDMConfig,
+    MMDiTConfig,
     ViTConfig,
     family_of,
 )
@@ -26,6 +27,9 @@ TEXT |= {"length": 7, "vocabulary": 5}
 CONFIGS = {
     "vit": ViTConfig(image_size=4, num_classes=5, mlp_hidden=10, cond_dim=6, **COMMON),
     "dit": DiTConfig(image_size=6, num_classes=4, mlp_ratio=3, **COMMON),
+    "mmdit": MMDiTConfig(
+        image_size=6, mlp_ratio=3, parallel=1, text_length=5, text_dim=7, pooled_dim=6, **COMMON
+    ),
     "mdm": MDMConfig(**TEXT),
     "ar": ARConfig(**TEXT, sigma_data=0.7, next_token_weight=0.0),
     "huginn": HuginnConfig(**TEXT, prelude=1, coda=1, read_out="paper", sigma_data=0.7),
@@ -58,12 +62,12 @@ def make_batch(model):
 
 
 def is_masked(model):
-    return family_of(model).process.range.high < 1
+    return family_of(model).text == "masked"
 
 
 def levels_of(model):
     """Three levels of the family's process, and an interval that has them."""
-    if is_masked(model):
+    if family_of(model).process_of(model.config).range.high <= 1:
         return torch.tensor([0.3, 0.9, 0.6]), Interval(0.2, 0.95)
     return LEVEL, INTERVAL
 
@@ -73,7 +77,7 @@ def noisy(model, batch):
     target, (level, _) = model.target(batch), levels_of(model)
     if is_masked(model):
         return target.masked_fill(model.masked(DRAW, level, batch), MASK)
-    return add_noise(target, torch.ones_like(level), level, DRAW)
+    return add_noise(target, *model.prediction.path(level), DRAW)
 
 
 def dynamo_alone(monkeypatch):

@@ -1,6 +1,7 @@
 """Layers of other kinds than the AdaLN layer, for the tests that all of them share."""
 
 import torch
+from ops.one_joint import Dual, DualAndKeysOnly, KeysOnly, OneJoint
 from ops.one_layer import OneLayer
 
 from dbkernels.ops import cross_layer, parallel_layer, reference_layers
@@ -21,6 +22,12 @@ class OneParallel(OneLayer):
         units = {"none": 10, "attention": 9, "mlp": 6, "qkv": 3, "layer": 1, "layer_narrow": 1}
         floats = {"none": 2 + 3, "attention": 2, "layer": 0, "layer_narrow": 0}
         return units[recompute], 0, floats.get(recompute, 2 + 3)
+
+    def rows(self, recompute):
+        """What is kept of each sequence: its tokens; then of a token, in D elements, that has the
+        dtype of the stream and that of the branches; and float32 numbers of a token."""
+        units, context, floats = self.units(recompute)
+        return [(self.tensors["x"].shape[1], 1, units - 1, floats), (self.S, 0, context, 0)]
 
 
 class OneCross(OneLayer):
@@ -49,11 +56,18 @@ class OneCross(OneLayer):
     def told(self):
         return [t for t in (self.options["rotary"], self.options["lengths"]) if t is not None]
 
-    def units(self, recompute):
+    def rows(self, recompute):
         units = {"none": 14, "attention": 12, "mlp": 10, "qkv": 6, "layer": 1, "layer_narrow": 1}
         floats = {"none": 4 + 6, "attention": 4, "layer": 0, "layer_narrow": 0}
+        x, weight = self.tensors["x"], self.tensors["qkv_weight"]
+        if x.dtype.itemsize > weight.dtype.itemsize:
+            floats["layer_narrow"] = 1  # the mean of x
         of_context = 2 if recompute in ("none", "attention", "mlp") else 0
-        return units[recompute], of_context, floats.get(recompute, 4 + 6)
+        of_x = x.shape[1], 1, units[recompute] - 1, floats.get(recompute, 4 + 6)
+        return [of_x, (self.S, 0, of_context, 0)]
 
 
 LAYERS = {"parallel": OneParallel, "cross": OneCross}
+LAYERS |= {
+    "joint": OneJoint, "dual": Dual, "keys only": KeysOnly, "dual, keys only": DualAndKeysOnly
+}  # fmt: skip

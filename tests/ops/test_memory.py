@@ -131,7 +131,7 @@ def test_each_tensor_dies_with_its_last_use(monkeypatch):
         monkeypatch.setattr(room, name, watched)
 
     mlp = {"dm": lambda dm, *rest: dm, "hidden": lambda *given: given[5]["hidden"]}
-    attention = {"attended": lambda _, da, qkv, kept, *rest: kept["attended"]}
+    attention = {"attended": lambda _, das, qkvs, kept, *rest: kept[0]["attended"]}
     watch(passes, "mlp_backward", args=mlp, ask=[])
     watch(passes, "gated_adaln_norm_backward", args={}, ask=["dm", "hidden"])
     watch(passes, "attend_backward", args=attention, ask=["dm", "hidden"])

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from dbkernels.cli.profile import Profile
@@ -21,6 +22,11 @@ def test_settings_that_are_not_given_are_those_of_train(family, tmp_path):
     if "token" in made.model.fields():
         told["data"] = str(tmp_path / "text")
         write_tokens(told["data"], {"train": [[3] * made.model.length]}, vocabulary=27)
+    elif "text" in (fields := made.model.fields()):
+        told["data"] = str(tmp_path / "captions.npy")
+        for name, end in (("image", ""), ("text", "_text"), ("pooled", "_pooled")):
+            path = tmp_path / f"captions{end}.npy"
+            np.save(path, np.zeros((2, *fields[name].shape), np.float32))
     told |= {"preset": smallest, "partition": PartitionFlags(num_blocks=1)}
     flags = Train(family=family, out=tmp_path, **told)
     trainer = replace(flags.config().trainer, steps=made.trainer.steps)

@@ -18,13 +18,16 @@ def make_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("data.npy", np.random.default_rng(0).standard_normal((12, 1, 4, 4)).astype(np.float32))
     np.save("data_labels.npy", np.arange(12) % 3)
+    for name, shape in (("", (1, 4, 4)), ("_text", (3, 5)), ("_pooled", (2,))):
+        np.save(f"captions{name}.npy", np.random.default_rng(1).random((12, *shape), np.float32))
     tokens = np.random.default_rng(0).integers(0, 3, (6, 48))  # two windows each
     write_tokens("tokens", {"train": tokens}, vocabulary=3)
     trainer = TrainerConfig(steps=4, batch_size=4, lr=1e-2, ema=0.9)
     fields = {"label_drop": 0.0, "mirror": False, "shift": 0, "stride": 0, "objective": "blocks"}
 
     def make(family="vit", *, partition=None, **changes):
-        data = "tokens" if "token" in CONFIGS[family].fields() else "data.npy"
+        of_field = {"token": "tokens", "text": "captions.npy", "label": "data.npy"}
+        data = next(of_field[name] for name in of_field if name in CONFIGS[family].fields())
         own = {"weighting": FAMILIES[family].weighting, "prior": PROCESSES[family], **fields}
         own["data"] = data
         own |= {name: changes.pop(name) for name in own if name in changes}

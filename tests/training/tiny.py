@@ -9,9 +9,18 @@ import pytest
 import torch
 
 from dbkernels.data.augment import mirror, shift
+from dbkernels.data.captions import CaptionedImages
 from dbkernels.data.images import ImageData
 from dbkernels.diffusion.gaussian import LogNormal
-from dbkernels.models import FAMILIES, ARConfig, DiTConfig, HuginnConfig, MDMConfig, ViTConfig
+from dbkernels.models import (
+    FAMILIES,
+    ARConfig,
+    DiTConfig,
+    HuginnConfig,
+    MDMConfig,
+    MMDiTConfig,
+    ViTConfig,
+)
 from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.trainer import Trainer
@@ -20,11 +29,13 @@ PRIOR = LogNormal()
 SIZES = {"dim": 16, "depth": 3, "num_heads": 2, "image_size": 4, "channels": 1, "num_classes": 3}
 DIT = DiTConfig(**SIZES)
 VIT = ViTConfig(**SIZES, patch=2, mlp_hidden=32, cond_dim=8)
+MMDIT = {name: SIZES[name] for name in ("dim", "depth", "num_heads", "image_size", "channels")}
 TEXT = {"dim": 16, "depth": 3, "num_heads": 2, "mlp_hidden": 32, "cond_dim": 8}
 TEXT |= {"length": 24, "vocabulary": 3}
 CONFIGS = {
     "vit": VIT,
     "dit": DIT,
+    "mmdit": MMDiTConfig(parallel=1, text_length=3, text_dim=5, pooled_dim=2, **MMDIT),
     "mdm": MDMConfig(**TEXT),
     "ar": ARConfig(**TEXT),
     "huginn": HuginnConfig(**TEXT, prelude=1, coda=1, recurrences=3, truncation=2),
@@ -61,6 +72,10 @@ def make_data(count=10, family="vit"):
         tokens = torch.minimum(*(fields["token"].made(count, random) for _ in range(2)))
         return Text(tokens, CONFIGS[family].vocabulary)
     images = torch.randn(count, 1, 4, 4, generator=random).numpy()
+    if "text" in fields:
+        return CaptionedImages(
+            images, *(fields[name].made(count, random).numpy() for name in ("text", "pooled"))
+        )
     return ImageData(images, torch.arange(count) % 3, 3)
 
 

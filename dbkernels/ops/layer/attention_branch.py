@@ -1,9 +1,11 @@
 """The attention branch of a layer, from its projection to queries, keys and values to its output.
 
-Its backward has three steps, so that a layer may let several streams share the one in the middle:
-`output_backward`, the attention's own gradients, and `heads_backward`.
+Several streams may share one attention, whose tokens are those of each in turn.
 """
 
+from collections.abc import Iterator, Sequence
+
+import torch
 from torch import Tensor
 
 from dbkernels.ops.dropout import drop
@@ -16,21 +18,64 @@ from dbkernels.ops.qk_norm_rotary import qk_norm_rotary_backward, qk_norm_rotary
 AFTER_ATTENTION, AFTER_MLP = 1, 2  # places of a layer's dropout; a second stream has the next two
 
 
-def attend_backward(call: LayerCall, da: Tensor, qkv: QKV, kept: Kept, grads: Gradients) -> QKV:
-    """dqkv, from the gradient of the branch's output.
+def attend(streams: Sequence[LayerCall], qkvs: Sequence[QKV]) -> tuple[Tensor, Tensor]:
+    """out (n, N of all streams, H d) and logsumexp."""
+    return attend_forward(streams[-1].options, *_heads_of_all(streams, qkvs))
+
+
+def attend_backward(
+    streams: Sequence[LayerCall],
+    das: Sequence[Tensor | None],
+    qkvs: Sequence[QKV],
+    kept: Sequence[Kept],
+    grads: Sequence[Gradients],
+) -> list[QKV]:
+    """dqkv of each stream, from the gradient of the branch's output, None where none is wanted.
 
     It is written over qkv where that is owned and queries and keys have no norm, whose backward
     reads qkv again. Where the attention was not kept, it is computed again.
     """
-    dqkv = gradient_buffer(call, qkv, kept)
-    by_head = heads(call, qkv)
-    attended, logsumexp = kept.pop("attended"), kept.pop("logsumexp")
+    dqkvs = [gradient_buffer(*each) for each in zip(streams, qkvs, kept, strict=True)]
+    seen = _heads_of_all(streams, qkvs)
+    attended, logsumexp = kept[-1].pop("attended"), kept[-1].pop("logsumexp")
     if attended is None:
-        attended, logsumexp = attend_forward(call.options, *by_head)
-    dattended = output_backward(call, da, attended, grads)
-    dqkv.write(*attend_gradients(call.options, dattended, *by_head, attended, logsumexp))
-    heads_backward(call, dqkv, qkv, grads)
-    return dqkv
+        attended, logsumexp = attend_forward(streams[-1].options, *seen)
+    dattended = [
+        output_backward(call, da, rows, own)
+        for call, da, rows, own in zip(streams, das, by_stream(attended, qkvs), grads, strict=True)
+        if da is not None
+    ]
+    dattended = dattended[0] if len(dattended) == 1 else torch.cat(dattended, 1)
+    _write(dqkvs, *attend_gradients(streams[-1].options, dattended, *seen, attended, logsumexp))
+    for call, dqkv, qkv, own in zip(streams, dqkvs, qkvs, grads, strict=True):
+        heads_backward(call, dqkv, qkv, own)
+    return dqkvs
+
+
+def by_stream(attended: Tensor, qkvs: Sequence[QKV]) -> Iterator[Tensor]:
+    """(n, N of all streams, H d) -> (n, N, H d) of each, one after another."""
+    for rows in attended.split([qkv.queries for qkv in qkvs], dim=1):
+        yield rows.contiguous()
+
+
+def _heads_of_all(streams: Sequence[LayerCall], qkvs: Sequence[QKV]) -> list[Tensor]:
+    """Queries, keys and values of all streams as the attention sees them."""
+    each = [heads(call, qkv) for call, qkv in zip(streams, qkvs, strict=True)]
+    return each[0] if len(each) == 1 else [_one_after_another(t) for t in zip(*each, strict=True)]
+
+
+def _one_after_another(heads: Sequence[Tensor]) -> Tensor:
+    """(n, H, tokens, d) each -> (n, H, all tokens, d), a view of (n, all tokens, H, d)."""
+    there = [t.transpose(1, 2) for t in heads if t.shape[2]] or [heads[0].transpose(1, 2)]
+    return (there[0] if len(there) == 1 else torch.cat(there, 1)).transpose(1, 2)
+
+
+def _write(dqkvs: Sequence[QKV], dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """The attention's gradients, of all streams, into those of each."""
+    queries, tokens = [d.queries for d in dqkvs], [d.qkv.shape[1] for d in dqkvs]
+    each = dq.split(queries, dim=2), dk.split(tokens, dim=2), dv.split(tokens, dim=2)
+    for dqkv, *own in zip(dqkvs, *each, strict=True):
+        dqkv.write(*own)
 
 
 def heads(call: LayerCall, qkv: QKV) -> list[Tensor]:

@@ -1,28 +1,29 @@
 """What a layer with cross-attention does with samples that run together, forward and backward."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dbkernels.ops.adaln_norm import adaln_norm_backward, adaln_norm_forward
 from dbkernels.ops.cross_attention import cross_attention_backward, cross_attention_forward
 from dbkernels.ops.gated_residual import gated_residual_backward, gated_residual_forward
-from dbkernels.ops.layer.attend import attend_forward
-from dbkernels.ops.layer.attention_branch import heads
+from dbkernels.ops.layer.attention_branch import attend, attend_backward
 from dbkernels.ops.layer.gradients import Gradients
 from dbkernels.ops.layer.linear import as_rows
 from dbkernels.ops.layer.mlp import mlp, mlp_backward
-from dbkernels.ops.layer.passes import Kind, attention_backward, first_norm
-from dbkernels.ops.layer.qkv import QKV
+from dbkernels.ops.layer.modulation import LayerModulation
+from dbkernels.ops.layer.passes import Kind, Streams, enter, enter_backward, qkv_of
 from dbkernels.ops.layer.recompute import POLICIES
-from dbkernels.ops.layer.tensors import Activations, Kept, LayerCall, LayerModulation
+from dbkernels.ops.layer.tensors import Activations, Kept, LayerCall
 
 
-def _write(call: LayerCall, out: Tensor) -> Activations:
+def _write(streams: Streams, outs: Sequence[Tensor]) -> list[Activations]:
+    (call,), (out,) = streams, outs
     w, options, mod, rows = call.weights, call.options, call.mod, call.by_sample
     keeps = POLICIES[options.recompute].keeps
-    y, stats1 = first_norm(call, mod.scale1, mod.shift1)
-    qkv = QKV.of(y, w.qkv, options.wanted)
-    attended, logsumexp = attend_forward(options, *heads(call, qkv))
+    qkv, stats1 = enter(call)
+    attended, logsumexp = attend(streams, (qkv,))
     a = w.out.of(attended)
 
     # nothing else sees x1 and x2, so the layer's output takes their place
@@ -37,10 +38,9 @@ def _write(call: LayerCall, out: Tensor) -> Activations:
     hidden = y.new_empty((len(as_rows(y)), w.fc1.width)) if "hidden" in keeps else None
     m = mlp(y, options.mlp, w.fc1, w.fc2, hidden=hidden)
     gated_residual_forward(rows(out), rows(m), mod.gate2, y=rows(out))
-    made = Activations(
-        stats1, *qkv, attended, logsumexp, a, stats2, hidden, m, q, kv, seen, of_seen, c
-    )  # fmt: skip
-    return made.only(keeps)
+    made = Activations(stats1, *qkv, attended, logsumexp, a, stats2, hidden, m)
+    of_cross = {"cross_q": q, "cross_kv": kv, "cross_attended": seen, "cross_logsumexp": of_seen}
+    return [made._replace(**of_cross, c=c).only(keeps)]
 
 
 def _by_head(call: LayerCall, q: Tensor, kv: Tensor) -> list[Tensor]:
@@ -65,9 +65,13 @@ def _after_attention(call: LayerCall, a: Tensor) -> Tensor:
 
 
 def _gradients(
-    call: LayerCall, dout: Tensor, kept: Kept, grads: Gradients
-) -> tuple[Tensor, Tensor]:
+    streams: Streams,
+    douts: Sequence[Tensor],
+    all_kept: Sequence[Kept],
+    all_grads: Sequence[Gradients],
+) -> tuple[list[Tensor], list[Tensor]]:
     """dx (B, T, D) and the gradient of the modulation."""
+    (call,), (dout,), (kept,), (grads,) = streams, douts, all_kept, all_grads
     dmodulation = torch.empty_like(call.modulation)
     dmod, rows, a = LayerModulation.of(dmodulation), call.by_sample, kept["a"]
     q, kv = kept.pop("cross_q"), kept.pop("cross_kv")
@@ -85,7 +89,10 @@ def _gradients(
     da = kept.buffer(a)
     gated_residual_backward(rows(dx1), rows(a), call.mod.gate1, dh=rows(da), dgate=dmod.gate1)
     del a, kept["a"]
-    return attention_backward(call, da, rows(dx1), dmodulation, kept, grads), dmodulation
+    qkv = qkv_of(call, kept)
+    (dqkv,) = attend_backward(streams, (da,), (qkv,), all_kept, all_grads)
+    dx = enter_backward(call, dqkv, dx1, kept.pop("stats1"), dmodulation, grads)
+    return [dx], [dmodulation]
 
 
 def _mlp_backward(

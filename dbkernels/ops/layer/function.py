@@ -34,8 +34,9 @@ from dbkernels.ops.layer.condition import (
     rows_of_modulation,
 )
 from dbkernels.ops.layer.flat import Form, flatten
-from dbkernels.ops.layer.linear import check_adapter
+from dbkernels.ops.layer.modulation import LayerModulation
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
+from dbkernels.ops.layer.shapes import check_weights
 from dbkernels.ops.layer.tensors import (
     AttentionKind,
     Context,
@@ -50,7 +51,6 @@ from dbkernels.settings import check_choice
 
 KEPT = len(tensors.Activations._fields)
 FIRST = 6  # place of the weights among what the function is given
-PROJECTIONS = ("qkv", "out", "fc1", "fc2", "cross_q", "cross_kv", "cross_out")
 
 # autograd
 
@@ -86,10 +86,10 @@ class _Layer(torch.autograd.Function):
         made_of = _made_of(told, modulation, parameters)
         other = None if context is None else Context(context, lengths)
         call = LayerCall(x, made_of, rotary, w, options, context=other)
-        out, kept = passes.forward(told.kind, call)
+        (out,), (kept,) = passes.forward(told.kind, (call,))
         scale, mean = None, None
         if POLICIES[options.recompute].narrow:
-            *run, scale, mean = passes.narrowed(call)
+            (*run, scale), mean = passes.narrowed(call), passes.subtracted(call)
         given = modulation, rotary, context, lengths
         ctx.save_for_backward(*given, *weights, *parameters, *kept, scale, mean, *run)
         ctx.mark_non_differentiable(*(branch for branch in (kept.a, kept.m) if branch is not None))
@@ -126,15 +126,15 @@ class _Layer(torch.autograd.Function):
         made_of = _made_of(ctx.told, modulation, parameters)
         dcontext = torch.empty_like(context) if needed[4] else None
         other = None if context is None else Context(context, lengths, dcontext)
-        call = LayerCall(x, made_of, rotary, w, options, scale, mean, other)
+        call = LayerCall(x, made_of, rotary, w, options, scale, mean=mean, context=other)
         if modulate is None:
             dmodulation = ModulationGradient(modulation)
         else:
             wanted = needed[2], *needed[end : end + count]
             dmodulation = ConditionGradient(made_of, wanted, ctx.autocast)
         with dtypes_as_they_are(dout.device.type):
-            dout = dout.contiguous()
-            dx = passes.backward(kind, call, dout, kept, gradients, dmodulation)
+            given = (dout.contiguous(),), (kept,), (gradients,), (dmodulation,)
+            (dx,) = passes.backward(kind, (call,), *given)
         dweights = form.apart(gradients, weights)
         if last:
             turn.is_done = True
@@ -246,9 +246,8 @@ def modulation_at(recompute: Recompute, modulation: Tensor | Condition) -> Tenso
 
 def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | None = None) -> Tensor:
     """The output (n, N, D) of a call whose tensors are checked, with its gradient."""
-    x, modulation, rotary, weights, options, _, _, context = call
-    x, modulate, parameters = x.contiguous(), None, ()
-    context, lengths, _ = context or Context(None, None)
+    (x, modulation, rotary, weights, options, *_), modulate, parameters = call, None, ()
+    x, (context, lengths, _) = x.contiguous(), call.context or Context(None, None)
     if isinstance(modulation, Condition):
         modulation, modulate, parameters = modulation
         stream = None  # whose runs hold the gates of earlier layers
@@ -261,7 +260,7 @@ def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | Non
         told, x, modulation, rotary, context, lengths, *flat, *parameters, *run
     )
     if stream is not None and options.wanted.is_all and out.requires_grad and a is not None:
-        mod = tensors.LayerModulation.of(modulation)
+        mod = LayerModulation.of(modulation)
         stream.extend(run, turn, out, mod.gate1, a, mod.gate2, m)
     return out
 
@@ -277,7 +276,7 @@ def _dropout(branches: float, attention: float, draw: Draw | None) -> Dropout | 
 
 def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
     """Shapes, dtypes and devices of one call, whose modulation has so many chunks of D."""
-    x, modulation, rotary, w, options, _, _, context = call
+    (x, modulation, rotary, w, options, *_), context = call, call.context
     of_tokens = isinstance(modulation, Condition)
     given = {"c": modulation.c} if of_tokens else {"modulation": modulation}
     given |= {} if context is None else {"context": context.tokens}
@@ -303,22 +302,8 @@ def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
         raise ValueError(f"head_dim must be at least 1, got {d}")
     check_head_width(x.device, d)
     checks.check_heads(*w.qk_norms, rotary, T, d)
-    first, hidden, dtype = len(w.fc1_weight), w.fc2_weight.shape[-1], w.qkv_weight.dtype
-    expected = LayerWeights(
-        (3 * H * d, D), (3 * H * d,), (D, H * d), (D,),
-        (2 * hidden if options.mlp == "swiglu" else hidden, D), (first,), (D, hidden), (D,),
-        (d,), (d,), *_shapes_of_cross(H * d, D, context),
-    )  # fmt: skip
-    for name, t, shape in zip(w._fields[:-1], w[:-1], expected[:-1], strict=True):
-        if shape is not None:
-            checks.check_shape(shape, **{name: t})
-        elif t is not None:
-            raise ValueError(f"{name} must be None in a layer without cross-attention, got one")
-        if t is not None and t.dtype != dtype:
-            raise ValueError(f"{name} must have the dtype of qkv_weight, {dtype}, got {t.dtype}")
-    for adapter in w.adapters:
-        check_choice("projection of an adapter", adapter.projection, PROJECTIONS)
-        check_adapter(adapter, getattr(w, f"{adapter.projection}_weight"))
+    C = None if context is None else context.tokens.shape[-1]
+    check_weights("", w, D, H * d, d, mlp=options.mlp, C=C)
 
 
 def _check_context(context: Context, B: int) -> None:
@@ -326,11 +311,3 @@ def _check_context(context: Context, B: int) -> None:
     if tokens.dim() != 3 or len(tokens) != B:
         raise ValueError(f"context must be (B, S, C) = ({B}, S, C), got {tuple(tokens.shape)}")
     check_lengths(lengths, tokens)
-
-
-def _shapes_of_cross(width: int, D: int, context: Context | None) -> list[tuple[int, ...] | None]:
-    """Of its weights, whose heads are so wide together; None where there is none."""
-    if context is None:
-        return [None] * 6
-    C = context.tokens.shape[-1]
-    return [(width, D), (width,), (2 * width, C), (2 * width,), (D, width), (D,)]

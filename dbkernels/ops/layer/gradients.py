@@ -36,7 +36,14 @@ class Gradients:
         names = iter(adapter_names(adapters))
         self._adapters = [(next(names), next(names), adapter) for adapter in adapters]
         self.parts = False  # whether all of it comes in parts, of some samples each
+        self.second: Gradients | None = None  # of a second attention's weights
         self.sums: dict[str, Tensor] = {}
+
+    def in_parts(self, parts: bool) -> None:
+        """Whether what comes next is of some samples alone."""
+        self.parts = parts
+        if self.second is not None:
+            self.second.in_parts(parts)
 
     def add_weight(self, name: str, dy: Tensor, x: Tensor, *, part: bool = False) -> None:
         """The weight's and its adapters' gradients, or the part that a chunk of tokens gives."""

@@ -1,5 +1,6 @@
 """What a parallel layer does with samples that run together, forward and backward."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,10 @@ from dbkernels.ops.layer.attention_branch import (
 from dbkernels.ops.layer.gradients import Gradients
 from dbkernels.ops.layer.linear import as_rows
 from dbkernels.ops.layer.mlp import mlp, mlp_backward
-from dbkernels.ops.layer.passes import Kind, first_norm
+from dbkernels.ops.layer.passes import Kind, Streams, first_norm
 from dbkernels.ops.layer.qkv import QKV
 from dbkernels.ops.layer.recompute import POLICIES
-from dbkernels.ops.layer.tensors import Activations, Kept, LayerCall
+from dbkernels.ops.layer.tensors import Activations, Kept
 
 
 class Modulation(NamedTuple):
@@ -36,7 +37,8 @@ class Modulation(NamedTuple):
         return cls(*modulation.chunk(3, dim=-1))
 
 
-def _write(call: LayerCall, out: Tensor) -> Activations:
+def _write(streams: Streams, outs: Sequence[Tensor]) -> list[Activations]:
+    (call,), (out,) = streams, outs
     w, options, mod = call.weights, call.options, Modulation.of(call.modulation)
     keeps = POLICIES[options.recompute].keeps
     y, stats = first_norm(call, mod.scale, mod.shift)
@@ -47,16 +49,21 @@ def _write(call: LayerCall, out: Tensor) -> Activations:
     w.out.add_of(attended, a)
     x, h, y = map(call.by_sample, (call.x, a, out))
     gated_residual_forward(x, h, mod.gate, y=y)
-    return Activations(stats, *qkv, attended, logsumexp, a, None, hidden, None).only(keeps)
+    made = Activations(stats, *qkv, attended, logsumexp, a, hidden=hidden)
+    return [made.only(keeps)]
 
 
 def _gradients(
-    call: LayerCall, dout: Tensor, kept: Kept, grads: Gradients
-) -> tuple[Tensor, Tensor]:
+    streams: Streams,
+    douts: Sequence[Tensor],
+    all_kept: Sequence[Kept],
+    all_grads: Sequence[Gradients],
+) -> tuple[list[Tensor], list[Tensor]]:
     """dx (B, T, D) and the gradient of the modulation.
 
     The MLP goes first: its hidden layer is gone before the attention's widest tensors are there.
     """
+    (call,), (dout,), (kept,), (grads,) = streams, douts, all_kept, all_grads
     w, options, rows = call.weights, call.options, call.by_sample
     dmodulation = torch.empty_like(call.modulation)
     mod, dmod = Modulation.of(call.modulation), Modulation.of(dmodulation)
@@ -95,7 +102,7 @@ def _gradients(
         rows(dx), rows(dy), dmod.scale, dmod.shift, options.norm1.centred,
     )  # fmt: skip
     dqkv.add_to(grads, dy)  # y is written over dy by now
-    return dx, dmodulation
+    return [dx], [dmodulation]
 
 
 PARALLEL = Kind("parallel_layer", _write, _gradients)

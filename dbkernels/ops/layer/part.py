@@ -60,6 +60,11 @@ class Wanted(NamedTuple):
     def is_all(self) -> bool:
         return self.samples is None and self.tokens is None
 
+    @property
+    def is_nothing(self) -> bool:
+        """Of a stream that is only keys and values for others."""
+        return self.tokens == 0
+
     def view(self, x: Tensor) -> Tensor:
         """Of (B, T, ...)."""
         return x[: self.samples, : self.tokens]

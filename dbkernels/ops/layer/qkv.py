@@ -19,6 +19,11 @@ class QKV(NamedTuple):
     qkv: Tensor
     """(B, T, 3 H d), or keys and values alone (B, T, 2 H d)."""
 
+    @property
+    def queries(self) -> int:
+        """N."""
+        return (self.qkv if self.q is None else self.q).shape[1]
+
     def by_head(self, heads: int) -> list[Tensor]:
         """(n or B, H, N or T, d) each, views."""
         there = [t for t in self if t is not None]
@@ -28,10 +33,10 @@ class QKV(NamedTuple):
 
     def write(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Gradients by head, as `by_head`, which lie token by token: side by side."""
-        parts = [t.transpose(1, 2).flatten(0, 1).flatten(1) for t in (dq, dk, dv)]
+        parts = [t.transpose(1, 2).flatten(2) for t in (dq, dk, dv)]
         if self.q is not None:
-            as_rows(self.q).copy_(parts.pop(0))
-        torch.cat(parts, dim=1, out=as_rows(self.qkv))
+            self.q.copy_(parts.pop(0))
+        torch.cat(parts, dim=2, out=self.qkv)
 
     def whole(self) -> Tensor:
         """(B, T, 3 H d), with zeros for the queries that are not there."""

@@ -49,14 +49,15 @@ class Policy:
 
 
 _ALL, _NOTHING = frozenset(Activations._fields), frozenset[str]()
-_ATTENDED = {"attended", "logsumexp", "cross_attended", "cross_logsumexp"}
-_QKV = {"q", "qkv", "cross_q", "cross_kv"}
+_ATTENDED = {"attended", "attended2", "cross_attended"}
+_ATTENDED |= {"logsumexp", "logsumexp2", "cross_logsumexp"}
+_MADE_AGAIN = {"hidden", "q", "qkv", "qkv2", "cross_q", "cross_kv"}
 
 POLICIES: dict[Recompute, Policy] = {
     "none": Policy(_ALL, 11, "nothing"),
     "attention": Policy(_ALL - _ATTENDED, 10, "the attention"),
     "mlp": Policy(_ALL - {"hidden"}, 7, "fc1"),
-    "qkv": Policy(_ALL - _QKV - {"hidden"}, 4, "fc1 and the projection to q, k and v"),
+    "qkv": Policy(_ALL - _MADE_AGAIN, 4, "fc1 and the projection to q, k and v"),
     "layer": Policy(_NOTHING, 1, "everything"),
     "layer_narrow": Policy(_NOTHING, 1, "everything, from x in the branches' dtype", narrow=True),
 }

@@ -18,6 +18,7 @@ from dbkernels.ops.dropout import Dropout
 from dbkernels.ops.gated_residual import gated_residual_forward
 from dbkernels.ops.layer.condition import Condition, rows_of_modulation
 from dbkernels.ops.layer.linear import Adapter, Linear, adapter_names, flat_adapters, with_adapters
+from dbkernels.ops.layer.modulation import LayerModulation, Layout, SecondModulation
 from dbkernels.ops.layer.part import Part, Wanted
 
 AttentionKind = Literal["full", "causal", "two_stream"]
@@ -118,27 +119,6 @@ class LayerWeights(NamedTuple):
         return self.with_tensors([None] * len(self.tensors()))
 
 
-class LayerModulation(NamedTuple):
-    """(samples, D) each, slices of one tensor, in the order of the published code."""
-
-    shift1: Tensor
-    scale1: Tensor
-    gate1: Tensor
-    shift2: Tensor
-    scale2: Tensor
-    gate2: Tensor
-
-    @classmethod
-    def of(cls, modulation: Tensor) -> "LayerModulation":
-        """Of (..., 6 D)."""
-        return cls(*modulation.chunk(6, dim=-1))
-
-    @property
-    def between(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate, scale and shift from the attention branch to the MLP."""
-        return self.gate1, self.scale2, self.shift2
-
-
 class LayerOptions(NamedTuple):
     """What a layer is told beside its tensors."""
 
@@ -154,6 +134,8 @@ class LayerOptions(NamedTuple):
     dropout: Dropout | None = None
     """What is left out; None is nothing."""
     attention: AttentionKind = "full"
+    layout: Layout = LayerModulation
+    """Of the modulation."""
 
     @property
     def streams(self) -> int:
@@ -178,26 +160,32 @@ class Activations(NamedTuple):
     """What one pass of a layer left behind; `recompute` says which of it is kept for the backward.
 
     n and N are the numbers of samples and tokens whose results are wanted: B and T where all are.
+    Where streams share one attention, the last of them has what it left behind.
     """
 
-    stats1: Tensor | None
+    stats1: Tensor | None = None
     """(samples, tokens, 2), mean and rstd of the first norm."""
-    q: Tensor | None
+    q: Tensor | None = None
     """(n, N, H d) where that is less than B or T, before the norm and the rotation; else None."""
-    qkv: Tensor | None
+    qkv: Tensor | None = None
     """(B, T, 3 H d), before the norm and the rotation; (B, T, 2 H d) beside q."""
-    attended: Tensor | None
-    """(n, N, H d), of the attention, before its projection out."""
-    logsumexp: Tensor | None
+    attended: Tensor | None = None
+    """(n, N, H d), of the attention, before its projection out; N of all streams that share it."""
+    logsumexp: Tensor | None = None
     """(n, H, N)"""
-    a: Tensor | None
+    a: Tensor | None = None
     """(n, N, D), output of the attention branch, without what dropout left out."""
-    stats2: Tensor | None
+    stats2: Tensor | None = None
     """(samples, tokens, 2), of the second norm, of what is wanted."""
-    hidden: Tensor | None
+    hidden: Tensor | None = None
     """(n * N, F), or 2 F for swiglu: the MLP's pre-activation without its bias."""
-    m: Tensor | None
+    m: Tensor | None = None
     """(n, N, D), output of the MLP, without what dropout left out."""
+    qkv2: Tensor | None = None
+    """As qkv, of a second attention of the stream with itself; so are the next three."""
+    attended2: Tensor | None = None
+    logsumexp2: Tensor | None = None
+    a2: Tensor | None = None
     cross_q: Tensor | None = None
     """(B, T, H d), queries of another sequence; what follows is None without cross-attention."""
     cross_kv: Tensor | None = None
@@ -248,14 +236,22 @@ class LayerCall(NamedTuple):
     options: LayerOptions
     scale: Tensor | None = None
     """(B, T, 1) float32, by which x was divided before it was narrowed; None is 1."""
+    second: LayerWeights | None = None
+    """Of a second attention, without an MLP; None is no such attention."""
     mean: Tensor | None = None
     """(B, T, 1) float32, which was subtracted from x before that; None is 0."""
     context: Context | None = None
     """Of cross-attention."""
 
     @property
-    def mod(self) -> LayerModulation:
-        return LayerModulation.of(self.modulation)
+    def mod(self) -> tuple[Tensor, ...]:
+        """By the names of its layout."""
+        return self.options.layout.of(self.modulation)
+
+    def alone(self) -> "LayerCall":
+        """The second attention's, of which each token sees those of its own stream."""
+        options = self.options._replace(layout=SecondModulation)
+        return self._replace(weights=self.second, rotary=None, options=options, second=None)
 
     def by_sample(self, t: Tensor) -> Tensor:
         return by_sample(t, len(self.modulation))
@@ -275,6 +271,7 @@ class LayerCall(NamedTuple):
         dtype: torch.dtype,
         tokens: int,
         modulation_of: Callable[[Part], Tensor] | None = None,
+        beside: int = 0,
     ) -> Iterator[tuple[Part, "LayerCall"]]:
         """Calls of a few samples each, one after another, with x in the dtype of the stream.
 
@@ -282,9 +279,10 @@ class LayerCall(NamedTuple):
             dtype:          of the stream
             tokens:         of a part, about
             modulation_of:  some samples; None computes it without a gradient
+            beside:         tokens of other streams that run with a sample of this one
         """
         modulation_of = modulation_of or self._modulation_of
-        for part in self.samples(tokens):
+        for part in self.samples(tokens, beside):
             x = part.of(self.x).to(dtype)
             if self.scale is not None:
                 x *= part.of(self.scale)
@@ -294,14 +292,21 @@ class LayerCall(NamedTuple):
             context = None if self.context is None else self.context.of(part)
             yield (
                 part,
-                LayerCall(x, modulation, self.rotary, self.weights, options, context=context),
+                self._replace(
+                    x=x,
+                    modulation=modulation,
+                    options=options,
+                    scale=None,
+                    mean=None,
+                    context=context,
+                ),
             )
 
-    def samples(self, tokens: int) -> Iterator[Part]:
-        """A few samples at a time, of about so many tokens together."""
+    def samples(self, tokens: int, beside: int = 0) -> Iterator[Part]:
+        """A few samples at a time, of about so many tokens together with those beside them."""
         (rows, T, _), streams = self.x.shape, self.options.streams
         B = rows // streams
-        for few in chunks(B, max(tokens // max(streams * T, 1), 1)):
+        for few in chunks(B, max(tokens // max(streams * T + beside, 1), 1)):
             yield Part(few.start, few.stop, B, streams)
 
     def all_samples(self) -> Part:
@@ -337,6 +342,12 @@ class Kept(dict[str, Tensor | None]):
         # whoever else had saved it is told, instead of reading a gradient for an activation
         torch.autograd.graph.increment_version(tensor)
         return tensor
+
+    def take_second(self) -> "Kept":
+        """What a second attention left behind, by the names of a first; it is here no more."""
+        names = ("qkv", "attended", "logsumexp")
+        taken = Activations(**{name: self.pop(f"{name}2") for name in names})
+        return Kept(taken, owned=self.owned)
 
 
 class Turn:

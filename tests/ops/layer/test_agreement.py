@@ -166,7 +166,7 @@ def test_a_channel_past_the_range_of_float16_is_not_lost(channel, norm):
 def test_narrowing_divides_by_a_power_of_two_where_a_token_does_not_fit():
     x = torch.tensor([[[3.0, -1.0], [65504.0, 1.0], [2e9, -2e9], [torch.inf, 0.0]]])
     options = LayerOptions(1, "gelu", *[NormOptions(0.0, False, F16)] * 2, 0.0, "layer_narrow")
-    kept, scale, _ = passes.narrowed(LayerCall(x, None, None, None, options))
+    kept, scale = passes.narrowed(LayerCall(x, None, None, None, options))
     assert kept.dtype == F16 and kept[0, :3].isfinite().all() and kept[0, 3].isinf().any()
     assert scale[..., 0].tolist() == [[1.0, 2.0, 2.0**16, 1.0]]
     call = LayerCall(kept, None, None, None, options, scale)

@@ -59,9 +59,10 @@ def test_one_token_or_none_agrees_too(samples, tokens, recompute, kind):
     assert_exact(layer.with_grads(recompute=recompute), layer.exact())
 
 
-# parts of two samples leave one of one, chunks of three tokens leave one of one or two
+# parts of four samples, or of two with another stream, leave one of one; chunks of three tokens
+# leave one of one or two
 @every_kind
-@pytest.mark.parametrize(("part", "chunk"), [(10, 3), (1, 5)])
+@pytest.mark.parametrize(("part", "chunk"), [(24, 3), (1, 5)])
 @pytest.mark.parametrize("options", [{**EACH, "norm": "rms"}, SHARED], ids=str)
 @pytest.mark.parametrize("recompute", EVERY_POLICY)
 def test_small_parts_of_samples_and_chunks_of_tokens_agree_too(
@@ -120,15 +121,14 @@ def test_keeps_the_units_that_its_docstring_counts(recompute, dtypes, kind):
     B, T, D, H = 2, 64, 192, 3
     layer = LAYERS[kind](B, T, D, H, hidden=4 * D, rotated=True, dtypes=dtypes)
     leaves = layer.leaves()
-    given = [*(t for name, t in leaves.items() if name != "x"), *layer.told()]
+    given = [*(t for name, t in leaves.items() if name not in ("x", "context.x")), *layer.told()]
     kept = saved_bytes(lambda: layer.run(leaves, recompute=recompute), but=given)
     x_dtype, _, dtype = dtypes
-    units, context, floats = layer.units(recompute)
     x_bytes = (dtype if recompute == "layer_narrow" else x_dtype).itemsize
-    elements = (units - 1) * B * T * D + context * B * layer.S * D
-    if kind == "cross" and recompute == "layer_narrow" and x_dtype != dtype:
-        floats += 1  # the mean of x
-    assert kept == elements * dtype.itemsize + B * T * (D * x_bytes + floats * 4)
+    assert kept == sum(
+        B * tokens * (D * (streams * x_bytes + branches * dtype.itemsize) + floats * 4)
+        for tokens, streams, branches, floats in layer.rows(recompute)
+    )
 
 
 @every_kind
@@ -156,7 +156,8 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(recompute, kind):
     y = layer.run(leaves := layer.leaves(), recompute=recompute).sum()
     with Ops() as all_of_them:
         expected = gradients(y, leaves)
-    alone = {name for name in names if name.endswith("_weight")} - {"q_weight", "k_weight"}
+    heads = ("q_weight", "k_weight")
+    alone = {name for name in names if name.endswith("_weight") and not name.endswith(heads)}
     for frozen in (*([name] for name in names), names[2:]):
         leaves = layer.leaves()
         for name in frozen:
@@ -186,16 +187,17 @@ def test_fake_tensors_have_its_shapes(recompute, kind):
                 given[name] = mode.from_tensor(t) if isinstance(t, torch.Tensor) else t
         leaves = layer.leaves()
         y = layer.run(leaves, recompute=recompute)
-        assert y.shape == leaves["x"].shape
+        assert y.shape == layer.run(leaves, layer.specification).shape
         assert all(g.shape == leaves[n].shape for n, g in gradients(y.sum(), leaves).items())
 
 
 OTHER_DTYPE = "must have the dtype of qkv_weight,"
 REJECTED = {
     "parallel": [
-        ("cross_q_bias", torch.zeros(24), "cross_q_bias must be None in a layer without cross-att"),
+        ("cross_q_bias", torch.zeros(24), "cross_q_bias must be None here, got a tensor"),
         ("modulation", torch.zeros(2, 144), r"\(B, 3 D\) = \(2, 72\) or .*, got \(2, 144\)"),
         ("modulation", torch.zeros(2, 4, 72), r"\(B, T, 3 D\) = \(2, 5, 72\), got \(2, 4, 72\)"),
+        ("rotary", torch.zeros(2, 4, 8), r"rotary must be \(2, T, d\) = \(2, 5, 8\)"),
     ],
     "cross": [
         ("modulation", torch.zeros(2, 72), r"\(B, 6 D\) = \(2, 144\) or .*, got \(2, 72\)"),
@@ -203,7 +205,7 @@ REJECTED = {
         ("context", torch.zeros(3, 6, 18), r"context must be .*, got \(3, 6, 18\)"),
         ("context", torch.zeros(2, 6, 17), r"cross_kv_weight must be \(48, 17\), got \(48, 18\)"),
         ("context", torch.zeros(2, 6, 18).int(), "context must be one of .*, got torch.int32"),
-        ("cross_q_weight", None, "cross_q_weight must be given, got None"),
+        ("cross_q_weight", None, r"cross_q_weight must be \(24, 24\), got None"),
         ("cross_out_weight", torch.zeros(24, 1), r"cross_out_weight must be \(24, 24\), got"),
         ("lengths", torch.tensor([7, 1]), "lengths must be from 0 to S = 6, got 1 to 7"),
         ("lengths", torch.tensor([6, -1]), "lengths must be from 0 to S = 6, got -1 to 6"),
@@ -212,8 +214,44 @@ REJECTED = {
         ("lengths", torch.zeros(2), r"no other mask is taken, got \(2,\) of torch.float32"),
         ("lengths", torch.zeros(2, device="meta").int(), "lengths must be on cpu, got meta"),
     ],
+    "joint": [
+        ("modulation", torch.zeros(2, 216), r"^modulation must be \(B, 6 D\) = \(2, 144\) or "),
+        (
+            "context.modulation",
+            torch.zeros(2, 5, 144),
+            r"context_modulation must be .* \(B, tokens, 6 D\) = \(2, 7, 144\), got \(2, 5, 144\)",
+        ),
+        ("context.x", torch.zeros(2, 24), r"context must be \(B, T, D\), got \(2, 24\)"),
+        ("context.x", torch.zeros(3, 7, 24), "context must have the samples of x, 2, got 3"),
+        (
+            "context.x",
+            torch.zeros(2, 7, 24).half(),
+            "context must have the dtype of x, torch.float32",
+        ),
+        (
+            "context.out_bias",
+            torch.zeros(1),
+            r"context_weights.out_bias must be \(24,\), got \(1,\)",
+        ),
+        ("context.fc1_weight", None, r"context_weights.fc1_weight must be .* got None"),
+        ("rotary", torch.zeros(2, 5, 8), r"rotary must be \(2, T, d\) = \(2, 12, 8\)"),
+        ("head_dim", 0, "head_dim must be at least 1, got 0"),
+    ],
+    "keys only": [
+        ("context.modulation", torch.zeros(2, 144), r"\(B, 2 D\) = \(2, 48\) or .* got \(2, 144\)"),
+        (
+            "context.fc2_bias",
+            torch.zeros(24),
+            "context_weights.fc2_bias must be None here, got a t",
+        ),
+    ],
+    "dual": [
+        ("modulation", torch.zeros(2, 144), r"^modulation must be \(B, 9 D\) = \(2, 216\) or "),
+        ("second.fc1_weight", torch.zeros(40, 24), "second_weights.fc1_weight must be None here"),
+        ("second.k_weight", None, "q_weight and k_weight must be given together, got one of them"),
+    ],
+    "dual, keys only": [],
 }
-TOLD = ("mlp", "norm", "recompute", "num_heads", "rotary", "lengths")
 ALL_REJECT = [
     ("mlp", "relu", "mlp must be one of gelu, gelu_exact, swiglu, got relu"),
     ("norm", "batch", "norm must be one of layer, rms, got batch"),
@@ -222,7 +260,6 @@ ALL_REJECT = [
     ("x", torch.zeros(2, 24), r"x must be \(B, T, D\), got \(2, 24\)"),
     ("fc2_weight", torch.zeros(25, 40), r"fc2_weight must be \(24, 40\), got \(25, 40\)"),
     ("k_weight", torch.zeros(8).half(), f"k_weight {OTHER_DTYPE} .* got torch.float16"),
-    ("rotary", torch.zeros(2, 4, 8), r"rotary must be \(2, T, d\) = \(2, 5, 8\)"),
 ]
 
 
@@ -233,6 +270,8 @@ ALL_REJECT = [
 )
 def test_rejects(kind, name, value, message):
     layer = LAYERS[kind](rotated=True)
-    (layer.options if name in TOLD else layer.tensors)[name] = value
+    (layer.options if name in {"recompute", "norm", "head_dim", *layer.options} else layer.tensors)[
+        name
+    ] = value
     with pytest.raises(ValueError, match=message):
         layer.run(layer.tensors)
