@@ -197,6 +197,20 @@ def flux(*, turned: bool) -> Case:
     return Case(block, (rows(B, T, D), rows(B, T + 2, D), rows(B, D), positions))
 
 
+def cross(*, masked: bool = True, **told) -> Case:
+    """PixArt's, whose text may be shorter in some samples."""
+    single = basic("ada_norm_single", attention_bias=True, cross_attention_dim=10, **told)
+    x, _, _, _, timestep = single.given
+    mask = torch.arange(4) < torch.tensor([1, 4, 3])[:, None, None]
+    return Case(single.module, (x, None, rows(B, 4, 10), mask if masked else None, timestep))
+
+
+def flux_single() -> Case:
+    kind = real("diffusers.models.transformers.transformer_flux").FluxSingleTransformerBlock
+    block = randomise(kind(D, H, D // H, mlp_ratio=1.5))
+    return Case(block, (rows(B, T, D), rows(B, 2, D), rows(B, D)))
+
+
 CASES = {
     "DiTBlock": dit_block,
     "DiTBlock, one c for all": one_condition_for_all,
@@ -234,6 +248,11 @@ CASES = {
     ),
     "FluxTransformerBlock": lambda: flux(turned=True),
     "FluxTransformerBlock, not turned": lambda: flux(turned=False),
+    "BasicTransformerBlock, cross": cross,
+    "BasicTransformerBlock, cross, affine, no mask": lambda: cross(
+        masked=False, norm_elementwise_affine=True, norm_eps=1e-3
+    ),
+    "FluxSingleTransformerBlock": flux_single,
 }
 
 
