@@ -180,6 +180,23 @@ def basic(norm_type: str, **told) -> Case:
     return Case(block, (rows(B, T, D), None, None, None, step, None, label))
 
 
+# diffusers' layers of two streams
+
+
+def joint(**told) -> Case:
+    kind = real("diffusers.models.attention").JointTransformerBlock
+    block = randomise(kind(D, H, D // H, **told))
+    return Case(block, (rows(B, T, D), rows(B, T + 2, D), rows(B, D)))
+
+
+def flux(*, turned: bool) -> Case:
+    kind = real("diffusers.models.transformers.transformer_flux").FluxTransformerBlock
+    block, angles = randomise(kind(D, H, D // H)), torch.randn(2 * T + 2, D // H // 2)
+    angles = angles.repeat_interleave(2, dim=-1)
+    positions = (angles.cos(), angles.sin()) if turned else None
+    return Case(block, (rows(B, T, D), rows(B, T + 2, D), rows(B, D), positions))
+
+
 CASES = {
     "DiTBlock": dit_block,
     "DiTBlock, one c for all": one_condition_for_all,
@@ -208,6 +225,15 @@ CASES = {
     "BasicTransformerBlock, single, affine": lambda: basic(
         "ada_norm_single", norm_elementwise_affine=True, norm_eps=1e-3
     ),
+    "JointTransformerBlock": joint,
+    "JointTransformerBlock, dual, qk-norm": lambda: joint(
+        qk_norm="rms_norm", use_dual_attention=True
+    ),
+    "JointTransformerBlock, pre-only, qk-norm": lambda: joint(
+        qk_norm="rms_norm", context_pre_only=True
+    ),
+    "FluxTransformerBlock": lambda: flux(turned=True),
+    "FluxTransformerBlock, not turned": lambda: flux(turned=False),
 }
 
 

@@ -2,6 +2,8 @@
 
 from dbkernels.convert.fused.basic_transformer_block import FusedBasicTransformerBlock
 from dbkernels.convert.fused.dit_block import FusedDiTBlock
+from dbkernels.convert.fused.flux_transformer_block import FusedFluxTransformerBlock
+from dbkernels.convert.fused.joint_transformer_block import FusedJointTransformerBlock
 from dbkernels.convert.fused.layer import FusedLayer
 from dbkernels.convert.fused.lightning_dit_block import FusedLightningDiTBlock
 from dbkernels.convert.fused.timm_block import FusedTimmBlock
@@ -11,4 +13,6 @@ KNOWN: tuple[type[FusedLayer], ...] = (
     FusedDiTBlock,
     FusedTimmBlock,
     FusedBasicTransformerBlock,
+    FusedJointTransformerBlock,
+    FusedFluxTransformerBlock,
 )

@@ -36,6 +36,8 @@ def check_same(layer: FusedLayer) -> None:
     if shapes[0] != shapes[1]:
         raise ValueError(f"results of {kind} must be {shapes[1]}, got {shapes[0]}")
     for actual, exact in zip(results, expected, strict=True):
+        if exact is None:
+            continue
         difference = (actual - exact).abs().max() / exact.abs().max()
         if not difference <= TOLERANCE:
             raise ValueError(
