@@ -6,7 +6,7 @@ another, the same network trained on end to end, and blocks that start from noth
 there is not trained again, and one that was cut short goes on. Updates are counted by layer; what
 all blocks share gets one from each block's step.
 
-    python benchmarks/conversion.py --data DIR --runs DIR --out benchmarks/results/NAME/FILE.jsonl
+    python benchmarks/conversion.py --data DIR --runs DIR --out FILE.jsonl
 
 --data is a directory of tokens, such as `tools/shakespeare.py` writes; the DiT learns digits.
 """

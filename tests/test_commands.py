@@ -59,6 +59,10 @@ ELSEWHERE = {
     "python benchmarks/noise.py --runs DIR --out benchmarks/results/NAME/noise.jsonl": (
         'bench("noise")'
     ),
+    "python examples/adopt.py --layer dit --recompute none": 'run("adopt.py"',
+    "python benchmarks/conversion.py --data DIR --runs DIR --out FILE.jsonl": (
+        'bench("conversion")'
+    ),
     "python examples/flow.py --steps 500 --out digits.png": 'run("flow.py"',
     "python benchmarks/run.py --quick": "run.main(asked, [job])",
     "python benchmarks/gpu_jobs.py [--rehearse] [PART ...]": "benchmarks/gpu_jobs.py",

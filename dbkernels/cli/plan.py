@@ -1,7 +1,7 @@
 """`python -m dbkernels plan`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from rich.table import Table
@@ -16,6 +16,7 @@ from dbkernels.models.registry import family_named
 from dbkernels.planning import search
 from dbkernels.planning.recipe import Recipe
 from dbkernels.planning.search import OP_SECONDS, SHARE, STATE
+from dbkernels.training.lora_config import Base, LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,14 @@ class Plan(OfPreset):
     """Memory of the device: a number and one of KiB, MiB, GiB, TiB, such as 24GiB."""
     target: str = "h100"
     """The device that is predicted: cpu, a100, h100, h200, b200."""
+    lora: int = 0
+    """Rank of adapters on every layer, which alone are trained then; 0 trains the network."""
+    lora_base: Base = LoraConfig.base
+    """Dtype of the frozen network below adapters."""
 
     def run(self) -> None:
         memory, recipe = bytes_from(self.memory), self.recipe(target_named(self.target))
+        recipe = replace(recipe, lora=LoraConfig(self.lora, base=self.lora_base))
         with ProgressBar("predicting", 0, "parts") as shown:
             answer = search.search(recipe, memory, partial(_tell, shown))
         if not answer.plans:
@@ -78,6 +84,7 @@ def rows_of(recipe: Recipe, memory: int, answer: search.Answer) -> Iterator[Row]
     """What limits end to end and the fastest plan, every plan, and the largest preset."""
     asked = ("family", "preset", "batch", "autocast", "target")
     common = {name: recipe.settings()[name] for name in asked}
+    common |= {"lora": recipe.lora.rank, "lora_base": recipe.lora.base}
     common |= {"memory": memory, "context": search.context_bytes(recipe.device)}
     # where end to end is another network, one block is still the diffusion
     whole = "one block" if family_named(recipe.family).conventional else "end to end"
@@ -109,6 +116,8 @@ def _command(recipe: Recipe) -> str:
         f"--accumulate {recipe.accumulate}": recipe.accumulate > 1,
         "--offload cpu --steps-per-swap 0": recipe.offload == "cpu",
         "--autocast": recipe.autocast,
+        f"--from NETWORK --lora {recipe.lora.rank}": recipe.lora.rank > 0,
+        f"--lora-base {recipe.lora.base}": recipe.lora != replace(recipe.lora, base="float32"),
     }
     return " ".join(["python -m dbkernels", *(flag for flag, given in flags.items() if given)])
 
@@ -120,6 +129,8 @@ def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
     whole, best = limits
     compute = "bfloat16" if whole["autocast"] else "float32"
     run = f"{whole['family']} {whole['preset']}, batch {whole['batch']}, {compute} compute"
+    if whole["lora"]:
+        run += f",\nadapters of rank {whole['lora']} on a base in {whole['lora_base']}"
     fits = whole["peak_reserved_bytes"] <= whole["memory"] - whole["context"]
     left = f"; {in_words(whole['context'])} are left to CUDA's context" if whole["context"] else ""
     first, second = plans[0]["command"].split(" --num-blocks")

@@ -21,6 +21,7 @@ from dbkernels.models.registry import FAMILIES, FamilyEntry, FamilyName, family_
 from dbkernels.models.start import Trained
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_number
+from dbkernels.training.lora_config import Base, LoraConfig
 from dbkernels.training.pending import Row
 from dbkernels.training.run import train
 from dbkernels.training.run_config import (
@@ -34,6 +35,10 @@ from dbkernels.training.same_run import DataChanged
 from dbkernels.training.stop import Stopped
 from dbkernels.training.trainer_config import TrainerConfig
 
+RANDOM_BASE = (
+    "adapters leave the network as it is, and this one's weights are random: give one that was "
+    "trained with --from"
+)
 LARGEST = 2**16  # of a model's sizes
 FAMILY_HELP = "; ".join(f"{name} {entry.summary}" for name, entry in FAMILIES.items()) + "."
 PRESET_HELP = "Sizes of the model by name; empty is the smallest. " + " ".join(
@@ -119,6 +124,14 @@ class Train:
     objective: Objective = "blocks"
     """blocks: each denoises. conventional: the network as it is trained without noise, end to
     end."""
+    lora: int = 0
+    """Rank of adapters on every layer, which alone are trained then; 0 trains the network."""
+    lora_alpha: float = LoraConfig.alpha
+    """They are added alpha / rank times; 0 is the rank."""
+    lora_targets: str = LoraConfig.targets
+    """Projections with an adapter: q, k, v or qkv, out, fc1, fc2, modulation."""
+    lora_base: Base = LoraConfig.base
+    """Dtype of the frozen network below adapters."""
     label_drop: float = 0.0
     """Share of labels or texts dropped in training, for classifier-free guidance."""
     mirror: bool = False
@@ -206,6 +219,7 @@ class Train:
             start=start,
             prior=prior,
             trainer=trainer,
+            lora=LoraConfig(self.lora, self.lora_alpha, self.lora_targets, self.lora_base),
             **{name: getattr(self, name) for name in as_given},
         )
 
@@ -225,6 +239,8 @@ class Train:
             config = self.config(trained)
             shown.total = config.trainer.steps * config.partition.num_blocks
             _warn_of_test(config)
+            if self.lora and not self.source:
+                warnings.warn(RANDOM_BASE, stacklevel=2)
             try:
                 trainer = train(
                     config,

@@ -46,9 +46,9 @@ class Fusion:
     element of a list."""
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} layers replaced"]
+        lines = [f"replaced: {len(self.replaced)}"]
         lines += [f"  {path}  {kind}" for path, kind in self.replaced]
-        lines += [f"{len(self.left)} modules left"]
+        lines += [f"left: {len(self.left)}"]
         lines += [f"  {path}  {kind}: {why}" for path, kind, why in self.left]
         return "\n".join(lines)
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from dbkernels.convert.checkpoint import load
 from dbkernels.convert.files import PICKLED
 from dbkernels.models.registry import FAMILIES, family_of
@@ -24,7 +26,10 @@ def open_trained(path: str | Path, *, num_heads: int | None = None) -> Trained:
     folder = path.is_dir() and not _is_run(path)
     if not folder and path.suffix not in (*PICKLED, ".safetensors"):
         return trained_run(path)
-    model = load(path, num_heads=None if folder else num_heads)
+    # what a file has no weights for is drawn, and has to be the same whenever the file is read
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = load(path, num_heads=None if folder else num_heads)
     entry = family_of(model)
     name = next(name for name, each in FAMILIES.items() if each is entry)
     return Trained(str(path), name, model.config, model.state_dict())

@@ -8,11 +8,11 @@ state dict an adapter lies in its projection, as layers.0.attention.qkv.adapters
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dbkernels.models.as_made import check_as_made, made_again
 from dbkernels.models.layer import KINDS, AdaLNLayer
@@ -76,41 +76,88 @@ def add_adapters(
             target or a number is unknown or given twice, or rank or alpha is out of range. The
             model is as it was then.
     """
-    found = _layers(model)
-    chosen = _chosen(found, layers)
+    chosen = _chosen(_layers(model), layers)
     check_targets(targets)
     check_number("rank", rank, 1)
     alpha = float(rank if alpha is None else alpha)
+    check_alpha(alpha)
+    places = [Place(n, t, _projection(layer, t)) for n, layer in chosen.items() for t in targets]
+    _add(model, [(place, rank, alpha) for place in places])
+
+
+def check_alpha(alpha: float) -> None:
+    """Refuse an alpha that is no finite number above 0.
+
+    Raises:
+        ValueError: it is not.
+    """
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha must be a finite number above 0, got {alpha}")
+
+
+class Numbers(NamedTuple):
+    """Of one adapter, as a file has them."""
+
+    down: Tensor
+    """A (r, D_in)"""
+    up: Tensor
+    """B (outputs, r)"""
+    alpha: float
+
+
+@torch.no_grad()
+def put_adapters(model: nn.Module, given: Mapping[tuple[str, str], Numbers]) -> None:
+    """`add_adapters` of numbers that are there, by the layer's name in the model and the target.
+
+    Raises:
+        ValueError: as `add_adapters`, or a shape is not that of its place.
+    """
+    layers, places = _layers(model), []
+    for name in dict.fromkeys(name for name, _ in given):
+        check_choice("layer", name, layers)
+        check_targets([target for layer, target in given if layer == name])
+    for (name, target), numbers in given.items():
+        place, rank = Place(name, target, _projection(layers[name], target)), len(numbers.down)
+        check_alpha(numbers.alpha)
+        shapes = (rank, place.projection.in_features), (_outputs(place)[1], rank)
+        got = tuple(numbers.down.shape), tuple(numbers.up.shape)
+        if got != shapes:
+            raise ValueError(f"A and B of {place.name} must be {shapes}, got {got}")
+        places.append((place, rank, numbers.alpha))
+    _add(model, places)
+    for (place, _, _), numbers in zip(places, given.values(), strict=True):
+        made = place.projection.get_submodule(CHILD)[place.target]
+        made.down.copy_(numbers.down)
+        made.up.copy_(numbers.up)
+
+
+def _add(model: nn.Module, places: Sequence[tuple[Place, int, float]]) -> None:
+    """Freeze a model and add adapters of a rank and an alpha each."""
     if first := next(adapters_in(model), None):
         raise ValueError(f"model must have no adapters yet, got {first[0].name}: remove them first")
-    places = [Place(n, t, _projection(layer, t)) for n, layer in chosen.items() for t in targets]
-    for place in places:
+    for place, rank, _ in places:
         most = min(place.projection.in_features, _outputs(place)[1])
         if rank > most:
             raise ValueError(f"rank must be at most {most}, the width of {place.name}, got {rank}")
-    for layer in chosen.values():
+    layers = _layers(model)
+    chosen = [layers[name] for name in dict.fromkeys(place.layer for place, _, _ in places)]
+    for layer in chosen:
         try:
             check_as_made(layer, layer._made)
         except RuntimeError as error:
             raise ValueError(str(error)) from None
     model.requires_grad_(False)
-    for place in places:
-        _add(place, rank, alpha)
-    for layer in chosen.values():
+    for place, rank, alpha in places:
+        weight, (start, outputs) = place.projection.weight, _outputs(place)
+        made = LowRank(
+            place.projection.in_features, outputs, rank,
+            alpha=alpha, start=start, dtype=checks.statistics_dtype(weight), device=weight.device,
+        )  # fmt: skip
+        if CHILD not in place.projection._modules:
+            place.projection.add_module(CHILD, nn.ModuleDict())
+        place.projection.get_submodule(CHILD)[place.target] = made
+    for layer in chosen:
         layer._made = made_again(layer, layer._made, KINDS)
-
-
-def _add(place: Place, rank: int, alpha: float) -> None:
-    weight, (start, outputs) = place.projection.weight, _outputs(place)
-    made = LowRank(
-        place.projection.in_features, outputs, rank,
-        alpha=alpha, start=start, dtype=checks.statistics_dtype(weight), device=weight.device,
-    )  # fmt: skip
-    if CHILD not in place.projection._modules:
-        place.projection.add_module(CHILD, nn.ModuleDict())
-    place.projection.get_submodule(CHILD)[place.target] = made
 
 
 def adapters_in(model: nn.Module) -> Iterator[tuple[Place, LowRank]]:

@@ -12,6 +12,7 @@ from dbkernels.models.baseline import Baseline, use_baseline
 from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.training.diffusion_blocks import Sharing
+from dbkernels.training.lora_config import NO_LORA, LoraConfig
 from dbkernels.training.partition import partition
 from dbkernels.training.run_config import Objective, PartitionConfig, RunConfig
 from dbkernels.training.trainer import Trainer
@@ -83,6 +84,8 @@ class Recipe:
     """Compute in bfloat16; parameters stay float32."""
     cuda_graphs: bool = False
     compile_stem_and_head: bool = False
+    lora: LoraConfig = NO_LORA
+    """Adapters, which alone are trained then."""
     data_parallel: int = 1
     """Devices that share a batch."""
     device: Target = TARGETS["h100"]
@@ -140,6 +143,7 @@ class Recipe:
             partition=PartitionConfig(self.num_blocks, layers, split, sharing=self.sharing),
             prior=entry.process_of(self.model),
             objective=self.objective,
+            lora=self.lora,
             trainer=TrainerConfig(
                 steps=STEPS, clip=0.0 if self.optimizer_in_backward else 1.0, **same
             ),

@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 
+import torch
+
 from dbkernels.memory.allocator import Target
 from dbkernels.memory.measure import Prediction
 from dbkernels.memory.tracker import CATEGORIES
@@ -167,14 +169,12 @@ def search(
         model = presets[name]
         small = replace(recipe, preset=name, model=model, num_blocks=model.depth, **least)
         jobs.append(partial(estimate, small))
-    one = replace(recipe, model=recipe.model.resized({"depth": 1}), num_blocks=1, **least)
-    jobs.append(partial(estimate, one))
     every: list[Found | Estimates] = []
     layers = PREDICTIONS * sum(depth // n for n in counts)
     for part in results(jobs, most=None if layers > ALONE else 1):
         every.append(part)
         told(len(every), len(jobs), part if isinstance(part, Found) else None)
-    found, of_presets, of_one = every[: len(counts)], every[len(counts) : -1], every[-1]["none"]
+    found, of_presets = every[: len(counts)], every[len(counts) :]
     needed = dict(zip(by_size, of_presets, strict=True))
     fits = (name for name in by_size if _smallest(needed[name].values()).peak_bytes <= limit)
     return Answer(
@@ -182,7 +182,7 @@ def search(
         plans=sorted((plan for each in found for plan in each.plans), key=attrgetter("seconds")),
         smallest=_smallest(each.smallest for each in found),
         largest=next(fits, None),
-        outside=outside_layers(found[0].whole, of_one, depth),
+        outside=outside_layers(found[0].whole),
     )
 
 
@@ -270,16 +270,23 @@ def _largest(
     return best
 
 
-def outside_layers(whole: Estimate, one: Estimate, depth: int) -> dict[str, int]:
+def outside_layers(whole: Estimate) -> dict[str, int]:
     """Bytes of the stem and the head, which no number of blocks divides: each of STATE.
 
     Args:
         whole:  of a model with all blocks on the device
-        one:    of the same model with one layer
-        depth:  layers of the model
     """
-    every, few = whole.by_category, one.by_category
-    return {name: few[name] - (every[name] - few[name]) // max(1, depth - 1) for name in STATE}
+    with torch.device("meta"):
+        model = whole.recipe.config().build("meta").model
+    inside = set(map(id, model.layers.parameters()))
+    every = [(id(p) in inside, p.nbytes, p.requires_grad) for p in model.parameters()]
+    trained = sum(size for _, size, learns in every if learns)
+    own = sum(size for within, size, learns in every if learns and not within)
+    return {
+        "parameters": sum(size for within, size, _ in every if not within),
+        # of which each number that is trained has the same
+        "optimizer": whole.by_category["optimizer"] * own // max(1, trained),
+    }
 
 
 def shares(plan: Estimate, outside: dict[str, int]) -> dict[str, int]:

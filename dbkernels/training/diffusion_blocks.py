@@ -163,23 +163,29 @@ class DiffusionBlocks(Evaluated):
 
     def idle(self) -> list[nn.Parameter]:
         """Parameters of layers that no block runs, which no step reads."""
-        read = {id(p) for block in self for p in self._parameters_of(block)}
+        read = set().union(*self._by_block().values())
         return [p for p in self.parameters() if id(p) not in read]
 
-    def _parameters_of(self, block: Block) -> list[nn.Parameter]:
-        """What the steps of a block read: its layers, and all that is in no layer."""
-        model = self.of(block)
-        running = {id(p) for index in block.layers for p in model.layers[index].parameters()}
-        left_out = {id(p) for p in model.layers.parameters()} - running
-        return [p for p in model.parameters() if id(p) not in left_out]
+    def _by_block(self) -> dict[str, set[int]]:
+        """Of what the steps of each block read, by its group: its layers, and all in no layer."""
+        parts: dict[int, tuple[list[set[int]], set[int]]] = {}
+        found = {}
+        for block in self:
+            model = self.of(block)
+            if id(model) not in parts:  # one walk through a large model, not one for each block
+                layers = [set(map(id, layer.parameters())) for layer in model.layers]
+                parts[id(model)] = layers, set(map(id, model.parameters())).difference(*layers)
+            layers, outside = parts[id(model)]
+            found[own_group(block)] = outside.union(*(layers[index] for index in block.layers))
+        return found
 
     def _read(self, *, trained: bool) -> tuple[dict[str, Parameters], Parameters]:
         """What the steps of one block alone read, by its group, and those of several."""
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad == trained]
-        read = {}
-        for block in self:
-            every = set(map(id, self._parameters_of(block)))
-            read[own_group(block)] = {name: p for name, p in named if id(p) in every}
+        read = {
+            group: {name: p for name, p in named if id(p) in every}
+            for group, every in self._by_block().items()
+        }
         times = Counter(name for parameters in read.values() for name in parameters)
         own = {g: {n: p for n, p in found.items() if times[n] == 1} for g, found in read.items()}
         return own, {n: p for found in read.values() for n, p in found.items() if times[n] > 1}

@@ -19,6 +19,7 @@ from dbkernels.models.start import Weights
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice, check_number
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing
+from dbkernels.training.lora_config import NO_LORA, LoraConfig
 from dbkernels.training.offload.offloader import check_offload
 from dbkernels.training.saved import require_types
 from dbkernels.training.trainer import Augment, Trainer
@@ -114,6 +115,8 @@ class RunConfig:
     of the model, which is the same however its text is cut, nor of an evaluation."""
     start: StartConfig = StartConfig()
     """The trained network that it starts from."""
+    lora: LoraConfig = NO_LORA
+    """Adapters, which alone are trained then."""
 
     def __post_init__(self):
         check_choice("convert", self.convert, get_args(Convert))
@@ -178,6 +181,7 @@ class RunConfig:
             # a teacher and its blocks must agree on what z means
             for name in model.target_parts:
                 getattr(model, name).requires_grad_(False)
+        self.lora.add_to(model, self.trainer.seed)
         # fake tensors cannot be moved, not even to where they are
         if next(model.parameters()).device != torch.device(device):
             model = model.to(device)
@@ -272,6 +276,7 @@ def config_of(saved: dict, version: object, path: Path) -> RunConfig:
             "prior": type(entry.process_of(model)),
             "trainer": TrainerConfig,
             "start": StartConfig,
+            "lora": LoraConfig,
         }
         config = RunConfig(**{k: nested[k](**v) if k in nested else v for k, v in saved.items()})
     except (AttributeError, KeyError, TypeError) as error:

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from dbkernels.data.dataset import as_data
 from dbkernels.data.images import Batch, Data, batch_indices
 from dbkernels.models import stem_and_head
+from dbkernels.ops.layer.gradients import is_quantized
 from dbkernels.ops.philox import Draw, stream_seed
 from dbkernels.training import pending
 from dbkernels.training.block_order import BlockOrder
@@ -296,8 +297,18 @@ class Trainer:
         )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that a checkpoint must hold: weights, their average, optimizer state."""
+        """Everything that a checkpoint must hold: weights, their average, optimizer state.
+
+        Raises:
+            ValueError: a weight has fewer bits than its dtype says, which no checkpoint holds.
+        """
         groups = self.groups.values()
+        for name, parameter in self.blocks.named_parameters():
+            if is_quantized(parameter):
+                kind = type(parameter).__name__
+                raise ValueError(
+                    f"a checkpoint has no place for {name} of {kind}: save the adapters alone"
+                )
         with self._alone:
             self.offloader.wait()
         weights = {name: p.detach() for name, p in self.blocks.named_parameters()}

@@ -1,16 +1,21 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from cli.runs import read_tree, refused
+from cli.runs import read_tree, refused, write_npz
 from training.tiny import make_older
 
 from dbkernels.cli.train import PartitionFlags
+from dbkernels.data.token_files import write_tokens
 from dbkernels.models import dit, family_named
+from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
-from dbkernels.training.run_config import PartitionConfig
+from dbkernels.training.run_config import PartitionConfig, read_config
+from dbkernels.training.trained import trained_run
 
 
 def test_says_what_it_trained(train, tmp_path):
@@ -135,6 +140,71 @@ def test_an_older_run_goes_on_with_the_flags_that_it_had(train, tmp_path, monkey
     for file in ("log.jsonl", "config.json", "checkpoints/step-00000006/model.safetensors"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert refused(train("vit --out out --resume latest"), "family: saved 'dit', current 'vit'")
+
+
+def test_a_run_starts_from_a_network_whose_sizes_it_has_and_goes_on_without_it(cli, runs):
+    whole = runs("dit --num-blocks 1 --patch 4 --save-every 2")
+    shutil.copytree(whole, "whole")
+    told = f"--data {whole.parent}/data.npz --steps 2 --batch-size 8 --device cpu"
+    line = f"train dit --out out --from whole --distill 0.5 --save-every 3 {told}"
+    assert cli(line).out == "trained 6 steps in 3 blocks: out\n"
+    config, source = (read_config(Path(name)) for name in ("out", "whole"))
+    assert config.model == source.model and config.model.patch == 4
+    assert (config.start.source, config.start.distill) == ("whole", 0.5)
+    first = checkpoint.load(Path("whole/checkpoints/step-00000002"))[0]["model"]
+    assert config.start.digest == trained_run(Path("whole")).digest
+    kept = checkpoint.load(Path("out/trained/step-00000000"))[0]["model"]
+    assert all(torch.equal(kept[n], first[f"model.{n}"]) for n in kept)
+    shutil.rmtree("whole")
+    shutil.copytree("out", "whole_run")
+    shutil.rmtree("out/checkpoints/step-00000006")
+    assert cli(f"{line} --resume latest").out == "trained 3 steps in 3 blocks: out\n"
+    file = "checkpoints/step-00000006/model.safetensors"
+    assert Path("out", file).read_bytes() == Path("whole_run", file).read_bytes()
+    other = cli(f"{line.replace('whole', 'else')} --resume latest")
+    assert refused(other, "start.source: saved 'whole', current 'else'")
+
+
+def test_blocks_of_a_language_model_keep_what_it_knows_unless_another_is_asked_for(runs, cli):
+    tokens = np.random.default_rng(0).integers(0, 3, (6, 48))
+    write_tokens("tokens", {"train": tokens}, vocabulary=3)
+    small = "--data tokens --length 8 --steps 1 --batch-size 2 --device cpu"
+    sizes = "--dim 16 --depth 3 --num-heads 2"
+    made = cli(f"train ar --out whole --objective conventional {small} {sizes} --read-out paper")
+    assert made.code == 0
+    for flags, expected in (
+        ("", ("through", "map_and_clean", "posterior", "deepest")),
+        ("--clean own --noise-order first", ("own", "map_and_clean", "posterior", "first")),
+        ("--objective conventional", ("own", "z", "paper", "first")),
+    ):
+        out = f"out{len(flags)}"
+        assert cli(f"train ar --out {out} --from whole {small} {flags}").code == 0
+        config = read_config(Path(out))
+        model = config.model
+        found = (model.clean, model.noisy_input, model.read_out, config.partition.noise_order)
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("vit --from whole", "family must be dit as in whole, got vit"),
+        ("dit --from whole --dim 32", "dim must be 16 as in whole/checkpoints/step-00000002, got"),
+        ("dit --from whole --preset digits", "preset must be left out with from, got digits"),
+        ("dit --from whole --process flow", "process must be gaussian as in whole/checkpoints/st"),
+        ("dit --from whole --data more.npz", "num_classes must be 3 as in whole/checkpoints/step"),
+        ("dit --from whole --distill 2", "distill must be from 0 to 1, got 2"),
+        ("dit --from whole.pt", "whole.pt must be a file, got none"),
+        ("dit --from none", "a run's directory must hold config.json, got none in none"),
+        ("dit --distill 0.5", "distill must be 0 for a run that starts from no trained network"),
+    ],
+)
+def test_a_network_that_a_run_cannot_start_from_is_refused(cli, runs, tmp_path, flags, message):
+    shutil.copytree(runs("dit --num-blocks 1"), "whole")
+    write_npz(tmp_path / "more.npz", classes=5)
+    told = "--data data.npz --steps 1 --batch-size 8 --device cpu --out out"
+    assert refused(cli(f"train {told} {flags}"), message)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_warning_is_one_line_beside_the_bar(train, monkeypatch):

@@ -2,14 +2,19 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, upstream_of
-from convert.fused_cases import CASES
+from convert.fused_cases import CASES, Rotary, dit_block, lightning, vit
+from convert.published import COND, D, H
+from ops.one_layer import saved_bytes
 from torch import nn
 
 from dbkernels.convert import fuse, unfuse
+from dbkernels.models.layer import AdaLNLayer
+from dbkernels.models.rotary import rotary_table
 from dbkernels.ops import POLICIES
 
 every_case = pytest.mark.parametrize("name", CASES)
@@ -89,3 +94,28 @@ def test_names_objects_and_bits_are_the_originals(name):
     unfuse(holder)
     assert holder[0] is module
     assert all(torch.equal(t, state[key]) for key, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize("recompute", POLICIES)
+@pytest.mark.parametrize("made", [dit_block, lightning, vit])
+def test_keeps_what_a_layer_of_this_package_keeps(made, recompute):
+    """Beside x and the parameters; no joined or permuted weight is kept."""
+    module, (x, *given) = made()
+    T = 49
+    x = torch.randn(2, T, D, requires_grad=True)
+    given = [t[:2] if isinstance(t, torch.Tensor) else Rotary(7, D // H) for t in given]
+    layer = fused(module, recompute)
+    config = replace(layer.config, recompute=recompute, cond_dim=COND)
+    like = AdaLNLayer(config)
+    rotary = rotary_table(torch.arange(T), D // H) if len(given) > 1 else None
+
+    def kept(run, module):
+        held = [x, *module.parameters(), *(t for t in given if isinstance(t, torch.Tensor))]
+        return saved_bytes(run, but=held)
+
+    mine = kept(lambda: layer(x, *given), layer)
+    theirs = kept(lambda: like(x, torch.ones(2, COND), rotary), like)
+    eager = kept(lambda: module(x, *given), module)
+    modulation = 2 * 6 * D * 4
+    assert mine <= theirs + modulation
+    assert mine < eager

@@ -26,7 +26,7 @@ def source(make_config, train):
 
     def make(family, *, without_noise=False, distill=0.0, **changes):
         how = CONVENTIONAL if without_noise else {"partition": {"num_blocks": 1}}
-        config = make_config(family, steps=3, ema=0.0, lr=0.05, **how)
+        config = make_config(family, steps=3, ema=0.5, lr=0.05, **how)
         train(config, SOURCE)
         start = StartConfig(str(SOURCE), trained_run(SOURCE).digest, distill)
         return replace(make_config(family, **changes), start=start)

@@ -20,6 +20,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from dbkernels.ops.layer.gradients import is_quantized
 from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks
 from dbkernels.training.offload.copy_stream import CopyStream
 from dbkernels.training.offload.memory import (
@@ -43,9 +44,15 @@ def open_offloader(
     Until it adopts a group it moves nothing.
 
     Raises:
-        ValueError: a block's steps read layers of others, or the disk has no room for the blocks.
+        ValueError: a block's steps read layers of others, the disk has no room for the blocks, or a
+            weight has fewer bits than its dtype says.
     """
     check_offload(config.offload, models.model.independent, len(models))
+    for name, parameter in models.named_parameters():
+        # its numbers and its scales lie in storages that its class alone knows
+        if config.offload != "none" and is_quantized(parameter):
+            kind = type(parameter).__name__
+            raise ValueError(f"offload must be none with {name} of {kind}, got {config.offload}")
     memory: OffloadMemory = CpuMemory(device)
     if config.offload == "disk":
         groups = models.groups().items()
