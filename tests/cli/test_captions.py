@@ -108,7 +108,7 @@ def test_latents_without_embeddings_of_all_the_text_are_numbers(cli, tmp_path):
             "convert must be none where data is no",
         ),
         (
-            "train mmdit --out out --data z.npy --num-heads 8",
+            "train mmdit --out out --data z.npy --steps 2 --num-heads 32",
             "a head must have a width that 4 divid",
         ),
         ("train mmdit --out out --data lonely.npy", "lonely_text.npy is missing"),

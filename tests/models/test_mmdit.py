@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models.tiny import CONFIGS, DRAW, SCALE, levels_of, make_batch, noisy, randomise
+from training.tiny import make_trainer, weights
 
 from dbkernels.data.augment import drop_conditions
 from dbkernels.models import MMDiT
@@ -150,7 +151,6 @@ def test_a_joint_layer_that_is_the_last_trains_of_the_text_its_keys_and_values_a
     model, batch, level = made
     for layers, whole in (((0, 1), False), ((1, 2), True)):
         model.zero_grad()
-        model.losses(DRAW, level, layers, batch)
         model.loss(DRAW, level, SCALE, layers, batch, levels_of(model)[1]).backward()
         text = model.layers[1].context
         q, k, v = (part.any().item() for part in text.attention.qkv.weight.grad.chunk(3))
@@ -158,6 +158,19 @@ def test_a_joint_layer_that_is_the_last_trains_of_the_text_its_keys_and_values_a
         assert (q, k, v) == (whole, True, True) and modulated == [True] * 2 + [whole] * 4
         for projection in (text.attention.out, text.mlp.fc1, text.mlp.fc2):
             assert projection.weight.grad.any() == projection.bias.grad.any() == whole
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_what_has_no_gradient_there_is_moved_by_the_decay_alone(decay):
+    trainer = make_trainer("mmdit", weight_decay=decay, lr=1e-2)  # a layer to a block
+    before = weights(trainer)
+    trainer.step_block(trainer.blocks[0])
+    names = [f"model.layers.0.context.{name}.weight" for name in ("attention.out", "mlp.fc2")]
+    for name in names:
+        expected = before[name] * (1 - 1e-2 * decay)
+        torch.testing.assert_close(weights(trainer)[name], expected, rtol=1e-6, atol=0)
+    qkv = "model.layers.0.context.attention.qkv.weight"
+    assert not torch.allclose(weights(trainer)[qkv], before[qkv] * (1 - 1e-2 * decay), atol=1e-4)
 
 
 @pytest.mark.parametrize(
