@@ -11,7 +11,8 @@ from dbkernels.models import registry
 
 Table = list[list[str]]
 MISSING = "–"
-WRITTEN = {"vit": "ViT", "dit": "DiT", "huginn": "Huginn"}  # no acronyms of capitals alone
+# no acronyms of capitals alone
+WRITTEN = {"vit": "ViT", "dit": "DiT", "mmdit": "MMDiT", "huginn": "Huginn"}
 FAMILIES = {name: WRITTEN.get(name, name.upper()) for name in registry.FAMILIES}
 LONG = {
     "end_to_end": "eager",
