@@ -2,15 +2,17 @@
 
 import copy
 import re
-from contextlib import contextmanager
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, upstream_of
-from convert.fused_cases import CASES, Rotary, dit_block, lightning, vit
-from convert.published import COND, D, H
+from convert.fused_cases import CASES, WIDE, Rotary, dit_block, lightning, vit
+from convert.published import COND, D
 from ops.one_layer import saved_bytes
 from torch import nn
 
@@ -101,6 +103,28 @@ def test_outputs_and_gradients_are_the_originals(name):
             assert_as_accurate_as_eager(where, actual, eager[key], exact[key])
 
 
+NARROW = {"bfloat16": nullcontext, "autocast": partial(torch.autocast, "cpu", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("narrow", NARROW)
+@pytest.mark.parametrize("made", [dit_block, lightning, vit])
+def test_is_as_accurate_as_eager_in_bfloat16(made, narrow):
+    errors = defaultdict(float)  # of several draws together, for those of one are a fluke
+    for _ in range(8):
+        module, given = made()
+        if narrow == "bfloat16":
+            module, given = module.bfloat16(), [as_floats(t, torch.Tensor.bfloat16) for t in given]
+        exact = results(*doubled(module, given))
+        with NARROW[narrow]():
+            each = results(fused(module), given), results(module, given)
+        for key, expected in exact.items():
+            assert each[0][key].dtype == each[1][key].dtype, key
+            for mine, found in zip((True, False), each, strict=True):
+                errors[key, mine] += float((found[key].double() - expected).square().mean())
+    for key in exact:
+        assert errors[key, True] <= 4 * errors[key, False], key
+
+
 @every_case
 def test_names_objects_and_bits_are_the_originals(name):
     module, _ = CASES[name]()
@@ -126,11 +150,11 @@ def test_keeps_what_a_layer_of_this_package_keeps(made, recompute):
     module, (x, *given) = made()
     T = 49
     x = torch.randn(2, T, D, requires_grad=True)
-    given = [t[:2] if isinstance(t, torch.Tensor) else Rotary(7, D // H) for t in given]
+    given = [t[:2] if isinstance(t, torch.Tensor) else Rotary(7, WIDE) for t in given]
     layer = fused(module, recompute)
     config = replace(layer.config, recompute=recompute, cond_dim=COND)
     like = AdaLNLayer(config)
-    rotary = rotary_table(torch.arange(T), D // H) if len(given) > 1 else None
+    rotary = rotary_table(torch.arange(T), WIDE) if len(given) > 1 else None
 
     def kept(run, module):
         held = [x, *module.parameters(), *(t for t in given if isinstance(t, torch.Tensor))]
