@@ -98,8 +98,9 @@ class Options(Program):
         for case in self.cases():
             for player in self.players(case):
                 forward, backward = of_layer(case, player, self.gpu(self.target))
-                name = " ".join(filter(None, (player.impl, player.recompute)))
-                print(f"{case.layer:<9} {name:<16} {forward or '–':>3} + {backward or '–'}")
+                layer = None if case.layer == "adaln" else case.layer
+                name = " ".join(filter(None, (layer, player.impl, player.recompute)))
+                print(f"{name:<16} {forward or '–':>3} + {backward or '–'}")
 
 
 def rows_of(case: LayerCase, players: Sequence[Competitor], options: Options) -> list[Row]:
