@@ -31,6 +31,7 @@ from dbkernels.models.layer import (
     initialise_branches,
     initialise_linear,
 )
+from dbkernels.models.low_rank import adapters_of
 from dbkernels.ops import reference_layers
 from dbkernels.ops.backend.checks import check_norm
 from dbkernels.ops.layer.cross import CHUNKS, cross_layer
@@ -189,4 +190,10 @@ class CrossLayer(nn.Module):
             for name, module in self.cross.named_children()
             for kind in ("weight", "bias")
         }
-        return branch_weights(self.attention, self.mlp)._replace(**cross)
+        weights = branch_weights(self.attention, self.mlp)
+        adapters = [
+            adapter
+            for name, module in self.cross.named_children()
+            for adapter in adapters_of(module, f"cross_{name}")
+        ]
+        return weights._replace(**cross, adapters=(*weights.adapters, *adapters))

@@ -11,7 +11,7 @@ from ops.one_layer import EVERY_POLICY, SAME_BITS, OneLayer, assert_same_bits
 from ops.row_ops import ATTENTION, BF16, F32, ROW_OPS_BY_NAME, TWO_STREAM, outputs_of
 
 from dbkernels import ops
-from dbkernels.ops import LayerWeights, reference
+from dbkernels.ops import reference
 from dbkernels.ops.layer.mlp import mlp
 
 pytestmark = pytest.mark.gpu
@@ -78,7 +78,8 @@ def test_a_branch_that_keeps_no_pre_activation_is_as_accurate_as_eager(shape, si
     B, T, D = size(shape, (2, 5, 32))
     w = OneLayer(1, 1, D, 1, hidden=4 * D, qk_norm=False, dtypes=(BF16,) * 3).weights
     y = (torch.randn(B, T, D) + 1).to(BF16)
-    exact = in_eager(y.double(), LayerWeights(*(None if t is None else t.double() for t in w)))
+    wide = w.with_tensors([t if t is None else t.double() for t in w.tensors()])
+    exact = in_eager(y.double(), wide)
     actual = mlp(y, "gelu", w.fc1, w.fc2, hidden=None)
     assert_as_accurate_as_eager("m", actual, in_eager(y, w), exact)
 
