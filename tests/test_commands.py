@@ -102,13 +102,16 @@ def said(path):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, capsys):
-    """A directory with what the pages' commands read: latents, text, and a row of the budgets."""
+    """A directory with what the pages' commands read: latents, text, embeddings, and budgets."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # to start other processes takes longer
     for suffix in ("", "_test"):
         np.save(f"latents{suffix}.npy", np.zeros((8, 4, 8, 8), dtype=np.float32))
         np.save(f"latents{suffix}_labels.npy", np.arange(8) % 2)
+        for end, shape in {"": (1, 8, 8), "_text": (3, 5), "_pooled": (6,)}.items():
+            np.save(f"captions{suffix}{end}.npy", np.ones((8, *shape), dtype=np.float32))
+    np.savez("prompts.npz", text=np.ones((1, 3, 5), "f4"), pooled=np.ones((1, 6), "f4"))
     for folder in ("plays", "benchmarks"):
         (tmp_path / folder).mkdir()
     for name in ("one", "two"):

@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dbkernels import MMDiT
 from dbkernels.diffusion.prediction import PREDICTIONS
 from dbkernels.diffusion.samplers import SAMPLERS
 from dbkernels.memory.budget import require_within
@@ -59,6 +61,18 @@ def test_a_flow_in_three_blocks_is_as_the_page_has_it():
     assert "meet at t = {:.3f} and {:.3f}".format(*lows) in page
     words = {name for names in PREDICTIONS.values() for name in names} | {*PREDICTIONS, *SAMPLERS}
     assert words <= set(re.findall(r"`(\w+)`", page))
+
+
+def test_a_model_of_texts_and_images_trains_as_the_page_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "texts_and_images.md").read_text()
+    for end, shape in {"": (1, 8, 8), "_text": (3, 5), "_pooled": (6,)}.items():
+        np.save(f"captions{end}.npy", np.ones((8, *shape), dtype=np.float32))
+    names = {}
+    exec(examples(page)[0].replace("steps=500", "steps=1"), names)
+    assert names["trainer"].step == 3
+    assert names["model"].config.fields()["text"].shape == (3, 5)
+    assert set(re.findall(r"^\| `(.*-\d+b|small)` \|", page, re.MULTILINE)) == set(MMDiT.presets)
 
 
 def test_the_readme_is_short():

@@ -11,7 +11,8 @@ from dbkernels.models import registry
 
 Table = list[list[str]]
 MISSING = "–"
-WRITTEN = {"vit": "ViT", "dit": "DiT", "huginn": "Huginn"}  # no acronyms of capitals alone
+# no acronyms of capitals alone
+WRITTEN = {"vit": "ViT", "dit": "DiT", "mmdit": "MMDiT", "huginn": "Huginn"}
 FAMILIES = {name: WRITTEN.get(name, name.upper()) for name in registry.FAMILIES}
 LONG = {
     "end_to_end": "eager",
@@ -261,6 +262,7 @@ COLUMNS = {
     "conversion": (
         Column("family", lambda row, _: FAMILIES[row["family"]]),
         Column("trained", lambda row, _: row["competitor"]),
+        Column("seeds", lambda row, _: str(row["seeds"])),
         _over_seeds("bits", "bits"),
         _over_seeds("at the most noise", "most_noise"),
         _over_seeds("down to the least level", "least"),

@@ -23,8 +23,9 @@ class Sample:
     run_dir: Positional[Path]
     """Directory of a run."""
     out: Path | None = None
-    """Images: a .png grid, one row per class, or an .npy of all (N, C, H, W), which latents need;
-    samples.png unless told otherwise. Text: a .txt; else it is printed as it is drawn."""
+    """Images: a .png grid, one row per class or prompt, or an .npy of all (N, C, H, W), which
+    latents need; samples.png unless told otherwise. Text: a .txt; else it is printed as it is
+    drawn."""
     batch: int = 64
     """Samples held in memory at a time; images are rounded up to 16, and no bit of them changes."""
     levels: int | None = None

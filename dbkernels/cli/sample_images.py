@@ -38,14 +38,15 @@ class ImageFlags:
     per_class: int | None = None
     """Images of each class, or of each prompt; 8 unless told otherwise."""
     prompts: Path | None = None
-    """Of a model of texts, an .npz of their embeddings: text (N, S, E) and, where the model has
-    them, pooled (N, P)."""
+    """Of a model of images and texts, an .npz of embeddings: text (N, S, E) and, where the model
+    has them, pooled (N, P)."""
     sampler: Sampler | None = None
     """euler, which it is unless told otherwise, evaluates once per level. heun corrects each step
     and evaluates twice; dpmpp_2m looks back at the last level, and evaluates once. These two need
     close levels."""
     guidance: float | None = None
-    """Scale of classifier-free guidance; by default 2 if training dropped labels, else 1 (none)."""
+    """Scale of classifier-free guidance; by default 2 if training dropped labels or texts, else 1
+    (none)."""
 
     def check(self, out: Path) -> None:
         """Refuse what no run can do."""
@@ -57,12 +58,12 @@ class ImageFlags:
             raise ValueError(f"guidance must be finite, got {self.guidance}")
 
     def guidance_of(self, label_drop: float) -> float:
-        """The scale for a run that dropped a share of its labels."""
+        """The scale for a run that dropped a share of its labels or texts."""
         if self.guidance is None:
             return 2.0 if label_drop else 1.0
         if self.guidance != 1 and not label_drop:
             raise ValueError(
-                "guidance must be 1 for a run that never dropped labels (--label-drop), "
+                "guidance must be 1 for a run that never dropped labels or texts (--label-drop), "
                 f"got {self.guidance}"
             )
         return self.guidance
@@ -79,7 +80,7 @@ def sample_images(
     grid: Spacing | Literal["auto"],
     seed: int,
 ) -> None:
-    """Draw the images of each class and write them.
+    """Draw the images of each class or prompt and write them.
 
     Args:
         config, blocks:  of the run

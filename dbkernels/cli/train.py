@@ -91,7 +91,8 @@ class Train:
     """Directory of the run: its configuration, log and checkpoints."""
     data: str = "digits"
     """digits (scikit-learn's), fashion (Debian's), or a path: a folder of images, .npz, CIFAR's or
-    IDX files, latents .npy; of text, a directory that tokenize wrote."""
+    IDX files, latents .npy; of images and texts, an .npy with embeddings beside it; of text, a
+    directory that tokenize wrote."""
     convert: Convert = "none"
     """Channels of a folder's images: grey or rgb makes all alike; none refuses any difference."""
     source: Annotated[str, tyro.conf.arg(name="from")] = ""

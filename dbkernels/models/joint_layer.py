@@ -253,7 +253,7 @@ def _weights(attention: Attention, mlp: MLP | None) -> LayerWeights:
     parameters = [getattr(each, kind, None) for each in projections for kind in ("weight", "bias")]
     norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     norms = [getattr(norm, "weight", None) for norm in norms]
-    return LayerWeights(*parameters, *norms, adapters_of_all(projections))
+    return LayerWeights(*parameters, *norms, adapters=adapters_of_all(projections))
 
 
 def _of_mlp(mlp: MLP | None) -> tuple[nn.Module | None, nn.Module | None]:

@@ -352,7 +352,7 @@ def branch_weights(attention: Attention, mlp: MLP) -> LayerWeights:
     norms = [None, None]
     if "q_norm" in attention._modules:
         norms = [attention.q_norm.weight, attention.k_norm.weight]
-    return LayerWeights(*parameters, *norms, adapters_of_all(projections))
+    return LayerWeights(*parameters, *norms, adapters=adapters_of_all(projections))
 
 
 def run_layers(

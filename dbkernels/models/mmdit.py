@@ -11,7 +11,7 @@ are those of Flux. The text was embedded before: no encoder is here. Every block
 embeddings anew, through its own layers alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dbkernels.data.captions import CaptionedImages, open_captions, read_prompts
+from dbkernels.data.formats import Images
 from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import Batch
 from dbkernels.data.made_up import Field
@@ -111,10 +112,7 @@ class MMDiTConfig(ImageConfig):
         _check_no_convert(convert)
         data = open_captions(source, split)
         self.check_fits(source, split, data.image_shape)
-        for name, array in data.arrays().items():
-            self._check_shape(f"{name} of {source}", name, array.shape[1:])
-        if self.pooled_dim and not data.pooled_dim:
-            raise ValueError(f"{source} must have pooled embeddings of its texts, got none")
+        self._check_of_text(source, data.arrays())
         return data
 
     def prompts(self, source: Path | None, device: torch.device | str) -> Batch:
@@ -124,21 +122,26 @@ class MMDiTConfig(ImageConfig):
             ValueError: there is no source, or it does not fit.
         """
         if source is None:
-            raise ValueError("prompts must be an .npz of embeddings for a model of texts, got none")
+            raise ValueError(
+                "prompts must be an .npz of embeddings for a model of images and texts, got none"
+            )
         found = read_prompts(source)
-        wanted = [name for name in self.fields() if name != "image"]
-        if list(found) != wanted:
-            raise ValueError(f"{source} must have {', '.join(wanted)}, got {', '.join(found)}")
-        for name, tensor in found.items():
-            self._check_shape(f"{name} of {source}", name, tuple(tensor.shape[1:]))
+        self._check_of_text(source, found)
         return {name: tensor.to(device) for name, tensor in found.items()}
 
-    def _check_shape(self, what: str, name: str, shape: tuple[int, ...]) -> None:
-        expected = self.fields()[name].shape if name in self.fields() else ()
-        if shape != expected:
+    def _check_of_text(self, source: str | Path, arrays: Mapping[str, Images | Tensor]) -> None:
+        """ValueError where the embeddings in a source are not those that the model is made for."""
+        wanted = {name: field.shape for name, field in self.fields().items() if name != "image"}
+        shapes = {name: tuple(a.shape[1:]) for name, a in arrays.items() if name != "image"}
+        made_for = "as the model is made for, got"
+        if list(shapes) != list(wanted):
             raise ValueError(
-                f"{what} must be (N, *{expected}), as the model is made for, got (N, *{shape})"
+                f"{source} must have {' and '.join(wanted)}, {made_for} {' and '.join(shapes)}"
             )
+        for name, shape in shapes.items():
+            if shape != wanted[name]:
+                sizes, own = (", ".join(map(str, ("N", *each))) for each in (wanted[name], shape))
+                raise ValueError(f"{name} of {source} must be ({sizes}), {made_for} ({own})")
 
     def fields(self) -> dict[str, Field]:
         """What a sample holds: an image or a latent, and the embeddings of its text."""

@@ -145,7 +145,7 @@ FAMILIES = {
         other_noise={"flow": Flow(), "vp": Timesteps()},
     ),
     "mmdit": FamilyEntry(
-        summary="generates images of texts",
+        summary="generates images from texts",
         model=mmdit.MMDiT,
         config=mmdit.MMDiTConfig,
         process=Flow(),

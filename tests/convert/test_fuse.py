@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from convert import published
-from convert.fused_cases import Network, dit_block, lightning, vit
+from convert.fused_cases import Network, basic, dit_block, lightning, vit
 from convert.published import D
 from convert.their_dit import DiT, losses
 from convert.variations import VARIATIONS
@@ -175,7 +175,11 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("made", [dit_block, lightning, vit])
+def single():
+    return basic("ada_norm_single", attention_bias=True)  # which has a parameter of its own
+
+
+@pytest.mark.parametrize("made", [dit_block, lightning, vit, single])
 @pytest.mark.parametrize("move", MOVES)
 def test_a_state_dict_loads_and_saves_as_that_of_the_original(move, made):
     given = made().given

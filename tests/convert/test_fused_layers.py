@@ -11,8 +11,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, upstream_of
-from convert.fused_cases import CASES, Rotary, dit_block, lightning, vit
-from convert.published import COND, D, H
+from convert.fused_cases import CASES, WIDE, Rotary, dit_block, lightning, vit
+from convert.published import COND, D
 from ops.one_layer import saved_bytes
 from torch import nn
 
@@ -150,11 +150,11 @@ def test_keeps_what_a_layer_of_this_package_keeps(made, recompute):
     module, (x, *given) = made()
     T = 49
     x = torch.randn(2, T, D, requires_grad=True)
-    given = [t[:2] if isinstance(t, torch.Tensor) else Rotary(7, D // H) for t in given]
+    given = [t[:2] if isinstance(t, torch.Tensor) else Rotary(7, WIDE) for t in given]
     layer = fused(module, recompute)
     config = replace(layer.config, recompute=recompute, cond_dim=COND)
     like = AdaLNLayer(config)
-    rotary = rotary_table(torch.arange(T), D // H) if len(given) > 1 else None
+    rotary = rotary_table(torch.arange(T), WIDE) if len(given) > 1 else None
 
     def kept(run, module):
         held = [x, *module.parameters(), *(t for t in given if isinstance(t, torch.Tensor))]

@@ -1,7 +1,9 @@
 """Which classes `fuse` knows: the first that knows a module reads it."""
 
 from dbkernels.convert.fused.basic_transformer_block import FusedBasicTransformerBlock
+from dbkernels.convert.fused.cross_transformer_block import FusedCrossTransformerBlock
 from dbkernels.convert.fused.dit_block import FusedDiTBlock
+from dbkernels.convert.fused.flux_single_block import FusedFluxSingleBlock
 from dbkernels.convert.fused.flux_transformer_block import FusedFluxTransformerBlock
 from dbkernels.convert.fused.joint_transformer_block import FusedJointTransformerBlock
 from dbkernels.convert.fused.layer import FusedLayer
@@ -15,4 +17,6 @@ KNOWN: tuple[type[FusedLayer], ...] = (
     FusedBasicTransformerBlock,
     FusedJointTransformerBlock,
     FusedFluxTransformerBlock,
+    FusedCrossTransformerBlock,
+    FusedFluxSingleBlock,
 )
