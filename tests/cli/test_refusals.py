@@ -49,7 +49,7 @@ BEFORE = {
             "train --lora 2 --lora-targets q,to_k",
             "target must be one of q, k, v, qkv, out, fc1",
         ),
-        ("train --lora-alpha 2", "lora must be at least 1 where lora_alpha or lora_targets is"),
+        ("train --lora-alpha 2", "lora must be at least 1 where lora_alpha, lora_targets or"),
         ("train --resume latest", "out must hold a checkpoint, got none"),
         ("train --resume nope", "nope is not a checkpoint"),
         ("train --device cuda", "device cuda needs an NVIDIA GPU"),

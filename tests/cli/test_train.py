@@ -45,7 +45,9 @@ def test_flags_reach_the_configuration(train, tmp_path):
 def test_adapters_alone_are_trained_and_their_base_is_said_to_be_random(train, tmp_path):
     outcome = train("dit --out out --lora 2 --lora-alpha 4 --lora-targets qkv,fc1")
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["lora"] == {"rank": 2, "alpha": 4.0, "targets": "qkv,fc1"}
+    assert config["lora"] == {
+        "rank": 2, "alpha": 4.0, "targets": "qkv,fc1", "base": "float32"
+    }  # fmt: skip
     assert "what they need is a network that was trained" in outcome.err
     assert train("dit --out plain").err.count("adapters") == 0
 

@@ -129,9 +129,11 @@ def test_a_base_of_8_bits_trains_where_it_is_and_nowhere_else():
         ((-1,), "lora must be at least 0, got -1"),
         ((2, -1.0), "lora_alpha must be at least 0, got -1.0"),
         ((2, 0.0, "q,w"), "target must be one of q, k, v, .*, got w"),
+        ((0, 0.0, "q,k,v,out", "bfloat16"), "at least 1 where .* lora_base is given, got 0"),
+        ((2, 0.0, "q", "float16"), "lora_base must be one of float32, bfloat16, got float16"),
         ((2, 0.0, ""), "target must be one of q, k, v, .*, got $"),
-        ((0, 1.0), "lora must be at least 1 where lora_alpha or lora_targets is given, got 0"),
-        ((0, 0.0, "q"), "lora must be at least 1 where lora_alpha or lora_targets is given, got 0"),
+        ((0, 1.0), "at least 1 where lora_alpha, lora_targets or lora_base is given, got 0"),
+        ((0, 0.0, "q"), "at least 1 where lora_alpha, lora_targets or lora_base is given, got 0"),
     ],
 )
 def test_rejects(told, message):

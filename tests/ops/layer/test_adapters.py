@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dbkernels.ops import Adapter, LayerWeights, adaln_layer, linear, reference
 from dbkernels.ops.backend.register import dry_run_on_gpu
 from dbkernels.ops.layer import passes
+from dbkernels.ops.layer.gradients import Gradients
 from dbkernels.ops.layer.linear import Linear
 from dbkernels.ops.layer.mlp import _has_epilogue
 
@@ -175,6 +176,17 @@ def test_keeps_nothing_and_makes_nothing_wider_than_its_rank(recompute):
         return made, kept
 
     assert made_and_kept(EVERY_TARGET) == made_and_kept(())
+
+
+def test_their_gradients_are_float32_sums_whatever_the_branches_run_in():
+    x, dy = torch.randn(5, 6).to(BF16), torch.randn(5, 4).to(BF16)
+    adapter = Adapter("fc", torch.randn(2, 6).to(BF16), torch.randn(4, 2).to(BF16), SCALE)
+    grads = Gradients(frozenset({"fc_down0", "fc_up0"}), BF16, [adapter])
+    for _ in range(2):
+        grads.add_weight("fc", dy, x)
+    z, dz = adapter.narrow(x).float(), adapter.narrow_back(dy).float()
+    torch.testing.assert_close(grads.sums["fc_up0"], 2 * dy.float().T @ z)
+    torch.testing.assert_close(grads.sums["fc_down0"], 2 * dz.T @ x.float())
 
 
 def test_a_gpu_takes_gelu_after_what_adapters_add():
