@@ -44,10 +44,12 @@ WHOLE = {"ar": "--objective conventional --num-blocks 1", "dit": "--num-blocks 1
 FITTED = "--num-blocks 3 --mean -0.55 --std 0.8 --sigma-max 8"  # as in text.py
 LIKE = "--clean through --noise-order deepest --noisy-input z_and_clean --read-out posterior"
 ALONE = "--next-token-weight 0"
+UNTRAINED, STILL = "3 blocks, untrained", "--lr 1e-12 --ema 0"  # after a step that moves nothing
 COMPETITORS = {  # by family and name; those with FROM start from the source
     ("ar", SOURCE): WHOLE["ar"],
     ("ar", "end to end, trained on"): f"{WHOLE['ar']} FROM",
     ("ar", "3 blocks from nothing"): f"{FITTED} {LIKE}",
+    ("ar", UNTRAINED): f"{FITTED} FROM {STILL}",
     ("ar", "3 blocks, alone"): f"{FITTED} FROM {ALONE}",
     ("ar", "3 blocks, distilled"): f"{FITTED} FROM {ALONE} --distill 1",
     ("ar", "3 blocks, clean loss"): f"{FITTED} FROM",
@@ -57,6 +59,7 @@ COMPETITORS = {  # by family and name; those with FROM start from the source
     ("dit", SOURCE): WHOLE["dit"],
     ("dit", "end to end, trained on"): f"{WHOLE['dit']} FROM",
     ("dit", "3 blocks from nothing"): "--num-blocks 3",
+    ("dit", UNTRAINED): f"--num-blocks 3 FROM {STILL}",
     ("dit", "3 blocks, alone"): "--num-blocks 3 FROM",
     ("dit", "3 blocks, half distilled"): "--num-blocks 3 FROM --distill 0.5",
     ("dit", "3 blocks, distilled"): "--num-blocks 3 FROM --distill 1",
@@ -118,15 +121,17 @@ class Conversion:
         return self.runs / "-".join([family, *words, str(self._updates(family, name)), str(seed)])
 
     def _updates(self, family: str, name: str) -> int:
-        return self.source_updates[family == "dit"] if name == SOURCE else self.updates
+        if name == SOURCE:
+            return self.source_updates[family == "dit"]
+        return 1 if name == UNTRAINED else self.updates
 
     def flags(self, family: str, name: str, source: str = "SOURCE") -> list[str]:
         """Of the run that is trained, but for its seed and its place."""
         starts = _starts(family, name)
         rate = f"{GENTLE[family]} {ON}" if starts else RATE
         sizes = "" if starts else SIZES[family]
-        line = f"{family} {sizes} {BATCH[family]} {rate} {COMPETITORS[family, name]}"
-        words = shlex.split(f"{line} --steps {self._updates(family, name)}")
+        line = f"{family} {sizes} {BATCH[family]} {rate} --steps {self._updates(family, name)}"
+        words = shlex.split(f"{line} {COMPETITORS[family, name]}")
         at = words.index("FROM") if starts else len(words)
         return [*words[:at], *(["--from", source] if starts else []), *words[at + 1 :]]
 

@@ -63,7 +63,11 @@ ELSEWHERE = {
     "python benchmarks/conversion.py --data DIR --runs DIR --out FILE.jsonl": (
         'bench("conversion")'
     ),
+    "python examples/finetune_dit.py --weights DiT-XL-2-256x256.pt --data latents.npy": (
+        'run("finetune_dit.py"'
+    ),
     "python examples/flow.py --steps 500 --out digits.png": 'run("flow.py"',
+    "python examples/lora_blocks.py --steps 200 --out adapters": 'run("lora_blocks.py"',
     "python benchmarks/run.py --quick": "run.main(asked, [job])",
     "python benchmarks/gpu_jobs.py [--rehearse] [PART ...]": "benchmarks/gpu_jobs.py",
     "python benchmarks/gpu_table.py FOLDER": "benchmarks/gpu_table.py",

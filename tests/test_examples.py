@@ -2,10 +2,16 @@
 
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from dbkernels import DiT
+from dbkernels.convert import load, save_as
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -28,6 +34,13 @@ def test_a_flow_is_trained_in_blocks_and_draws_digits(run, tmp_path):
     assert Image.open(tmp_path / "digits.png").size == (8 * 64, 10 * 64)
 
 
+def test_adapters_of_two_blocks_are_trained_apart_and_merge(run, tmp_path):
+    lines = run("lora_blocks.py", steps=1, rank=2).splitlines()
+    assert [line[:7] for line in lines[:2]] == ["block 0", "block 1"]
+    assert lines[2].startswith("wrote adapters: 72 adapters of rank 2")
+    assert (tmp_path / "adapters/adapter_config.json").exists()
+
+
 def test_a_model_trains_as_before_and_keeps_less_once_it_is_fused(run):
     sizes = {"dim": 24, "heads": 2, "depth": 2, "tokens": 30, "batch": 2, "steps": 2}
     before, *report, after = run("adopt.py", **sizes).splitlines()
@@ -37,6 +50,25 @@ def test_a_model_trains_as_before_and_keeps_less_once_it_is_fused(run):
     )
     assert loss == same_loss
     assert float(less) < 0.7 * float(kept)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_a_published_dit_is_fine_tuned_and_given_back(num_blocks, run, tmp_path):
+    torch.manual_seed(1)
+    published = replace(DiT.preset("digits"), depth=4, process="vp", prediction="epsilon")
+    save_as(model := DiT(published), "theirs.pt", "dit")
+    told = {"weights": Path("theirs.pt"), "data": "digits", "num_heads": published.num_heads}
+    said = run("finetune_dit.py", **told, num_blocks=num_blocks, steps=2, batch_size=4)
+    if num_blocks == 2:
+        assert said == "wrote 8 samples of 2 blocks: finetuned.npy\n"
+        assert np.isfinite(np.load("finetuned.npy")).all()
+        return
+    assert said == "wrote finetuned.pt, which the published code loads\n"
+    tuned = load("finetuned.pt", num_heads=published.num_heads)
+    moved = [
+        not torch.equal(*each) for each in zip(tuned.parameters(), model.parameters(), strict=True)
+    ]
+    assert any(moved) and tuned.config == model.config
 
 
 def test_every_example_is_run_here():

@@ -262,6 +262,7 @@ COLUMNS = {
     "conversion": (
         Column("family", lambda row, _: FAMILIES[row["family"]]),
         Column("trained", lambda row, _: row["competitor"]),
+        Column("seeds", lambda row, _: str(row["seeds"])),
         _over_seeds("bits", "bits"),
         _over_seeds("at the most noise", "most_noise"),
         _over_seeds("down to the least level", "least"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dbkernels.convert.diffusers_names import names_of
 from dbkernels.convert.dit_names import published_name
-from dbkernels.models.adapter import TARGETS, Numbers, adapters_in
+from dbkernels.models.adapter import Numbers, adapters_in, places_in
 from dbkernels.models.dit import DiT
 from dbkernels.settings import check_choice
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
@@ -24,7 +24,7 @@ STACKS: dict[str, Names] = {
     "layers": "own", "blocks": "dit", "transformer_blocks": "diffusers"
 }  # fmt: skip
 PARTS = ("q", "k", "v")
-Key = tuple[str, str]  # a layer's name in the model, and a target
+Key = tuple[str, str]  # part and target of a `Place`
 
 
 def adapters_by_name(
@@ -42,19 +42,22 @@ def adapters_by_name(
     for number in layers or ():
         if number not in range(depth):
             raise ValueError(f"layers must be 0 to {depth - 1}, got {number}")
-    wanted = {f"{prefix}layers.{i}" for i in (range(depth) if layers is None else layers)}
+    wanted = set(range(depth) if layers is None else layers)
     found: dict[str, dict[str, Numbers]] = {}
+    paths: dict[tuple[str, str], str] = {}
     for place, adapter in adapters_in(model):
-        if place.layer in wanted:
+        part = place.part.removeprefix(prefix)
+        if int(part.split(".")[1]) in wanted:
             numbers = Numbers(adapter.down.detach(), adapter.up.detach(), adapter.alpha)
-            found.setdefault(place.layer.removeprefix(prefix), {})[place.target] = numbers
+            found.setdefault(part, {})[place.target] = numbers
+            paths[part, place.target] = f"{part}.{place.path}"
     if not found:
         which = "" if layers is None else f" in layers {', '.join(map(str, layers))}"
         raise ValueError(f"model must have adapters{which}, got none")
     return {
         name: numbers
-        for layer, targets in found.items()
-        for name, numbers in _named(layer, targets, system).items()
+        for part, targets in found.items()
+        for name, numbers in _named({t: paths[part, t] for t in targets}, targets, system).items()
     }
 
 
@@ -68,11 +71,11 @@ def places_of(model: nn.Module, numbers: Mapping[str, Numbers], where: Path) -> 
     system = system_of(numbers, where)
     _check_names(family, system)
     known: dict[str, Key] = {}
-    for index in range(len(family.layers)):
-        for target, (projection, _) in TARGETS.items():
-            for name, own in _modules(f"layers.{index}.{projection}", system).items():
-                if own == target or (own is None and target not in PARTS):
-                    known[name] = f"{prefix}layers.{index}", target
+    for place in places_in(model):
+        projection = f"{place.part}.{place.path}".removeprefix(prefix)
+        for name, own in _modules(projection, system).items():
+            if own == place.target or (own is None and place.target not in PARTS):
+                known[name] = place.part, place.target
     for name in numbers:
         if name not in known:
             kind = type(family).__name__
@@ -116,17 +119,19 @@ def _modules(projection: str, system: Names) -> dict[str, str | None]:
     return dict(zip(names, PARTS, strict=True)) if len(names) == 3 else {names[0]: None}
 
 
-def _named(layer: str, targets: Mapping[str, Numbers], system: Names) -> dict[str, Numbers]:
-    """The adapters of one layer by their modules' names."""
+def _named(
+    paths: Mapping[str, str], targets: Mapping[str, Numbers], system: Names
+) -> dict[str, Numbers]:
+    """The adapters of one part of a layer by their modules' names, from their projections'."""
     found, parts = {}, {target: targets[target] for target in PARTS if target in targets}
-    for target, (projection, _) in TARGETS.items():
-        if target not in targets or target in PARTS:
+    for target, numbers in targets.items():
+        if target in PARTS:
             continue
-        modules, numbers = _modules(f"{layer}.{projection}", system), targets[target]
+        modules = _modules(paths[target], system)
         for rows, name in zip(numbers.up.chunk(len(modules)), modules, strict=True):
             found[name] = numbers._replace(up=rows)
     if parts:
-        modules = _modules(f"{layer}.attention.qkv", system)
+        modules = _modules(paths[next(iter(parts))], system)
         if len(modules) > 1:
             found |= {name: parts[part] for name, part in modules.items() if part in parts}
         else:

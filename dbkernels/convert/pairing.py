@@ -25,7 +25,8 @@ def halves_of_neighbours(d: int, heads: int = 1) -> Tensor:
     """
     if d < 2 or d % 2:
         raise ValueError(f"d must be even to be paired, got {d}")
-    return torch.arange(heads * d).view(heads, d // 2, 2).transpose(1, 2).flatten()
+    rows = torch.arange(heads * d, device="cpu")
+    return rows.view(heads, d // 2, 2).transpose(1, 2).flatten()
 
 
 def neighbours_of_halves(d: int, heads: int = 1) -> Tensor:
@@ -44,7 +45,7 @@ def qkv_by_halves(d: int, heads: int) -> Tensor:
         ValueError: d is odd.
     """
     width, order = heads * d, halves_of_neighbours(d, heads)
-    return torch.cat([order, order + width, torch.arange(2 * width, 3 * width)])
+    return torch.cat([order, order + width, torch.arange(2 * width, 3 * width, device="cpu")])
 
 
 def table_by_halves(cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from dbkernels.models.adapter import add_adapters, merge_adapters, remove_adapters
 from dbkernels.models.ar import AR, ARConfig
+from dbkernels.models.cross_layer import CrossConfig, CrossLayer
 from dbkernels.models.dit import DiT, DiTConfig
 from dbkernels.models.family import Family
 from dbkernels.models.huginn import Huginn, HuginnConfig
@@ -19,6 +20,8 @@ __all__ = [
     "MDM",
     "ARConfig",
     "AdaLNLayer",
+    "CrossConfig",
+    "CrossLayer",
     "DiT",
     "DiTConfig",
     "Family",

@@ -5,23 +5,25 @@
 Hu et al. 2021 (arXiv:2106.09685), LoRA. A starts as `nn.Linear` does, kaiming uniform with
 a = sqrt 5, and B at zero, as in peft: a model computes the same until something is trained. In a
 state dict an adapter lies in its projection, as layers.0.attention.qkv.adapters.q.down (A) and .up.
+A layer of two streams has the same targets in each, and in its second attention.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dbkernels.models.as_made import check_as_made, made_again
-from dbkernels.models.layer import KINDS, AdaLNLayer
+from dbkernels.models.joint_layer import JointLayer, Keys
+from dbkernels.models.layer import AdaLNLayer, Attention
 from dbkernels.models.low_rank import CHILD, LowRank
 from dbkernels.models.parallel_layer import ParallelLayer
 from dbkernels.ops.backend import checks
 from dbkernels.ops.layer.gradients import is_quantized
 from dbkernels.settings import check_choice, check_number
 
+Layer = AdaLNLayer | ParallelLayer | JointLayer
 # the projection of each, and which third of its outputs; None is all
 TARGETS: dict[str, tuple[str, int | None]] = {
     "q": ("attention.qkv", 0),
@@ -39,16 +41,24 @@ DEFAULT = ("q", "k", "v", "out")  # as in the libraries' own scripts
 class Place(NamedTuple):
     """Where an adapter stands, or may stand."""
 
-    layer: str
-    """The layer's name in the model."""
+    part: str
+    """Name in the model of the layer, or of one stream of it, or of its second attention."""
     target: str
     """A key of TARGETS."""
     projection: nn.Linear
+    path: str
+    """The projection's name in that part."""
 
     @property
     def name(self) -> str:
         """Of the adapter, for errors."""
-        return f"{self.target} of {self.layer}" if self.layer else self.target
+        return f"{self.target} of {self.part}" if self.part else self.target
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """The first output that the adapter is added to, and how many."""
+        width, third = self.projection.out_features, TARGETS[self.target][1]
+        return (0, width) if third is None else (third * (width // 3), width // 3)
 
 
 def add_adapters(
@@ -81,7 +91,7 @@ def add_adapters(
     check_number("rank", rank, 1)
     alpha = float(rank if alpha is None else alpha)
     check_alpha(alpha)
-    places = [Place(n, t, _projection(layer, t)) for n, layer in chosen.items() for t in targets]
+    places = [place for place in _places(chosen) if place.target in targets]
     _add(model, [(place, rank, alpha) for place in places])
 
 
@@ -107,19 +117,20 @@ class Numbers(NamedTuple):
 
 @torch.no_grad()
 def put_adapters(model: nn.Module, given: Mapping[tuple[str, str], Numbers]) -> None:
-    """`add_adapters` of numbers that are there, by the layer's name in the model and the target.
+    """`add_adapters` of numbers that are there, by the part and the target of each `Place`.
 
     Raises:
         ValueError: as `add_adapters`, or a shape is not that of its place.
     """
-    layers, places = _layers(model), []
-    for name in dict.fromkeys(name for name, _ in given):
-        check_choice("layer", name, layers)
-        check_targets([target for layer, target in given if layer == name])
-    for (name, target), numbers in given.items():
-        place, rank = Place(name, target, _projection(layers[name], target)), len(numbers.down)
+    known, places = {(place.part, place.target): place for place in places_in(model)}, []
+    for part in dict.fromkeys(part for part, _ in given):
+        check_targets([target for other, target in given if other == part])
+    for (part, target), numbers in given.items():
+        if (part, target) not in known:
+            raise ValueError(f"model must have {target} of {part}, got no such projection")
+        place, rank = known[part, target], len(numbers.down)
         check_alpha(numbers.alpha)
-        shapes = (rank, place.projection.in_features), (_outputs(place)[1], rank)
+        shapes = (rank, place.projection.in_features), (place.outputs[1], rank)
         got = tuple(numbers.down.shape), tuple(numbers.up.shape)
         if got != shapes:
             raise ValueError(f"A and B of {place.name} must be {shapes}, got {got}")
@@ -136,19 +147,18 @@ def _add(model: nn.Module, places: Sequence[tuple[Place, int, float]]) -> None:
     if first := next(adapters_in(model), None):
         raise ValueError(f"model must have no adapters yet, got {first[0].name}: remove them first")
     for place, rank, _ in places:
-        most = min(place.projection.in_features, _outputs(place)[1])
+        most = min(place.projection.in_features, place.outputs[1])
         if rank > most:
             raise ValueError(f"rank must be at most {most}, the width of {place.name}, got {rank}")
-    layers = _layers(model)
-    chosen = [layers[name] for name in dict.fromkeys(place.layer for place, _, _ in places)]
-    for layer in chosen:
+    layers = _layers(model).values()
+    for layer in layers:
         try:
-            check_as_made(layer, layer._made)
+            layer.check_inside()
         except RuntimeError as error:
             raise ValueError(str(error)) from None
     model.requires_grad_(False)
     for place, rank, alpha in places:
-        weight, (start, outputs) = place.projection.weight, _outputs(place)
+        weight, (start, outputs) = place.projection.weight, place.outputs
         made = LowRank(
             place.projection.in_features, outputs, rank,
             alpha=alpha, start=start, dtype=checks.statistics_dtype(weight), device=weight.device,
@@ -156,18 +166,21 @@ def _add(model: nn.Module, places: Sequence[tuple[Place, int, float]]) -> None:
         if CHILD not in place.projection._modules:
             place.projection.add_module(CHILD, nn.ModuleDict())
         place.projection.get_submodule(CHILD)[place.target] = made
-    for layer in chosen:
-        layer._made = made_again(layer, layer._made, KINDS)
+    for layer in layers:
+        layer.note_inside()
+
+
+def places_in(model: nn.Module) -> Iterator[Place]:
+    """Where a model may have adapters, in the order of the layers and of TARGETS."""
+    return _places(_layers(model, least=0))
 
 
 def adapters_in(model: nn.Module) -> Iterator[tuple[Place, LowRank]]:
     """Each adapter of a model and where it stands, in the order of the layers and of TARGETS."""
-    for name, layer in _layers(model, least=0).items():
-        for target in TARGETS:
-            projection = _projection(layer, target)
-            inside = projection._modules.get(CHILD, {})
-            if target in inside:
-                yield Place(name, target, projection), inside[target]
+    for place in places_in(model):
+        inside = place.projection._modules.get(CHILD, {})
+        if place.target in inside:
+            yield place, inside[place.target]
 
 
 def remove_adapters(model: nn.Module) -> None:
@@ -182,7 +195,7 @@ def remove_adapters(model: nn.Module) -> None:
     for place, _ in found:
         place.projection._modules.pop(CHILD, None)
     for layer in _layers(model).values():
-        layer._made = made_again(layer, layer._made, KINDS)
+        layer.note_inside()
 
 
 @torch.no_grad()
@@ -221,9 +234,9 @@ def check_targets(targets: Sequence[str]) -> None:
         raise ValueError(f"targets must not name both qkv and a part of it, got {min(other)}")
 
 
-def _layers(model: nn.Module, *, least: int = 1) -> dict[str, AdaLNLayer | ParallelLayer]:
+def _layers(model: nn.Module, *, least: int = 1) -> dict[str, Layer]:
     """By name, each once."""
-    kinds = AdaLNLayer, ParallelLayer
+    kinds = get_args(Layer)
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
     if len(found) < least:
         kind = type(model).__name__
@@ -231,9 +244,7 @@ def _layers(model: nn.Module, *, least: int = 1) -> dict[str, AdaLNLayer | Paral
     return found
 
 
-def _chosen(
-    found: dict[str, AdaLNLayer | ParallelLayer], layers: Sequence[int] | None
-) -> dict[str, AdaLNLayer | ParallelLayer]:
+def _chosen(found: dict[str, Layer], layers: Sequence[int] | None) -> dict[str, Layer]:
     names = list(found)
     for number in layers or ():
         if number not in range(len(names)):
@@ -243,11 +254,25 @@ def _chosen(
     return found if layers is None else {names[number]: found[names[number]] for number in layers}
 
 
-def _projection(layer: nn.Module, target: str) -> nn.Linear:
-    return layer.get_submodule(TARGETS[target][0])
+def _places(layers: Mapping[str, Layer]) -> Iterator[Place]:
+    for name, layer in layers.items():
+        for part, module in _parts(name, layer):
+            for target, (path, _) in TARGETS.items():
+                # a second attention stands by itself
+                path = path.removeprefix("attention.") if isinstance(module, Attention) else path
+                above, _, own = path.rpartition(".")
+                inside = module if not above else module._modules.get(above)
+                # queries of a stream that is keys and values alone are computed by nobody
+                unread = target == "q" and isinstance(module, Keys)
+                if inside is not None and own in inside._modules and not unread:
+                    yield Place(part, target, inside._modules[own], path)
 
 
-def _outputs(place: Place) -> tuple[int, int]:
-    """The first output that a target is added to, and how many."""
-    width, third = place.projection.out_features, TARGETS[place.target][1]
-    return (0, width) if third is None else (third * (width // 3), width // 3)
+def _parts(name: str, layer: Layer) -> Iterator[tuple[str, nn.Module]]:
+    """What of a layer has projections by the names in TARGETS."""
+    if not isinstance(layer, JointLayer):
+        yield name, layer
+        return
+    for part in ("x", "context", "second"):
+        if layer._modules.get(part) is not None:
+            yield f"{name}.{part}" if name else part, layer._modules[part]

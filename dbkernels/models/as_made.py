@@ -61,11 +61,6 @@ def _walk(
             yield from _walk(root, inside, places, kinds, called)
 
 
-def made_again(root: nn.Module, made: tuple[Made, ...], kinds: Kinds) -> tuple[Made, ...]:
-    """What `as_made` tells of the same children after a change that is meant."""
-    return as_made(root, tuple(each.name for each in made if each.parent < 0), kinds)
-
-
 def check_as_made(root: nn.Module, made: tuple[Made, ...]) -> None:
     """Whether what `as_made` told of the modules in `root` is so still; takes a few microseconds.
 

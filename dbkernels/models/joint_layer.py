@@ -29,6 +29,7 @@ from dbkernels.models.layer import (
     initialise_branches,
     initialise_linear,
 )
+from dbkernels.models.low_rank import adapters_of_all
 from dbkernels.ops import reference_layers
 from dbkernels.ops.backend import checks
 from dbkernels.ops.layer.joint import joint_layer
@@ -136,11 +137,19 @@ class JointLayer(nn.Module):
         self.x = Stream(own, 9 if config.dual_attention else 6)
         self.context = Keys(own) if config.context_pre_only else Stream(own, 6)
         self.second = Attention(own) if config.dual_attention else None
-        names = ("x", "context", *(["second"] if config.dual_attention else []))
-        called = ("x.modulation", "context.modulation")
-        self._made = as_made(self, names, {**KINDS, Stream: (), Keys: ()}, called)
+        self.note_inside()
         # (layer, x, context, c, rotary) -> (x, context) in the op's place
         self.run: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+
+    def note_inside(self) -> None:
+        """As that of `AdaLNLayer`."""
+        names = ("x", "context", *(["second"] if self.second is not None else []))
+        called = ("x.modulation", "context.modulation")
+        self._made = as_made(self, names, {**KINDS, Stream: (), Keys: ()}, called)
+
+    def check_inside(self) -> None:
+        """As that of `AdaLNLayer`."""
+        check_as_made(self, self._made)
 
     def initialise(self, initialise_weight: Callable[[Tensor], object]) -> None:
         """Initialise the weights of the attentions' and the MLPs' projections; biases become 0."""
@@ -163,7 +172,7 @@ class JointLayer(nn.Module):
             ValueError: a shape, dtype or device disagrees.
             RuntimeError: a module inside is not as it was made, or the gradient is differentiated.
         """
-        check_as_made(self, self._made)
+        self.check_inside()
         c = self._condition(x, context, c)
         if self.run is not None:
             return self.run(self, x, context, c, rotary)
@@ -243,7 +252,8 @@ def _weights(attention: Attention, mlp: MLP | None) -> LayerWeights:
     projections = attention.qkv, getattr(attention, "out", None), *_of_mlp(mlp)
     parameters = [getattr(each, kind, None) for each in projections for kind in ("weight", "bias")]
     norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-    return LayerWeights(*parameters, *(getattr(norm, "weight", None) for norm in norms))
+    norms = [getattr(norm, "weight", None) for norm in norms]
+    return LayerWeights(*parameters, *norms, adapters=adapters_of_all(projections))
 
 
 def _of_mlp(mlp: MLP | None) -> tuple[nn.Module | None, nn.Module | None]:

@@ -10,7 +10,6 @@ layer returns its input. The modules here hold weights; `dbkernels.ops.adaln_lay
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Literal
 
 import torch
@@ -20,7 +19,7 @@ from torch.func import functional_call
 
 from dbkernels.models.as_made import as_made, check_as_made
 from dbkernels.models.condition import condition_of_all, stock_projection
-from dbkernels.models.low_rank import LowRank, adapters_of, as_linear
+from dbkernels.models.low_rank import LowRank, adapters_of, adapters_of_all, as_linear
 from dbkernels.ops import reference
 from dbkernels.ops.activations import ACTIVATIONS
 from dbkernels.ops.adaln_norm import fold_affine
@@ -140,9 +139,21 @@ class AdaLNLayer(nn.Module):
         self.attention, self.mlp = Attention(config), MLP(config)
         self.modulation = Projection(config.cond_dim, 6 * config.dim)
         initialise_linear(self.modulation, nn.init.zeros_)
-        self._made = as_made(self, ("norm1", "norm2", "attention", "mlp"), KINDS)
+        self.note_inside()
         # (layer, x, c, rotary, draw, attention) -> out in the op's place: of `use_baseline`
         self.run: Callable[..., Tensor] | None = None
+
+    def note_inside(self) -> None:
+        """Take the modules inside for what they are now; any later change is refused."""
+        self._made = as_made(self, ("norm1", "norm2", "attention", "mlp"), KINDS)
+
+    def check_inside(self) -> None:
+        """Refuse to run if they are not.
+
+        Raises:
+            RuntimeError: one of them was replaced, or something was added to it or changed in it.
+        """
+        check_as_made(self, self._made)
 
     def initialise(self, initialise_weight: Callable[[Tensor], object]) -> None:
         """Initialise the weights of the attention's and the MLP's projections; biases become 0."""
@@ -181,7 +192,7 @@ class AdaLNLayer(nn.Module):
                 num_samples or the configuration's attention_dropout is not for this attention.
             RuntimeError: a module inside is not as it was made, or the gradient is differentiated.
         """
-        check_as_made(self, self._made)
+        self.check_inside()
         c = condition_of_all(x, c, self.config.dim, self.config.cond_dim)
         check_attention(attention, self.config.attention_dropout, x.shape[0])
         wanted = wanted_of(x, attention, num_queries, num_samples)
@@ -341,8 +352,7 @@ def branch_weights(attention: Attention, mlp: MLP) -> LayerWeights:
     norms = [None, None]
     if "q_norm" in attention._modules:
         norms = [attention.q_norm.weight, attention.k_norm.weight]
-    adapters = (adapters_of(*each) for each in zip(projections, BIASED, strict=True))
-    return LayerWeights(*parameters, *norms, tuple(chain.from_iterable(adapters)))
+    return LayerWeights(*parameters, *norms, adapters=adapters_of_all(projections))
 
 
 def run_layers(

@@ -1,9 +1,13 @@
 """The weights of an adapter, which stand inside the projection that it is added to."""
 
+from collections.abc import Sequence
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
 from dbkernels.ops.layer.linear import Adapter, Linear
+from dbkernels.ops.layer.shapes import PROJECTIONS
 
 CHILD = "adapters"  # of a projection: its adapters by target
 
@@ -57,6 +61,13 @@ def adapters_of(projection: nn.Linear, name: str) -> tuple[Adapter, ...]:
     """Those that stand in a projection, for an op that knows it by this name."""
     inside = projection._modules.get(CHILD)
     return () if inside is None else tuple(each.of(name) for each in inside.values())
+
+
+def adapters_of_all(projections: Sequence[nn.Linear | None]) -> tuple[Adapter, ...]:
+    """Those of a layer's qkv, out, fc1 and fc2, of which some may not be there."""
+    each = zip(projections, PROJECTIONS, strict=True)
+    found = (adapters_of(module, name) for module, name in each if module is not None)
+    return tuple(chain.from_iterable(found))
 
 
 def as_linear(projection: nn.Linear, name: str = "linear") -> Linear:

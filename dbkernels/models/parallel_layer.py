@@ -100,9 +100,17 @@ class ParallelLayer(nn.Module):
         self.attention, self.mlp = Attention(config), MLP(config)
         self.modulation = Projection(config.cond_dim, CHUNKS * config.dim)
         initialise_linear(self.modulation, nn.init.zeros_)
-        self._made = as_made(self, ("attention", "mlp"), KINDS)
+        self.note_inside()
         # (layer, x, c, rotary) -> out in the op's place
         self.run: Callable[..., Tensor] | None = None
+
+    def note_inside(self) -> None:
+        """As that of `AdaLNLayer`."""
+        self._made = as_made(self, ("attention", "mlp"), KINDS)
+
+    def check_inside(self) -> None:
+        """As that of `AdaLNLayer`."""
+        check_as_made(self, self._made)
 
     def initialise(self, initialise_weight: Callable[[Tensor], object]) -> None:
         """Initialise the weights of the attention's and the MLP's projections; biases become 0."""
@@ -122,7 +130,7 @@ class ParallelLayer(nn.Module):
             ValueError: a shape, dtype or device disagrees.
             RuntimeError: a module inside is not as it was made, or the gradient is differentiated.
         """
-        check_as_made(self, self._made)
+        self.check_inside()
         c = condition_of_all(x, c, self.config.dim, self.config.cond_dim)
         if self.run is not None:
             return self.run(self, x, c, rotary)

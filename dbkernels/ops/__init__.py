@@ -5,10 +5,12 @@ from dbkernels.ops.adaln_norm import adaln_norm, fold_affine
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.attention import attention
 from dbkernels.ops.backend.register import implementation, use_implementation
+from dbkernels.ops.cross_attention import cross_attention
 from dbkernels.ops.dropout import dropout
 from dbkernels.ops.gated_adaln_norm import gated_adaln_norm
 from dbkernels.ops.gated_residual import gated_residual
 from dbkernels.ops.layer.condition import Condition
+from dbkernels.ops.layer.cross import cross_layer
 from dbkernels.ops.layer.function import adaln_layer
 from dbkernels.ops.layer.joint import joint_layer
 from dbkernels.ops.layer.linear import Adapter
@@ -36,6 +38,8 @@ __all__ = [
     "adaln_norm",
     "add_noise",
     "attention",
+    "cross_attention",
+    "cross_layer",
     "dropout",
     "fold_affine",
     "gated_adaln_norm",

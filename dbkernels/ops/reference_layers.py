@@ -123,3 +123,46 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """(B, N, H d), of q (B, N, H, d) and k, v (B, S, H, d), by torch's own attention."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+    """(B, N, H, d), of q (B, N, H, d) and k, v (B, S, H, d); 0 where a sample has no key."""
+    S, nothing = k.shape[1], torch.zeros_like(q)
+    if not S:
+        return nothing
+    if lengths is None:
+        return attend(q, k, v).view(q.shape)
+    some = (lengths > 0)[:, None, None, None]
+    # a row without a key would be NaN, and its gradient too
+    seen = torch.arange(S, device=q.device) < lengths.clamp(min=1)[:, None]
+    return torch.where(some, attend(q, k, v, seen[:, None, None]).view(q.shape), nothing)
+
+
+def cross_layer(
+    x: Tensor,
+    modulation: Tensor,
+    context: Tensor,
+    weights: LayerWeights,
+    *,
+    num_heads: int,
+    head_dim: int | None = None,
+    lengths: Tensor | None = None,
+    rotary: Tensor | None = None,
+    mlp: str = "gelu",
+    norm: str = "layer",
+    eps: float = 1e-6,
+    qk_eps: float = 1e-6,
+) -> Tensor:
+    w, dtype = weights, weights.qkv_weight.dtype
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+    y = reference.adaln_norm(x, scale1, shift1, norm=norm, eps=eps).to(dtype)
+    h = F.linear(self_attention(y, w, num_heads, rotary, qk_eps), w.out_weight, w.out_bias)
+    x = reference.gated_residual(x, h, gate1).to(x.dtype)
+    q = F.linear(x.to(dtype), w.cross_q_weight, w.cross_q_bias).unflatten(-1, (num_heads, -1))
+    kv = F.linear(context.to(dtype), w.cross_kv_weight, w.cross_kv_bias)
+    k, v = kv.unflatten(-1, (2, num_heads, -1)).unbind(2)
+    h = cross_attention(q, k, v, lengths=lengths).flatten(2)
+    x = (x + F.linear(h, w.cross_out_weight, w.cross_out_bias)).to(x.dtype)
+    y = reference.adaln_norm(x, scale2, shift2, norm=norm, eps=eps).to(dtype)
+    h = ACTIVATIONS[mlp](F.linear(y, w.fc1_weight, w.fc1_bias))
+    return reference.gated_residual(x, F.linear(h, w.fc2_weight, w.fc2_bias), gate2).to(x.dtype)

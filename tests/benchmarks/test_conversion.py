@@ -64,7 +64,7 @@ def test_a_competitor_starts_from_a_source_and_every_one_can_be_made(
     page = tmp_path / "tables.md"
     sources = [str(tmp_path / "rows.jsonl"), "--page", str(tmp_path / "page.html")]
     assert tool("report").main([*sources, "--tables", str(page)]) == 0
-    assert f"| {row['competitor']} |" in page.read_text()
+    assert f"| {row['competitor']} | 1 |" in page.read_text()
     # a source has no bound of noise
     program = module.Conversion(tmp_path / "tokens", tmp_path / "runs", source_updates=(2, 2))
     source = program._directory(family, module.SOURCE, 0)

@@ -44,6 +44,12 @@ BEFORE = {
         ("train --process flow", "process is no setting of the model: dim, depth, num_heads"),
         ("train --t-max 0.5", "t_max is no setting of the prior: mean, std, sigma_min, sigma_max"),
         ("train --depth 65537", "depth must be at most 65536, got 65537"),
+        ("train --lora -1", "lora must be at least 0, got -1"),
+        (
+            "train --lora 2 --lora-targets q,to_k",
+            "target must be one of q, k, v, qkv, out, fc1",
+        ),
+        ("train --lora-alpha 2", "lora must be at least 1 where lora_alpha or lora_targets is"),
         ("train --resume latest", "out must hold a checkpoint, got none"),
         ("train --resume nope", "nope is not a checkpoint"),
         ("train --device cuda", "device cuda needs an NVIDIA GPU"),

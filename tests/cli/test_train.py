@@ -42,6 +42,14 @@ def test_flags_reach_the_configuration(train, tmp_path):
     assert list((tmp_path / "off").iterdir()) == []
 
 
+def test_adapters_alone_are_trained_and_their_base_is_said_to_be_random(train, tmp_path):
+    outcome = train("dit --out out --lora 2 --lora-alpha 4 --lora-targets qkv,fc1")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["lora"] == {"rank": 2, "alpha": 4.0, "targets": "qkv,fc1"}
+    assert "what they need is a network that was trained" in outcome.err
+    assert train("dit --out plain").err.count("adapters") == 0
+
+
 @pytest.mark.parametrize(
     ("family", "objective", "count"),
     [("vit", "blocks", 3), ("huginn", "blocks", 1), ("ar", "conventional", 1)],

@@ -13,6 +13,7 @@ from models.tiny import randomise
 from torch import Tensor, nn
 
 B, T = 3, 5
+WIDE = 6  # of a head that is turned: the order of 4 elements would be its own inverse
 EXTRA = "is not installed: pip install 'dbkernels[convert]'"
 
 
@@ -56,14 +57,12 @@ class RMSNorm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Positions of a grid's rows and columns, neighbours by one angle."""
+    """Positions of side ** 2 tokens, neighbours by one angle."""
 
     def __init__(self, side: int, d: int):
         super().__init__()
-        frequency = 1 / 100 ** (torch.arange(0, d // 2, 2) / (d // 2))
-        angle = (torch.arange(side)[:, None] * frequency).repeat_interleave(2, -1)
-        grid = [angle[:, None].expand(side, side, -1), angle[None].expand(side, side, -1)]
-        angles = torch.cat(grid, dim=-1).flatten(0, 1)
+        frequency = 1 / 100 ** (torch.arange(0, d, 2) / d)
+        angles = (torch.arange(side**2)[:, None] * frequency).repeat_interleave(2, -1)
         self.register_buffer("freqs_cos", angles.cos())
         self.register_buffer("freqs_sin", angles.sin())
 
@@ -75,12 +74,13 @@ class Rotary(nn.Module):
 class Turning(published.Attention):
     def __init__(self, qk_norm: bool):
         super().__init__()
+        self.num_heads, self.scale = D // WIDE, WIDE**-0.5
         if qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(D // H, 1e-4), RMSNorm(D // H, 1e-4)
+            self.q_norm, self.k_norm = RMSNorm(WIDE, 1e-4), RMSNorm(WIDE, 1e-4)
 
     def forward(self, x, rope=None):
         B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, H, D // H).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(x).reshape(B, N, 3, -1, WIDE).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         q, k = (q, k) if rope is None else (rope(q).to(v), rope(k).to(v))
         x = F.scaled_dot_product_attention(q, k, v)
@@ -122,7 +122,7 @@ class LightningDiTBlock(nn.Module):
 
 def lightning(*, rms=True, qk_norm=True, swiglu=True, shift=True, turned=True) -> Case:
     block = LightningDiTBlock(rms=rms, qk_norm=qk_norm, swiglu=swiglu, shift=shift)
-    rope = Rotary(2, D // H) if turned else None
+    rope = Rotary(2, WIDE) if turned else None
     return Case(randomise(block), (rows(B, 4, D), rows(B, COND), rope))
 
 
@@ -180,6 +180,37 @@ def basic(norm_type: str, **told) -> Case:
     return Case(block, (rows(B, T, D), None, None, None, step, None, label))
 
 
+# diffusers' layers of two streams
+
+
+def joint(**told) -> Case:
+    kind = real("diffusers.models.attention").JointTransformerBlock
+    block = randomise(kind(D, H, D // H, **told))
+    return Case(block, (rows(B, T, D), rows(B, T + 2, D), rows(B, D)))
+
+
+def flux(*, turned: bool) -> Case:
+    kind = real("diffusers.models.transformers.transformer_flux").FluxTransformerBlock
+    block, angles = randomise(kind(D, H, D // H)), torch.randn(2 * T + 2, D // H // 2)
+    angles = angles.repeat_interleave(2, dim=-1)
+    positions = (angles.cos(), angles.sin()) if turned else None
+    return Case(block, (rows(B, T, D), rows(B, T + 2, D), rows(B, D), positions))
+
+
+def cross(*, masked: bool = True, **told) -> Case:
+    """PixArt's, whose text may be shorter in some samples."""
+    single = basic("ada_norm_single", attention_bias=True, cross_attention_dim=10, **told)
+    x, _, _, _, timestep = single.given
+    mask = torch.arange(4) < torch.tensor([1, 4, 3])[:, None, None]
+    return Case(single.module, (x, None, rows(B, 4, 10), mask if masked else None, timestep))
+
+
+def flux_single() -> Case:
+    kind = real("diffusers.models.transformers.transformer_flux").FluxSingleTransformerBlock
+    block = randomise(kind(D, H, D // H, mlp_ratio=1.5))
+    return Case(block, (rows(B, T, D), rows(B, 2, D), rows(B, D)))
+
+
 CASES = {
     "DiTBlock": dit_block,
     "DiTBlock, one c for all": one_condition_for_all,
@@ -208,6 +239,20 @@ CASES = {
     "BasicTransformerBlock, single, affine": lambda: basic(
         "ada_norm_single", norm_elementwise_affine=True, norm_eps=1e-3
     ),
+    "JointTransformerBlock": joint,
+    "JointTransformerBlock, dual, qk-norm": lambda: joint(
+        qk_norm="rms_norm", use_dual_attention=True
+    ),
+    "JointTransformerBlock, pre-only, qk-norm": lambda: joint(
+        qk_norm="rms_norm", context_pre_only=True
+    ),
+    "FluxTransformerBlock": lambda: flux(turned=True),
+    "FluxTransformerBlock, not turned": lambda: flux(turned=False),
+    "BasicTransformerBlock, cross": cross,
+    "BasicTransformerBlock, cross, affine, no mask": lambda: cross(
+        masked=False, norm_elementwise_affine=True, norm_eps=1e-3
+    ),
+    "FluxSingleTransformerBlock": flux_single,
 }
 
 

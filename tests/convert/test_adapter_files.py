@@ -77,7 +77,7 @@ def test_what_is_saved_comes_back(tmp_path, layout, names, targets):
             assert torch.equal(again.down, adapter.down) and torch.equal(again.up, adapter.up)
 
 
-@pytest.mark.parametrize("family", ["vit", "ar"])
+@pytest.mark.parametrize("family", ["vit", "ar", "mmdit"])
 def test_any_family_has_its_own_names(tmp_path, family):
     model = make_model(family)
     add_adapters(model, rank=2, alpha=1.0, targets=("qkv", "modulation"))

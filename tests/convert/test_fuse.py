@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from convert import published
-from convert.fused_cases import Network, dit_block, lightning, vit
+from convert.fused_cases import Network, basic, dit_block, lightning, vit
 from convert.published import D
 from convert.their_dit import DiT, losses
 from convert.variations import VARIATIONS
@@ -69,6 +69,15 @@ def test_what_no_fused_layer_computes_is_left_as_it_is(name):
     assert not report.replaced
     assert "blocks.0" in {path for path, _, _ in report.left}
     assert snapshot(model) == before
+
+
+def test_each_layer_that_may_compute_something_else_is_compared():
+    blocks = [randomise(kind()) for kind in (published.Block, published.Parallel)]
+    blocks += [randomise(published.Functional()) for _ in range(2)]
+    blocks[3].eps = 1e-2  # of the same class, and no part shows it
+    report = fuse(Network(*blocks))
+    assert [each.path for each in report.replaced] == ["blocks.0", "blocks.2"]
+    assert "blocks.1  Parallel: the forward of Parallel must compute what its parts" in str(report)
 
 
 def put(path, module):
@@ -166,7 +175,11 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("made", [dit_block, lightning, vit])
+def single():
+    return basic("ada_norm_single", attention_bias=True)  # which has a parameter of its own
+
+
+@pytest.mark.parametrize("made", [dit_block, lightning, vit, single])
 @pytest.mark.parametrize("move", MOVES)
 def test_a_state_dict_loads_and_saves_as_that_of_the_original(move, made):
     given = made().given

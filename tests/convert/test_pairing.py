@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from convert.fused_cases import Rotary, lightning
+from convert.fused_cases import WIDE, Rotary, lightning
 from torch import nn
 
 from dbkernels.convert import fuse
@@ -31,7 +31,7 @@ def test_the_order_there_and_back_are_each_others_inverse(d, heads):
 
 
 def test_permuted_rows_turned_by_halves_are_the_rows_turned_by_neighbours():
-    T, H, d = 4, 3, 4
+    T, H, d = 4, 3, WIDE
     rope, order = Rotary(2, d), halves_of_neighbours(d)
     qkv = torch.randn(2, T, 3, H, d)
     table = table_by_halves(rope.freqs_cos, rope.freqs_sin)
@@ -73,10 +73,16 @@ def one_of(rope, *names):
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        (lambda: nn.Identity(), r"freqs_cos of feat_rope must be \(T, d\) = \(4, 4\), got None"),
-        (lambda: one_of(Rotary(2, 4), "freqs_sin"), "freqs_sin of feat_rope must be .* got None"),
-        (lambda: Rotary(3, 4), r"\(T, d\) = \(4, 4\), got \(9, 4\)"),
-        (lambda: Skewed(2, 4), "by its freqs_cos and freqs_sin, got a Skewed whose result differs"),
+        (lambda: nn.Identity(), r"freqs_cos of feat_rope must be \(T, d\) = \(4, 6\), got None"),
+        (
+            lambda: one_of(Rotary(2, WIDE), "freqs_sin"),
+            "freqs_sin of feat_rope must be .* got None",
+        ),
+        (lambda: Rotary(3, WIDE), r"\(T, d\) = \(4, 6\), got \(9, 6\)"),
+        (
+            lambda: Skewed(2, WIDE),
+            "by its freqs_cos and freqs_sin, got a Skewed whose result differs",
+        ),
     ],
 )
 def test_positions_that_are_not_in_their_table_are_refused(rope, message):

@@ -20,6 +20,7 @@ from dbkernels.models import (
 from dbkernels.models.adapter import TARGETS, adapters_in
 from dbkernels.models.baseline import use_baseline
 from dbkernels.models.cached import cached_layer
+from dbkernels.models.joint_layer import JointConfig, JointLayer
 from dbkernels.models.layer import run_layers
 from dbkernels.models.parallel_layer import ParallelConfig, ParallelLayer
 from dbkernels.models.rotary import rotary_table
@@ -85,7 +86,9 @@ def test_a_family_computes_what_it_does_with_merged_weights(family, targets):
     found, expected = grads_of(model, loss), grads_of(in_plain_torch(model), loss)
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
     assert found.keys() == expected.keys() == wanted
-    assert len(wanted) == 2 * 3 * len(targets) and all(".adapters." in name for name in wanted)
+    streams = 1 + (family == "mmdit")  # of some of its layers
+    assert 2 * 3 * len(targets) <= len(wanted) <= 2 * 3 * len(targets) * streams
+    assert all(".adapters." in name for name in wanted)
     for name, grad in found.items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5)
 
@@ -110,6 +113,41 @@ def test_a_layer_has_each_at_every_policy(make, c, target):
         for name, grad in found.items():
             assert grad.count_nonzero()
             torch.testing.assert_close(grad, first[name], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [{}, {"dual_attention": True}, {"context_pre_only": True}])
+@pytest.mark.parametrize("targets", [SPLIT, MERGED], ids=str)
+def test_a_layer_of_two_streams_has_them_in_each(options, targets):
+    model = randomise(JointLayer(JointConfig(**SIZES, **options))).double()
+    trained(model, targets)
+    parts = {}
+    for place, _ in adapters_in(model):
+        parts.setdefault(place.part, set()).add(place.target)
+    of_keys = {"k", "v", "qkv", "modulation"} if options.get("context_pre_only") else set(targets)
+    expected = {"x": set(targets), "context": set(targets) & of_keys}
+    if options.get("dual_attention"):
+        expected["second"] = set(targets) - {"fc1", "fc2", "modulation"}
+    assert parts == expected
+    given = X, X[:, :4].flip(-1), C[:, 0]
+
+    def results(model):
+        return [t for t in model(*given) if t is not None]
+
+    def loss(model):
+        return sum((t * t.detach().cos()).sum() for t in results(model))
+
+    stock = copy.deepcopy(model)
+    stock.run = JointLayer.stock
+    for recompute in EVERY_POLICY:
+        model.config = replace(model.config, recompute=recompute)
+        for other in (merged(model), stock):
+            for found, expected in zip(results(model), results(other), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        found, expected = grads_of(model, loss), grads_of(stock, loss)
+        assert found.keys() == expected.keys() and len(found) == 2 * sum(map(len, parts.values()))
+        for name, grad in found.items():
+            assert grad.count_nonzero(), name
+            torch.testing.assert_close(grad, expected[name], rtol=1e-11, atol=1e-11)
 
 
 def test_starts_as_the_libraries_do_and_freezes_the_rest():

@@ -9,15 +9,16 @@ from models.tiny import randomise
 from ops.one_layer import EVERY_POLICY, assert_same_bits, saved_bytes
 from torch import nn
 
-from dbkernels.models import ParallelConfig, ParallelLayer
+from dbkernels.models import CrossConfig, CrossLayer, ParallelConfig, ParallelLayer
 from dbkernels.models.rotary import rotary_table
 from dbkernels.ops import reference
 
 B, T, D, H, C = 3, 5, 12, 3, 7
-PARALLEL = ParallelConfig(D, H, 20, C)
+S, W = 6, 9  # of the context: tokens and their width
+PARALLEL, CROSS = ParallelConfig(D, H, 20, C), CrossConfig(D, H, 20, C, W)
 SETTINGS = {"qk_norm": True, "norm": "rms", "mlp": "swiglu", "bias": False, "eps": 0.1}
 OPTIONS = [{}, SETTINGS, {"mlp": "gelu_exact", "bias": ("fc1",)}]
-KINDS = {"parallel": (ParallelLayer, PARALLEL)}
+KINDS = {"parallel": (ParallelLayer, PARALLEL), "cross": (CrossLayer, CROSS)}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -33,7 +34,11 @@ def inputs(layer, *, per_token=False, dtype=torch.float32):
     x = torch.randn(B, T, config.dim, dtype=dtype) + 2
     c = torch.randn((B, T, config.cond_dim) if per_token else (B, config.cond_dim), dtype=dtype)
     rotary = rotary_table(torch.arange(T), config.attention_width // config.num_heads)
-    return {"x": x, "c": c, "rotary": rotary}
+    given = {"x": x, "c": c, "rotary": rotary}
+    if isinstance(config, CrossConfig):
+        given["context"] = torch.randn(B, S, config.context_dim, dtype=dtype)
+        given["lengths"] = torch.tensor([S, 2, 1])
+    return given
 
 
 def attended(layer, y, rotary):
@@ -69,7 +74,24 @@ def parallel_equations(layer, x, c, rotary):
     return x + gate * F.linear(torch.cat(both, 2), weight, layer.mlp.fc2.bias)
 
 
-EQUATIONS = {"parallel": parallel_equations}
+def cross_equations(layer, x, c, context, lengths, rotary):
+    m = F.linear(F.silu(c), layer.modulation.weight, layer.modulation.bias)
+    shift1, scale1, gate1, shift2, scale2, gate2 = reference.over_tokens(m).chunk(6, dim=-1)
+    y = (1 + scale1) * normed(layer, x) + shift1
+    a = attended(layer, y, rotary).transpose(1, 2).flatten(2)
+    x = x + gate1 * layer.attention.out(a)
+    heads = (layer.config.num_heads, -1)
+    q, kv = layer.cross.q(x).unflatten(-1, heads), layer.cross.kv(context)
+    k, v = kv.unflatten(-1, (2, *heads)).unbind(2)
+    seen = (torch.arange(S) < lengths[:, None])[:, None, None]
+    given = (t.transpose(1, 2) for t in (q, k, v))
+    h = F.scaled_dot_product_attention(*given, attn_mask=seen).transpose(1, 2).flatten(2)
+    x = x + layer.cross.out(h)
+    y = (1 + scale2) * normed(layer, x) + shift2
+    return x + gate2 * layer.mlp.fc2(activated(layer, y))
+
+
+EQUATIONS = {"parallel": parallel_equations, "cross": cross_equations}
 
 
 def with_gradients(layer, run, given):
@@ -95,14 +117,14 @@ def test_agrees_with_its_equations(kind, options, per_token):
         layer.config = replace(layer.config, recompute=recompute)
         actual = with_gradients(layer, layer, given)
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-    layer.run = lambda layer, x, c, *told: layer.specified(x, layer.modulation(F.silu(c)), *told)
+    layer.run = lambda layer, x, c, *given: layer.specified(x, layer.modulation(F.silu(c)), *given)
     actual = with_gradients(layer, layer, given)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 CHANGES = {"dim": 24, "num_heads": 2, "mlp_hidden": 8, "cond_dim": 5, "norm": "rms"}
 CHANGES |= {"mlp": "swiglu", "qk_norm": True, "bias": ("qkv",), "eps": 0.5, "qk_eps": 0.5}
-CHANGES |= {"head_dim": 6}
+CHANGES |= {"head_dim": 6, "context_dim": 4}
 
 
 @every_kind
@@ -125,12 +147,11 @@ def test_a_new_layer_returns_its_input_bitwise_and_initialise_spares_the_modulat
     assert not any(p.any() for n, p in layer.named_parameters() if n.endswith("bias"))
     layer.initialise(nn.init.xavier_uniform_)
     given = inputs(layer)
-    KEEPS_X[kind](layer)
     assert torch.equal(layer(**given), given["x"])
 
 
-KEEPS_X = {"parallel": lambda layer: None}
 NAMES = {"parallel": {"attention.qkv", "attention.out", "mlp.fc1", "mlp.fc2", "modulation"}}
+NAMES["cross"] = NAMES["parallel"] | {"cross.q", "cross.kv", "cross.out"}
 
 
 @every_kind
@@ -148,7 +169,7 @@ def test_the_names_of_its_state_dict_do_not_change(kind):
 def test_each_policy_keeps_less_and_gives_the_same_gradients(kind):
     kept, results = [], []
     for recompute in EVERY_POLICY:
-        layer = made(kind, recompute=recompute, qk_norm=True)
+        layer = made(kind, recompute=recompute, qk_norm=True, mlp_hidden=4 * D)
         torch.manual_seed(4)
         given = inputs(layer)
         kept.append(saved_bytes(lambda layer=layer, given=given: layer(**given)))

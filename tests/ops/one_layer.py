@@ -120,11 +120,16 @@ class OneLayer:
 
 
 def together(results):
-    """The gradients of the norms of queries and keys as one: the largest error of so few elements
-    is a fluke, of eager as of the layer."""
-    few = [name for name in results if name.endswith(("q_weight", "k_weight"))]
-    rest = {name: t for name, t in results.items() if name not in few}
-    return {**rest, "qk_weights": torch.cat([results[name] for name in few])} if few else rest
+    """The gradients of the norms of queries and keys as one, and those of cross-attention's biases:
+    the largest error of so few elements is a fluke, of eager as of the layer."""
+    found = {}
+    for name, t in results.items():
+        if t.dim() == 1 and name.endswith(("q_weight", "k_weight")):
+            name = "qk_weights"
+        elif name.startswith("cross_") and t.dim() == 1:
+            name = "cross_biases"
+        found.setdefault(name, []).append(t)
+    return {name: ts[0] if len(ts) == 1 else torch.cat(ts) for name, ts in found.items()}
 
 
 def assert_same_bits(actual, expected):

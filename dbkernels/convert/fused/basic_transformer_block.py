@@ -40,8 +40,10 @@ class FusedBasicTransformerBlock(FusedLayer):
         check_no_dropout(original)
         config = _read(original)
         norms = _NORMS[original.norm_type]
-        reads = ("norm1", norms[1], "attn1", "ff")
-        super().__init__(original, recompute, reads, called=("norm1.emb",))
+        reads = ["norm1", norms[1], "attn1", "ff"]
+        if original.attn2 is not None:
+            reads.append("attn2")
+        super().__init__(original, recompute, tuple(reads), called=("norm1.emb",))
         self.config, self._norms = config, norms
 
     @staticmethod
@@ -56,7 +58,7 @@ class FusedBasicTransformerBlock(FusedLayer):
         x = 0.1 * normal(random, 2, 4, self.config.dim) + 0.2
         if self.norm_type == "ada_norm_single":
             return x, None, None, None, normal(random, 2, 6 * self.config.dim)
-        step, label = torch.tensor([[3, 500], [0, 0]], dtype=torch.int64)
+        step, label = torch.tensor([[3, 500], [0, 0]], dtype=torch.int64, device="cpu")
         return x, None, None, None, step, None, label
 
     def forward(
@@ -72,12 +74,7 @@ class FusedBasicTransformerBlock(FusedLayer):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         self.check()
-        for name, value in {
-            "attention_mask": attention_mask,
-            "cross_attention_kwargs": cross_attention_kwargs or None,
-        }.items():
-            if value is not None:
-                raise ValueError(f"{name} must be None for a fused layer, got {type(value)}")
+        self.check_given(attention_mask, cross_attention_kwargs)
         if torch.compiler.is_exporting():
             return self.original(hidden_states, timestep=timestep, class_labels=class_labels)
         modulation = self._modulation(hidden_states, timestep, class_labels)
@@ -89,6 +86,17 @@ class FusedBasicTransformerBlock(FusedLayer):
             recompute=self.recompute,
             **self.config.of_op(),
         )
+
+    def check_given(self, mask: Tensor | None, of_processor: dict | None) -> None:
+        """Refuse what the self-attention of no layer takes.
+
+        Raises:
+            ValueError: there is a mask, or something for its processor.
+        """
+        given = {"attention_mask": mask, "cross_attention_kwargs": of_processor or None}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} must be None for a fused layer, got {type(value)}")
 
     def _modulation(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None) -> Tensor:
         """(B, 6 D)."""
@@ -112,11 +120,13 @@ def _read(original: nn.Module) -> LayerConfig:
         raise ValueError(f"pos_embed must be None, got {original.pos_embed}")
     q, k, v, _, _, last = parts.projections(original, *_PROJECTIONS)
     attn = original.attn1
-    processor = type(attn.processor).__name__
-    if processor not in _PROCESSORS:
-        raise ValueError(
-            f"attn1.processor must be one of {', '.join(_PROCESSORS)}, got {processor}"
-        )
+    for name in ("attn1", "attn2"):
+        each = getattr(original, name)
+        processor = None if each is None else type(each.processor).__name__
+        if each is not None and processor not in _PROCESSORS:
+            raise ValueError(
+                f"{name}.processor must be one of {', '.join(_PROCESSORS)}, got {processor}"
+            )
     if len({linear.bias is None for linear in (q, k, v)}) > 1:
         raise ValueError(f"all of {', '.join(_QKV)} must have a bias or none, got some")
     if (widths := {linear.out_features for linear in (q, k, v)}) != {q.out_features}:

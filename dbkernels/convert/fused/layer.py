@@ -87,7 +87,7 @@ class FusedLayer(nn.Module, abc.ABC):
 
 def normal(random: torch.Generator, *shape: int) -> Tensor:
     """Numbers for an example, float64 on the CPU."""
-    return torch.randn(shape, generator=random, dtype=torch.float64)
+    return torch.randn(shape, generator=random, dtype=torch.float64, device="cpu")
 
 
 def of_each_sample(x: Tensor, c: Tensor) -> Tensor:

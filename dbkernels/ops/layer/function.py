@@ -22,6 +22,7 @@ from dbkernels.ops.adaln_norm import NormOptions
 from dbkernels.ops.attention import check_head_width
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import compute_dtype, dtypes_as_they_are, is_last_to_read
+from dbkernels.ops.cross_attention import check_lengths
 from dbkernels.ops.dropout import Dropout, check_share
 from dbkernels.ops.layer import passes, tensors
 from dbkernels.ops.layer.attend import check_attention, wanted_of
@@ -38,6 +39,7 @@ from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.shapes import check_weights
 from dbkernels.ops.layer.tensors import (
     AttentionKind,
+    Context,
     LayerCall,
     LayerOptions,
     LayerWeights,
@@ -48,6 +50,7 @@ from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
 KEPT = len(tensors.Activations._fields)
+FIRST = 6  # place of the weights among what the function is given
 
 # autograd
 
@@ -75,17 +78,20 @@ class _Layer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, told, x, modulation, rotary, *rest):
+    def forward(ctx, told, x, modulation, rotary, context, lengths, *rest):
         options, count = told.options, len(told.form)
         weights, parameters = rest[:count], rest[count : count + told.parameters]
         run = rest[count + told.parameters :]
         w = told.form.whole(weights, options.norm1.dtype)
-        call = LayerCall(x, _made_of(told, modulation, parameters), rotary, w, options)
+        made_of = _made_of(told, modulation, parameters)
+        other = None if context is None else Context(context, lengths)
+        call = LayerCall(x, made_of, rotary, w, options, context=other)
         (out,), (kept,) = passes.forward(told.kind, (call,))
-        scale = None
+        scale, mean = None, None
         if POLICIES[options.recompute].narrow:
-            *run, scale = passes.narrowed(call)
-        ctx.save_for_backward(modulation, rotary, *weights, *parameters, *kept, scale, *run)
+            (*run, scale), mean = passes.narrowed(call), passes.subtracted(call)
+        given = modulation, rotary, context, lengths
+        ctx.save_for_backward(*given, *weights, *parameters, *kept, scale, mean, *run)
         ctx.mark_non_differentiable(*(branch for branch in (kept.a, kept.m) if branch is not None))
         ctx.set_materialize_grads(False)
         ctx.told = told
@@ -102,11 +108,11 @@ class _Layer(torch.autograd.Function):
         last = is_last_to_read()
         # a layer after this one may be differentiated later than this, for a loss between layers
         owned = last and not turn.is_read()
-        modulation, rotary, *saved = ctx.saved_tensors
+        modulation, rotary, context, lengths, *saved = ctx.saved_tensors
         weights, saved = saved[: len(form)], saved[len(form) :]
         parameters, saved = saved[:count], saved[count:]
         kept = tensors.Kept(tensors.Activations(*saved[:KEPT]), owned=owned)
-        scale, start, *sums = saved[KEPT:]
+        scale, mean, start, *sums = saved[KEPT:]
         if last:
             # nothing but kept holds what the forward kept, so each tensor dies with its last use
             ctx.maybe_clear_saved_tensors()
@@ -115,10 +121,12 @@ class _Layer(torch.autograd.Function):
         # kept from the forward, the casts would take 2 bytes for each parameter of a block at the
         # peak of its step: to read 4 bytes and write 2 again costs far less than that memory
         w = form.whole(weights, options.norm1.dtype)
-        end = 4 + len(form)
-        gradients = form.gradients(needed[4:end], weights, w)
+        end = FIRST + len(form)
+        gradients = form.gradients(needed[FIRST:end], weights, w)
         made_of = _made_of(ctx.told, modulation, parameters)
-        call = LayerCall(x, made_of, rotary, w, options, scale)
+        dcontext = torch.empty_like(context) if needed[4] else None
+        other = None if context is None else Context(context, lengths, dcontext)
+        call = LayerCall(x, made_of, rotary, w, options, scale, mean=mean, context=other)
         if modulate is None:
             dmodulation = ModulationGradient(modulation)
         else:
@@ -131,7 +139,7 @@ class _Layer(torch.autograd.Function):
         if last:
             turn.is_done = True
         dmodulation, *dparameters = dmodulation.results()
-        grads = None, dx, dmodulation, None, *dweights, *dparameters
+        grads = None, dx, dmodulation, None, dcontext, None, *dweights, *dparameters
         return *grads, *(None,) * (len(needed) - len(grads))
 
 
@@ -239,7 +247,7 @@ def modulation_at(recompute: Recompute, modulation: Tensor | Condition) -> Tenso
 def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | None = None) -> Tensor:
     """The output (n, N, D) of a call whose tensors are checked, with its gradient."""
     (x, modulation, rotary, weights, options, *_), modulate, parameters = call, None, ()
-    x = x.contiguous()
+    x, (context, lengths, _) = x.contiguous(), call.context or Context(None, None)
     if isinstance(modulation, Condition):
         modulation, modulate, parameters = modulation
         stream = None  # whose runs hold the gates of earlier layers
@@ -248,7 +256,9 @@ def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | Non
     run, turn = ((x.detach(),), Turn()) if stream is None else stream.run_to(x)
     flat, form = flatten(weights)
     told = _Told(kind, options, modulate, len(parameters), turn, form)
-    out, a, m = _Layer.apply(told, x, modulation, rotary, *flat, *parameters, *run)
+    out, a, m = _Layer.apply(
+        told, x, modulation, rotary, context, lengths, *flat, *parameters, *run
+    )
     if stream is not None and options.wanted.is_all and out.requires_grad and a is not None:
         mod = LayerModulation.of(modulation)
         stream.extend(run, turn, out, mod.gate1, a, mod.gate2, m)
@@ -266,12 +276,15 @@ def _dropout(branches: float, attention: float, draw: Draw | None) -> Dropout | 
 
 def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
     """Shapes, dtypes and devices of one call, whose modulation has so many chunks of D."""
-    x, modulation, rotary, w, options, *_ = call
+    (x, modulation, rotary, w, options, *_), context = call, call.context
     of_tokens = isinstance(modulation, Condition)
     given = {"c": modulation.c} if of_tokens else {"modulation": modulation}
+    given |= {} if context is None else {"context": context.tokens}
     tensors = dict(zip(w.names(), w.tensors(), strict=True))
     checks.check_floats(x=x, **given, rotary=rotary, **tensors)
     B, T, D = x.shape
+    if context is not None:
+        _check_context(context, B)
     if of_tokens and (modulation.c.dim() != 3 or tuple(modulation.c.shape[:2]) != (B, T)):
         got = tuple(modulation.c.shape)
         raise ValueError(f"a condition's c must be (B, T, C) = ({B}, {T}, C), got {got}")
@@ -289,4 +302,12 @@ def check_call(call: LayerCall, d: int | None, *, chunks: int) -> None:
         raise ValueError(f"head_dim must be at least 1, got {d}")
     check_head_width(x.device, d)
     checks.check_heads(*w.qk_norms, rotary, T, d)
-    check_weights("", w, D, H * d, d, mlp=options.mlp)
+    C = None if context is None else context.tokens.shape[-1]
+    check_weights("", w, D, H * d, d, mlp=options.mlp, C=C)
+
+
+def _check_context(context: Context, B: int) -> None:
+    tokens, lengths, _ = context
+    if tokens.dim() != 3 or len(tokens) != B:
+        raise ValueError(f"context must be (B, S, C) = ({B}, S, C), got {tuple(tokens.shape)}")
+    check_lengths(lengths, tokens)

@@ -64,8 +64,10 @@ def forward(kind: Kind, streams: Streams) -> tuple[list[Tensor], list[Activation
     A policy that keeps nothing runs a few samples at a time.
     """
     outs = [call.x.new_empty(call.options.wanted.view(call.x).shape) for call in streams]
-    keeps = POLICIES[streams[-1].options.recompute].keeps
-    tokens = sum(len(call.x) * call.x.shape[1] for call in streams) if keeps else PART
+    tokens = PART
+    if POLICIES[streams[-1].options.recompute].keeps:
+        # all samples together, also where they have no tokens
+        tokens = max(sum(len(call.x) * call.x.shape[1] for call in streams), len(streams[-1].x))
     for parts, some in _parts(streams, [call.x.dtype for call in streams], tokens):
         results = [call.results(part) for call, part in zip(streams, parts, strict=True)]
         rows = [place.of(out) for place, out in zip(results, outs, strict=True)]
@@ -173,8 +175,17 @@ def narrowed(call: LayerCall) -> tuple[Tensor, Tensor | None]:
     return kept, scale
 
 
+def subtracted(call: LayerCall) -> Tensor | None:
+    """The mean (B, T, 1) that `narrowed` subtracts from x, where something reads x without a norm:
+    cross-attention. Else None."""
+    x, norm = call.x, call.options.norm1
+    if call.context is None or not norm.centred or norm.dtype.itemsize >= x.dtype.itemsize:
+        return None
+    return x.mean(-1, keepdim=True)
+
+
 def _write(streams: Streams, outs: Sequence[Tensor]) -> list[Activations]:
-    entered = [_enter(call) for call in streams]
+    entered = [enter(call) for call in streams]
     qkvs = [qkv for qkv, _ in entered]
     attended, logsumexp = attend(streams, qkvs)
     rows = by_stream(attended, qkvs)
@@ -187,7 +198,7 @@ def _write(streams: Streams, outs: Sequence[Tensor]) -> list[Activations]:
     return [own.only(keeps) for own in made]
 
 
-def _enter(call: LayerCall) -> tuple[QKV, Tensor]:
+def enter(call: LayerCall) -> tuple[QKV, Tensor]:
     """Queries, keys and values of the normalised stream, and the norm's statistics."""
     y, stats1 = first_norm(call, call.mod.scale1, call.mod.shift1)
     return QKV.of(y, call.weights.qkv, call.options.wanted), stats1
@@ -213,7 +224,7 @@ def _leave(call: LayerCall, attended: Tensor, out: Tensor, made: Activations) ->
 
 def _attend_alone(call: LayerCall) -> dict[str, Tensor]:
     """What a second attention leaves behind, by name."""
-    qkv, _ = _enter(call)
+    qkv, _ = enter(call)
     attended, logsumexp = attend((call,), (qkv,))
     a = call.weights.out.of(attended)
     return {"qkv2": qkv.qkv, "attended2": attended, "logsumexp2": logsumexp, "a2": a}
@@ -253,11 +264,11 @@ def _at_once(
     dmods = [torch.empty_like(call.modulation) for call in streams]
     each = list(zip(streams, dmods, kept, grads, strict=True))
     left = [_leave_backward(*own, dout) for own, dout in zip(each, douts, strict=True)]
-    qkvs = [_qkv_of(call, own) for call, own in zip(streams, kept, strict=True)]
+    qkvs = [qkv_of(call, own) for call, own in zip(streams, kept, strict=True)]
     das = [da for _, da in left]
     dqkvs = attend_backward(streams, das, qkvs, kept, grads)
     dxs = [
-        _enter_backward(call, dqkv, dx1, own.pop("stats1"), dmod, gradients)
+        enter_backward(call, dqkv, dx1, own.pop("stats1"), dmod, gradients)
         for (call, dmod, own, gradients), dqkv, (dx1, _) in zip(each, dqkvs, left, strict=True)
     ]
     return dxs, dmods
@@ -318,20 +329,20 @@ def _second_backward(
 ) -> Tensor:
     """dx1 with what goes by the second attention."""
     alone, own = call.alone(), kept.take_second()
-    qkv = _qkv_of(alone, own)
+    qkv = qkv_of(alone, own)
     (dqkv,) = attend_backward((alone,), (da2,), (qkv,), (own,), (grads.second,))
-    return _enter_backward(alone, dqkv, dx1, kept["stats1"], dmodulation, grads.second)
+    return enter_backward(alone, dqkv, dx1, kept["stats1"], dmodulation, grads.second)
 
 
-def _qkv_of(call: LayerCall, kept: Kept) -> QKV:
+def qkv_of(call: LayerCall, kept: Kept) -> QKV:
     """What was kept, or made again."""
     qkv = QKV(kept.pop("q"), kept.pop("qkv"))
     if qkv.qkv is None:
-        qkv, kept.owned = _enter(call)[0], True
+        qkv, kept.owned = enter(call)[0], True
     return qkv
 
 
-def _enter_backward(
+def enter_backward(
     call: LayerCall,
     dqkv: QKV,
     dx1: Tensor | None,

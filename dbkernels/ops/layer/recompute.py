@@ -4,7 +4,7 @@ A unit is D elements per token in the dtype of the branches. Counts are for a re
 that dtype, a hidden layer of 4 D and heads as wide together as D; SwiGLU, whose hidden layer is
 twice as wide, adds 4 where it is kept. logsumexp and the statistics of two norms add H + 4 float32
 numbers per token where they are kept. Tokens and samples whose results are not asked for count x, k
-and v alone.
+and v alone. Other kinds of layers have counts of their own.
 
 A condition of each token adds its modulation, 6 D, and the silu of it that its projection read,
 where the modulation is kept. Else it adds nothing but the condition itself, which all layers of a
@@ -36,7 +36,7 @@ class Policy:
     keeps: frozenset[str]
     """Names of `Activations`; the layer's input x is always kept."""
     units: int
-    """D elements per token."""
+    """D elements per token of an AdaLN layer."""
     recomputes: str
     """What the backward computes again, beside norms, modulation and activation."""
     narrow: bool = False
@@ -49,8 +49,9 @@ class Policy:
 
 
 _ALL, _NOTHING = frozenset(Activations._fields), frozenset[str]()
-_ATTENDED = {"attended", "logsumexp", "attended2", "logsumexp2"}
-_MADE_AGAIN = {"hidden", "q", "qkv", "qkv2"}
+_ATTENDED = {"attended", "attended2", "cross_attended"}
+_ATTENDED |= {"logsumexp", "logsumexp2", "cross_logsumexp"}
+_MADE_AGAIN = {"hidden", "q", "qkv", "qkv2", "cross_q", "cross_kv"}
 
 POLICIES: dict[Recompute, Policy] = {
     "none": Policy(_ALL, 11, "nothing"),

@@ -8,6 +8,7 @@ from dbkernels.settings import check_choice
 PROJECTIONS = ("qkv", "out", "fc1", "fc2")
 ATTENTION = ("qkv", "out")
 KEYS = ("qkv",)
+CROSS = ("cross_q", "cross_kv", "cross_out")
 
 
 def check_weights(
@@ -19,6 +20,7 @@ def check_weights(
     *,
     mlp: str,
     has: tuple[str, ...] = PROJECTIONS,
+    C: int | None = None,
 ) -> None:
     """Shapes, one dtype, and adapters that fit.
 
@@ -30,6 +32,7 @@ def check_weights(
         d:      of a head
         mlp:    which one
         has:    the projections that there are to be, of PROJECTIONS; of the others all is None
+        C:      width of the other sequence; None is a layer without cross-attention
     Raises:
         ValueError: one is of another shape or dtype, is missing, or is not for this stream.
     """
@@ -38,8 +41,10 @@ def check_weights(
     expected = LayerWeights(
         (3 * width, D), (3 * width,), (D, width), (D,),
         (2 * hidden if mlp == "swiglu" else hidden, D), (first,), (D, hidden), (D,), (d,), (d,),
+        (width, D), (width,), (2 * width, C), (2 * width,), (D, width), (D,),
     )._asdict()  # fmt: skip
-    for projection in PROJECTIONS:
+    has = has if C is None else (*has, *CROSS)
+    for projection in (*PROJECTIONS, *CROSS):
         weight, bias = (f"{projection}_{kind}" for kind in ("weight", "bias"))
         if projection not in has:
             for each in (weight, bias):

@@ -51,6 +51,18 @@ class LayerWeights(NamedTuple):
     """(d,), of the RMS norm of queries; None leaves queries and keys as they are."""
     k_weight: Tensor | None = None
     """(d,), of the RMS norm of keys."""
+    cross_q_weight: Tensor | None = None
+    """(H d, D), to queries of another sequence; those of cross-attention are None without it."""
+    cross_q_bias: Tensor | None = None
+    """(H d,)"""
+    cross_kv_weight: Tensor | None = None
+    """(2 H d, C), of tokens of width C, keys first, then values."""
+    cross_kv_bias: Tensor | None = None
+    """(2 H d,)"""
+    cross_out_weight: Tensor | None = None
+    """(D, H d)"""
+    cross_out_bias: Tensor | None = None
+    """(D,)"""
     adapters: tuple[Adapter, ...] = ()
     """Of the projections above; queries alone are the first third of qkv's outputs."""
 
@@ -72,6 +84,18 @@ class LayerWeights(NamedTuple):
 
     def _of(self, projection: str) -> tuple[Adapter, ...]:
         return tuple(a for a in self.adapters if a.projection == projection)
+
+    @property
+    def cross_q(self) -> Linear:
+        return Linear(self.cross_q_weight, self.cross_q_bias, self._of("cross_q"))
+
+    @property
+    def cross_kv(self) -> Linear:
+        return Linear(self.cross_kv_weight, self.cross_kv_bias, self._of("cross_kv"))
+
+    @property
+    def cross_out(self) -> Linear:
+        return Linear(self.cross_out_weight, self.cross_out_bias, self._of("cross_out"))
 
     @property
     def qk_norms(self) -> tuple[Tensor | None, Tensor | None]:
@@ -162,6 +186,16 @@ class Activations(NamedTuple):
     attended2: Tensor | None = None
     logsumexp2: Tensor | None = None
     a2: Tensor | None = None
+    cross_q: Tensor | None = None
+    """(B, T, H d), queries of another sequence; what follows is None without cross-attention."""
+    cross_kv: Tensor | None = None
+    """(B, S, 2 H d), keys and values of that sequence."""
+    cross_attended: Tensor | None = None
+    """(B, T, H d), before its projection out."""
+    cross_logsumexp: Tensor | None = None
+    """(B, H, T)"""
+    c: Tensor | None = None
+    """(B, T, D), output of the cross-attention."""
 
     def of(self, part: Part, results: Part) -> "Activations":
         """What some samples left behind; results are those of them that are wanted."""
@@ -171,6 +205,21 @@ class Activations(NamedTuple):
     def only(self, names: Collection[str]) -> "Activations":
         """Those of these names."""
         return Activations(*(t if name in names else None for name, t in self._asdict().items()))
+
+
+class Context(NamedTuple):
+    """Another sequence, of which each sample's first tokens are keys and values."""
+
+    tokens: Tensor
+    """(B, S, C), of any width and dtype."""
+    lengths: Tensor | None
+    """(B,) integers, how many tokens are keys; None is all."""
+    gradient: Tensor | None = None
+    """(B, S, C), where a backward writes that of the tokens; None where none is wanted."""
+
+    def of(self, part: Part) -> "Context":
+        """Of some samples."""
+        return Context(*map(part.of, self))
 
 
 class LayerCall(NamedTuple):
@@ -189,6 +238,10 @@ class LayerCall(NamedTuple):
     """(B, T, 1) float32, by which x was divided before it was narrowed; None is 1."""
     second: LayerWeights | None = None
     """Of a second attention, without an MLP; None is no such attention."""
+    mean: Tensor | None = None
+    """(B, T, 1) float32, which was subtracted from x before that; None is 0."""
+    context: Context | None = None
+    """Of cross-attention."""
 
     @property
     def mod(self) -> tuple[Tensor, ...]:
@@ -233,8 +286,21 @@ class LayerCall(NamedTuple):
             x = part.of(self.x).to(dtype)
             if self.scale is not None:
                 x *= part.of(self.scale)
+            if self.mean is not None:
+                x += part.of(self.mean)
             options, modulation = self.options.of_part(part), modulation_of(part)
-            yield part, self._replace(x=x, modulation=modulation, options=options, scale=None)
+            context = None if self.context is None else self.context.of(part)
+            yield (
+                part,
+                self._replace(
+                    x=x,
+                    modulation=modulation,
+                    options=options,
+                    scale=None,
+                    mean=None,
+                    context=context,
+                ),
+            )
 
     def samples(self, tokens: int, beside: int = 0) -> Iterator[Part]:
         """A few samples at a time, of about so many tokens together with those beside them."""

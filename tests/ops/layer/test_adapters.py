@@ -39,15 +39,22 @@ def merged(weight, adapters):
     return weight
 
 
-def on_merged(specification, x, modulation, weights, **options):
-    """A specification of a layer whose adapters are in its weights."""
-    of = {name: [a for a in weights.adapters if a.projection == name] for name in EVERY_TARGET}
+def whole(given):
+    """Weights that their adapters are in; anything else as it is."""
+    if not isinstance(given, LayerWeights):
+        return given
+    of = {name: [a for a in given.adapters if a.projection == name] for name in EVERY_TARGET}
     full = {
-        f"{name}_weight": merged(getattr(weights, f"{name}_weight"), adapters)
+        f"{name}_weight": merged(getattr(given, f"{name}_weight"), adapters)
         for name, adapters in of.items()
         if adapters
     }
-    return specification(x, modulation, weights._replace(**full, adapters=()), **options)
+    return given._replace(**full, adapters=())
+
+
+def on_merged(specification, *given, **options):
+    """A specification of a layer whose adapters are in its weights."""
+    return specification(*map(whole, given), **{n: whole(told) for n, told in options.items()})
 
 
 def exact(layer, **options):

@@ -88,6 +88,14 @@ def test_as_accurate_as_eager_and_policies_give_the_same_bits(options, dtypes, k
 
 
 @every_kind
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_mean_of_x_that_is_large_beside_the_rest_is_not_rounded_with_it(norm, kind):
+    layer = LAYERS[kind](3, 37, 128, 1, hidden=160, norm=norm, dtypes=(F32, BF16, BF16))
+    layer.tensors["x"] = layer.tensors["x"].add(60.0 if norm == "layer" else 0.0)
+    layer.assert_as_accurate_as_eager(layer.with_grads(recompute="layer_narrow"))
+
+
+@every_kind
 def test_autocast_runs_the_branches_in_bfloat16_and_nothing_else(kind):
     layer = LAYERS[kind](3, 37, 128, 1, hidden=160, rotated=True)
     fused = in_autocast(layer.op)
@@ -173,8 +181,10 @@ def test_refuses_a_second_derivative(kind):
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 def test_fake_tensors_have_its_shapes(recompute, kind):
     layer = LAYERS[kind](rotated=True)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        layer.tensors = {name: mode.from_tensor(t) for name, t in layer.tensors.items()}
+    with FakeTensorMode() as mode:
+        for given in (layer.tensors, layer.options):
+            for name, t in given.items():
+                given[name] = mode.from_tensor(t) if isinstance(t, torch.Tensor) else t
         leaves = layer.leaves()
         y = layer.run(leaves, recompute=recompute)
         assert y.shape == layer.run(leaves, layer.specification).shape
@@ -184,9 +194,25 @@ def test_fake_tensors_have_its_shapes(recompute, kind):
 OTHER_DTYPE = "must have the dtype of qkv_weight,"
 REJECTED = {
     "parallel": [
+        ("cross_q_bias", torch.zeros(24), "cross_q_bias must be None here, got a tensor"),
         ("modulation", torch.zeros(2, 144), r"\(B, 3 D\) = \(2, 72\) or .*, got \(2, 144\)"),
         ("modulation", torch.zeros(2, 4, 72), r"\(B, T, 3 D\) = \(2, 5, 72\), got \(2, 4, 72\)"),
         ("rotary", torch.zeros(2, 4, 8), r"rotary must be \(2, T, d\) = \(2, 5, 8\)"),
+    ],
+    "cross": [
+        ("modulation", torch.zeros(2, 72), r"\(B, 6 D\) = \(2, 144\) or .*, got \(2, 72\)"),
+        ("context", torch.zeros(2, 18), r"context must be \(B, S, C\) = \(2, S, C\), got \(2, 18"),
+        ("context", torch.zeros(3, 6, 18), r"context must be .*, got \(3, 6, 18\)"),
+        ("context", torch.zeros(2, 6, 17), r"cross_kv_weight must be \(48, 17\), got \(48, 18\)"),
+        ("context", torch.zeros(2, 6, 18).int(), "context must be one of .*, got torch.int32"),
+        ("cross_q_weight", None, r"cross_q_weight must be \(24, 24\), got None"),
+        ("cross_out_weight", torch.zeros(24, 1), r"cross_out_weight must be \(24, 24\), got"),
+        ("lengths", torch.tensor([7, 1]), "lengths must be from 0 to S = 6, got 1 to 7"),
+        ("lengths", torch.tensor([6, -1]), "lengths must be from 0 to S = 6, got -1 to 6"),
+        ("lengths", torch.tensor([6]), r"lengths must be \(B,\) = \(2,\) integers, .* got \(1,\)"),
+        ("lengths", torch.ones(2, 6) > 0, r"no other mask is taken, got \(2, 6\) of torch.bool"),
+        ("lengths", torch.zeros(2), r"no other mask is taken, got \(2,\) of torch.float32"),
+        ("lengths", torch.zeros(2, device="meta").int(), "lengths must be on cpu, got meta"),
     ],
     "joint": [
         ("modulation", torch.zeros(2, 216), r"^modulation must be \(B, 6 D\) = \(2, 144\) or "),
