@@ -163,6 +163,7 @@ def test_a_joint_layer_that_is_the_last_trains_of_the_text_its_keys_and_values_a
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_what_has_no_gradient_there_is_moved_by_the_decay_alone(decay):
     trainer = make_trainer("mmdit", weight_decay=decay, lr=1e-2)  # a layer to a block
+    randomise(trainer.blocks.model)
     before = weights(trainer)
     trainer.step_block(trainer.blocks[0])
     names = [f"model.layers.0.context.{name}.weight" for name in ("attention.out", "mlp.fc2")]
