@@ -11,6 +11,7 @@ from dbkernels.models.registry import FamilyName, family_named, family_with
 from dbkernels.planning.recipe import Recipe, of_preset
 from dbkernels.settings import MOST_SAMPLES, check_number
 
+TOKENS = 2**15  # of a batch that nobody gives, at most
 OF_PRESET = " None is the first that has the preset."
 
 
@@ -20,8 +21,9 @@ class OfPreset:
 
     family: Annotated[FamilyName | None, tyro.conf.arg(help=FAMILY_HELP + OF_PRESET)] = None
     preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = ""
-    batch: int = 128
-    """Samples of a step; made up, of the preset's shape."""
+    batch: int | None = None
+    """Samples of a step; made up, of the preset's shape. None is 128, or the power of two below it
+    that has at most 32768 tokens."""
     autocast: bool = False
     """Compute in bfloat16; parameters stay float32."""
     json: bool = False
@@ -29,8 +31,10 @@ class OfPreset:
 
     def recipe(self, target: Target) -> Recipe:
         """The way to train it that has every other setting by default."""
-        check_number("batch", self.batch, 1, MOST_SAMPLES)
-        given = {"batch_size": self.batch, "autocast": self.autocast, "device": target}
         family = self.family or family_with(self.preset)
         name = self.preset or family_named(family).model.smallest
-        return replace(of_preset(family, name), **given)
+        recipe, batch = of_preset(family, name), self.batch
+        if batch is None:
+            batch = min(128, 2 ** max(0, (TOKENS // recipe.model.tokens).bit_length() - 1))
+        check_number("batch", batch, 1, MOST_SAMPLES)
+        return replace(recipe, batch_size=batch, autocast=self.autocast, device=target)

@@ -163,7 +163,7 @@ class Profile(OfPreset):
             write_timeline(self.timeline, prediction)
         if self.picture:
             blocks = f"{recipe.num_blocks} block{'s' if recipe.num_blocks > 1 else ''}"
-            run = f"{recipe.family} {recipe.preset}, batch {self.batch}"
+            run = f"{recipe.family} {recipe.preset}, batch {recipe.batch_size}"
             draw(self.picture, prediction, title=f"{run}: {_name(recipe.settings())}, {blocks}")
 
     def _measured(self, recipe: Recipe) -> dict[str, object]:

@@ -40,6 +40,11 @@ class ImageConfig:
         if patch < 1 or size < 1 or size % patch:
             raise ValueError(f"the patch must divide the image size, got {patch} and {size}")
 
+    @property
+    def tokens(self) -> int:
+        """Of a sample, as the layers see it, or nearly as many."""
+        return (self.image_size // self.patch) ** 2
+
     @classmethod
     def stored(cls, fields: dict[str, object], version: int) -> "ImageConfig":
         """The configuration in a run's config.json, of the version that the file has."""

@@ -72,6 +72,11 @@ class MMDiTConfig(ImageConfig):
                 f"got {self.dim} / {self.num_heads}"
             )
 
+    @property
+    def tokens(self) -> int:
+        """Of an image and its text together."""
+        return super().tokens + self.text_length
+
     def resized(self, sizes: dict[str, int]) -> "MMDiTConfig":
         """With other sizes, by field; fewer layers have fewer parallel ones, in proportion."""
         if "depth" in sizes:

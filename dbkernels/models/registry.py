@@ -33,9 +33,11 @@ class ModelConfig(Protocol):
     """Sizes of a model, a frozen dataclass; also `dim`, `depth` and `recompute`.
 
     independent:  as that of `Family`
+    tokens:       of a sample, as the layers see it, or nearly as many
     """
 
     independent: bool
+    tokens: int
 
     @classmethod
     def stored(cls, fields: dict[str, object], version: int) -> "ModelConfig":

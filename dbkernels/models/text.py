@@ -49,6 +49,11 @@ class TextConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    @property
+    def tokens(self) -> int:
+        """Of a window."""
+        return self.length
+
     @classmethod
     def stored(cls, fields: dict[str, object], version: int) -> "TextConfig":
         """The configuration in a run's config.json, of the version that the file has."""

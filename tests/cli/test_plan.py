@@ -4,6 +4,8 @@ import pytest
 from cli.runs import rows_of
 from planning.reckoned import reckoned, wide
 
+from dbkernels.cli.plan import Plan
+from dbkernels.memory.allocator import TARGETS
 from dbkernels.planning import search as module
 
 
@@ -108,3 +110,34 @@ def test_a_memory_that_nothing_fits_gets_the_smallest_plan_and_what_would_fit(qu
     monkeypatch.setattr(module, "estimate", wide)
     outcome = quick("800MiB", "--preset XL/2")
     assert "; the largest preset of the family that fits is B/2" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "family", "batch"),
+    [
+        ({}, "vit", 128),
+        ({"preset": "XL/2"}, "dit", 128),
+        # 4,096 patches and 512 tokens of text
+        ({"preset": "flux-12b"}, "mmdit", 4),
+        ({"preset": "flux-12b", "batch": 16}, "mmdit", 16),
+        ({"family": "mdm", "preset": "small"}, "mdm", 128),
+    ],
+    ids=str,
+)
+def test_the_family_and_the_batch_follow_the_preset(flags, family, batch):
+    recipe = Plan(memory="1GiB", **flags).recipe(TARGETS["h100"])
+    assert (recipe.family, recipe.batch_size) == (family, batch)
+
+
+def test_adapters_are_of_the_plans_and_of_their_commands(cli, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    flags = "--lora 4 --lora-base bfloat16 --batch 2 --target cpu"
+    every = rows_of(cli(f"plan --preset digits --memory 1GiB {flags} --json"))
+    assert all((row["lora"], row["lora_base"]) == (4, "bfloat16") for row in every)
+    whole, *_ = every
+    # two moments of the adapters alone, beside two bytes of each number that is frozen
+    assert 0 < whole["by_category"]["optimizer"] < whole["by_category"]["parameters"] / 5
+    commands = [row["command"] for row in every if row["row"] == "plan"]
+    assert commands and all(
+        command.endswith("--from NETWORK --lora 4 --lora-base bfloat16") for command in commands
+    )
