@@ -18,6 +18,8 @@ from dbkernels.planning.recipe import Recipe
 from dbkernels.planning.search import OP_SECONDS, SHARE, STATE
 from dbkernels.training.lora_config import Base, LoraConfig
 
+BREAK = " \\\n    "  # of a command that goes on in the next line
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(OfPreset):
@@ -152,7 +154,7 @@ def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
         "op, and swaps\nboth are predicted, not measured\n\n"
         f"Largest preset of {whole['family']} that fits at all: {rows[-1]['largest']}.\n"
         "To train by the first of them, with --data and --out of your own:\n"
-        f"  {first} \\\n    --num-blocks{second}"
+        f"  {first} \\\n    --num-blocks{second.replace(' --from', BREAK + '--from')}"
     )
 
 
