@@ -55,8 +55,8 @@ class PartitionFlags(PartitionConfig):
     conventional objective."""
 
     noise_order: NoiseOrder | None = None
-    """Layers that meet the most noise: the first, or the deepest. None is the first; but of a text
-    model that was trained without noise, and of which --from makes blocks, it is the deepest."""
+    """Layers that meet the most noise: the first, or the deepest. None is the first; but of blocks
+    that start from a text model which was trained without noise, it is the deepest."""
 
     def for_family(
         self,
@@ -99,8 +99,8 @@ class Train:
     """A network to start from that was trained end to end: a run, one of its checkpoints, or
     somebody else's file that `dbkernels.convert.load` reads. Its sizes are the model's."""
     distill: float = 0.0
-    """Share of each block's target that is what the whole network of --from predicts, 0 to 1; it is
-    held beside the blocks, frozen."""
+    """Share of each block's target that is what the whole network predicts that they start from, 0
+    to 1; it is held beside the blocks, frozen."""
     preset: Annotated[str, tyro.conf.arg(help=PRESET_HELP)] = ""
     patch: int = 0
     """Pixels, or cells of a latent, per side of a patch; 0 keeps the preset's."""

@@ -31,7 +31,7 @@ ALLOWED = {  # where a value means something
         *("patch", "dim", "depth", "num_heads", "label_drop", "shift", "gamma", "warmup"),
         *("weight_decay", "clip", "ema", "steps_per_swap", "seed", "save_every", "mean", "budget"),
         *("threads", "processes", "test_share", "train_bpe"),
-        *("Train.length", "Train.stride"),
+        *("Train.length", "Train.stride", "distill", "lora", "lora_alpha"),
     },
     "-1": {"mean"},
     str(2**62): {"seed", "gamma"},

@@ -31,7 +31,8 @@ def test_help_has_a_sentence_for_every_flag(cli, monkeypatch, verb, columns):
     assert outcome.code == 0
     positional = {"run_dir", "run_dirs", "inputs", *(["family"] if verb == "train" else [])}
     for name in set(flags_of(VERBS[verb])) - positional:
-        flag = "--" + name.replace("_", "-")
+        # a word of Python names the flag
+        flag = "--" + {"source": "from"}.get(name, name.replace("_", "-"))
         kind = r"(, --no-[a-z-]+| [A-Z]+| {[^}]+}(\|[A-Z]+)?)"
         found = re.search(rf" {flag}{kind} (.+?\.) \(", text)
         assert found, f"{flag} has no sentence"

@@ -48,7 +48,7 @@ def test_adapters_alone_are_trained_and_their_base_is_said_to_be_random(train, t
     assert config["lora"] == {
         "rank": 2, "alpha": 4.0, "targets": "qkv,fc1", "base": "float32"
     }  # fmt: skip
-    assert "what they need is a network that was trained" in outcome.err
+    assert "give one that was trained with --from" in outcome.err
     assert train("dit --out plain").err.count("adapters") == 0
 
 
