@@ -8,7 +8,8 @@ from collections.abc import Collection
 
 from torch import nn
 
-from dbkernels.models.layer import BIASED, LayerConfig
+from dbkernels.models.branches import BIASED
+from dbkernels.models.layer import LayerConfig
 
 NORMS = {nn.LayerNorm: "layer", nn.RMSNorm: "rms"}
 # in the order of BIASED

@@ -15,8 +15,9 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from dbkernels.models.branches import Attention
 from dbkernels.models.joint_layer import JointLayer, Keys
-from dbkernels.models.layer import AdaLNLayer, Attention
+from dbkernels.models.layer import AdaLNLayer
 from dbkernels.models.low_rank import CHILD, LowRank
 from dbkernels.models.parallel_layer import ParallelLayer
 from dbkernels.ops.backend import checks

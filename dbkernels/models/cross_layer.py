@@ -19,24 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.models.as_made import as_made, check_as_made
-from dbkernels.models.condition import condition_of_all, modulation_or_condition
-from dbkernels.models.layer import BIASED as OF_BRANCHES
-from dbkernels.models.layer import (
-    KINDS,
+from dbkernels.models.branches import BIASED as OF_BRANCHES
+from dbkernels.models.branches import (
     MLP,
     Attention,
     OfBranches,
-    Projection,
     branch_weights,
     initialise_branches,
     initialise_linear,
 )
+from dbkernels.models.condition import condition_of_all, modulation_or_condition
+from dbkernels.models.layer import KINDS, Projection
 from dbkernels.models.low_rank import adapters_of
 from dbkernels.ops import reference_layers
 from dbkernels.ops.backend.checks import check_norm
 from dbkernels.ops.layer.cross import CHUNKS, cross_layer
 from dbkernels.ops.layer.recompute import Recompute
-from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.ops.layer.weights import LayerWeights
 
 BIASED = (*OF_BRANCHES, "cross_q", "cross_kv", "cross_out")
 

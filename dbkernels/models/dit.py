@@ -20,9 +20,10 @@ from dbkernels.data.images import Batch
 from dbkernels.diffusion.path import PathName
 from dbkernels.diffusion.prediction import PredictionName, prediction_named
 from dbkernels.models import embed
+from dbkernels.models.branches import initialise_linear
 from dbkernels.models.denoiser import ImageDenoiser
 from dbkernels.models.image_config import LabelledConfig
-from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, run_layers
+from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.settings import check_choice
 
 

@@ -18,23 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.models.as_made import as_made, check_as_made
-from dbkernels.models.condition import stock_projection
-from dbkernels.models.layer import (
-    KINDS,
+from dbkernels.models.branches import (
     MLP,
     Attention,
-    LayerConfig,
     OfBranches,
-    Projection,
     initialise_branches,
     initialise_linear,
 )
+from dbkernels.models.condition import stock_projection
+from dbkernels.models.layer import KINDS, LayerConfig, Projection
 from dbkernels.models.low_rank import adapters_of_all
 from dbkernels.ops import reference_layers
 from dbkernels.ops.backend import checks
 from dbkernels.ops.layer.joint import joint_layer
 from dbkernels.ops.layer.recompute import Recompute
-from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.ops.layer.weights import LayerWeights
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from dbkernels.data.images import Batch
 from dbkernels.diffusion.masked import MASK
 from dbkernels.diffusion.process import Interval
 from dbkernels.models import embed
+from dbkernels.models.branches import initialise_linear
 from dbkernels.models.family import Presets
-from dbkernels.models.layer import AdaLNLayer, initialise_linear, run_layers
+from dbkernels.models.layer import AdaLNLayer, run_layers
 from dbkernels.models.rotary import rotary_table
 from dbkernels.models.taught import cross_entropy as taught_entropy
 from dbkernels.models.text import TextConfig

@@ -27,10 +27,10 @@ from dbkernels.data.made_up import Field
 from dbkernels.diffusion.path import PathName
 from dbkernels.diffusion.prediction import PredictionName, prediction_named
 from dbkernels.models import embed
+from dbkernels.models.branches import initialise_linear
 from dbkernels.models.denoiser import ImageDenoiser
 from dbkernels.models.image_config import ImageConfig, check_no_stride
 from dbkernels.models.joint_layer import JointConfig, JointLayer
-from dbkernels.models.layer import initialise_linear
 from dbkernels.models.parallel_layer import ParallelConfig, ParallelLayer
 from dbkernels.models.rotary import axis_table
 

@@ -18,22 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.models.as_made import as_made, check_as_made
-from dbkernels.models.condition import condition_of_all, modulation_or_condition, stock_projection
-from dbkernels.models.layer import (
-    KINDS,
+from dbkernels.models.branches import (
     MLP,
     Attention,
     OfBranches,
-    Projection,
     branch_weights,
     initialise_branches,
     initialise_linear,
 )
+from dbkernels.models.condition import condition_of_all, modulation_or_condition, stock_projection
+from dbkernels.models.layer import KINDS, Projection
 from dbkernels.ops import reference_layers
 from dbkernels.ops.backend.checks import check_norm
 from dbkernels.ops.layer.parallel import CHUNKS, parallel_layer
 from dbkernels.ops.layer.recompute import Recompute
-from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.ops.layer.weights import LayerWeights
 
 BIASED = ("qkv", "fc1", "fc2")  # the one bias of W_out is fc2's
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.diffusion.prediction import EDM
+from dbkernels.models.branches import initialise_linear
 from dbkernels.models.embed import FinalModulation
-from dbkernels.models.layer import initialise_linear, make_norm
+from dbkernels.models.layer import make_norm
 from dbkernels.models.text import NoisyTextConfig
 from dbkernels.ops import reference
 from dbkernels.ops.adaln_norm import adaln_norm

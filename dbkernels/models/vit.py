@@ -23,10 +23,11 @@ from dbkernels.data.images import Batch
 from dbkernels.diffusion.path import log_level
 from dbkernels.diffusion.prediction import EDM
 from dbkernels.diffusion.process import Interval
+from dbkernels.models.branches import initialise_linear
 from dbkernels.models.embed import FinalModulation, Linear, NoiseEmbedding, patchify
 from dbkernels.models.family import Presets
 from dbkernels.models.image_config import LabelledConfig
-from dbkernels.models.layer import AdaLNLayer, LayerConfig, initialise_linear, make_norm, run_layers
+from dbkernels.models.layer import AdaLNLayer, LayerConfig, make_norm, run_layers
 from dbkernels.models.taught import cross_entropy as taught_entropy
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.dropout import dropout

@@ -18,7 +18,8 @@ from dbkernels.ops.layer.parallel import parallel_layer
 from dbkernels.ops.layer.projection import linear
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.ops.layer.stacked import Stacked
-from dbkernels.ops.layer.tensors import LayerWeights, ResidualStream
+from dbkernels.ops.layer.tensors import ResidualStream
+from dbkernels.ops.layer.weights import LayerWeights
 from dbkernels.ops.linear_cross_entropy import linear_cross_entropy
 from dbkernels.ops.philox import Draw, normals, uniforms
 from dbkernels.ops.qk_norm_rotary import qk_norm_rotary

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dbkernels.ops.backend.noise_tile import DROPOUT
 from dbkernels.ops.layer.linear import Linear
-from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.ops.layer.weights import LayerWeights
 from dbkernels.ops.philox import Draw, counter_words, key_words, philox, sizes
 
 

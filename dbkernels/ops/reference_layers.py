@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dbkernels.ops import reference
-from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.ops.layer.weights import LayerWeights
 
 ACTIVATIONS = {
     "gelu": reference.gelu,

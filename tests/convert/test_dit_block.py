@@ -16,7 +16,8 @@ from torch import nn
 
 from dbkernels.convert import dit_block_from_layer, layer_from_dit_block, layer_from_dit_state
 from dbkernels.convert.read_block import DROPOUTS
-from dbkernels.models.layer import BIASED, AdaLNLayer, LayerConfig
+from dbkernels.models.branches import BIASED
+from dbkernels.models.layer import AdaLNLayer, LayerConfig
 from dbkernels.ops import Draw
 
 B, T = 2, 5

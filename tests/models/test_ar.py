@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from models.tiny import DRAW, INTERVAL, LEVEL, SCALE, randomise
 
 from dbkernels.models import AR, ARConfig
-from dbkernels.models.layer import initialise_linear
+from dbkernels.models.branches import initialise_linear
 from dbkernels.ops import add_noise
 
 CONFIG = ARConfig(

@@ -41,8 +41,13 @@ def test_predictions_loss_and_gradients_are_those_of_float32_rounded(family, dty
     cast, batch = copy.deepcopy(model).to(dtype), make_batch(model)
     rounded = copy.deepcopy(cast).float()
     streams = set()
+
+    def met(_, args, out):
+        every = [args[0], *(out if isinstance(out, tuple) else (out,))]
+        streams.update(tensor.dtype for tensor in every)
+
     for layer in cast.layers:
-        layer.register_forward_hook(lambda _, args, out: streams.update({args[0].dtype, out.dtype}))
+        layer.register_forward_hook(met)
     z, (level, interval) = noisy(model, batch), levels_of(model)
     made = [m.denoise(z, level, range(3), batch) for m in (cast, rounded)]
     assert_near(*made, dtype)

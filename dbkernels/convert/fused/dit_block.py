@@ -24,7 +24,7 @@ from dbkernels.models.layer import fold_norms
 from dbkernels.ops.layer.function import adaln_layer
 from dbkernels.ops.layer.projection import linear
 from dbkernels.ops.layer.recompute import Recompute
-from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.ops.layer.weights import LayerWeights
 
 _PARTS = ("attn", "mlp", "adaLN_modulation")
 

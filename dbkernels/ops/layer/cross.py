@@ -34,7 +34,8 @@ from dbkernels.ops.layer.condition import Condition
 from dbkernels.ops.layer.cross_passes import CROSS
 from dbkernels.ops.layer.function import apply_layer, check_call, modulation_at
 from dbkernels.ops.layer.recompute import Recompute
-from dbkernels.ops.layer.tensors import Context, LayerCall, LayerOptions, LayerWeights
+from dbkernels.ops.layer.tensors import Context, LayerCall, LayerOptions
+from dbkernels.ops.layer.weights import LayerWeights
 from dbkernels.settings import check_choice
 
 CHUNKS = 6  # of the modulation

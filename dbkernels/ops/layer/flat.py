@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dbkernels.ops.layer import stacked
 from dbkernels.ops.layer.gradients import Gradients
-from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.ops.layer.weights import LayerWeights
 
 
 class Form(NamedTuple):

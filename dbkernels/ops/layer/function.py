@@ -42,10 +42,10 @@ from dbkernels.ops.layer.tensors import (
     Context,
     LayerCall,
     LayerOptions,
-    LayerWeights,
     ResidualStream,
     Turn,
 )
+from dbkernels.ops.layer.weights import LayerWeights
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 

@@ -41,7 +41,8 @@ from dbkernels.ops.layer.modulation import DualModulation, KeyModulation, LayerM
 from dbkernels.ops.layer.part import Wanted
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.shapes import ATTENTION, KEYS, PROJECTIONS, check_weights
-from dbkernels.ops.layer.tensors import LayerCall, LayerOptions, LayerWeights
+from dbkernels.ops.layer.tensors import LayerCall, LayerOptions
+from dbkernels.ops.layer.weights import LayerWeights
 from dbkernels.settings import check_choice
 
 KEPT = len(tensors.Activations._fields)

@@ -34,7 +34,8 @@ from dbkernels.ops.layer.condition import Condition
 from dbkernels.ops.layer.function import apply_layer, check_call, modulation_at
 from dbkernels.ops.layer.parallel_passes import PARALLEL
 from dbkernels.ops.layer.recompute import Recompute
-from dbkernels.ops.layer.tensors import LayerCall, LayerOptions, LayerWeights
+from dbkernels.ops.layer.tensors import LayerCall, LayerOptions
+from dbkernels.ops.layer.weights import LayerWeights
 from dbkernels.settings import check_choice
 
 CHUNKS = 3  # of the modulation

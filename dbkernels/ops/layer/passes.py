@@ -30,13 +30,7 @@ from dbkernels.ops.layer.mlp import mlp, mlp_backward
 from dbkernels.ops.layer.part import Part
 from dbkernels.ops.layer.qkv import QKV
 from dbkernels.ops.layer.recompute import POLICIES
-from dbkernels.ops.layer.tensors import (
-    Activations,
-    Kept,
-    LayerCall,
-    by_sample,
-    chunks,
-)
+from dbkernels.ops.layer.tensors import Activations, Kept, LayerCall, by_sample, chunks
 
 PART = 4096  # tokens of the samples that run at a time: what they need is little beside the stream
 GPU_PART = 8192  # where only q, k, v and hidden are made again, whose peak is no higher for it

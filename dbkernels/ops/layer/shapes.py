@@ -2,7 +2,7 @@
 
 from dbkernels.ops.backend import checks
 from dbkernels.ops.layer.linear import check_adapter
-from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.ops.layer.weights import LayerWeights
 from dbkernels.settings import check_choice
 
 PROJECTIONS = ("qkv", "out", "fc1", "fc2")

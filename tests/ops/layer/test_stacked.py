@@ -5,7 +5,7 @@ import torch
 from ops.one_layer import EVERY_POLICY, OneLayer, in_autocast, saved_bytes
 
 from dbkernels.ops import Stacked, adaln_layer
-from dbkernels.ops.layer.tensors import LayerWeights
+from dbkernels.ops.layer.weights import LayerWeights
 
 # rows of the queries, of the keys and of the values, which lie in tensors of their own here
 SIZES = {"qkv": (24, 24, 24), "fc1": (50, 30)}
