@@ -230,7 +230,7 @@ class JointLayer(nn.Module):
                 raise ValueError(
                     f"{name} must be (B, {tokens}, D) with D = {D}, got {tuple(t.shape)}"
                 )
-        B = len(x)
+        B = x.shape[0]  # a compiler takes len() for a constant
         if c.dim() != 2 or c.shape[0] not in (1, B) or c.shape[-1] != width:
             raise ValueError(
                 f"c must be (B, cond_dim) = ({B}, {width}) or have a B of 1, got {tuple(c.shape)}"
