@@ -249,7 +249,8 @@ class MMDiT(ImageDenoiser):
             else:
                 both = torch.cat([context, x], dim=1) if both is None else both
                 both = layer(both, c, rotary)
-        return x if both is None else both.split(lengths, dim=1)[1]
+        # what is compiled for the last layers of one kind then serves those of the other
+        return x if both is None else both.split(lengths, dim=1)[1].contiguous()
 
     def _rotary(self, device: torch.device) -> Tensor:
         """(2, S + T, d): a text's tokens lie at the origin, patches at their row and column."""

@@ -76,6 +76,10 @@ def inputs_of(family):
         z = moved(3, 7, 8)
         tail = moved(3, 7, 8, by=30), moved(3, 6, by=0), z, LEVEL
         return {"stem": (z, LEVEL, moved(3, 7, 8)), "tail": tail}
+    if family == "mmdit":
+        image = torch.randn(3, 3, *2 * [CONFIGS[family].image_size])
+        stem = image, LEVEL / 50, torch.randn(3, 5, 7), torch.randn(3, 6)
+        return {"stem": stem, "tail": (moved(3, 9, 8, by=30), moved(3, 8, by=0))}
     image, label = torch.randn(3, 3, *2 * [CONFIGS[family].image_size]), torch.tensor([3, 0, 2])
     if family == "vit":
         answer, c = moved(3, 8, by=30), moved(3, 6, by=0)
