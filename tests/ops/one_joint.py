@@ -15,9 +15,10 @@ class OneJoint(OneLayer):
 
     op, specification = staticmethod(joint_layer), staticmethod(reference_layers.joint_layer)
     keys_only = dual = False
+    longer = 2  # tokens by which the context is
 
     def __init__(self, B=2, T=5, D=24, H=3, *, C=None, rotated=False, head_dim=None, **options):
-        C, self.S = C or D, T + 2
+        C, self.S = C or D, T + self.longer
         told = {"head_dim": head_dim, **options}
         super().__init__(B, T, D, H, **told)
         self.streams = {"context.": OneLayer(B, self.S, C, H, **told)}
@@ -77,6 +78,8 @@ class OneJoint(OneLayer):
 
 class KeysOnly(OneJoint):
     keys_only = True
+    # of few tokens the largest error in a matrix is luck: from 0.6 to 2.1 of eager's, by the seed
+    longer = 11
 
 
 class Dual(OneJoint):
