@@ -10,8 +10,9 @@ from rich.text import Text
 
 # the report's files stand beside each other and are no package
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from report_names import about, case_text, cut_text
 from report_rows import SUITES, Row, object_of, parsed, read, suite_of, tables
-from report_tables import about, case_text, cut_text, table_of
+from report_tables import table_of
 
 from dbkernels.cli.table import plain_console
 

@@ -102,7 +102,7 @@ def test_what_no_device_has_run_says_so(stored, written):
 
 def test_two_commands_that_fill_one_table_are_both_named():
     rows = [a_row(suite="training"), a_row(suite="training", command="bash again.sh")]
-    text = tool("report_tables").about(rows)
+    text = tool("report_names").about(rows)
     assert text.endswith("`python benchmarks/training.py --family dit` and `bash again.sh`.")
     assert "The device copies 68.9 GB/s and multiplies 0.178 TFLOP/s." in text
     assert "Times are medians of 15 rounds by wall clock." in text
@@ -143,7 +143,7 @@ def test_ways_go_from_most_memory_to_least():
 def test_methods_and_policies_are_those_of_the_package():
     assert tuple(POLICIES) == tool("report_rows").POLICIES
     names = set(tool("report_rows").METHODS)
-    assert set(tool("report_tables").LONG) == set(tool("report_pictures").COLOURS) == names
+    assert set(tool("report_names").LONG) == set(tool("report_pictures").COLOURS) == names
 
 
 def test_text_from_the_results_is_escaped(tmp_path):

@@ -17,9 +17,10 @@ from demo_train import CLASSES, Job
 from machine import machine
 from matplotlib.figure import Figure
 from page import Section, html
+from report_names import about, blocks_text
 from report_pictures import learning_section
 from report_rows import Row
-from report_tables import about, blocks_text, table_of
+from report_tables import table_of
 from report_text import information_section, texts_in_lines, texts_section
 from seeds import over_seeds
 from show import rich_table

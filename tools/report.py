@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from page import Section, html, markdown
+from report_names import about, case_text
 from report_pictures import pictures
 from report_rows import Row, read, tables
-from report_tables import about, case_text, headline, table_of
+from report_tables import headline, table_of
 from report_text import texts_section
 
 from dbkernels.whole_file import write_whole

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from page import Section
 from palette import PALETTE
+from report_names import FAMILIES, LONG, blocks_text, case_text, place_text, run_text
 from report_rows import BLOCKWISE, METHODS, Row, is_plain, is_predicted, tables
-from report_tables import FAMILIES, LONG, blocks_text, case_text, place_text, run_text
 from report_text import information_section
 
 from dbkernels.memory.units import UNITS, in_words

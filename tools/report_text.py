@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from page import Section
 from palette import PALETTE
+from report_names import FAMILIES, blocks_text
 from report_rows import Row
-from report_tables import FAMILIES, blocks_text
 
 COLOURS = PALETTE[1:]
 REAL = "From the plays that no model has read"

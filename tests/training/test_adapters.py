@@ -89,6 +89,20 @@ def test_a_run_of_adapters_resumes_to_the_same_bits(make_config, train, settings
         train(replace(config, lora=LoraConfig(4, 3.0, "qkv,fc1")), resume="latest")
 
 
+@pytest.mark.parametrize("family", ["dit", "mmdit"])
+def test_a_base_in_bfloat16_is_rounded_and_its_adapters_are_not(family, make_config, train):
+    config = replace(make_config(family), lora=LoraConfig(2, base="bfloat16"))
+    exact = weights_of(replace(config, lora=LoraConfig()))
+    whole = train(config, "whole", save_every=0)
+    for name, p in whole.blocks.named_parameters():
+        if name in exact:
+            assert torch.equal(p, exact[name].bfloat16()), name
+        else:
+            assert p.dtype == torch.float32, name
+    train(replace(config, trainer=replace(config.trainer, steps=2)), save_every=2)
+    assert_same(train(config, resume="latest"), whole)
+
+
 def test_a_run_from_before_there_were_adapters_has_none(make_config):
     saved = asdict(make_config("dit"))
     del saved["lora"]
