@@ -44,6 +44,7 @@ WHOLE = {"ar": "--objective conventional --num-blocks 1", "dit": "--num-blocks 1
 FITTED = "--num-blocks 3 --mean -0.55 --std 0.8 --sigma-max 8"  # as in text.py
 LIKE = "--clean through --noise-order deepest --noisy-input z_and_clean --read-out posterior"
 ALONE = "--next-token-weight 0"
+WHOLE_GUESS = "--next-token-from network"
 UNTRAINED, STILL = "3 blocks, untrained", "--lr 1e-12 --ema 0"  # after a step that moves nothing
 COMPETITORS = {  # by family and name; those with FROM start from the source
     ("ar", SOURCE): WHOLE["ar"],
@@ -54,6 +55,8 @@ COMPETITORS = {  # by family and name; those with FROM start from the source
     ("ar", "3 blocks, distilled"): f"{FITTED} FROM {ALONE} --distill 1",
     ("ar", "3 blocks, clean loss"): f"{FITTED} FROM",
     ("ar", "3 blocks, distilled, clean loss"): f"{FITTED} FROM --distill 1",
+    ("ar", "3 blocks, whole clean loss"): f"{FITTED} FROM {WHOLE_GUESS}",
+    ("ar", "3 blocks, distilled, whole clean loss"): f"{FITTED} FROM {WHOLE_GUESS} --distill 1",
     ("ar", "3 blocks, own, alone"): f"{FITTED} FROM {ALONE} --clean own",
     ("ar", "3 blocks, own, clean loss"): f"{FITTED} FROM --clean own",
     ("dit", SOURCE): WHOLE["dit"],

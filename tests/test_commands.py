@@ -44,6 +44,8 @@ ELSEWHERE = {
     "bash tools/other_triton.sh VERSION [options of kernel_report.py]": "other_triton.sh 3.6.0",
     "python tools/kernel_report.py": "python tools/kernel_report.py",
     "python tools/report.py benchmarks/results --tables benchmarks/RESULTS.md": '"--tables", str(',
+    "mkdocs build --strict": '"mkdocs", "build", "--strict"',
+    "python tools/pictures.py": '"pictures.py"',
     "python tools/count.py": "count.py",
     "python tools/shakespeare.py --out DIR": '"--out", str(out)',
     "python tools/count.py [--json]": '"--json"',

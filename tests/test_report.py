@@ -120,6 +120,15 @@ def test_a_row_measured_again_replaces_the_earlier_one_and_a_prediction_never(tm
     assert [row["sweep_ms"] for row in table] == [2.0]
 
 
+def test_layers_of_each_kind_have_a_table_of_their_own(stored):
+    found = tool("report_rows").tables(stored, "layer")
+    assert [{row.get("layer") for row in table} for table in found] == [
+        {None}, {"joint"}, {"parallel"},
+    ]  # fmt: skip
+    names = [tool("report_names").case_text(table[0]) for table in found]
+    assert [name.split(",")[0] for name in names] == ["B = 4", "joint layer", "parallel layer"]
+
+
 def test_the_setting_of_the_last_row_is_shown_alone():
     rows = [a_row(commit=commit, budget=n / 4) for n, commit in enumerate("abca")]
     rows.append(a_row(device="another"))
@@ -197,7 +206,7 @@ def test_steps_share_an_axis_and_the_leanest_has_one_of_its_own(stored):
 
 def test_bars_stand_beside_the_ceiling_of_the_device(stored):
     *_, section = tool("report_pictures").pictures(stored)
-    [layer] = tool("report_rows").tables(stored, "layer")
+    *_, layer = tool("report_rows").tables(stored, "layer")
     axes = section.picture.axes[-1]
     assert [bar.get_width() for bar in axes.patches] == [row["achieved_tflops"] for row in layer]
     assert set(axes.lines[0].get_xdata()) == {layer[0]["matmul_tflops"]}

@@ -83,7 +83,7 @@ clean tokens keys and values alone, unless they guess the next token: the layers
 next-token loss are those without this saving. A classifier or a generator of images in blocks reads
 nothing twice."""),
     "timeline": ("Memory within one step", "What is alive at the peak of a step, by category."),
-    "layer": ("One layer", "Forward and backward of one AdaLN layer."),
+    "layer": ("One layer", "Forward and backward of one layer: AdaLN where no other is named."),
     "ops": ("Ops", """Each op against eager torch and `torch.compile`; forward and backward of noise
 and loss are one call. *Of copies* is the share of the rate at which the device copies."""),
 }  # fmt: skip

@@ -57,7 +57,9 @@ def case_text(row: Row) -> str:
         words = f", {row['words']:,} words" if "words" in row else ""
         return f"{name}{words}, batch {row['batch']}, {row['dtype']}"
     sizes = [f"{k} = {row[k]}" for k in ("B", "T", "dim", "num_heads", "hidden") if k in row]
-    return f"{', '.join(sizes) or ' x '.join(map(str, row['shape']))}, {row['dtype']}"
+    kind = [f"{row['layer']} layer"] if "layer" in row else []
+    sizes = [*kind, *sizes] or [" x ".join(map(str, row["shape"]))]
+    return f"{', '.join(sizes)}, {row['dtype']}"
 
 
 def way_text(row: Row) -> str:

@@ -168,7 +168,7 @@ def is_plain(row: Row) -> bool:
 def tables(rows: Sequence[Row], suite: str) -> list[list[Row]]:
     """Sort the rows of a suite into tables: the newest setting of each case on each device.
 
-    Models of text with other vocabularies are other cases.
+    Models of text with other vocabularies, and layers of other kinds, are other cases.
 
     Args:
         rows:   of all suites
@@ -180,7 +180,8 @@ def tables(rows: Sequence[Row], suite: str) -> list[list[Row]]:
     case, way, _ = SUITES[suite]
     found: dict[tuple, dict[tuple, dict[tuple, Row]]] = {}
     for row in (row for row in rows if row["suite"] == suite):
-        settings = found.setdefault((row.get("words"), *_key(row, f"{case} device")), {})
+        named = row.get("words"), row.get("layer"), *_key(row, f"{case} device")
+        settings = found.setdefault(named, {})
         # the newest setting goes to the end; two commands may each print a part of a table
         setting = _key(row, SETTING)
         table = settings[setting] = settings.pop(setting, {})

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from dbkernels.models.registry import ModelConfig
-from dbkernels.models.text import CleanStream, LevelsOf, NoisyInput, ReadOut
+from dbkernels.models.text import CleanStream, Guesser, LevelsOf, NoisyInput, ReadOut
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class TextFlags:
     the same by a map that starts at zero."""
     next_token_weight: float | None = None
     """Weight, in a block's loss, of guessing the next token without noise; 0 leaves it out."""
+    next_token_from: Guesser | None = None
+    """block: that guess is made at the block's own end. network: behind all layers, through those
+    behind the block, which do not learn from it; needs clean through."""
     read_out: ReadOut | None = None
     """paper: a linear head. posterior: one that adds what the noisy token itself tells."""
     levels_of: LevelsOf | None = None

@@ -149,7 +149,9 @@ def write_tokens(
         splits:       documents of "train", and of "test" if some are held out: ids of each, which
                       are read one document at a time; empty documents are left out
         vocabulary:   number of ids
-        tokenizer, hash, end_of_text:  as `Description` has them
+        tokenizer:    as `Description` has it
+        hash:         likewise
+        end_of_text:  likewise
         characters:   of the text of each split; None is one of each token
     Raises:
         ValueError: an id is not in [0, vocabulary), the splits have other names, or the directory

@@ -5,7 +5,8 @@
 Hu et al. 2021 (arXiv:2106.09685), LoRA. A starts as `nn.Linear` does, kaiming uniform with
 a = sqrt 5, and B at zero, as in peft: a model computes the same until something is trained. In a
 state dict an adapter lies in its projection, as layers.0.attention.qkv.adapters.q.down (A) and .up.
-A layer of two streams has the same targets in each, and in its second attention.
+A layer of two streams has the same targets in each, and in its second attention; cross_q, cross_kv
+and cross_out are those of a layer's attention to another sequence.
 """
 
 import math
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dbkernels.models.branches import Attention
+from dbkernels.models.cross_layer import CrossLayer
 from dbkernels.models.joint_layer import JointLayer, Keys
 from dbkernels.models.layer import AdaLNLayer
 from dbkernels.models.low_rank import CHILD, LowRank
@@ -24,7 +26,7 @@ from dbkernels.ops.backend import checks
 from dbkernels.ops.layer.gradients import is_quantized
 from dbkernels.settings import check_choice, check_number
 
-Layer = AdaLNLayer | ParallelLayer | JointLayer
+Layer = AdaLNLayer | ParallelLayer | JointLayer | CrossLayer
 # the projection of each, and which third of its outputs; None is all
 TARGETS: dict[str, tuple[str, int | None]] = {
     "q": ("attention.qkv", 0),
@@ -34,6 +36,9 @@ TARGETS: dict[str, tuple[str, int | None]] = {
     "out": ("attention.out", None),
     "fc1": ("mlp.fc1", None),
     "fc2": ("mlp.fc2", None),
+    "cross_q": ("cross.q", None),
+    "cross_kv": ("cross.kv", None),
+    "cross_out": ("cross.out", None),
     "modulation": ("modulation", None),
 }
 DEFAULT = ("q", "k", "v", "out")  # as in the libraries' own scripts
@@ -93,6 +98,9 @@ def add_adapters(
     alpha = float(rank if alpha is None else alpha)
     check_alpha(alpha)
     places = [place for place in _places(chosen) if place.target in targets]
+    there = dict.fromkeys(place.target for place in _places(chosen))
+    for target in targets:
+        check_choice("target of these layers", target, there)
     _add(model, [(place, rank, alpha) for place in places])
 
 

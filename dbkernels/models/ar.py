@@ -14,7 +14,9 @@ values serve every level of a token that is being drawn.
 A block reads the context through its own layers alone (clean="own", the paper's), or through all
 layers before them too, which keep nothing and get no gradient (clean="through"). Then its context
 is as deep as the stack up to it, and its steps read the weights of earlier blocks. The clean stream
-may guess the next token itself, which is what trains the layers' keys and values for later blocks.
+may guess the next token itself, which is what trains the layers' keys and values for later blocks:
+at the block's own end, or behind all layers (next_token_from="network"), where the layers behind
+the block pass a gradient on and get none, so that the block learns to serve them.
 
 The noisy stream begins with z alone (noisy_input="z", the paper's), and has to fetch the context by
 attention. Or it begins where the clean stream stands at its position, plus z (z_and_clean) or plus
@@ -35,7 +37,7 @@ from dbkernels.diffusion.process import Interval
 from dbkernels.models.layer import run_layers
 from dbkernels.models.noisy_text import NoisyText, scale_of_token
 from dbkernels.models.read_out import per_token
-from dbkernels.models.text import CleanStream, NoisyInput, NoisyTextConfig
+from dbkernels.models.text import CleanStream, Guesser, NoisyInput, NoisyTextConfig
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
@@ -51,6 +53,9 @@ class ARConfig(NoisyTextConfig):
     map of z there that starts at zero, as a network needs that has learned without z."""
     next_token_weight: float = 1.0
     """Weight of the clean stream's own cross-entropy in a block's loss; 0 leaves it out."""
+    next_token_from: Guesser = "block"
+    """Whose guess of the next token that is: the block's, at its own end, or the whole network's,
+    of which no layer but the block's learns from it."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,6 +65,9 @@ class ARConfig(NoisyTextConfig):
             raise ValueError(
                 f"next_token_weight must be finite and at least 0, got {self.next_token_weight}"
             )
+        check_choice("next_token_from", self.next_token_from, get_args(Guesser))
+        if self.next_token_from == "network" and self.clean == "own":
+            raise ValueError("clean must be through where next_token_from is network, got own")
 
     def as_blocks(self) -> "ARConfig":
         """With what lets blocks of a network that never met noise keep what it knows."""
@@ -186,8 +194,20 @@ class AR(NoisyText):
         x = run_layers(
             some, x, c, self.rotary(token), attention="two_stream", num_samples=num_samples
         )
-        noisy = self.tail(x[:B], c[:B], z, level)
-        return noisy, self.head.clean(x[B:], c[B:]) if guess else None
+        noisy, clean = self.tail(x[:B], c[:B], z, level), None
+        if guess:
+            clean = self.head.clean(self._to_the_end(layers, x[B:]), c[B:])
+        return noisy, clean
+
+    def _to_the_end(self, layers: Sequence[int], x: Tensor) -> Tensor:
+        """The clean stream as the head meets it, from some layers' end."""
+        if self.config.next_token_from == "block" or not layers:
+            return x
+        behind = _Causal(self.layers[layers[-1] + 1 :])
+        weights = {name: p.detach() for name, p in behind.named_parameters()}
+        # what only they learn from is no matter of this block, nor their condition
+        c = self.constant_condition(len(x)).detach()
+        return torch.func.functional_call(behind, weights, (x, c, self.rotary(x)))
 
     def _clean(self, layers: Sequence[int], token: Tensor) -> Tensor:
         """The clean stream as the layers meet it, (B, S, dim)."""
@@ -211,3 +231,15 @@ class AR(NoisyText):
         if self.config.noisy_input == "map_and_clean":
             x = self.z_map(x)
         return x if self.config.noisy_input == "z" else x + clean
+
+
+class _Causal(nn.Module):
+    """Some layers in order, each token of which sees those before it."""
+
+    def __init__(self, layers: nn.ModuleList):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor, c: Tensor, rotary: Tensor) -> Tensor:
+        """As `NoisyText.run`."""
+        return run_layers(list(self.layers), x, c, rotary, attention="causal")

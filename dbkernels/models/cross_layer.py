@@ -115,10 +115,18 @@ class CrossLayer(nn.Module):
         self.modulation = Projection(config.cond_dim, CHUNKS * config.dim)
         for closed in (self.modulation, self.cross.out):
             initialise_linear(closed, nn.init.zeros_)
-        kinds = KINDS | {CrossAttention: ()}
-        self._made = as_made(self, ("attention", "cross", "mlp"), kinds)
+        self.note_inside()
         # (layer, x, c, context, lengths, rotary) -> out in the op's place
         self.run: Callable[..., Tensor] | None = None
+
+    def note_inside(self) -> None:
+        """As that of `AdaLNLayer`."""
+        names, kinds = ("attention", "cross", "mlp"), KINDS | {CrossAttention: ()}
+        self._made = as_made(self, names, kinds)
+
+    def check_inside(self) -> None:
+        """As that of `AdaLNLayer`."""
+        check_as_made(self, self._made)
 
     def initialise(self, initialise_weight: Callable[[Tensor], object]) -> None:
         """Initialise the weights of the attentions' and the MLP's projections; biases become 0, and
@@ -151,7 +159,7 @@ class CrossLayer(nn.Module):
             ValueError: a shape, dtype or device disagrees, or a length is not from 0 to S.
             RuntimeError: a module inside is not as it was made, or the gradient is differentiated.
         """
-        check_as_made(self, self._made)
+        self.check_inside()
         c = condition_of_all(x, c, self.config.dim, self.config.cond_dim)
         if self.run is not None:
             return self.run(self, x, c, context, lengths, rotary)

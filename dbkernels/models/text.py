@@ -16,6 +16,7 @@ from dbkernels.settings import check_choice
 from dbkernels.whole_file import write_whole
 
 CleanStream = Literal["own", "through"]
+Guesser = Literal["block", "network"]
 NoisyInput = Literal["z", "z_and_clean", "map_and_clean"]
 ReadOut = Literal["paper", "posterior"]
 LevelsOf = Literal["sample", "token"]

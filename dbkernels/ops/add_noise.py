@@ -140,7 +140,8 @@ def add_noise(
 
     Args:
         z0:     (B, ...)        clean target: float32, bfloat16 or float16; its gradient passes
-        p, q:   (B,) or (B, T)  float32, of each sample or of each token of z0 (B, T, ...)
+        p:      (B,) or (B, T)  float32, of each sample or of each token of z0 (B, T, ...)
+        q:      likewise
         draw:   names the noise of sample 0; sample b has that of draw.sample + b
         dtype:  of the result, one that z0 may have; None is that of z0
     Returns:

@@ -186,7 +186,8 @@ def score_loss(
         prediction:   (B, ...)        F, what the network made of z: float32, bfloat16 or float16
         z0:           (B, ...)        clean target, any of these dtypes; z is a constant for F here,
                       as its gradient through F reaches z0 by `add_noise`
-        alpha, beta:  (B,) or (B, T)  float32, of each sample or of each token of z0 (B, T, ...)
+        alpha:        (B,) or (B, T)  float32, of each sample or of each token of z0 (B, T, ...)
+        beta:         likewise
         draw:         what `add_noise` was given
         weight:       (B,) or (B, T)  float32, in the mean over a sample's elements; None is 1
         reduction:    over the samples: "mean", "sum", or "none" for (B,)

@@ -172,7 +172,7 @@ class Trainer:
 
         Raises:
             torch.OutOfMemoryError: half the micro-batch is too much too; nothing was updated, but
-            for parameters that an optimizer in the backward had reached.
+                for parameters that an optimizer in the backward had reached.
             ValueError: another thread uses the trainer, or a parameter was thawed meanwhile.
         """
         with self._alone:

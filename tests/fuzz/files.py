@@ -28,6 +28,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent))
 from forked import forked
 
+from dbkernels.data.captions import open_captions, read_prompts
 from dbkernels.data.images import open_data
 from dbkernels.planning import budgets
 from dbkernels.training import checkpoint
@@ -117,7 +118,30 @@ def formats(root: Path) -> dict[str, Format]:
         records = rng.integers(0, 100, (2, 2 + 3 * 32 * 32), dtype=np.uint8)
         records.tofile(cifar / name)
     found["cifar"] = Format(cifar / "train.bin", partial(samples, cifar))
-    return found | run_formats(root / "run")
+    return found | caption_formats(root, rng) | run_formats(root / "run")
+
+
+def caption_formats(root: Path, rng: np.random.Generator) -> dict[str, Format]:
+    """Images with embeddings of their texts, and prompts."""
+    arrays = {"": (4, 3, 4, 4), "_text": (4, 5, 6), "_pooled": (4, 7)}
+    arrays = {end: rng.normal(size=shape).astype(np.float16) for end, shape in arrays.items()}
+    for end, array in arrays.items():
+        np.save(root / f"captions{end}.npy", array)
+
+    def read(opened: Callable[[], object]) -> object:
+        data = open_captions(root / "captions.npy")
+        opened()
+        batch = data.batch(torch.arange(len(data)))
+        assert all(t.isfinite().all() and len(t) == len(data) for t in batch.values())
+        return list(batch.values())
+
+    prompts = root / "prompts.npz"
+    np.savez(prompts, text=arrays["_text"], pooled=arrays["_pooled"])
+    names = [f"captions{end}" for end in arrays]
+    return {
+        **{name: Format(root / f"{name}.npy", read) for name in names},
+        "prompts": Format(prompts, lambda opened: list(read_prompts(prompts).values()), True),
+    }
 
 
 def run_formats(run: Path) -> dict[str, Format]:

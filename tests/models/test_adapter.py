@@ -20,6 +20,7 @@ from dbkernels.models import (
 from dbkernels.models.adapter import TARGETS, adapters_in
 from dbkernels.models.baseline import use_baseline
 from dbkernels.models.cached import cached_layer
+from dbkernels.models.cross_layer import CrossConfig, CrossLayer
 from dbkernels.models.joint_layer import JointConfig, JointLayer
 from dbkernels.models.layer import run_layers
 from dbkernels.models.parallel_layer import ParallelConfig, ParallelLayer
@@ -29,6 +30,8 @@ F64 = torch.float64
 SPLIT = ("q", "k", "v", "out", "fc1", "fc2", "modulation")
 MERGED = ("qkv", "fc2")
 SIZES = {"dim": 12, "num_heads": 3, "mlp_hidden": 20, "cond_dim": 7, "qk_norm": True}
+OF_BRANCHES = [target for target in TARGETS if not target.startswith("cross_")]
+CONTEXT = torch.linspace(-1, 2, 108, dtype=F64).cos().view(3, 4, 9)
 X, C = torch.linspace(1, 3, 180, dtype=F64).view(3, 5, 12), torch.randn(3, 5, 7, dtype=F64)
 
 
@@ -46,6 +49,10 @@ def make_layer(**options):
 
 def make_parallel(**options):
     return randomise(ParallelLayer(ParallelConfig(**SIZES, **options))).double()
+
+
+def make_cross(**options):
+    return randomise(CrossLayer(CrossConfig(**SIZES, context_dim=9, **options))).double()
 
 
 def merged(model):
@@ -93,21 +100,25 @@ def test_a_family_computes_what_it_does_with_merged_weights(family, targets):
         torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("make", "target"), [
+    *((make, target) for make in (make_layer, make_parallel) for target in OF_BRANCHES),
+    *((make_cross, target) for target in TARGETS),
+])  # fmt: skip
 @pytest.mark.parametrize("c", [C, C[:, 0]], ids=["of tokens", "of samples"])
-@pytest.mark.parametrize("make", [make_layer, make_parallel])
 def test_a_layer_has_each_at_every_policy(make, c, target):
     model = trained(make(), [target])
-    expected = merged(model)(X, c)
+    more = (CONTEXT, torch.tensor([4, 0, 2])) if make is make_cross else ()
+    expected = merged(model)(X, c, *more)
     with torch.no_grad():
         model.run = None
-        reference = model.specified(X, model.modulation(torch.nn.functional.silu(c)), None)
+        projected = model.modulation(torch.nn.functional.silu(c))
+        reference = model.specified(X, projected, *more, None)
         torch.testing.assert_close(reference, expected, rtol=1e-12, atol=1e-12)
     first = None
     for recompute in EVERY_POLICY:
         model.config = replace(model.config, recompute=recompute)
-        torch.testing.assert_close(model(X, c), expected, rtol=1e-12, atol=1e-12)
-        found = grads_of(model, lambda model: model(X, c).square().sum())
+        torch.testing.assert_close(model(X, c, *more), expected, rtol=1e-12, atol=1e-12)
+        found = grads_of(model, lambda model: model(X, c, *more).square().sum())
         assert len(found) == 2
         first = first or found
         for name, grad in found.items():
@@ -263,6 +274,11 @@ def test_a_base_of_8_bits_is_widened_where_it_is_used_and_not_kept(recompute):
         (make_layer(), {"layers": [1]}, "layers must be 0 to 0, got 1"),
         (make_layer(), {"layers": []}, r"layers must be some .* each once, got \[\]"),
         (make_layer(), {"layers": [0, 0]}, r"layers must be some .* each once, got \[0, 0\]"),
+        (
+            make_layer(),
+            {"targets": ["q", "cross_q"]},
+            "target of these layers must be .*, got cross_q",
+        ),
         (trained(make_layer()), {}, "must have no adapters yet, got q: remove them first"),
     ],
 )

@@ -105,6 +105,32 @@ def test_the_clean_streams_own_loss_is_added_with_its_weight(clean, read_out):
     torch.testing.assert_close(guessing, half.conventional_losses(DRAW, layers, batch).mean())
 
 
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_a_block_learns_from_the_networks_guess_and_no_layer_behind_it_does(recompute):
+    told = {"clean": "through", "next_token_from": "network", "recompute": recompute}
+    batch, block, every = {"token": TOKEN}, (1, 2), range(4)
+    without, whole = (make(**told, next_token_weight=w) for w in (0.0, 0.5))
+    loss = whole.loss(DRAW, LEVEL, SCALE, block, batch, INTERVAL)
+    denoising = without.loss(DRAW, LEVEL, SCALE, block, batch, INTERVAL)
+    guessing = whole.conventional_loss(DRAW, every, batch)
+    torch.testing.assert_close(loss, denoising + guessing / 2)
+    taught = whole.denoise(z := noisy(whole), LEVEL, every, batch).detach()
+    shared = whole.taught_loss(z, taught, 0.5, LEVEL, SCALE, block, batch)
+    alone = without.taught_loss(z, taught, 0.5, LEVEL, SCALE, block, batch)
+    torch.testing.assert_close(shared, alone + guessing / 2)
+
+    own = [p for index in block for p in whole.layers[index].parameters()]
+    through = torch.autograd.grad(guessing / 2, own)
+    denoised = [p for index in block for p in without.layers[index].parameters()]
+    expected = [
+        a + b for a, b in zip(through, torch.autograd.grad(denoising, denoised), strict=True)
+    ]
+    loss.backward()
+    torch.testing.assert_close([p.grad for p in own], expected)
+    assert all(p.grad is None for index in (0, 3) for p in whole.layers[index].parameters())
+    assert whole.head.linear.weight.grad.any() and all(p.requires_grad for p in whole.parameters())
+
+
 def test_conventional_losses_are_those_of_the_next_token():
     model = make()
     torch.manual_seed(0)
@@ -159,6 +185,8 @@ def test_an_estimate_is_the_expected_row():
         ({"levels_of": "batch"}, "levels_of must be one of sample, token, got batch"),
         ({"next_token_weight": -1.0}, "next_token_weight must be finite and at least 0, got -1.0"),
         ({"next_token_weight": float("nan")}, "next_token_weight must be finite"),
+        ({"next_token_from": "all"}, "next_token_from must be one of block, network, got all"),
+        ({"next_token_from": "network"}, "clean must be through where next_token_from is network"),
         ({"length": 0}, "length must be at least 1, got 0"),
         ({"vocabulary": 0}, "vocabulary must be at least 1, got 0"),
     ],
