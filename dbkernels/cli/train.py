@@ -33,6 +33,7 @@ from dbkernels.training.run_config import (
 )
 from dbkernels.training.same_run import DataChanged
 from dbkernels.training.stop import Stopped
+from dbkernels.training.tracking.registry import TrackerName
 from dbkernels.training.trainer_config import TrainerConfig
 
 RANDOM_BASE = (
@@ -155,8 +156,9 @@ class Train:
     """Exit with 75 where a signal ends the run, as schedulers want; else with 128 + its number."""
     threads: int = 0
     """Threads of the CPU, where it trains; 0 keeps the run's own, or finds what is fastest."""
-    tensorboard: bool = False
-    """Log to TensorBoard too."""
+    track: tuple[TrackerName, ...] = ()
+    """Show the run with these too. wandb writes files until WANDB_MODE is online; mlflow and
+    trackio keep theirs on this machine."""
 
     def trained(self) -> Trained | None:
         """The network of --from; None without it, and where the run that goes on has started.
@@ -228,7 +230,7 @@ class Train:
             raise ValueError(f"out must be a directory, got the file {self.out}")
         steps, shown = 0, ProgressBar("training", 0)
 
-        def on_step(row: Row) -> None:
+        def on_row(row: Row) -> None:
             nonlocal steps
             steps += 1
             shown.step(row["step"] + 1, f"block {row['block']} loss {row['loss']:.4g}")
@@ -252,8 +254,8 @@ class Train:
                     save_every=self.save_every,
                     keep=self.keep,
                     threads=self.threads,
-                    tensorboard=self.tensorboard,
-                    on_step=on_step,
+                    track=self.track,
+                    on_row=on_row,
                 )
             except Stopped as stopped:
                 shown.warn(stopped)

@@ -7,7 +7,7 @@
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from dbkernels.training.same_run import (
 from dbkernels.training.saved import require_tensors
 from dbkernels.training.stop import Stopped, StopSignals
 from dbkernels.training.threads import MOST_THREADS, cpu_threads, fastest_for
+from dbkernels.training.tracking.registry import TrackerName, require_trackers
 from dbkernels.training.trained import distillation, kept, start_weights
 from dbkernels.training.trained import keep as keep_trained
 from dbkernels.training.trainer import Trainer
@@ -60,8 +61,8 @@ def train(
     save_every: int = 0,
     keep: int = 2,
     threads: int = 0,
-    tensorboard: bool = False,
-    on_step: Callable[[Row], None] = lambda row: None,
+    track: Sequence[TrackerName] = (),
+    on_row: Callable[[Row], None] = lambda row: None,
 ) -> Trainer:
     """Train a run to its end, logging every step.
 
@@ -82,8 +83,8 @@ def train(
                        it serves
         threads:       of the CPU, where it trains; 0 is what the run had before, and for a new run
                        what a few trials are fastest with
-        tensorboard:   whether to log there too
-        on_step:       called with each row of the log, when the next step was launched
+        track:         trackers that show the rows too, by name
+        on_row:        called with each row of the log, when the next step was launched
     Returns:
         The trainer, at its last step. Where blocks were offloaded, all is on the host again.
     Raises:
@@ -97,6 +98,7 @@ def train(
     check_number("keep", keep, 1)
     check_number("threads", threads, 0, MOST_THREADS)
     check_choice("data_changed", data_changed, get_args(DataChanged))
+    require_trackers(track)
     how = {"convert": config.convert, "stride": config.stride}
     data = config.model.open(config.data, "train", **how)
     root, distills = directory / "checkpoints", bool(config.start.distill)
@@ -127,8 +129,8 @@ def train(
         if distills and not resume:
             keep_trained(directory, weights, config.start.digest)
         del weights
-        log = RunLog(directory, first_step=trainer.step, tensorboard=tensorboard)
-        _train(trainer, config, directory, log, now, save_every, keep, on_step)
+        log = RunLog(directory, first_step=trainer.step, track=track, config=asdict(config))
+        _train(trainer, config, directory, log, now, save_every, keep, on_row)
     return trainer
 
 
@@ -140,7 +142,7 @@ def _train(
     now: Conditions,
     save_every: int,
     keep: int,
-    on_step: Callable[[Row], None],
+    on_row: Callable[[Row], None],
 ) -> None:
     """Train to the end; save there, every so many steps, and where it ends early."""
     root = directory / "checkpoints"
@@ -154,7 +156,7 @@ def _train(
         if told:
             # where it fails, it is not called on the way out
             told = False
-            on_step(row)
+            on_row(row)
             told = True
 
     def save(rows: Rows) -> None:
@@ -189,7 +191,7 @@ def _train(
             if trainer.step < trainer.total_steps:
                 raise Stopped(stop.asked, trainer.step, trainer.total_steps)
     finally:
-        log.close()
+        log.close(finished=saved >= trainer.total_steps)
         trainer.close()
 
 

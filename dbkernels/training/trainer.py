@@ -143,9 +143,14 @@ class Trainer:
         """The block that the run's next step trains."""
         return self.blocks[self.block_order.block(self.step)]
 
-    def run(self) -> None:
-        """Train to the end, without a log or a checkpoint."""
-        with pending.Rows(lambda row: None) as rows:
+    def run(self, on_row: Callable[[pending.Row], object] = lambda row: None) -> None:
+        """Train to the end, without a log or a checkpoint.
+
+        Args:
+            on_row:  called with the row of each step, as `launch` has it, when the next step was
+                     launched
+        """
+        with pending.Rows(on_row) as rows:
             while self.step < self.total_steps:
                 rows.add(self.launch(self.next_block()))
         self.close()
