@@ -91,7 +91,9 @@ def _open(
         except Exception as error:
             for opened in trackers.values():
                 opened.close(finished=False)
-            raise ValueError(f"{name} must be able to show the run, got {error}") from error
+            raise ValueError(
+                f"{name} must be able to show the run, got {str(error).strip()}"
+            ) from error
     return trackers
 
 

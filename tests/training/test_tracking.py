@@ -1,6 +1,8 @@
 """Trackers show the rows of a run, whatever package they are of."""
 
+import re
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -11,6 +13,7 @@ from dbkernels.training.tracking import mlflow as ours_of_mlflow
 from dbkernels.training.tracking.mlflow import flat
 from dbkernels.training.tracking.registry import TRACKERS, TrackerName, require_trackers
 
+ROOT = Path(__file__).parents[2]
 CONFIG = {"family": "vit", "model": {"dim": 8, "sizes": [1, 2]}, "data": "x" * 600}
 SHOWN = {"loss/block0": [(0, 1.5)], "lr/block0": [(0, 0.25)], "loss/block2": [(1, 3.0)]}
 ROWS = [
@@ -134,6 +137,17 @@ def test_tensorboard_gets_every_number_of_every_block(tmp_path):
     events.Reload()
     curves = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in SHOWN}
     assert curves == SHOWN and sorted(events.Tags()["scalars"]) == sorted(SHOWN)
+
+
+def test_each_tracker_is_in_the_table_of_its_page_and_has_an_extra():
+    page = (ROOT / "docs" / "tracking.md").read_text()
+    extras = re.findall(
+        r"^\| `(\w+)` \|.* `pip install dbkernels\[(\w+)\]` \|$", page, re.MULTILINE
+    )
+    assert extras == [(name, name) for name in TRACKERS]
+    project = (ROOT / "pyproject.toml").read_text()
+    assert all(re.search(rf"^{name} = \[", project, re.MULTILINE) for name in TRACKERS)
+    assert tuple(TRACKERS) == get_args(TrackerName)
 
 
 @pytest.mark.parametrize("name", get_args(TrackerName))

@@ -1,5 +1,6 @@
 """What the packages of trackers offer of what is used here, in memory."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 
@@ -31,8 +32,8 @@ def wandb(runs):
         def finish(self, exit_code=None):
             self.shown.ends.append("finished" if exit_code == 0 else "failed")
 
-    def init(*, project, name, id, resume, dir, config, mode, settings):
-        options = {"project": project, "dir": dir, "mode": mode, "resume": resume} | settings
+    def init(*, project, mode, name="", id="", resume=None, dir="", config=None, settings=()):
+        options = {"project": project, "dir": dir, "mode": mode, "resume": resume} | dict(settings)
         runs.append(Shown(name, id, options, config))
         return Run(runs[-1])
 
@@ -54,13 +55,18 @@ def trackio(runs):
             self.shown.ends.append("finished")
 
     def init(project, name=None, *, config=None, resume="never"):
-        earlier = [run for run in runs if run.name == name]
-        if not (earlier and resume == "allow"):
-            runs.append(Shown(name, options={"project": project}, config=config))
+        for run in runs:
+            if (run.name, run.options) == (name, {"project": project}):
+                assert resume == "allow"
+                return Run(run)
+        runs.append(Shown(name, options={"project": project}, config=config))
         return Run(runs[-1])
 
     module = ModuleType("trackio")
     module.init = init
+    # of the last run that was opened
+    module.log = lambda metrics, step=None: Run(runs[-1]).log(metrics, step)
+    module.finish = lambda: Run(runs[-1]).finish()
     return module
 
 
@@ -99,7 +105,7 @@ def mlflow(runs):
             return about(len(runs) - 1)
 
         def search_runs(self, experiment_ids, filter_string=""):
-            found = [n for n, run in enumerate(runs) if run.options["where"] == filter_string]
+            found = [n for n, run in enumerate(runs) if run.options.get("where") == filter_string]
             return [about(n) for n in found]
 
         def update_run(self, run_id, status=None, name=None):
@@ -116,8 +122,14 @@ def mlflow(runs):
         def set_terminated(self, run_id, status=None):
             runs[run_id].ends.append({"FINISHED": "finished", "FAILED": "failed"}[status])
 
+    @contextmanager
+    def start_run():
+        runs.append(Shown("of a context"))
+        yield
+
     module = ModuleType("mlflow")
-    module.MlflowClient = MlflowClient
+    module.MlflowClient, module.start_run = MlflowClient, start_run
+    module.log_metric = lambda key, value, step=None: runs[-1].add(key, step, value)
     module.entities = SimpleNamespace(Metric=Metric, Param=Param)
     return module
 
