@@ -8,7 +8,7 @@ sampling, evaluation and the dry run hold one and look no deeper.
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ class Process(Protocol):
             order need
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     path: ClassVar[Path | None]
     close: ClassVar[Spacing]
 

@@ -97,7 +97,8 @@ def record(
         ValueError: optimizers or inputs is no sequence.
     """
     for name, values, kind in (("optimizers", optimizers, Optimizer), ("inputs", inputs, Tensor)):
-        wrong = [] if isinstance(values, Sequence) else [type(values).__name__]
+        none: list[str] = []
+        wrong = none if isinstance(values, Sequence) else [type(values).__name__]
         wrong = wrong or [f"a {type(v).__name__} in it" for v in values if not isinstance(v, kind)]
         if wrong:
             raise ValueError(f"{name} must be a sequence of {kind.__name__}, got {wrong[0]}")

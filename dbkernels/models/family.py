@@ -1,6 +1,6 @@
 """What every family of models offers to the trainer and to the samplers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dbkernels.data.images import Batch
 from dbkernels.diffusion.prediction import Prediction
 from dbkernels.diffusion.process import Interval
+from dbkernels.models.model_config import ModelConfig
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
@@ -18,12 +19,12 @@ WEIGHTINGS = get_args(Weighting)
 class Presets:
     """A model that has configurations under names; a base beside `nn.Module`."""
 
-    presets: ClassVar[dict[str, object]]
+    presets: ClassVar[Mapping[str, ModelConfig]]
     smallest: ClassVar[str]
     """Name of the one that trains on any machine."""
 
     @classmethod
-    def preset(cls, name: str) -> object:
+    def preset(cls, name: str) -> ModelConfig:
         """A configuration by name; the smallest where it is empty.
 
         Raises:

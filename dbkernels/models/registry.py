@@ -6,14 +6,12 @@ Training, planning and the command line know a family by its entry alone.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dbkernels.data.image_folder import Convert
-from dbkernels.data.images import Batch, Data
-from dbkernels.data.made_up import Field
+from dbkernels.data.images import Batch
 from dbkernels.diffusion.flow import Flow
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.masked import Masked
@@ -22,49 +20,12 @@ from dbkernels.diffusion.process import Process
 from dbkernels.diffusion.timesteps import Timesteps
 from dbkernels.models import ar, dit, huginn, mdm, mmdit, vit
 from dbkernels.models.family import Presets, Weighting
+from dbkernels.models.model_config import ModelConfig
 from dbkernels.models.reading import TextWay
 from dbkernels.models.start import Start
 from dbkernels.settings import check_choice
 
 TextNoise = Literal["masked", "gaussian"]
-
-
-class ModelConfig(Protocol):
-    """Sizes of a model, a frozen dataclass; also `dim`, `depth` and `recompute`.
-
-    independent:  as that of `Family`
-    tokens:       of a sample, as the layers see it, or nearly as many
-    """
-
-    independent: bool
-    tokens: int
-
-    @classmethod
-    def stored(cls, fields: dict[str, object], version: int) -> "ModelConfig":
-        """The configuration in a run's config.json, of the version that the file has."""
-
-    def as_in(self, stored: "ModelConfig") -> "ModelConfig":
-        """With what a stored run has and nobody chooses."""
-
-    def resized(self, sizes: dict[str, int]) -> "ModelConfig":
-        """With other sizes by field; what is in proportion to one of them changes with it."""
-
-    def find(self, source: str, *, convert: Convert) -> Data:
-        """The training split of the data under a name or a path, which may not fit the model."""
-
-    def fitted(self, data: Data) -> "ModelConfig":
-        """With what the data say of a model for them."""
-
-    def open(
-        self, source: str, split: Literal["train", "test"], *, convert: Convert, stride: int
-    ) -> Data:
-        """A split of the data under a name or a path, which fits the model."""
-
-    def keep(self, source: str, directory: Path) -> None:
-        """Write into a run's directory what its samples are read with, if that is not there."""
-
-    def fields(self) -> dict[str, Field]:
-        """What a sample of its data holds, by name."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +36,8 @@ class FamilyEntry:
     """What it does, after its name."""
     model: type[Presets]
     """A `Family` with `presets`, made from a configuration."""
-    config: type
-    """A `ModelConfig`."""
+    config: type[ModelConfig]
+    """Of its model."""
     process: Process
     """The noise, where nobody says another."""
     paper: Process
@@ -207,7 +168,10 @@ FAMILIES = {
     ),
 }
 
-FamilyName = Literal[tuple(FAMILIES)]
+if TYPE_CHECKING:
+    FamilyName = str
+else:
+    FamilyName = Literal[tuple(FAMILIES)]
 DEFAULT_FAMILY: FamilyName = next(iter(FAMILIES))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dbkernels.diffusion.process import NoiseOrder
+from dbkernels.models.model_config import ModelConfig
 
 Weights = Mapping[str, Tensor]
 
@@ -45,8 +46,7 @@ class Trained:
     """Its file or directory, for messages."""
     family: str
     """A key of `FAMILIES`."""
-    config: object
-    """A `ModelConfig`."""
+    config: ModelConfig
     weights: Weights
     """As the state dict of a model of the configuration has them, on the CPU."""
     without_noise: bool = False

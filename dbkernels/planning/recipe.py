@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -160,7 +161,7 @@ class Recipe:
 
     def settings(self) -> Settings:
         """What a row of JSON and a budget say of it."""
-        other = {"batch": self.batch_size, "target": self.device.name}
+        other: Settings = {"batch": self.batch_size, "target": self.device.name}
         return {name: other[name] if name in other else getattr(self, name) for name in SETTINGS}
 
 
@@ -200,9 +201,9 @@ def of_settings(settings: Settings) -> Recipe:
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             kind = getattr(kind, "__name__", kind)
             raise ValueError(f"{name} must be {kind}, got {shortened(value)}")
-    others = dict(settings)
+    others: dict[str, Any] = dict(settings)
     batch, device = others.pop("batch"), target_named(others.pop("target"))
-    recipe = of_preset(settings["family"], settings["preset"])
+    recipe = of_preset(others["family"], others["preset"])
     return replace(recipe, batch_size=batch, device=device, **others)
 
 
