@@ -73,7 +73,7 @@ def _beside(row: Row, rows: Sequence[Row]) -> Row:
     return found
 
 
-def bits_tables(rows: Sequence[Row]) -> list[Table | Text]:
+def bits_tables(rows: Sequence[Row]) -> list[Table | Text | str]:
     """The tables of the rows that have bits, if there are any: all, and those with noise."""
     rows = [row for row in rows if "bits" in row]
     if not rows:

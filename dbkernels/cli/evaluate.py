@@ -81,7 +81,7 @@ class Evaluate:
         show(rows, [*losses_tables(rows), *bits_tables(rows)], as_json=self.json)
 
     @property
-    def _given(self) -> dict[str, object]:
+    def _given(self) -> Row:
         settings = {name: getattr(self, name) for name in ("levels", "start", "starts", "bridge")}
         return {name: value for name, value in settings.items() if value is not None}
 

@@ -306,7 +306,7 @@ def _differences(each: budgets.Held) -> Iterator[tuple[str, ...]]:
 
 def _settings(recipe: Recipe) -> str:
     """All of a budget's settings that a row of a table has room for."""
-    row = recipe.settings()
+    row: Row = dict(recipe.settings())
     compute = " bf16" if row["autocast"] else ""
     early = " in-backward" if row["optimizer_in_backward"] else ""
     offload = "" if row["offload"] == "none" else f", offload {row['offload']}"

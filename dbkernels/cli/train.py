@@ -79,7 +79,7 @@ class TrainerFlags(TrainerConfig):
     steps: int = 1000
     """Updates of every block."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         pass
 
 
@@ -204,7 +204,9 @@ class Train:
             elif trained is not None:
                 own, start = trained.config, replace(start, digest=trained.digest)
                 if trained.without_noise and self.objective == "blocks":
-                    own, order = entry.start.as_blocks(own), entry.start.noise_order
+                    if (as_blocks := entry.start.as_blocks) is not None:
+                        own = as_blocks(own)
+                    order = entry.start.noise_order
         given = {k: v for k, v in sizes.items() if v}
         require_settings(f"a model of {self.family}", given, own)
         model = self.noise.of(self.text.of(own.resized(given)))
@@ -233,7 +235,7 @@ class Train:
         def on_row(row: Row) -> None:
             nonlocal steps
             steps += 1
-            shown.step(row["step"] + 1, f"block {row['block']} loss {row['loss']:.4g}")
+            shown.step(int(row["step"]) + 1, f"block {row['block']} loss {row['loss']:.4g}")
 
         with warnings.catch_warnings(), shown:
             warnings.showwarning = shown.warn
@@ -258,7 +260,7 @@ class Train:
                     on_row=on_row,
                 )
             except Stopped as stopped:
-                shown.warn(stopped)
+                shown.warn(str(stopped))
                 sys.exit(os.EX_TEMPFAIL if self.requeue else 128 + stopped.signal)
         if not steps:
             print(f"nothing to do: all {trainer.total_steps} steps are trained already: {self.out}")

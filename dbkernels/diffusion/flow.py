@@ -58,7 +58,7 @@ class Flow(OnPath):
     t_max: float = 1.0
     """Greatest time; at 1 nothing is left of the clean sample."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("density", self.density, get_args(Density))
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
             raise ValueError(

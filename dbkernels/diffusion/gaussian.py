@@ -54,7 +54,7 @@ class LogNormal(OnPath):
     sigma_max: float = 80.0
     """Greatest level, in units of z."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
             raise ValueError(
                 "mean must be finite and std positive and finite, "

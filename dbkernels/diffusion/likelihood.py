@@ -88,7 +88,7 @@ class Curve:
     errors: Sequence[float]
     cross_entropy: Sequence[float]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = len(self.levels), len(self.errors), len(self.cross_entropy)
         if len(set(counts)) > 1 or counts[0] < 2:
             raise ValueError(

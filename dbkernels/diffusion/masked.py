@@ -54,7 +54,7 @@ class Masked:
     eps: float = 1e-4
     """Share of tokens that is masked at time 0, and that is kept at time 1."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, get_args(MaskSchedule))
         if not LEAST_EPS <= self.eps < 0.5:
             raise ValueError(f"eps must be from {LEAST_EPS} to less than 0.5, got {self.eps}")

@@ -34,7 +34,7 @@ class Interval:
     low: float
     high: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.low < self.high:
             raise ValueError(
                 f"an interval needs low < high, got low {self.low} and high {self.high}"

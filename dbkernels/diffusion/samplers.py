@@ -77,8 +77,9 @@ def dpmpp_2m(denoiser: Denoiser, z: Tensor, levels: Sequence[float], path: Path)
         # a first level that has nothing left of z0 is at minus infinity
         width = math.log(next_a / next_s) - math.log(a / s) if a else math.inf
         # of a first step, or after one of infinite width, there is no line
-        lacks = before is None or math.isinf(width_before)
-        extended = D if lacks else D + width / width_before / 2 * (D - before)
+        extended = D
+        if before is not None and not math.isinf(width_before):
+            extended = D + width / width_before / 2 * (D - before)
         z = next_s / s * z + (next_a - a * next_s / s) * extended
         before, width_before = D, width
     return denoiser(z, levels[-1])

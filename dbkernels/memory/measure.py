@@ -38,7 +38,7 @@ class Peak:
     allocated_bytes: int | None = None  # the CUDA allocator's own peak; None off CUDA
     reserved_bytes: int | None = None  # what that allocator took from the driver; None off CUDA
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert sum(self.by_category.values()) == self.total_bytes
 
 
@@ -172,7 +172,7 @@ class Prediction:
     # the trace with the bytes that the allocator gave, in place of those asked for
     blocks: Trace | None = field(repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert sum(self.by_category.values()) == self.peak_allocated_bytes
 
 

@@ -57,7 +57,7 @@ class ARConfig(NoisyTextConfig):
     """Whose guess of the next token that is: the block's, at its own end, or the whole network's,
     of which no layer but the block's learns from it."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("clean", self.clean, get_args(CleanStream))
         check_choice("noisy_input", self.noisy_input, get_args(NoisyInput))

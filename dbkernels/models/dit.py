@@ -50,7 +50,7 @@ class DiTConfig(LabelledConfig):
     eps2: float | None = None
     """Of the norm before each MLP, in units of x**2; None is 1e-6, as of every other norm."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         prediction_named(self.process, self.prediction, self.sigma_data)
         check_choice("frequencies", self.frequencies, get_args(embed.Frequencies))

@@ -1,7 +1,7 @@
 """What every family of models offers to the trainer and to the samplers."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
@@ -14,6 +14,8 @@ from dbkernels.settings import check_choice
 
 Weighting = Literal["none", "process", "normalised", "published"]
 WEIGHTINGS = get_args(Weighting)
+# a `Family` that is an `nn.Module`; Python has no type of what is both
+FamilyModule = Any
 
 
 class Presets:
@@ -22,6 +24,10 @@ class Presets:
     presets: ClassVar[Mapping[str, ModelConfig]]
     smallest: ClassVar[str]
     """Name of the one that trains on any machine."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, config: Any): ...
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
@@ -35,7 +41,7 @@ class Presets:
         return cls.presets[name]
 
     @classmethod
-    def from_preset(cls, name: str) -> "Presets":
+    def from_preset(cls, name: str) -> FamilyModule:
         """A new model of a preset; torch's own generator draws its weights."""
         return cls(cls.preset(name))
 

@@ -58,7 +58,7 @@ class HuginnConfig(NoisyTextConfig):
     truncation: int = 8
     """Without noise: the gradient passes through so many recurrences, the last ones."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name, least in (("prelude", 0), ("coda", 0), ("recurrences", 1), ("truncation", 1)):
             check_number(name, getattr(self, name), least)

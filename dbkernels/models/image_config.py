@@ -35,7 +35,7 @@ class ImageConfig:
     """What the backward computes again: a key of `dbkernels.ops.POLICIES`; moves only rounding."""
     independent: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         size, patch = self.image_size, self.patch
         if patch < 1 or size < 1 or size % patch:
             raise ValueError(f"the patch must divide the image size, got {patch} and {size}")

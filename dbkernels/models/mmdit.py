@@ -58,7 +58,7 @@ class MMDiTConfig(ImageConfig):
     prediction: PredictionName = "velocity"
     """What the network predicts, of those that `PREDICTIONS` has for the process."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         prediction_named(self.process, self.prediction, self.sigma_data)
         if not 0 <= self.parallel <= self.depth:

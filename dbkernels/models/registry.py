@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dbkernels.data.images import Batch
 from dbkernels.diffusion.flow import Flow
@@ -19,7 +19,7 @@ from dbkernels.diffusion.path import PathName
 from dbkernels.diffusion.process import Process
 from dbkernels.diffusion.timesteps import Timesteps
 from dbkernels.models import ar, dit, huginn, mdm, mmdit, vit
-from dbkernels.models.family import Presets, Weighting
+from dbkernels.models.family import FamilyModule, Presets, Weighting
 from dbkernels.models.model_config import ModelConfig
 from dbkernels.models.reading import TextWay
 from dbkernels.models.start import Start
@@ -198,6 +198,6 @@ def family_with(preset: str) -> FamilyName:
     return next(name for name, entry in FAMILIES.items() if preset in entry.model.presets)
 
 
-def family_of(model: nn.Module) -> FamilyEntry | None:
+def family_of(model: FamilyModule) -> FamilyEntry | None:
     """The entry of a model's family; None where it is of none of them."""
     return next((entry for entry in FAMILIES.values() if isinstance(model, entry.model)), None)

@@ -45,7 +45,7 @@ class TextConfig:
     """What the backward computes again: a key of `dbkernels.ops.POLICIES`; moves only rounding."""
     independent: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("length", "vocabulary"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -131,7 +131,7 @@ class NoisyTextConfig(TextConfig):
     levels_of: LevelsOf = "sample"
     """Whether each sample has one level of noise, or each token one of its own."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name, known in (("read_out", ReadOut), ("levels_of", LevelsOf)):
             check_choice(name, getattr(self, name), get_args(known))

@@ -92,7 +92,7 @@ class Recipe:
     device: Target = TARGETS["h100"]
     """That trains, or that is predicted."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require("method", self.method, METHODS)
         _require("offload", self.offload, OFFLOAD)
         policies = tuple(POLICIES) if self.method == "block_fused" else (None,)

@@ -242,7 +242,7 @@ def _fastest(
             slow.append(recompute)
             continue
         worth = sizes
-        if best:
+        if best and best.recipe.recompute is not None:
             # with no smaller micro-batch, nor the same where it computes more, it may be faster
             more = _redoes(recompute, best.recipe.recompute)
             worth = sizes[bisect_left(sizes, best.recipe.micro_batch) + more :]

@@ -99,26 +99,27 @@ def train(
     check_number("threads", threads, 0, MOST_THREADS)
     check_choice("data_changed", data_changed, get_args(DataChanged))
     require_trackers(track)
-    how = {"convert": config.convert, "stride": config.stride}
-    data = config.model.open(config.data, "train", **how)
+    data = config.model.open(config.data, "train", convert=config.convert, stride=config.stride)
     root, distills = directory / "checkpoints", bool(config.start.distill)
     if not resume:
         weights = start_weights(config, trained)
     else:
         weights = kept(directory, config.start.digest) if distills else None
-    loss = distillation(config, weights, device) if distills else None
+    loss = distillation(config, weights, device) if distills and weights is not None else None
     trainer = config.trainer_on(device, data, None if resume else weights, loss)
     before: Conditions = {}
     if resume:
         path, tensors, state, saved = _load(config, directory, resume)
         trainer.restore(tensors, state["counters"])
         turn = trainer.block_order.steps_per_swap
-        same = {"blocks": len(trainer.blocks), "turn": turn, "step": trainer.step, "path": path}
-        require_same_schedule(saved.trainer, config.trainer, **same)
+        blocks, step = len(trainer.blocks), trainer.step
+        require_same_schedule(
+            saved.trainer, config.trainer, blocks=blocks, turn=turn, step=step, path=path
+        )
         before = conditions_of(state, path)
     elif checkpoint.latest(root):
         raise ValueError(f"{directory} must hold no run yet, got one; resume it or choose another")
-    with cpu_threads(threads or before.get("threads") or fastest_for(trainer)):
+    with cpu_threads(threads or int(before.get("threads", 0)) or fastest_for(trainer)):
         now = conditions(data, trainer.device)
         if resume:
             moved = saved.data != config.data
@@ -126,7 +127,7 @@ def train(
         if trainer.step < trainer.total_steps:
             every = [t for tensors in trainer.tensors().values() for t in tensors.values()]
             checkpoint.check_root(root, sum(tensor.nbytes for tensor in every))
-        if distills and not resume:
+        if distills and not resume and weights is not None:
             keep_trained(directory, weights, config.start.digest)
         del weights
         log = RunLog(directory, first_step=trainer.step, track=track, config=asdict(config))
@@ -151,7 +152,7 @@ def _train(
     def take(row: Row) -> None:
         nonlocal told
         if not row["step"] and (threads := now.get("threads")):
-            row["threads"] = threads
+            row["threads"] = int(threads)
         log.write(row)
         if told:
             # where it fails, it is not called on the way out
@@ -167,8 +168,15 @@ def _train(
             state = {"version": VERSION, "config": asdict(config), "conditions": now}
             state["counters"] = trainer.counters()
             # the loss of the last step says nothing of what its update made
-            options = {"keep": keep, "read": trainer.read, "finite": ("model", "ema")}
-            checkpoint.save(root, trainer.step, trainer.tensors(), state, **options)
+            checkpoint.save(
+                root,
+                trainer.step,
+                trainer.tensors(),
+                state,
+                keep=keep,
+                read=trainer.read,
+                finite=("model", "ema"),
+            )
             saved = trainer.step
 
     try:
@@ -188,7 +196,7 @@ def _train(
                     _save_at_last(partial(save, rows))
                 raise
             save(rows)
-            if trainer.step < trainer.total_steps:
+            if trainer.step < trainer.total_steps and stop.asked is not None:
                 raise Stopped(stop.asked, trainer.step, trainer.total_steps)
     finally:
         log.close(finished=saved >= trainer.total_steps)

@@ -195,7 +195,7 @@ class Trainer:
     def _launch(self, block: Block) -> pending.Pending:
         begin, micro_batch, before = perf_counter(), self.micro_batch.size, self.counters()
         own, *_ = moved = self.moved(block)
-        row = {"step": self.step, "block": block.index, "block_step": own.steps}
+        row: pending.Row = {"step": self.step, "block": block.index, "block_step": own.steps}
         row |= {"loss": math.nan, "grad_norm": math.nan, "lr": self._rate(own)}
         launched = pending.Pending(row, self.advance(block), partial(self._refused, block, before))
         if (following := self.block_order.next_block(self.step)) is not None:

@@ -20,7 +20,8 @@ from dbkernels.ops.backend import toolchain
 
 PATH = Path(__file__).parents[1] / "libdbkernels.so"
 CSRC = Path(__file__).parents[3] / "csrc"
-NAMES = {"cpu": "cpp", "cuda": "cuda"}  # of what it offers on a device
+# of what it offers on a device
+NAMES: dict[str, Literal["cpp", "cuda"]] = {"cpu": "cpp", "cuda": "cuda"}
 _MANIFEST = re.compile(rb"dbkernels csrc=([0-9a-f]{64})(?: cuda=(\d+)\.\d+ sm=([\d,]+))?;")
 
 
