@@ -33,7 +33,7 @@ from dbkernels.training.run_config import (
 )
 from dbkernels.training.same_run import DataChanged
 from dbkernels.training.stop import Stopped
-from dbkernels.training.tracking.registry import TrackerName
+from dbkernels.training.tracking.registry import trackers_named
 from dbkernels.training.trainer_config import TrainerConfig
 
 RANDOM_BASE = (
@@ -156,9 +156,9 @@ class Train:
     """Exit with 75 where a signal ends the run, as schedulers want; else with 128 + its number."""
     threads: int = 0
     """Threads of the CPU, where it trains; 0 keeps the run's own, or finds what is fastest."""
-    track: tuple[TrackerName, ...] = ()
-    """Show the run with these too. wandb writes files until WANDB_MODE is online; mlflow and
-    trackio keep theirs on this machine."""
+    track: str = ""
+    """Show the run in tensorboard, wandb, mlflow or trackio too, or in several with commas between.
+    Nothing leaves the machine until it is told otherwise, as by WANDB_MODE=online."""
 
     def trained(self) -> Trained | None:
         """The network of --from; None without it, and where the run that goes on has started.
@@ -256,7 +256,7 @@ class Train:
                     save_every=self.save_every,
                     keep=self.keep,
                     threads=self.threads,
-                    track=self.track,
+                    track=trackers_named(self.track),
                     on_row=on_row,
                 )
             except Stopped as stopped:

@@ -50,7 +50,7 @@ def test_a_run_is_shown_by_what_is_asked_for_and_goes_on_there(train, monkeypatc
     runs = []
     for name in ("trackio", "mlflow"):
         monkeypatch.setitem(sys.modules, name, PACKAGES[name](runs))
-    flags = "vit --out out --track trackio mlflow --threads 1"
+    flags = "vit --out out --track trackio,mlflow --threads 1"
     assert train(flags).code == 0 and train(f"{flags} --steps 3 --resume latest").code == 0
     assert [run.ends for run in runs] == [["finished"] * 2, ["finished", "RUNNING", "finished"]]
     for run in runs:
@@ -75,6 +75,9 @@ def test_a_run_that_a_signal_ends_is_shown_as_one_that_failed(train, monkeypatch
 def test_a_tracker_that_is_missing_is_said_before_anything_is_done(train, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert refused(train("vit --out out --track wandb"), "pip install dbkernels[wandb]")
+    assert refused(
+        train("vit --out out --track neptune"), "track must be one of tensorboard, wandb"
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Literal, get_args
+from typing import Literal
 
 from dbkernels.settings import check_choice
 from dbkernels.training.tracking.mlflow import MlflowTracker
@@ -31,6 +31,18 @@ TRACKERS: dict[TrackerName, TrackerEntry] = {
 }
 
 
+def trackers_named(text: str) -> list[TrackerName]:
+    """Trackers by their names with commas between; none where the text is empty.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    named = [name.strip() for name in text.split(",")] if text else []
+    for name in named:
+        check_choice("track", name, TRACKERS)
+    return [known for name in named for known in TRACKERS if known == name]
+
+
 def require_trackers(names: Sequence[TrackerName]) -> None:
     """Refuse trackers that cannot be.
 
@@ -38,7 +50,7 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
         ValueError: a name is unknown or comes twice, or a package is missing.
     """
     for name in names:
-        check_choice("track", name, get_args(TrackerName))
+        check_choice("track", name, TRACKERS)
         if names.count(name) > 1:
             raise ValueError(f"track must name a tracker once, got {name} twice")
         try:
