@@ -53,8 +53,12 @@ class Process(Protocol):
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
-    path: ClassVar[Path | None]
-    close: ClassVar[Spacing]
+
+    @property
+    def path(self) -> Path | None: ...
+
+    @property
+    def close(self) -> Spacing: ...
 
     @property
     def range(self) -> Interval:
@@ -125,8 +129,9 @@ class OnPath:
         a, s = at(self.path, level)
         return noise * ((a * sigma_data) ** 2 + s**2) ** 0.5
 
-    def weight(self, level: Tensor, prediction: Prediction) -> Tensor:
+    def weight(self, level: Tensor, prediction: Prediction | None) -> Tensor:
         """1 / of_F**2 of a prediction at a level; of EDM it is lambda of its table 1."""
+        assert prediction is not None
         a, s = self.path(level)
         constant, linear, square = prediction.powers
         return constant + linear * (a / s) + square * (a / s).square()

@@ -1,7 +1,7 @@
 """What every family of models offers to the trainer and to the samplers."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
@@ -25,10 +25,6 @@ class Presets:
     smallest: ClassVar[str]
     """Name of the one that trains on any machine."""
 
-    if TYPE_CHECKING:
-
-        def __init__(self, config: Any): ...
-
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
         """A configuration by name; the smallest where it is empty.
@@ -43,7 +39,8 @@ class Presets:
     @classmethod
     def from_preset(cls, name: str) -> FamilyModule:
         """A new model of a preset; torch's own generator draws its weights."""
-        return cls(cls.preset(name))
+        made: FamilyModule = cls
+        return made(cls.preset(name))
 
 
 class Family(Protocol):

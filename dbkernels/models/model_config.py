@@ -12,6 +12,9 @@ if TYPE_CHECKING:  # a Python of 3.10 has none
     from typing_extensions import Self
 
 
+OwnData = Any  # `Data` of the kind that a configuration finds
+
+
 class ModelConfig(Protocol):
     """Sizes of a model, a frozen dataclass.
 
@@ -49,7 +52,7 @@ class ModelConfig(Protocol):
     def find(self, source: str, *, convert: Convert) -> Data:
         """The training split of the data under a name or a path, which may not fit the model."""
 
-    def fitted(self, data: Data) -> "Self":
+    def fitted(self, data: OwnData) -> "Self":
         """With what the data say of a model for them."""
 
     def open(

@@ -6,7 +6,7 @@ Training, planning and the command line know a family by its entry alone.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from dbkernels.data.images import Batch
 from dbkernels.diffusion.flow import Flow
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.masked import Masked
-from dbkernels.diffusion.path import PathName
 from dbkernels.diffusion.process import Process
 from dbkernels.diffusion.timesteps import Timesteps
 from dbkernels.models import ar, dit, huginn, mdm, mmdit, vit
@@ -59,7 +58,7 @@ class FamilyEntry:
     text: TextNoise | None = None
     """What noise does to a text, which says how its bits are bounded: it masks tokens, or moves
     their embeddings; None is no model of text."""
-    prompts: Callable[[ModelConfig, Path | None, int, torch.device], Batch] | None = None
+    prompts: Callable[[Any, Path | None, int, torch.device], Batch] | None = None
     """(config, file of prompts, number of each class or prompt, device) -> what to sample; None
     where it draws no images."""
     writes: TextWay | None = None
@@ -67,7 +66,7 @@ class FamilyEntry:
     all of them read again for each. unmask: a window at once, whose tokens open one by one."""
     start: Start = field(default_factory=Start)
     """How its blocks start from a network that was trained end to end."""
-    other_noise: Mapping[PathName, Process] = field(default_factory=dict)
+    other_noise: Mapping[str, Process] = field(default_factory=dict)
     """The noise of models whose configuration has another process than the family's own."""
 
     def process_of(self, config: ModelConfig) -> Process:

@@ -2,7 +2,7 @@
 
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -14,6 +14,10 @@ from dbkernels.models.layer import LayerConfig
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_choice
 from dbkernels.whole_file import write_whole
+
+if TYPE_CHECKING:  # a Python of 3.10 has none
+    from typing_extensions import Self
+
 
 CleanStream = Literal["own", "through"]
 Guesser = Literal["block", "network"]
@@ -56,15 +60,15 @@ class TextConfig:
         return self.length
 
     @classmethod
-    def stored(cls, fields: dict[str, object], version: int) -> "TextConfig":
+    def stored(cls, fields: dict[str, Any], version: int) -> "Self":
         """The configuration in a run's config.json, of the version that the file has."""
         return cls(**fields)
 
-    def as_in(self, stored: "TextConfig") -> "TextConfig":
+    def as_in(self, stored: "Self") -> "Self":
         """With what a stored run has and nobody chooses."""
         return self
 
-    def resized(self, sizes: dict[str, int]) -> "TextConfig":
+    def resized(self, sizes: dict[str, int]) -> "Self":
         """With other sizes by field; the MLP and the condition keep their ratios to dim."""
         if "dim" in sizes:
             kept = {
@@ -82,7 +86,7 @@ class TextConfig:
         _require_no_images(convert)
         return open_tokens(source, length=self.length)
 
-    def fitted(self, data: TokenData) -> "TextConfig":
+    def fitted(self, data: TokenData) -> "Self":
         """With the vocabulary of some data."""
         return replace(self, vocabulary=data.vocabulary)
 

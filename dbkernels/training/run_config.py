@@ -169,7 +169,8 @@ class RunConfig:
         """A new model, initialised from the run's seed, or with all of some weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.trainer.seed)
-            model: FamilyModule = family_named(self.family).model(self.model)
+            family: FamilyModule = family_named(self.family).model
+            model = family(self.model)
         if weights is not None:
             model.load_state_dict(weights)
         return model
