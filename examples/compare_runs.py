@@ -2,7 +2,7 @@
 
     python examples/compare_runs.py --steps 300 --out runs/compared
 
-Both runs are what `python -m dbkernels train` makes: they can be resumed and evaluated there.
+Both runs are what the command line's `train` makes: they can be resumed and evaluated there.
 """
 
 from dataclasses import replace
