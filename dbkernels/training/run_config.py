@@ -28,7 +28,7 @@ from dbkernels.training.trainer_config import TrainerConfig
 from dbkernels.whole_file import make_directory, write_whole
 
 Objective = Literal["blocks", "conventional"]
-VERSION = 4  # of config.json and of what a checkpoint holds; every earlier one is read
+VERSION = 5  # of config.json and of what a checkpoint holds; every earlier one is read
 
 
 @dataclass(frozen=True)
@@ -268,6 +268,9 @@ def config_of(saved: dict, version: object, path: Path) -> RunConfig:
         if version < 4 and saved["weighting"] == "edm":
             # the one weight that a process had
             saved = {**saved, "weighting": "process"}
+        if version < 5:
+            # weight decay was on everything
+            saved = {**saved, "trainer": {**saved["trainer"], "decay_on": "all"}}
         entry = family_named(saved["family"])
         model = entry.config.stored(saved["model"], version)
         saved = {**saved, "model": model}

@@ -28,7 +28,11 @@ from dbkernels.training.cuda_graphs import CudaGraphs, CudaRecorder
 from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, load_weights, own_group
 from dbkernels.training.offload.offloader import open_offloader
 from dbkernels.training.one_thread import OneThread
-from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward, learning_rate
+from dbkernels.training.optimizers.decay import DecayOn, DecayRule, on_all, on_matrices
+from dbkernels.training.optimizers.own import OptimizerFactory, Own
+from dbkernels.training.optimizers.registry import OPTIMIZERS, OptimizerName
+from dbkernels.training.optimizers.schedule import Schedule, learning_rate, rates_of
+from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward
 from dbkernels.training.partition import Block
 from dbkernels.training.saved import require_counters, require_tensors
 from dbkernels.training.tensor_file import Pieces
@@ -36,7 +40,7 @@ from dbkernels.training.trainer_config import Decay, Offload, Order, TrainerConf
 
 Objective = Callable[[DiffusionBlocks, Block, Batch, Draw], Tensor]
 Augment = Callable[[Batch, Draw], Batch]
-Counters = dict[str, int | dict[str, int]]
+Counters = dict[str, int | dict[str, int] | dict[str, float]]
 
 
 class Trainer:
@@ -49,6 +53,12 @@ class Trainer:
         steps:      updates of every block
         objective:  (blocks, block, batch, draw) -> scalar loss, a mean over the batch; None is
                     `DiffusionBlocks.loss`
+        make_optimizer:  (parameter groups of torch) -> an optimizer, in place of a named one; the
+                    trainer sets the rates of all its groups
+        schedule:   (optimizer, updates) -> one of torch's schedulers, whose rates are in place of
+                    those of warmup and decay
+        decays:     (name, parameter) -> bool, whether weight decay is on a parameter, in place of
+                    decay_on
         augment:    (batch, draw) -> batch, applied to every batch that is drawn; with graphs, all
                     in which one step differs from the next reaches it and the objective in tensors
         device:     to train on; None is where the blocks are
@@ -69,10 +79,12 @@ class Trainer:
         *,
         steps: int,
         batch_size: int = TrainerConfig.batch_size,
+        optimizer: OptimizerName = TrainerConfig.optimizer,
         lr: float = TrainerConfig.lr,
         warmup: int = TrainerConfig.warmup,
         decay: Decay = TrainerConfig.decay,
         weight_decay: float = TrainerConfig.weight_decay,
+        decay_on: DecayOn = TrainerConfig.decay_on,
         clip: float = TrainerConfig.clip,
         ema: float = TrainerConfig.ema,
         accumulate: int = TrainerConfig.accumulate,
@@ -86,6 +98,9 @@ class Trainer:
         offload_dir: str = TrainerConfig.offload_dir,
         prefetch: bool = TrainerConfig.prefetch,
         seed: int = TrainerConfig.seed,
+        make_optimizer: OptimizerFactory | None = None,
+        schedule: Schedule | None = None,
+        decays: DecayRule | None = None,
         objective: Objective | None = None,
         augment: Augment | None = None,
         device: torch.device | str | None = None,
@@ -106,7 +121,11 @@ class Trainer:
         # an optimizer in the backward cannot wait for gradients to add up
         least = config.batch_size if config.optimizer_in_backward else 1
         self.micro_batch = pending.MicroBatch(size, config.batch_size, least=least)
-        self.offloader = open_offloader(blocks, self.device, config)
+        kind = OPTIMIZERS[config.optimizer] if make_optimizer is None else Own(make_optimizer)
+        if decays is None:
+            decays = on_all if config.decay_on == "all" else on_matrices(blocks)
+        self._schedule, self._rates = schedule, {}
+        self.offloader = open_offloader(blocks, self.device, config, kind)
         self.groups: dict[str, ParamGroup] = {}
         self._alone = OneThread()
         frozen, groups = self.blocks.frozen(), self.blocks.groups()
@@ -121,7 +140,8 @@ class Trainer:
                 )
         for name, parameters in groups.items():
             total = self.total_steps if name == SHARED else config.steps
-            group = ParamGroup(parameters, config, total=total, device=self.device)
+            told = {"device": self.device, "kind": kind, "decays": decays}
+            group = ParamGroup(parameters, config, total=total, **told)
             self.groups[name] = group
             if config.offload != "none":
                 self.offloader.adopt(name, group, frozen.get(name, ()))
@@ -290,6 +310,11 @@ class Trainer:
 
     def _rate(self, group: ParamGroup) -> float:
         config = self.config
+        if self._schedule is not None:
+            if group.total not in self._rates:
+                self._rates[group.total] = rates_of(self._schedule, group.total, config.lr)
+            # one step more than there are is asked for when all are done
+            return self._rates[group.total][min(group.steps, group.total - 1)]
         # the shared groups see every block's steps, so their warm-up is as many times longer
         warmup = config.warmup * group.total // config.steps
         return learning_rate(
@@ -333,6 +358,8 @@ class Trainer:
         """
         steps = {name: group.steps for name, group in self.groups.items()}
         found = {"steps_per_swap": self.block_order.steps_per_swap}
+        counts = {k: v for group in self.groups.values() for k, v in group.counts().items()}
+        found |= {"optimizer": counts} if counts else {}
         return {"step": self.step, "groups": steps, **found, "micro_batch": self.micro_batch.size}
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], counters: Counters) -> None:
@@ -359,7 +386,8 @@ class Trainer:
         load_weights(self.blocks, tensors["model"])
         for name, group in self.groups.items():
             steps = counters["groups"][name]
-            group.restore(steps, tensors.get("ema", {}), tensors.get("optimizer", {}))
+            saved = tensors.get("ema", {}), tensors.get("optimizer", {})
+            group.restore(steps, *saved, counters.get("optimizer", {}))
         self.step, self.block_order.steps_per_swap = counters["step"], counters["steps_per_swap"]
         self.micro_batch.size = size
         self.updater.go_on()

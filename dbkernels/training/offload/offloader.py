@@ -31,15 +31,16 @@ from dbkernels.training.offload.memory import (
     flat_bytes,
     views,
 )
+from dbkernels.training.optimizers.kind import Kind
 from dbkernels.training.param_group import ParamGroup, tensor_sizes
 from dbkernels.training.tensor_file import Pieces, pieces
 from dbkernels.training.trainer_config import Offload, TrainerConfig
 
 
 def open_offloader(
-    models: DiffusionBlocks, device: torch.device, config: TrainerConfig
+    models: DiffusionBlocks, device: torch.device, config: TrainerConfig, kind: Kind
 ) -> "Offloader":
-    """The offloader that a configuration asks for; it has adopted no group yet.
+    """The offloader for a configuration and an optimizer; it has adopted no group yet.
 
     Until it adopts a group it moves nothing.
 
@@ -56,9 +57,9 @@ def open_offloader(
     memory: OffloadMemory = CpuMemory(device)
     if config.offload == "disk":
         groups = models.groups().items()
-        own = [p for name, group in groups if name != SHARED for p in group.values()]
+        own = {n: p for name, group in groups if name != SHARED for n, p in group.items()}
         frozen = [p.nbytes for parameters in models.frozen().values() for p in parameters]
-        size = flat_bytes([*tensor_sizes(own, config.ema), *frozen])
+        size = flat_bytes([*tensor_sizes(own, config, kind), *frozen])
         memory = DiskMemory(Path(config.offload_dir), size, device)
     return Offloader(models, device, memory, prefetch=config.prefetch, idle=models.idle())
 
