@@ -40,5 +40,5 @@ class OfPreset:
         if batch is None:
             batch = min(128, 2 ** max(0, (TOKENS // recipe.model.tokens).bit_length() - 1))
         check_number("batch", batch, 1, MOST_SAMPLES)
-        told = {"autocast": self.autocast, "optimizer": self.optimizer, "device": target}
-        return replace(recipe, batch_size=batch, **told)
+        recipe = replace(recipe, batch_size=batch, optimizer=self.optimizer)
+        return replace(recipe, autocast=self.autocast, device=target)

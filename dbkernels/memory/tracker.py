@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -165,9 +166,11 @@ class Tracker(TorchDispatchMode):
         self._hooks.__enter__()
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._hooks.__exit__(*exception)
-        super().__exit__(*exception)
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
         for watch in self._watches:
             watch.detach()
 
@@ -225,7 +228,8 @@ class Tracker(TorchDispatchMode):
         return Trace(self.ops, events, self.categories, self._saved_bytes(), self.flops)
 
     def _saved_bytes(self) -> int:
-        held, highest, holders = 0, 0, Counter()
+        held, highest = 0, 0
+        holders: Counter[int] = Counter()
         for storage, change in self._holds:
             holders[storage] += change
             is_first_or_last = holders[storage] == max(change, 0)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from dbkernels.planning.recipe import Recipe
 from dbkernels.pool import processes
 from dbkernels.training.trainer import Trainer
 
-Figures = dict[str, object]
+Figures = dict[str, Any]  # a JSON object
 
 KILLED = "its process was killed, as where the host has no memory left"
 

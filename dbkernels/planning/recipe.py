@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -93,7 +94,7 @@ class Recipe:
     device: Target = TARGETS["h100"]
     """That trains, or that is predicted."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require("method", self.method, METHODS)
         _require("offload", self.offload, OFFLOAD)
         policies = tuple(POLICIES) if self.method == "block_fused" else (None,)
@@ -162,8 +163,8 @@ class Recipe:
 
     def settings(self) -> Settings:
         """What a row of JSON and a budget say of it; of an optimizer, where it is not AdamW."""
-        other = {"batch": self.batch_size, "target": self.device.name}
-        own = {} if self.optimizer == "adamw" else {"optimizer": self.optimizer}
+        other: Settings = {"batch": self.batch_size, "target": self.device.name}
+        own: Settings = {} if self.optimizer == "adamw" else {"optimizer": self.optimizer}
         given = {name: other[name] if name in other else getattr(self, name) for name in SETTINGS}
         return given | own
 
@@ -204,9 +205,9 @@ def of_settings(settings: Settings) -> Recipe:
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             kind = getattr(kind, "__name__", kind)
             raise ValueError(f"{name} must be {kind}, got {shortened(value)}")
-    others = dict(settings)
+    others: dict[str, Any] = dict(settings)
     batch, device = others.pop("batch"), target_named(others.pop("target"))
-    recipe = of_preset(settings["family"], settings["preset"])
+    recipe = of_preset(others["family"], others["preset"])
     return replace(recipe, batch_size=batch, device=device, **others)
 
 

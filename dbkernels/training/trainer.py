@@ -29,7 +29,8 @@ from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, load_we
 from dbkernels.training.offload.offloader import open_offloader
 from dbkernels.training.one_thread import OneThread
 from dbkernels.training.optimizers.decay import DecayOn, DecayRule, on_all, on_matrices
-from dbkernels.training.optimizers.own import OptimizerFactory, Own
+from dbkernels.training.optimizers.kind import OptimizerFactory
+from dbkernels.training.optimizers.own import Own
 from dbkernels.training.optimizers.registry import OPTIMIZERS, OptimizerName
 from dbkernels.training.optimizers.schedule import Schedule, learning_rate, rates_of
 from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward
@@ -124,7 +125,8 @@ class Trainer:
         kind = OPTIMIZERS[config.optimizer] if make_optimizer is None else Own(make_optimizer)
         if decays is None:
             decays = on_all if config.decay_on == "all" else on_matrices(blocks)
-        self._schedule, self._rates = schedule, {}
+        self._schedule = schedule
+        self._rates: dict[int, list[float]] = {}  # by how many updates there are
         self.offloader = open_offloader(blocks, self.device, config, kind)
         self.groups: dict[str, ParamGroup] = {}
         self._alone = OneThread()
@@ -163,9 +165,14 @@ class Trainer:
         """The block that the run's next step trains."""
         return self.blocks[self.block_order.block(self.step)]
 
-    def run(self) -> None:
-        """Train to the end, without a log or a checkpoint."""
-        with pending.Rows(lambda row: None) as rows:
+    def run(self, on_row: Callable[[pending.Row], object] = lambda row: None) -> None:
+        """Train to the end, without a log or a checkpoint.
+
+        Args:
+            on_row:  called with the row of each step, as `launch` has it, when the next step was
+                     launched
+        """
+        with pending.Rows(on_row) as rows:
             while self.step < self.total_steps:
                 rows.add(self.launch(self.next_block()))
         self.close()
@@ -210,7 +217,7 @@ class Trainer:
     def _launch(self, block: Block) -> pending.Pending:
         begin, micro_batch, before = perf_counter(), self.micro_batch.size, self.counters()
         own, *_ = moved = self.moved(block)
-        row = {"step": self.step, "block": block.index, "block_step": own.steps}
+        row: pending.Row = {"step": self.step, "block": block.index, "block_step": own.steps}
         row |= {"loss": math.nan, "grad_norm": math.nan, "lr": self._rate(own)}
         launched = pending.Pending(row, self.advance(block), partial(self._refused, block, before))
         if (following := self.block_order.next_block(self.step)) is not None:
@@ -356,11 +363,14 @@ class Trainer:
         The row of every step that was launched must have been read: one that was not finite counts
         until then.
         """
-        steps = {name: group.steps for name, group in self.groups.items()}
-        found = {"steps_per_swap": self.block_order.steps_per_swap}
+        counters: Counters = {
+            "step": self.step,
+            "groups": {name: group.steps for name, group in self.groups.items()},
+            "steps_per_swap": self.block_order.steps_per_swap,
+            "micro_batch": self.micro_batch.size,
+        }
         counts = {k: v for group in self.groups.values() for k, v in group.counts().items()}
-        found |= {"optimizer": counts} if counts else {}
-        return {"step": self.step, "groups": steps, **found, "micro_batch": self.micro_batch.size}
+        return counters | ({"optimizer": counts} if counts else {})
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], counters: Counters) -> None:
         """Go on from what `tensors` and `counters` once gave, bit for bit.

@@ -12,7 +12,7 @@ from dbkernels.training.optimizers.registry import OptimizerName
 Decay = Literal["constant", "cosine"]
 Order = Literal["shuffled", "sequential"]
 Offload = Literal["none", "cpu", "disk"]
-KINDS = {int: Integral, float: Real}
+KINDS: dict[object, type] = {int: Integral, float: Real}
 LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1}
 LEAST |= dict.fromkeys(("warmup", "weight_decay", "clip", "steps_per_swap", "seed"), 0)
 GREATEST = {"batch_size": MOST_SAMPLES, "seed": MOST_SEED}
@@ -67,7 +67,7 @@ class TrainerConfig:
     seed: int = 0
     """Seed of all that is random in the run."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value, kind = getattr(self, field.name), KINDS.get(field.type)
             if kind and (isinstance(value, bool) or not isinstance(value, kind)):

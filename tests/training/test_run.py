@@ -182,7 +182,7 @@ def test_a_directory_in_which_another_run_still_goes_on_is_refused(make_config, 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(make_config(), on_step=second)
+        train(make_config(), on_row=second)
     train(make_config(), resume="latest")
 
 

@@ -89,6 +89,12 @@ def test_a_run_gives_every_block_its_steps_and_the_bits_of_its_seed():
     assert equal(results[0], results[1]) and not equal(results[0], results[2])
 
 
+def test_the_row_of_each_step_is_handed_on_in_turn():
+    rows, other = [], make_trainer(steps=2)
+    make_trainer(steps=2).run(on_row=rows.append)
+    assert rows == [other.step_block(other.next_block()) for _ in range(other.total_steps)]
+
+
 def test_shared_groups_warm_up_over_the_steps_of_all_blocks():
     trainer = make_trainer(steps=4, warmup=2, decay="cosine")
     rates = {"block0": [], "shared": []}

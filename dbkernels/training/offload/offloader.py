@@ -52,8 +52,8 @@ def open_offloader(
     for name, parameter in models.named_parameters():
         # its numbers and its scales lie in storages that its class alone knows
         if config.offload != "none" and is_quantized(parameter):
-            kind = type(parameter).__name__
-            raise ValueError(f"offload must be none with {name} of {kind}, got {config.offload}")
+            of = type(parameter).__name__
+            raise ValueError(f"offload must be none with {name} of {of}, got {config.offload}")
     memory: OffloadMemory = CpuMemory(device)
     if config.offload == "disk":
         groups = models.groups().items()

@@ -1,11 +1,12 @@
 """What a trainer asks of a kind of optimizer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+OptimizerFactory = Callable[[list[dict[str, object]]], Optimizer]  # of torch's parameter groups
 State = dict[str, Tensor]  # of one parameter, by the names that the optimizer has for it
 
 

@@ -7,17 +7,23 @@ to compile takes longer than to train a small model, and on fake tensors it runs
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.optim import Optimizer
 
-from dbkernels.training.optimizers.kind import State, Trained, groups_of
+from dbkernels.training.optimizers.kind import OptimizerFactory, State, Trained, groups_of
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether they have signs
 FEWEST = 4096  # numbers of a tensor whose moments torchao keeps in few bits
+
+
+class Buffers(Protocol):
+    """What torchao's optimizers make a moment by."""
+
+    def _new_buffer(self, p: Tensor, signed: bool) -> Tensor: ...
 
 
 class LowBitAdamW:
@@ -27,7 +33,8 @@ class LowBitAdamW:
         bits:  of a number of a moment
     """
 
-    capturable, counts = False, ()
+    capturable = False
+    counts: tuple[str, ...] = ()
 
     def __init__(self, bits: Literal[4, 8]):
         self.name, self._bits = f"adamw{bits}bit", bits
@@ -46,24 +53,24 @@ class LowBitAdamW:
         with unset_fake_temporarily():
             # torchao's tables of values are made once in a process, from numbers
             for signed in MOMENTS.values():
-                made._new_buffer(torch.zeros(FEWEST, dtype=torch.float32), signed)
+                cast(Buffers, made)._new_buffer(torch.zeros(FEWEST, dtype=torch.float32), signed)
         return [made]
 
     def state(self, optimizer: Optimizer, tensor: Tensor) -> State:
         """As `Kind.state`."""
         of_tensor = tensor.detach()
-        found = {name: optimizer._new_buffer(of_tensor, of) for name, of in MOMENTS.items()}
+        buffers = cast(Buffers, optimizer)
+        found = {name: buffers._new_buffer(of_tensor, of) for name, of in MOMENTS.items()}
         # where torchao counts, which is the host
         return {"step": torch.zeros((), dtype=torch.float32), **found}
 
 
-def _op_by_op_on_a_cpu(kind: type[Optimizer]) -> type[Optimizer]:
-    class Stepped(kind):
-        def step(self, closure: None = None) -> None:
-            with _stance(next(t for group in self.param_groups for t in group["params"])):
-                super().step(closure)
+def _op_by_op_on_a_cpu(kind: type[Optimizer]) -> OptimizerFactory:
+    def step(self: Optimizer, closure: None = None) -> None:
+        with _stance(next(t for group in self.param_groups for t in group["params"])):
+            kind.step(self, closure)
 
-    return Stepped
+    return type(kind.__name__, (kind,), {"step": step})
 
 
 def _stance(tensor: Tensor) -> AbstractContextManager:

@@ -18,7 +18,8 @@ from dbkernels.training.optimizers.kind import State, Trained, groups_of
 class MuonAndAdamW:
     """torch's Muon and fused AdamW."""
 
-    name, capturable, counts = "muon", False, ()
+    name, capturable = "muon", False
+    counts: tuple[str, ...] = ()
 
     def make(self, trained: Sequence[Trained], *, captured: bool) -> list[Optimizer]:
         """As `Kind.make`."""

@@ -6,16 +6,15 @@ gradient and a rate of zero, and what it made there, its counts set back to 0, i
 before. Whether that is right is tried on two small tensors, bit for bit, when the trainer is made.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dbkernels.training.optimizers.kind import State, Trained, groups_of, set_rate
+from dbkernels.training.optimizers.kind import OptimizerFactory, State, Trained, groups_of, set_rate
 
-OptimizerFactory = Callable[[list[dict[str, object]]], Optimizer]
 TRIED = 3  # steps
 
 
