@@ -27,6 +27,7 @@ _HOMES = {
     "Trainer": "training.trainer",
     "TrainerConfig": "training.trainer",
     "ViT": "models",
+    "as_data": "data.dataset",
     "block_at": "training.partition",
     "measure_peak": "memory.measure",
     "open_captions": "data.captions",

@@ -155,6 +155,9 @@ class Train:
     """Exit with 75 where a signal ends the run, as schedulers want; else with 128 + its number."""
     threads: int = 0
     """Threads of the CPU, where it trains; 0 keeps the run's own, or finds what is fastest."""
+    workers: int = 0
+    """Processes that read the samples of coming steps; 0 has each step read its own. No number of
+    the run depends on it."""
     tensorboard: bool = False
     """Log to TensorBoard too."""
 
@@ -252,6 +255,7 @@ class Train:
                     save_every=self.save_every,
                     keep=self.keep,
                     threads=self.threads,
+                    workers=self.workers,
                     tensorboard=self.tensorboard,
                     on_step=on_step,
                 )

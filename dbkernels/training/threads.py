@@ -42,7 +42,8 @@ def fastest_for(trainer: Trainer) -> int:
     elsewhere = trainer.device.type != "cpu" or trainer.config.offload != "none"
     if most == 1 or elsewhere or not parameters:
         return most
-    batch = trainer.data.batch(torch.arange(min(trainer.micro_batch.size, len(trainer.data))))
+    data = trainer.samples.data
+    batch = data.batch(torch.arange(min(trainer.micro_batch.size, len(data))))
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=trainer.config.autocast):

@@ -8,7 +8,7 @@ A step is launched, and its row is read when the next one was launched: the devi
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from functools import partial
 from time import perf_counter
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dbkernels.data.dataset import as_data
-from dbkernels.data.images import Batch, Data, batch_indices
+from dbkernels.data.dataset import Keys
+from dbkernels.data.images import Batch, Data
+from dbkernels.data.stream import Place
 from dbkernels.models import stem_and_head
 from dbkernels.ops.layer.gradients import is_quantized
 from dbkernels.ops.philox import Draw, stream_seed
@@ -30,13 +31,14 @@ from dbkernels.training.offload.offloader import open_offloader
 from dbkernels.training.one_thread import OneThread
 from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward, learning_rate
 from dbkernels.training.partition import Block
+from dbkernels.training.samples import open_samples
 from dbkernels.training.saved import require_counters, require_tensors
 from dbkernels.training.tensor_file import Pieces
 from dbkernels.training.trainer_config import Decay, Offload, Order, TrainerConfig
 
 Objective = Callable[[DiffusionBlocks, Block, Batch, Draw], Tensor]
 Augment = Callable[[Batch, Draw], Batch]
-Counters = dict[str, int | dict[str, int]]
+Counters = dict[str, int | dict[str, int] | Place]
 
 
 class Trainer:
@@ -44,9 +46,12 @@ class Trainer:
 
     Args:
         blocks:     on the device; on the host where they are offloaded
-        data:       gives batches by sample index, as `ImageData.batch` does; or a Dataset of dicts,
-                    as `DatasetBatches` takes it
+        data:       gives batches by sample index, as `ImageData.batch` does; or a Dataset, as
+                    `DatasetBatches` takes it; or an iterable of batches, as `Stream` takes it
         steps:      updates of every block
+        keys:       names of the parts of each sample, where a Dataset or a stream gives tuples
+        workers:    processes that read the samples of coming steps; 0 has each step read its own.
+                    It changes no number of a run
         objective:  (blocks, block, batch, draw) -> scalar loss, a mean over the batch; None is
                     `DiffusionBlocks.loss`
         augment:    (batch, draw) -> batch, applied to every batch that is drawn; with graphs, all
@@ -65,9 +70,11 @@ class Trainer:
     def __init__(
         self,
         blocks: DiffusionBlocks,
-        data: Data | Dataset,
+        data: Data | Dataset | Iterable[object],
         *,
         steps: int,
+        keys: Keys | None = None,
+        workers: int = 0,
         batch_size: int = TrainerConfig.batch_size,
         lr: float = TrainerConfig.lr,
         warmup: int = TrainerConfig.warmup,
@@ -94,14 +101,16 @@ class Trainer:
         settings = locals()
         config = TrainerConfig(**{each.name: settings[each.name] for each in fields(TrainerConfig)})
         self.config = config
-        self.blocks, self.data = blocks.train(), as_data(data)
+        self.blocks = blocks.train()
         self.objective, self.augment = objective or DiffusionBlocks.loss, augment
         self.device = _device(blocks, config, device)
+        self.samples = open_samples(data, keys, workers, config, device=self.device)
         if compile_stem_and_head:
             for model in (blocks.model, *blocks.copies):
                 stem_and_head.compile_stem_and_head(model, self.device)
         self.step = 0
         self.block_order = BlockOrder(blocks.in_running_order, config)
+        self.samples.expect(lambda: self.block_order.coming(self.step, self._own_steps()))
         size = config.batch_size // config.accumulate
         # an optimizer in the backward cannot wait for gradients to add up
         least = config.batch_size if config.optimizer_in_backward else 1
@@ -145,14 +154,19 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end, without a log or a checkpoint."""
-        with pending.Rows(lambda row: None) as rows:
-            while self.step < self.total_steps:
-                rows.add(self.launch(self.next_block()))
+        try:
+            with pending.Rows(lambda row: None) as rows:
+                while self.step < self.total_steps:
+                    rows.add(self.launch(self.next_block()))
+        finally:
+            self.samples.close()
         self.close()
 
     def close(self) -> None:
-        """Free the device of what was brought there from the host; a step brings it back."""
+        """Free the device of what was brought there from the host, and end the workers; a step
+        brings it back."""
         with self._alone:
+            self.samples.close()
             self.offloader.close()
             if self.cuda_graphs is not None:
                 self.cuda_graphs.drop()
@@ -188,7 +202,7 @@ class Trainer:
                 )
 
     def _launch(self, block: Block) -> pending.Pending:
-        begin, micro_batch, before = perf_counter(), self.micro_batch.size, self.counters()
+        begin, micro_batch, before = perf_counter(), self.micro_batch.size, self._counted()
         own, *_ = moved = self.moved(block)
         row = {"step": self.step, "block": block.index, "block_step": own.steps}
         row |= {"loss": math.nan, "grad_norm": math.nan, "lr": self._rate(own)}
@@ -242,13 +256,11 @@ class Trainer:
         for group in moved:
             group.prepare(self._rate(group))
         config, block_step = self.config, moved[0].steps
-        of_step = {"seed": config.seed, "block": block.index, "step": block_step}
-        indices = batch_indices(len(self.data), config.batch_size, **of_step)
+        pieces = self.samples.of_step(block.index, block_step, self.staging.put)
         draw = Draw(stream_seed(config.seed, block.index), block_step)
         if self.cuda_graphs is None:
-            pieces = partial(pending.read_pieces, self.data, indices, self.staging.put)
             return self._update(block, draw, pieces)
-        self._held.fill(self.data.batch(indices, self.staging.put))
+        self._held.fill(next(pieces(config.batch_size)))
         self._block_step.fill_(block_step)
         draw = replace(draw, step=self._block_step)
         update = partial(self._update, block, draw, self._held.pieces)
@@ -331,6 +343,12 @@ class Trainer:
         The row of every step that was launched must have been read: one that was not finite counts
         until then.
         """
+        return {**self._counted(), **self.samples.place()}
+
+    def _own_steps(self) -> list[int]:
+        return [self.groups[own_group(block)].steps for block in self.blocks]
+
+    def _counted(self) -> Counters:
         steps = {name: group.steps for name, group in self.groups.items()}
         found = {"steps_per_swap": self.block_order.steps_per_swap}
         return {"step": self.step, "groups": steps, **found, "micro_batch": self.micro_batch.size}
@@ -346,7 +364,7 @@ class Trainer:
             self._restore(tensors, counters)
 
     def _restore(self, tensors: dict[str, dict[str, Tensor]], counters: Counters) -> None:
-        require_counters(counters, self.counters())
+        require_counters(self.samples.check(counters), self._counted())
         for group, expected in {**{name: {} for name in tensors}, **self.tensors()}.items():
             require_tensors(tensors.get(group, {}), expected, group)
         size = counters["micro_batch"]
@@ -355,6 +373,7 @@ class Trainer:
                 "optimizer_in_backward must be False to go on from a checkpoint whose batches of "
                 f"{self.config.batch_size} are cut into micro-batches of {size}, got True"
             )
+        self.samples.go_on(counters)
         self.offloader.settle()
         load_weights(self.blocks, tensors["model"])
         for name, group in self.groups.items():
