@@ -9,6 +9,7 @@ A step is launched, and its row is read when the next one was launched: the devi
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
 from time import perf_counter
@@ -105,6 +106,7 @@ class Trainer:
         self.objective, self.augment = objective or DiffusionBlocks.loss, augment
         self.device = _device(blocks, config, device)
         self.samples = open_samples(data, keys, workers, config, device=self.device)
+        self.data = self.samples.data
         if compile_stem_and_head:
             for model in (blocks.model, *blocks.copies):
                 stem_and_head.compile_stem_and_head(model, self.device)
@@ -154,12 +156,9 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end, without a log or a checkpoint."""
-        try:
-            with pending.Rows(lambda row: None) as rows:
-                while self.step < self.total_steps:
-                    rows.add(self.launch(self.next_block()))
-        finally:
-            self.samples.close()
+        with closing(self.samples), pending.Rows(lambda row: None) as rows:
+            while self.step < self.total_steps:
+                rows.add(self.launch(self.next_block()))
         self.close()
 
     def close(self) -> None:
