@@ -23,6 +23,7 @@ _HOMES = {
     "MDM": "models",
     "MMDiT": "models",
     "Masked": "diffusion.masked",
+    "OwnLayers": "models",
     "Timesteps": "diffusion.timesteps",
     "Trainer": "training.trainer",
     "TrainerConfig": "training.trainer",
