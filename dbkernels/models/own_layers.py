@@ -102,9 +102,11 @@ class OwnLayers(nn.Module):
         check_number("dim", dim, 1)
         check_number("num_classes", num_classes, 0)
         check_choice("level_as", level_as, get_args(LevelAs))
-        functions = {"target": target, "stem": stem, "head": head}
+        if not isinstance(net, nn.Module):
+            raise ValueError(f"net must be an nn.Module, got {type(net).__name__}")
+        functions = {"target": target, "stem": stem, "head": head, "condition": condition}
         for name, function in functions.items():
-            if not callable(function):
+            if not (callable(function) or (name == "condition" and function is None)):
                 raise ValueError(f"{name} must be a function, got {type(function).__name__}")
         self.net, self._layers = net, layers
         self._target, self._stem, self._head, self._condition = target, stem, head, condition
@@ -239,10 +241,8 @@ class OwnLayers(nn.Module):
                 raise ValueError(f"target must give classes in [0, {self.num_classes}), got {got}")
         return found
 
-    def _network(
-        self, scaled: Tensor, level: Tensor, layers: Sequence[int], batch: Batch
-    ) -> Tensor:
-        """F or logits, of z at a scale for networks."""
+    def _network(self, z: Tensor, level: Tensor, layers: Sequence[int], batch: Batch) -> Tensor:
+        """F or logits, of z at the scale for networks."""
         B = len(level)
         c = self.embedding(self.prediction.path.condition(level))
         if self._condition is not None:
