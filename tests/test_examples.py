@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +70,26 @@ def test_a_published_dit_is_fine_tuned_and_given_back(num_blocks, run, tmp_path)
         not torch.equal(*each) for each in zip(tuned.parameters(), model.parameters(), strict=True)
     ]
     assert any(moved) and tuned.config == model.config
+
+
+def test_a_data_set_of_ones_own_is_read_by_workers_and_goes_on(run, tmp_path):
+    told = {"steps": 2, "save_every": 4}
+    said = run("own_dataset.py", **told, workers=1, out=Path("whole"))
+    assert said.splitlines()[0].startswith("loss of each block")
+    first = run("own_dataset.py", **told, out=Path("cut"))
+    shutil.rmtree("cut/step-00000006")
+    again = run("own_dataset.py", **told, workers=2, out=Path("cut"))
+    assert again == f"goes on from step 4 of 6\n{said}" and first == said
+
+
+@pytest.mark.parametrize("layers", ["torch", "adaln", "timm"])
+def test_layers_of_ones_own_are_trained_in_blocks(layers, run):
+    if layers == "timm":
+        pytest.importorskip("timm", reason="needs timm")
+    sizes = {"steps": 2, "dim": 16, "depth": 3, "num_heads": 2}
+    lines = run("own_layers.py", layers=layers, **sizes).splitlines()
+    assert len(lines[0].split("block")[1].split()) == 3
+    assert lines[2].startswith("accuracy after each step")
 
 
 def test_every_example_is_run_here():

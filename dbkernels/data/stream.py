@@ -50,7 +50,7 @@ class Stream:
                 got = f"{len(tensor)}" if tensor.dim() else "a number"
                 raise ValueError(
                     f"{name} of {where} must have batch_size = {self.batch_size} samples, got "
-                    f"{got}; a DataLoader has batch_size and drop_last=True"
+                    f"{got}; drop_last=True of a DataLoader leaves a short one out"
                 )
         got = {name: f"{tuple(t.shape[1:])} {t.dtype}" for name, t in sorted(batch.items())}
         self._expected = self._expected or got

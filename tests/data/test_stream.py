@@ -77,7 +77,7 @@ def test_the_end_says_how_many_there_were_and_what_to_do():
 @pytest.mark.parametrize(
     ("source", "keys", "message"),
     [
-        (loader(5), ("a", "b"), "a of batch 0 must have batch_size = 4 samples, got 5; a DataLoa"),
+        (loader(5), ("a", "b"), "a of batch 0 must have batch_size = 4 samples, got 5; drop_last"),
         (iter([{"a": torch.tensor(1)}]), None, "a of batch 0 must have .* samples, got a number"),
         (iter([{"a": [1, 2, 3, 4]}]), None, "a of batch 0 must be a tensor, an array .*, got list"),
         (loader(), None, "batch 0 must be a dict, got list; keys names its parts"),
