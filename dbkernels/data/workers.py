@@ -11,12 +11,14 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dbkernels.data.images import Batch, Data, batch_indices
 from dbkernels.settings import check_number
+from dbkernels.with_parent import end_with_parent
 
 MOST_WORKERS = 1024
 AHEAD = 2  # steps that each worker reads before they are asked for
@@ -74,7 +76,7 @@ class Workers:
             None where the step was not expected, and so is to be read by this process.
         Raises:
             ValueError: a sample cannot be used.
-            RuntimeError: a worker has ended.
+            ChildProcessError: a worker has ended.
         """
         asked = self._requests.asked
         try:
@@ -84,7 +86,8 @@ class Workers:
                 self._begin()
             asked.popleft()
             found = next(self._batches)
-        except RuntimeError:
+        # one that ends while it hands tensors over breaks a connection
+        except (RuntimeError, OSError, EOFError):
             codes = [process.exitcode for process in self._processes]
             self.close()
             ended = [-code for code in codes if code is not None]
@@ -92,13 +95,14 @@ class Workers:
                 raise
             if set(ended) <= set(ENDED):
                 return None
-            raise RuntimeError(_told(ended[0])) from None
+            raise ChildProcessError(_told(ended[0])) from None
         if isinstance(found, str):
             raise ValueError(found)
         return found
 
     def _begin(self) -> None:
         """Have workers read from the next expected step on."""
+        in_main = threading.current_thread() is threading.main_thread()
         if self._loader is None:
             self._loader = DataLoader(
                 _Reader(self.data),
@@ -109,12 +113,12 @@ class Workers:
                 collate_fn=_as_it_is,
                 pin_memory=self._pin,
                 persistent_workers=True,
-                worker_init_fn=_begin_worker,
+                # the kernel looks at the thread that began a process, and others may end before
+                worker_init_fn=partial(_begin_worker, os.getpid() if in_main else None),
                 # else torch's own is drawn from, which other things of a run may draw from too
                 generator=torch.Generator(),
             )
         before = multiprocessing.active_children()
-        in_main = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGCHLD) if in_main else None
         self._batches = iter(self._loader)
         if handler is not None:
@@ -183,7 +187,9 @@ def _as_it_is(batch: Batch | str) -> Batch | str:
     return batch
 
 
-def _begin_worker(_: int) -> None:
+def _begin_worker(parent: int | None, _: int) -> None:
+    if parent is not None:
+        end_with_parent(parent)
     # Ctrl-C reaches every process of a terminal, and the run answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

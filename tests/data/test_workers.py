@@ -184,7 +184,7 @@ def test_a_sample_that_cannot_be_used_is_one_sentence_and_the_next_step_is_read(
 def test_a_worker_that_dies_is_one_sentence_and_the_others_end(does, message, make):
     workers = make(DatasetBatches(Odd(does)), steps=[(0, step) for step in range(3)])
     message = f"workers must live as long as the run reads, got one that ended with {message}"
-    with pytest.raises(RuntimeError, match=message) as raised:
+    with pytest.raises(ChildProcessError, match=message) as raised:
         for step in range(3):
             take(workers, 0, step)
     assert "\n" not in str(raised.value)

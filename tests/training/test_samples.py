@@ -173,7 +173,7 @@ def broken():
     [
         (broken, ValueError, "must be read without an error, got OSError: the disk is gone; work"),
         (lambda: (torch.zeros(2), 1), ValueError, r"sample 7 must have .* as sample 0, got {.*2,"),
-        (lambda: os._exit(3), RuntimeError, "got one that ended with exit code 3"),
+        (lambda: os._exit(3), ChildProcessError, "got one that ended with exit code 3"),
     ],
 )
 def test_a_run_ends_with_its_workers_where_one_fails(odd, error, message):
