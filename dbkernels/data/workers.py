@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing.connection import wait
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -88,6 +89,7 @@ class Workers:
             found = next(self._batches)
         # one that ends while it hands tensors over breaks a connection
         except (RuntimeError, OSError, EOFError):
+            wait([process.sentinel for process in self._processes], timeout=SECONDS)
             codes = [process.exitcode for process in self._processes]
             self.close()
             ended = [-code for code in codes if code is not None]
