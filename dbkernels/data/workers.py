@@ -89,10 +89,8 @@ class Workers:
             found = next(self._batches)
         # one that ends while it hands tensors over breaks a connection
         except (RuntimeError, OSError, EOFError):
-            wait([process.sentinel for process in self._processes], timeout=SECONDS)
-            codes = [process.exitcode for process in self._processes]
+            ended = [-code for code in self._ended()]
             self.close()
-            ended = [-code for code in codes if code is not None]
             if not ended:
                 raise
             if set(ended) <= set(ENDED):
@@ -127,6 +125,14 @@ class Workers:
             # torch would raise wherever a step is when a worker ends; `take` finds it out too
             signal.signal(signal.SIGCHLD, handler)
         self._processes += set(multiprocessing.active_children()).difference(before)
+
+    def _ended(self) -> list[int]:
+        """Exit codes of the workers that have ended, or do so in a moment."""
+        ended = wait([process.sentinel for process in self._processes], timeout=SECONDS)
+        gone = [process for process in self._processes if process.sentinel in ended]
+        for process in gone:
+            process.join()
+        return [process.exitcode for process in gone]
 
     def close(self) -> None:
         """End the processes; a step that is taken begins them again."""
