@@ -198,10 +198,11 @@ class RunConfig:
         data: Data,
         weights: Weights | None = None,
         loss: Loss | None = None,
+        workers: int = 0,
     ) -> Trainer:
         """A trainer at its first step, of blocks with these weights; with another loss, if any."""
         blocks = self.build(self.home(device), weights)
-        return self.trainer_of(blocks, data, device=device, loss=loss)
+        return self.trainer_of(blocks, data, device=device, loss=loss, workers=workers)
 
     def trainer_of(
         self,
@@ -210,10 +211,11 @@ class RunConfig:
         *,
         device: torch.device | str | None = None,
         loss: Loss | None = None,
+        workers: int = 0,
     ) -> Trainer:
         """A trainer at its first step, of blocks that `build` gave; `Trainer` says the rest."""
         settings = asdict(self.trainer) | {"augment": self._augment(blocks), "device": device}
-        settings["objective"] = loss
+        settings |= {"objective": loss, "workers": workers}
         if self.objective == "conventional":
             settings["objective"] = DiffusionBlocks.conventional_loss
         return Trainer(blocks, data, **settings)

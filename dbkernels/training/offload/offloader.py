@@ -64,6 +64,22 @@ def open_offloader(
     return Offloader(models, device, memory, prefetch=config.prefetch, idle=models.idle())
 
 
+def device_of(
+    blocks: DiffusionBlocks, config: TrainerConfig, device: torch.device | str | None
+) -> torch.device:
+    """Where a trainer steps blocks: on a device that was named, or where they are.
+
+    Raises:
+        ValueError: they are elsewhere and would stay there.
+    """
+    home = blocks.device
+    # tensors on "cuda" say "cuda:0"
+    device = home if device is None else torch.empty(0, dtype=torch.uint8, device=device).device
+    if config.offload == "none" and device != home:
+        raise ValueError(f"blocks must be on {device} where offload is none, got {home}")
+    return device
+
+
 def check_offload(offload: Offload, independent: bool, num_blocks: int) -> None:
     """Whether a block may be on the device without the others."""
     if offload != "none" and not independent and num_blocks > 1:

@@ -8,7 +8,7 @@ import torch
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dbkernels.training.trainer_config import Decay
+from dbkernels.training.trainer_config import Decay, TrainerConfig
 
 Schedule = Callable[[Optimizer, int], LRScheduler]  # of an optimizer and its updates
 
@@ -61,3 +61,32 @@ def rates_of(schedule: Schedule, total: int, lr: float) -> list[float]:
     if group["momentum"] != before:
         raise ValueError(f"{kind} must move the rate alone, got one that moves the momentum too")
     return rates
+
+
+class Rates:
+    """The rates of a run, by those of a configuration or of one of torch's schedulers.
+
+    Args:
+        config:    of the run
+        schedule:  in place of the configuration's warm-up and decay; None is those
+    """
+
+    def __init__(self, config: TrainerConfig, schedule: Schedule | None):
+        self._config, self._schedule = config, schedule
+        self._found: dict[int, list[float]] = {}  # by how many updates there are
+
+    def of(self, step: int, total: int) -> float:
+        """The rate of an update of parameters that will have had `total` of them.
+
+        Raises:
+            ValueError: as `rates_of`.
+        """
+        config = self._config
+        if self._schedule is not None:
+            if total not in self._found:
+                self._found[total] = rates_of(self._schedule, total, config.lr)
+            # one step more than there are is asked for when all are done
+            return self._found[total][min(step, total - 1)]
+        # what all blocks share sees every block's steps, so its warm-up is as many times longer
+        warmup = config.warmup * total // config.steps
+        return learning_rate(step, total, lr=config.lr, warmup=warmup, decay=config.decay)
