@@ -139,12 +139,13 @@ class ParamGroup:
             # what someone else has written into the parameter since is what is updated
             same = parameter.detach() == updated.to(parameter.dtype)
             updated.copy_(torch.where(same, updated, parameter.detach()))
+            assert parameter.grad is not None
             updated.grad, parameter.grad = parameter.grad.float(), None
         tensors = None if only is None else {self._updated[only]}
         for optimizer in self.optimizers:
             if skips(optimizer):
                 # what a gradient scaler says to it, and it reads on the device
-                optimizer.found_inf = (~where).float()
+                vars(optimizer)["found_inf"] = (~where).float()
             _step(optimizer, tensors)
         for parameter, updated in narrow:
             parameter.detach().copy_(updated)
@@ -232,8 +233,9 @@ def _step(optimizer: Optimizer, only: set[Tensor] | None) -> None:
     groups = optimizer.param_groups
     every = [group["params"] for group in groups]
     try:
-        for group in groups if only is not None else ():
-            group["params"] = [tensor for tensor in group["params"] if tensor in only]
+        if only is not None:
+            for group in groups:
+                group["params"] = [tensor for tensor in group["params"] if tensor in only]
         optimizer.step()
         optimizer.zero_grad()
     finally:
@@ -314,8 +316,8 @@ class UpdaterInBackward(Updater):
         finally:
             self._updates = False
 
-    def _update(self, group: ParamGroup, parameter: Tensor) -> None:
-        if not self._updates:
+    def _update(self, group: ParamGroup, parameter: nn.Parameter) -> None:
+        if not self._updates or parameter.grad is None:
             return
         self._squares += torch.linalg.vector_norm(parameter.grad).float().square()
         group.update(where=torch.isfinite(self._squares), only=parameter)
