@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +111,26 @@ def test_the_notebook_runs(monkeypatch, capsys):
             exec("".join(cell["source"]).replace("steps = 300", "steps = 2"), names)
     assert [len(each) for each in names["losses"].values()] == [2, 2, 2]
     assert re.search(r"3 blocks: [\d.]+ MiB\n1 blocks: [\d.]+ MiB", capsys.readouterr().out)
+
+
+def test_a_data_set_of_ones_own_is_read_by_workers_and_goes_on(run, tmp_path):
+    told = {"steps": 2, "save_every": 4}
+    said = run("own_dataset.py", **told, workers=1, out=Path("whole"))
+    assert said.splitlines()[0].startswith("loss of each block")
+    first = run("own_dataset.py", **told, out=Path("cut"))
+    shutil.rmtree("cut/step-00000006")
+    again = run("own_dataset.py", **told, workers=2, out=Path("cut"))
+    assert again == f"goes on from step 4 of 6\n{said}" and first == said
+
+
+@pytest.mark.parametrize("layers", ["torch", "adaln", "timm"])
+def test_layers_of_ones_own_are_trained_in_blocks(layers, run):
+    if layers == "timm":
+        pytest.importorskip("timm", reason="needs timm")
+    sizes = {"steps": 2, "dim": 16, "depth": 3, "num_heads": 2}
+    lines = run("own_layers.py", layers=layers, **sizes).splitlines()
+    assert len(lines[0].split("block")[1].split()) == 3
+    assert lines[2].startswith("accuracy after each step")
 
 
 def test_every_example_is_run_here():

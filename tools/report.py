@@ -82,6 +82,9 @@ ordinary model, and keeps less, but not 4 times less. The last layer of a block 
 clean tokens keys and values alone, unless they guess the next token: the layers of a way with
 next-token loss are those without this saving. A classifier or a generator of images in blocks reads
 nothing twice."""),
+    "loading": ("Waiting for images", """Steps on JPEGs of a folder, which workers decode while
+steps run. A step waits while it reads samples itself, or while it asks workers for them. *Asleep*
+is a step that takes no processor, as that of a host whose GPU computes."""),
     "timeline": ("Memory within one step", "What is alive at the peak of a step, by category."),
     "layer": ("One layer", "Forward and backward of one layer: AdaLN where no other is named."),
     "ops": ("Ops", """Each op against eager torch and `torch.compile`; forward and backward of noise

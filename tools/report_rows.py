@@ -42,6 +42,7 @@ SUITES = {  # names that the rows of a benchmark have: of the case, of the way, 
         "method num_blocks mode",
         "layers_flops head_flops sweep_flops kept_units",
     ),
+    "loading": (MODEL, "num_blocks workers", "step_ms wait_ms share samples_per_second"),
     "timeline": (MODEL, TRAINED, "peak_allocated_bytes by_category at starts phases levels"),
     "layer": (
         "B T dim num_heads hidden dtype",

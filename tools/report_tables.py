@@ -193,6 +193,13 @@ COLUMNS = {
         _number("kept by a step, dim", "kept_units", number_text),
         _ratio("kept_units", "of end to end"),
     ),
+    "loading": (
+        Column("workers", lambda row, _: str(row["workers"])),
+        _number("step, ms", "step_ms", number_text, min),
+        _number("waits, ms", "wait_ms", number_text),
+        _number("of the step", "share", percent_text, min),
+        _number("samples/s", "samples_per_second", number_text, max),
+    ),
     "timeline": (
         *PEAK,
         *(

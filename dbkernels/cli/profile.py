@@ -228,6 +228,7 @@ def predicted_tables(rows: list[Row]) -> Iterator[Table]:
     first, unit = rows[0], unit_of(max(row["peak_allocated_bytes"] for row in rows))
     compute = "bfloat16" if first["autocast"] else "float32"
     title = f"{first['family']} {first['preset']}, batch {first['batch']}, {compute} compute"
+    title += f", {first['optimizer']}" if "optimizer" in first else ""
     title += ",\noptimizer in backward" if first["optimizer_in_backward"] else ""
     for name in ("allocated", "reserved"):
         caption = f"{title}\npredicted peak {name}, {unit}, on {first['target']}"

@@ -159,6 +159,9 @@ class Train:
     track: str = ""
     """Show the run in tensorboard, wandb, mlflow or trackio too, or in several with commas between.
     Nothing leaves the machine until it is told otherwise, as by WANDB_MODE=online."""
+    workers: int = 0
+    """Processes that read the samples of coming steps; 0 has each step read its own. No number of
+    the run depends on it."""
 
     def trained(self) -> Trained | None:
         """The network of --from; None without it, and where the run that goes on has started.
@@ -256,6 +259,7 @@ class Train:
                     save_every=self.save_every,
                     keep=self.keep,
                     threads=self.threads,
+                    workers=self.workers,
                     track=trackers_named(self.track),
                     on_row=on_row,
                 )

@@ -42,7 +42,11 @@ _ORDER_STREAM = 1
 
 
 class Data(Protocol):
-    """What a trainer reads: samples by index, from 0 to the length."""
+    """What a trainer reads: samples by index, from 0 to the length.
+
+    It may also have `read(indices)`, which gives them on the host in fewer bytes, and
+    `finish(batch)`, which makes of these, once they are where they are wanted, what `batch` gives.
+    """
 
     def __len__(self) -> int: ...
 
@@ -82,14 +86,23 @@ class ImageData:
             ValueError: the indices are malformed, an image file cannot be used, or a
                 floating-point image is not finite in float32.
         """
+        return self.finish({name: put(each) for name, each in self.read(indices).items()})
+
+    def read(self, indices: Tensor) -> Batch:
+        """As `batch`, but pixels are uint8 still: a quarter of the bytes to bring elsewhere."""
         indices = check_indices(indices, len(self))
         pixels = self.images[indices.numpy()]
         if pixels.dtype == np.uint8:
-            # as bytes, a quarter of what they are in float32
-            image = _scaled(put(torch.from_numpy(np.ascontiguousarray(pixels))))
+            image = torch.from_numpy(np.ascontiguousarray(pixels))
         else:
-            image = put(finite(pixels, indices, "images"))
-        return {"image": image, "label": put(self.labels[indices])}
+            image = finite(pixels, indices, "images")
+        return {"image": image, "label": self.labels[indices]}
+
+    @staticmethod
+    def finish(batch: Batch) -> Batch:
+        """What `batch` gives, of what `read` gave."""
+        image = batch["image"]
+        return {**batch, "image": _scaled(image) if image.dtype == torch.uint8 else image}
 
 
 def check_indices(indices: Tensor, count: int) -> Tensor:

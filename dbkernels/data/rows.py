@@ -19,7 +19,7 @@ class _Opened:
     def __init__(self, path: str | Path):
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self):
+    def __del__(self) -> None:
         if hasattr(self, "number"):
             os.close(self.number)
 

@@ -28,6 +28,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from dbkernels.memory.plain import is_wrapper, plain_tensors
+
 # a storage with several uses is counted under the first of them; buffers are parameters
 CATEGORIES = (
     "parameters",
@@ -179,6 +181,9 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if any(map(is_wrapper, types)):
+            # its own ops come here one by one
+            return NotImplemented
         if func is _DEVICE_OF:
             # asked of fake tensors, and often
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
@@ -211,9 +216,10 @@ class Tracker(TorchDispatchMode):
             category:  one of CATEGORIES; a storage keeps the first of all that it was given
         """
         for tensor in tensors:
-            if isinstance(tensor, Tensor) and (index := self._meet(tensor)) is not None:
-                both = self.categories[index], category
-                self.categories[index] = min(both, key=CATEGORIES.index)
+            for _, plain in plain_tensors("", tensor) if isinstance(tensor, Tensor) else ():
+                if (index := self._meet(plain)) is not None:
+                    both = self.categories[index], category
+                    self.categories[index] = min(both, key=CATEGORIES.index)
 
     def trace(self) -> Trace:
         """The log, with each storage under the first of its categories."""

@@ -10,6 +10,7 @@ from dbkernels.models.joint_layer import JointConfig, JointLayer
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.models.mdm import MDM, MDMConfig
 from dbkernels.models.mmdit import MMDiT, MMDiTConfig
+from dbkernels.models.own_layers import OwnLayers
 from dbkernels.models.parallel_layer import ParallelConfig, ParallelLayer
 from dbkernels.models.registry import FAMILIES, FamilyEntry, family_named, family_of
 from dbkernels.models.vit import ViT, ViTConfig
@@ -34,6 +35,7 @@ __all__ = [
     "MDMConfig",
     "MMDiT",
     "MMDiTConfig",
+    "OwnLayers",
     "ParallelConfig",
     "ParallelLayer",
     "ViT",

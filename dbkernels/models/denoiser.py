@@ -6,13 +6,13 @@ The coefficients are those of a `Prediction`. A family gives the network F.
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
-from dbkernels.diffusion.prediction import prediction_named
+from dbkernels.diffusion.prediction import Prediction, prediction_named
 from dbkernels.diffusion.process import Interval
 from dbkernels.models import embed
 from dbkernels.models.family import Presets
@@ -22,6 +22,40 @@ from dbkernels.ops.adaln_norm import adaln_norm
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.philox import Draw
 from dbkernels.ops.score_loss import score_loss
+
+
+def scored(
+    network: Callable[[Tensor], Tensor],
+    prediction: Prediction,
+    z0: Tensor,
+    draw: Draw,
+    level: Tensor,
+    scale: Tensor,
+    *,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Errors of the estimates that a network gives of clean targets.
+
+    Args:
+        network:  what the prediction makes of z, (B, ...), to F
+        z0:       (B, ...)
+        draw:     names the noise
+        level:    (B,)
+        scale:    (B,) float64
+        inplace:  as that of `score_loss`
+    Returns:
+        Sum of scale times the mean squared error of each sample, and these times scale, (B,),
+        which have no gradient.
+    """
+    # each is rounded once, from float64: else its errors add up to those of the loss
+    exact = level.double()
+    # an error of the estimate is of_F times one of F
+    weight = (scale * prediction.estimate(exact)[1].square()).float()
+    p, q, alpha, beta = (
+        each.float() for each in (*prediction.input(exact), *prediction.target(exact))
+    )
+    how = {"weight": weight, "reduction": "sum", "inplace": inplace}
+    return score_loss(network(add_noise(z0, p, q, draw)), z0, alpha, beta, draw, **how)
 
 
 class ImageDenoiser(Presets, nn.Module, abc.ABC):
@@ -94,16 +128,12 @@ class ImageDenoiser(Presets, nn.Module, abc.ABC):
         self, draw: Draw, level: Tensor, scale: Tensor, layers: Sequence[int], batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """Sum of the samples' weighted errors, and the errors (B,), which have no gradient."""
-        z0, prediction = batch["image"], self.prediction
-        # each is rounded once, from float64: else its errors add up to those of the loss
-        exact = level.double()
-        # an error of the image is of_F times one of F
-        weight = (scale * prediction.estimate(exact)[1].square()).float()
-        p, q, alpha, beta = (
-            each.float() for each in (*prediction.input(exact), *prediction.target(exact))
-        )
-        F = self.network(add_noise(z0, p, q, draw), level, layers, batch)
-        return score_loss(F, z0, alpha, beta, draw, weight=weight, reduction="sum", inplace=True)
+
+        def network(scaled: Tensor) -> Tensor:
+            return self.network(scaled, level, layers, batch)
+
+        # no head here needs its own output again
+        return scored(network, self.prediction, batch["image"], draw, level, scale, inplace=True)
 
     def tail(self, x: Tensor, c: Tensor) -> Tensor:
         """F (B, C, H, W) of what the last layer left, (B, T, D), and the condition."""

@@ -1,13 +1,14 @@
 """What every family of models offers to the trainer and to the samplers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
 from dbkernels.diffusion.prediction import Prediction
-from dbkernels.diffusion.process import Interval
+from dbkernels.diffusion.process import Interval, Process
 from dbkernels.models.model_config import ModelConfig
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
@@ -16,6 +17,19 @@ Weighting = Literal["none", "process", "normalised", "published"]
 WEIGHTINGS = get_args(Weighting)
 # a `Family` that is an `nn.Module`; Python has no type of what is both
 FamilyModule = Any
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the blocks of a model that is of no registered family have where nobody says another.
+
+    A model may bring it as `defaults`. Its fields are as those of `FamilyEntry`.
+    """
+
+    process: Process
+    weighting: Weighting
+    metrics: Callable[[Tensor, Batch], dict[str, Tensor]] | None = None
+    average: Callable[[Tensor], Tensor] | None = None
 
 
 class Presets:

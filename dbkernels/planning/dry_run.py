@@ -84,7 +84,7 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
             trace = record(
                 partial(trainer.advance, block),
                 model=on_device,
-                optimizers=[group.optimizer for group in moved],
+                optimizers=[each for group in moved for each in group.optimizers],
                 inputs=[tensor for group in moved for tensor in group.average.values()],
                 workspace=workspace,
             )

@@ -72,7 +72,7 @@ def profile_trainer(trainer: Trainer, steps: int) -> Figures:
     """
     device = trainer.device
     blocks = [partial(trainer.step_block, block) for block in trainer.blocks]
-    optimizers = [group.optimizer for group in trainer.groups.values()]
+    optimizers = [each for group in trainer.groups.values() for each in group.optimizers]
     peaks, seconds, first, steady = [], [], [], []
     for step in blocks:
         # the first step makes the optimizer's state, the second is steady

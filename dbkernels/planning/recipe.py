@@ -14,6 +14,7 @@ from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.training.diffusion_blocks import Sharing
 from dbkernels.training.lora_config import NO_LORA, LoraConfig
+from dbkernels.training.optimizers.registry import OptimizerName
 from dbkernels.training.partition import partition
 from dbkernels.training.run_config import Objective, PartitionConfig, RunConfig
 from dbkernels.training.trainer import Trainer
@@ -79,6 +80,7 @@ class Recipe:
     prefetch: bool = False
     sharing: Sharing = "joint"
     ema: float = 0.0
+    optimizer: OptimizerName = "adamw"
     optimizer_in_backward: bool = False
     """Without clipping, whose norm would be known too late."""
     autocast: bool = False
@@ -160,9 +162,11 @@ class Recipe:
         return config.trainer_of(blocks, data, device=device)
 
     def settings(self) -> Settings:
-        """What a row of JSON and a budget say of it."""
+        """What a row of JSON and a budget say of it; of an optimizer, where it is not AdamW."""
         other: Settings = {"batch": self.batch_size, "target": self.device.name}
-        return {name: other[name] if name in other else getattr(self, name) for name in SETTINGS}
+        own: Settings = {} if self.optimizer == "adamw" else {"optimizer": self.optimizer}
+        given = {name: other[name] if name in other else getattr(self, name) for name in SETTINGS}
+        return given | own
 
 
 def offloads_of(model: ModelConfig, num_blocks: int) -> tuple[Offload, ...]:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -49,6 +49,19 @@ class BlockOrder:
             return self._blocks[place]
         generator = torch.Generator().manual_seed(stream_seed(self._seed, ORDER_KEY, sweep))
         return int(torch.randperm(self._num_blocks, generator=generator)[place])
+
+    def coming(self, step: int, own: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Block of each step of the run from one on, and which of the block's own steps it is.
+
+        Args:
+            step:  of the run, the first
+            own:   steps that each block has had by then
+        """
+        counts = list(own)
+        for each in range(step, self._steps * self._num_blocks):
+            block = self.block(each)
+            yield block, counts[block]
+            counts[block] += 1
 
     def next_block(self, step: int) -> int | None:
         """Index of the block after the turn that a step is in; None where none is known."""

@@ -88,6 +88,9 @@ class DiffusionBlocks(Evaluated):
             process = process or entry.process_of(model.config)
             self.weighting = weighting or entry.weighting
             self.metrics, self.average, self.text = entry.metrics, entry.average, entry.text
+        elif own := getattr(model, "defaults", None):
+            process, self.weighting = process or own.process, weighting or own.weighting
+            self.metrics, self.average = own.metrics, own.average
         if process is None:
             raise ValueError(
                 f"process must be given for {type(model).__name__}, which is of no known family, "

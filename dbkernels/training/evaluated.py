@@ -5,7 +5,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from dbkernels.data.dataset import as_data
 from dbkernels.data.images import Batch, Data
 from dbkernels.data.spaced import Spaced
 from dbkernels.diffusion.bridges import BridgeName
@@ -36,13 +38,15 @@ class Evaluated(Together):
     text: TextNoise | None = None
 
     @torch.no_grad()
-    def loss_at(self, data: Data, level: float, *, seed: int = 0, batch_size: int = 256) -> float:
+    def loss_at(
+        self, data: Data | Dataset, level: float, *, seed: int = 0, batch_size: int = 256
+    ) -> float:
         """Mean loss over the data at one noise level, by the block that serves it, unweighted.
 
         At the highest level z holds nothing of the target, so there the loss cannot be won by
         copying it.
         """
-        return self._loss_at(data, level, Passes(), seed=seed, batch_size=batch_size)
+        return self._loss_at(as_data(data), level, Passes(), seed=seed, batch_size=batch_size)
 
     def _loss_at(
         self, data: Data, level: float, passes: Passes, *, seed: int, batch_size: int
@@ -60,7 +64,7 @@ class Evaluated(Together):
     @torch.no_grad()
     def evaluate(
         self,
-        data: Data,
+        data: Data | Dataset,
         *,
         levels: int | Sequence[float] | None = None,
         start: Start | None = None,
@@ -74,7 +78,7 @@ class Evaluated(Together):
         """What the blocks are worth on some data: losses and the family's own numbers, or bits.
 
         Args:
-            data:        such as `open_data` or `open_tokens` gives
+            data:        such as `open_data` or `as_data` gives, or a Dataset of dicts
             levels:      of the sampler, descending, or how many of equal probability. A classifier
                          answers after each; None is three, and of a text what `own_levels` says
             start:       of a classifier's steps, as for `predictions`; None is zero
@@ -98,7 +102,7 @@ class Evaluated(Together):
             if value is not None and name not in SETTINGS[self.text]:
                 raise ValueError(f"{name} must be None for {self._name}, got {value}")
         at = {"seed": seed, "batch_size": batch_size}
-        was_training = self.training
+        data, was_training = as_data(data), self.training
         self.eval()
         try:
             if self.text is not None:

@@ -65,6 +65,12 @@ def read_pieces(data: Data, indices: Tensor, put: Put, size: int) -> Iterator[Ba
     return (data.batch(piece, put) for piece in indices.split(size))
 
 
+def cut(batch: Batch, size: int) -> Iterator[Batch]:
+    """Views of the samples of a batch in their order, so many at a time."""
+    for first in range(0, len(next(iter(batch.values()))), size):
+        yield {name: tensor[first : first + size] for name, tensor in batch.items()}
+
+
 class HeldSamples:
     """Samples in tensors that stay, where a captured graph finds those of each step."""
 
@@ -80,9 +86,7 @@ class HeldSamples:
 
     def pieces(self, size: int) -> Iterator[Batch]:
         """As `read_pieces`, views of what is held."""
-        count = len(next(iter(self._batch.values())))
-        for first in range(0, count, size):
-            yield {name: tensor[first : first + size] for name, tensor in self._batch.items()}
+        return cut(self._batch, size)
 
 
 class MicroBatch:

@@ -61,6 +61,7 @@ def train(
     save_every: int = 0,
     keep: int = 2,
     threads: int = 0,
+    workers: int = 0,
     track: Sequence[TrackerName] = (),
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> Trainer:
@@ -83,6 +84,7 @@ def train(
                        it serves
         threads:       of the CPU, where it trains; 0 is what the run had before, and for a new run
                        what a few trials are fastest with
+        workers:       processes that read the samples of coming steps; of no effect on any bit
         track:         trackers that show the rows too, by name
         on_row:        called with each row of the log, when the next step was launched
     Returns:
@@ -106,7 +108,7 @@ def train(
     else:
         weights = kept(directory, config.start.digest) if distills else None
     loss = distillation(config, weights, device) if distills and weights is not None else None
-    trainer = config.trainer_on(device, data, None if resume else weights, loss)
+    trainer = config.trainer_on(device, data, None if resume else weights, loss, workers)
     before: Conditions = {}
     if resume:
         path, tensors, state, saved = _load(config, directory, resume)

@@ -28,7 +28,7 @@ from dbkernels.training.trainer_config import TrainerConfig
 from dbkernels.whole_file import make_directory, write_whole
 
 Objective = Literal["blocks", "conventional"]
-VERSION = 4  # of config.json and of what a checkpoint holds; every earlier one is read
+VERSION = 5  # of config.json and of what a checkpoint holds; every earlier one is read
 
 
 @dataclass(frozen=True)
@@ -198,10 +198,11 @@ class RunConfig:
         data: Data,
         weights: Weights | None = None,
         loss: Loss | None = None,
+        workers: int = 0,
     ) -> Trainer:
         """A trainer at its first step, of blocks with these weights; with another loss, if any."""
         blocks = self.build(self.home(device), weights)
-        return self.trainer_of(blocks, data, device=device, loss=loss)
+        return self.trainer_of(blocks, data, device=device, loss=loss, workers=workers)
 
     def trainer_of(
         self,
@@ -210,10 +211,11 @@ class RunConfig:
         *,
         device: torch.device | str | None = None,
         loss: Loss | None = None,
+        workers: int = 0,
     ) -> Trainer:
         """A trainer at its first step, of blocks that `build` gave; `Trainer` says the rest."""
         settings = asdict(self.trainer) | {"augment": self._augment(blocks), "device": device}
-        settings["objective"] = loss
+        settings |= {"objective": loss, "workers": workers}
         if self.objective == "conventional":
             settings["objective"] = DiffusionBlocks.conventional_loss
         return Trainer(blocks, data, **settings)
@@ -269,6 +271,9 @@ def config_of(saved: dict[str, Any], version: object, path: Path) -> RunConfig:
         if version < 4 and saved["weighting"] == "edm":
             # the one weight that a process had
             saved = {**saved, "weighting": "process"}
+        if version < 5:
+            # weight decay was on everything
+            saved = {**saved, "trainer": {**saved["trainer"], "decay_on": "all"}}
         entry = family_named(saved["family"])
         model = entry.config.stored(saved["model"], version)
         saved = {**saved, "model": model}

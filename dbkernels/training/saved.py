@@ -3,6 +3,7 @@
 Its hash says that it is what was written; not that a trainer of this run has written it.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from types import UnionType
@@ -78,6 +79,8 @@ def _has_type(value: object, hint: object) -> bool:
 def require_counters(found: object, expected: dict, name: str = "counters") -> None:
     """Refuse counts that are not whole numbers from 0, or not those that a trainer has.
 
+    Where the trainer's is a float, any finite number may be there.
+
     Raises:
         ValueError: with the first of them.
     """
@@ -87,5 +90,8 @@ def require_counters(found: object, expected: dict, name: str = "counters") -> N
     for key, value in expected.items():
         if isinstance(value, dict):
             require_counters(found[key], value, key)
+        elif isinstance(value, float):
+            if type(found[key]) not in (int, float) or not math.isfinite(found[key]):
+                raise ValueError(f"{name} {key} must be a finite number, got {found[key]}")
         elif type(found[key]) is not int or found[key] < 0:
             raise ValueError(f"{name} {key} must be a whole number from 0, got {found[key]}")

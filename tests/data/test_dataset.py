@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from training.tiny import equal, make_data
 
 from dbkernels.data.dataset import DatasetBatches, as_data
@@ -63,7 +63,10 @@ def test_arrays_and_numbers_become_tensors_and_an_empty_batch_keeps_its_shape():
     [
         (Stream(), "must be map-style, with a length and samples by index, got Stream"),
         (Samples(), "a dataset must have samples, got Samples of 0"),
-        (Samples((1, 2)), "sample 0 must be a dict, got tuple"),
+        (Samples((1, 2)), "sample 0 must be a dict, got tuple; keys names its parts$"),
+        (Samples("ab"), "sample 0 must be a dict, got str$"),
+        (Samples({"a": np.array(["b"])}), "a of sample 0 must have numbers, got <U1"),
+        (DataLoader([LIKE]), "must be map-style, .*, got DataLoader"),
         (Samples({"text": "a"}), "text of sample 0 must be a tensor, .* or a number, got str"),
         (Samples(LIKE, [1]), "sample 1 must be a dict, got list"),
         (
@@ -81,6 +84,43 @@ def test_arrays_and_numbers_become_tensors_and_an_empty_batch_keeps_its_shape():
 def test_rejects_what_cannot_be_stacked_and_says_what_came(dataset, message):
     with pytest.raises(ValueError, match=message):
         DatasetBatches(dataset).batch(torch.tensor([1]))
+
+
+def test_keys_name_the_parts_of_a_tuple_and_choose_those_of_a_dict():
+    image, label = torch.rand(2, 1, 2, 3), [4, 5]
+    expected = {"image": image, "label": torch.tensor(label)}
+    pairs = Samples(*zip(image, label, strict=True))
+    dicts = Samples(*({"text": "a", "label": n, "image": i} for i, n in pairs.samples))
+    for dataset in (pairs, Samples(*map(list, pairs.samples)), dicts):
+        data = as_data(dataset, keys=["image", "label"])
+        batch = data.batch(torch.arange(2))
+        assert equal(batch, expected) and list(batch) == ["image", "label"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "keys", "message"),
+    [
+        (Samples((1, 2, 3)), ("a", "b"), "sample 0 must have the parts a, b, got 3"),
+        (Samples((1,), 2), ("a",), "sample 1 must be a dict, got int$"),
+        (Samples({"a": 1, "c": 2}), ("a", "b"), "sample 0 must have b, got a, c"),
+        (Samples((1, 2)), ("a", "a"), "keys must be names, each once, got .'a', 'a'."),
+        (Samples((1, 2)), "ab", "keys must be names, each once, got 'ab'"),
+        (Samples((1, 2)), (), "keys must be names, each once, got"),
+        (Samples((1, 2)), (0, 1), "keys must be names, each once, got"),
+        (make_data(), ("a",), "keys must be None for ImageData, which names its parts itself, got"),
+    ],
+)
+def test_rejects_keys_that_do_not_fit(dataset, keys, message):
+    with pytest.raises(ValueError, match=message):
+        as_data(dataset, keys=keys).batch(torch.tensor([1]))
+
+
+def test_a_data_set_with_a_batch_of_its_own_is_a_data_set():
+    class Cuts(Samples):
+        def batch(self, batch_size, drop_last_batch=False):
+            raise AssertionError
+
+    assert len(as_data(Cuts(LIKE, LIKE)).batch(torch.tensor([1, 0]))["label"]) == 2
 
 
 def test_made_up_samples_have_the_fields_that_are_asked_and_are_the_same_every_time():

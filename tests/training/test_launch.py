@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from training.tiny import CPU, IN_BACKWARD, PREFETCH, assert_same, augment, families, make_trainer
 
-import dbkernels.training.trainer as module
+import dbkernels.training.samples as module
 from dbkernels.training.block_order import BlockOrder
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.pending import Pending
@@ -73,7 +73,7 @@ def test_steps_are_launched_without_a_wait_and_their_rows_read_late(family, sett
     monkeypatch.setattr(BlockOrder, "block", on_host(BlockOrder.block))
     trainer, plain = (make_trainer(family, ema=0.9, **settings) for _ in range(2))
     trainer.augment = plain.augment = augment
-    trainer.data = data = Data(trainer.data)
+    trainer.samples.data = data = Data(trainer.samples.data)
     with NoWaiting():
         pending = [trainer.launch(trainer.next_block()) for _ in range(5)]
     each = len(trainer.blocks.model.config.fields())
@@ -100,7 +100,7 @@ def test_a_look_at_a_value_is_noticed_here(look):
         return loss
 
     trainer, looking = make_trainer(), make_trainer(objective=objective)
-    looking.data = Data(looking.data)
+    looking.samples.data = Data(looking.samples.data)
     pending = trainer.launch(trainer.blocks[0])
     for call in (pending.row, lambda: looking.launch(looking.blocks[0])):
         with NoWaiting(), pytest.raises(AssertionError, match="in a launch"):

@@ -101,7 +101,7 @@ def test_shared_groups_warm_up_over_the_steps_of_all_blocks():
     for step in range(12):
         steps(trainer, [step % 3])
         for name in rates:
-            rates[name].append(trainer.groups[name].optimizer.param_groups[0]["lr"])
+            rates[name].append(trainer.groups[name].optimizers[0].param_groups[0]["lr"])
     assert rates["block0"][0] == pytest.approx(1e-2 / 3)
     assert rates["shared"][0] == pytest.approx(1e-2 / 7)
     assert max(rates["shared"]) == pytest.approx(1e-2)
@@ -129,7 +129,7 @@ def test_clipping_bounds_the_gradient_of_one_update(clip):
     moments = [
         state["exp_avg"]
         for name in ("block0", "shared")
-        for state in trainer.groups[name].optimizer.state.values()
+        for state in trainer.groups[name].optimizers[0].state.values()
     ]
     # the first moment of Adam is a tenth of the gradient after one step
     norm = torch.stack([moment.norm() for moment in moments]).norm().item() * 10
