@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from dbkernels.data.dataset import Keys, as_data
 from dbkernels.data.images import Batch, Data, Put, batch_indices
 from dbkernels.data.stream import Place, Stream, is_stream
-from dbkernels.data.workers import Coming, Workers, finished
+from dbkernels.data.workers import Coming, Workers
 from dbkernels.settings import check_number
 from dbkernels.training.pending import Pieces, cut, read_pieces
 from dbkernels.training.trainer_config import TrainerConfig
@@ -81,7 +81,7 @@ def open_samples(
     here = Here(as_data(source, keys), config)
     if not workers:
         return here
-    told = {"batch_size": config.batch_size, "seed": config.seed, "pin": device.type == "cuda"}
+    told = {"batch_size": config.batch_size, "seed": config.seed, "on_gpu": device.type == "cuda"}
     return FromWorkers(here, Workers(here.data, workers, **told))
 
 
@@ -128,7 +128,7 @@ class FromWorkers(Here):
         batch = self._workers.take(block, step)
         if batch is None:
             return super().of_step(block, step, put)
-        return partial(_put_pieces, batch, put, partial(finished, self.data))
+        return partial(_put_pieces, batch, put, self._workers.finish)
 
     def expect(self, coming: Coming) -> None:
         self._workers.expect(coming)
