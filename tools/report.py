@@ -64,9 +64,10 @@ the demo's classifier; lower is better."""),
 end, after few updates more of every layer, by what they are trained on; what all blocks share gets
 an update from each block's step. *Untrained*: as they start. *Alone*: their own loss. *Distilled*:
 the target is what the whole network predicts. *Half distilled*: half of it. *Clean loss*: the clean
-stream guesses the next token too, with a gradient in the block alone. *Own*: a block reads the text
-through its own layers, all others through the layers before them too. Bits are per character. *As
-an ordinary network* they are those of all layers without noise, which the source was trained for.
+stream guesses the next token too, with a gradient in the block alone; *whole*, behind all layers.
+*Own*: a block reads the text through its own layers, all others through the layers before them too.
+Bits are per character. *As an ordinary network* they are those of all layers without noise, which
+the source was trained for.
 The Fréchet distance is that of the demo's classifier; lower is better. ± is the standard deviation
 over seeds. `benchmarks/conversion.py` trains and evaluates all."""),
     "training": ("Training steps", """Methods of one model: end to end, and cut into blocks. *On the

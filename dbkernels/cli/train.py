@@ -22,6 +22,7 @@ from dbkernels.models.start import Trained
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_number
 from dbkernels.training.lora_config import Base, LoraConfig
+from dbkernels.training.optimizers.decay import DecayOn
 from dbkernels.training.pending import Row
 from dbkernels.training.run import train
 from dbkernels.training.run_config import (
@@ -78,6 +79,9 @@ class TrainerFlags(TrainerConfig):
 
     steps: int = 1000
     """Updates of every block."""
+    decay_on: DecayOn | None = None
+    """What weight decay is on: matrices leaves out norms, biases and tables. None is matrices, or
+    what the run had that goes on."""
 
     def __post_init__(self) -> None:
         pass
@@ -190,7 +194,11 @@ class Train:
         Raises:
             ValueError: a flag has a value that it cannot have, or the data cannot be used.
         """
-        entry, trainer = family_named(self.family), TrainerConfig(**asdict(self.trainer))
+        entry, settings = family_named(self.family), asdict(self.trainer)
+        if settings["decay_on"] is None:
+            before = self._resumed()
+            settings["decay_on"] = (before.trainer if before else TrainerConfig).decay_on
+        trainer = TrainerConfig(**settings)
         if not self.data:
             raise ValueError("data must be digits or a path, got an empty text")
         sizes = {k: getattr(self, k) for k in ("patch", "dim", "depth", "num_heads", "length")}

@@ -8,7 +8,9 @@ import copy
 import math
 import os
 from collections.abc import Sequence
+from multiprocessing.reduction import DupFd
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,12 +18,24 @@ import numpy as np
 class _Opened:
     """A file that is open for as long as this is; rows in another order share it."""
 
-    def __init__(self, path: str | Path):
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, number: int):
+        self.number = number
+
+    def __reduce__(self) -> tuple:
+        # for a process that is begun with it; there another file may have this number
+        return _taken_over, (DupFd(self.number),)
 
     def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        os.close(self.number)
+
+
+def _opened(path: str | Path) -> _Opened:
+    return _Opened(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _taken_over(handed_over: Any) -> _Opened:
+    # of a class that each way to begin a process has of its own
+    return _Opened(handed_over.detach())
 
 
 class RowsOnDisk:
@@ -50,7 +64,7 @@ class RowsOnDisk:
         self._row, self._axes, self._fortran = shape[1:], tuple(range(len(shape))), fortran
         self._row_bytes = math.prod(self._row) * self.dtype.itemsize
         self._step_bytes = self._row_bytes if step_bytes is None else step_bytes
-        self._file = _Opened(path)
+        self._file = _opened(path)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -43,7 +43,8 @@ class Workers:
         count:       of processes, 1 or more
         batch_size:  samples of a step
         seed:        of the run
-        pin:         whether samples are to lie in page-locked memory
+        on_gpu:      whether samples are for a GPU: they lie in page-locked memory then, as they are
+                     stored, where the data tell that from what a model reads (`Data`)
     """
 
     def __init__(
@@ -53,10 +54,10 @@ class Workers:
         *,
         batch_size: int,
         seed: int,
-        pin: bool,
+        on_gpu: bool = False,
     ):
         check_number("workers", count, 1, MOST_WORKERS)
-        self.data, self._count, self._pin = data, count, pin
+        self.data, self._count, self._on_gpu = data, count, on_gpu
         self._requests = _Requests(data, batch_size, seed)
         self._loader: DataLoader | None = None
         self._batches: Iterator[Batch | str] | None = None
@@ -71,7 +72,7 @@ class Workers:
         self._requests.coming = coming
 
     def take(self, block: int, step: int) -> Batch | None:
-        """The samples of a step, on the host and as `read_whole` has them.
+        """The samples of a step, on the host; `finish` makes of them what a model reads.
 
         Returns:
             None where the step was not expected, and so is to be read by this process.
@@ -100,18 +101,23 @@ class Workers:
             raise ValueError(found)
         return found
 
+    def finish(self, batch: Batch) -> Batch:
+        """What a model reads of samples that were taken, or of some of them, wherever they are."""
+        stored = self._on_gpu and hasattr(self.data, "finish")
+        return self.data.finish(batch) if stored else batch
+
     def _begin(self) -> None:
         """Have workers read from the next expected step on."""
         in_main = threading.current_thread() is threading.main_thread()
         if self._loader is None:
             self._loader = DataLoader(
-                _Reader(self.data),
+                _Reader(self.data, stored=self._on_gpu),
                 batch_size=None,
                 sampler=self._requests,
                 num_workers=self._count,
                 prefetch_factor=AHEAD,
                 collate_fn=_as_it_is,
-                pin_memory=self._pin,
+                pin_memory=self._on_gpu,
                 persistent_workers=True,
                 # the kernel looks at the thread that began a process, and others may end before
                 worker_init_fn=partial(_begin_worker, os.getpid() if in_main else None),
@@ -165,13 +171,13 @@ class _Requests(Sampler):
 class _Reader(Dataset):
     """What a worker does: the samples of a request, or why there are none."""
 
-    def __init__(self, data: Data):
-        self._data = data
+    def __init__(self, data: Data, *, stored: bool):
+        self._read = getattr(data, "read", data.batch) if stored else data.batch
 
     def __getitem__(self, request: Request) -> Batch | str:
         block, step, indices = request
         try:
-            return read_whole(self._data, torch.from_numpy(indices))
+            return self._read(torch.from_numpy(indices))
         except ValueError as error:
             return str(error)
         except Exception as error:
@@ -179,16 +185,6 @@ class _Reader(Dataset):
                 f"the samples of block {block} at its step {step} must be read without an error, "
                 f"got {type(error).__name__}: {error}; workers=0 shows where"
             )
-
-
-def read_whole(data: Data, indices: torch.Tensor) -> Batch:
-    """Samples as they are stored, where `data` tells that from what a model reads."""
-    return getattr(data, "read", data.batch)(indices)
-
-
-def finished(data: Data, batch: Batch) -> Batch:
-    """What a model reads of such samples, wherever they are."""
-    return data.finish(batch) if hasattr(data, "finish") else batch
 
 
 def _as_it_is(batch: Batch | str) -> Batch | str:

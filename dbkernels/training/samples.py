@@ -10,11 +10,12 @@ from torch.utils.data import Dataset
 from dbkernels.data.dataset import Keys, as_data
 from dbkernels.data.images import Batch, Data, Put, batch_indices
 from dbkernels.data.stream import Place, Stream, is_stream
-from dbkernels.data.workers import Coming, Workers, finished
+from dbkernels.data.workers import Coming, Workers
 from dbkernels.settings import check_number
 from dbkernels.training.pending import Pieces, cut, read_pieces
 from dbkernels.training.trainer_config import TrainerConfig
 
+MOST_WORKERS = 1024
 STREAM = "stream"  # name of a stream's place among the counters of a checkpoint
 
 
@@ -71,7 +72,7 @@ def open_samples(
     Raises:
         ValueError: the source is no data, or does not go with keys or workers.
     """
-    check_number("workers", workers, 0)
+    check_number("workers", workers, 0, MOST_WORKERS)
     if is_stream(source):
         if workers:
             raise ValueError(
@@ -82,8 +83,8 @@ def open_samples(
     here = Here(as_data(source, keys), config)
     if not workers:
         return here
-    size, seed, pin = config.batch_size, config.seed, device.type == "cuda"
-    return FromWorkers(here, Workers(here.data, workers, batch_size=size, seed=seed, pin=pin))
+    size, seed, on_gpu = config.batch_size, config.seed, device.type == "cuda"
+    return FromWorkers(here, Workers(here.data, workers, batch_size=size, seed=seed, on_gpu=on_gpu))
 
 
 class Here:
@@ -129,7 +130,7 @@ class FromWorkers(Here):
         batch = self._workers.take(block, step)
         if batch is None:
             return super().of_step(block, step, put)
-        return partial(_put_pieces, batch, put, partial(finished, self.data))
+        return partial(_put_pieces, batch, put, self._workers.finish)
 
     def expect(self, coming: Coming) -> None:
         self._workers.expect(coming)

@@ -30,7 +30,7 @@ ALLOWED = {  # where a value means something
         # the preset's own, none, or as it was asked for
         *("patch", "dim", "depth", "num_heads", "label_drop", "shift", "gamma", "warmup"),
         *("weight_decay", "clip", "ema", "steps_per_swap", "seed", "save_every", "mean", "budget"),
-        *("threads", "processes", "test_share", "train_bpe"),
+        *("threads", "processes", "workers", "test_share", "train_bpe"),
         *("Train.length", "Train.stride", "distill", "lora", "lora_alpha"),
     },
     "-1": {"mean"},

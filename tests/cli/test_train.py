@@ -181,7 +181,7 @@ def test_an_older_run_goes_on_with_the_flags_that_it_had(train, tmp_path, monkey
     with monkeypatch.context() as then:
         preset = replace(dit.PRESETS["digits"], positions="cos_sin")
         then.setitem(dit.PRESETS, "digits", preset)
-        train("dit --out whole --save-every 4")
+        train("dit --out whole --save-every 4 --decay-on all")
         shutil.copytree("whole", "out")
     shutil.rmtree("out/checkpoints/step-00000006")
     make_older(tmp_path / "out")
@@ -189,6 +189,8 @@ def test_an_older_run_goes_on_with_the_flags_that_it_had(train, tmp_path, monkey
     for file in ("log.jsonl", "config.json", "checkpoints/step-00000006/model.safetensors"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert refused(train("vit --out out --resume latest"), "family: saved 'dit', current 'vit'")
+    again = train("dit --out out --resume latest --decay-on matrices")
+    assert refused(again, "decay_on: saved 'all', current 'matrices'")
 
 
 def test_a_run_starts_from_a_network_whose_sizes_it_has_and_goes_on_without_it(cli, runs):

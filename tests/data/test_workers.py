@@ -16,7 +16,7 @@ from training.tiny import equal, make_data
 from dbkernels.data.dataset import DatasetBatches
 from dbkernels.data.formats import OneByOne
 from dbkernels.data.images import ImageData, batch_indices
-from dbkernels.data.workers import AHEAD, Workers, finished
+from dbkernels.data.workers import AHEAD, Workers
 
 STEPS = [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)]
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -45,8 +45,8 @@ def raises():
 def make():
     made = []
 
-    def make(data, count=2, steps=STEPS, batch_size=4, at=0):
-        workers = Workers(data, count, batch_size=batch_size, seed=3, pin=False)
+    def make(data, count=2, steps=STEPS, at=0, **settings):
+        workers = Workers(data, count, batch_size=4, seed=3, **settings)
         made.append(workers)
         workers.at = at
         workers.expect(lambda: iter(steps[workers.at :]))
@@ -89,13 +89,16 @@ def test_other_processes_read_on_one_thread_each_and_read_ahead(make):
     assert len(workers._requests.asked) == 2 * AHEAD
 
 
-def test_images_come_as_bytes_and_become_what_a_model_reads(make):
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_images_come_to_a_gpu_as_bytes_and_become_what_a_model_reads(on_gpu, make):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 3, 4, 5), dtype=np.uint8)
     read = OneByOne(list(pixels), (3, 4, 5), lambda image: image)
     data = ImageData(read, torch.arange(9) % 3, 3)
-    batch = make(data).take(0, 0)
-    assert batch["image"].dtype == torch.uint8
-    assert equal(finished(data, batch), of_step(data, 0, 0))
+    workers = make(data, on_gpu=on_gpu)
+    batch = workers.take(0, 0)
+    assert batch["image"].dtype == (torch.uint8 if on_gpu else torch.float32)
+    assert equal(workers.finish(batch), of_step(data, 0, 0))
 
 
 def test_a_step_that_nobody_expects_is_for_the_caller_and_changes_no_other(make):
@@ -230,4 +233,4 @@ def test_ctrl_c_is_for_the_run_to_answer(make):
 @pytest.mark.parametrize("count", [0, -1, 2000])
 def test_rejects_a_number_of_workers_that_cannot_be(count):
     with pytest.raises(ValueError, match=f"workers must be at .*, got {count}"):
-        Workers(make_data(), count, batch_size=4, seed=0, pin=False)
+        Workers(make_data(), count, batch_size=4, seed=0)

@@ -193,7 +193,7 @@ def test_a_directory_in_which_another_run_still_goes_on_is_refused(make_config, 
         *((text, "must be the JSON of a run") for text in ("5", "[1]", '{"', "[" * 10**5)),
         ({"version": 1, "family": "vit"}, "must hold the configuration of a run"),
         ({}, "must have a version from 1 to 5, got None"),
-        ({"version": 5}, "must have a version from 1 to 5, got 5"),
+        ({"version": 6}, "must have a version from 1 to 5, got 6"),
         ({"version": 0}, "must have a version from 1 to 5, got 0"),
     ],
 )
@@ -207,9 +207,9 @@ def test_a_directory_without_a_run_that_can_be_read_is_refused(tmp_path, text, m
 
 def test_a_checkpoint_of_another_version_is_refused(make_config, train, monkeypatch):
     with monkeypatch.context() as later:
-        later.setattr(run_module, "VERSION", 5)
+        later.setattr(run_module, "VERSION", 6)
         train(make_config())
-    with pytest.raises(ValueError, match=r"step-\d+ must have a version from 1 to 5, got 5"):
+    with pytest.raises(ValueError, match=r"step-\d+ must have a version from 1 to 5, got 6"):
         train(make_config(), resume="latest")
 
 
@@ -236,8 +236,8 @@ def test_a_run_of_version_1_goes_on(tmp_path, train):
     assert [row["step"] for row in read_log(directory / "log.jsonl")] == [0, 1, 2, 3]
 
 
-def test_an_older_run_keeps_its_positions_and_goes_on_to_the_same_bits(make_config, train):
-    config = make_config("dit")
+def test_an_older_run_keeps_its_positions_and_decay_and_goes_on_to_the_same_bits(make_config, train):
+    config = make_config("dit", decay_on="all")
     config = replace(config, model=replace(config.model, positions="cos_sin"))
     expected = weights(train(config, save_every=4))
     shutil.rmtree(RUN / "checkpoints/step-00000012")

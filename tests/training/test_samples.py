@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -230,6 +231,37 @@ def test_a_program_that_ends_without_a_close_leaves_no_worker(end):
     while any(map(alive, pids)) and time.time() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, pids))
+
+
+SPAWNED = """if True:
+    import torch
+    from dbkernels import DiffusionBlocks, Trainer, ViT, open_data
+    def losses(workers):
+        torch.manual_seed(0)
+        blocks = DiffusionBlocks(ViT.from_preset("digits"), num_blocks=3)
+        data = open_data("data.npz")
+        trainer = Trainer(blocks, data, steps=1, batch_size=8, workers=workers)
+        found = [trainer.step_block(trainer.next_block())["loss"] for _ in range(3)]
+        trainer.close()
+        return found
+    if __name__ == "__main__":
+        torch.multiprocessing.set_start_method("spawn")
+        with open("other.npz", "rb"):  # has a number that a file of the data has there
+            assert losses(2) == losses(0)
+"""
+
+
+def test_workers_that_begin_anew_read_the_same_files(tmp_path):
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (24, 1, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(24) % 3)
+    np.savez(tmp_path / "other.npz", images=0 * images, labels=np.arange(24) % 3)
+    (tmp_path / "script.py").write_text(SPAWNED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("workers", [-1, 2000])

@@ -103,19 +103,23 @@ def make_trainer(
     return Trainer(blocks, make_data(family=family), objective=objective, device=device, **settings)
 
 
+def _forget(config):
+    del config["model"]["positions"], config["trainer"]["optimizer"], config["trainer"]["decay_on"]
+
+
 def make_older(directory):
-    """Write a run's files as version 2 did, which knew one order of positions."""
+    """Write a run's files as version 2 did, which knew one order of positions and one optimizer."""
     paths = (directory / "checkpoints").iterdir()
     for path in paths:
         tensors, state = checkpoint.load(path)
-        del state["config"]["model"]["positions"]
+        _forget(state["config"])
         shutil.rmtree(path)
         counters = {"config": state["config"], "counters": state["counters"]}
         step = state["counters"]["step"]
         checkpoint.save(directory / "checkpoints", step, tensors, {"version": 2, **counters})
     file = directory / "config.json"
     config = json.loads(file.read_text()) | {"version": 2}
-    del config["model"]["positions"]
+    _forget(config)
     file.write_text(json.dumps(config))
 
 
