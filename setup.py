@@ -1,9 +1,9 @@
 """Builds csrc; where that cannot be, the package installs in plain Python and says what it lacks.
 
 One run of ninja makes `dbkernels/ops/libdbkernels.so`, which any Python and any torch of the stable
-ABI can load, and `dbkernels/ops/_maths`, by which the tests see the arithmetic of one element.
-CXX, CUDA_HOME and MAX_JOBS are honoured; TORCH_CUDA_ARCH_LIST, such as "9.0", leaves out the code
-of all other GPUs.
+ABI can load. In a checkout that is to be worked in, it also makes `dbkernels/ops/_maths`, by which
+the tests see the arithmetic of one element. CXX, CUDA_HOME and MAX_JOBS are honoured;
+TORCH_CUDA_ARCH_LIST, such as "9.0", leaves out the code of all other GPUs.
 """
 
 import fcntl
@@ -13,16 +13,19 @@ import platform
 import re
 import runpy
 import shlex
+import site
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -43,6 +46,7 @@ LINKER_WORDS = ("-z", "defs", "--exclude-libs", "ALL", "--no-as-needed")
 LIBS = ("-ltorch", "-ltorch_cpu", "-lc10")
 X86_FLAGS = "-march=x86-64-v3"  # AVX2 and FMA, which backend/library.py asks the processor for
 TOOLS = runpy.run_path(str(ROOT / PACKAGE / "backend" / "toolchain.py"))
+FIRST_RELEASE = "0.1.0"  # that commits without a tag before them lead to
 
 WITHOUT_LIBRARY = (
     "Every op still runs, on a CPU in plain torch and on an NVIDIA GPU in Triton, which needs a C "
@@ -65,16 +69,18 @@ class Cuda:
 
 
 class BuildCsrc(build_ext):
-    """Builds both files at once, straight to where they belong."""
+    """Builds what is compiled, straight to where it belongs."""
 
     def run(self) -> None:
         target = ROOT / PACKAGE if self.inplace else Path(self.build_lib, PACKAGE)
         target.mkdir(parents=True, exist_ok=True)
         for name in (LIBRARY, MATHS):  # one of an earlier build would hide that this one failed
             (target / name).unlink(missing_ok=True)
+        # only tests need _maths, which would tie a wheel to one Python
+        names = [LIBRARY, MATHS] if self.inplace and python_headers() else [LIBRARY]
         note, built = [], True
         try:
-            note = build(target)
+            note = build(target, names)
         except (NotBuiltError, OSError) as error:
             note, built = [f"The compiled library was left out: {error}", WITHOUT_LIBRARY], False
         (target / NOTE).write_text("".join(f"{line}\n" for line in note))
@@ -92,20 +98,28 @@ class BuildCsrc(build_ext):
     def get_outputs(self) -> list[str]:
         if self.inplace:
             return list(self.get_output_mapping())
-        paths = [Path(self.build_lib, PACKAGE, name) for name in (LIBRARY, MATHS, NOTE)]
+        paths = [Path(self.build_lib, PACKAGE, name) for name in (LIBRARY, NOTE)]
         return [str(path) for path in paths if path.exists()]
 
 
-def build(target: Path) -> list[str]:
-    """Build into a directory; returns why something was left out and what that costs."""
-    torch, compiler = find_spec("torch"), TOOLS["compiler"]()
+class Wheel(bdist_wheel):
+    """A wheel for any Python 3, and without the library for any machine too."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        *_, machine = super().get_tag()
+        library = Path(self.get_finalized_command("build").build_lib, PACKAGE, LIBRARY)
+        return "py3", "none", machine if library.exists() else "any"
+
+
+def build(target: Path, names: list[str]) -> list[str]:
+    """Build files into a directory; returns why something was left out and what that costs."""
+    torch, compiler = torch_folder(), TOOLS["compiler"]()
     if torch is None:
-        raise NotBuiltError("torch is not here, as in pip without --no-build-isolation.")
+        raise NotBuiltError("torch was not there when the package was built.")
     if find_spec("ninja") is None:
         raise NotBuiltError("the package ninja is not here.")
     if compiler is None:
         raise NotBuiltError(f"no C++ compiler, got CXX={os.environ.get('CXX', '')!r}.")
-    include = Path(torch.origin).parent
     with locked(BUILD):
         cuda = find_cuda()
         asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
@@ -113,18 +127,30 @@ def build(target: Path) -> list[str]:
         none = f"CUDA kernels were left out: no nvcc was found that {works}."
         note = [] if cuda else [none, WITHOUT_CUDA]
         try:
-            run_ninja(compiler, include, cuda)
+            run_ninja(compiler, torch, cuda, names)
         except NotBuiltError as error:
             if cuda is None:
                 raise
             note = [f"CUDA kernels were left out: {error}", WITHOUT_CUDA]
-            run_ninja(compiler, include, None)
-        for name in (LIBRARY, MATHS) if python_headers() else (LIBRARY,):
+            run_ninja(compiler, torch, None, names)
+        for name in names:
             # never written in place: a process may have loaded what is there
             fresh = target / f".{name}"
             fresh.write_bytes((BUILD / name).read_bytes())
             fresh.replace(target / name)
     return note
+
+
+def torch_folder() -> Path | None:
+    """Where torch is: in the environment of the build, else in the one that pip installs into.
+
+    Pip hides the latter from a build, so that a package depends on nothing there. The library does
+    not: headers of the stable ABI are as good as those of any other torch, of which a build of its
+    own would download gigabytes.
+    """
+    of_python = [*site.getsitepackages(), site.getusersitepackages()]
+    torch = PathFinder.find_spec("torch", [*sys.path, *of_python])
+    return Path(torch.origin).parent if torch and torch.origin else None
 
 
 @contextmanager
@@ -159,8 +185,8 @@ def wanted() -> list[int]:
     return [arch for arch in ARCHITECTURES if arch in named]
 
 
-def run_ninja(compiler: list[str], torch: Path, cuda: Cuda | None) -> None:
-    """Bring both files in BUILD up to date."""
+def run_ninja(compiler: list[str], torch: Path, cuda: Cuda | None, names: list[str]) -> None:
+    """Bring files in BUILD up to date."""
     import ninja
 
     cuda_words = f" cuda={cuda.version} sm={','.join(map(str, cuda.architectures))}" if cuda else ""
@@ -171,7 +197,7 @@ def run_ninja(compiler: list[str], torch: Path, cuda: Cuda | None) -> None:
     )
     write_if_changed(BUILD / "build.ninja", ninja_file(compiler, torch, cuda))
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    command = [Path(ninja.BIN_DIR, "ninja"), "-C", BUILD, *jobs]
+    command = [Path(ninja.BIN_DIR, "ninja"), "-C", BUILD, *jobs, *names]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, flush=True)
     if done.returncode:
@@ -237,9 +263,37 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
+def version() -> str:
+    """That of the release whose tag git finds here, else of a step towards the next one."""
+    if (info := ROOT / "PKG-INFO").exists():  # of an archive of the sources, which has no git
+        return re.search(r"^Version: (\S+)$", info.read_text(), re.MULTILINE)[1]
+    described = git("describe", "--tags", "--match=v[0-9]*", "--long", "--dirty=.dirty")
+    if found := re.fullmatch(r"v(.+)-(\d+)-(g\w+)(\.dirty)?", described):
+        tag, steps, commit, dirty = found.groups(default="")
+        if steps == "0" and not dirty:
+            return tag
+        following = re.sub(r"\d+$", lambda last: str(int(last[0]) + 1), tag)
+        return f"{following}.dev{steps}+{commit}{dirty}"
+    commit = git("describe", "--always", "--exclude=*", "--dirty=.dirty")
+    steps = git("rev-list", "--count", "HEAD")
+    return f"{FIRST_RELEASE}.dev{steps}+g{commit}" if commit else "0+unknown"
+
+
+def git(*words: str) -> str:
+    """What git says of this checkout; nothing where it is none, or git has nothing to say."""
+    if not (ROOT / ".git").exists():  # and those above are not ours
+        return ""
+    try:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 sources = [str(path.relative_to(ROOT)) for path in sorted(CSRC.iterdir())]
 setup(
-    cmdclass={"build_ext": BuildCsrc},
+    version=version(),
+    cmdclass={"bdist_wheel": Wheel, "build_ext": BuildCsrc},
     # setuptools only asks it what belongs to the source, and sees that the wheel is not for all
     ext_modules=[
         Extension(

@@ -15,6 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import machine
 import torch
@@ -37,6 +38,15 @@ SIZES = ""  # of the model, those of its smallest preset
 GUIDANCE = 1.5
 
 
+class Way(NamedTuple):
+    """What is trained, but for its seed."""
+
+    process: str
+    prediction: str
+    num_blocks: int
+    gamma: float  # one block overlaps nothing
+
+
 @dataclass(frozen=True)
 class Noise:
     """Train what is missing, draw digits with every run, and print a table over seeds."""
@@ -49,6 +59,8 @@ class Noise:
     """Of every layer."""
     blocks: tuple[int, ...] = (1, 3)
     """Numbers of blocks; 1 is end to end."""
+    gammas: tuple[float, ...] = (0.05,)
+    """Overlaps of several blocks."""
     only: str = ""
     """Process, or the beginning of `process prediction`, of the competitors; empty takes all."""
     sampler: Sampler = "euler"
@@ -67,8 +79,13 @@ class Noise:
         if not wanted:
             names = ", ".join(map(" ".join, NOISES))
             raise ValueError(f"only must begin one of {names}, got {self.only}")
-        ways = [(*noise, count) for noise in wanted for count in self.blocks]
-        jobs = [(*way, seed) for way in ways for seed in range(self.seeds)]
+        ways = [
+            Way(*noise, count, gamma)
+            for noise in wanted
+            for count in self.blocks
+            for gamma in (self.gammas if count > 1 else (0.0,))
+        ]
+        jobs = [(way, seed) for way in ways for seed in range(self.seeds)]
         with ThreadPoolExecutor(self.processes) as pool:
             list(pool.map(lambda job: self._train(*job), jobs))
         torch.set_num_threads(1)
@@ -76,25 +93,26 @@ class Noise:
         about = {"suite": "noise", **machine.machine(torch.device("cpu"))}
         rows = []
         for way in ways:
-            found = [self._row(*way, seed, judge) for seed in range(self.seeds)]
+            found = [self._row(way, seed, judge) for seed in range(self.seeds)]
             rows.append(about | over_seeds(found, ("frechet", "recognised")))
         if self.out is not None:
             write_whole(self.out, "".join(json.dumps(row) + "\n" for row in rows))
         show(rows)
 
-    def _directory(self, process: str, prediction: str, count: int, seed: int) -> Path:
-        return self.runs / "-".join(map(str, (process, prediction, count, self.updates, seed)))
+    def _directory(self, way: Way, seed: int) -> Path:
+        return self.runs / "-".join(map(str, (*way, self.updates, seed)))
 
-    def flags(self, process: str, prediction: str, count: int) -> list[str]:
+    def flags(self, way: Way) -> list[str]:
         """Of the run that is trained, but for its seed and its place."""
-        noise = f"--process {process} --prediction {prediction} --num-blocks {count}"
-        return shlex.split(f"dit {SIZES} {RATE} {noise} --steps {self.updates}")
+        noise = f"--process {way.process} --prediction {way.prediction}"
+        blocks = f"--num-blocks {way.num_blocks} --gamma {way.gamma:g}"
+        return shlex.split(f"dit {SIZES} {RATE} {noise} {blocks} --steps {self.updates}")
 
-    def _train(self, process: str, prediction: str, count: int, seed: int) -> None:
-        directory = self._directory(process, prediction, count, seed)
-        if (directory / "checkpoints" / f"step-{count * self.updates:08}").exists():
+    def _train(self, way: Way, seed: int) -> None:
+        directory = self._directory(way, seed)
+        if (directory / "checkpoints" / f"step-{way.num_blocks * self.updates:08}").exists():
             return
-        flags = [*self.flags(process, prediction, count), "--threads", "1", "--save-every", "500"]
+        flags = [*self.flags(way), "--threads", "1", "--save-every", "500"]
         flags += ["--device", "cpu", "--seed", str(seed), "--out", str(directory)]
         if any((directory / "checkpoints").glob("step-*")):
             flags += ["--resume", "latest"]
@@ -104,10 +122,8 @@ class Noise:
             raise ValueError(f"{shlex.join(command)} failed: {done.stderr.splitlines()[-1:]}")
         print(f"trained: {directory.name}", file=sys.stderr, flush=True)
 
-    def _row(
-        self, process: str, prediction: str, count: int, seed: int, judge: DigitClassifier
-    ) -> Row:
-        directory = self._directory(process, prediction, count, seed)
+    def _row(self, way: Way, seed: int, judge: DigitClassifier) -> Row:
+        directory = self._directory(way, seed)
         config, blocks = load_run(directory, device="cpu")
         spacing = blocks.process.close if SAMPLERS[self.sampler].close else "cdf"
         levels = blocks.process.grid(self.levels, spacing)
@@ -118,13 +134,11 @@ class Noise:
             "data": config.data,
             "batch": config.trainer.batch_size,
             "updates": self.updates,
-            "process": process,
-            "prediction": prediction,
-            "num_blocks": count,
+            **way._asdict(),
             "sampler": f"{self.sampler}, {self.levels} levels",
             "frechet": [judge.distance(made, everything()[0])],
             "recognised": [judge.accuracy(made, asked)],
-            "command": shlex.join(["dbkernels", "train", *self.flags(process, prediction, count)]),
+            "command": shlex.join(["dbkernels", "train", *self.flags(way)]),
         }
 
 

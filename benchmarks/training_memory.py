@@ -119,7 +119,7 @@ def _saved_bytes(trainer: Trainer, step: measure.Call) -> int:
 def _told_apart(steps: Steps, peak_bytes: int) -> Row:
     """The peak by category, and the operations of a step, averaged over the blocks."""
     trainer, traces = steps.trainer, {}
-    optimizers = [group.optimizer for group in trainer.groups.values()]
+    optimizers = [each for group in trainer.groups.values() for each in group.optimizers]
     about = {"model": trainer.blocks, "optimizers": optimizers, "device": trainer.device}
     for block in trainer.blocks:
         if len(block.layers) not in traces:

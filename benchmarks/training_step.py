@@ -113,10 +113,12 @@ def _lend(owner: nn.Module, model: nn.Module) -> None:
 
 
 def _lend_state(owner: Trainer, trainer: Trainer) -> None:
-    state = {p: of for group in owner.groups.values() for p, of in group.optimizer.state.items()}
+    state = {
+        p: of for group in owner.groups.values() for p, of in group.optimizers[0].state.items()
+    }
     for group in trainer.groups.values():
         for parameter in group.parameters.values():
-            group.optimizer.state[parameter] = state[parameter]
+            group.optimizers[0].state[parameter] = state[parameter]
 
 
 # steps

@@ -9,11 +9,13 @@ import ast
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli.runs import SIZES
+from training.trackers import PACKAGES
 
 from dbkernels.cli import main as cli
 
@@ -36,8 +38,11 @@ ELSEWHERE = {
     "bash tools/test.sh": "exec bash tools/test.sh",  # it is what CI runs
     "bash tools/test.sh tests/training -k resume": '-m pytest "$@"',
     "bash tools/demo.sh": '"demo.sh"',
-    "pip install torch ninja 'setuptools>=77'": "\"$torch\" 'setuptools>=77' ninja",
-    "pip install --no-build-isolation .": "--no-build-isolation --editable",
+    "pip install torch": "\"$torch\" 'setuptools>=77' ninja",
+    "pip install .": '"bdist_wheel", "--dist-dir"',
+    # it installs torch for each Python; tests make the same archive and wheel of two functions
+    "bash tools/release.sh": '"bdist_wheel", "--dist-dir"',
+    "bash tools/release.sh [PYTHON ...]": '"sdist", "--formats=tar"',
     "bash tools/gpu.sh": "bash tools/gpu.sh --rehearse",
     "bash tools/gpu.sh [--rehearse] [smoke|headline|kernels|rest ...]": '"--rehearse", "kernels"',
     "bash tools/gpu_wheels.sh": '"gpu_wheels.sh"',  # it downloads; a test reads what it asks for
@@ -70,6 +75,12 @@ ELSEWHERE = {
     ),
     "python examples/flow.py --steps 500 --out digits.png": 'run("flow.py"',
     "python examples/lora_blocks.py --steps 200 --out adapters": 'run("lora_blocks.py"',
+    "python examples/own_dataset.py --workers 2": 'run("own_dataset.py"',
+    "python examples/own_layers.py --layers torch --num-blocks 3": 'run("own_layers.py"',
+    "python benchmarks/loading.py --workers 0 1 2": 'rows_of_main("loading"',
+    "python examples/small_gpu.py --memory 600MiB --steps 100": 'run("small_gpu.py"',
+    "python examples/compare_runs.py --steps 300 --out runs/compared": 'run("compare_runs.py"',
+    "python -m pytest examples/test_memory_budget.py": '"test_memory_budget.py"',
     "python benchmarks/run.py --quick": "run.main(asked, [job])",
     "python benchmarks/gpu_jobs.py [--rehearse] [PART ...]": "benchmarks/gpu_jobs.py",
     "python benchmarks/gpu_table.py FOLDER": "benchmarks/gpu_table.py",
@@ -104,7 +115,12 @@ def said(path):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, capsys):
-    """A directory with what the pages' commands read: latents, text, embeddings, and budgets."""
+    """A directory with what the pages' commands read: latents, text, embeddings, and budgets.
+
+    Packages that show runs are there, in memory.
+    """
+    for name, make in PACKAGES.items():
+        monkeypatch.setitem(sys.modules, name, make([]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # to start other processes takes longer

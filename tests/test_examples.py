@@ -1,5 +1,6 @@
 """Every example runs, at a small size; commands of the pages that name one are these."""
 
+import json
 import re
 import runpy
 import shutil
@@ -72,6 +73,46 @@ def test_a_published_dit_is_fine_tuned_and_given_back(num_blocks, run, tmp_path)
     assert any(moved) and tuned.config == model.config
 
 
+def test_a_plan_that_fits_is_trained_by(run):
+    whole, plan, *losses = run("small_gpu.py", steps=1, batch=16, memory="600MiB").splitlines()
+    assert whole.startswith("end to end needs") and re.match(r"\d+ blocks, recompute", plan)
+    assert losses
+    with pytest.raises(SystemExit, match="nothing fits 513MiB: the smallest plan needs"):
+        run("small_gpu.py", steps=1, batch=16, memory="513MiB")
+
+
+def test_runs_are_compared(run, tmp_path):
+    whole, blocks, wrote = run("compare_runs.py", steps=2, out=tmp_path / "both").splitlines()
+    needs = [
+        float(re.fullmatch(r"\d blocks?: accuracy [\d.]+%, a step needs ([\d.]+) MiB", line)[1])
+        for line in (whole, blocks)
+    ]
+    assert needs[1] < needs[0]
+    assert Image.open(wrote.removeprefix("wrote ")).size[0] > 100
+
+
+def test_a_step_is_held_to_a_budget(monkeypatch):
+    settings = runpy.run_path(str(EXAMPLES / "test_memory_budget.py"))
+    test = settings["test_a_step_stays_within_its_budget"]
+    for recompute, ceiling in settings["CEILINGS"].items():
+        test(recompute, ceiling)
+        # no more than a tenth is left
+        number, unit = ceiling.split()
+        with pytest.raises(AssertionError, match="more than the ceiling"):
+            test(recompute, f"{0.9 * float(number)} {unit}")
+
+
+def test_the_notebook_runs(monkeypatch, capsys):
+    book = json.loads((EXAMPLES / "blocks.ipynb").read_text())
+    assert not any(cell.get("outputs") for cell in book["cells"])
+    names = {}
+    for cell in book["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]).replace("steps = 300", "steps = 2"), names)
+    assert [len(each) for each in names["losses"].values()] == [2, 2, 2]
+    assert re.search(r"3 blocks: [\d.]+ MiB\n1 blocks: [\d.]+ MiB", capsys.readouterr().out)
+
+
 def test_a_data_set_of_ones_own_is_read_by_workers_and_goes_on(run, tmp_path):
     told = {"steps": 2, "save_every": 4}
     said = run("own_dataset.py", **told, workers=1, out=Path("whole"))
@@ -94,5 +135,5 @@ def test_layers_of_ones_own_are_trained_in_blocks(layers, run):
 
 def test_every_example_is_run_here():
     text = Path(__file__).read_text()
-    for path in EXAMPLES.glob("*.py"):
-        assert f'run("{path.name}"' in text, path.name
+    for path in EXAMPLES.iterdir():
+        assert f'"{path.name}"' in text or not path.is_file(), path.name

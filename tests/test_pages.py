@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from convert import their_dit
+from training.trackers import PACKAGES
 
 import dbkernels
 from dbkernels import DiT
@@ -53,6 +54,15 @@ def files(tmp_path, monkeypatch):
         save_adapters(model, block, "peft", layers=layers)
 
 
+@pytest.fixture
+def shown(monkeypatch):
+    """The runs that the pages' code shows, by packages that need not be there."""
+    runs = []
+    for name, make in PACKAGES.items():
+        monkeypatch.setitem(sys.modules, name, make(runs))
+    return runs
+
+
 def names_of(page):
     """What a page's code takes from the reader's own."""
     if page.stem == "adopt":
@@ -71,7 +81,7 @@ def names_of(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_code_of_a_page_runs(page, files):
+def test_the_code_of_a_page_runs(page, files, shown):
     names = names_of(page)
     for code in blocks_of(page):
         for much, little in FEWER.items():
@@ -79,6 +89,8 @@ def test_the_code_of_a_page_runs(page, files):
         extra = re.search(r"^(?:from|import) (torchao)", code, re.MULTILINE)
         if not extra or find_spec(extra[1]):
             exec(code, names)
+    assert len(shown) == (len(PACKAGES) if page.stem == "tracking" else 0)
+    assert all(step == row for run in shown for row, (step, _) in enumerate(run.curves["loss"]))
 
 
 def test_a_test_of_memory_holds_as_the_page_has_it():

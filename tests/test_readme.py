@@ -43,7 +43,7 @@ def test_the_layer_runs_alone():
 
 def test_the_table_is_that_of_the_results():
     results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
-    [table] = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
+    [table] = re.findall(r"^\| figure (?:.*\n\|)+.*\n", README, re.MULTILINE)
     assert len(table.splitlines()) == 2 + 6
     assert f"\n\n{table}\n" in results
     for command in re.findall(r"[A-D]: (`[^`]+`)", README):
@@ -72,6 +72,15 @@ def test_a_model_of_texts_and_images_trains_as_the_page_has_it(tmp_path, monkeyp
     assert names["trainer"].step == 3
     assert names["model"].config.fields()["text"].shape == (3, 5)
     assert set(re.findall(r"^\| `(.*-\d+b|small)` \|", page, re.MULTILINE)) == set(MMDiT.presets)
+
+
+def test_the_extras_are_those_of_the_project():
+    rows = re.findall(r"^\| (`[^|]+) \| [^|]+ \|$", README, re.MULTILINE)
+    project = (ROOT / "pyproject.toml").read_text()
+    [extras] = re.findall(r"^\[project.optional-dependencies\]\n(.*?)\n\[", project, re.M | re.S)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(
+        re.findall(r"^(\w+) =", extras, re.M)
+    )
 
 
 def test_the_readme_is_short():

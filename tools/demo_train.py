@@ -101,7 +101,7 @@ def followed(trainer: Trainer, told: Told) -> Row:
 
 def memory(trainer: Trainer) -> Row:
     """Peak of the costliest block's step, and what its forward leaves; trains a step of each."""
-    optimizers = [group.optimizer for group in trainer.groups.values()]
+    optimizers = [each for group in trainer.groups.values() for each in group.optimizers]
     about = {"model": trainer.blocks, "optimizers": optimizers}
     steps = [partial(trainer.step_block, block) for block in trainer.blocks]
     peaks = [measure_peak(step, **about) for step in steps]

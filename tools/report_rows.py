@@ -28,7 +28,7 @@ SUITES = {  # names that the rows of a benchmark have: of the case, of the way, 
     "text": ("data batch updates", "family competitor num_blocks depth", "seeds bits blocks"),
     "noise": (
         "data batch updates sampler",
-        "process prediction num_blocks",
+        "process prediction num_blocks gamma",
         "seeds frechet recognised",
     ),
     "conversion": (

@@ -158,6 +158,7 @@ COLUMNS = {
         Column("noise", lambda row, _: row["process"]),
         Column("predicted", lambda row, _: row["prediction"]),
         Column("trained", lambda row, _: blocks_text(row["num_blocks"])),
+        Column("overlap", lambda row, _: f"{row['gamma']:g}" if row["num_blocks"] > 1 else MISSING),
         _over_seeds("Fréchet distance", "frechet"),
         Column("of end to end", _of_end_to_end),
         Column("recognised as asked", partial(_shares, name="recognised")),

@@ -73,7 +73,7 @@ def _beside(row: Row, rows: Sequence[Row]) -> Row:
     return found
 
 
-def bits_tables(rows: Sequence[Row]) -> list[Table | Text]:
+def bits_tables(rows: Sequence[Row]) -> list[Table | Text | str]:
     """The tables of the rows that have bits, if there are any: all, and those with noise."""
     rows = [row for row in rows if "bits" in row]
     if not rows:
@@ -87,7 +87,7 @@ def bits_tables(rows: Sequence[Row]) -> list[Table | Text]:
         cut = [str(sum(layers)), str(len(layers)), str(row["seed"]), number(row["bits"])]
         return [*cut, *(_number(row[name], number) for name in beside)]
 
-    tables: list[Table | Text] = [run_table(every, headings, cells)]
+    tables: list[Table | Text | str] = [run_table(every, headings, cells)]
     if blocks := [row for row in every if len(row["layers"]) > 1 or row["stop"] is not None]:
         tables += ["", _of_blocks(blocks)]
     return [*tables, Text(_read(rows))]

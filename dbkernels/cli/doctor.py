@@ -7,12 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 import triton
 from rich.table import Table
 
+import dbkernels
 from dbkernels.cli.table import Row, show, table
 from dbkernels.ops.backend import library, register, toolchain
 
@@ -41,6 +41,7 @@ def examine() -> Row:
     gpu, nvcc = _gpu(), toolchain.nvcc()
     could_serve = reason is not None or bool(gpu and gpu["reason"] and nvcc)
     return {
+        "dbkernels": dbkernels.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -53,7 +54,7 @@ def examine() -> Row:
             "reason": reason,
             "broken": broken,
             "architectures": [] if manifest is None else list(manifest.architectures),
-            "fix": _fix() if could_serve else None,
+            "fix": library.build_command() if could_serve else None,
         },
         "ops": {op: _implementations(op) for op in register.registered()},
     }
@@ -61,7 +62,7 @@ def examine() -> Row:
 
 def screen(report: Row) -> Iterator[Table | str]:
     gpu, library = report["gpu"], report["library"]
-    lines = {name: report[name] for name in ("python", "torch", "triton")}
+    lines = {name: report[name] for name in ("dbkernels", "python", "torch", "triton")}
     lines["NVIDIA GPU"] = f"{gpu['name']}, sm_{gpu['sm']}" if gpu else "none"
     tools = {"C compiler": "triton_compiler", "C++ compiler": "compiler", "nvcc": "nvcc"}
     lines |= {name: report[key] or "none" for name, key in tools.items()}
@@ -119,17 +120,3 @@ def _version(command: list[str] | None) -> str | None:
     done = subprocess.run([*command, "--version"], capture_output=True, text=True)
     found = re.search(r"\b\d+\.\d+(\.\d+)?", done.stdout)
     return f"{shlex.join(command)} {found[0] if found else 'of an unknown version'}"
-
-
-def _fix() -> str | None:
-    """The command that builds the library; None where the processor could not run it."""
-    if not library.processor_serves():
-        return None
-    python, checkout = (shlex.quote(str(p)) for p in (sys.executable, library.CSRC.parent))
-    build = f"cd {checkout} && {python} setup.py build_ext --inplace"
-    if not (library.CSRC / "library.cpp").exists():
-        pip = "-m pip install --no-build-isolation --no-deps --force-reinstall"
-        build = f"{python} {pip} path/to/the/checkout"
-    if find_spec("ninja") and find_spec("setuptools"):
-        return build
-    return f"{python} -m pip install ninja 'setuptools>=77' && {build}"

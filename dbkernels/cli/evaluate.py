@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -21,9 +21,10 @@ from dbkernels.data.images import Data
 from dbkernels.diffusion.bridges import BridgeName
 from dbkernels.models.registry import family_named
 from dbkernels.settings import MOST_SEED, check_number
-from dbkernels.training.evaluation import SETTINGS
+from dbkernels.training.evaluation import SETTINGS, Evaluation
 from dbkernels.training.run import load_run
 from dbkernels.training.run_config import RunConfig, read_config
+from dbkernels.training.text_bits import TextEvaluation
 from dbkernels.training.together import Start
 
 
@@ -80,7 +81,7 @@ class Evaluate:
         show(rows, [*losses_tables(rows), *bits_tables(rows)], as_json=self.json)
 
     @property
-    def _given(self) -> dict[str, object]:
+    def _given(self) -> Row:
         settings = {name: getattr(self, name) for name in ("levels", "start", "starts", "bridge")}
         return {name: value for name, value in settings.items() if value is not None}
 
@@ -111,13 +112,14 @@ class Evaluate:
                 shown.total = total
                 shown.step(done, str(directory))
 
-            how = {"samples": self.samples, "seed": self.seed, "told": told}
+            found: Evaluation | TextEvaluation
+            how: dict[str, Any] = {"samples": self.samples, "seed": self.seed, "told": told}
             if config.objective == "conventional":
                 found = blocks.evaluate_conventional(data, **how)
             else:
                 given = {k: v for k, v in self._given.items() if k in _settings_of(config)}
                 found = blocks.evaluate(data, **given, **how)
-        if family_named(config.family).text is None:
+        if isinstance(found, Evaluation):
             row |= losses_row(found)
         else:
             row |= bits_row(found, config, [len(block.layers) for block in blocks])

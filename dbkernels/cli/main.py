@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import tyro
 from tyro.constructors import (
@@ -78,7 +78,14 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _warn(message: Warning | str, *_: object) -> None:
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Say a warning in a line, without the code that gave it."""
     plain_console(stderr=True, soft_wrap=True).print(f"warning: {message}", style="yellow")
 

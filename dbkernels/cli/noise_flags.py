@@ -27,7 +27,7 @@ class NoiseFlags:
         Raises:
             ValueError: it has no such setting, or its process has no such prediction.
         """
-        given = {"process": self.process, "prediction": self.prediction}
+        given: dict[str, str | None] = {"process": self.process, "prediction": self.prediction}
         changed = {name: value for name, value in given.items() if value is not None}
         require_settings("the model", changed, model)
         if self.process is not None and self.prediction is None:

@@ -86,7 +86,11 @@ def rows_of(recipe: Recipe, memory: int, answer: search.Answer) -> Iterator[Row]
     """What limits end to end and the fastest plan, every plan, and the largest preset."""
     asked = ("family", "preset", "batch", "autocast", "target")
     common = {name: recipe.settings()[name] for name in asked}
-    common |= {"lora": recipe.lora.rank, "lora_base": recipe.lora.base}
+    common |= {
+        "optimizer": recipe.optimizer,
+        "lora": recipe.lora.rank,
+        "lora_base": recipe.lora.base,
+    }
     common |= {"memory": memory, "context": search.context_bytes(recipe.device)}
     # where end to end is another network, one block is still the diffusion
     whole = "one block" if family_named(recipe.family).conventional else "end to end"
@@ -118,6 +122,7 @@ def _command(recipe: Recipe) -> str:
         f"--accumulate {recipe.accumulate}": recipe.accumulate > 1,
         "--offload cpu --steps-per-swap 0": recipe.offload == "cpu",
         "--autocast": recipe.autocast,
+        f"--optimizer {recipe.optimizer}": recipe.optimizer != "adamw",
         f"--from NETWORK --lora {recipe.lora.rank}": recipe.lora.rank > 0,
         f"--lora-base {recipe.lora.base}": recipe.lora != replace(recipe.lora, base="float32"),
     }
@@ -131,6 +136,7 @@ def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
     whole, best = limits
     compute = "bfloat16" if whole["autocast"] else "float32"
     run = f"{whole['family']} {whole['preset']}, batch {whole['batch']}, {compute} compute"
+    run += "" if whole["optimizer"] == "adamw" else f", {whole['optimizer']}"
     if whole["lora"]:
         run += f",\nadapters of rank {whole['lora']} on a base in {whole['lora_base']}"
     fits = whole["peak_reserved_bytes"] <= whole["memory"] - whole["context"]

@@ -10,6 +10,7 @@ from dbkernels.memory.allocator import Target
 from dbkernels.models.registry import FamilyName, family_named, family_with
 from dbkernels.planning.recipe import Recipe, of_preset
 from dbkernels.settings import MOST_SAMPLES, check_number
+from dbkernels.training.optimizers.registry import OptimizerName
 
 TOKENS = 2**15  # of a batch that nobody gives, at most
 OF_PRESET = " None is the first that has the preset."
@@ -26,6 +27,8 @@ class OfPreset:
     that has at most 32768 tokens."""
     autocast: bool = False
     """Compute in bfloat16; parameters stay float32."""
+    optimizer: OptimizerName = "adamw"
+    """As for train."""
     json: bool = False
     """Print one JSON object a line instead of tables."""
 
@@ -37,4 +40,5 @@ class OfPreset:
         if batch is None:
             batch = min(128, 2 ** max(0, (TOKENS // recipe.model.tokens).bit_length() - 1))
         check_number("batch", batch, 1, MOST_SAMPLES)
-        return replace(recipe, batch_size=batch, autocast=self.autocast, device=target)
+        recipe = replace(recipe, batch_size=batch, optimizer=self.optimizer)
+        return replace(recipe, autocast=self.autocast, device=target)

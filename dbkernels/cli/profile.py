@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from rich.table import Table
 
@@ -31,6 +32,7 @@ from dbkernels.training.trainer_config import Offload
 
 FEW = 12  # rows that are shown one below the other
 OP = 24  # letters of an op's name that have room
+Name = TypeVar("Name", bound=str)
 SHORT = ("param", "grad", "optim", "input", "saved", "temp", "work")
 
 
@@ -200,13 +202,13 @@ def _possible(asked: Sequence[Offload], offloads: Sequence[Offload]) -> Sequence
     return [place for place in asked if place in offloads] or asked
 
 
-def _names(flag: str, text: str, known: Sequence[str]) -> list[str]:
+def _names(flag: str, text: str, known: Sequence[Name]) -> list[Name]:
     """Names with commas between, each of which must be known; what is said twice counts once."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in known:
             raise ValueError(f"{flag} must be of {', '.join(known)}, got {name}")
-    return names
+    return sorted((name for name in known if name in names), key=names.index)
 
 
 def _line(row: Row) -> str:
@@ -226,6 +228,7 @@ def predicted_tables(rows: list[Row]) -> Iterator[Table]:
     first, unit = rows[0], unit_of(max(row["peak_allocated_bytes"] for row in rows))
     compute = "bfloat16" if first["autocast"] else "float32"
     title = f"{first['family']} {first['preset']}, batch {first['batch']}, {compute} compute"
+    title += f", {first['optimizer']}" if "optimizer" in first else ""
     title += ",\noptimizer in backward" if first["optimizer_in_backward"] else ""
     for name in ("allocated", "reserved"):
         caption = f"{title}\npredicted peak {name}, {unit}, on {first['target']}"
@@ -304,7 +307,7 @@ def _differences(each: budgets.Held) -> Iterator[tuple[str, ...]]:
 
 def _settings(recipe: Recipe) -> str:
     """All of a budget's settings that a row of a table has room for."""
-    row = recipe.settings()
+    row: Row = dict(recipe.settings())
     compute = " bf16" if row["autocast"] else ""
     early = " in-backward" if row["optimizer_in_backward"] else ""
     offload = "" if row["offload"] == "none" else f", offload {row['offload']}"

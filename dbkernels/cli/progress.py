@@ -4,6 +4,7 @@ import sys
 import time
 from datetime import timedelta
 from types import TracebackType
+from typing import TextIO
 
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
@@ -76,6 +77,7 @@ class ProgressBar:
         return done - before >= SHARE * self.total and now - then >= SOON
 
     def _left(self, now: float, done: int) -> str:
+        assert self._first is not None
         then, before = self._first
         if not before < done < self.total:
             return ""
@@ -86,6 +88,14 @@ class ProgressBar:
         """Print a line, above the bar where there is one."""
         self._console.print(text)
 
-    def warn(self, message: Warning | str, *_: object) -> None:
+    def warn(
+        self,
+        message: Warning | str,
+        category: type[Warning] = UserWarning,
+        filename: str = "",
+        lineno: int = 0,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         """Say a warning, without the line of code that gave it; stands in for `showwarning`."""
         self._console.print(f"warning: {message}", style="yellow")

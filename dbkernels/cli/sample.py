@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -52,20 +52,23 @@ class Sample:
         entry = family_named(family := read_config(self.run_dir).family)
         if entry.prompts is None and entry.writes is None:
             raise ValueError(f"sample needs a run that generates, got one of {family}")
-        flags, other = (self.text, self.images) if entry.writes else (self.images, self.text)
-        _require_none_of(other, family)
+        _require_none_of(self.images if entry.writes else self.text, family)
         out = self.out if self.out or entry.writes else Path("samples.png")
-        flags.check(out)
+        if entry.writes:
+            self.text.check(out)
+        elif out is not None:
+            self.images.check(out)
         if out is not None:
             _check_place(out)
         averaged = self.weights == "average"
         device = pick_device(self.device)
         run = load_run(self.run_dir, which=self.checkpoint, averaged=averaged, device=device)
-        given = {name: getattr(self, name) for name in ("batch", "levels", "grid", "seed")}
+        names = ("batch", "levels", "grid", "seed")
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
         if entry.writes:
-            sample_text(self.run_dir, *run, flags, out, **given)
-        else:
-            sample_images(*run, flags, out, **given)
+            sample_text(self.run_dir, *run, self.text, out, **given)
+        elif out is not None:
+            sample_images(*run, self.images, out, **given)
 
 
 def _require_none_of(flags: ImageFlags | WritingFlags, family: str) -> None:

@@ -98,14 +98,15 @@ def sample_images(
             f"picture, got {out}"
         )
     sampler, per_class = flags.sampler or "euler", flags.per_class or PER_CLASS
-    settings = {"guidance": flags.guidance_of(config.label_drop), "sampler": sampler}
+    guidance = flags.guidance_of(config.label_drop)
     own = config.prior.close if SAMPLERS[sampler].close else "cdf"
     count = LEVELS if levels is None else levels
     found_at = config.prior.grid(count, own if grid == "auto" else grid)
-    wanted = family_named(config.family).prompts(
-        config.model, flags.prompts, per_class, blocks.device
-    )
-    found = drawn(blocks, wanted, found_at, batch=batch, seed=seed, **settings)
+    prompts = family_named(config.family).prompts
+    assert prompts is not None
+    wanted = prompts(config.model, flags.prompts, per_class, blocks.device)
+    how = {"batch": batch, "seed": seed}
+    found = drawn(blocks, wanted, found_at, guidance=guidance, sampler=sampler, **how)
     count = len(next(iter(wanted.values())))
     write = write_numbers if out.suffix == ".npy" else write_picture
     with ProgressBar("sampling", count, "images") as shown:
@@ -161,7 +162,7 @@ def write_numbers(path: Path, batches: Iterator[Tensor], count: int, per_row: in
 
 def write_picture(path: Path, batches: Iterator[Tensor], count: int, per_row: int) -> None:
     """Write images in [-1, 1], (N, C, H, W) with 1 or 3 channels, as a grid of full rows."""
-    place, cells = 0, np.empty(0, np.uint8)
+    place, cells = 0, np.empty((0, 0, 0, 3), np.uint8)
     for images in batches:
         pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
         if not place:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from dbkernels.data.tokenizer import FILE, Tokenizer, encoded, tokenizer_of
 from dbkernels.diffusion.bridges import BridgeName
 from dbkernels.diffusion.process import Spacing
 from dbkernels.memory.units import in_words
+from dbkernels.models.text import TextConfig
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import MOST_SAMPLES, check_number
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
@@ -148,11 +149,11 @@ def sample_text(
         grid:            their spacing; auto is cdf
         seed:            of all that is drawn
     """
-    tokenizer = _tokenizer(directory, config)
+    tokenizer, model = _tokenizer(directory, config), text_model(config)
     prompts = [_tokens(tokenizer, text) for text in flags.prompts()]
     for prompt in prompts:
-        check_prompt(prompt, config.model.length, config.model.vocabulary)
-    settings = _settings(config, blocks, flags, levels, grid)
+        check_prompt(prompt, model.length, model.vocabulary)
+    settings: dict[str, Any] = _settings(config, blocks, flags, levels, grid)
     samples, length = flags.samples or 1, flags.length or LENGTH
     total, meter = len(prompts) * samples, _Meter()
 
@@ -220,14 +221,21 @@ def _settings(
     return {**told, "levels": text_levels(blocks, levels, spacing=spacing, stop=flags.stop)}
 
 
+def text_model(config: RunConfig) -> TextConfig:
+    """The sizes of a run's model, which is of text."""
+    assert isinstance(config.model, TextConfig)
+    return config.model
+
+
 def _tokenizer(directory: Path, config: RunConfig) -> Tokenizer:
     """That of the run, or else of its data."""
     place = directory if (directory / FILE).is_file() else Path(config.data)
     found = tokenizer_of(place)
-    if found.vocabulary != config.model.vocabulary:
+    vocabulary = text_model(config).vocabulary
+    if found.vocabulary != vocabulary:
         raise ValueError(
             f"the tokenizer in {place} must have the model's vocabulary, "
-            f"{config.model.vocabulary} ids, got {found.vocabulary}"
+            f"{vocabulary} ids, got {found.vocabulary}"
         )
     return found
 

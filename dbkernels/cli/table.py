@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -9,7 +10,7 @@ from rich.text import Text
 
 TITLE = 56  # columns of a terminal: the longest title has its line
 Cells = Sequence[str]
-Row = dict[str, object]
+Row = dict[str, Any]  # a JSON object
 
 
 def plain_console(*, stderr: bool = False, soft_wrap: bool = False) -> Console:
@@ -19,8 +20,7 @@ def plain_console(*, stderr: bool = False, soft_wrap: bool = False) -> Console:
         stderr:     whether it is stderr, else stdout
         soft_wrap:  whether lines are left whole
     """
-    plain = {"markup": False, "emoji": False, "highlight": False}
-    return Console(stderr=stderr, soft_wrap=soft_wrap, **plain)
+    return Console(stderr=stderr, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False)
 
 
 def table(columns: Cells, rows: Iterable[Cells], *, names: int = 1, title: str = "") -> Table:

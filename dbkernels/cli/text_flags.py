@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
+from dbkernels.diffusion.process import Process
 from dbkernels.models.registry import ModelConfig
 from dbkernels.models.text import CleanStream, Guesser, LevelsOf, NoisyInput, ReadOut
 
@@ -49,7 +50,7 @@ class TextFlags:
         return replace(model, **changed)
 
 
-def require_settings(name: str, given: Mapping[str, object], config: object) -> None:
+def require_settings(name: str, given: Mapping[str, object], config: ModelConfig | Process) -> None:
     """Whether a configuration has all settings that were given.
 
     Raises:

@@ -28,7 +28,7 @@ class Tokenize(TokenizeConfig):
     ] = ()
     """Files and folders that are held out to test on."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         pass
 
     def run(self) -> None:

@@ -33,6 +33,7 @@ from dbkernels.training.run_config import (
 )
 from dbkernels.training.same_run import DataChanged
 from dbkernels.training.stop import Stopped
+from dbkernels.training.tracking.registry import trackers_named
 from dbkernels.training.trainer_config import TrainerConfig
 
 RANDOM_BASE = (
@@ -78,7 +79,7 @@ class TrainerFlags(TrainerConfig):
     steps: int = 1000
     """Updates of every block."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         pass
 
 
@@ -155,11 +156,12 @@ class Train:
     """Exit with 75 where a signal ends the run, as schedulers want; else with 128 + its number."""
     threads: int = 0
     """Threads of the CPU, where it trains; 0 keeps the run's own, or finds what is fastest."""
+    track: str = ""
+    """Show the run in tensorboard, wandb, mlflow or trackio too, or in several with commas between.
+    Nothing leaves the machine until it is told otherwise, as by WANDB_MODE=online."""
     workers: int = 0
     """Processes that read the samples of coming steps; 0 has each step read its own. No number of
     the run depends on it."""
-    tensorboard: bool = False
-    """Log to TensorBoard too."""
 
     def trained(self) -> Trained | None:
         """The network of --from; None without it, and where the run that goes on has started.
@@ -205,7 +207,9 @@ class Train:
             elif trained is not None:
                 own, start = trained.config, replace(start, digest=trained.digest)
                 if trained.without_noise and self.objective == "blocks":
-                    own, order = entry.start.as_blocks(own), entry.start.noise_order
+                    if (as_blocks := entry.start.as_blocks) is not None:
+                        own = as_blocks(own)
+                    order = entry.start.noise_order
         given = {k: v for k, v in sizes.items() if v}
         require_settings(f"a model of {self.family}", given, own)
         model = self.noise.of(self.text.of(own.resized(given)))
@@ -231,10 +235,10 @@ class Train:
             raise ValueError(f"out must be a directory, got the file {self.out}")
         steps, shown = 0, ProgressBar("training", 0)
 
-        def on_step(row: Row) -> None:
+        def on_row(row: Row) -> None:
             nonlocal steps
             steps += 1
-            shown.step(row["step"] + 1, f"block {row['block']} loss {row['loss']:.4g}")
+            shown.step(int(row["step"]) + 1, f"block {row['block']} loss {row['loss']:.4g}")
 
         with warnings.catch_warnings(), shown:
             warnings.showwarning = shown.warn
@@ -256,11 +260,11 @@ class Train:
                     keep=self.keep,
                     threads=self.threads,
                     workers=self.workers,
-                    tensorboard=self.tensorboard,
-                    on_step=on_step,
+                    track=trackers_named(self.track),
+                    on_row=on_row,
                 )
             except Stopped as stopped:
-                shown.warn(stopped)
+                shown.warn(str(stopped))
                 sys.exit(os.EX_TEMPFAIL if self.requeue else 128 + stopped.signal)
         if not steps:
             print(f"nothing to do: all {trainer.total_steps} steps are trained already: {self.out}")

@@ -127,7 +127,7 @@ def names_of(name: str, depth: int) -> list[str]:
 
 def to_diffusers(published: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     """The published tensors by diffusers' names; it makes the positions anew."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, tensor in published.items():
         if name == POSITIONS:
             continue

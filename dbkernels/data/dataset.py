@@ -1,7 +1,8 @@
 """Samples of any map-style `torch.utils.data.Dataset`, in batches."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeGuard, cast
 
 import numpy as np
 import torch
@@ -115,7 +116,7 @@ def _tensor(value: object, where: str) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float32 if type(value) is float else None)
 
 
-def gives_batches(source: object) -> bool:
+def gives_batches(source: object) -> TypeGuard[Data]:
     """Whether it is `Data`. A data set of another library may have a `batch` that cuts it."""
     batch = getattr(source, "batch", None)
     if batch is None or not (hasattr(source, "__getitem__") or hasattr(source, "__iter__")):
@@ -123,7 +124,7 @@ def gives_batches(source: object) -> bool:
     return "put" in inspect.signature(batch).parameters
 
 
-def as_data(source: Data | Dataset, keys: Keys | None = None) -> Data:
+def as_data(source: Data | Dataset | Iterable[object], keys: Keys | None = None) -> Data:
     """What the trainer reads: the source itself where it gives batches, or those of a Dataset.
 
     Args:
@@ -133,7 +134,7 @@ def as_data(source: Data | Dataset, keys: Keys | None = None) -> Data:
         ValueError: the source is no data, or gives batches and keys name their parts.
     """
     if not gives_batches(source):
-        return DatasetBatches(source, keys)
+        return DatasetBatches(cast(Dataset, source), keys)
     if keys is not None:
         raise ValueError(
             f"keys must be None for {type(source).__name__}, which names its parts itself, "

@@ -20,11 +20,11 @@ class _Opened:
     def __init__(self, number: int):
         self.number = number
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         # for a process that is begun with it; there another file may have this number
         return _taken_over, (DupFd(self.number),)
 
-    def __del__(self):
+    def __del__(self) -> None:
         os.close(self.number)
 
 

@@ -1,6 +1,7 @@
 """Batches that come in an order of their own, such as those of a DataLoader."""
 
 from collections.abc import Iterable, Iterator
+from typing import TypeGuard
 
 from torch.utils.data import IterableDataset
 
@@ -10,7 +11,7 @@ from dbkernels.data.images import Batch
 Place = dict[str, object]  # of a stream, as JSON has it
 
 
-def is_stream(source: object) -> bool:
+def is_stream(source: object) -> TypeGuard[Iterable[object]]:
     """Whether batches can be had from it one after another, and not by the index of a sample."""
     by_index = hasattr(source, "__len__") and hasattr(source, "__getitem__")
     if gives_batches(source) or (by_index and not isinstance(source, IterableDataset)):

@@ -59,7 +59,7 @@ class Description:
     end_of_text: int | None
     splits: dict[str, Counts]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("vocabulary", self.vocabulary, 1, MOST_WORDS)
         if self.end_of_text is not None:
             check_number("end_of_text", self.end_of_text, 0, self.vocabulary - 1)

@@ -64,7 +64,7 @@ class TokenizeConfig:
     processes: int = 0
     """Processes that work at a time; 0 is one for each processor."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if bool(self.tokenizer) == bool(self.train_bpe):
             raise ValueError(
                 "one of tokenizer and train_bpe must be given, "

@@ -92,7 +92,7 @@ class Bytes:
 
 
 class _Utf8:
-    def __init__(self):
+    def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def more(self, ids: Ids) -> str:

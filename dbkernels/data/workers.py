@@ -138,7 +138,7 @@ class Workers:
         gone = [process for process in self._processes if process.sentinel in ended]
         for process in gone:
             process.join()
-        return [process.exitcode for process in gone]
+        return [process.exitcode or 0 for process in gone]
 
     def close(self) -> None:
         """End the processes; a step that is taken begins them again."""
@@ -200,7 +200,7 @@ def _begin_worker(parent: int | None, _: int) -> None:
 
 def _told(ended: int) -> str:
     name = signal.Signals(ended).name if ended > 0 else f"exit code {-ended}"
-    why = {
+    why: dict[int, str] = {
         signal.SIGKILL: ", as where memory runs out",
         signal.SIGBUS: f", as where /dev/shm is full ({_free_in_shm()} MiB are free)",
     }

@@ -10,7 +10,7 @@ in arXiv:2506.14202, section 3.3, which has them for a Gaussian process.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from scipy.special import expit, logit, ndtr, ndtri
@@ -42,7 +42,8 @@ MOST_SHIFT = 1e6
 class Flow(OnPath):
     """Flow matching: the prior over the time, a `Process`."""
 
-    path, close = STRAIGHT, "linear"
+    path = STRAIGHT
+    close: ClassVar[Spacing] = "linear"
 
     mean: float = 0.0
     """Mean of ln(u / (1 - u)), of logit-normal times."""
@@ -58,7 +59,7 @@ class Flow(OnPath):
     t_max: float = 1.0
     """Greatest time; at 1 nothing is left of the clean sample."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("density", self.density, get_args(Density))
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
             raise ValueError(
@@ -202,11 +203,12 @@ class Flow(OnPath):
         check_number("levels", count, 2, int(first / self._unshifted(self.t_min)))
         return [self.t_max, *(self._shifted(first * i / count) for i in range(count - 1, 0, -1))]
 
-    def mean_weight(self, interval: Interval, prediction: Prediction) -> float:
+    def mean_weight(self, interval: Interval, prediction: Prediction | None) -> float:
         """Mean of `weight` under the prior cut to one interval.
 
         a / s is (1 - t) / t = exp(-x) / shift, with x = ln(u / (1 - u)).
         """
+        assert prediction is not None
         low, high = self._unshifted(interval.low), self._unshifted(interval.high)
         if self._is_normal:
             ends = ((float(logit(u)) - self.mean) / self.std for u in (low, high))

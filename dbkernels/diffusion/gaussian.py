@@ -9,6 +9,7 @@ overlap: Shing et al. 2026 (arXiv:2506.14202), section 3.3 and appendix C.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ TAIL = 6.0
 class LogNormal(OnPath):
     """The Gaussian process: the prior over sigma, a `Process`."""
 
-    path, close = EXPLODING, "karras"
+    path = EXPLODING
+    close: ClassVar[Spacing] = "karras"
 
     mean: float = -1.2
     """Mean of ln sigma."""
@@ -54,7 +56,7 @@ class LogNormal(OnPath):
     sigma_max: float = 80.0
     """Greatest level, in units of z."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
             raise ValueError(
                 "mean must be finite and std positive and finite, "
@@ -185,10 +187,11 @@ class LogNormal(OnPath):
         inner = [(high + i / (count - 1) * (low - high)) ** rho for i in range(1, count - 1)]
         return [self.sigma_max, *inner, self.sigma_min]
 
-    def mean_weight(self, interval: Interval, prediction: Prediction) -> float:
+    def mean_weight(self, interval: Interval, prediction: Prediction | None) -> float:
         """Mean of `weight` under the prior cut to one interval; a / s is 1 / sigma."""
         ends = ((math.log(s) - self.mean) / self.std for s in (interval.low, interval.high))
         moments = exponential_moments(self.mean, self.std, *ends)
+        assert prediction is not None
         constant, linear, square = prediction.powers
         return square * moments[1] + linear * moments[0] + constant
 

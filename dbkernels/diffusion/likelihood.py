@@ -88,7 +88,7 @@ class Curve:
     errors: Sequence[float]
     cross_entropy: Sequence[float]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = len(self.levels), len(self.errors), len(self.cross_entropy)
         if len(set(counts)) > 1 or counts[0] < 2:
             raise ValueError(
@@ -108,7 +108,7 @@ class Curve:
         """
         x = np.log(np.asarray(self.levels, dtype=np.float64))
         y = np.asarray(self.errors, dtype=np.float64) * np.exp(-2 * x)
-        slope, h = np.gradient(y, x, edge_order=min(2, len(x) - 1)), -np.diff(x)
+        slope, h = np.gradient(y, x, edge_order=2 if len(x) > 2 else 1), -np.diff(x)
         parts = h / 2 * (y[1:] + y[:-1]) + h**2 / 12 * (slope[1:] - slope[:-1])
         return np.concatenate([[0.0], np.cumsum(parts)])
 

@@ -17,11 +17,12 @@ level masks by it, and needs to know no schedule.
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from dbkernels.diffusion.prediction import Prediction
 from dbkernels.diffusion.process import (
     Interval,
     Scheme,
@@ -47,14 +48,15 @@ QUARTER = math.pi / 2
 class Masked:
     """Tokens that are masked one by one: a `Process` whose levels are shares of masked tokens."""
 
-    path, close = None, "cdf"
+    path = None
+    close: ClassVar[Spacing] = "cdf"
 
     schedule: MaskSchedule = "linear"
     """How the share of tokens that are kept falls with time; cosine masks more of them sooner."""
     eps: float = 1e-4
     """Share of tokens that is masked at time 0, and that is kept at time 1."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, get_args(MaskSchedule))
         if not LEAST_EPS <= self.eps < 0.5:
             raise ValueError(f"eps must be from {LEAST_EPS} to less than 0.5, got {self.eps}")
@@ -186,7 +188,7 @@ class Masked:
         """The start of a sampler: every token masked, int64, shape of noise."""
         return torch.full_like(noise, MASK, dtype=torch.int64)
 
-    def weight(self, level: Tensor, prediction: None) -> Tensor:
+    def weight(self, level: Tensor, prediction: Prediction | None) -> Tensor:
         """-alpha' / (1 - alpha), of the sum of masked cross-entropies; at most about 1 / eps."""
         fall = 1 - 2 * self.eps
         if self.schedule == "linear":
@@ -195,7 +197,7 @@ class Masked:
         # the cosine of the angle whose sine is the share
         return (1 - share.square()).clamp_min(0).sqrt() * (fall * QUARTER) / level
 
-    def mean_weight(self, interval: Interval, prediction: None) -> float:
+    def mean_weight(self, interval: Interval, prediction: Prediction | None) -> float:
         """Mean of `weight` over the times of one interval.
 
         ln(1 - alpha) has the weight as its derivative by time.

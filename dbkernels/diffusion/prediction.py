@@ -28,7 +28,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from dbkernels.diffusion.path import EXPLODING, PRESERVING, STRAIGHT, Pair, Path, PathName
+from dbkernels.diffusion.path import EXPLODING, PRESERVING, STRAIGHT, Pair, Path
 from dbkernels.settings import check_choice
 
 Powers = tuple[float, float, float]
@@ -173,7 +173,7 @@ class X0(_Unscaled):
 
 # what a network may predict on each path, the usual one first. Unscaled, a network would read a
 # sigma of 80 as it is; and at t = 1 a straight path has nothing left of z0 that epsilon tells.
-PREDICTIONS: dict[PathName, dict[PredictionName, Callable[[float], Prediction]]] = {
+PREDICTIONS: dict[str, dict[str, Callable[[float], Prediction]]] = {
     "gaussian": {"edm": EDM},
     "flow": {"velocity": lambda _: Velocity(), "x0": lambda _: X0(STRAIGHT)},
     "vp": {"epsilon": lambda _: Epsilon(), "v": lambda _: V(), "x0": lambda _: X0()},

@@ -8,7 +8,7 @@ sampling, evaluation and the dry run hold one and look no deeper.
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Interval:
     low: float
     high: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.low < self.high:
             raise ValueError(
                 f"an interval needs low < high, got low {self.low} and high {self.high}"
@@ -52,8 +52,13 @@ class Process(Protocol):
             order need
     """
 
-    path: ClassVar[Path | None]
-    close: ClassVar[Spacing]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def path(self) -> Path | None: ...
+
+    @property
+    def close(self) -> Spacing: ...
 
     @property
     def range(self) -> Interval:
@@ -124,8 +129,9 @@ class OnPath:
         a, s = at(self.path, level)
         return noise * ((a * sigma_data) ** 2 + s**2) ** 0.5
 
-    def weight(self, level: Tensor, prediction: Prediction) -> Tensor:
+    def weight(self, level: Tensor, prediction: Prediction | None) -> Tensor:
         """1 / of_F**2 of a prediction at a level; of EDM it is lambda of its table 1."""
+        assert prediction is not None
         a, s = self.path(level)
         constant, linear, square = prediction.powers
         return constant + linear * (a / s) + square * (a / s).square()

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -70,13 +70,16 @@ def dpmpp_2m(denoiser: Denoiser, z: Tensor, levels: Sequence[float], path: Path)
     extended on the line through the last two; the first step is Euler's.
     Arguments, result and errors are those of `euler`.
     """
-    before, width_before = None, math.inf
+    before: Tensor | None = None
+    width_before = math.inf
     for level, _, (a, s), (next_a, next_s) in _steps(levels, path):
         D = denoiser(z, level)
         # a first level that has nothing left of z0 is at minus infinity
         width = math.log(next_a / next_s) - math.log(a / s) if a else math.inf
         # of a first step, or after one of infinite width, there is no line
-        extended = D if math.isinf(width_before) else D + width / width_before / 2 * (D - before)
+        extended = D
+        if before is not None and not math.isinf(width_before):
+            extended = D + width / width_before / 2 * (D - before)
         z = next_s / s * z + (next_a - a * next_s / s) * extended
         before, width_before = D, width
     return denoiser(z, levels[-1])
@@ -99,7 +102,10 @@ SAMPLERS = {
     "heun": Solver(heun, close=True),
     "dpmpp_2m": Solver(dpmpp_2m, close=True),
 }
-Sampler = Literal[tuple(SAMPLERS)]
+if TYPE_CHECKING:
+    Sampler = str
+else:
+    Sampler = Literal[tuple(SAMPLERS)]
 
 
 def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:

@@ -7,6 +7,7 @@ that of the least noise begins at -1.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ BEFORE = -1  # the first step
 class Timesteps(OnPath):
     """Steps of a variance preserving schedule, each as likely as any other: a `Process`."""
 
-    path, close = PRESERVING, "karras"
+    path = PRESERVING
+    close: ClassVar[Spacing] = "karras"
 
     @property
     def range(self) -> Interval:
@@ -121,7 +123,7 @@ class Timesteps(OnPath):
         inner = [rho * math.log(high + i / (count - 1) * (low - high)) for i in range(1, count - 1)]
         return [float(LAST), *np.interp(inner, _log_ratios(), np.arange(STEPS)).tolist(), 0.0]
 
-    def mean_weight(self, interval: Interval, prediction: Prediction) -> float:
+    def mean_weight(self, interval: Interval, prediction: Prediction | None) -> float:
         """Mean of `weight` over the steps of one interval."""
         low, high = math.floor(interval.low), math.floor(interval.high)
         steps = torch.arange(low + 1, high + 1, dtype=torch.float64, device="cpu")

@@ -105,7 +105,8 @@ def place(events: Iterable[Event]) -> tuple[list[Event], CachingAllocator]:
         The events of the blocks, with their addresses and with their bytes in place of those that
         were asked for, and the allocator as they leave it.
     """
-    allocator, sizes, placed = CachingAllocator(), Counter(), []
+    allocator, placed = CachingAllocator(), []
+    sizes: Counter[int] = Counter()
     blocks: dict[int, Block] = {}
     for event in events:
         old = blocks.pop(event.storage, None)

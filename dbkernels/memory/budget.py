@@ -1,6 +1,7 @@
 """A ceiling for the memory of a training step of anybody's own."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -44,8 +45,8 @@ def require_within(
         raise ValueError(f"model must be on the CPU, got one on {', '.join(devices) or 'nothing'}")
     device = target_named(target)
     step()
-    owners = {"model": model, "optimizers": optimizers, "inputs": inputs}
-    found = predict(record(step, **owners, workspace=device.workspace), device)
+    owned = partial(record, model=model, optimizers=optimizers, inputs=inputs)
+    found = predict(owned(step, workspace=device.workspace), device)
     if found.peak_allocated_bytes > limit:
         raise AssertionError(_excess(found, limit))
     return found

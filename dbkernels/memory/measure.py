@@ -38,7 +38,7 @@ class Peak:
     allocated_bytes: int | None = None  # the CUDA allocator's own peak; None off CUDA
     reserved_bytes: int | None = None  # what that allocator took from the driver; None off CUDA
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert sum(self.by_category.values()) == self.total_bytes
 
 
@@ -97,7 +97,8 @@ def record(
         ValueError: optimizers or inputs is no sequence.
     """
     for name, values, kind in (("optimizers", optimizers, Optimizer), ("inputs", inputs, Tensor)):
-        wrong = [] if isinstance(values, Sequence) else [type(values).__name__]
+        none: list[str] = []
+        wrong = none if isinstance(values, Sequence) else [type(values).__name__]
         wrong = wrong or [f"a {type(v).__name__} in it" for v in values if not isinstance(v, kind)]
         if wrong:
             raise ValueError(f"{name} must be a sequence of {kind.__name__}, got {wrong[0]}")
@@ -171,7 +172,7 @@ class Prediction:
     # the trace with the bytes that the allocator gave, in place of those asked for
     blocks: Trace | None = field(repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert sum(self.by_category.values()) == self.peak_allocated_bytes
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from operator import attrgetter, itemgetter
 from pathlib import Path
+from typing import Any
 
 from dbkernels.memory.allocator import SMALL_SEGMENT, place
 from dbkernels.memory.measure import Prediction
@@ -31,7 +32,7 @@ COLOURS = {
 }
 BASE = 2**40  # address of the first segment: the viewer takes 0 for none
 POOL = (0, 0)  # that of all who ask for no other
-Entry = dict[str, object]
+Entry = dict[str, Any]  # a JSON object
 
 
 # in few numbers
@@ -64,6 +65,7 @@ def levels(prediction: Prediction, *, parts: int) -> Levels:
         ValueError: parts is below 1.
     """
     check_number("parts", parts, 1)
+    assert prediction.trace is not None and prediction.blocks is not None
     columns, phases, size = [], [], attrgetter("total_bytes")
     for op, moments in groupby(prediction.blocks.moments(), attrgetter("op")):
         columns.append(max(moments, key=size))
@@ -148,6 +150,7 @@ def write_timeline(path: Path, prediction: Prediction) -> None:
 def snapshot(prediction: Prediction) -> dict[str, list]:
     """The segments as the step leaves them, and all that happened before, in order."""
     trace = prediction.trace
+    assert trace is not None
     events, allocator = place(trace.events)
     waiting = list(reversed(allocator.segments.items()))
     alive: dict[int, tuple[int, list[Entry]]] = {}  # bytes and frames of blocks, by their addresses

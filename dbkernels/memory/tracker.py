@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from dbkernels.memory.plain import is_wrapper, plain_tensors
 
 # a storage with several uses is counted under the first of them; buffers are parameters
 CATEGORIES = (
@@ -163,9 +166,11 @@ class Tracker(TorchDispatchMode):
         self._hooks.__enter__()
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._hooks.__exit__(*exception)
-        super().__exit__(*exception)
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
         for watch in self._watches:
             watch.detach()
 
@@ -176,6 +181,9 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if any(map(is_wrapper, types)):
+            # its own ops come here one by one
+            return NotImplemented
         if func is _DEVICE_OF:
             # asked of fake tensors, and often
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
@@ -208,9 +216,10 @@ class Tracker(TorchDispatchMode):
             category:  one of CATEGORIES; a storage keeps the first of all that it was given
         """
         for tensor in tensors:
-            if isinstance(tensor, Tensor) and (index := self._meet(tensor)) is not None:
-                both = self.categories[index], category
-                self.categories[index] = min(both, key=CATEGORIES.index)
+            for _, plain in plain_tensors("", tensor) if isinstance(tensor, Tensor) else ():
+                if (index := self._meet(plain)) is not None:
+                    both = self.categories[index], category
+                    self.categories[index] = min(both, key=CATEGORIES.index)
 
     def trace(self) -> Trace:
         """The log, with each storage under the first of its categories."""
@@ -219,7 +228,8 @@ class Tracker(TorchDispatchMode):
         return Trace(self.ops, events, self.categories, self._saved_bytes(), self.flops)
 
     def _saved_bytes(self) -> int:
-        held, highest, holders = 0, 0, Counter()
+        held, highest = 0, 0
+        holders: Counter[int] = Counter()
         for storage, change in self._holds:
             holders[storage] += change
             is_first_or_last = holders[storage] == max(change, 0)

@@ -187,8 +187,8 @@ def places_in(model: nn.Module) -> Iterator[Place]:
 def adapters_in(model: nn.Module) -> Iterator[tuple[Place, LowRank]]:
     """Each adapter of a model and where it stands, in the order of the layers and of TARGETS."""
     for place in places_in(model):
-        inside = place.projection._modules.get(CHILD, {})
-        if place.target in inside:
+        inside = place.projection._modules.get(CHILD)
+        if isinstance(inside, nn.ModuleDict) and place.target in inside:
             yield place, inside[place.target]
 
 

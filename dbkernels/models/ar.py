@@ -26,7 +26,7 @@ have made of the context, as layers of an ordinary network do.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class ARConfig(NoisyTextConfig):
     """Whose guess of the next token that is: the block's, at its own end, or the whole network's,
     of which no layer but the block's learns from it."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("clean", self.clean, get_args(CleanStream))
         check_choice("noisy_input", self.noisy_input, get_args(NoisyInput))
@@ -71,7 +71,11 @@ class ARConfig(NoisyTextConfig):
 
     def as_blocks(self) -> "ARConfig":
         """With what lets blocks of a network that never met noise keep what it knows."""
-        told = {"clean": "through", "noisy_input": "map_and_clean", "read_out": "posterior"}
+        told: dict[str, Any] = {
+            "clean": "through",
+            "noisy_input": "map_and_clean",
+            "read_out": "posterior",
+        }
         return replace(self, **told)
 
     @property
@@ -95,6 +99,7 @@ PRESETS = {
 class AR(NoisyText):
     """The autoregressive family: z is (B, S, dim), a prediction is logits (B, S, vocabulary)."""
 
+    config: ARConfig
     presets, smallest = PRESETS, "small"
 
     def __init__(self, config: ARConfig):

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dbkernels.diffusion.path import log_level
+from dbkernels.models.family import FamilyModule
 from dbkernels.models.layer import AdaLNLayer
 from dbkernels.models.rotary import rotary_table
 from dbkernels.ops import reference
@@ -118,7 +119,7 @@ class CachedReader:
         B:       number of texts
     """
 
-    def __init__(self, model: nn.Module, orders: Sequence[Sequence[int]], B: int):
+    def __init__(self, model: FamilyModule, orders: Sequence[Sequence[int]], B: int):
         self.model, self.B = model, B
         config, device = model.config, model.clean_table.weight.device
         self._conditions: dict[float, Tensor] = {}

@@ -11,7 +11,7 @@ arXiv:2506.14202, section 5.2.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from dbkernels.models.denoiser import ImageDenoiser
 from dbkernels.models.image_config import LabelledConfig
 from dbkernels.models.layer import AdaLNLayer, LayerConfig, run_layers
 from dbkernels.settings import check_choice
+
+if TYPE_CHECKING:  # a Python of 3.10 has none
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ class DiTConfig(LabelledConfig):
     eps2: float | None = None
     """Of the norm before each MLP, in units of x**2; None is 1e-6, as of every other norm."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         prediction_named(self.process, self.prediction, self.sigma_data)
         check_choice("frequencies", self.frequencies, get_args(embed.Frequencies))
@@ -58,10 +61,10 @@ class DiTConfig(LabelledConfig):
         embed.grid_positions(1, self.dim, self.positions)
 
     @classmethod
-    def stored(cls, fields: dict[str, object], version: int) -> "DiTConfig":
+    def stored(cls, fields: dict[str, Any], version: int) -> "Self":
         return cls(**({"positions": "cos_sin"} if version < 3 else {}) | fields)
 
-    def as_in(self, stored: "DiTConfig") -> "DiTConfig":
+    def as_in(self, stored: "Self") -> "Self":
         return replace(self, positions=stored.positions) if isinstance(stored, DiTConfig) else self
 
 

@@ -1,19 +1,22 @@
 """What every family of models offers to the trainer and to the samplers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
 from dbkernels.diffusion.prediction import Prediction
 from dbkernels.diffusion.process import Interval, Process
+from dbkernels.models.model_config import ModelConfig
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
 
 Weighting = Literal["none", "process", "normalised", "published"]
 WEIGHTINGS = get_args(Weighting)
+# a `Family` that is an `nn.Module`; Python has no type of what is both
+FamilyModule = Any
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,12 @@ class Defaults:
 class Presets:
     """A model that has configurations under names; a base beside `nn.Module`."""
 
-    presets: ClassVar[dict[str, object]]
+    presets: ClassVar[Mapping[str, ModelConfig]]
     smallest: ClassVar[str]
     """Name of the one that trains on any machine."""
 
     @classmethod
-    def preset(cls, name: str) -> object:
+    def preset(cls, name: str) -> ModelConfig:
         """A configuration by name; the smallest where it is empty.
 
         Raises:
@@ -48,9 +51,10 @@ class Presets:
         return cls.presets[name]
 
     @classmethod
-    def from_preset(cls, name: str) -> "Presets":
+    def from_preset(cls, name: str) -> FamilyModule:
         """A new model of a preset; torch's own generator draws its weights."""
-        return cls(cls.preset(name))
+        made: FamilyModule = cls
+        return made(cls.preset(name))
 
 
 class Family(Protocol):

@@ -22,6 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -38,6 +39,10 @@ from dbkernels.models.text import NoisyTextConfig, ReadOut
 from dbkernels.ops.backend.noise_tile import LEVEL
 from dbkernels.ops.philox import Draw, counter_words, key_words, normals, philox
 from dbkernels.settings import check_number
+
+if TYPE_CHECKING:  # a Python of 3.10 has none
+    from typing_extensions import Self
+
 
 SPREAD = 0.5  # standard deviation of the logarithm of the rate of recurrences, as in Huginn
 RECURRENCES = 0  # of a step's draws
@@ -58,7 +63,7 @@ class HuginnConfig(NoisyTextConfig):
     truncation: int = 8
     """Without noise: the gradient passes through so many recurrences, the last ones."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name, least in (("prelude", 0), ("coda", 0), ("recurrences", 1), ("truncation", 1)):
             check_number(name, getattr(self, name), least)
@@ -72,7 +77,7 @@ class HuginnConfig(NoisyTextConfig):
         """With what lets a network that never met noise keep what it knows."""
         return replace(self, read_out="posterior")
 
-    def resized(self, sizes: dict[str, int]) -> "HuginnConfig":
+    def resized(self, sizes: dict[str, int]) -> "Self":
         """With other sizes by field; prelude and coda keep their ratios to depth too."""
         if "depth" in sizes:
             ends = {k: getattr(self, k) * sizes["depth"] // self.depth for k in ("prelude", "coda")}
@@ -99,6 +104,7 @@ class Huginn(NoisyText):
     state.
     """
 
+    config: HuginnConfig
     presets, smallest = PRESETS, "small"
     independent = True
 

@@ -2,7 +2,7 @@
 
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -10,6 +10,9 @@ from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import ImageData, open_data
 from dbkernels.data.made_up import Field
 from dbkernels.ops.layer.recompute import Recompute
+
+if TYPE_CHECKING:  # a Python of 3.10 has none
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class ImageConfig:
     """What the backward computes again: a key of `dbkernels.ops.POLICIES`; moves only rounding."""
     independent: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         size, patch = self.image_size, self.patch
         if patch < 1 or size < 1 or size % patch:
             raise ValueError(f"the patch must divide the image size, got {patch} and {size}")
@@ -46,15 +49,15 @@ class ImageConfig:
         return (self.image_size // self.patch) ** 2
 
     @classmethod
-    def stored(cls, fields: dict[str, object], version: int) -> "ImageConfig":
+    def stored(cls, fields: dict[str, Any], version: int) -> "Self":
         """The configuration in a run's config.json, of the version that the file has."""
         return cls(**fields)
 
-    def as_in(self, stored: "ImageConfig") -> "ImageConfig":
+    def as_in(self, stored: "Self") -> "Self":
         """With what a stored run has and nobody chooses."""
         return self
 
-    def resized(self, sizes: dict[str, int]) -> "ImageConfig":
+    def resized(self, sizes: dict[str, int]) -> "Self":
         """With other sizes, by field."""
         return replace(self, **sizes)
 
@@ -104,7 +107,7 @@ class LabelledConfig(ImageConfig):
         """The training split of data that the model may not fit yet, as `open_data`."""
         return open_data(source, convert=convert)
 
-    def fitted(self, data: ImageData) -> "LabelledConfig":
+    def fitted(self, data: ImageData) -> "Self":
         """With the image size, channels and classes of some data.
 
         Raises:

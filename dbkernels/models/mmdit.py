@@ -14,7 +14,7 @@ embeddings anew, through its own layers alone.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from dbkernels.models.image_config import ImageConfig, check_no_stride
 from dbkernels.models.joint_layer import JointConfig, JointLayer
 from dbkernels.models.parallel_layer import ParallelConfig, ParallelLayer
 from dbkernels.models.rotary import axis_table
+
+if TYPE_CHECKING:  # a Python of 3.10 has none
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class MMDiTConfig(ImageConfig):
     prediction: PredictionName = "velocity"
     """What the network predicts, of those that `PREDICTIONS` has for the process."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         prediction_named(self.process, self.prediction, self.sigma_data)
         if not 0 <= self.parallel <= self.depth:
@@ -77,7 +80,7 @@ class MMDiTConfig(ImageConfig):
         """Of an image and its text together."""
         return super().tokens + self.text_length
 
-    def resized(self, sizes: dict[str, int]) -> "MMDiTConfig":
+    def resized(self, sizes: dict[str, int]) -> "Self":
         """With other sizes, by field; fewer layers have fewer parallel ones, in proportion."""
         if "depth" in sizes:
             share = self.parallel * sizes["depth"] // self.depth
@@ -89,7 +92,7 @@ class MMDiTConfig(ImageConfig):
         _check_no_convert(convert)
         return open_captions(source)
 
-    def fitted(self, data: CaptionedImages) -> "MMDiTConfig":
+    def fitted(self, data: CaptionedImages) -> "Self":
         """With the sizes of some data's images and embeddings.
 
         Raises:

@@ -12,7 +12,7 @@ that is made of it: they take it beside x, or it is added to the tokens, or is o
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +122,7 @@ class OwnLayers(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         """The list of layers in net."""
-        return self.net.get_submodule(self._layers)
+        return cast(nn.ModuleList, self.net.get_submodule(self._layers))
 
     @property
     def defaults(self) -> Defaults:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dbkernels.models.family import FamilyModule
 from dbkernels.ops.philox import Draw, normals
 
 # how a family makes text: token by token, with the keys and values of known tokens kept, or with
@@ -19,7 +20,8 @@ class Reader(Protocol):
     cache_bytes:  of what is kept of known tokens
     """
 
-    cache_bytes: int
+    @property
+    def cache_bytes(self) -> int: ...
 
     def begin(self, tokens: Tensor) -> None:
         """Begin texts anew: known tokens (B, n) int64, fewer than a window has."""
@@ -47,7 +49,7 @@ class WholeReader:
 
     cache_bytes = 0
 
-    def __init__(self, model: nn.Module, draw: Draw):
+    def __init__(self, model: FamilyModule, draw: Draw):
         self.model, self.draw = model, draw
         self._levels: dict[float, int] = {}
 

@@ -6,65 +6,25 @@ Training, planning and the command line know a family by its entry alone.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dbkernels.data.image_folder import Convert
-from dbkernels.data.images import Batch, Data
-from dbkernels.data.made_up import Field
+from dbkernels.data.images import Batch
 from dbkernels.diffusion.flow import Flow
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.diffusion.masked import Masked
-from dbkernels.diffusion.path import PathName
 from dbkernels.diffusion.process import Process
 from dbkernels.diffusion.timesteps import Timesteps
 from dbkernels.models import ar, dit, huginn, mdm, mmdit, vit
-from dbkernels.models.family import Presets, Weighting
+from dbkernels.models.family import FamilyModule, Presets, Weighting
+from dbkernels.models.model_config import ModelConfig
 from dbkernels.models.reading import TextWay
 from dbkernels.models.start import Start
 from dbkernels.settings import check_choice
 
 TextNoise = Literal["masked", "gaussian"]
-
-
-class ModelConfig(Protocol):
-    """Sizes of a model, a frozen dataclass; also `dim`, `depth` and `recompute`.
-
-    independent:  as that of `Family`
-    tokens:       of a sample, as the layers see it, or nearly as many
-    """
-
-    independent: bool
-    tokens: int
-
-    @classmethod
-    def stored(cls, fields: dict[str, object], version: int) -> "ModelConfig":
-        """The configuration in a run's config.json, of the version that the file has."""
-
-    def as_in(self, stored: "ModelConfig") -> "ModelConfig":
-        """With what a stored run has and nobody chooses."""
-
-    def resized(self, sizes: dict[str, int]) -> "ModelConfig":
-        """With other sizes by field; what is in proportion to one of them changes with it."""
-
-    def find(self, source: str, *, convert: Convert) -> Data:
-        """The training split of the data under a name or a path, which may not fit the model."""
-
-    def fitted(self, data: Data) -> "ModelConfig":
-        """With what the data say of a model for them."""
-
-    def open(
-        self, source: str, split: Literal["train", "test"], *, convert: Convert, stride: int
-    ) -> Data:
-        """A split of the data under a name or a path, which fits the model."""
-
-    def keep(self, source: str, directory: Path) -> None:
-        """Write into a run's directory what its samples are read with, if that is not there."""
-
-    def fields(self) -> dict[str, Field]:
-        """What a sample of its data holds, by name."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +35,8 @@ class FamilyEntry:
     """What it does, after its name."""
     model: type[Presets]
     """A `Family` with `presets`, made from a configuration."""
-    config: type
-    """A `ModelConfig`."""
+    config: type[ModelConfig]
+    """Of its model."""
     process: Process
     """The noise, where nobody says another."""
     paper: Process
@@ -98,7 +58,7 @@ class FamilyEntry:
     text: TextNoise | None = None
     """What noise does to a text, which says how its bits are bounded: it masks tokens, or moves
     their embeddings; None is no model of text."""
-    prompts: Callable[[ModelConfig, Path | None, int, torch.device], Batch] | None = None
+    prompts: Callable[[Any, Path | None, int, torch.device], Batch] | None = None
     """(config, file of prompts, number of each class or prompt, device) -> what to sample; None
     where it draws no images."""
     writes: TextWay | None = None
@@ -106,7 +66,7 @@ class FamilyEntry:
     all of them read again for each. unmask: a window at once, whose tokens open one by one."""
     start: Start = field(default_factory=Start)
     """How its blocks start from a network that was trained end to end."""
-    other_noise: Mapping[PathName, Process] = field(default_factory=dict)
+    other_noise: Mapping[str, Process] = field(default_factory=dict)
     """The noise of models whose configuration has another process than the family's own."""
 
     def process_of(self, config: ModelConfig) -> Process:
@@ -207,7 +167,10 @@ FAMILIES = {
     ),
 }
 
-FamilyName = Literal[tuple(FAMILIES)]
+if TYPE_CHECKING:
+    FamilyName = str
+else:
+    FamilyName = Literal[tuple(FAMILIES)]
 DEFAULT_FAMILY: FamilyName = next(iter(FAMILIES))
 
 
@@ -234,6 +197,6 @@ def family_with(preset: str) -> FamilyName:
     return next(name for name, entry in FAMILIES.items() if preset in entry.model.presets)
 
 
-def family_of(model: nn.Module) -> FamilyEntry | None:
+def family_of(model: FamilyModule) -> FamilyEntry | None:
     """The entry of a model's family; None where it is of none of them."""
     return next((entry for entry in FAMILIES.values() if isinstance(model, entry.model)), None)

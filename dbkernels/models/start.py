@@ -8,11 +8,14 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dbkernels.diffusion.process import NoiseOrder
+from dbkernels.models.family import FamilyModule
+from dbkernels.models.model_config import ModelConfig
 
 Weights = Mapping[str, Tensor]
 
@@ -28,12 +31,12 @@ class Start:
     """Settings of the model that may be others than the trained network's."""
     free_without_noise: tuple[str, ...] = ()
     """More of them, which such a network does not use."""
-    as_blocks: Callable[[object], object] | None = None
+    as_blocks: Callable[[Any], ModelConfig] | None = None
     """Configuration -> that of blocks which keep what the network knows, where nobody says
     another."""
     noise_order: NoiseOrder = "first"
     """Which of its layers best meet the most noise, where nobody says another."""
-    add_noise: Callable[[nn.Module], None] | None = None
+    add_noise: Callable[[FamilyModule], None] | None = None
     """Sets, in place, what such a network never used, so that noise has no effect yet."""
 
 
@@ -45,8 +48,7 @@ class Trained:
     """Its file or directory, for messages."""
     family: str
     """A key of `FAMILIES`."""
-    config: object
-    """A `ModelConfig`."""
+    config: ModelConfig
     weights: Weights
     """As the state dict of a model of the configuration has them, on the CPU."""
     without_noise: bool = False
@@ -64,7 +66,7 @@ class Trained:
 
 
 @torch.no_grad()
-def take_over(model: nn.Module, trained: Trained, start: Start, *, without_noise: bool) -> None:
+def take_over(model: FamilyModule, trained: Trained, start: Start, *, without_noise: bool) -> None:
     """Give a new model, in place, the weights of a trained network of its family.
 
     Args:
@@ -96,4 +98,5 @@ def take_over(model: nn.Module, trained: Trained, start: Start, *, without_noise
     for name in own.keys() & expected.keys():
         own[name].copy_(trained.weights[name])
     if trained.without_noise and not without_noise:
+        assert start.add_noise is not None
         start.add_noise(model)

@@ -15,15 +15,16 @@ import sysconfig
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from dbkernels.models.compiled import own_code
-from dbkernels.models.family import Family
+from dbkernels.models.family import FamilyModule
 
 
-def compile_stem_and_head(model: Family, device: torch.device | str) -> None:
+def compile_stem_and_head(model: FamilyModule, device: torch.device | str) -> None:
     """Compile a family's stem and head for where a gradient is asked for, and nowhere else.
 
     They are compiled when they first run, for that shape and dtype. A copy that is made of the
@@ -41,7 +42,7 @@ def compile_stem_and_head(model: Family, device: torch.device | str) -> None:
     for name in model.stem_and_head:
         plain = getattr(type(model), name)
         # of two kernels none is chosen by its time, which would make a run's bits a matter of luck
-        options = {"deterministic": True}
+        options: dict[str, Any] = {"deterministic": True}
         code = torch.compile(own_code(plain), fullgraph=True, dynamic=False, options=options)
         setattr(model, name, partial(_run, code, plain, model))
 

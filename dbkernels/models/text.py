@@ -2,7 +2,7 @@
 
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -14,6 +14,10 @@ from dbkernels.models.layer import LayerConfig
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_choice
 from dbkernels.whole_file import write_whole
+
+if TYPE_CHECKING:  # a Python of 3.10 has none
+    from typing_extensions import Self
+
 
 CleanStream = Literal["own", "through"]
 Guesser = Literal["block", "network"]
@@ -45,7 +49,7 @@ class TextConfig:
     """What the backward computes again: a key of `dbkernels.ops.POLICIES`; moves only rounding."""
     independent: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("length", "vocabulary"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -56,15 +60,15 @@ class TextConfig:
         return self.length
 
     @classmethod
-    def stored(cls, fields: dict[str, object], version: int) -> "TextConfig":
+    def stored(cls, fields: dict[str, Any], version: int) -> "Self":
         """The configuration in a run's config.json, of the version that the file has."""
         return cls(**fields)
 
-    def as_in(self, stored: "TextConfig") -> "TextConfig":
+    def as_in(self, stored: "Self") -> "Self":
         """With what a stored run has and nobody chooses."""
         return self
 
-    def resized(self, sizes: dict[str, int]) -> "TextConfig":
+    def resized(self, sizes: dict[str, int]) -> "Self":
         """With other sizes by field; the MLP and the condition keep their ratios to dim."""
         if "dim" in sizes:
             kept = {
@@ -82,7 +86,7 @@ class TextConfig:
         _require_no_images(convert)
         return open_tokens(source, length=self.length)
 
-    def fitted(self, data: TokenData) -> "TextConfig":
+    def fitted(self, data: TokenData) -> "Self":
         """With the vocabulary of some data."""
         return replace(self, vocabulary=data.vocabulary)
 
@@ -131,7 +135,7 @@ class NoisyTextConfig(TextConfig):
     levels_of: LevelsOf = "sample"
     """Whether each sample has one level of noise, or each token one of its own."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name, known in (("read_out", ReadOut), ("levels_of", LevelsOf)):
             check_choice(name, getattr(self, name), get_args(known))

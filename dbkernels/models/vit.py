@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ from dbkernels.models.taught import cross_entropy as taught_entropy
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.dropout import dropout
 from dbkernels.ops.philox import Draw
+
+if TYPE_CHECKING:  # a Python of 3.10 has none
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class ViTConfig(LabelledConfig):
     small_init: bool = False
     """Whether weights and positions begin with a standard deviation of 0.02."""
 
-    def resized(self, sizes: dict[str, int]) -> "ViTConfig":
+    def resized(self, sizes: dict[str, int]) -> "Self":
         """With other sizes by field; the MLP keeps its ratio to dim."""
         if "dim" in sizes:
             sizes = {"mlp_hidden": self.mlp_hidden * sizes["dim"] // self.dim, **sizes}

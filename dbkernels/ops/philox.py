@@ -98,7 +98,7 @@ class Draw:
     sample: int = 0
     """Index of the first sample in the step's effective batch, over micro-batches and ranks."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, limit in LIMITS.items():
             value = getattr(self, name)
             if name == "step" and isinstance(value, Tensor):
@@ -287,7 +287,8 @@ def kernel_draw(draw: DrawArguments) -> tuple[Tensor, int, int, int]:
     """What DRAW names; the words always of int32, so that one binary serves all."""
     seed, step, sample = draw
     words = (word - 2**32 if word >= 2**31 else word for word in (sample, *key_words(seed)))
-    return step, *words
+    first, low, high = words
+    return step, first, low, high
 
 
 def noise_launch(B: int, elements: int) -> tuple[tuple[int], dict[str, int]]:

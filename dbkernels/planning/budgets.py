@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dbkernels.memory.allocator import target_named
 from dbkernels.memory.tracker import CATEGORIES
@@ -114,6 +115,9 @@ def write(path: Path, budgets: dict[Recipe, Sizes]) -> None:
 
 
 def _budget(row: object) -> tuple[Recipe, Sizes]:
+    settings: Any
+    peak: Any
+    parts: Any
     settings, peak, parts = require_names("a budget", row, NAMES)
     sizes = (*require_names("by_category", parts, CATEGORIES), peak)
     if any(type(size) is not int or size < 0 for size in sizes):

@@ -84,7 +84,7 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
             trace = record(
                 partial(trainer.advance, block),
                 model=on_device,
-                optimizers=[group.optimizer for group in moved],
+                optimizers=[each for group in moved for each in group.optimizers],
                 inputs=[tensor for group in moved for tensor in group.average.values()],
                 workspace=workspace,
             )
@@ -111,8 +111,8 @@ def _plain(recipe: Recipe) -> Recipe:
     need what they need op by op, but for a cut batch, which it holds as a whole; a compiled stem or
     head keeps no more than op by op, and has no kernels here.
     """
-    plain = {"cuda_graphs": False, "compile_stem_and_head": False}
-    return replace(recipe, offload="none", prefetch=False, **plain)
+    alone = replace(recipe, offload="none", prefetch=False)
+    return replace(alone, cuda_graphs=False, compile_stem_and_head=False)
 
 
 class _Mode(FakeTensorMode):
@@ -159,7 +159,9 @@ def _on_device(trainer: Trainer, block: Block) -> nn.Module:
     if not model.independent:
         return model
     idle = trainer.groups.keys() - {own_group(block), SHARED}
-    of_others = [(*trainer.groups[name].parameters.values(), *frozen[name]) for name in idle]
+    of_others: list[Sequence[nn.Parameter]] = [
+        (*trainer.groups[name].parameters.values(), *frozen[name]) for name in idle
+    ]
     of_others.append(trainer.blocks.idle())
     left_out = {id(parameter) for parameters in of_others for parameter in parameters}
     read.own = nn.ParameterList(p for p in model.parameters() if id(p) not in left_out)

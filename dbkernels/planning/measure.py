@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from dbkernels.planning.recipe import Recipe
 from dbkernels.pool import processes
 from dbkernels.training.trainer import Trainer
 
-Figures = dict[str, object]
+Figures = dict[str, Any]  # a JSON object
 
 KILLED = "its process was killed, as where the host has no memory left"
 
@@ -71,7 +72,7 @@ def profile_trainer(trainer: Trainer, steps: int) -> Figures:
     """
     device = trainer.device
     blocks = [partial(trainer.step_block, block) for block in trainer.blocks]
-    optimizers = [group.optimizer for group in trainer.groups.values()]
+    optimizers = [each for group in trainer.groups.values() for each in group.optimizers]
     peaks, seconds, first, steady = [], [], [], []
     for step in blocks:
         # the first step makes the optimizer's state, the second is steady

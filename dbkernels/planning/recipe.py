@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.training.diffusion_blocks import Sharing
 from dbkernels.training.lora_config import NO_LORA, LoraConfig
+from dbkernels.training.optimizers.registry import OptimizerName
 from dbkernels.training.partition import partition
 from dbkernels.training.run_config import Objective, PartitionConfig, RunConfig
 from dbkernels.training.trainer import Trainer
@@ -78,6 +80,7 @@ class Recipe:
     prefetch: bool = False
     sharing: Sharing = "joint"
     ema: float = 0.0
+    optimizer: OptimizerName = "adamw"
     optimizer_in_backward: bool = False
     """Without clipping, whose norm would be known too late."""
     autocast: bool = False
@@ -91,7 +94,7 @@ class Recipe:
     device: Target = TARGETS["h100"]
     """That trains, or that is predicted."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _require("method", self.method, METHODS)
         _require("offload", self.offload, OFFLOAD)
         policies = tuple(POLICIES) if self.method == "block_fused" else (None,)
@@ -159,9 +162,11 @@ class Recipe:
         return config.trainer_of(blocks, data, device=device)
 
     def settings(self) -> Settings:
-        """What a row of JSON and a budget say of it."""
-        other = {"batch": self.batch_size, "target": self.device.name}
-        return {name: other[name] if name in other else getattr(self, name) for name in SETTINGS}
+        """What a row of JSON and a budget say of it; of an optimizer, where it is not AdamW."""
+        other: Settings = {"batch": self.batch_size, "target": self.device.name}
+        own: Settings = {} if self.optimizer == "adamw" else {"optimizer": self.optimizer}
+        given = {name: other[name] if name in other else getattr(self, name) for name in SETTINGS}
+        return given | own
 
 
 def offloads_of(model: ModelConfig, num_blocks: int) -> tuple[Offload, ...]:
@@ -200,9 +205,9 @@ def of_settings(settings: Settings) -> Recipe:
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             kind = getattr(kind, "__name__", kind)
             raise ValueError(f"{name} must be {kind}, got {shortened(value)}")
-    others = dict(settings)
+    others: dict[str, Any] = dict(settings)
     batch, device = others.pop("batch"), target_named(others.pop("target"))
-    recipe = of_preset(settings["family"], settings["preset"])
+    recipe = of_preset(others["family"], others["preset"])
     return replace(recipe, batch_size=batch, device=device, **others)
 
 

@@ -77,6 +77,7 @@ def estimate(recipe: Recipe) -> Estimates:
     for offload, prediction in found.items():
         swapped = 0 if offload == "none" else swapped_bytes(found, recipe)
         # the few ops that a step has once are counted with every micro-batch
+        assert prediction.trace is not None
         flops, ops = round(times * prediction.flops), round(times * len(prediction.trace.ops))
         estimates[offload] = Estimate(
             recipe=replace(recipe, offload=offload),
@@ -163,18 +164,24 @@ def search(
     presets = family_named(recipe.family).model.presets
     by_size = sorted(presets, key=lambda n: -presets[n].depth * presets[n].dim ** 2)
     # what needs the least
-    least = {"recompute": policies_of(mixed=recipe.autocast)[-1], "accumulate": recipe.batch_size}
-    jobs = [partial(plans_of, replace(recipe, num_blocks=n), estimate, limit) for n in counts]
+    least = policies_of(mixed=recipe.autocast)[-1]
+    jobs: list[Callable[[], Found | Estimates]] = [
+        partial(plans_of, replace(recipe, num_blocks=n), estimate, limit) for n in counts
+    ]
     for name in by_size:
         model = presets[name]
-        small = replace(recipe, preset=name, model=model, num_blocks=model.depth, **least)
+        small = replace(recipe, preset=name, model=model, num_blocks=model.depth)
+        small = replace(small, recompute=least, accumulate=recipe.batch_size)
         jobs.append(partial(estimate, small))
-    every: list[Found | Estimates] = []
+    found: list[Found] = []
+    of_presets: list[Estimates] = []
     layers = PREDICTIONS * sum(depth // n for n in counts)
-    for part in results(jobs, most=None if layers > ALONE else 1):
-        every.append(part)
-        told(len(every), len(jobs), part if isinstance(part, Found) else None)
-    found, of_presets = every[: len(counts)], every[len(counts) :]
+    for done, part in enumerate(results(jobs, most=None if layers > ALONE else 1), start=1):
+        if isinstance(part, Found):
+            found.append(part)
+        else:
+            of_presets.append(part)
+        told(done, len(jobs), part if isinstance(part, Found) else None)
     needed = dict(zip(by_size, of_presets, strict=True))
     fits = (name for name in by_size if _smallest(needed[name].values()).peak_bytes <= limit)
     return Answer(
@@ -235,7 +242,7 @@ def _fastest(
             slow.append(recompute)
             continue
         worth = sizes
-        if best:
+        if best and best.recipe.recompute is not None:
             # with no smaller micro-batch, nor the same where it computes more, it may be faster
             more = _redoes(recompute, best.recipe.recompute)
             worth = sizes[bisect_left(sizes, best.recipe.micro_batch) + more :]

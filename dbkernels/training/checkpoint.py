@@ -49,7 +49,9 @@ def as_json(value: object) -> bytes:
 
 
 def _step(path: Path) -> int:
-    return int(_PUBLISHED.fullmatch(path.name)[1])
+    found = _PUBLISHED.fullmatch(path.name)
+    assert found is not None
+    return int(found[1])
 
 
 def _newest_first(root: Path) -> list[Path]:

@@ -10,14 +10,14 @@ the paper's text lets no parameter be shared. Both are here: `sharing`.
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
 from dbkernels.diffusion.process import NoiseOrder, Process, Scheme
-from dbkernels.models.family import WEIGHTINGS, Weighting
+from dbkernels.models.family import WEIGHTINGS, FamilyModule, Weighting
 from dbkernels.models.registry import family_of
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_choice
@@ -70,7 +70,7 @@ class DiffusionBlocks(Evaluated):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: FamilyModule,
         num_blocks: int = 3,
         *,
         process: Process | None = None,
@@ -83,19 +83,20 @@ class DiffusionBlocks(Evaluated):
         noise_order: NoiseOrder = "first",
     ):
         super().__init__()
-        self.process, self.weighting = process, weighting
+        self.weighting = weighting
         if entry := family_of(model):
-            self.process = process or entry.process_of(model.config)
+            process = process or entry.process_of(model.config)
             self.weighting = weighting or entry.weighting
             self.metrics, self.average, self.text = entry.metrics, entry.average, entry.text
         elif own := getattr(model, "defaults", None):
-            self.process, self.weighting = process or own.process, weighting or own.weighting
+            process, self.weighting = process or own.process, weighting or own.weighting
             self.metrics, self.average = own.metrics, own.average
-        if self.process is None:
+        if process is None:
             raise ValueError(
                 f"process must be given for {type(model).__name__}, which is of no known family, "
                 "got None"
             )
+        self.process = process
         path = model.prediction and model.prediction.path
         if self.process.path != path:
             raise ValueError(
@@ -108,7 +109,8 @@ class DiffusionBlocks(Evaluated):
         order = tuple(depth if layers is None else layers)
         if not set(order) <= set(depth):
             raise ValueError(f"layers must be 0 to {depth[-1]}, got {list(order)}")
-        cut = {"split": split, "scheme": scheme, "gamma": gamma, "noise_order": noise_order}
+        cut: dict[str, Any] = {"split": split, "scheme": scheme, "gamma": gamma}
+        cut["noise_order"] = noise_order
         self._blocks = partition(order, num_blocks, self.process, **cut)
         # those whose layers come first may be read by others
         self.in_running_order = range(num_blocks)[:: 1 if noise_order == "first" else -1]
@@ -143,7 +145,7 @@ class DiffusionBlocks(Evaluated):
     def __getitem__(self, index: int) -> Block:
         return self._blocks[index]
 
-    def of(self, block: Block) -> nn.Module:
+    def of(self, block: Block) -> FamilyModule:
         """The model that a block trains and serves with."""
         return self.copies[block.index - 1] if self.copies and block.index else self.model
 

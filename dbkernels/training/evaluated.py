@@ -1,6 +1,7 @@
 """What blocks are worth on some data."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from dbkernels.training.evaluation import (
     batches,
 )
 from dbkernels.training.partition import block_at
-from dbkernels.training.text_bits import Reading, TextEvaluation
+from dbkernels.training.text_bits import Reading, TextData, TextEvaluation
 from dbkernels.training.text_bound import conventional_bits
 from dbkernels.training.text_evaluation import WINDOWS, evaluate_text
 from dbkernels.training.together import Start, Together
@@ -95,7 +96,8 @@ class Evaluated(Together):
             ValueError: a setting has a value that it cannot have, or is of another kind of model,
                 or the data is not what the model was trained on.
         """
-        given = {"levels": levels, "start": start, "starts": starts, "bridge": bridge}
+        given: dict[str, Any] = {"levels": levels, "start": start}
+        given |= {"starts": starts, "bridge": bridge}
         for name, value in given.items():
             if value is not None and name not in SETTINGS[self.text]:
                 raise ValueError(f"{name} must be None for {self._name}, got {value}")
@@ -110,9 +112,9 @@ class Evaluated(Together):
             if samples is not None:
                 check_number("samples", samples, 1)
                 data = Spaced(data, samples)
-            steps = {"start": start or "zero", "starts": 1 if starts is None else starts}
+            steps = start or "zero", 1 if starts is None else starts
             grid = 3 if levels is None else levels
-            return self._evaluate(data, grid, steps, Passes(told), at)
+            return self._evaluate(data, grid, *steps, Passes(told), at)
         finally:
             self.train(was_training)
 
@@ -157,21 +159,23 @@ class Evaluated(Together):
     ) -> Reading:
         windows = WINDOWS if samples is None else samples
         check_number("samples", windows, 1)
-        return Reading(data, windows, seed, batch_size, Passes(told))
+        # data without windows of text is refused there by name
+        return Reading(cast(TextData, data), windows, seed, batch_size, Passes(told))
 
     def _evaluate(
         self,
         data: Data,
         levels: int | Sequence[float],
-        steps: dict[str, object],
+        start: Start,
+        starts: int,
         passes: Passes,
         at: dict[str, int],
     ) -> Evaluation:
         """Losses of the blocks, and what the family measures after every step of a sampler."""
-        self.check_starts(**steps)
+        self.check_starts(start, starts)
         grid = self.process.grid(levels, "cdf") if isinstance(levels, int) else levels
         grid = grid if self.metrics else ()
-        in_steps = steps["starts"] * len(grid)  # passes of a sample
+        in_steps = starts * len(grid)  # passes of a sample
         passes.total = len(data) * (LEVELS_PER_BLOCK * len(list(self)) + 1 + in_steps)
         losses = []
         shares = torch.arange(0.5, LEVELS_PER_BLOCK, dtype=torch.float64) / LEVELS_PER_BLOCK
@@ -182,7 +186,7 @@ class Evaluated(Together):
         highest = self._loss_at(data, self.process.range.high, passes, **at)
 
         def of_steps(batch: Batch, draw: Draw) -> list[Tensor]:
-            found = self.predictions(batch, grid, draw, **steps)
+            found = self.predictions(batch, grid, draw, start=start, starts=starts)
             passes.made(len(found[0]) * in_steps)
             return found
 
@@ -193,6 +197,7 @@ class Evaluated(Together):
         self, data: Data, of_steps: Callable[..., list[Tensor]], *, seed: int, batch_size: int
     ) -> dict[str, tuple[float, ...]]:
         """Means of the family's own numbers after each step, by name."""
+        assert self.metrics is not None
         totals: dict[str, list[float]] = {}
         for batch, draw in batches(data, batch_size, self.device, seed=seed):
             predictions = of_steps(batch, draw=draw)

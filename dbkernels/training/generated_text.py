@@ -15,7 +15,7 @@ from typing import get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dbkernels.data.token_files import check_ids
 from dbkernels.diffusion.bridges import DEFAULT_BRIDGE, BridgeName, bridge
@@ -24,6 +24,7 @@ from dbkernels.diffusion.process import Interval, Spacing
 from dbkernels.diffusion.sharpen import check_sharpening, sharpened
 from dbkernels.diffusion.unmask import choose, unmask
 from dbkernels.models.cached import CachedReader
+from dbkernels.models.family import FamilyModule
 from dbkernels.models.reading import Reader, TextWay, WholeReader
 from dbkernels.models.registry import family_of
 from dbkernels.ops.philox import Draw, normals, uniforms
@@ -161,7 +162,7 @@ class GeneratedText:
 
     def _check_conventional(self, bridge: BridgeName | None) -> None:
         entry = family_of(self.blocks.model)
-        if not entry.conventional or len(self.blocks) > 1:
+        if entry is None or not entry.conventional or len(self.blocks) > 1:
             raise ValueError(
                 "conventional must be False but for one block that was trained without noise, got "
                 f"{len(self.blocks)} of {type(self.blocks.model).__name__}"
@@ -177,10 +178,10 @@ class GeneratedText:
         if not all(a > b for a, b in pairwise(self.levels)):
             raise ValueError(f"levels must be descending, got {list(self.levels)}")
 
-    def _make_readers(self) -> dict[nn.Module, Reader]:
+    def _make_readers(self) -> dict[FamilyModule, Reader]:
         """One for each model that serves some of the blocks that are asked."""
         asked = {block_at(self.blocks, level).index for level in self.levels}
-        orders: dict[nn.Module, list[Sequence[int]]] = {}
+        orders: dict[FamilyModule, list[Sequence[int]]] = {}
         for block in self.blocks:
             if self.conventional or block.index in asked:
                 orders.setdefault(self.blocks.of(block), []).append(block.layers)
@@ -234,6 +235,7 @@ class GeneratedText:
                 return probability.argmax(-1) if name == "argmax" else _chosen(probability, own)
             following = self.levels[place + 1]
             z = bridge(name)(probability, self._table, z, level, following, own)
+        raise AssertionError("the last level answers")
 
     def _asked(self, block: Block) -> Reader:
         return self._readers[self.blocks.of(block)]

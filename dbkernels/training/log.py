@@ -1,13 +1,17 @@
-"""The log of a run: one JSON object a line, and TensorBoard where it is asked for."""
+"""The log of a run: one JSON object a line, and the trackers that are asked for."""
 
 import fcntl
 import json
 import os
+import secrets
 import warnings
 import weakref
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
+from dbkernels.training.tracking.registry import TRACKERS, TrackerName, require_trackers
+from dbkernels.training.tracking.tracker import Row, TrackedRun, Tracker
 from dbkernels.whole_file import make_directory, write_whole
 
 
@@ -18,41 +22,89 @@ class RunLog:
     tells.
 
     Args:
-        directory:    of the run; made where it is missing
-        first_step:   rows of this step of the run and later ones are dropped; 0 starts anew
-        tensorboard:  whether to write event files to directory/tensorboard too
+        directory:   of the run; made where it is missing
+        first_step:  rows of this step of the run and later ones are dropped; 0 starts anew
+        track:       trackers that show the rows too; one that fails on the way is left out from
+                     there on, which a warning says
+        config:      of the run, for trackers to show
     Raises:
-        ValueError: TensorBoard is asked for and not installed, or another log of the directory is
-                    open, in whatever process.
+        ValueError: a tracker is unknown or not installed, or another log of the directory is open,
+                    in whatever process.
     """
 
-    def __init__(self, directory: Path, *, first_step: int = 0, tensorboard: bool = False):
-        writer = _tensorboard_writer() if tensorboard else None
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        first_step: int = 0,
+        track: Sequence[TrackerName] = (),
+        config: Mapping[str, object] | None = None,
+    ):
+        require_trackers(track)
         make_directory(directory)
         self._release = weakref.finalize(self, os.close, _claim(directory))
+        # not before the claim: one who is refused leaves no file beside those of a run that goes on
+        self._trackers = _open(track, directory, first_step, config or {})
         path = directory / "log.jsonl"
         kept = [row for row in read_log(path) if row["step"] < first_step]
         if not first_step:
             _set_aside(path)
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", buffering=1)
-        # not before the claim: one who is refused leaves no file beside those of a run that goes on
-        self._writer = writer and writer(
-            str(directory / "tensorboard"), purge_step=first_step or None
-        )
 
-    def write(self, row: dict[str, float | int]) -> None:
+    def write(self, row: Row) -> None:
         """Log one step: its numbers by name, "step" and "block" among them."""
         self._file.write(json.dumps(row) + "\n")
-        if self._writer:
-            for name in sorted(row.keys() - {"step", "block"}):
-                self._writer.add_scalar(f"{name}/block{row['block']}", row[name], row["step"])
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.write(row)
+            except Exception as error:
+                # a run of days does not end for want of a picture: its rows are in the file
+                del self._trackers[name]
+                message = f"{name} shows nothing from step {row['step']} on: {error}"
+                warnings.warn(message, stacklevel=2)
 
-    def close(self) -> None:
+    def close(self, *, finished: bool = True) -> None:
+        """Write no more.
+
+        Args:
+            finished:  whether the run has come to its end, which trackers show
+        """
         self._release()
         self._file.close()
-        if self._writer:
-            self._writer.close()
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.close(finished=finished)
+            except Exception as error:
+                warnings.warn(f"{name} lacks the last rows: {error}", stacklevel=2)
+
+
+def _open(
+    names: Sequence[TrackerName], directory: Path, first_step: int, config: Mapping[str, object]
+) -> dict[TrackerName, Tracker]:
+    if not names:
+        return {}
+    run, trackers = TrackedRun(directory, _id(directory, first_step), first_step, config), {}
+    for name in names:
+        try:
+            trackers[name] = TRACKERS[name].make(run)
+        except Exception as error:
+            for opened in trackers.values():
+                opened.close(finished=False)
+            raise ValueError(
+                f"{name} must be able to show the run, got {str(error).strip()}"
+            ) from error
+    return trackers
+
+
+def _id(directory: Path, first_step: int) -> str:
+    """By which trackers know a run again that goes on; made when it starts anew."""
+    path = directory / "tracked_as.txt"
+    if first_step and path.exists():
+        return path.read_text()
+    made = secrets.token_hex(4)
+    write_whole(path, made)
+    return made
 
 
 def _claim(directory: Path) -> int:
@@ -98,14 +150,3 @@ def _row(line: bytes) -> dict[str, float | int] | None:
         return row if isinstance(row["step"], int) else None
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-
-
-def _tensorboard_writer() -> type:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError(
-            "tensorboard must be installed for its log (pip install dbkernels[tensorboard]), "
-            "got an environment without it"
-        ) from None
-    return SummaryWriter

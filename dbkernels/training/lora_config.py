@@ -25,7 +25,7 @@ class LoraConfig:
     base: Base = "float32"
     """Dtype of all that is frozen, and so of the layers' branches."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("lora", self.rank, 0)
         check_number("lora_alpha", self.alpha, 0)
         check_targets(self.targets.split(","))

@@ -6,7 +6,7 @@ import threading
 class OneThread:
     """A context that a thread may enter again, and that refuses another one meanwhile."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.RLock()
 
     def __enter__(self) -> None:
@@ -16,5 +16,5 @@ class OneThread:
                 f"{threading.current_thread().name} while another is in it"
             )
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._lock.release()

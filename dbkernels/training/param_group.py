@@ -12,33 +12,22 @@ Parameters of 2 bytes are updated in float32, of which they hold the rounded val
 often less than their last bit, and in float16 the square of a small gradient is 0.
 """
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim import Optimizer
 
-from dbkernels.training.trainer_config import Decay, TrainerConfig
+from dbkernels.memory.plain import is_wrapper, plain_tensors, where_it_lies
+from dbkernels.training.optimizers.adamw import FusedAdamW
+from dbkernels.training.optimizers.decay import DecayRule, on_all
+from dbkernels.training.optimizers.kind import Kind, Trained, set_rate, skips
+from dbkernels.training.trainer_config import TrainerConfig
 
-
-def learning_rate(step: int, total: int, *, lr: float, warmup: int, decay: Decay) -> float:
-    """The rate of one update.
-
-    Args:
-        step:    updates that the parameters have had; 0 for the first
-        total:   updates that they will have had at the end
-        lr:      the highest rate
-        warmup:  updates over which the rate rises linearly
-        decay:   constant, or cosine down to 0 at `total`
-    """
-    if step < warmup:
-        return lr * (step + 1) / (warmup + 1)
-    if decay == "constant":
-        return lr
-    done = (step - warmup) / max(1, total - warmup)
-    return lr * (1 + math.cos(math.pi * min(1.0, done))) / 2
+ADAMW = FusedAdamW()
 
 
 def average_decay(step: int, decay: float) -> float:
@@ -54,17 +43,20 @@ def average_decay(step: int, decay: float) -> float:
 class ParamGroup:
     """One block's own parameters, or those that all blocks share.
 
-    The optimizer's state exists from the start, in tensors that are never replaced: what holds
+    The optimizers' state exists from the start, in tensors that are never replaced: what holds
     their storage may be moved, and a checkpoint always has all of it. Of a parameter that is
     narrower than float32 it holds the parameter in float32, too, and so is its average.
 
     Args:
         parameters:  by name; there may be none
-        config:      decay of the weights in AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and
-                     of the moving average, in this group's own steps; with CUDA graphs the rate is
-                     read on the device
+        config:      how far weights decay, and the decay of the moving average, in this group's own
+                     steps; with CUDA graphs the rate is read on the device
         total:       updates that the parameters will have had at the end of the run
         device:      of the updates; None is where the parameters are
+        kind:        of the optimizers
+        decays:      which parameters weight decay is on
+    Raises:
+        ValueError: the kind cannot do what the configuration asks for.
     """
 
     def __init__(
@@ -74,32 +66,46 @@ class ParamGroup:
         *,
         total: int,
         device: torch.device | None = None,
+        kind: Kind = ADAMW,
+        decays: DecayRule = on_all,
     ):
         self.parameters, self.total, self.ema, self.steps = parameters, total, config.ema, 0
         device = next(iter(parameters.values())).device if device is None else device
         # of the newest parameters in the average
         self._newest = torch.zeros((), dtype=torch.float32, device=device)
         self._updated = {p: _wide(p) for p in parameters.values()}
-        self.optimizer = torch.optim.AdamW(
-            # a group, which may be empty: then a block's steps move what blocks share alone
-            [{"params": list(self._updated.values())}],
-            weight_decay=config.weight_decay,
-            capturable=config.cuda_graphs,
-            fused=True,
-        )
+        self._trained = [
+            Trained(name, self._updated[p], config.weight_decay if decays(name, p) else 0.0)
+            for name, p in parameters.items()
+        ]
+        if config.cuda_graphs and not kind.capturable:
+            raise ValueError(f"cuda_graphs must be off for {kind.name}, got on")
+        self._kind = kind
+        self.optimizers = kind.make(self._trained, captured=config.cuda_graphs)
+        self._waits = not all(map(skips, self.optimizers))
+        if config.optimizer_in_backward and self._waits:
+            raise ValueError(
+                f"optimizer_in_backward must be False for {kind.name}, which cannot be told on the "
+                "device to leave out a step, got True"
+            )
         # a number where it can be one: fake tensors know no optimizer whose rate is a tensor
         self._rate = (
             torch.zeros((), dtype=torch.float32, device=device) if config.cuda_graphs else None
         )
+        self._optimizer_of = {
+            tensor: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for tensor in group["params"]
+        }
         for parameter, updated in self._updated.items():
-            # what a fused AdamW makes in its first step
-            self.optimizer.state[updated] = {
-                "step": torch.zeros((), dtype=torch.float32, device=updated.device),
-                "exp_avg": torch.zeros_like(updated.detach()),
-                "exp_avg_sq": torch.zeros_like(updated.detach()),
-            }
+            optimizer = self._optimizer_of[updated]
+            state = kind.state(optimizer, updated)
+            optimizer.state[updated] = state
             if updated is not parameter:
-                self.optimizer.state[updated]["wide"] = updated
+                state["wide"] = updated
+        states = [o.state[updated] for updated, o in self._optimizer_of.items()]
+        self._wrappers = [(s, key) for s in states for key, t in s.items() if is_wrapper(t)]
         averaged = parameters.items() if self.ema else ()
         self.average = {name: self._updated[p].detach().clone() for name, p in averaged}
 
@@ -107,37 +113,42 @@ class ParamGroup:
         """Set the learning rate of the next update, and how far the average will move."""
         # rounded in either case as a tensor rounds it: the bits are the same
         rate = float(np.float32(lr)) if self._rate is None else self._rate.fill_(lr)
-        self.optimizer.param_groups[0]["lr"] = rate
+        for optimizer in self.optimizers:
+            set_rate(optimizer, rate)
+        for state, key in self._wrappers:
+            # what it wraps may have moved with its block
+            state[key] = where_it_lies(state[key])
         if self.ema:
             self._newest.fill_(1 - average_decay(self.steps, self.ema))
 
     def update(self, where: Tensor, only: nn.Parameter | None = None) -> None:
-        """Step the optimizer on the parameters that have gradients, and free these.
+        """Step the optimizers on the parameters that have gradients, and free these.
 
         Args:
             where:  () bool, on the parameters' device; where it is False nothing is updated
             only:   the one parameter to look at; None looks at all
         """
-        # what a gradient scaler says to a fused optimizer, which reads it on the device
-        self.optimizer.found_inf = (~where).float()
-        group = self.optimizer.param_groups[0]
-        every = group["params"]
         moving = self.parameters.values() if only is None else [only]
-        group["params"] = [self._updated[parameter] for parameter in moving]
+        # fake tensors have no numbers, and their steps are all taken
+        if self._waits and not isinstance(where, FakeTensor) and not where:
+            self.drop_gradients()
+            return
         pairs = [(p, self._updated[p]) for p in moving if p.grad is not None]
         narrow = [(p, updated) for p, updated in pairs if updated is not p]
-        try:
-            for parameter, updated in narrow:
-                # what someone else has written into the parameter since is what is updated
-                same = parameter.detach() == updated.to(parameter.dtype)
-                updated.copy_(torch.where(same, updated, parameter.detach()))
-                updated.grad, parameter.grad = parameter.grad.float(), None
-            self.optimizer.step()
-            for parameter, updated in narrow:
-                parameter.detach().copy_(updated)
-            self.optimizer.zero_grad()
-        finally:
-            group["params"] = every
+        for parameter, updated in narrow:
+            # what someone else has written into the parameter since is what is updated
+            same = parameter.detach() == updated.to(parameter.dtype)
+            updated.copy_(torch.where(same, updated, parameter.detach()))
+            assert parameter.grad is not None
+            updated.grad, parameter.grad = parameter.grad.float(), None
+        tensors = None if only is None else {self._updated[only]}
+        for optimizer in self.optimizers:
+            if skips(optimizer):
+                # what a gradient scaler says to it, and it reads on the device
+                vars(optimizer)["found_inf"] = (~where).float()
+            _step(optimizer, tensors)
+        for parameter, updated in narrow:
+            parameter.detach().copy_(updated)
 
     def drop_gradients(self) -> None:
         """Free the gradients of a step that was cut short."""
@@ -160,36 +171,76 @@ class ParamGroup:
         ]
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state, each tensor under `<parameter>.<name of the state>`."""
+        """The optimizers' state, each tensor under `<parameter>.<name of the state>`.
+
+        A state that wraps several tensors has them under `<parameter>.<name>.<name inside>`.
+        """
         return {
-            f"{name}.{key}": value
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state[self._updated[parameter]].items()
+            name: tensor
+            for each in self._trained
+            for key, value in self._optimizer_of[each.tensor].state[each.tensor].items()
+            for name, tensor in plain_tensors(f"{each.name}.{key}", value)
         }
 
+    def counts(self) -> dict[str, float]:
+        """Numbers that the optimizers' own steps change and that no tensor holds."""
+        return {
+            f"{self._trained[0].name}.{place}.{name}": float(group[name])
+            for place, group in self._groups()
+            for name in self._kind.counts
+        }
+
+    def _groups(self) -> Iterator[tuple[int, dict]]:
+        return enumerate(group for each in self.optimizers for group in each.param_groups)
+
     def restore(
-        self, steps: int, average: dict[str, Tensor], optimizer_tensors: dict[str, Tensor]
+        self,
+        steps: int,
+        average: dict[str, Tensor],
+        optimizer_tensors: dict[str, Tensor],
+        counts: Mapping[str, float],
     ) -> None:
-        """Take back what `steps`, `average` and `optimizer_tensors` once gave."""
+        """Take back what `steps`, `average`, `optimizer_tensors` and `counts` once gave."""
         self.steps = steps
+        for name in self.counts():
+            place, key = name.split(".")[-2:]
+            group = dict(self._groups())[int(place)]
+            group[key] = type(group[key])(counts[name])
         for ours, saved in ((self.average, average), (self.optimizer_tensors(), optimizer_tensors)):
             for name, tensor in ours.items():
                 tensor.copy_(saved[name])
 
 
-def tensor_sizes(parameters: Iterable[nn.Parameter], ema: float) -> list[int]:
+def tensor_sizes(
+    parameters: Mapping[str, nn.Parameter], config: TrainerConfig, kind: Kind
+) -> list[int]:
     """Bytes of each of a group's tensors, in no order, before there is the group."""
-    step, found = torch.zeros((), dtype=torch.float32).nbytes, []
-    for parameter in parameters:
-        wide = parameter.numel() * _wide_dtype(parameter).itemsize
-        copies = (3 if ema else 2) + (wide > parameter.nbytes)
-        found += [step, parameter.nbytes, *[wide] * copies]
+    found = []
+    for name, parameter in parameters.items():
+        # the state of one parameter at a time
+        alone = ParamGroup({name: parameter}, config, total=1, kind=kind)
+        found += [tensor.nbytes for tensor in alone.tensors()]
     return found
 
 
 def _wide_dtype(parameter: Tensor) -> torch.dtype:
     """Of what is updated, and of its optimizer's state and average."""
     return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _step(optimizer: Optimizer, only: set[Tensor] | None) -> None:
+    """A step on all tensors that have gradients, or on some of them; the gradients are freed."""
+    groups = optimizer.param_groups
+    every = [group["params"] for group in groups]
+    try:
+        if only is not None:
+            for group in groups:
+                group["params"] = [tensor for tensor in group["params"] if tensor in only]
+        optimizer.step()
+        optimizer.zero_grad()
+    finally:
+        for group, tensors in zip(groups, every, strict=True):
+            group["params"] = tensors
 
 
 def _wide(parameter: nn.Parameter) -> Tensor:
@@ -265,8 +316,8 @@ class UpdaterInBackward(Updater):
         finally:
             self._updates = False
 
-    def _update(self, group: ParamGroup, parameter: Tensor) -> None:
-        if not self._updates:
+    def _update(self, group: ParamGroup, parameter: nn.Parameter) -> None:
+        if not self._updates or parameter.grad is None:
             return
         self._squares += torch.linalg.vector_norm(parameter.grad).float().square()
         group.update(where=torch.isfinite(self._squares), only=parameter)

@@ -4,7 +4,7 @@ Shing et al. 2026 (arXiv:2506.14202), section 3.3: the first layers meet the mos
 "deepest" gives it to the last ones, for a model whose later layers know more of the condition.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import get_args
@@ -81,7 +81,7 @@ def partition(
     )
 
 
-def block_at(blocks: Sequence[Block], level: float) -> Block:
+def block_at(blocks: Iterable[Block], level: float) -> Block:
     """The block that serves a noise level; training, sampling and evaluation all ask here.
 
     A level on a boundary belongs to the block below it, whose interval it begins. The published
@@ -95,7 +95,8 @@ def block_at(blocks: Sequence[Block], level: float) -> Block:
     """
     # compared as float32, so that a level which passed through a tensor keeps its block
     rounded = np.float32(level)
-    low, high = blocks[-1].noise.low, blocks[0].noise.high
+    every = list(blocks)
+    low, high = every[-1].noise.low, every[0].noise.high
     if not np.float32(low) <= rounded <= np.float32(high):
         raise ValueError(f"level must lie in [{low}, {high}], got {level}")
-    return next(block for block in reversed(blocks) if rounded <= np.float32(block.noise.high))
+    return next(block for block in reversed(every) if rounded <= np.float32(block.noise.high))

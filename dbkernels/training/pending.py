@@ -74,7 +74,7 @@ def cut(batch: Batch, size: int) -> Iterator[Batch]:
 class HeldSamples:
     """Samples in tensors that stay, where a captured graph finds those of each step."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._batch: Batch = {}
 
     def fill(self, batch: Batch) -> None:
@@ -149,7 +149,8 @@ class Pending:
         refused: Callable[[float, float], FloatingPointError],
     ):
         self._row, self._refused = row, refused
-        self._numbers, self._arrived = numbers, None
+        self._numbers: Sequence[Tensor] | Tensor = numbers
+        self._arrived: torch.cuda.Event | None = None
         if numbers[0].is_cuda:
             together = torch.stack(list(numbers))
             # in pages that are locked; to others the copy would wait for the device
@@ -194,7 +195,7 @@ class Rows:
     def __enter__(self) -> "Rows":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.settle()
 
     def add(self, pending: Pending) -> None:

@@ -7,7 +7,7 @@
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from dbkernels.training.same_run import (
 from dbkernels.training.saved import require_tensors
 from dbkernels.training.stop import Stopped, StopSignals
 from dbkernels.training.threads import MOST_THREADS, cpu_threads, fastest_for
+from dbkernels.training.tracking.registry import TrackerName, require_trackers
 from dbkernels.training.trained import distillation, kept, start_weights
 from dbkernels.training.trained import keep as keep_trained
 from dbkernels.training.trainer import Trainer
@@ -61,8 +62,8 @@ def train(
     keep: int = 2,
     threads: int = 0,
     workers: int = 0,
-    tensorboard: bool = False,
-    on_step: Callable[[Row], None] = lambda row: None,
+    track: Sequence[TrackerName] = (),
+    on_row: Callable[[Row], None] = lambda row: None,
 ) -> Trainer:
     """Train a run to its end, logging every step.
 
@@ -84,8 +85,8 @@ def train(
         threads:       of the CPU, where it trains; 0 is what the run had before, and for a new run
                        what a few trials are fastest with
         workers:       processes that read the samples of coming steps; of no effect on any bit
-        tensorboard:   whether to log there too
-        on_step:       called with each row of the log, when the next step was launched
+        track:         trackers that show the rows too, by name
+        on_row:        called with each row of the log, when the next step was launched
     Returns:
         The trainer, at its last step. Where blocks were offloaded, all is on the host again.
     Raises:
@@ -99,26 +100,28 @@ def train(
     check_number("keep", keep, 1)
     check_number("threads", threads, 0, MOST_THREADS)
     check_choice("data_changed", data_changed, get_args(DataChanged))
-    how = {"convert": config.convert, "stride": config.stride}
-    data = config.model.open(config.data, "train", **how)
+    require_trackers(track)
+    data = config.model.open(config.data, "train", convert=config.convert, stride=config.stride)
     root, distills = directory / "checkpoints", bool(config.start.distill)
     if not resume:
         weights = start_weights(config, trained)
     else:
         weights = kept(directory, config.start.digest) if distills else None
-    loss = distillation(config, weights, device) if distills else None
+    loss = distillation(config, weights, device) if distills and weights is not None else None
     trainer = config.trainer_on(device, data, None if resume else weights, loss, workers)
     before: Conditions = {}
     if resume:
         path, tensors, state, saved = _load(config, directory, resume)
         trainer.restore(tensors, state["counters"])
         turn = trainer.block_order.steps_per_swap
-        same = {"blocks": len(trainer.blocks), "turn": turn, "step": trainer.step, "path": path}
-        require_same_schedule(saved.trainer, config.trainer, **same)
+        blocks, step = len(trainer.blocks), trainer.step
+        require_same_schedule(
+            saved.trainer, config.trainer, blocks=blocks, turn=turn, step=step, path=path
+        )
         before = conditions_of(state, path)
     elif checkpoint.latest(root):
         raise ValueError(f"{directory} must hold no run yet, got one; resume it or choose another")
-    with cpu_threads(threads or before.get("threads") or fastest_for(trainer)):
+    with cpu_threads(threads or int(before.get("threads", 0)) or fastest_for(trainer)):
         now = conditions(data, trainer.device)
         if resume:
             moved = saved.data != config.data
@@ -126,11 +129,11 @@ def train(
         if trainer.step < trainer.total_steps:
             every = [t for tensors in trainer.tensors().values() for t in tensors.values()]
             checkpoint.check_root(root, sum(tensor.nbytes for tensor in every))
-        if distills and not resume:
+        if distills and not resume and weights is not None:
             keep_trained(directory, weights, config.start.digest)
         del weights
-        log = RunLog(directory, first_step=trainer.step, tensorboard=tensorboard)
-        _train(trainer, config, directory, log, now, save_every, keep, on_step)
+        log = RunLog(directory, first_step=trainer.step, track=track, config=asdict(config))
+        _train(trainer, config, directory, log, now, save_every, keep, on_row)
     return trainer
 
 
@@ -142,7 +145,7 @@ def _train(
     now: Conditions,
     save_every: int,
     keep: int,
-    on_step: Callable[[Row], None],
+    on_row: Callable[[Row], None],
 ) -> None:
     """Train to the end; save there, every so many steps, and where it ends early."""
     root = directory / "checkpoints"
@@ -151,12 +154,12 @@ def _train(
     def take(row: Row) -> None:
         nonlocal told
         if not row["step"] and (threads := now.get("threads")):
-            row["threads"] = threads
+            row["threads"] = int(threads)
         log.write(row)
         if told:
             # where it fails, it is not called on the way out
             told = False
-            on_step(row)
+            on_row(row)
             told = True
 
     def save(rows: Rows) -> None:
@@ -167,8 +170,15 @@ def _train(
             state = {"version": VERSION, "config": asdict(config), "conditions": now}
             state["counters"] = trainer.counters()
             # the loss of the last step says nothing of what its update made
-            options = {"keep": keep, "read": trainer.read, "finite": ("model", "ema")}
-            checkpoint.save(root, trainer.step, trainer.tensors(), state, **options)
+            checkpoint.save(
+                root,
+                trainer.step,
+                trainer.tensors(),
+                state,
+                keep=keep,
+                read=trainer.read,
+                finite=("model", "ema"),
+            )
             saved = trainer.step
 
     try:
@@ -188,10 +198,10 @@ def _train(
                     _save_at_last(partial(save, rows))
                 raise
             save(rows)
-            if trainer.step < trainer.total_steps:
+            if trainer.step < trainer.total_steps and stop.asked is not None:
                 raise Stopped(stop.asked, trainer.step, trainer.total_steps)
     finally:
-        log.close()
+        log.close(finished=saved >= trainer.total_steps)
         trainer.close()
 
 

@@ -1,19 +1,19 @@
 """The configuration of a run: everything that decides its numbers, and the file that keeps it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 
 from dbkernels.data.augment import drop_conditions, mirror, shift
 from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import Batch, Data
 from dbkernels.diffusion.process import NoiseOrder, Process, Scheme
-from dbkernels.models.family import Weighting
+from dbkernels.models.family import FamilyModule, Weighting
 from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.models.start import Weights
 from dbkernels.ops.philox import Draw
@@ -28,7 +28,7 @@ from dbkernels.training.trainer_config import TrainerConfig
 from dbkernels.whole_file import make_directory, write_whole
 
 Objective = Literal["blocks", "conventional"]
-VERSION = 4  # of config.json and of what a checkpoint holds; every earlier one is read
+VERSION = 5  # of config.json and of what a checkpoint holds; every earlier one is read
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PartitionConfig:
     noise_order: NoiseOrder = "first"
     """Layers that meet the most noise: the first, or the deepest."""
 
-    def of(self, model: nn.Module, process: Process, weighting: Weighting) -> DiffusionBlocks:
+    def of(self, model: FamilyModule, process: Process, weighting: Weighting) -> DiffusionBlocks:
         """The blocks of a model; `DiffusionBlocks` says the rest."""
         numbers = {name: _whole_numbers(name, getattr(self, name)) for name in ("layers", "split")}
         settings = asdict(self) | numbers
@@ -75,7 +75,7 @@ class StartConfig:
     distill: float = 0.0
     """Share of each block's target that is what the whole network predicts: 0 to 1."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.distill <= 1:
             raise ValueError(f"distill must be from 0 to 1, got {self.distill}")
         if self.distill and not self.source:
@@ -118,7 +118,7 @@ class RunConfig:
     lora: LoraConfig = NO_LORA
     """Adapters, which alone are trained then."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("convert", self.convert, get_args(Convert))
         check_choice("objective", self.objective, get_args(Objective))
         if not 0 <= self.label_drop < 1:
@@ -165,11 +165,12 @@ class RunConfig:
             raise ValueError(f"prior must be {own.__name__} for this model, got {self.prior}")
         check_offload(self.trainer.offload, self.model.independent, blocks)
 
-    def model_of(self, weights: Weights | None = None) -> nn.Module:
+    def model_of(self, weights: Weights | None = None) -> FamilyModule:
         """A new model, initialised from the run's seed, or with all of some weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.trainer.seed)
-            model = family_named(self.family).model(self.model)
+            family: FamilyModule = family_named(self.family).model
+            model = family(self.model)
         if weights is not None:
             model.load_state_dict(weights)
         return model
@@ -223,8 +224,8 @@ class RunConfig:
         changes: list[Augment] = [partial(shift, pixels=self.shift)] if self.shift else []
         changes += [mirror] if self.mirror else []
         if self.label_drop:
-            dropped = {"share": self.label_drop, "unconditional": blocks.model.unconditional}
-            changes.append(partial(drop_conditions, **dropped))
+            drop = partial(drop_conditions, share=self.label_drop)
+            changes.append(partial(drop, unconditional=blocks.model.unconditional))
 
         def augment(batch: Batch, draw: Draw) -> Batch:
             for change in changes:
@@ -257,9 +258,9 @@ def read_config(directory: Path) -> RunConfig:
     return config_of(saved, saved.pop("version", None), path)
 
 
-def config_of(saved: dict, version: object, path: Path) -> RunConfig:
+def config_of(saved: dict[str, Any], version: object, path: Path) -> RunConfig:
     """The configuration in a file of any version that there was."""
-    if version not in range(1, VERSION + 1):
+    if not isinstance(version, int) or version not in range(1, VERSION + 1):
         raise ValueError(f"{path} must have a version from 1 to {VERSION}, got {version}")
     try:
         if version == 1:
@@ -270,17 +271,23 @@ def config_of(saved: dict, version: object, path: Path) -> RunConfig:
         if version < 4 and saved["weighting"] == "edm":
             # the one weight that a process had
             saved = {**saved, "weighting": "process"}
+        if version < 5:
+            # weight decay was on everything
+            saved = {**saved, "trainer": {**saved["trainer"], "decay_on": "all"}}
         entry = family_named(saved["family"])
         model = entry.config.stored(saved["model"], version)
         saved = {**saved, "model": model}
-        nested = {
+        nested: dict[str, Callable[..., object]] = {
             "partition": PartitionConfig,
             "prior": type(entry.process_of(model)),
             "trainer": TrainerConfig,
             "start": StartConfig,
             "lora": LoraConfig,
         }
-        config = RunConfig(**{k: nested[k](**v) if k in nested else v for k, v in saved.items()})
+        settings: dict[str, Any] = {
+            k: nested[k](**v) if k in nested else v for k, v in saved.items()
+        }
+        config = RunConfig(**settings)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must hold the configuration of a run, got {error}") from None
     try:

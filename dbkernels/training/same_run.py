@@ -9,12 +9,14 @@ import json
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
+from dbkernels.data.captions import CaptionedImages
 from dbkernels.data.digest import digest
-from dbkernels.data.images import Data
+from dbkernels.data.images import Data, ImageData
+from dbkernels.data.tokens import TokenData
 from dbkernels.ops.backend.library import PATH, library
 from dbkernels.training.checkpoint import as_json, check_state
 from dbkernels.training.trainer_config import TrainerConfig
@@ -36,7 +38,8 @@ def conditions(data: Data, device: torch.device) -> Conditions:
     cuda = device.type == "cuda"
     return {
         "samples": len(data),
-        "data": digest(data),
+        # what a model's configuration opens is of these kinds
+        "data": digest(cast(ImageData | CaptionedImages | TokenData, data)),
         # of the CPU, where it trains
         "threads": 0 if cuda else torch.get_num_threads(),
         "torch": str(torch.__version__),

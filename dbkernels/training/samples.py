@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch.utils.data import Dataset
@@ -24,7 +24,8 @@ class Samples(Protocol):
     data:  that they are of
     """
 
-    data: Data | Iterable[object]
+    @property
+    def data(self) -> Data | Iterable[object]: ...
 
     def of_step(self, block: int, step: int, put: Put) -> Pieces:
         """The samples of a step of a block, by the block's own count, brought by `put`.
@@ -81,8 +82,8 @@ def open_samples(
     here = Here(as_data(source, keys), config)
     if not workers:
         return here
-    told = {"batch_size": config.batch_size, "seed": config.seed, "on_gpu": device.type == "cuda"}
-    return FromWorkers(here, Workers(here.data, workers, **told))
+    size, seed, gpu = config.batch_size, config.seed, device.type == "cuda"
+    return FromWorkers(here, Workers(here.data, workers, batch_size=size, seed=seed, on_gpu=gpu))
 
 
 class Here:
@@ -162,7 +163,7 @@ class FromStream:
         return {name: value for name, value in counters.items() if name != STREAM}
 
     def go_on(self, counters: dict[str, object]) -> None:
-        self._stream.go_on(counters[STREAM])
+        self._stream.go_on(cast(Place, counters[STREAM]))
 
     def close(self) -> None:
         pass

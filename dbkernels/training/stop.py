@@ -36,7 +36,7 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in ASKING if main}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -10,10 +10,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dbkernels.data.images import Batch
 from dbkernels.diffusion.likelihood import Curve, GaussianBound, gaussian_bound, masked_bound
+from dbkernels.diffusion.masked import Masked
+from dbkernels.models.family import FamilyModule
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.philox import Draw, generator
 from dbkernels.training.partition import Block
@@ -38,6 +40,7 @@ def masked_bits(blocks: Together, text: Reading) -> TextEvaluation:
         text:    as it is read
     """
     every, process = list(blocks), blocks.process
+    assert isinstance(process, Masked)
     levels = [
         process.level_at(block.noise, _spread(len(text), text.seed, block.index)) for block in every
     ]
@@ -142,7 +145,7 @@ def curve_levels(high: float, low: float) -> list[float]:
 
 
 def _answer(
-    model: nn.Module, block: Block, target: Tensor, level: float, batch: Batch, draw: Draw
+    model: FamilyModule, block: Block, target: Tensor, level: float, batch: Batch, draw: Draw
 ) -> Tensor:
     q = torch.full((len(target),), level, dtype=torch.float32, device=target.device)
     z = add_noise(target, torch.ones_like(q), q, draw)
@@ -150,7 +153,9 @@ def _answer(
     return model.denoise(z, levels, block.layers, batch)
 
 
-def _error_and_entropy(model: nn.Module, logits: Tensor, target: Tensor, token: Tensor) -> Tensor:
+def _error_and_entropy(
+    model: FamilyModule, logits: Tensor, target: Tensor, token: Tensor
+) -> Tensor:
     """Sums over the tokens of each window, (B, 2) float64 on the host."""
     error = (
         (target.float() - model.estimate(logits).float()).square().sum((1, 2), dtype=torch.float64)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from dbkernels.data.dataset import gives_batches
 from dbkernels.ops.philox import Draw
 from dbkernels.training.trainer import Trainer
 
@@ -33,16 +34,16 @@ def cpu_threads(count: int) -> Iterator[None]:
 def fastest_for(trainer: Trainer) -> int:
     """With how many threads the forward and backward of a trainer's largest block are fastest.
 
-    Nothing of the trainer moves. Where its blocks wait elsewhere than in memory, or on a GPU,
-    nothing is tried, and it is torch's own number.
+    Nothing of the trainer moves. Where its blocks wait elsewhere than in memory, or on a GPU, or a
+    stream would lose a batch, nothing is tried, and it is torch's own number.
     """
     blocks, block = trainer.blocks, max(trainer.blocks, key=lambda block: len(block.layers))
     parameters = [p for p in blocks.of(block).parameters() if p.requires_grad]
     most = torch.get_num_threads()
     elsewhere = trainer.device.type != "cpu" or trainer.config.offload != "none"
-    if most == 1 or elsewhere or not parameters:
-        return most
     data = trainer.samples.data
+    if most == 1 or elsewhere or not parameters or not gives_batches(data):
+        return most
     batch = data.batch(torch.arange(min(trainer.micro_batch.size, len(data))))
 
     def step() -> None:

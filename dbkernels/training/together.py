@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
+from dbkernels.diffusion.path import Path
 from dbkernels.diffusion.process import Process
 from dbkernels.diffusion.samplers import SAMPLERS, Denoiser, Sampler, euler, guided
+from dbkernels.models.family import FamilyModule
 from dbkernels.ops.philox import Draw, normals
 from dbkernels.settings import check_choice, check_number
 from dbkernels.training.partition import Block, block_at
@@ -27,7 +29,7 @@ class Together(nn.Module):
     average:  predictions of several starts (N, B, ...) -> one; None where they have no mean
     """
 
-    model: nn.Module
+    model: FamilyModule
     process: Process
     metrics: Callable[[Tensor, Batch], dict[str, Tensor]] | None = None
     average: Callable[[Tensor], Tensor] | None = None
@@ -36,7 +38,7 @@ class Together(nn.Module):
         """The blocks, the most noise first."""
         raise NotImplementedError
 
-    def of(self, block: Block) -> nn.Module:
+    def of(self, block: Block) -> FamilyModule:
         """The model that a block serves with."""
         raise NotImplementedError
 
@@ -109,8 +111,8 @@ class Together(nn.Module):
                 z = torch.zeros(self.model.z_shape(batch), dtype=torch.float32, device=self.device)
             else:
                 z = self.start(batch, levels[0], replace(draw, step=draw.step + k))
-            euler(self.denoiser(batch, found.append), z, levels, self.process.path)
-        if starts == 1:
+            euler(self.denoiser(batch, found.append), z, levels, self._path)
+        if starts == 1 or self.average is None:
             return runs[0]
         return [self.average(torch.stack(step)) for step in zip(*runs, strict=True)]
 
@@ -155,7 +157,13 @@ class Together(nn.Module):
                 name = type(self.model).__name__
                 raise ValueError(f"guidance must be 1 for {name}, got {guidance}")
             denoiser = guided(denoiser, self.denoiser(without(batch)), guidance)
-        return SAMPLERS[sampler].run(denoiser, z, levels, self.process.path)
+        return SAMPLERS[sampler].run(denoiser, z, levels, self._path)
+
+    @property
+    def _path(self) -> Path:
+        """That samplers follow; tokens, which have none, are unmasked."""
+        assert self.process.path is not None
+        return self.process.path
 
     def start(self, batch: Batch, level: float, draw: Draw) -> Tensor:
         """A noisy sample at the first level of a sampler, of the shape that a batch asks for."""

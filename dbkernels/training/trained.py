@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
+from dbkernels.models.family import FamilyModule
 from dbkernels.models.registry import family_named
 from dbkernels.models.start import Trained, take_over
 from dbkernels.ops.philox import Draw
@@ -66,6 +67,7 @@ def start_weights(config: RunConfig, trained: Trained | None) -> dict[str, Tenso
             f"trained must be the network {config.start.digest or None} that the configuration "
             f"names, got {digest}"
         )
+    assert trained is not None  # it has the digest
     if trained.family != config.family:
         raise ValueError(
             f"family must be {trained.family} as in {trained.where}, got {config.family}"
@@ -102,7 +104,7 @@ class Distillation:
         share:    of the target, from 0 to 1
     """
 
-    def __init__(self, teacher: nn.Module, share: float):
+    def __init__(self, teacher: FamilyModule, share: float):
         self.teacher, self.share = teacher, share
 
     def __call__(self, blocks: DiffusionBlocks, block: Block, batch: Batch, draw: Draw) -> Tensor:

@@ -28,9 +28,15 @@ from dbkernels.training import pending
 from dbkernels.training.block_order import BlockOrder
 from dbkernels.training.cuda_graphs import CudaGraphs, CudaRecorder
 from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, load_weights, own_group
-from dbkernels.training.offload.offloader import open_offloader
+from dbkernels.training.offload.offloader import device_of, open_offloader
 from dbkernels.training.one_thread import OneThread
-from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward, learning_rate
+from dbkernels.training.optimizers.decay import DecayOn, DecayRule, on_all, on_matrices
+from dbkernels.training.optimizers.kind import OptimizerFactory
+from dbkernels.training.optimizers.own import Own
+from dbkernels.training.optimizers.registry import OPTIMIZERS, OptimizerName
+from dbkernels.training.optimizers.schedule import Rates, Schedule
+from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward
+from dbkernels.training.param_groups import make_groups
 from dbkernels.training.partition import Block
 from dbkernels.training.samples import open_samples
 from dbkernels.training.saved import require_counters, require_tensors
@@ -39,7 +45,7 @@ from dbkernels.training.trainer_config import Decay, Offload, Order, TrainerConf
 
 Objective = Callable[[DiffusionBlocks, Block, Batch, Draw], Tensor]
 Augment = Callable[[Batch, Draw], Batch]
-Counters = dict[str, int | dict[str, int] | Place]
+Counters = dict[str, int | dict[str, int] | dict[str, float] | Place]
 
 
 class Trainer:
@@ -55,6 +61,12 @@ class Trainer:
                     It changes no number of a run
         objective:  (blocks, block, batch, draw) -> scalar loss, a mean over the batch; None is
                     `DiffusionBlocks.loss`
+        make_optimizer:  (parameter groups of torch) -> an optimizer, in place of a named one; the
+                    trainer sets the rates of all its groups
+        schedule:   (optimizer, updates) -> one of torch's schedulers, whose rates are in place of
+                    those of warmup and decay
+        decays:     (name, parameter) -> bool, whether weight decay is on a parameter, in place of
+                    decay_on
         augment:    (batch, draw) -> batch, applied to every batch that is drawn; with graphs, all
                     in which one step differs from the next reaches it and the objective in tensors
         device:     to train on; None is where the blocks are
@@ -77,10 +89,12 @@ class Trainer:
         keys: Keys | None = None,
         workers: int = 0,
         batch_size: int = TrainerConfig.batch_size,
+        optimizer: OptimizerName = TrainerConfig.optimizer,
         lr: float = TrainerConfig.lr,
         warmup: int = TrainerConfig.warmup,
         decay: Decay = TrainerConfig.decay,
         weight_decay: float = TrainerConfig.weight_decay,
+        decay_on: DecayOn = TrainerConfig.decay_on,
         clip: float = TrainerConfig.clip,
         ema: float = TrainerConfig.ema,
         accumulate: int = TrainerConfig.accumulate,
@@ -94,6 +108,9 @@ class Trainer:
         offload_dir: str = TrainerConfig.offload_dir,
         prefetch: bool = TrainerConfig.prefetch,
         seed: int = TrainerConfig.seed,
+        make_optimizer: OptimizerFactory | None = None,
+        schedule: Schedule | None = None,
+        decays: DecayRule | None = None,
         objective: Objective | None = None,
         augment: Augment | None = None,
         device: torch.device | str | None = None,
@@ -104,7 +121,7 @@ class Trainer:
         self.config = config
         self.blocks = blocks.train()
         self.objective, self.augment = objective or DiffusionBlocks.loss, augment
-        self.device = _device(blocks, config, device)
+        self.device = device_of(blocks, config, device)
         self.samples = open_samples(data, keys, workers, config, device=self.device)
         self.data = self.samples.data
         if compile_stem_and_head:
@@ -117,25 +134,17 @@ class Trainer:
         # an optimizer in the backward cannot wait for gradients to add up
         least = config.batch_size if config.optimizer_in_backward else 1
         self.micro_batch = pending.MicroBatch(size, config.batch_size, least=least)
-        self.offloader = open_offloader(blocks, self.device, config)
-        self.groups: dict[str, ParamGroup] = {}
+        self._rates = Rates(config, schedule)
+        kind = OPTIMIZERS[config.optimizer] if make_optimizer is None else Own(make_optimizer)
+        if decays is None:
+            decays = on_all if config.decay_on == "all" else on_matrices(blocks)
+        self.offloader = open_offloader(blocks, self.device, config, kind)
         self._alone = OneThread()
-        frozen, groups = self.blocks.frozen(), self.blocks.groups()
         self._untrained = [
             (name, p) for name, p in self.blocks.named_parameters() if not p.requires_grad
         ]
-        for block in self.blocks:
-            if not groups[own_group(block)] and SHARED not in groups:
-                raise ValueError(
-                    f"block {block.index} must have a parameter to train, got none: all that its "
-                    "steps would update is frozen"
-                )
-        for name, parameters in groups.items():
-            total = self.total_steps if name == SHARED else config.steps
-            group = ParamGroup(parameters, config, total=total, device=self.device)
-            self.groups[name] = group
-            if config.offload != "none":
-                self.offloader.adopt(name, group, frozen.get(name, ()))
+        told = {"kind": kind, "decays": decays, "offloader": self.offloader}
+        self.groups = make_groups(blocks, config, device=self.device, **told)
         self.updater = Updater(config.clip, self.device)
         if config.optimizer_in_backward:
             self.updater = UpdaterInBackward(list(self.groups.values()), self.device)
@@ -154,9 +163,14 @@ class Trainer:
         """The block that the run's next step trains."""
         return self.blocks[self.block_order.block(self.step)]
 
-    def run(self) -> None:
-        """Train to the end, without a log or a checkpoint."""
-        with closing(self.samples), pending.Rows(lambda row: None) as rows:
+    def run(self, on_row: Callable[[pending.Row], object] = lambda row: None) -> None:
+        """Train to the end, without a log or a checkpoint.
+
+        Args:
+            on_row:  called with the row of each step, as `launch` has it, when the next step was
+                     launched
+        """
+        with closing(self.samples), pending.Rows(on_row) as rows:
             while self.step < self.total_steps:
                 rows.add(self.launch(self.next_block()))
         self.close()
@@ -203,8 +217,8 @@ class Trainer:
     def _launch(self, block: Block) -> pending.Pending:
         begin, micro_batch, before = perf_counter(), self.micro_batch.size, self._counted()
         own, *_ = moved = self.moved(block)
-        row = {"step": self.step, "block": block.index, "block_step": own.steps}
-        row |= {"loss": math.nan, "grad_norm": math.nan, "lr": self._rate(own)}
+        row: pending.Row = {"step": self.step, "block": block.index, "block_step": own.steps}
+        row |= {"loss": math.nan, "grad_norm": math.nan, "lr": self._rates.of(own.steps, own.total)}
         launched = pending.Pending(row, self.advance(block), partial(self._refused, block, before))
         if (following := self.block_order.next_block(self.step)) is not None:
             self.offloader.prefetch(own_group(self.blocks[following]))
@@ -253,7 +267,7 @@ class Trainer:
         # a step that something else cut short, such as a broken image, has left its own
         _drop_gradients(moved)
         for group in moved:
-            group.prepare(self._rate(group))
+            group.prepare(self._rates.of(group.steps, group.total))
         config, block_step = self.config, moved[0].steps
         pieces = self.samples.of_step(block.index, block_step, self.staging.put)
         draw = Draw(stream_seed(config.seed, block.index), block_step)
@@ -299,14 +313,6 @@ class Trainer:
             draw = replace(draw, sample=draw.sample + count)
         return total
 
-    def _rate(self, group: ParamGroup) -> float:
-        config = self.config
-        # the shared groups see every block's steps, so their warm-up is as many times longer
-        warmup = config.warmup * group.total // config.steps
-        return learning_rate(
-            group.steps, group.total, lr=config.lr, warmup=warmup, decay=config.decay
-        )
-
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a checkpoint must hold: weights, their average, optimizer state.
 
@@ -348,9 +354,14 @@ class Trainer:
         return [self.groups[own_group(block)].steps for block in self.blocks]
 
     def _counted(self) -> Counters:
-        steps = {name: group.steps for name, group in self.groups.items()}
-        found = {"steps_per_swap": self.block_order.steps_per_swap}
-        return {"step": self.step, "groups": steps, **found, "micro_batch": self.micro_batch.size}
+        counters: Counters = {
+            "step": self.step,
+            "groups": {name: group.steps for name, group in self.groups.items()},
+            "steps_per_swap": self.block_order.steps_per_swap,
+            "micro_batch": self.micro_batch.size,
+        }
+        counts = {k: v for group in self.groups.values() for k, v in group.counts().items()}
+        return counters | ({"optimizer": counts} if counts else {})
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], counters: Counters) -> None:
         """Go on from what `tensors` and `counters` once gave, bit for bit.
@@ -377,21 +388,11 @@ class Trainer:
         load_weights(self.blocks, tensors["model"])
         for name, group in self.groups.items():
             steps = counters["groups"][name]
-            group.restore(steps, tensors.get("ema", {}), tensors.get("optimizer", {}))
+            saved = tensors.get("ema", {}), tensors.get("optimizer", {})
+            group.restore(steps, *saved, counters.get("optimizer", {}))
         self.step, self.block_order.steps_per_swap = counters["step"], counters["steps_per_swap"]
         self.micro_batch.size = size
         self.updater.go_on()
-
-
-def _device(
-    blocks: DiffusionBlocks, config: TrainerConfig, device: torch.device | str | None
-) -> torch.device:
-    home = blocks.device
-    # tensors on "cuda" say "cuda:0"
-    device = home if device is None else torch.empty(0, dtype=torch.uint8, device=device).device
-    if config.offload == "none" and device != home:
-        raise ValueError(f"blocks must be on {device} where offload is none, got {home}")
-    return device
 
 
 def _drop_gradients(groups: list[ParamGroup]) -> None:

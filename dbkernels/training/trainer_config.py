@@ -6,11 +6,13 @@ from numbers import Integral, Real
 from typing import Literal, get_args
 
 from dbkernels.settings import MOST, MOST_SAMPLES, MOST_SEED, check_choice, check_number
+from dbkernels.training.optimizers.decay import DecayOn
+from dbkernels.training.optimizers.registry import OptimizerName
 
 Decay = Literal["constant", "cosine"]
 Order = Literal["shuffled", "sequential"]
 Offload = Literal["none", "cpu", "disk"]
-KINDS = {int: Integral, float: Real}
+KINDS: dict[object, type] = {int: Integral, float: Real}
 LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1}
 LEAST |= dict.fromkeys(("warmup", "weight_decay", "clip", "steps_per_swap", "seed"), 0)
 GREATEST = {"batch_size": MOST_SAMPLES, "seed": MOST_SEED}
@@ -24,14 +26,19 @@ class TrainerConfig:
     """Updates of every block."""
     batch_size: int = 128
     """Samples per update."""
+    optimizer: OptimizerName = "adamw"
+    """adamw; muon, on the matrices of layers, with adamw on the rest; adamw8bit or adamw4bit, whose
+    moments torchao keeps in so many bits."""
     lr: float = 1e-3
-    """Highest learning rate of AdamW."""
+    """Highest learning rate."""
     warmup: int = 0
     """Updates over which the rate rises, in the block's own steps."""
     decay: Decay = "constant"
     """How the rate falls after the warm-up, in the block's own steps."""
     weight_decay: float = 0.01
-    """Weight decay of AdamW, on every parameter."""
+    """How far an update draws weights to zero, in learning rates."""
+    decay_on: DecayOn = "matrices"
+    """What weight decay is on: matrices leaves out norms, biases and tables."""
     clip: float = 1.0
     """Largest norm of one update's gradient; 0 for no limit."""
     ema: float = 0.0
@@ -60,7 +67,7 @@ class TrainerConfig:
     seed: int = 0
     """Seed of all that is random in the run."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             value, kind = getattr(self, field.name), KINDS.get(field.type)
             if kind and (isinstance(value, bool) or not isinstance(value, kind)):
@@ -85,7 +92,8 @@ class TrainerConfig:
             raise ValueError(
                 f"accumulate must be 1 with optimizer_in_backward, got {self.accumulate}"
             )
-        for name, known in (("decay", Decay), ("order", Order), ("offload", Offload)):
+        choices = {"optimizer": OptimizerName, "decay": Decay, "decay_on": DecayOn}
+        for name, known in (choices | {"order": Order, "offload": Offload}).items():
             check_choice(name, getattr(self, name), get_args(known))
         if self.offload == "none" and self.prefetch:
             raise ValueError("offload must be cpu or disk for prefetch, got none")

@@ -26,24 +26,25 @@ def noise(bench, tmp_path, monkeypatch):
 
 
 def test_a_row_is_a_competitor_over_seeds_and_a_run_is_trained_once(noise, tmp_path, capsys):
-    rows = noise(only="flow v", sampler="dpmpp_2m")
-    assert [(row["prediction"], row["num_blocks"]) for row in rows] == [
-        ("velocity", 1), ("velocity", 3)
+    told = {"only": "flow v", "sampler": "dpmpp_2m", "gammas": (0.05, 0.2)}
+    rows = noise(**told)
+    assert [(row["prediction"], row["num_blocks"], row["gamma"]) for row in rows] == [
+        ("velocity", 1, 0), ("velocity", 3, 0.05), ("velocity", 3, 0.2)
     ]  # fmt: skip
     logs = sorted((tmp_path / "runs").glob("*/log.jsonl"))
     before = [log.read_bytes() for log in logs]
-    assert len(before) == 2
+    assert len(before) == 3
     for row in rows:
         assert row["seeds"] == 1 and row["frechet"][0] > 0 and 0 <= row["recognised"][0] <= 1
     shown = capsys.readouterr().out
     assert "digits, 1 updates of batches of 4, dpmpp_2m, 3 levels" in shown and "1.00" in shown
-    noise(only="flow v", sampler="dpmpp_2m")
+    noise(**told)
     assert [log.read_bytes() for log in logs] == before
     # and the report has a table of them
     page = tmp_path / "tables.md"
     sources = [str(tmp_path / "rows.jsonl"), "--page", str(tmp_path / "page.html")]
     assert tool("report").main([*sources, "--tables", str(page)]) == 0
-    assert "| flow | velocity | 3 blocks |" in page.read_text()
+    assert "| flow | velocity | 3 blocks | 0.2 |" in page.read_text()
 
 
 def test_every_competitor_is_a_run_that_can_be_made(noise, bench, tmp_path):
@@ -51,10 +52,12 @@ def test_every_competitor_is_a_run_that_can_be_made(noise, bench, tmp_path):
     program = module.Noise(tmp_path)
     assert len(module.NOISES) > 5
     for process, prediction in module.NOISES:
-        flags = [*program.flags(process, prediction, 3), "--out", "run"]
+        way = module.Way(process, prediction, 3, 0.2)
+        flags = [*program.flags(way), "--out", "run"]
         config = tyro.cli(Train, args=flags, config=(tyro.conf.OmitArgPrefixes,)).config()
         assert (config.model.process, config.model.prediction) == (process, prediction)
-        assert len(config.build("cpu")) == 3 and config.trainer.steps == 1000
+        assert config.partition.gamma == 0.2 and len(config.build("cpu")) == 3
+        assert config.trainer.steps == 1000
 
 
 def test_rejects(noise):

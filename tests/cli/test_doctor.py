@@ -85,13 +85,13 @@ def test_says_what_is_missing_and_what_adds_it(machine, pretended, code, library
     assert said in outcome.out and not_said not in outcome.out
 
 
-PIP = " -m pip install --no-build-isolation --no-deps --force-reinstall path/to/the/checkout"
+PIP = " -m pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall "
 
 
 @pytest.mark.parametrize(
     ("changes", "command"),
     [
-        ({"CSRC": Path("nowhere")}, PIP),
+        ({"CSRC": Path("nowhere")}, f"{PIP}path/to/the/checkout"),
         ({"processor_serves": lambda: True}, f" {BUILD.strip()}"),
         # no command would help
         ({"processor_serves": lambda: False}, None),

@@ -1,5 +1,7 @@
 import json
 import shutil
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,9 @@ import pytest
 import torch
 from cli.runs import read_tree, refused, write_npz
 from training.tiny import make_older
+from training.trackers import PACKAGES
 
+from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.train import PartitionFlags
 from dbkernels.data.token_files import write_tokens
 from dbkernels.models import dit, family_named
@@ -40,6 +44,41 @@ def test_flags_reach_the_configuration(train, tmp_path):
     assert {"sigma_max": 40.0, "sigma_min": 0.002}.items() <= config["prior"].items()
     assert (config["label_drop"], config["mirror"]) == (0.1, True)
     assert list((tmp_path / "off").iterdir()) == []
+
+
+def test_a_run_is_shown_by_what_is_asked_for_and_goes_on_there(train, monkeypatch):
+    runs = []
+    for name in ("trackio", "mlflow"):
+        monkeypatch.setitem(sys.modules, name, PACKAGES[name](runs))
+    flags = "vit --out out --track trackio,mlflow --threads 1"
+    assert train(flags).code == 0 and train(f"{flags} --steps 3 --resume latest").code == 0
+    assert [run.ends for run in runs] == [["finished"] * 2, ["finished", "RUNNING", "finished"]]
+    for run in runs:
+        losses = [curve for name, curve in run.curves.items() if name.startswith("loss")]
+        assert sorted(step for curve in losses for step, _ in curve) == [*range(9)]
+    assert runs[0].config["model"]["dim"] == 16 and runs[1].config["trainer.batch_size"] == "8"
+
+
+def test_a_run_that_a_signal_ends_is_shown_as_one_that_failed(train, monkeypatch):
+    runs = []
+    monkeypatch.setitem(sys.modules, "mlflow", PACKAGES["mlflow"](runs))
+
+    def ask_once(shown, done, text):
+        if done == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ProgressBar, "step", ask_once)
+    assert train("vit --out out --track mlflow --threads 1").code == 128 + signal.SIGTERM
+    assert runs[0].ends == ["failed"]
+
+
+def test_a_tracker_that_is_missing_is_said_before_anything_is_done(train, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert refused(train("vit --out out --track wandb"), "pip install dbkernels[wandb]")
+    assert refused(
+        train("vit --out out --track neptune"), "track must be one of tensorboard, wandb"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_alone_are_trained_and_their_base_is_said_to_be_random(train, tmp_path):

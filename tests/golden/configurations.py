@@ -71,7 +71,8 @@ CONFIGURATIONS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 OF_RUN = {"weighting": "process", "label_drop": 0.0, "mirror": False, "shift": 0}
 OF_BLOCKS = {"num_blocks": NUM_BLOCKS, "sharing": "joint"}
-OF_TRAINER = {"batch_size": 8, "lr": 1e-2, "clip": 0.5, "seed": 3}
+# weight decay as it was when they were recorded
+OF_TRAINER = {"batch_size": 8, "lr": 1e-2, "clip": 0.5, "seed": 3, "decay_on": "all"}
 
 
 def configuration(key: str, directory: Path) -> RunConfig:

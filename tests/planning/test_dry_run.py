@@ -23,7 +23,7 @@ from dbkernels.ops.backend.register import registered
 from dbkernels.ops.layer.recompute import policies_of
 from dbkernels.planning import dry_run as module
 from dbkernels.planning.dry_run import dry_run, predicted, sweep_flops
-from dbkernels.planning.recipe import OFFLOAD, Recipe
+from dbkernels.planning.recipe import OFFLOAD, Recipe, of_preset
 from dbkernels.training.run_config import RunConfig
 
 DIT = DiTConfig(dim=64, depth=4, num_heads=4, image_size=8, channels=4, num_classes=10)
@@ -116,7 +116,7 @@ def test_a_step_peaks_as_predicted(recipe, autocast, hollow_ops):
     # a bfloat16 matmul of oneDNN has buffers inside, which no GPU has
     with torch.backends.mkldnn.flags(enabled=False):
         trainer = real_trainer(recipe)
-        optimizers = [group.optimizer for group in trainer.groups.values()]
+        optimizers = [o for group in trainer.groups.values() for o in group.optimizers]
         state = [t for group in trainer.groups.values() for t in group.optimizer_tensors().values()]
         resident = nbytes([*trainer.blocks.parameters(), *trainer.blocks.buffers(), *state])
         steps = [partial(trainer.advance, block) for block in trainer.blocks]
@@ -129,6 +129,26 @@ def test_a_step_peaks_as_predicted(recipe, autocast, hollow_ops):
     for name in MEASURED:
         # a scalar or two more: fake tensors have their norms one by one
         assert abs(expected.by_category[name] - worst.by_category[name]) <= 256, name
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw8bit", "adamw4bit"])
+def test_a_step_peaks_as_predicted_with_another_optimizer(optimizer, offload, hollow_ops):
+    if optimizer != "muon":
+        pytest.importorskip("torchao")
+    digits = of_preset("vit", "digits")
+    recipe = replace(digits, optimizer=optimizer, num_blocks=3, batch_size=16, device=FUSED.device)
+    expected = dry_run(recipe)[offload]
+    with torch.backends.mkldnn.flags(enabled=False):
+        trainer = real_trainer(recipe)
+        groups = trainer.groups.values()
+        if offload == "cpu":
+            groups = [trainer.groups["block0"], trainer.groups["shared"]]
+        state = [t for group in groups for t in group.optimizer_tensors().values()]
+        parameters = [p for group in groups for p in group.parameters.values()]
+        resident = nbytes([*parameters, *trainer.blocks.buffers(), *state])
+        highest = resident + allocator_peak(partial(trainer.advance, trainer.blocks[0]))
+    assert abs(expected.peak_allocated_bytes - highest) <= 0.005 * highest
 
 
 # what is on the device

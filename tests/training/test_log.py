@@ -1,6 +1,5 @@
 import errno
 import json
-import sys
 import warnings
 
 import pytest
@@ -34,26 +33,6 @@ def test_damaged_rows_are_left_out_and_counted(tmp_path):
     with pytest.warns(UserWarning, match="log.jsonl has 7 damaged rows, which are left out"):
         RunLog(tmp_path, first_step=1).close()
     assert read_log(tmp_path / "log.jsonl") == [good]
-
-
-def test_tensorboard_gets_every_number_of_every_block(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = RunLog(tmp_path, tensorboard=True)
-    log.write(row(0, block=0, loss=1.0))
-    log.write(row(1, block=2, loss=3.0))
-    log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["loss/block0", "loss/block2"]
-    assert [(e.step, e.value) for e in events.Scalars("loss/block2")] == [(1, 3.0)]
-
-
-def test_missing_tensorboard_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"pip install dbkernels\[tensorboard\]"):
-        RunLog(tmp_path / "run", tensorboard=True)
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_directory_has_one_open_log_and_another_after_it(tmp_path):
@@ -101,10 +80,10 @@ def test_a_log_of_a_run_without_a_checkpoint_is_kept_and_the_warning_says_where(
 
 
 def test_a_second_writer_leaves_nothing_beside_a_log_that_goes_on(tmp_path):
-    first = RunLog(tmp_path, tensorboard=True)
+    first = RunLog(tmp_path, track=["tensorboard"])
     first.write(row(0))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match="must have one writer"):
-        RunLog(tmp_path, tensorboard=True)
+        RunLog(tmp_path, track=["tensorboard"])
     assert sorted(tmp_path.rglob("*")) == before
     first.close()

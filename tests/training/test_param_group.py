@@ -13,7 +13,9 @@ from training.tiny import IN_BACKWARD, VIT, equal, make_data, make_trainer, step
 from dbkernels.memory.measure import measure_peak
 from dbkernels.models import ViT
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
-from dbkernels.training.param_group import ParamGroup, average_decay, learning_rate, tensor_sizes
+from dbkernels.training.optimizers.adamw import FusedAdamW
+from dbkernels.training.optimizers.schedule import learning_rate
+from dbkernels.training.param_group import ParamGroup, average_decay, tensor_sizes
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import TrainerConfig
 
@@ -95,7 +97,7 @@ def test_update_is_adamw_at_the_given_rate_and_frees_the_gradients_of_what_it_lo
 
 def test_the_first_state_is_what_the_optimizer_makes_itself():
     group, lazy = make_group(), make_group()
-    lazy.optimizer.state.clear()
+    lazy.optimizers[0].state.clear()
     for _ in range(2):
         for each in (group, lazy):
             update(each, 0.1, 1.0)
@@ -112,9 +114,10 @@ def test_all_tensors_are_there_from_the_start_and_stay_the_same_objects(ema, dty
     count = (5 if ema else 4) + (dtype == torch.float16)
     assert len(set(before)) == 2 * count and bool(group.average) == bool(ema)
     sizes = [tensor.nbytes for tensor in group.tensors()]
-    assert sorted(tensor_sizes(group.parameters.values(), ema)) == sorted(sizes)
+    config = TrainerConfig(steps=8, ema=ema)
+    assert sorted(tensor_sizes(group.parameters, config, FusedAdamW())) == sorted(sizes)
     update(group, 0.1, 1.0)
-    group.restore(1, group.average, group.optimizer_tensors())
+    group.restore(1, group.average, group.optimizer_tensors(), {})
     assert [id(tensor) for tensor in group.tensors()] == before
 
 
@@ -154,10 +157,10 @@ def test_a_rate_that_a_graph_reads_gives_the_same_bits():
             update(each, lr, 0.7)
     assert same(number, tensor)
     # a GPU would compute with all digits of a number
-    rates = [each.optimizer.param_groups[0]["lr"] for each in (number, tensor)]
+    rates = [each.optimizers[0].param_groups[0]["lr"] for each in (number, tensor)]
     assert rates[0] == rates[1].item() != 1e-4 / 3
     tensor.prepare(0.3)
-    assert rates[1] is tensor.optimizer.param_groups[0]["lr"] and rates[1] == torch.tensor(0.3)
+    assert rates[1] is tensor.optimizers[0].param_groups[0]["lr"] and rates[1] == torch.tensor(0.3)
 
 
 @pytest.mark.filterwarnings("error")
@@ -179,7 +182,7 @@ def test_a_step_with_the_optimizer_in_the_backward_peaks_lower_by_all_but_one_la
         blocks = DiffusionBlocks(ViT(config), 1)
         trainer = Trainer(blocks, make_data(), steps=2, batch_size=4, **settings)
         steps(trainer, [0])
-        optimizers = [group.optimizer for group in trainer.groups.values()]
+        optimizers = [o for group in trainer.groups.values() for o in group.optimizers]
         step = partial(trainer.step_block, blocks[0])
         peaks.append(measure_peak(step, model=blocks, optimizers=optimizers))
     after, inside = peaks

@@ -182,7 +182,7 @@ def test_a_directory_in_which_another_run_still_goes_on_is_refused(make_config, 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(make_config(), on_step=second)
+        train(make_config(), on_row=second)
     train(make_config(), resume="latest")
 
 
@@ -192,9 +192,9 @@ def test_a_directory_in_which_another_run_still_goes_on_is_refused(make_config, 
         (None, r"must hold config\.json"),
         *((text, "must be the JSON of a run") for text in ("5", "[1]", '{"', "[" * 10**5)),
         ({"version": 1, "family": "vit"}, "must hold the configuration of a run"),
-        ({}, "must have a version from 1 to 4, got None"),
-        ({"version": 5}, "must have a version from 1 to 4, got 5"),
-        ({"version": 0}, "must have a version from 1 to 4, got 0"),
+        ({}, "must have a version from 1 to 5, got None"),
+        ({"version": 5}, "must have a version from 1 to 5, got 5"),
+        ({"version": 0}, "must have a version from 1 to 5, got 0"),
     ],
 )
 def test_a_directory_without_a_run_that_can_be_read_is_refused(tmp_path, text, message):
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_another_version_is_refused(make_config, train, monkeypa
     with monkeypatch.context() as later:
         later.setattr(run_module, "VERSION", 5)
         train(make_config())
-    with pytest.raises(ValueError, match=r"step-\d+ must have a version from 1 to 4, got 5"):
+    with pytest.raises(ValueError, match=r"step-\d+ must have a version from 1 to 5, got 5"):
         train(make_config(), resume="latest")
 
 

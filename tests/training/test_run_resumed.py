@@ -50,7 +50,7 @@ class Interrupted(Exception):
 def test_an_interrupted_run_resumes_to_the_same_bits(
     make_config, train, family, stop, settings, before, after, resume
 ):
-    def on_step(row):
+    def on_row(row):
         if row["step"] == stop:
             raise Interrupted
 
@@ -58,7 +58,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         settings = {**settings, "label_drop": 0.3, "mirror": True, "shift": 1}
     whole = train(make_config(family, **settings), "whole")
     with pytest.raises(Interrupted):
-        train(make_config(family, **settings, **before), save_every=2, on_step=on_step)
+        train(make_config(family, **settings, **before), save_every=2, on_row=on_row)
     # of the step that was launched by then, too
     assert logged() == list(range(int(saved()[-1].name.removeprefix("step-"))))
     config = make_config(family, **settings, **after)
@@ -79,13 +79,13 @@ def test_a_resumed_run_leaves_out_what_a_whole_one_does(make_config, train, afte
         made = make_config("vit", **settings)
         return replace(made, model=replace(made.model, **PUBLISHED))
 
-    def on_step(row):
+    def on_row(row):
         if row["step"] == 5:
             raise Interrupted
 
     whole = train(config(**({} if "offload" in after else after)), "whole")
     with pytest.raises(Interrupted):
-        train(config(**({} if "offload" in after else after)), save_every=2, on_step=on_step)
+        train(config(**({} if "offload" in after else after)), save_every=2, on_row=on_row)
     assert_same(train(config(**after), resume="latest"), whole)
     plain = config()
     plain = replace(plain, model=replace(plain.model, dropout=0.0, attention_dropout=0.0))
@@ -112,7 +112,7 @@ def test_an_error_leaves_every_row_of_the_steps_before_it(make_config, train, mo
     told, closed = [], []
     monkeypatch.setattr(Trainer, "close", lambda trainer: closed.append(trainer.step))
     with pytest.raises(type(error)):
-        train(make_config("dit"), save_every=4, on_step=told.append)
+        train(make_config("dit"), save_every=4, on_row=told.append)
     assert logged() == [0, 1, 2, 3, 4] and rows_of() == told
     assert [path.name for path in saved()] == ["step-00000004", "step-00000005"] and closed == [5]
 

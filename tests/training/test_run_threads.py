@@ -31,7 +31,7 @@ def tried(monkeypatch):
 def seen(train, config, **options):
     """With how many threads steps ran, and what a checkpoint says."""
     found = []
-    train(config, on_step=lambda row: found.append(torch.get_num_threads()), **options)
+    train(config, on_row=lambda row: found.append(torch.get_num_threads()), **options)
     [path] = sorted((RUN / "checkpoints").iterdir())[-1:]
     return set(found), json.loads((path / "state.json").read_text())["state"]["conditions"]
 

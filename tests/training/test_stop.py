@@ -44,7 +44,7 @@ def test_a_run_that_is_asked_to_end_saves_every_step_and_resumes_to_the_same_bit
     config = make_config("dit", **settings)
     whole = train(config, "whole")
     with pytest.raises(Stopped, match=rf"^{number.name} ended the run at step \d+ of 12: --resume"):
-        train(config, on_step=ask)
+        train(config, on_row=ask)
     newest = checkpoint.latest(RUN / "checkpoints")
     done = len(read_log(RUN / "log.jsonl"))
     # the step that was launched when the signal came is the last one
@@ -55,7 +55,7 @@ def test_a_run_that_is_asked_to_end_saves_every_step_and_resumes_to_the_same_bit
 
 
 def test_a_signal_at_the_last_step_comes_too_late(make_config, train):
-    trainer = train(make_config(), on_step=lambda row: row["step"] < 11 or asked(signal.SIGTERM))
+    trainer = train(make_config(), on_row=lambda row: row["step"] < 11 or asked(signal.SIGTERM))
     assert trainer.step == trainer.total_steps
 
 
@@ -68,7 +68,7 @@ def test_a_second_ctrl_c_ends_a_run_in_the_middle_of_its_step(make_config, train
         asked(signal.SIGINT), asked(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        train(make_config(), on_step=twice)
+        train(make_config(), on_row=twice)
 
 
 @signals

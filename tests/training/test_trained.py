@@ -177,12 +177,12 @@ def test_a_run_that_is_taught_resumes_without_the_source_to_the_same_bits(
     table = {n: p for n, p in weights(whole).items() if "target_table" in n}
     assert all(torch.equal(p, trained_run(SOURCE).weights[n[6:]]) for n, p in table.items())
 
-    def on_step(row):
+    def on_row(row):
         if row["step"] == 5:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train(config, trained=trained_run(SOURCE), on_step=on_step)
+        train(config, trained=trained_run(SOURCE), on_row=on_row)
     shutil.rmtree(SOURCE)
     assert equal(weights(train(config, resume="latest")), weights(whole))
     # another teacher is noticed

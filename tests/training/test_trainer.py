@@ -89,13 +89,19 @@ def test_a_run_gives_every_block_its_steps_and_the_bits_of_its_seed():
     assert equal(results[0], results[1]) and not equal(results[0], results[2])
 
 
+def test_the_row_of_each_step_is_handed_on_in_turn():
+    rows, other = [], make_trainer(steps=2)
+    make_trainer(steps=2).run(on_row=rows.append)
+    assert rows == [other.step_block(other.next_block()) for _ in range(other.total_steps)]
+
+
 def test_shared_groups_warm_up_over_the_steps_of_all_blocks():
     trainer = make_trainer(steps=4, warmup=2, decay="cosine")
     rates = {"block0": [], "shared": []}
     for step in range(12):
         steps(trainer, [step % 3])
         for name in rates:
-            rates[name].append(trainer.groups[name].optimizer.param_groups[0]["lr"])
+            rates[name].append(trainer.groups[name].optimizers[0].param_groups[0]["lr"])
     assert rates["block0"][0] == pytest.approx(1e-2 / 3)
     assert rates["shared"][0] == pytest.approx(1e-2 / 7)
     assert max(rates["shared"]) == pytest.approx(1e-2)
@@ -123,7 +129,7 @@ def test_clipping_bounds_the_gradient_of_one_update(clip):
     moments = [
         state["exp_avg"]
         for name in ("block0", "shared")
-        for state in trainer.groups[name].optimizer.state.values()
+        for state in trainer.groups[name].optimizers[0].state.values()
     ]
     # the first moment of Adam is a tenth of the gradient after one step
     norm = torch.stack([moment.norm() for moment in moments]).norm().item() * 10

@@ -6,7 +6,11 @@ beside it, where they do: the build writes a manifest into it, which is read wit
 
 import platform
 import re
+import shlex
+import sys
+import warnings
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,7 +20,8 @@ from dbkernels.ops.backend import toolchain
 
 PATH = Path(__file__).parents[1] / "libdbkernels.so"
 CSRC = Path(__file__).parents[3] / "csrc"
-NAMES = {"cpu": "cpp", "cuda": "cuda"}  # of what it offers on a device
+# of what it offers on a device
+NAMES: dict[str, Literal["cpp", "cuda"]] = {"cpu": "cpp", "cuda": "cuda"}
 _MANIFEST = re.compile(rb"dbkernels csrc=([0-9a-f]{64})(?: cuda=(\d+)\.\d+ sm=([\d,]+))?;")
 
 
@@ -90,6 +95,33 @@ def has_kernel(op: str, kind: Literal["cpu", "cuda"]) -> bool:
     return library().reason is None and torch._C._dispatch_has_kernel_for_dispatch_key(
         name, kind.upper()
     )
+
+
+def build_command() -> str | None:
+    """The line for a shell that builds the library; None where the processor could not run it."""
+    if not processor_serves():
+        return None
+    python, checkout = (shlex.quote(str(path)) for path in (sys.executable, CSRC.parent))
+    build = f"cd {checkout} && {python} setup.py build_ext --inplace"
+    if not (CSRC / "library.cpp").exists():
+        # pip keeps wheels, and one without the library would serve again
+        options = "--no-build-isolation --no-deps --no-cache-dir --force-reinstall"
+        build = f"{python} -m pip install {options} path/to/the/checkout"
+    if find_spec("ninja") and find_spec("setuptools"):
+        return build
+    return f"{python} -m pip install ninja 'setuptools>=77' && {build}"
+
+
+@cache
+def warn_where_missing() -> None:
+    """Say, once in a process, that a CPU is without the library, and the line that adds it."""
+    command = build_command()
+    if library().reason is not None and command is not None:
+        warnings.warn(
+            f"{library().reason} On a CPU dbkernels runs in plain torch, which is slower. To build "
+            f"the library, run: {command}",
+            stacklevel=2,
+        )
 
 
 def processor_serves() -> bool:

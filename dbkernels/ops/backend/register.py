@@ -132,6 +132,8 @@ def _choose(op: str, device: torch.device, *, float64: bool) -> Implementation:
     """The implementation of one call, which exists."""
     chosen = implementation(device, op)
     if chosen in ("triton", "torch"):
+        if device.type == "cpu" and not _asked_for:
+            library.warn_where_missing()
         return chosen
     if not _asked_for:
         return "torch" if float64 else chosen

@@ -266,7 +266,8 @@ def apply_layer(kind: passes.Kind, call: LayerCall, stream: ResidualStream | Non
 
 
 def _dropout(branches: float, attention: float, draw: Draw | None) -> Dropout | None:
-    check_share("dropout", branches), check_share("attention_dropout", attention)
+    check_share("dropout", branches)
+    check_share("attention_dropout", attention)
     if not branches and not attention:
         return None
     if draw is None:

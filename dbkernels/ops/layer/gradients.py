@@ -79,8 +79,10 @@ class Gradients:
         """By name, the adapters' last, which have dtypes of their own; None is not wanted."""
         found = [self.sums.get(name) for name in names]
         first = len(found) - len(dtypes)
-        small = zip(found[first:], dtypes, strict=True)
-        small = (grad if grad is None else grad.to(dtype) for grad, dtype in small)
+        small = [
+            grad if grad is None else grad.to(dtype)
+            for grad, dtype in zip(found[first:], dtypes, strict=True)
+        ]
         return [*cast(found[:first], self.dtype), *small]
 
     def wants(self, name: str) -> bool:

@@ -264,7 +264,8 @@ class Turn:
     """
 
     def __init__(self, earlier: tuple["Turn", ...] = ()):
-        self.earlier, self.is_done, self._later = earlier, False, []
+        self.earlier, self.is_done = earlier, False
+        self._later: list[weakref.ref[Turn]] = []
         for turn in earlier:
             # a graph that nobody holds any more reads nothing
             turn._later.append(weakref.ref(self))

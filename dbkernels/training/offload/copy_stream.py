@@ -54,7 +54,9 @@ class CopyStream:
         self, copy: Callable[[], None], launched: torch.cuda.Event | None
     ) -> torch.cuda.Event | None:
         if not self._cuda:
-            return copy()
+            copy()
+            return None
+        assert self._stream is not None
         with torch.cuda.stream(self._stream):
             if launched:
                 self._stream.wait_event(launched)

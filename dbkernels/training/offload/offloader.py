@@ -31,15 +31,16 @@ from dbkernels.training.offload.memory import (
     flat_bytes,
     views,
 )
+from dbkernels.training.optimizers.kind import Kind
 from dbkernels.training.param_group import ParamGroup, tensor_sizes
 from dbkernels.training.tensor_file import Pieces, pieces
 from dbkernels.training.trainer_config import Offload, TrainerConfig
 
 
 def open_offloader(
-    models: DiffusionBlocks, device: torch.device, config: TrainerConfig
+    models: DiffusionBlocks, device: torch.device, config: TrainerConfig, kind: Kind
 ) -> "Offloader":
-    """The offloader that a configuration asks for; it has adopted no group yet.
+    """The offloader for a configuration and an optimizer; it has adopted no group yet.
 
     Until it adopts a group it moves nothing.
 
@@ -51,16 +52,32 @@ def open_offloader(
     for name, parameter in models.named_parameters():
         # its numbers and its scales lie in storages that its class alone knows
         if config.offload != "none" and is_quantized(parameter):
-            kind = type(parameter).__name__
-            raise ValueError(f"offload must be none with {name} of {kind}, got {config.offload}")
+            of = type(parameter).__name__
+            raise ValueError(f"offload must be none with {name} of {of}, got {config.offload}")
     memory: OffloadMemory = CpuMemory(device)
     if config.offload == "disk":
         groups = models.groups().items()
-        own = [p for name, group in groups if name != SHARED for p in group.values()]
+        own = {n: p for name, group in groups if name != SHARED for n, p in group.items()}
         frozen = [p.nbytes for parameters in models.frozen().values() for p in parameters]
-        size = flat_bytes([*tensor_sizes(own, config.ema), *frozen])
+        size = flat_bytes([*tensor_sizes(own, config, kind), *frozen])
         memory = DiskMemory(Path(config.offload_dir), size, device)
     return Offloader(models, device, memory, prefetch=config.prefetch, idle=models.idle())
+
+
+def device_of(
+    blocks: DiffusionBlocks, config: TrainerConfig, device: torch.device | str | None
+) -> torch.device:
+    """Where a trainer steps blocks: on a device that was named, or where they are.
+
+    Raises:
+        ValueError: they are elsewhere and would stay there.
+    """
+    home = blocks.device
+    # tensors on "cuda" say "cuda:0"
+    device = home if device is None else torch.empty(0, dtype=torch.uint8, device=device).device
+    if config.offload == "none" and device != home:
+        raise ValueError(f"blocks must be on {device} where offload is none, got {home}")
+    return device
 
 
 def check_offload(offload: Offload, independent: bool, num_blocks: int) -> None:

@@ -43,7 +43,7 @@ class RestFile:
             for first in range(begin, end, STAGING_BYTES):
                 piece = torch.empty(min(STAGING_BYTES, end - first), dtype=torch.uint8)
                 self._read(piece, first)
-                self._sums[first] = len(piece), zlib.crc32(piece.numpy())
+                self._sums[first] = len(piece), zlib.crc32(piece.numpy().data)
             begin = end
 
     def write(self, piece: Tensor, first: int) -> None:
@@ -54,7 +54,7 @@ class RestFile:
             first:  its first byte in the file
         """
         self._held.clear()
-        data, done = memoryview(piece.numpy()), 0
+        data, done = memoryview(piece.numpy().data), 0
         while done < len(data):
             done += os.pwrite(self._descriptor, data[done:], first + done)
         self._sums[first] = len(data), zlib.crc32(data)
@@ -66,7 +66,7 @@ class RestFile:
             ValueError: the file was cut short or has other bytes.
         """
         self._read(piece, first)
-        if self._sums[first] != (len(piece), zlib.crc32(piece.numpy())):
+        if self._sums[first] != (len(piece), zlib.crc32(piece.numpy().data)):
             raise ValueError(
                 f"a block's file in {self._directory} must hold what was written to it, got other "
                 f"bytes between {first} and {first + len(piece)}"
@@ -90,7 +90,7 @@ class RestFile:
             yield self._held[0][2][low - start : high - start]
 
     def _read(self, piece: Tensor, first: int) -> None:
-        data, done = memoryview(piece.numpy()), 0
+        data, done = memoryview(piece.numpy().data), 0
         while done < len(data):
             got = os.preadv(self._descriptor, [data[done:]], first + done)
             if not got:

@@ -1,11 +1,14 @@
 import os
 import platform
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
 import torch
 
+from dbkernels import ops
 from dbkernels.ops.backend import library, toolchain
+from dbkernels.ops.backend.register import use_implementation
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DIGEST = "0" * 64
@@ -14,7 +17,7 @@ DIGEST = "0" * 64
 @pytest.fixture(autouse=True)
 def anew():
     """Each test asks anew, and the next one finds what this machine really has."""
-    cached = (library.library, library.cuda_reason, library.serves)
+    cached = (library.library, library.cuda_reason, library.serves, library.warn_where_missing)
     [function.cache_clear() for function in cached]
     yield
     [function.cache_clear() for function in cached]
@@ -117,6 +120,32 @@ def test_an_x86_processor_needs_avx2(place, loads, monkeypatch, machine, loaded)
     reason, broken, _ = library.library()
     assert reason == (None if loaded else "This processor has no AVX2.") and not broken
     assert bool(loads) is loaded
+
+
+@pytest.mark.parametrize(
+    ("placed", "avx2", "asked", "warned"),
+    [
+        ({"note": NOTE}, True, None, ["It was left out: no compiler. On a CPU dbkernels runs in"]),
+        ({"manifest": ""}, True, None, [f"{NOT_OURS} On a CPU dbkernels runs in"]),
+        ({"manifest": f"{OURS};"}, True, None, []),
+        # whoever asked for it knows
+        ({"note": NOTE}, True, "torch", []),
+        # nothing would help
+        ({"note": NOTE}, False, None, []),
+    ],
+)
+def test_the_first_op_that_lacks_the_library_says_how_to_add_it(
+    place, loads, monkeypatch, recwarn, placed, avx2, asked, warned
+):
+    place(**placed)
+    monkeypatch.setattr(library, "processor_serves", lambda: avx2)
+    with use_implementation(asked) if asked else nullcontext():
+        for _ in range(2):
+            ops.gelu(torch.ones(1, 2, 3), torch.ones(3))
+    messages = [str(warning.message) for warning in recwarn]
+    assert len(messages) == len(warned)
+    assert all(map(str.startswith, messages, warned))
+    assert all(message.endswith(f"run: {library.build_command()}") for message in messages)
 
 
 @pytest.mark.parametrize(

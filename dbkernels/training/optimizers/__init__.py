@@ -1,0 +1,1 @@
+"""Optimizers: what a trainer may step parameters with."""
