@@ -21,7 +21,7 @@ class _Opened:
     def __init__(self, number: int):
         self.number = number
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         # for a process that is begun with it; there another file may have this number
         return _taken_over, (DupFd(self.number),)
 

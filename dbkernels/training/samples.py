@@ -83,8 +83,8 @@ def open_samples(
     here = Here(as_data(source, keys), config)
     if not workers:
         return here
-    size, seed, on_gpu = config.batch_size, config.seed, device.type == "cuda"
-    return FromWorkers(here, Workers(here.data, workers, batch_size=size, seed=seed, on_gpu=on_gpu))
+    size, seed, gpu = config.batch_size, config.seed, device.type == "cuda"
+    return FromWorkers(here, Workers(here.data, workers, batch_size=size, seed=seed, on_gpu=gpu))
 
 
 class Here:

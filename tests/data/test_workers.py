@@ -220,13 +220,13 @@ def test_a_death_interrupts_nothing_but_the_next_read(make):
 
 
 def test_ctrl_c_is_for_the_run_to_answer(make):
-    data = make_data()
-    workers = make(data)
-    for block, step in STEPS[:2]:  # each has begun
+    data, steps = make_data(), [(block, step) for step in range(12) for block in (0, 1)]
+    workers = make(data, steps=steps)
+    for block, step in steps[:2]:  # each has begun
         take(workers, block, step)
     for process in multiprocessing.active_children():
         os.kill(process.pid, signal.SIGINT)
-    for block, step in STEPS[2:]:
+    for block, step in steps[2:]:
         assert equal(take(workers, block, step), of_step(data, block, step))
 
 

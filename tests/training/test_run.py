@@ -236,7 +236,7 @@ def test_a_run_of_version_1_goes_on(tmp_path, train):
     assert [row["step"] for row in read_log(directory / "log.jsonl")] == [0, 1, 2, 3]
 
 
-def test_an_older_run_keeps_its_positions_and_decay_and_goes_on_to_the_same_bits(make_config, train):
+def test_an_older_run_keeps_its_positions_and_decay_to_the_same_bits(make_config, train):
     config = make_config("dit", decay_on="all")
     config = replace(config, model=replace(config.model, positions="cos_sin"))
     expected = weights(train(config, save_every=4))

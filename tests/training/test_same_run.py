@@ -52,7 +52,7 @@ def test_another_config_is_refused(old, new, message):
 
 def test_a_configuration_of_version_2_is_read_and_what_came_later_has_its_default():
     config = read_config(Path(__file__).parent / "version_2")
-    trainer = TrainerConfig(steps=4, batch_size=4, lr=1e-2, ema=0.9)
+    trainer = TrainerConfig(steps=4, batch_size=4, lr=1e-2, ema=0.9, decay_on="all")
     expected = RunConfig(
         "vit", VIT, "data.npy", "none", 0.0, False, 0, PartitionConfig(), PRIOR, trainer
     )

@@ -27,9 +27,10 @@ from training.tiny import (
     weights,
 )
 
+from dbkernels.data.workers import Workers
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.pending import HeldSamples
-from dbkernels.training.samples import open_samples
+from dbkernels.training.samples import Here, open_samples
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import TrainerConfig
 
@@ -89,6 +90,16 @@ def test_workers_change_no_bit_whatever_the_order(settings):
         assert plain.counters()["groups"] == other.counters()["groups"]
         return
     assert_same(other, plain)
+
+
+@pytest.mark.parametrize("settings", [{}, {"order": "sequential"}], ids=str)
+def test_all_steps_of_a_run_are_read_by_workers_that_begin_once(settings, monkeypatch):
+    begun, inner = [], Workers._begin
+    monkeypatch.setattr(Workers, "_begin", lambda self: begun.append(inner(self)))
+    monkeypatch.setattr(Here, "of_step", None)  # what reads a step that no worker has
+    trainer = make_trainer(workers=2, **settings)
+    trainer.run()
+    assert trainer.step == 12 and len(begun) == 1
 
 
 @pytest.mark.parametrize("order", [[0, 0, 2, 1, 1, 0], [2, 2, 2], [1, 0, 2, 0, 1, 2]])
