@@ -177,21 +177,30 @@ class ParamGroup:
         """
         return {
             name: tensor
-            for each in self._trained
-            for key, value in self._optimizer_of[each.tensor].state[each.tensor].items()
+            for each, state in self._states()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
             for name, tensor in plain_tensors(f"{each.name}.{key}", value)
         }
 
     def counts(self) -> dict[str, float]:
         """Numbers that the optimizers' own steps change and that no tensor holds."""
-        return {
-            f"{self._trained[0].name}.{place}.{name}": float(group[name])
-            for place, group in self._groups()
-            for name in self._kind.counts
-        }
+        return {name: float(owner[key]) for name, owner, key in self._counted()}
 
-    def _groups(self) -> Iterator[tuple[int, dict]]:
-        return enumerate(group for each in self.optimizers for group in each.param_groups)
+    def _states(self) -> Iterator[tuple[Trained, dict]]:
+        for each in self._trained:
+            yield each, self._optimizer_of[each.tensor].state[each.tensor]
+
+    def _counted(self) -> Iterator[tuple[str, dict, str]]:
+        """Name of each number, the dictionary that has it, and its key there."""
+        groups = (group for each in self.optimizers for group in each.param_groups)
+        for place, group in enumerate(groups):
+            for key in self._kind.counts:
+                yield f"{self._trained[0].name}.{place}.{key}", group, key
+        for each, state in self._states():
+            for key, value in state.items():
+                if isinstance(value, int | float):
+                    yield f"{each.name}.{key}", state, key
 
     def restore(
         self,
@@ -202,10 +211,8 @@ class ParamGroup:
     ) -> None:
         """Take back what `steps`, `average`, `optimizer_tensors` and `counts` once gave."""
         self.steps = steps
-        for name in self.counts():
-            place, key = name.split(".")[-2:]
-            group = dict(self._groups())[int(place)]
-            group[key] = type(group[key])(counts[name])
+        for name, owner, key in [*self._counted()]:
+            owner[key] = type(owner[key])(counts[name])
         for ours, saved in ((self.average, average), (self.optimizer_tensors(), optimizer_tensors)):
             for name, tensor in ours.items():
                 tensor.copy_(saved[name])
