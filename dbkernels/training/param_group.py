@@ -124,6 +124,9 @@ class ParamGroup:
     def update(self, where: Tensor, only: nn.Parameter | None = None) -> None:
         """Step the optimizers on the parameters that have gradients, and free these.
 
+        Nothing is read back from the device, but for `where` with an optimizer that cannot leave
+        out a step there, as `skips` says.
+
         Args:
             where:  () bool, on the parameters' device; where it is False nothing is updated
             only:   the one parameter to look at; None looks at all
@@ -257,7 +260,7 @@ def _wide(parameter: nn.Parameter) -> Tensor:
 
 
 class Updater:
-    """Makes of a loss the updates of some groups. Nothing is read back from the device.
+    """Makes of a loss the updates of some groups; read back as `ParamGroup.update` says.
 
     It updates when all gradients are there; not at all where the loss or one is not finite.
 

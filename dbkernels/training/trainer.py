@@ -255,7 +255,7 @@ class Trainer:
         )
 
     def advance(self, block: Block) -> tuple[Tensor, Tensor]:
-        """The device's share of a step, of which nothing is read back; no count moves.
+        """The device's share of a step, read back only as `ParamGroup.update` says; no count moves.
 
         Returns:
             Loss and norm of the gradient, (). Where one is not finite, nothing was updated, but

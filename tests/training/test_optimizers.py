@@ -180,7 +180,56 @@ def test_muon_steps_matrices_of_layers_and_adamw_the_rest(finite):
         return [AdamW(others, weight_decay=0.1, fused=True), muon]
 
     assert_equal(found, in_torchs_loop(made, group, finite=finite))
-    assert [type(each) for each in group.optimizers] == [AdamW, Muon]
+    first, second = group.optimizers
+    assert type(first) is AdamW and isinstance(second, Muon)
+
+
+@pytest.mark.parametrize("finite", [lambda step: True, lambda step: step != 1])
+@pytest.mark.parametrize("name", NEEDS)
+def test_adamw_of_few_bits_steps_as_torchao_does(name, finite):
+    optim = pytest.importorskip("torchao.optim")
+    kind = {"adamw8bit": optim.AdamW8bit, "adamw4bit": optim.AdamW4bit}[name]
+    group = make_group(OPTIMIZERS[name])
+    found = steps_of(group, finite=finite)
+
+    class WithATensorAsRate(kind):
+        def step(self):
+            for each in self.param_groups:
+                each["lr"] = torch.tensor(each["lr"])
+            with torch.compiler.set_stance("force_eager"):
+                super().step()
+
+    def made(parameters):
+        return [WithATensorAsRate(parameters.values(), weight_decay=0.1)]
+
+    assert_equal(found, in_torchs_loop(made, group, finite=finite))
+
+
+@named
+def test_a_step_that_is_not_finite_leaves_every_bit_where_it_was(name):
+    require(name)
+    group = make_group(OPTIMIZERS[name], ema=0.5)
+    steps_of(group)
+    before = [tensor.clone() for tensor in group.tensors()]
+    for parameter in group.parameters.values():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    group.prepare(0.1)
+    group.update(torch.tensor(False))
+    assert all(map(torch.equal, group.tensors(), before))
+    assert all(parameter.grad is None for parameter in group.parameters.values())
+
+
+@named
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_in_the_backward_and_after_it_give_the_same_bits(name, offload):
+    require(name)
+    after, inside = (
+        make_trainer(optimizer=name, offload=offload, model=WIDE, clip=0.0, **settings)
+        for settings in ({}, {"optimizer_in_backward": True})
+    )
+    for trainer in (after, inside):
+        trainer.run()
+    assert_same(inside, after)
 
 
 @named
@@ -212,9 +261,9 @@ def test_a_run_goes_on_to_the_same_bits(name, offload, make_config, train, tmp_p
         train(replace(config, trainer=replace(config.trainer, optimizer=other)), resume="latest")
 
 
-def make_trainer(steps=3, **settings):
+def make_trainer(steps=3, model=VIT, **settings):
     torch.manual_seed(1)
-    blocks = DiffusionBlocks(family_named("vit").model(VIT), 3)
+    blocks = DiffusionBlocks(family_named("vit").model(model), 3)
     told = {"steps": steps, "batch_size": 4, "lr": 1e-2, **settings}
     return Trainer(blocks, make_data(), **told)
 
@@ -391,8 +440,8 @@ class Listing(SGD):
         ({"make_optimizer": lambda g: SGD(g[0]["params"][:1])}, "SGD must have every tensor of"),
         ({"make_optimizer": torch.optim.LBFGS}, "LBFGS must step without a closure"),
         (
-            {"optimizer": "muon", "optimizer_in_backward": True, "clip": 0.0},
-            "optimizer_in_backward must be False for muon",
+            {"make_optimizer": SGD, "optimizer_in_backward": True, "clip": 0.0},
+            "optimizer_in_backward must be False for SGD, which cannot be told on the device",
         ),
         ({"schedule": lambda o, n: None}, "schedule must make an LRScheduler of torch, got a None"),
         ({"schedule": lambda o, n: ReduceLROnPlateau(o)}, "ReduceLROnPlateau must step without"),
