@@ -86,7 +86,7 @@ def test_the_code_of_a_page_runs(page, files, shown):
     for code in blocks_of(page):
         for much, little in FEWER.items():
             code = code.replace(much, little)
-        extra = re.search(r"^(?:from|import) (torchao)", code, re.MULTILINE)
+        extra = re.search(r"^(?:from|import) (schedulefree|torchao)", code, re.MULTILINE)
         if not extra or find_spec(extra[1]):
             exec(code, names)
     assert len(shown) == (len(PACKAGES) if page.stem == "tracking" else 0)

@@ -33,11 +33,24 @@ def plain_tensors(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield from plain_tensors(f"{name}.{inside}", getattr(value, inside))
 
 
+def copy_of(value: Tensor) -> Tensor:
+    """A tensor of its own with the same numbers; of a wrapper, around copies of what it wraps."""
+    if not is_wrapper(value):
+        return value.detach().clone()
+    names, told = cast(Wrapper, value).__tensor_flatten__()
+    inside = {name: copy_of(getattr(value, name)) for name in names}
+    return _wrapped(value, inside, told)
+
+
 def where_it_lies(value: Tensor) -> Tensor:
     """A wrapper that says the device on which what it wraps lies, which was moved beneath it."""
     names, told = cast(Wrapper, value).__tensor_flatten__()
     inside = {name: getattr(value, name) for name in names}
     if all(tensor.device == value.device for tensor in inside.values()):
         return value
-    kind = cast(type[Wrapper], type(value))
-    return kind.__tensor_unflatten__(inside, told, value.shape, value.stride())
+    return _wrapped(value, inside, told)
+
+
+def _wrapped(like: Tensor, inside: dict[str, Tensor], told: object) -> Tensor:
+    kind = cast(type[Wrapper], type(like))
+    return kind.__tensor_unflatten__(inside, told, like.shape, like.stride())

@@ -124,6 +124,9 @@ class ParamGroup:
     def update(self, where: Tensor, only: nn.Parameter | None = None) -> None:
         """Step the optimizers on the parameters that have gradients, and free these.
 
+        Nothing is read back from the device, but for `where` with an optimizer that cannot leave
+        out a step there, as `skips` says.
+
         Args:
             where:  () bool, on the parameters' device; where it is False nothing is updated
             only:   the one parameter to look at; None looks at all
@@ -177,21 +180,30 @@ class ParamGroup:
         """
         return {
             name: tensor
-            for each in self._trained
-            for key, value in self._optimizer_of[each.tensor].state[each.tensor].items()
+            for each, state in self._states()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
             for name, tensor in plain_tensors(f"{each.name}.{key}", value)
         }
 
     def counts(self) -> dict[str, float]:
         """Numbers that the optimizers' own steps change and that no tensor holds."""
-        return {
-            f"{self._trained[0].name}.{place}.{name}": float(group[name])
-            for place, group in self._groups()
-            for name in self._kind.counts
-        }
+        return {name: float(owner[key]) for name, owner, key in self._counted()}
 
-    def _groups(self) -> Iterator[tuple[int, dict]]:
-        return enumerate(group for each in self.optimizers for group in each.param_groups)
+    def _states(self) -> Iterator[tuple[Trained, dict]]:
+        for each in self._trained:
+            yield each, self._optimizer_of[each.tensor].state[each.tensor]
+
+    def _counted(self) -> Iterator[tuple[str, dict, str]]:
+        """Name of each number, the dictionary that has it, and its key there."""
+        groups = (group for each in self.optimizers for group in each.param_groups)
+        for place, group in enumerate(groups):
+            for key in self._kind.counts:
+                yield f"{self._trained[0].name}.{place}.{key}", group, key
+        for each, state in self._states():
+            for key, value in state.items():
+                if isinstance(value, int | float):
+                    yield f"{each.name}.{key}", state, key
 
     def restore(
         self,
@@ -202,10 +214,8 @@ class ParamGroup:
     ) -> None:
         """Take back what `steps`, `average`, `optimizer_tensors` and `counts` once gave."""
         self.steps = steps
-        for name in self.counts():
-            place, key = name.split(".")[-2:]
-            group = dict(self._groups())[int(place)]
-            group[key] = type(group[key])(counts[name])
+        for name, owner, key in [*self._counted()]:
+            owner[key] = type(owner[key])(counts[name])
         for ours, saved in ((self.average, average), (self.optimizer_tensors(), optimizer_tensors)):
             for name, tensor in ours.items():
                 tensor.copy_(saved[name])
@@ -250,7 +260,7 @@ def _wide(parameter: nn.Parameter) -> Tensor:
 
 
 class Updater:
-    """Makes of a loss the updates of some groups. Nothing is read back from the device.
+    """Makes of a loss the updates of some groups; read back as `ParamGroup.update` says.
 
     It updates when all gradients are there; not at all where the loss or one is not finite.
 

@@ -30,11 +30,11 @@ from dbkernels.training.cuda_graphs import CudaGraphs, CudaRecorder
 from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, load_weights, own_group
 from dbkernels.training.offload.offloader import device_of, open_offloader
 from dbkernels.training.one_thread import OneThread
-from dbkernels.training.optimizers.decay import DecayOn, DecayRule, on_all, on_matrices
+from dbkernels.training.optimizers.decay import DecayOn, DecayRule, rule_of
 from dbkernels.training.optimizers.kind import OptimizerFactory
-from dbkernels.training.optimizers.own import Own
 from dbkernels.training.optimizers.registry import OPTIMIZERS, OptimizerName
 from dbkernels.training.optimizers.schedule import Rates, Schedule
+from dbkernels.training.optimizers.trial import tried
 from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward
 from dbkernels.training.param_groups import make_groups
 from dbkernels.training.partition import Block
@@ -135,9 +135,9 @@ class Trainer:
         least = config.batch_size if config.optimizer_in_backward else 1
         self.micro_batch = pending.MicroBatch(size, config.batch_size, least=least)
         self._rates = Rates(config, schedule)
-        kind = OPTIMIZERS[config.optimizer] if make_optimizer is None else Own(make_optimizer)
-        if decays is None:
-            decays = on_all if config.decay_on == "all" else on_matrices(blocks)
+        named = OPTIMIZERS[config.optimizer]
+        kind = tried(make_optimizer, self.device) if make_optimizer else named
+        decays = decays or rule_of(config.decay_on, blocks)
         self.offloader = open_offloader(blocks, self.device, config, kind)
         self._alone = OneThread()
         self._untrained = [
@@ -255,7 +255,7 @@ class Trainer:
         )
 
     def advance(self, block: Block) -> tuple[Tensor, Tensor]:
-        """The device's share of a step, of which nothing is read back; no count moves.
+        """The device's share of a step, read back only as `ParamGroup.update` says; no count moves.
 
         Returns:
             Loss and norm of the gradient, (). Where one is not finite, nothing was updated, but

@@ -131,13 +131,14 @@ def test_a_step_peaks_as_predicted(recipe, autocast, hollow_ops):
         assert abs(expected.by_category[name] - worst.by_category[name]) <= 256, name
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["after", "in backward"])
 @pytest.mark.parametrize("offload", ["none", "cpu"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw8bit", "adamw4bit"])
-def test_a_step_peaks_as_predicted_with_another_optimizer(optimizer, offload, hollow_ops):
+def test_a_step_peaks_as_predicted_with_another_optimizer(optimizer, offload, early, hollow_ops):
     if optimizer != "muon":
         pytest.importorskip("torchao")
-    digits = of_preset("vit", "digits")
-    recipe = replace(digits, optimizer=optimizer, num_blocks=3, batch_size=16, device=FUSED.device)
+    digits = replace(of_preset("vit", "digits"), optimizer=optimizer, optimizer_in_backward=early)
+    recipe = replace(digits, num_blocks=3, batch_size=16, device=FUSED.device)
     expected = dry_run(recipe)[offload]
     with torch.backends.mkldnn.flags(enabled=False):
         trainer = real_trainer(recipe)

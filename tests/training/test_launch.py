@@ -64,6 +64,8 @@ class Data:
         CPU,
         {**PREFETCH, "sharing": "copies"},
         {"clip": 0.0, "warmup": 2, "decay": "cosine", "steps_per_swap": 2},
+        {"optimizer": "muon"},
+        {"optimizer": "muon", **IN_BACKWARD},
     ],
     ids=str,
 )

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adafactor, AdamW, Muon, Optimizer, RMSprop
+from torch.optim import SGD, Adafactor, AdamW, Muon, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     LinearLR,
@@ -23,14 +23,15 @@ from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.optimizers.decay import on_matrices
 from dbkernels.training.optimizers.kind import Trained, skips
 from dbkernels.training.optimizers.muon import MuonAndAdamW
-from dbkernels.training.optimizers.own import Own
 from dbkernels.training.optimizers.registry import OPTIMIZERS
 from dbkernels.training.optimizers.schedule import rates_of
+from dbkernels.training.optimizers.trial import tried
 from dbkernels.training.param_group import ParamGroup
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import TrainerConfig
 
 NEEDS = {"adamw8bit": "torchao", "adamw4bit": "torchao"}
+CPU = torch.device("cpu")
 named = pytest.mark.parametrize("name", OPTIMIZERS)
 # enough numbers in a matrix for torchao to keep its moments in few bits
 WIDE = replace(VIT, dim=64, num_heads=2, mlp_hidden=128, cond_dim=32)
@@ -62,6 +63,45 @@ class Counting(Optimizer):
                 p.lerp_(state["z"], 1 / (group["k"] + 1))
 
 
+class Mean(Optimizer):
+    """Steps by the mean of all gradients, whose number it counts in its state."""
+
+    def __init__(self, groups, lr=1e-3):
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, mean=torch.zeros_like(p), unused=None)
+                state["step"] += 1
+                state["mean"].lerp_(p.grad, 1 / state["step"])
+                p.sub_(state["mean"], alpha=group["lr"])
+
+
+class Later(Mean):
+    """A number of its groups is there from the first step on, and another moves after many."""
+
+    def __init__(self, groups, lr=1e-3):
+        super().__init__(groups, lr)
+        for group in self.param_groups:
+            group["scale"] = 1.0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["taken"] = group.get("taken", 0) + 1
+            if group["taken"] == 8:
+                group["scale"] = 0.5
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=group["lr"] * group["scale"])
+
+
 FACTORIES = {
     "sgd": partial(SGD, momentum=0.9),
     "plain sgd": SGD,
@@ -69,7 +109,10 @@ FACTORIES = {
     "fused adamw": partial(AdamW, fused=True),
     "rmsprop": partial(RMSprop, momentum=0.5, centered=True),
     "adafactor": Adafactor,
+    "nadam": NAdam,
     "counting": Counting,
+    "mean": Mean,
+    "later": Later,
     "wrapped": WrappedMomentum,
 }
 every_factory = pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
@@ -116,7 +159,7 @@ def in_torchs_loop(made, group, count=4, finite=lambda step: True):
 @pytest.mark.parametrize("finite", [lambda step: True, lambda step: step != 1])
 @every_factory
 def test_steps_are_those_of_torchs_loop_and_none_is_taken_that_may_not_be(factory, finite):
-    group = make_group(Own(factory))
+    group = make_group(tried(factory, CPU))
     found = steps_of(group, finite=finite)
 
     def made(parameters):
@@ -137,7 +180,56 @@ def test_muon_steps_matrices_of_layers_and_adamw_the_rest(finite):
         return [AdamW(others, weight_decay=0.1, fused=True), muon]
 
     assert_equal(found, in_torchs_loop(made, group, finite=finite))
-    assert [type(each) for each in group.optimizers] == [AdamW, Muon]
+    first, second = group.optimizers
+    assert type(first) is AdamW and isinstance(second, Muon)
+
+
+@pytest.mark.parametrize("finite", [lambda step: True, lambda step: step != 1])
+@pytest.mark.parametrize("name", NEEDS)
+def test_adamw_of_few_bits_steps_as_torchao_does(name, finite):
+    optim = pytest.importorskip("torchao.optim")
+    kind = {"adamw8bit": optim.AdamW8bit, "adamw4bit": optim.AdamW4bit}[name]
+    group = make_group(OPTIMIZERS[name])
+    found = steps_of(group, finite=finite)
+
+    class WithATensorAsRate(kind):
+        def step(self):
+            for each in self.param_groups:
+                each["lr"] = torch.tensor(each["lr"])
+            with torch.compiler.set_stance("force_eager"):
+                super().step()
+
+    def made(parameters):
+        return [WithATensorAsRate(parameters.values(), weight_decay=0.1)]
+
+    assert_equal(found, in_torchs_loop(made, group, finite=finite))
+
+
+@named
+def test_a_step_that_is_not_finite_leaves_every_bit_where_it_was(name):
+    require(name)
+    group = make_group(OPTIMIZERS[name], ema=0.5)
+    steps_of(group)
+    before = [tensor.clone() for tensor in group.tensors()]
+    for parameter in group.parameters.values():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    group.prepare(0.1)
+    group.update(torch.tensor(False))
+    assert all(map(torch.equal, group.tensors(), before))
+    assert all(parameter.grad is None for parameter in group.parameters.values())
+
+
+@named
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_in_the_backward_and_after_it_give_the_same_bits(name, offload):
+    require(name)
+    after, inside = (
+        make_trainer(optimizer=name, offload=offload, model=WIDE, clip=0.0, **settings)
+        for settings in ({}, {"optimizer_in_backward": True})
+    )
+    for trainer in (after, inside):
+        trainer.run()
+    assert_same(inside, after)
 
 
 @named
@@ -169,9 +261,9 @@ def test_a_run_goes_on_to_the_same_bits(name, offload, make_config, train, tmp_p
         train(replace(config, trainer=replace(config.trainer, optimizer=other)), resume="latest")
 
 
-def make_trainer(steps=3, **settings):
+def make_trainer(steps=3, model=VIT, **settings):
     torch.manual_seed(1)
-    blocks = DiffusionBlocks(family_named("vit").model(VIT), 3)
+    blocks = DiffusionBlocks(family_named("vit").model(model), 3)
     told = {"steps": steps, "batch_size": 4, "lr": 1e-2, **settings}
     return Trainer(blocks, make_data(), **told)
 
@@ -289,6 +381,43 @@ class Lazy(SGD):
         super().step()
 
 
+class Replacing(Mean):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["sum"] = state.get("sum", 0) + p.grad
+                    p.sub_(state["sum"], alpha=group["lr"])
+
+
+class Late(Mean):
+    """A part of its state is made in the second step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and self.state[p]["step"] == 2:
+                    self.state[p]["late"] = p.clone()
+
+
+class Hiding(Mean):
+    """It counts its steps where no checkpoint looks."""
+
+    taken = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.taken += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=group["lr"] / self.taken)
+
+
 class Listing(SGD):
     def step(self, closure=None):
         super().step()
@@ -304,12 +433,15 @@ class Listing(SGD):
         ({"decay_on": "biases"}, "decay_on must be one of matrices, all, got biases"),
         ({"make_optimizer": partial(Lazy, momentum=0.9)}, "Lazy must begin from a state that is"),
         ({"make_optimizer": Listing}, r"history in the state of Listing must be a tensor.*\[1\]"),
+        ({"make_optimizer": Replacing}, "Replacing must keep its state in the tensors that it"),
+        ({"make_optimizer": Late}, "Late must keep its state in the tensors that it"),
+        ({"make_optimizer": Hiding}, "Hiding must go on from its state and the numbers of its"),
         ({"make_optimizer": lambda groups: None}, "must make a torch.optim.Optimizer, got a None"),
         ({"make_optimizer": lambda g: SGD(g[0]["params"][:1])}, "SGD must have every tensor of"),
         ({"make_optimizer": torch.optim.LBFGS}, "LBFGS must step without a closure"),
         (
-            {"optimizer": "muon", "optimizer_in_backward": True, "clip": 0.0},
-            "optimizer_in_backward must be False for muon",
+            {"make_optimizer": SGD, "optimizer_in_backward": True, "clip": 0.0},
+            "optimizer_in_backward must be False for SGD, which cannot be told on the device",
         ),
         ({"schedule": lambda o, n: None}, "schedule must make an LRScheduler of torch, got a None"),
         ({"schedule": lambda o, n: ReduceLROnPlateau(o)}, "ReduceLROnPlateau must step without"),

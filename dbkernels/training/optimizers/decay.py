@@ -29,3 +29,8 @@ def on_matrices(blocks: nn.Module) -> DecayRule:
         return parameter.dim() >= 2 and multiplies and not isinstance(module, nn.Embedding)
 
     return decays
+
+
+def rule_of(on: DecayOn, blocks: nn.Module) -> DecayRule:
+    """The rule that a setting names."""
+    return on_all if on == "all" else on_matrices(blocks)

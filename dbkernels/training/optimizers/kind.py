@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 OptimizerFactory = Callable[[list[dict[str, object]]], Optimizer]  # of torch's parameter groups
-State = dict[str, Tensor]  # of one parameter, by the names that the optimizer has for it
+# of one parameter, by the names that the optimizer has for it
+State = dict[str, Tensor | float | None]
 
 
 class Trained(NamedTuple):
@@ -25,7 +26,7 @@ class Kind(Protocol):
 
     name:        for errors
     capturable:  whether a CUDA graph can hold a step, whose rate is then a tensor
-    counts:      names of numbers in its parameter groups that its steps change
+    counts:      names of numbers in its parameter groups that its steps may change
     """
 
     name: str
@@ -40,7 +41,10 @@ class Kind(Protocol):
         """
 
     def state(self, optimizer: Optimizer, tensor: Tensor) -> State:
-        """What the optimizer's first step on a tensor would begin with, in new tensors."""
+        """What the optimizer's first step on a tensor would begin with, in new tensors.
+
+        Numbers in it go into a checkpoint too.
+        """
 
 
 def groups_of(trained: Sequence[Trained]) -> list[dict[str, object]]:

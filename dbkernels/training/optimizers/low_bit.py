@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.optim import Optimizer
 
-from dbkernels.training.optimizers.kind import OptimizerFactory, State, Trained, groups_of
+from dbkernels.training.optimizers.kind import State, Trained, groups_of
+from dbkernels.training.optimizers.skipping import skipping
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether they have signs
 FEWEST = 4096  # numbers of a tensor whose moments torchao keeps in few bits
@@ -49,7 +50,7 @@ class LowBitAdamW:
                 "got an environment without it"
             ) from None
         kind = {4: optim.AdamW4bit, 8: optim.AdamW8bit}[self._bits]
-        made = _op_by_op_on_a_cpu(kind)(groups_of(trained))
+        made = skipping(_op_by_op_on_a_cpu(kind))(groups_of(trained))
         with unset_fake_temporarily():
             # torchao's tables of values are made once in a process, from numbers
             for signed in MOMENTS.values():
@@ -61,11 +62,12 @@ class LowBitAdamW:
         of_tensor = tensor.detach()
         buffers = cast(Buffers, optimizer)
         found = {name: buffers._new_buffer(of_tensor, of) for name, of in MOMENTS.items()}
-        # where torchao counts, which is the host
-        return {"step": torch.zeros((), dtype=torch.float32), **found}
+        # torchao would count on the host, where a step that is left out cannot be taken back
+        step = torch.zeros((), dtype=torch.float32, device=tensor.device)
+        return {"step": step, **found}
 
 
-def _op_by_op_on_a_cpu(kind: type[Optimizer]) -> OptimizerFactory:
+def _op_by_op_on_a_cpu(kind: type[Optimizer]) -> type[Optimizer]:
     def step(self: Optimizer, closure: None = None) -> None:
         with _stance(next(t for group in self.param_groups for t in group["params"])):
             kind.step(self, closure)

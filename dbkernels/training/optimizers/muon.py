@@ -13,6 +13,9 @@ from torch.optim import Muon, Optimizer
 
 from dbkernels.training.optimizers.adamw import FusedAdamW
 from dbkernels.training.optimizers.kind import State, Trained, groups_of
+from dbkernels.training.optimizers.skipping import skipping
+
+SkippingMuon = skipping(Muon)
 
 
 class MuonAndAdamW:
@@ -27,7 +30,7 @@ class MuonAndAdamW:
         others = [each for each in trained if not _is_of_layers(each)]
         made = FusedAdamW().make(others, captured=captured)
         if matrices:
-            made.append(Muon(groups_of(matrices), adjust_lr_fn="match_rms_adamw"))
+            made.append(SkippingMuon(groups_of(matrices), adjust_lr_fn="match_rms_adamw"))
         return made
 
     def state(self, optimizer: Optimizer, tensor: Tensor) -> State:
