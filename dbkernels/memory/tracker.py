@@ -41,6 +41,7 @@ CATEGORIES = (
     "workspaces",
 )
 START = -1  # stands for the op before the first
+OPTIMIZER = "optimizer"  # a phase
 
 Workspace = Callable[[OpOverload, tuple, dict], int]  # bytes that an op allocates inside itself
 _DEVICE_OF = torch.ops.prim.device.default
@@ -87,6 +88,7 @@ class Trace:
         categories:  of each storage
         saved:       highest bytes that were held for the backward; no parameters, no inputs
         flops:       floating-point operations of matmuls, convolutions and attention
+        updating:    those of them that are the optimizers'
     """
 
     ops: Sequence[str]
@@ -94,6 +96,12 @@ class Trace:
     categories: Sequence[str]
     saved: int = 0
     flops: int = 0
+    updating: int = 0
+
+    @property
+    def updates(self) -> int:
+        """How many of the ops are the optimizers'."""
+        return sum(op.startswith(f"{OPTIMIZER}: ") for op in self.ops)
 
     def moments(self) -> Iterator[Moment]:
         """What was alive after each event."""
@@ -153,7 +161,7 @@ class Tracker(TorchDispatchMode):
         self.ops: list[str] = []  # phase and name of each op, in order
         self.events: list[Event] = []
         self.categories: list[str] = []  # of each storage
-        self.flops = 0
+        self.flops = self.updating = 0
         self._bytes: list[int] = []  # of each storage, when last met
         self._holds: list[tuple[int, int]] = []  # storage; +1 autograd takes it, -1 it lets go
         self._alive: dict[int, int] = {}  # address of a storage -> its index
@@ -200,7 +208,9 @@ class Tracker(TorchDispatchMode):
             self._meet(tensor)
         packet = func.overloadpacket
         if formula := flop_registry.get(_LIKE.get(packet, packet)):
-            self.flops += formula(*args, **kwargs, out_val=out)
+            flops = formula(*args, **kwargs, out_val=out)
+            self.flops += flops
+            self.updating += flops * (phase == OPTIMIZER)
         if self.workspace and (size := self.workspace(func, args, kwargs)):
             storage = len(self.categories)
             self.categories.append("workspaces")
@@ -225,7 +235,8 @@ class Tracker(TorchDispatchMode):
         """The log, with each storage under the first of its categories."""
         # what was there before is logged when first met, and counts from the start
         events = sorted(self.events, key=attrgetter("op"))
-        return Trace(self.ops, events, self.categories, self._saved_bytes(), self.flops)
+        told = self._saved_bytes(), self.flops, self.updating
+        return Trace(self.ops, events, self.categories, *told)
 
     def _saved_bytes(self) -> int:
         held, highest = 0, 0
@@ -282,7 +293,7 @@ class Tracker(TorchDispatchMode):
 
     def _phase(self) -> str:
         if self.optimizing:
-            return "optimizer"
+            return OPTIMIZER
         return "forward" if torch._C._current_graph_task_id() == -1 else "backward"
 
 

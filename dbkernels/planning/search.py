@@ -4,7 +4,7 @@ An estimate of one way has the bytes of its costliest step and the operations of
 
 A sweep is one step of every block: each layer is updated once. Where a batch is cut into
 micro-batches, all but the first find gradients there to add to, and need the same; so two of them
-tell of all.
+tell of all. The optimizer steps once for them all.
 
 The time of a sweep is taken to be
 
@@ -32,6 +32,8 @@ from dbkernels.planning.dry_run import ALONE, dry_run
 from dbkernels.planning.recipe import OFFLOAD, Recipe
 from dbkernels.pool import results
 from dbkernels.training.block_order import fewest_steps_per_swap
+from dbkernels.training.optimizers.registry import OPTIMIZERS
+from dbkernels.training.param_group import ParamGroup
 from dbkernels.training.trainer_config import Offload
 
 COUNTS = 2, 3, 4, 6  # of blocks that are tried where they divide no stack evenly too
@@ -72,13 +74,15 @@ def estimate(recipe: Recipe) -> Estimates:
     """What a recipe needs with all blocks on the device, and with one block on it."""
     followed = min(recipe.accumulate, FOLLOWED)
     fewer = replace(recipe, batch_size=followed * recipe.micro_batch, accumulate=followed)
-    times, found = recipe.num_blocks * recipe.accumulate / followed, dry_run(fewer)
+    found, pieces = dry_run(fewer), recipe.accumulate / followed
     estimates = {}
     for offload, prediction in found.items():
         swapped = 0 if offload == "none" else swapped_bytes(found, recipe)
-        # the few ops that a step has once are counted with every micro-batch
-        assert prediction.trace is not None
-        flops, ops = round(times * prediction.flops), round(times * len(prediction.trace.ops))
+        trace = prediction.trace
+        assert trace is not None
+        # the few ops of clipping are counted with every micro-batch, an update once
+        flops = _of_sweep(recipe, pieces, prediction.flops, once=trace.updating)
+        ops = _of_sweep(recipe, pieces, len(trace.ops), once=trace.updates)
         estimates[offload] = Estimate(
             recipe=replace(recipe, offload=offload),
             peak_bytes=prediction.peak_reserved_bytes,
@@ -87,6 +91,11 @@ def estimate(recipe: Recipe) -> Estimates:
             seconds=seconds_of(recipe, flops, ops, swapped),
         )
     return estimates
+
+
+def _of_sweep(recipe: Recipe, pieces: float, found: int, *, once: int) -> int:
+    """Flops or ops of a sweep, by those of a step on one of so many pieces of its batch."""
+    return round(recipe.num_blocks * (pieces * (found - once) + once))
 
 
 def swapped_bytes(found: dict[Offload, Prediction], recipe: Recipe) -> int:
@@ -283,16 +292,17 @@ def outside_layers(whole: Estimate) -> dict[str, int]:
     Args:
         whole:  of a model with all blocks on the device
     """
+    config = whole.recipe.config()
     with torch.device("meta"):
-        model = whole.recipe.config().build("meta").model
-    inside = set(map(id, model.layers.parameters()))
-    every = [(id(p) in inside, p.nbytes, p.requires_grad) for p in model.parameters()]
-    trained = sum(size for _, size, learns in every if learns)
-    own = sum(size for within, size, learns in every if learns and not within)
+        blocks = config.build("meta")
+        inside = set(map(id, blocks.model.layers.parameters()))
+        outside = {n: p for n, p in blocks.named_parameters() if id(p) not in inside}
+        trained = {name: p for name, p in outside.items() if p.requires_grad}
+        kind = OPTIMIZERS[config.trainer.optimizer]
+        group = ParamGroup(trained, config.trainer, total=1, device=blocks.device, kind=kind)
     return {
-        "parameters": sum(size for within, size, _ in every if not within),
-        # of which each number that is trained has the same
-        "optimizer": whole.by_category["optimizer"] * own // max(1, trained),
+        "parameters": sum(p.nbytes for p in outside.values()),
+        "optimizer": sum(tensor.nbytes for tensor in group.optimizer_tensors().values()),
     }
 
 

@@ -140,7 +140,9 @@ OF_TEXT = replace(of_preset("mmdit", "small"), batch_size=2)
 
 
 @pytest.mark.parametrize(
-    "recipe", [SMALL, OF_TEXT, replace(SMALL, lora=LoraConfig(2))], ids=["dit", "mmdit", "lora"]
+    "recipe",
+    [SMALL, replace(SMALL, optimizer="muon"), OF_TEXT, replace(SMALL, lora=LoraConfig(2))],
+    ids=["dit", "muon", "mmdit", "lora"],
 )
 def test_stem_and_head_are_what_no_number_of_blocks_divides(recipe):
     whole, model = estimate(recipe)["none"], recipe.config().build("cpu").model
@@ -176,6 +178,28 @@ def test_two_micro_batches_tell_of_all(pieces):
         assert least <= found[offload].seconds < most
         if pieces == 2:
             assert found[offload].by_category == step.by_category
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_an_optimizer_steps_once_however_a_batch_is_cut(num_blocks):
+    """Of Muon, whose steps have matmuls."""
+    plain = replace(SMALL, num_blocks=num_blocks)
+    recipe = replace(plain, optimizer="muon")
+    whole, cut, adamw = (
+        estimate(each)["none"] for each in (recipe, replace(recipe, accumulate=8), plain)
+    )
+    # as many samples, one micro-batch after another
+    assert cut.flops == whole.flops > 1.5 * adamw.flops
+    traces = [
+        dry_run(each)["none"].trace
+        for each in (recipe, plain, replace(recipe, batch_size=2, accumulate=2))
+    ]
+    assert traces[0].updating == traces[2].updating == traces[0].flops - traces[1].flops
+    ops = traces[2].ops
+    assert traces[2].updates == len([op for op in ops if op.startswith("optimizer: ")]) > 100
+    once = 5e-6 * num_blocks * (4 * len(ops) - 3 * traces[2].updates)
+    working = cut.flops / (0.5 * SMALL.device.speeds[0])
+    assert cut.seconds == pytest.approx(once + working, rel=1e-3)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3, 4])
