@@ -309,10 +309,12 @@ def _settings(recipe: Recipe) -> str:
     """All of a budget's settings that a row of a table has room for."""
     row: Row = dict(recipe.settings())
     compute = " bf16" if row["autocast"] else ""
+    optimizer = f" {row['optimizer']}" if "optimizer" in row else ""
     early = " in-backward" if row["optimizer_in_backward"] else ""
     offload = "" if row["offload"] == "none" else f", offload {row['offload']}"
     return (
-        f"{row['family']} {row['preset']} {row['batch']}{compute}{early} {row['target']}, "
+        f"{row['family']} {row['preset']} {row['batch']}{compute}{optimizer}{early} "
+        f"{row['target']}, "
         f"{row['num_blocks']} x {row['recompute'] or row['method'].replace('_', ' ')}{offload}"
     )
 

@@ -200,8 +200,11 @@ def of_settings(settings: Settings) -> Recipe:
     Raises:
         ValueError: a name is missing or unknown, or a value is none that it may have.
     """
-    values = require_names("settings", settings, SETTINGS)
-    for (name, kind), value in zip(SETTINGS.items(), values, strict=True):
+    known = {**SETTINGS}
+    if isinstance(settings, dict) and "optimizer" in settings:
+        known["optimizer"] = str
+    values = require_names("settings", settings, known)
+    for (name, kind), value in zip(known.items(), values, strict=True):
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             kind = getattr(kind, "__name__", kind)
             raise ValueError(f"{name} must be {kind}, got {shortened(value)}")

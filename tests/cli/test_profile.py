@@ -144,6 +144,16 @@ def test_what_profile_writes_it_holds(cli, written):
     assert outcome.out.count("vit digits 2 in-backward h100, 4 x none") == 2
 
 
+def test_a_budget_of_another_optimizer_stands_beside_that_of_adamw(cli, tmp_path):
+    for optimizer in ("adamw", "muon"):
+        cli(f"profile {ONE} --batch 2 --optimizer {optimizer} --write budgets.json")
+    adamw, muon = json.loads((tmp_path / "budgets.json").read_text())
+    assert muon["settings"] == {**adamw["settings"], "optimizer": "muon"}
+    assert muon["by_category"]["optimizer"] < adamw["by_category"]["optimizer"]
+    outcome = cli(CHECK)
+    assert outcome.code == 0 and outcome.out.count("vit digits 2 muon h100, 4 x qkv") == 1
+
+
 def test_growth_fails_with_the_difference_by_category_in_a_screen_and_in_json(cli, written):
     before, *_ = written("optimizer", -int(0.02 * written()[0]["peak_allocated_bytes"]))
     outcome = cli(CHECK)

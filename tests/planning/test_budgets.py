@@ -93,6 +93,8 @@ COMPILED = {"method": "compiled", "num_blocks": 1, "recompute": None}
         ({"settings": SETTINGS | {"target": "tpu"}}, "target must be one of cpu, .*, got tpu"),
         ({"settings": SETTINGS | {"batch": True}}, "batch must be int, got true"),
         ({"settings": SETTINGS | {"recompute": 1}}, r"recompute must be str \| None, got 1"),
+        ({"settings": SETTINGS | {"optimizer": "lion"}}, "optimizer must be one of .* got lion"),
+        ({"settings": SETTINGS | {"optimizer": None}}, "optimizer must be str, got null"),
         ({"settings": SETTINGS | {"depth": 1}}, "settings must have .* and no more, got .* depth"),
     ],
 )

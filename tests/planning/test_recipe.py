@@ -10,6 +10,7 @@ from dbkernels.memory.allocator import TARGETS
 from dbkernels.models import FAMILIES, DiTConfig
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.planning.recipe import BLOCKWISE, METHODS, Recipe, of_preset, of_settings
+from dbkernels.training.optimizers.registry import OPTIMIZERS
 from dbkernels.training.run_config import PartitionConfig
 
 TINY = DiTConfig(dim=16, depth=4, num_heads=2, image_size=4, channels=1, num_classes=3)
@@ -69,11 +70,15 @@ def test_a_trainer_has_the_layers_of_its_method(method):
     assert plain == {method != "block_fused"}
 
 
-def test_a_row_describes_a_preset_in_full():
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_row_describes_a_preset_in_full(optimizer):
     changes = {"batch_size": 3, "autocast": True, "optimizer_in_backward": True}
     changes |= {"method": "block_stock", "num_blocks": 2, "recompute": None, "offload": "cpu"}
-    recipe = replace(of_preset("vit", "cifar100"), device=TARGETS["a100"], **changes)
+    changes |= {"optimizer": optimizer, "device": TARGETS["a100"]}
+    recipe = replace(of_preset("vit", "cifar100"), **changes)
     assert of_settings(recipe.settings()) == recipe
+    # rows of before there were others say nothing of it
+    assert ("optimizer" in recipe.settings()) == (optimizer != "adamw")
 
 
 def ways(**flags):
