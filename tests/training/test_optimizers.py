@@ -232,6 +232,15 @@ def test_in_the_backward_and_after_it_give_the_same_bits(name, offload):
     assert_same(inside, after)
 
 
+def test_moments_of_8_bits_have_shapes_before_there_are_numbers():
+    eight = pytest.importorskip("torchao.optim.subclass_8bit")
+    for table in (eight.get_qmap_signed, eight.get_qmap_unsigned):
+        table.cache_clear()
+    with torch.device("meta"):
+        group = make_group(OPTIMIZERS["adamw8bit"])
+    assert {tensor.device.type for tensor in group.optimizer_tensors().values()} == {"meta"}
+
+
 @named
 def test_state_is_whole_from_the_start_and_stays_the_same_tensors(name):
     require(name)

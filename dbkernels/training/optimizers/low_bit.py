@@ -51,7 +51,7 @@ class LowBitAdamW:
             ) from None
         kind = {4: optim.AdamW4bit, 8: optim.AdamW8bit}[self._bits]
         made = skipping(_op_by_op_on_a_cpu(kind))(groups_of(trained))
-        with unset_fake_temporarily():
+        with unset_fake_temporarily(), torch.device("cpu"):
             # torchao's tables of values are made once in a process, from numbers
             for signed in MOMENTS.values():
                 cast(Buffers, made)._new_buffer(torch.zeros(FEWEST, dtype=torch.float32), signed)
