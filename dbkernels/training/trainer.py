@@ -157,7 +157,7 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         """Steps of the run: those of every block."""
-        return self.config.steps * len(self.blocks)
+        return self.config.steps * len(self.blocks.trained)
 
     def next_block(self) -> Block:
         """The block that the run's next step trains."""
@@ -328,7 +328,8 @@ class Trainer:
                 )
         with self._alone:
             self.offloader.wait()
-        weights = {name: p.detach() for name, p in self.blocks.named_parameters()}
+        named = self.blocks.named_parameters()
+        weights = {name: p.detach() for name, p in named if not p.is_meta}
         average = {name: tensor for group in groups for name, tensor in group.average.items()}
         optimizer = {k: v for group in groups for k, v in group.optimizer_tensors().items()}
         found = {"model": weights, "ema": average, "optimizer": optimizer}
@@ -350,8 +351,8 @@ class Trainer:
         """
         return {**self._counted(), **self.samples.place()}
 
-    def _own_steps(self) -> list[int]:
-        return [self.groups[own_group(block)].steps for block in self.blocks]
+    def _own_steps(self) -> dict[int, int]:
+        return {block.index: self.groups[own_group(block)].steps for block in self.blocks.trained}
 
     def _counted(self) -> Counters:
         counters: Counters = {
