@@ -23,6 +23,7 @@ from dbkernels.settings import check_choice, check_number
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing
 from dbkernels.training.lora_config import NO_LORA, LoraConfig
 from dbkernels.training.offload.offloader import check_offload
+from dbkernels.training.parallel.job import ALONE, Job
 from dbkernels.training.partition import partition
 from dbkernels.training.saved import require_types
 from dbkernels.training.trainer import Augment, Trainer
@@ -237,12 +238,13 @@ class RunConfig:
         data: Data,
         weights: Weights | None = None,
         loss: Loss | None = None,
+        *,
         workers: int = 0,
-        only: int | None = None,
+        job: Job = ALONE,
     ) -> Trainer:
         """A trainer at its first step, of blocks with these weights; with another loss, if any."""
-        blocks = self.build(self.home(device), weights, only)
-        return self.trainer_of(blocks, data, device=device, loss=loss, workers=workers)
+        blocks = self.build(self.home(device), weights, job.block)
+        return self.trainer_of(blocks, data, device=device, loss=loss, workers=workers, job=job)
 
     def trainer_of(
         self,
@@ -252,10 +254,11 @@ class RunConfig:
         device: torch.device | str | None = None,
         loss: Loss | None = None,
         workers: int = 0,
+        job: Job = ALONE,
     ) -> Trainer:
         """A trainer at its first step, of blocks that `build` gave; `Trainer` says the rest."""
         settings = asdict(self.trainer) | {"augment": self._augment(blocks), "device": device}
-        settings |= {"objective": loss, "workers": workers}
+        settings |= {"objective": loss, "workers": workers, "job": job}
         if self.objective == "conventional":
             settings["objective"] = DiffusionBlocks.conventional_loss
         return Trainer(blocks, data, **settings)

@@ -64,6 +64,8 @@ class TrainerConfig:
     """Directory of the blocks' files with offload disk; they are deleted when the run ends."""
     prefetch: bool = False
     """Load the next block while this one trains; this takes memory for a second block."""
+    shard: bool = False
+    """Where several processes train a block, each holds a share of every parameter (FSDP2)."""
     seed: int = 0
     """Seed of all that is random in the run."""
 
