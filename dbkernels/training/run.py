@@ -50,7 +50,14 @@ from dbkernels.training.trainer import Trainer
 
 # settings of the trainer that a run may change on its way, for its bits stay the same; without
 # clipping from its start it may also move the optimizer into the backward
-PLACEMENT = ("offload", "offload_dir", "prefetch", "optimizer_in_backward", "cuda_graphs")
+PLACEMENT = (
+    "offload",
+    "offload_dir",
+    "prefetch",
+    "offload_activations",
+    "optimizer_in_backward",
+    "cuda_graphs",
+)
 
 
 def train(

@@ -29,6 +29,7 @@ from dbkernels.training.checkpoint.shard import Parts, Tensors
 from dbkernels.training.contents import contents, require_contents, take_back
 from dbkernels.training.cuda_graphs import CudaGraphs, CudaRecorder
 from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, own_group
+from dbkernels.training.offload.activations import ActivationOffload
 from dbkernels.training.offload.offloader import device_of, open_offloader
 from dbkernels.training.one_thread import OneThread
 from dbkernels.training.optimizers.decay import DecayOn, DecayRule, rule_of
@@ -114,6 +115,7 @@ class Trainer:
         offload_dir: str = TrainerConfig.offload_dir,
         prefetch: bool = TrainerConfig.prefetch,
         shard: bool = TrainerConfig.shard,
+        offload_activations: bool = TrainerConfig.offload_activations,
         seed: int = TrainerConfig.seed,
         make_optimizer: OptimizerFactory | None = None,
         schedule: Schedule | None = None,
@@ -152,10 +154,9 @@ class Trainer:
         self._rates = Rates(config, schedule)
         decays = decays or rule_of(config.decay_on, blocks)
         self.offloader = open_offloader(blocks, self.device, config, kind)
+        self.activations = ActivationOffload(blocks, self.device, enabled=offload_activations)
         self._alone = OneThread()
-        self._untrained = [
-            (name, p) for name, p in self.blocks.named_parameters() if not p.requires_grad
-        ]
+        self._untrained = [each for each in blocks.named_parameters() if not each[1].requires_grad]
         told = {"kind": kind, "decays": decays, "offloader": self.offloader}
         self.groups = make_groups(blocks, config, device=self.device, **told)
         trained = [p for group in self.groups.values() for p in group.parameters.values()]
@@ -300,8 +301,7 @@ class Trainer:
 
     def moved(self, block: Block) -> list[ParamGroup]:
         """What a step on a block updates: its own group, and the shared one if there is one."""
-        names = own_group(block), SHARED
-        return [self.groups[name] for name in names if name in self.groups]
+        return [self.groups[name] for name in (own_group(block), SHARED) if name in self.groups]
 
     def _update(self, block: Block, draw: Draw, pieces: pending.Pieces) -> tuple[Tensor, ...]:
         """What a step runs on the device, once its inputs are there; what `advance` returns."""
@@ -323,9 +323,9 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for batch in pieces(size):
             count = len(next(iter(batch.values())))
-            if self.augment:
-                batch = self.augment(batch, draw)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
+            batch = self.augment(batch, draw) if self.augment else batch
+            cast = torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast)
+            with cast, self.activations.around(batch.values()):
                 loss = self.objective(self.blocks, block, batch, draw)
             loss, left = loss / (self._size / count), left - count
             self.updater.backward(loss, is_last=not left)
