@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from dbkernels.ops.layer.gradients import is_quantized
 from dbkernels.training.checkpoint.shard import Parts, Shard, Tensors
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
-from dbkernels.training.param_group import ParamGroup
 from dbkernels.training.parallel.placement import Placements, here
+from dbkernels.training.param_group import ParamGroup
 from dbkernels.training.saved import require_tensors
 
 Groups = Mapping[str, ParamGroup]

@@ -66,8 +66,12 @@ def open_samples(
     config: TrainerConfig,
     *,
     device: torch.device,
+    share: slice,
 ) -> Samples:
     """The samples of a run; `Trainer` says what its arguments are.
+
+    Args:
+        share:  of the samples of each step, those that this process takes
 
     Raises:
         ValueError: the source is no data, or does not go with keys or workers.
@@ -79,12 +83,16 @@ def open_samples(
                 f"workers must be 0 for the stream {type(source).__name__}, whose own loader has "
                 f"them, got {workers}"
             )
-        return FromStream(Stream(source, config.batch_size, keys))
-    here = Here(as_data(source, keys), config)
+        return FromStream(Stream(source, config.batch_size, keys), share)
+    here = Here(as_data(source, keys), config, share)
     if not workers:
         return here
     size, seed, gpu = config.batch_size, config.seed, device.type == "cuda"
-    return FromWorkers(here, Workers(here.data, workers, batch_size=size, seed=seed, on_gpu=gpu))
+    return FromWorkers(
+        here,
+        Workers(here.data, workers, batch_size=size, seed=seed, on_gpu=gpu, share=share),
+        share,
+    )
 
 
 class Here:

@@ -37,11 +37,11 @@ from dbkernels.training.optimizers.kind import OptimizerFactory
 from dbkernels.training.optimizers.registry import OPTIMIZERS, OptimizerName
 from dbkernels.training.optimizers.schedule import Rates, Schedule
 from dbkernels.training.optimizers.trial import tried
-from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward
-from dbkernels.training.param_groups import make_groups
 from dbkernels.training.parallel.gradients import SharedGradients
 from dbkernels.training.parallel.job import ALONE, Job
 from dbkernels.training.parallel.place import place
+from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward
+from dbkernels.training.param_groups import make_groups
 from dbkernels.training.partition import Block
 from dbkernels.training.samples import open_samples
 from dbkernels.training.saved import require_counters

@@ -30,9 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dbkernels.memory.tracker import Tracker
 from dbkernels.models import AdaLNLayer, add_adapters
 from dbkernels.models.baseline import use_baseline
-from dbkernels.models.cached import cached_layer
 from dbkernels.models.tensor_parallel import Cut, cut_layer, cuts
-from dbkernels.ops import Stacked
 
 CUTS = [Cut(0), Cut(1), Cut(0, 2), Cut(0, 3)]
 ARGS = CASES["gelu"].inputs().values()

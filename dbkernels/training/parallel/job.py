@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dbkernels.settings import check_number
+from dbkernels.training.checkpoint.ranks import ranks_of
 
 MINUTES = 30  # that a process waits for another, which may write a checkpoint
 
@@ -38,6 +39,9 @@ class Axis(NamedTuple):
         return None if self.mesh is None else self.mesh.get_group()
 
 
+ONE = Axis()
+
+
 class Job:
     """This process among those that train the same block.
 
@@ -51,8 +55,8 @@ class Job:
     def __init__(
         self,
         block: int | None = None,
-        data: Axis = Axis(),
-        tensor: Axis = Axis(),
+        data: Axis = ONE,
+        tensor: Axis = ONE,
         group: dist.ProcessGroup | None = None,
     ):
         self.block, self.data, self.tensor, self.group = block, data, tensor, group
@@ -91,25 +95,12 @@ class Job:
         return told[0] / self.count, told[1]
 
     def on_first(self, action: Callable[[], object]) -> None:
-        """Do something on the first process; an error of it is every process's.
+        """Do something on the first process, while the others wait; an error of it is everyone's.
 
         Raises:
-            ValueError: what it raised, and any other error of a file.
+            FloatingPointError, ValueError, OSError, RuntimeError: what it raised.
         """
-        error: ValueError | OSError | None = None
-        if self.is_first:
-            try:
-                action()
-            except (ValueError, OSError) as raised:
-                error = raised
-        if self.group is not None:
-            told = ["" if error is None else str(error)]
-            first = dist.get_global_rank(self.group, 0)
-            dist.broadcast_object_list(told, src=first, group=self.group)
-            if error is None and told[0]:
-                error = ValueError(told[0])
-        if error is not None:
-            raise error
+        ranks_of(self.group).do(action if self.is_first else lambda: None)
 
     def agree(self, what: str, value: object) -> None:
         """Refuse to start where processes of the job were told different things.
@@ -196,8 +187,7 @@ def _axis(mesh: DeviceMesh, name: str) -> Axis:
 
 def _group(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     """Of all processes of this one's block; every process of the job makes those of all blocks."""
-    groups, data, tensor = mesh.mesh.shape
-    if data * tensor == 1:
+    if mesh["data"].size() * mesh["tensor"].size() == 1:
         return None
     made = [dist.new_group(ranks.flatten().tolist()) for ranks in mesh.mesh]
     return made[mesh.get_local_rank("block")]

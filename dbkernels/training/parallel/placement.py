@@ -51,7 +51,8 @@ class Placements:
     def of(self, parameter: nn.Parameter) -> Placement:
         """Of one parameter."""
         data, tensor, cut = self.job.data, self.job.tensor, self._cuts.get(parameter)
-        shape, boxes = tuple(parameter.shape), (Box((0,) * parameter.dim(), parameter.shape, 0),)
+        shape = tuple(parameter.shape)
+        boxes: tuple[Box, ...] = (Box((0,) * len(shape), shape, 0),)
         if cut is not None:
             shape, boxes = _cut(shape, cut, tensor)
         is_shared_out = self.is_shared_out(parameter)
