@@ -129,7 +129,7 @@ def train(
     trainer = config.trainer_on(device, data, start, loss, workers=workers, job=job)
     before: Conditions = {}
     if resume:
-        path, tensors, state, saved = _load(config, directory, resume)
+        path, tensors, state, saved = load_checkpoint(config, directory, resume)
         trainer.restore(tensors, state["counters"])
         turn = trainer.block_order.steps_per_swap
         blocks, step = len(trainer.blocks.trained), trainer.step
@@ -267,7 +267,7 @@ def _save_at_last(save: Callable[[], None]) -> None:
         warnings.warn(f"steps since the last checkpoint are lost: {error}", stacklevel=2)
 
 
-def _load(
+def load_checkpoint(
     config: RunConfig, directory: Path, which: str
 ) -> tuple[Path, checkpoint.Tensors, dict, RunConfig]:
     """A checkpoint of a run, "latest" or a path; its settings are those of the run.
@@ -310,7 +310,7 @@ def load_run(
         ValueError: there is no such run or checkpoint, or it is damaged.
     """
     config = read_config(directory)
-    _, tensors, state, _ = _load(config, directory, which)
+    _, tensors, state, _ = load_checkpoint(config, directory, which)
     blocks = config.build(device)
     trained, every = set(state["counters"].get("groups", ())), set(blocks.groups())
     if trained < every:

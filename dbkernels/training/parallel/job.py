@@ -134,7 +134,7 @@ def launched() -> bool:
 
 @contextmanager
 def open_job(
-    device: torch.device, *, blocks: int | None, block: int | None, tensor: int
+    device: torch.device, blocks: int | None, block: int | None, tensor: int
 ) -> Iterator[Job]:
     """Meet the other processes of the job; a process that torchrun has not started is alone.
 
