@@ -42,7 +42,8 @@ class Case:
 
     def layer(self, recompute="none", dtype=torch.float64):
         torch.manual_seed(0)
-        return randomise(self.kind(replace(self.config, recompute=recompute))).to(dtype)
+        layer = randomise(self.kind(replace(self.config, recompute=recompute)))
+        return layer if dtype == torch.float32 else layer.to(dtype)
 
     def inputs(self, dtype=torch.float64):
         """By name, as the layer takes them; all have gradients."""
