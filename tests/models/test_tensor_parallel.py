@@ -22,7 +22,7 @@ from models.shared_layers import (
     model_results,
 )
 from models.tiny import DRAW, make_model
-from models.two_ranks import HALVES, LEFT_OUT, SHARDED, SIZE, work
+from models.two_ranks import HALVES, IN_PARTS, LEFT_OUT, SHARDED, SIZE, work
 from ops.one_layer import Ops, saved_bytes
 from safetensors.torch import load_file
 from torch import nn
@@ -95,10 +95,28 @@ def whole_and_joined(found, way, case):
 
 @pytest.mark.parametrize("recompute", EVERY_POLICY)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("way", ["whole batch", "in parts"])
-def test_ranks_have_the_output_and_gradients_of_one_process(way, case, recompute, found):
-    whole, parts = whole_and_joined(found, f"{way}/{case}/{recompute}", case)
+def test_ranks_have_the_output_and_gradients_of_one_process(case, recompute, found):
+    whole, parts = whole_and_joined(found, f"whole batch/{case}/{recompute}", case)
     assert_same(parts, whole, 1e-12)
+
+
+@pytest.mark.parametrize(("case", "recompute"), IN_PARTS)
+def test_so_they_have_in_several_chunks_and_parts(case, recompute, found):
+    whole, parts = whole_and_joined(found, f"in parts/{case}/{recompute}", case)
+    assert_same(parts, whole, 1e-12)
+
+
+@pytest.mark.parametrize("recompute", EVERY_POLICY)
+def test_branches_in_bfloat16_are_as_accurate_as_those_of_one_process(recompute, found):
+    exact, parts = whole_and_joined(found, f"autocast/norms/{recompute}", "norms")
+    with torch.autocast("cpu", torch.bfloat16):
+        layer = CASES["norms"].layer(recompute, torch.float32)
+        given = {name: t.float() for name, t in CASES["norms"].inputs().items()}
+        whole = CASES["norms"].results(layer, given)
+    for name, t in exact.items():
+        assert parts[name].dtype == torch.float32
+        errors = [(results[name] - t).norm() / t.norm() for results in (parts, whole)]
+        assert errors[0] < 2 * errors[1] + 1e-3, name
 
 
 @pytest.mark.parametrize("what", LEFT_OUT)
@@ -335,6 +353,7 @@ def test_layers_that_are_no_longer_as_they_were_made_are_refused(alone):
     layer = CASES["gelu"].layer()
     cut_layer(layer, alone)
     refused("layer must be whole, got one of 2 ranks", layer, alone)
+    refused("a ProcessGroup that this process is in, got None", CASES["gelu"].layer(), None)
     with pytest.raises(ValueError, match=r"or JointLayer, got a Linear"):
         cuts(nn.Linear(2, 2))
 
