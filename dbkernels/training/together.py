@@ -44,8 +44,8 @@ class Together(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
+        """Where the parameters are, but for those that are in no memory."""
+        return next(p.device for p in self.parameters() if not p.is_meta)
 
     def predict(self, batch: Batch, z: Tensor, level: float) -> Tensor:
         """Prediction of the block that serves a level, in the family's own form.

@@ -1,6 +1,7 @@
 """Checkpoints whose hashes are right and whose contents no trainer of the run has written."""
 
 import copy
+import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_a_manifest_of_other_types_is_refused_whatever_its_hash_says(tmp_path, n
     manifest = json.loads((path / "state.json").read_bytes())
     del manifest["self"]
     manifest[name] = value
-    manifest["self"] = checkpoint.hashlib.sha256(checkpoint.as_json(manifest)).hexdigest()
+    manifest["self"] = hashlib.sha256(checkpoint.as_json(manifest)).hexdigest()
     (path / "state.json").write_bytes(checkpoint.as_json(manifest))
     with pytest.raises(ValueError, match=f"{name} as `save` writes it"):
         checkpoint.load(path)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from training.checkpoints import assert_holds, bits, names, numbered, saved
 
+from dbkernels import whole_file
 from dbkernels.training import checkpoint
 from dbkernels.training.checkpoint import latest, load, load_latest, save
 
@@ -77,7 +78,7 @@ def test_a_root_that_cannot_be_written_or_has_no_room_is_refused(tmp_path, monke
     def read_only(path):
         raise refused
 
-    monkeypatch.setattr(checkpoint, "new_file", read_only)
+    monkeypatch.setattr(whole_file, "new_file", read_only)
     with pytest.raises(OSError, match=r"^cannot write into .*root: Read-only file system$"):
         checkpoint.check_root(tmp_path / "root", 0)
     assert names(tmp_path / "root") == []
