@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dbkernels.settings import check_number
-from dbkernels.training.checkpoint.ranks import ranks_of
+from dbkernels.training.checkpoint.writers import writers_of
 
 MINUTES = 30  # that a process waits for another, which may write a checkpoint
 
@@ -100,7 +100,7 @@ class Job:
         Raises:
             FloatingPointError, ValueError, OSError, RuntimeError: what it raised.
         """
-        ranks_of(self.group).do(action if self.is_first else lambda: None)
+        writers_of(self.group).do(action if self.is_first else lambda: None)
 
     def agree(self, what: str, value: object) -> None:
         """Refuse to start where processes of the job were told different things.
