@@ -53,9 +53,10 @@ from dbkernels.pool import results
 
 LAYERS = 4  # of a quick model
 MODELS = {"dit": "XL/2", "ar": "paper"}
+REFUSED = "refused"
 FIGURES = ("peak_allocated_bytes", "by_category", "flops")
-NOTHING = dict.fromkeys((*FIGURES, "sent_bytes", "sent", "host_bytes", "sweep_flops"))
-NOTHING |= dict.fromkeys(("ratio", "saved", "product", "apart", "verdict"))
+NOTHING = dict.fromkeys((*FIGURES, "sent_bytes", "sent", "host_bytes"))
+NOTHING |= dict.fromkeys(("sweep_flops", "ratio", "saved", "product", "apart", "verdict"))
 
 
 @dataclass(frozen=True)
@@ -124,17 +125,16 @@ def rows_of(model: Recipe, every: list[Way], most: int | None = None) -> Iterato
     keys = {way: _key(way) for way in every}
     jobs = [partial(followed, model, key) for key in dict.fromkeys(keys.values())]
     found = dict(zip(dict.fromkeys(keys.values()), results(jobs, most=most), strict=True))
-    figures = {way: _chosen(way, found[keys[way]]) for way in every}
-    # what was refused has no figures
-    figures = {way: row for way, row in figures.items() if row.get("refused") is None}
+    told = {way: found[keys[way]] for way in every}
+    figures = {way: _chosen(way, row) for way, row in told.items() if REFUSED not in row}
     peaks = {way: row["peak_allocated_bytes"] for way, row in figures.items()}
     flops = {way: row["flops"] for way, row in figures.items()}
     for way in every:
         if way not in figures:
-            yield NOTHING | found[keys[way]]["none"] | {"memory": "predicted"}
+            yield NOTHING | told[way][REFUSED] | {"memory": "predicted"}
             continue
         sweep = {"sweep_flops": sweep_flops(way, way.recipe(model), flops)}
-        yield figures[way] | sweep | compared(way, peaks) | {"refused": None, "memory": "predicted"}
+        yield figures[way] | sweep | compared(way, peaks) | {REFUSED: None, "memory": "predicted"}
 
 
 def _key(way: Way) -> Way:
@@ -146,7 +146,8 @@ def _key(way: Way) -> Way:
 def _chosen(way: Way, found: dict[str, Row]) -> Row:
     """Of what is found of a way, what holds for it: a job has one block unless it has all."""
     row = found["none" if ONE_JOB in way.parts or "cpu" not in found else "cpu"]
-    return row if OFFLOAD in way.parts else row | {"host_bytes": row["copied_bytes"]}
+    host = row["swapped_bytes" if OFFLOAD in way.parts else "copied_bytes"]
+    return {name: each for name, each in row.items() if name in NOTHING} | {"host_bytes": host}
 
 
 def followed(model: Recipe, way: Way) -> dict[str, Row]:
@@ -158,12 +159,12 @@ def followed(model: Recipe, way: Way) -> dict[str, Row]:
         with counting() as steps:
             found = dry_run(recipe)
     except ValueError as error:
-        return {"none": {"refused": str(error)}}
+        return {REFUSED: {REFUSED: str(error)}}
     sent = max(steps, key=lambda step: step.total())
     copied = sent.pop(HOST, 0)
     swapped = swapped_bytes(found, recipe) // recipe.num_blocks if "cpu" in found else 0
-    about = {"sent_bytes": sent.total(), "sent": dict(sent), "copied_bytes": copied}
-    about |= {"host_bytes": swapped}
+    about = {"sent_bytes": sent.total(), "sent": dict(sent)}
+    about |= {"copied_bytes": copied, "swapped_bytes": swapped}
     return {
         place: {name: getattr(each, name) for name in FIGURES} | about
         for place, each in found.items()

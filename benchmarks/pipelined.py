@@ -153,13 +153,17 @@ class Piece:
         return [*(self.reads if first else ()), *(self.aims.values() if last else ())]
 
 
+def made_up_batch(recipe: Composed) -> Batch:
+    """That of a step, whose noise is another."""
+    data = MadeUpData(recipe.model.fields(), recipe.batch_size)
+    return data.batch(torch.arange(recipe.batch_size))
+
+
 def piece_of(recipe: Composed, rank: int, size: int) -> Piece:
     """One stage of so many, at its first step, on made-up data."""
     config = recipe.config()
     blocks = config.build("cpu")
-    data = MadeUpData(recipe.model.fields(), recipe.batch_size)
-    batch = data.batch(torch.arange(recipe.batch_size))
-    reads, aims = inputs(recipe, blocks, blocks[0], batch, Draw(0, 0))
+    reads, aims = inputs(recipe, blocks, blocks[0], made_up_batch(recipe), Draw(0, 0))
     stage = Stage(recipe, blocks, rank, size)
     kind = OPTIMIZERS[config.trainer.optimizer]
     group = ParamGroup(dict(stage.named_parameters()), config.trainer, total=1, kind=kind)
@@ -200,17 +204,22 @@ def step_of(piece: Piece, rank: int, size: int) -> Callable[[], Tensor]:
 
 
 def predicted(recipe: Composed, stages: int) -> Row:
-    """Figures of the stage that needs the most."""
+    """Figures of the stage that needs the most; as many operations as any stage has."""
     with FakeTensorMode(), dry_run_on_gpu(recipe.device.processors):
-        first = piece_of(recipe, 0, stages)
-        with torch.no_grad():
-            passed = first.stage(*(t[: len(t) // MICROBATCHES] for t in first.reads))
-        found = [_followed(first, 0, stages, passed)]
-        del first
-        rest = range(1, stages)
-        found += [_followed(piece_of(recipe, r, stages), r, stages, passed) for r in rest]
+        found = every_stage(recipe, stages)
     row = max(found, key=lambda each: each["peak_allocated_bytes"])
     return row | {"flops": max(each["flops"] for each in found)}
+
+
+def every_stage(recipe: Composed, stages: int) -> list[Row]:
+    """Figures of each stage, which is followed by itself."""
+    piece, found = piece_of(recipe, 0, stages), []
+    with torch.no_grad():
+        passed = piece.stage(*(t[: len(t) // MICROBATCHES] for t in piece.reads))
+    for rank in range(stages):
+        piece = piece_of(recipe, rank, stages)
+        found.append(_followed(piece, rank, stages, passed))
+    return found
 
 
 def _followed(piece: Piece, rank: int, stages: int, passed: Buffer) -> Row:
@@ -252,7 +261,11 @@ def _one_by_one(piece: Piece, received: list[Buffer], grads: list[Buffer], most:
     size = len(piece.reads[0]) // MICROBATCHES
     for each in range(MICROBATCHES + most):
         if each >= most:
-            _backward(*waiting.popleft(), grads)
+            done, out = waiting.popleft()
+            torch.autograd.backward(out, grads[done] if grads else None)
+            # what was sent of the microbatch before is free when the next one is sent
+            for t in received[done - 1] if received and done else ():
+                t.grad = None
         if each < MICROBATCHES:
             part = slice(each * size, (each + 1) * size)
             aims = {name: t[part] for name, t in piece.aims.items()}
@@ -262,9 +275,4 @@ def _one_by_one(piece: Piece, received: list[Buffer], grads: list[Buffer], most:
                 args = tuple(t.requires_grad_() for t in received[each])
             out = piece.stage(*args, **(aims if piece.stage.is_last else {}))
             waiting.append((each, out if isinstance(out, tuple) else (out,)))
-            del out
     piece.update(torch.zeros((), dtype=torch.float32))
-
-
-def _backward(index: int, out: Buffer, grads: list[Buffer]) -> None:
-    torch.autograd.backward(out, grads[index] if grads else None)
