@@ -60,6 +60,7 @@ def train(
     data_changed: DataChanged = "refuse",
     save_every: int = 0,
     keep: int = 2,
+    save_async: bool = False,
     threads: int = 0,
     workers: int = 0,
     track: Sequence[TrackerName] = (),
@@ -133,7 +134,7 @@ def train(
             keep_trained(directory, weights, config.start.digest)
         del weights
         log = RunLog(directory, first_step=trainer.step, track=track, config=asdict(config))
-        _train(trainer, config, directory, log, now, save_every, keep, on_row)
+        _train(trainer, config, directory, log, now, save_every, keep, save_async, on_row)
     return trainer
 
 
@@ -145,11 +146,13 @@ def _train(
     now: Conditions,
     save_every: int,
     keep: int,
+    save_async: bool,
     on_row: Callable[[Row], None],
 ) -> None:
     """Train to the end; save there, every so many steps, and where it ends early."""
     root = directory / "checkpoints"
-    saved, told = trainer.step, True
+    saved, told, finished = trainer.step, True, False
+    saver = checkpoint.Saver()
 
     def take(row: Row) -> None:
         nonlocal told
@@ -162,15 +165,16 @@ def _train(
             on_row(row)
             told = True
 
-    def save(rows: Rows) -> None:
-        nonlocal saved
+    def save(rows: Rows, *, last: bool = False) -> None:
+        nonlocal saved, finished
         # a step that was not finite raises here, before it can be saved
         rows.settle()
         if trainer.step > saved:
             state = {"version": VERSION, "config": asdict(config), "conditions": now}
             state["counters"] = trainer.counters()
             # the loss of the last step says nothing of what its update made
-            checkpoint.save(
+            write = saver.save if save_async else checkpoint.save
+            write(
                 root,
                 trainer.step,
                 trainer.tensors(),
@@ -180,14 +184,18 @@ def _train(
                 finite=("model", "ema"),
             )
             saved = trainer.step
+        if last:
+            saver.wait()
+            finished = saved >= trainer.total_steps
 
     try:
         write_config(config, directory)
         config.model.keep(config.data, directory)
-        with StopSignals() as stop, Rows(take) as rows:
+        with StopSignals() as stop, Rows(take) as rows, saver:
             try:
                 while trainer.step < trainer.total_steps and not stop.asked:
                     rows.add(trainer.launch(trainer.next_block()))
+                    saver.check()
                     if save_every and not trainer.step % save_every:
                         save(rows)
             except BaseException as error:
@@ -195,13 +203,13 @@ def _train(
                 # goes on from before a loss that is not finite comes to it again
                 early = config.trainer.optimizer_in_backward
                 if not early and not isinstance(error, FloatingPointError):
-                    _save_at_last(partial(save, rows))
+                    _save_at_last(partial(save, rows, last=True))
                 raise
-            save(rows)
+            save(rows, last=True)
             if trainer.step < trainer.total_steps and stop.asked is not None:
                 raise Stopped(stop.asked, trainer.step, trainer.total_steps)
     finally:
-        log.close(finished=saved >= trainer.total_steps)
+        log.close(finished=finished)
         trainer.close()
 
 
