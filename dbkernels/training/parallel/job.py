@@ -134,7 +134,11 @@ def launched() -> bool:
 
 @contextmanager
 def open_job(
-    device: torch.device, blocks: int | None, block: int | None, tensor: int
+    device: torch.device | str,
+    *,
+    blocks: int | None = None,
+    block: int | None = None,
+    tensor: int = 1,
 ) -> Iterator[Job]:
     """Meet the other processes of the job; a process that torchrun has not started is alone.
 
@@ -163,6 +167,7 @@ def open_job(
             f"the number of processes must be a multiple of {groups * tensor} (blocks side by "
             f"side {groups}, tensor_parallel {tensor}), got {world}"
         )
+    device = torch.device(device)
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.set_device(device)
