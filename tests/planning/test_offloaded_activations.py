@@ -6,14 +6,11 @@ from functools import partial
 import pytest
 import torch
 from memory.steps import allocator_peak
-from planning.test_dry_run import FUSED, MODELS, PLAIN, hollow_ops, nbytes, real_trainer
+from planning.test_dry_run import FUSED, MODELS, hollow_ops, nbytes, real_trainer
 
-from dbkernels.memory.allocator import TARGETS
 from dbkernels.memory.measure import MEASURED, measure_peak
 from dbkernels.ops.layer.recompute import policies_of
 from dbkernels.planning.dry_run import dry_run
-from dbkernels.planning.recipe import Recipe, of_settings
-from dbkernels.training.offload import activations
 from dbkernels.training.offload.activations import Copies
 
 __all__ = ["hollow_ops"]
