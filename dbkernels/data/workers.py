@@ -29,6 +29,7 @@ ENDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, 0)  # 0: of its parent's
 
 OfStep = tuple[int, int]  # a block, and its own step
 Coming = Callable[[], Iterator[OfStep]]
+EVERY = slice(None)
 Request = tuple[int, int, object]  # with the indices of its samples
 
 
@@ -45,6 +46,7 @@ class Workers:
         seed:        of the run
         on_gpu:      whether samples are for a GPU: they lie in page-locked memory then, as they are
                      stored, where the data tell that from what a model reads (`Data`)
+        share:       of the samples of each step, those that are read
     """
 
     def __init__(
@@ -55,10 +57,11 @@ class Workers:
         batch_size: int,
         seed: int,
         on_gpu: bool = False,
+        share: slice = EVERY,
     ):
         check_number("workers", count, 1, MOST_WORKERS)
         self.data, self._count, self._on_gpu = data, count, on_gpu
-        self._requests = _Requests(data, batch_size, seed)
+        self._requests = _Requests(data, batch_size, seed, share)
         self._loader: DataLoader | None = None
         self._batches: Iterator[Batch | str] | None = None
         self._processes: list[multiprocessing.Process] = []
@@ -155,8 +158,9 @@ class Workers:
 class _Requests(Sampler):
     """What is asked of the workers, in its order, and which of it has not been taken yet."""
 
-    def __init__(self, data: Data, batch_size: int, seed: int):
+    def __init__(self, data: Data, batch_size: int, seed: int, share: slice):
         self._data, self._batch_size, self._seed = data, batch_size, seed
+        self._share = share
         self.asked: deque[OfStep] = deque()
         self.coming: Coming = lambda: iter(())
 
@@ -165,7 +169,8 @@ class _Requests(Sampler):
         for block, step in self.coming():
             self.asked.append((block, step))
             of_step = {"seed": self._seed, "block": block, "step": step}
-            yield block, step, batch_indices(len(self._data), self._batch_size, **of_step).numpy()
+            indices = batch_indices(len(self._data), self._batch_size, **of_step)
+            yield block, step, indices[self._share].numpy()
 
 
 class _Reader(Dataset):

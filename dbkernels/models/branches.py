@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dbkernels.models.low_rank import adapters_of_all
 from dbkernels.ops.activations import ACTIVATIONS
+from dbkernels.ops.layer.ranks import Ranks
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.ops.layer.weights import LayerWeights
 from dbkernels.settings import check_choice
@@ -68,14 +69,14 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.mlp_hidden, config.dim, bias=config.has_bias("fc2"))
 
 
-def branch_weights(attention: Attention, mlp: MLP) -> LayerWeights:
-    """Of the projections of both, for an op."""
+def branch_weights(attention: Attention, mlp: MLP, ranks: Ranks | None = None) -> LayerWeights:
+    """Of the projections of both, for an op; of this one of the ranks that share them."""
     projections = (attention.qkv, attention.out, mlp.fc1, mlp.fc2)
     parameters = [p for module in projections for p in (module.weight, module.bias)]
     norms = [None, None]
     if "q_norm" in attention._modules:
         norms = [attention.q_norm.weight, attention.k_norm.weight]
-    return LayerWeights(*parameters, *norms, adapters=adapters_of_all(projections))
+    return LayerWeights(*parameters, *norms, ranks=ranks, adapters=adapters_of_all(projections))
 
 
 def initialise_branches(

@@ -34,6 +34,7 @@ from dbkernels.models.low_rank import adapters_of
 from dbkernels.ops import reference_layers
 from dbkernels.ops.backend.checks import check_norm
 from dbkernels.ops.layer.cross import CHUNKS, cross_layer
+from dbkernels.ops.layer.ranks import Ranks
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.ops.layer.weights import LayerWeights
 
@@ -118,6 +119,7 @@ class CrossLayer(nn.Module):
         self.note_inside()
         # (layer, x, c, context, lengths, rotary) -> out in the op's place
         self.run: Callable[..., Tensor] | None = None
+        self.ranks: Ranks | None = None  # that share the layer: of `cut_layer`
 
     def note_inside(self) -> None:
         """As that of `AdaLNLayer`."""
@@ -197,7 +199,7 @@ class CrossLayer(nn.Module):
             for name, module in self.cross.named_children()
             for kind in ("weight", "bias")
         }
-        weights = branch_weights(self.attention, self.mlp)
+        weights = branch_weights(self.attention, self.mlp, self.ranks)
         adapters = [
             adapter
             for name, module in self.cross.named_children()

@@ -31,6 +31,7 @@ from dbkernels.models.low_rank import adapters_of_all
 from dbkernels.ops import reference_layers
 from dbkernels.ops.backend import checks
 from dbkernels.ops.layer.joint import joint_layer
+from dbkernels.ops.layer.ranks import Ranks
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.ops.layer.weights import LayerWeights
 
@@ -88,9 +89,9 @@ class Stream(nn.Module):
         self.attention, self.mlp = Attention(config), MLP(config)
         self.modulation = _modulation(config, parts)
 
-    def weights(self) -> LayerWeights:
+    def weights(self, ranks: Ranks | None) -> LayerWeights:
         """For the op."""
-        return _weights(self.attention, self.mlp)
+        return _weights(self.attention, self.mlp, ranks)
 
 
 class Keys(nn.Module):
@@ -106,9 +107,9 @@ class Keys(nn.Module):
         del self.attention.out
         self.modulation = _modulation(config, 2)
 
-    def weights(self) -> LayerWeights:
+    def weights(self, ranks: Ranks | None) -> LayerWeights:
         """For the op."""
-        return _weights(self.attention, None)
+        return _weights(self.attention, None, ranks)
 
 
 class JointLayer(nn.Module):
@@ -138,6 +139,7 @@ class JointLayer(nn.Module):
         self.note_inside()
         # (layer, x, context, c, rotary) -> (x, context) in the op's place
         self.run: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+        self.ranks: Ranks | None = None  # that share the layer: of `cut_layer`
 
     def note_inside(self) -> None:
         """As that of `AdaLNLayer`."""
@@ -182,8 +184,8 @@ class JointLayer(nn.Module):
             x,
             context,
             *projected,
-            self.x.weights(),
-            self.context.weights(),
+            self.x.weights(self.ranks),
+            self.context.weights(self.ranks),
             second_weights=self._second_weights(),
             rotary=rotary,
             recompute=self.config.recompute,
@@ -199,7 +201,8 @@ class JointLayer(nn.Module):
         rotary: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """What the op's specification makes of the streams and the projections, in plain torch."""
-        given = modulation, context_modulation, self.x.weights(), self.context.weights()
+        weights = self.x.weights(self.ranks), self.context.weights(self.ranks)
+        given = modulation, context_modulation, *weights
         told = {"second_weights": self._second_weights(), "rotary": rotary}
         return reference_layers.joint_layer(x, context, *given, **told, **self.config.of_op())
 
@@ -219,7 +222,7 @@ class JointLayer(nn.Module):
         return self.specified(x, context, of_x, of_context, rotary)
 
     def _second_weights(self) -> LayerWeights | None:
-        return None if self.second is None else _weights(self.second, None)
+        return None if self.second is None else _weights(self.second, None, self.ranks)
 
     def _condition(self, x: Tensor, context: Tensor, c: Tensor) -> Tensor:
         """c for all samples, (B, cond_dim); x, the context and c are checked."""
@@ -245,13 +248,13 @@ def _modulation(config: LayerConfig, parts: int) -> Projection:
     return projection
 
 
-def _weights(attention: Attention, mlp: MLP | None) -> LayerWeights:
+def _weights(attention: Attention, mlp: MLP | None, ranks: Ranks | None) -> LayerWeights:
     """Of an attention, and of an MLP where there is one; None for what is not there."""
     projections = attention.qkv, getattr(attention, "out", None), *_of_mlp(mlp)
     parameters = [getattr(each, kind, None) for each in projections for kind in ("weight", "bias")]
     norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     norms = [getattr(norm, "weight", None) for norm in norms]
-    return LayerWeights(*parameters, *norms, adapters=adapters_of_all(projections))
+    return LayerWeights(*parameters, *norms, ranks=ranks, adapters=adapters_of_all(projections))
 
 
 def _of_mlp(mlp: MLP | None) -> tuple[nn.Module | None, nn.Module | None]:

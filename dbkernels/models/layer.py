@@ -35,6 +35,7 @@ from dbkernels.ops.layer.attend import check_attention, wanted_of
 from dbkernels.ops.layer.condition import Condition
 from dbkernels.ops.layer.function import adaln_layer
 from dbkernels.ops.layer.projection import linear
+from dbkernels.ops.layer.ranks import Ranks
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
 from dbkernels.ops.layer.tensors import AttentionKind, ResidualStream
 from dbkernels.ops.layer.weights import LayerWeights
@@ -118,6 +119,7 @@ class AdaLNLayer(nn.Module):
         self.note_inside()
         # (layer, x, c, rotary, draw, attention) -> out in the op's place: of `use_baseline`
         self.run: Callable[..., Tensor] | None = None
+        self.ranks: Ranks | None = None  # that share the layer: of `cut_layer`
 
     def note_inside(self) -> None:
         """Take the modules inside for what they are now; any later change is refused."""
@@ -264,7 +266,7 @@ class AdaLNLayer(nn.Module):
 
     def weights(self) -> LayerWeights:
         """Of the projections, for the op."""
-        return branch_weights(self.attention, self.mlp)
+        return branch_weights(self.attention, self.mlp, self.ranks)
 
 
 def fold_norms(modulation: Tensor, *norms: tuple[Tensor | None, Tensor | None]) -> Tensor:
@@ -289,11 +291,14 @@ def fold_norms(modulation: Tensor, *norms: tuple[Tensor | None, Tensor | None]) 
 class Projection(nn.Linear):
     """A linear map of a condition, which keeps no copy of its weight under autocast."""
 
+    ranks: Ranks | None = None
+    """Each of which has some of its outputs: of `cut_layer`."""
+
     def forward(self, c: Tensor) -> Tensor:
         """(..., D_in) -> (..., D_out)."""
         if torch.compiler.is_exporting():
             return reference.projected(c, as_linear(self))
-        return linear(c, self.weight, self.bias, adapters_of(self, "linear"))
+        return linear(c, self.weight, self.bias, adapters_of(self, "linear"), self.ranks)
 
 
 def run_layers(

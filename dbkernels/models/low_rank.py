@@ -72,4 +72,7 @@ def adapters_of_all(projections: Sequence[nn.Linear | None]) -> tuple[Adapter, .
 
 def as_linear(projection: nn.Linear, name: str = "linear") -> Linear:
     """A projection and its adapters, for plain torch."""
-    return Linear(projection.weight, projection.bias, adapters_of(projection, name))
+    own = adapters_of(projection, name)
+    # none but a layer's own projections know of ranks
+    ranks = getattr(projection, "ranks", None)
+    return Linear(projection.weight, projection.bias, own, adds_back=ranks)

@@ -31,6 +31,7 @@ from dbkernels.models.layer import KINDS, Projection
 from dbkernels.ops import reference_layers
 from dbkernels.ops.backend.checks import check_norm
 from dbkernels.ops.layer.parallel import CHUNKS, parallel_layer
+from dbkernels.ops.layer.ranks import Ranks
 from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.ops.layer.weights import LayerWeights
 
@@ -102,6 +103,7 @@ class ParallelLayer(nn.Module):
         self.note_inside()
         # (layer, x, c, rotary) -> out in the op's place
         self.run: Callable[..., Tensor] | None = None
+        self.ranks: Ranks | None = None  # that share the layer: of `cut_layer`
 
     def note_inside(self) -> None:
         """As that of `AdaLNLayer`."""
@@ -156,4 +158,4 @@ class ParallelLayer(nn.Module):
 
     def weights(self) -> LayerWeights:
         """Of the projections, for the op."""
-        return branch_weights(self.attention, self.mlp)
+        return branch_weights(self.attention, self.mlp, self.ranks)

@@ -48,6 +48,8 @@ def gated_adaln_norm(
 
 
 def projected(x: Tensor, linear: Linear) -> Tensor:
+    if (ranks := linear.adds or linear.adds_back) is not None:
+        raise ValueError(f"ranks must be None in plain torch, got {ranks.size} ranks")
     return adapted(F.linear(x, linear.weight, linear.bias), x, linear)
 
 

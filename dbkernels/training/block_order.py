@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -30,6 +30,7 @@ class BlockOrder:
     def __init__(self, blocks: Sequence[int], config: TrainerConfig):
         self._blocks, self._num_blocks, self._steps = blocks, len(blocks), config.steps
         self._sequential, self._seed = config.order == "sequential", config.seed
+        self._shuffled = sorted(blocks)
         self._seconds: list[float] = []
         # without swaps there is nothing that longer turns would save
         self.steps_per_swap = config.steps_per_swap or (0 if config.offload != "none" else 1)
@@ -48,16 +49,16 @@ class BlockOrder:
         if self._sequential:
             return self._blocks[place]
         generator = torch.Generator().manual_seed(stream_seed(self._seed, ORDER_KEY, sweep))
-        return int(torch.randperm(self._num_blocks, generator=generator)[place])
+        return self._shuffled[int(torch.randperm(self._num_blocks, generator=generator)[place])]
 
-    def coming(self, step: int, own: Sequence[int]) -> Iterator[tuple[int, int]]:
+    def coming(self, step: int, own: Mapping[int, int]) -> Iterator[tuple[int, int]]:
         """Block of each step of the run from one on, and which of the block's own steps it is.
 
         Args:
             step:  of the run, the first
-            own:   steps that each block has had by then
+            own:   steps that each block has had by then, by its index
         """
-        counts = list(own)
+        counts = dict(own)
         for each in range(step, self._steps * self._num_blocks):
             block = self.block(each)
             yield block, counts[block]

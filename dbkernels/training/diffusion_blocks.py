@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from dbkernels.data.images import Batch
 from dbkernels.diffusion.process import NoiseOrder, Process, Scheme
+from dbkernels.models.absent import absent_copy, to_meta
 from dbkernels.models.family import WEIGHTINGS, FamilyModule, Weighting
 from dbkernels.models.registry import family_of
 from dbkernels.ops.philox import Draw
-from dbkernels.settings import check_choice
+from dbkernels.settings import check_choice, check_number
 from dbkernels.training.evaluated import Evaluated
 from dbkernels.training.partition import Block, partition
 from dbkernels.training.saved import require_tensors
@@ -38,6 +39,8 @@ def own_group(block: Block) -> str:
 
 class DiffusionBlocks(Evaluated):
     """A model, its blocks, and their noise; iterating gives the blocks, the most noise first.
+
+    `trained` are those of them that are trained here, in the same order.
 
     With copies, every block has a stem and a head of its own. Layers exist once in either case, and
     so do the parts that make the clean target. With copies those are frozen: blocks that pass z
@@ -62,6 +65,8 @@ class DiffusionBlocks(Evaluated):
         gamma:       overlap of neighbouring blocks, as a share of each one's own width
         sharing:     joint, or copies, which need blocks that read no layer of each other
         noise_order: which end of the stack meets the most noise: the first layers, or the deepest
+        only:        index of the one block that is trained here, with copies; None is all. What
+                     belongs to the others alone is taken out of memory
     Raises:
         ValueError: a setting is unknown or does not fit the model, the process is on another path
             than the model, a layer with copies would be trained by two blocks, or the model is of
@@ -81,6 +86,7 @@ class DiffusionBlocks(Evaluated):
         gamma: float = 0.05,
         sharing: Sharing = "joint",
         noise_order: NoiseOrder = "first",
+        only: int | None = None,
     ):
         super().__init__()
         self.weighting = weighting
@@ -113,7 +119,16 @@ class DiffusionBlocks(Evaluated):
         cut["noise_order"] = noise_order
         self._blocks = partition(order, num_blocks, self.process, **cut)
         # those whose layers come first may be read by others
-        self.in_running_order = range(num_blocks)[:: 1 if noise_order == "first" else -1]
+        running_order = self._blocks[:: 1 if noise_order == "first" else -1]
+        if only is not None:
+            check_number("block", only, 0, num_blocks - 1)
+            if sharing == "joint" and num_blocks > 1:
+                raise ValueError(
+                    "sharing must be copies for a block that is trained alone, got joint"
+                )
+            running_order = (self._blocks[only],)
+        self.in_running_order = [block.index for block in running_order]
+        self.trained = [self._blocks[index] for index in sorted(self.in_running_order)]
         self.model = model
         self.copies = nn.ModuleList()
         if sharing == "copies" and num_blocks > 1:
@@ -121,9 +136,9 @@ class DiffusionBlocks(Evaluated):
                 raise ValueError(
                     "sharing must be joint where a block's steps read layers of others, got copies"
                 )
-            self._copy()
+            self._copy(only)
 
-    def _copy(self) -> None:
+    def _copy(self, only: int | None) -> None:
         owners = Counter(index for block in self._blocks for index in set(block.layers))
         index, times = owners.most_common(1)[0]
         if times > 1:
@@ -133,8 +148,20 @@ class DiffusionBlocks(Evaluated):
         target_parts = [getattr(self.model, name) for name in self.model.target_parts]
         for part in target_parts:
             part.requires_grad_(False)
-        once = {id(part): part for part in (self.model.layers, *target_parts)}
-        self.copies.extend(copy.deepcopy(self.model, dict(once)) for _ in self._blocks[1:])
+        common = self.model.layers, *target_parts
+        for block in self._blocks[1:]:
+            if only in (None, block.index):
+                once = {id(part): part for part in common}
+                self.copies.append(copy.deepcopy(self.model, once))
+            else:
+                self.copies.append(absent_copy(self.model, common))
+        if only is None:
+            return
+        if only:
+            to_meta(self.model, but=common)
+        for index, layer in enumerate(self.model.layers):
+            if index not in self._blocks[only].layers:
+                to_meta(layer)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -175,7 +202,7 @@ class DiffusionBlocks(Evaluated):
         """Of what the steps of each block read, by its group: its layers, and all in no layer."""
         parts: dict[int, tuple[list[set[int]], set[int]]] = {}
         found = {}
-        for block in self:
+        for block in self.trained:
             model = self.of(block)
             if id(model) not in parts:  # one walk through a large model, not one for each block
                 layers = [set(map(id, layer.parameters())) for layer in model.layers]

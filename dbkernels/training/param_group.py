@@ -25,6 +25,8 @@ from dbkernels.memory.plain import is_wrapper, plain_tensors, where_it_lies
 from dbkernels.training.optimizers.adamw import FusedAdamW
 from dbkernels.training.optimizers.decay import DecayRule, on_all
 from dbkernels.training.optimizers.kind import Kind, Trained, set_rate, skips
+from dbkernels.training.parallel.gradients import SharedGradients
+from dbkernels.training.parallel.placement import here
 from dbkernels.training.trainer_config import TrainerConfig
 
 ADAMW = FusedAdamW()
@@ -71,9 +73,11 @@ class ParamGroup:
     ):
         self.parameters, self.total, self.ema, self.steps = parameters, total, config.ema, 0
         device = next(iter(parameters.values())).device if device is None else device
+        # of a parameter that is shared out, this process's share
+        self._here = {p: here(p) for p in parameters.values()}
         # of the newest parameters in the average
         self._newest = torch.zeros((), dtype=torch.float32, device=device)
-        self._updated = {p: _wide(p) for p in parameters.values()}
+        self._updated = {p: _wide(own) for p, own in self._here.items()}
         self._trained = [
             Trained(name, self._updated[p], config.weight_decay if decays(name, p) else 0.0)
             for name, p in parameters.items()
@@ -102,7 +106,7 @@ class ParamGroup:
             optimizer = self._optimizer_of[updated]
             state = kind.state(optimizer, updated)
             optimizer.state[updated] = state
-            if updated is not parameter:
+            if updated is not self._here[parameter]:
                 state["wide"] = updated
         states = [o.state[updated] for updated, o in self._optimizer_of.items()]
         self._wrappers = [(s, key) for s in states for key, t in s.items() if is_wrapper(t)]
@@ -136,22 +140,25 @@ class ParamGroup:
         if self._waits and not isinstance(where, FakeTensor) and not where:
             self.drop_gradients()
             return
-        pairs = [(p, self._updated[p]) for p in moving if p.grad is not None]
-        narrow = [(p, updated) for p, updated in pairs if updated is not p]
-        for parameter, updated in narrow:
-            # what someone else has written into the parameter since is what is updated
-            same = parameter.detach() == updated.to(parameter.dtype)
-            updated.copy_(torch.where(same, updated, parameter.detach()))
-            assert parameter.grad is not None
-            updated.grad, parameter.grad = parameter.grad.float(), None
+        narrow = []
+        for parameter in moving:
+            own, updated, grad = self._here[parameter], self._updated[parameter], parameter.grad
+            if grad is None or updated is parameter:
+                continue
+            if updated is not own:
+                narrow.append((own, updated))
+                # what someone else has written into the parameter since is what is updated
+                same = own.detach() == updated.to(own.dtype)
+                updated.copy_(torch.where(same, updated, own.detach()))
+            updated.grad, parameter.grad = here(grad).to(updated.dtype), None
         tensors = None if only is None else {self._updated[only]}
         for optimizer in self.optimizers:
             if skips(optimizer):
                 # what a gradient scaler says to it, and it reads on the device
                 vars(optimizer)["found_inf"] = (~where).float()
             _step(optimizer, tensors)
-        for parameter, updated in narrow:
-            parameter.detach().copy_(updated)
+        for own, updated in narrow:
+            own.detach().copy_(updated)
 
     def drop_gradients(self) -> None:
         """Free the gradients of a step that was cut short."""
@@ -168,7 +175,7 @@ class ParamGroup:
     def tensors(self) -> list[Tensor]:
         """All that a step on these parameters reads and writes, but for gradients."""
         return [
-            *self.parameters.values(),
+            *self._here.values(),
             *self.optimizer_tensors().values(),
             *self.average.values(),
         ]
@@ -253,7 +260,7 @@ def _step(optimizer: Optimizer, only: set[Tensor] | None) -> None:
             group["params"] = tensors
 
 
-def _wide(parameter: nn.Parameter) -> Tensor:
+def _wide(parameter: Tensor) -> Tensor:
     """The parameter itself, or its values in float32 where it is narrower."""
     dtype = _wide_dtype(parameter)
     return parameter if parameter.dtype == dtype else parameter.detach().to(dtype)
@@ -267,16 +274,23 @@ class Updater:
     Args:
         clip:    largest norm of an update's gradient; 0 for no limit
         device:  of the parameters that are updated
+        shared:  makes the gradients of several processes one; None is for a process alone
     """
 
-    def __init__(self, clip: float, device: torch.device | str):
+    def __init__(
+        self,
+        clip: float,
+        device: torch.device | str,
+        shared: SharedGradients | None = None,
+    ):
+        self._shared = shared or SharedGradients()
         # loss and gradients of every update so far; written in place, where a graph finds it
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._clip = clip or torch.inf
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
         """Differentiate a loss, or a micro-batch's share of one, whose gradients add up."""
-        loss.backward()
+        self._shared.backward(loss, is_last=is_last)
 
     def finish(self, loss: Tensor, groups: Sequence[ParamGroup]) -> Tensor:
         """End an update, whose losses sum to `loss`; no gradient is left.
@@ -285,7 +299,7 @@ class Updater:
             The gradient's norm before it was clipped, (); NaN after an update that was not finite.
         """
         parameters = [p for group in groups for p in group.parameters.values()]
-        norm = nn.utils.clip_grad_norm_(parameters, self._clip)
+        norm = self._shared.clip(parameters, self._clip)
         norm = torch.where(self._finite, norm, torch.nan)
         self._finite.copy_(torch.isfinite(loss + norm))
         for group in groups:
@@ -316,7 +330,7 @@ class UpdaterInBackward(Updater):
             for parameter in group.parameters.values():
                 parameter.register_post_accumulate_grad_hook(partial(self._update, group))
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
         """As `Updater.backward`, once in an update."""
         # of what is not finite this is NaN, and so is the sum
         self._squares = torch.where(self._finite, loss.detach() * 0, torch.nan)

@@ -25,7 +25,7 @@ def make_groups(
         ValueError: a block has nothing to train, or as `ParamGroup`.
     """
     frozen, groups = blocks.frozen(), blocks.groups()
-    for block in blocks:
+    for block in blocks.trained:
         if not groups[own_group(block)] and SHARED not in groups:
             raise ValueError(
                 f"block {block.index} must have a parameter to train, got none: all that its steps "
@@ -34,7 +34,7 @@ def make_groups(
     found = {}
     for name, parameters in groups.items():
         # what all blocks share is updated in the steps of each
-        total = config.steps * (len(blocks) if name == SHARED else 1)
+        total = config.steps * (len(blocks.trained) if name == SHARED else 1)
         found[name] = ParamGroup(
             parameters, config, total=total, device=device, kind=kind, decays=decays
         )

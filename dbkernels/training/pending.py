@@ -137,7 +137,8 @@ class Pending:
 
     Args:
         row:      what the host knows of it, with places for "loss" and "grad_norm"
-        numbers:  these two, () each, of one dtype and one device; what they hold now is read
+        numbers:  these two, and where several processes train how many of them were asked to end;
+                  () each, of one dtype and one device; what they hold now is read
         refused:  (loss, norm) -> the error of a step of which one is not finite; it undoes what
                   the host had counted of this step and of later ones
     """
@@ -149,6 +150,7 @@ class Pending:
         refused: Callable[[float, float], FloatingPointError],
     ):
         self._row, self._refused = row, refused
+        self.is_asked = False  # whether a process was asked to end before this step, once read
         self._numbers: Sequence[Tensor] | Tensor = numbers
         self._arrived: torch.cuda.Event | None = None
         if numbers[0].is_cuda:
@@ -173,7 +175,8 @@ class Pending:
             FloatingPointError: the loss or its gradient is not finite.
         """
         self.wait()
-        loss, norm = (float(number) for number in self._numbers)
+        loss, norm, *asked = (float(number) for number in self._numbers)
+        self.is_asked = any(asked)
         if not math.isfinite(loss + norm):
             raise self._refused(loss, norm)
         return self._row | {"loss": loss, "grad_norm": norm}
@@ -191,6 +194,8 @@ class Rows:
     def __init__(self, take: Callable[[Row], object]):
         self._take = take
         self._last: Pending | None = None
+        self.is_asked = False
+        """Whether a row that was read says that the run is to end."""
 
     def __enter__(self) -> "Rows":
         return self
@@ -212,6 +217,7 @@ class Rows:
         except FloatingPointError:
             self._last = None
             raise
+        self.is_asked |= last.is_asked
         self._take(row)
 
     def settle(self) -> None:

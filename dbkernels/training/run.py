@@ -6,6 +6,7 @@
 <run>/checkpoints/   safetensors and JSON
 """
 
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -18,8 +19,10 @@ import torch
 from dbkernels.models.start import Trained
 from dbkernels.settings import check_choice, check_number
 from dbkernels.training import checkpoint
+from dbkernels.training.checkpoint.shard import Shard
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, load_weights
 from dbkernels.training.log import RunLog
+from dbkernels.training.parallel.job import ALONE, Job
 from dbkernels.training.pending import Row, Rows
 from dbkernels.training.run_config import (
     VERSION,
@@ -47,7 +50,14 @@ from dbkernels.training.trainer import Trainer
 
 # settings of the trainer that a run may change on its way, for its bits stay the same; without
 # clipping from its start it may also move the optimizer into the backward
-PLACEMENT = ("offload", "offload_dir", "prefetch", "optimizer_in_backward", "cuda_graphs")
+PLACEMENT = (
+    "offload",
+    "offload_dir",
+    "prefetch",
+    "offload_activations",
+    "optimizer_in_backward",
+    "cuda_graphs",
+)
 
 
 def train(
@@ -64,9 +74,13 @@ def train(
     threads: int = 0,
     workers: int = 0,
     track: Sequence[TrackerName] = (),
+    job: Job = ALONE,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> Trainer:
     """Train a run to its end, logging every step.
+
+    Where a job trains one block alone, its run is <directory>/block<index>, and `merge` makes one
+    run of all. The first process of a job logs and says what happens; all save.
 
     A run that was interrupted, however often, ends with the bits of one that was not, where all
     that `conditions` names is the same; a warning says what is another.
@@ -87,6 +101,7 @@ def train(
                        what a few trials are fastest with
         workers:       processes that read the samples of coming steps; of no effect on any bit
         track:         trackers that show the rows too, by name
+        job:           this process among those that train the run, or one block of it
         on_row:        called with each row of the log, when the next step was launched
     Returns:
         The trainer, at its last step. Where blocks were offloaded, all is on the host again.
@@ -102,6 +117,8 @@ def train(
     check_number("threads", threads, 0, MOST_THREADS)
     check_choice("data_changed", data_changed, get_args(DataChanged))
     require_trackers(track)
+    job.agree("the configuration of the run", asdict(config))
+    directory = part_of(directory, job.block)
     data = config.model.open(config.data, "train", convert=config.convert, stride=config.stride)
     root, distills = directory / "checkpoints", bool(config.start.distill)
     if not resume:
@@ -109,31 +126,46 @@ def train(
     else:
         weights = kept(directory, config.start.digest) if distills else None
     loss = distillation(config, weights, device) if distills and weights is not None else None
-    trainer = config.trainer_on(device, data, None if resume else weights, loss, workers)
+    start = None if resume else weights
+    trainer = config.trainer_on(device, data, start, loss, workers=workers, job=job)
     before: Conditions = {}
     if resume:
-        path, tensors, state, saved = _load(config, directory, resume)
+        path, tensors, state, saved = load_checkpoint(config, directory, resume)
         trainer.restore(tensors, state["counters"])
         turn = trainer.block_order.steps_per_swap
-        blocks, step = len(trainer.blocks), trainer.step
+        blocks, step = len(trainer.blocks.trained), trainer.step
         require_same_schedule(
             saved.trainer, config.trainer, blocks=blocks, turn=turn, step=step, path=path
         )
         before = conditions_of(state, path)
     elif checkpoint.latest(root):
         raise ValueError(f"{directory} must hold no run yet, got one; resume it or choose another")
-    with cpu_threads(threads or int(before.get("threads", 0)) or fastest_for(trainer)):
+    threads = threads or int(before.get("threads", 0))
+    if not threads:
+        # processes that run side by side share the machine as whoever started them says
+        threads = fastest_for(trainer) if job.group is None else torch.get_num_threads()
+    with cpu_threads(threads):
         now = conditions(data, trainer.device)
         if resume:
             moved = saved.data != config.data
             require_same_data(before, now, moved=moved, path=path, data_changed=data_changed)
         if trainer.step < trainer.total_steps:
             every = [t for tensors in trainer.tensors().values() for t in tensors.values()]
-            checkpoint.check_root(root, sum(tensor.nbytes for tensor in every))
+            size = sum(t.local.nbytes if isinstance(t, Shard) else t.nbytes for t in every)
+            job.on_first(partial(checkpoint.check_root, root, size * job.count))
         if distills and not resume and weights is not None:
             keep_trained(directory, weights, config.start.digest)
         del weights
-        log = RunLog(directory, first_step=trainer.step, track=track, config=asdict(config))
+        opened: list[RunLog] = []
+
+        def open_log() -> None:
+            first_step = trainer.step
+            opened.append(
+                RunLog(directory, first_step=first_step, track=track, config=asdict(config))
+            )
+
+        job.on_first(open_log)
+        log = opened[0] if opened else None
         _train(trainer, config, directory, log, now, save_every, keep, save_async, on_row)
     return trainer
 
@@ -142,7 +174,7 @@ def _train(
     trainer: Trainer,
     config: RunConfig,
     directory: Path,
-    log: RunLog,
+    log: RunLog | None,
     now: Conditions,
     save_every: int,
     keep: int,
@@ -150,12 +182,14 @@ def _train(
     on_row: Callable[[Row], None],
 ) -> None:
     """Train to the end; save there, every so many steps, and where it ends early."""
-    root = directory / "checkpoints"
+    root, job = directory / "checkpoints", trainer.placements.job
     saved, told, finished = trainer.step, True, False
-    saver = checkpoint.Saver()
+    saver = checkpoint.Saver(group=job.group if save_async else None)
 
     def take(row: Row) -> None:
         nonlocal told
+        if log is None:
+            return
         if not row["step"] and (threads := now.get("threads")):
             row["threads"] = int(threads)
         log.write(row)
@@ -173,7 +207,7 @@ def _train(
             state = {"version": VERSION, "config": asdict(config), "conditions": now}
             state["counters"] = trainer.counters()
             # the loss of the last step says nothing of what its update made
-            write = saver.save if save_async else checkpoint.save
+            write = saver.save if save_async else partial(checkpoint.save, group=job.group)
             write(
                 root,
                 trainer.step,
@@ -189,11 +223,17 @@ def _train(
             finished = saved >= trainer.total_steps
 
     try:
-        write_config(config, directory)
-        config.model.keep(config.data, directory)
+        job.on_first(partial(_describe, config, directory))
         with StopSignals() as stop, Rows(take) as rows, saver:
+
+            def goes_on() -> bool:
+                job.asked = stop.asked is not None
+                # several processes end behind the same step: where all know that one was asked
+                ends = job.asked if job.group is None else rows.is_asked
+                return trainer.step < trainer.total_steps and not ends
+
             try:
-                while trainer.step < trainer.total_steps and not stop.asked:
+                while goes_on():
                     rows.add(trainer.launch(trainer.next_block()))
                     saver.check()
                     if save_every and not trainer.step % save_every:
@@ -202,15 +242,28 @@ def _train(
                 # a step that was cut short has moved nothing, unless its backward had; and whoever
                 # goes on from before a loss that is not finite comes to it again
                 early = config.trainer.optimizer_in_backward
-                if not early and not isinstance(error, FloatingPointError):
+                # nor can one process save what others hold
+                if not early and not isinstance(error, FloatingPointError) and job.group is None:
                     _save_at_last(partial(save, rows, last=True))
                 raise
             save(rows, last=True)
-            if trainer.step < trainer.total_steps and stop.asked is not None:
-                raise Stopped(stop.asked, trainer.step, trainer.total_steps)
+            if trainer.step < trainer.total_steps:
+                asked = stop.asked or signal.SIGTERM
+                raise Stopped(asked, trainer.step, trainer.total_steps)
     finally:
-        log.close(finished=finished)
+        if log is not None:
+            log.close(finished=finished)
         trainer.close()
+
+
+def _describe(config: RunConfig, directory: Path) -> None:
+    write_config(config, directory)
+    config.model.keep(config.data, directory)
+
+
+def part_of(directory: Path, block: int | None) -> Path:
+    """Directory of what a job trains of a run: one block, or all of it."""
+    return directory if block is None else directory / f"block{block}"
 
 
 def _save_at_last(save: Callable[[], None]) -> None:
@@ -221,7 +274,7 @@ def _save_at_last(save: Callable[[], None]) -> None:
         warnings.warn(f"steps since the last checkpoint are lost: {error}", stacklevel=2)
 
 
-def _load(
+def load_checkpoint(
     config: RunConfig, directory: Path, which: str
 ) -> tuple[Path, checkpoint.Tensors, dict, RunConfig]:
     """A checkpoint of a run, "latest" or a path; its settings are those of the run.
@@ -264,8 +317,14 @@ def load_run(
         ValueError: there is no such run or checkpoint, or it is damaged.
     """
     config = read_config(directory)
-    _, tensors, *_ = _load(config, directory, which)
+    _, tensors, state, _ = load_checkpoint(config, directory, which)
     blocks = config.build(device)
+    trained, every = set(state["counters"].get("groups", ())), set(blocks.groups())
+    if trained < every:
+        raise ValueError(
+            f"{directory} must hold all blocks of a run, got {', '.join(sorted(trained))} alone: "
+            "merge unites them"
+        )
     require_tensors(tensors.get("model", {}), dict(blocks.named_parameters()), "model")
     load_weights(blocks, tensors["model"])
     if averaged:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from dbkernels.data.augment import drop_conditions, mirror, shift
 from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import Batch, Data
 from dbkernels.diffusion.process import NoiseOrder, Process, Scheme
+from dbkernels.models.absent import DrawingForAbsent, load, made_without, move
 from dbkernels.models.family import FamilyModule, Weighting
 from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.models.start import Weights
@@ -21,6 +23,8 @@ from dbkernels.settings import check_choice, check_number
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing
 from dbkernels.training.lora_config import NO_LORA, LoraConfig
 from dbkernels.training.offload.offloader import check_offload
+from dbkernels.training.parallel.job import ALONE, Job
+from dbkernels.training.partition import partition
 from dbkernels.training.saved import require_types
 from dbkernels.training.trainer import Augment, Trainer
 from dbkernels.training.trainer import Objective as Loss
@@ -50,11 +54,28 @@ class PartitionConfig:
     noise_order: NoiseOrder = "first"
     """Layers that meet the most noise: the first, or the deepest."""
 
-    def of(self, model: FamilyModule, process: Process, weighting: Weighting) -> DiffusionBlocks:
+    def of(
+        self,
+        model: FamilyModule,
+        process: Process,
+        weighting: Weighting,
+        only: int | None = None,
+    ) -> DiffusionBlocks:
         """The blocks of a model; `DiffusionBlocks` says the rest."""
-        numbers = {name: _whole_numbers(name, getattr(self, name)) for name in ("layers", "split")}
-        settings = asdict(self) | numbers
-        return DiffusionBlocks(model, process=process, weighting=weighting, **settings)
+        settings = asdict(self) | self._numbers()
+        return DiffusionBlocks(model, process=process, weighting=weighting, only=only, **settings)
+
+    def absent(self, only: int, depth: int, process: Process) -> set[int]:
+        """Of so many layers, those that one block does not run."""
+        check_number("block", only, 0, self.num_blocks - 1)
+        numbers = self._numbers()
+        order = tuple(range(depth)) if numbers["layers"] is None else tuple(numbers["layers"])
+        split, noise_order = numbers["split"], self.noise_order
+        blocks = partition(order, self.num_blocks, process, split=split, noise_order=noise_order)
+        return set(range(depth)) - set(blocks[only].layers)
+
+    def _numbers(self) -> dict[str, list[int] | None]:
+        return {name: _whole_numbers(name, getattr(self, name)) for name in ("layers", "split")}
 
 
 def _whole_numbers(name: str, text: str) -> list[int] | None:
@@ -130,6 +151,10 @@ class RunConfig:
                 "accumulate must be 1 with the published weighting, which is no mean over samples, "
                 f"got {self.trainer.accumulate}"
             )
+        if self.start.distill and self.trainer.shard:
+            raise ValueError(
+                "shard must be off with distill, whose teacher every process holds whole, got on"
+            )
         self._check_family()
 
     def _check_family(self) -> None:
@@ -165,28 +190,47 @@ class RunConfig:
             raise ValueError(f"prior must be {own.__name__} for this model, got {self.prior}")
         check_offload(self.trainer.offload, self.model.independent, blocks)
 
-    def model_of(self, weights: Weights | None = None) -> FamilyModule:
-        """A new model, initialised from the run's seed, or with all of some weights."""
+    def model_of(self, weights: Weights | None = None, only: int | None = None) -> FamilyModule:
+        """A new model, initialised from the run's seed, or with all of some weights.
+
+        Args:
+            weights:  by name
+            only:     index of the one block whose layers it has in memory; None has all
+        """
+        family: FamilyModule = family_named(self.family).model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.trainer.seed)
-            family: FamilyModule = family_named(self.family).model
-            model = family(self.model)
+            if only is None:
+                model = family(self.model)
+            else:
+                absent = partial(self.partition.absent, only, process=self.prior)
+                model = made_without(partial(family, self.model), absent)
         if weights is not None:
-            model.load_state_dict(weights)
+            load(model, weights)
         return model
 
-    def build(self, device: torch.device | str, weights: Weights | None = None) -> DiffusionBlocks:
+    def build(
+        self,
+        device: torch.device | str,
+        weights: Weights | None = None,
+        only: int | None = None,
+    ) -> DiffusionBlocks:
         """New blocks on a device, of what `model_of` gives."""
-        model = self.model_of(weights)
+        model = self.model_of(weights, only)
         if self.start.distill:
             # a teacher and its blocks must agree on what z means
             for name in model.target_parts:
                 getattr(model, name).requires_grad_(False)
-        self.lora.add_to(model, self.trainer.seed)
+        with nullcontext() if only is None else DrawingForAbsent():
+            self.lora.add_to(model, self.trainer.seed)
+        blocks = self.partition.of(model, self.prior, self.weighting, only)
         # fake tensors cannot be moved, not even to where they are
-        if next(model.parameters()).device != torch.device(device):
-            model = model.to(device)
-        return self.partition.of(model, self.prior, self.weighting)
+        if blocks.device == torch.device(device):
+            return blocks
+        if only is None:
+            return blocks.to(device)
+        move(blocks, device)
+        return blocks
 
     def home(self, device: torch.device | str) -> torch.device | str:
         """Where models are built that train on a device: where all of their blocks have room."""
@@ -198,11 +242,13 @@ class RunConfig:
         data: Data,
         weights: Weights | None = None,
         loss: Loss | None = None,
+        *,
         workers: int = 0,
+        job: Job = ALONE,
     ) -> Trainer:
         """A trainer at its first step, of blocks with these weights; with another loss, if any."""
-        blocks = self.build(self.home(device), weights)
-        return self.trainer_of(blocks, data, device=device, loss=loss, workers=workers)
+        blocks = self.build(self.home(device), weights, job.block)
+        return self.trainer_of(blocks, data, device=device, loss=loss, workers=workers, job=job)
 
     def trainer_of(
         self,
@@ -212,10 +258,11 @@ class RunConfig:
         device: torch.device | str | None = None,
         loss: Loss | None = None,
         workers: int = 0,
+        job: Job = ALONE,
     ) -> Trainer:
         """A trainer at its first step, of blocks that `build` gave; `Trainer` says the rest."""
         settings = asdict(self.trainer) | {"augment": self._augment(blocks), "device": device}
-        settings |= {"objective": loss, "workers": workers}
+        settings |= {"objective": loss, "workers": workers, "job": job}
         if self.objective == "conventional":
             settings["objective"] = DiffusionBlocks.conventional_loss
         return Trainer(blocks, data, **settings)

@@ -66,8 +66,12 @@ def open_samples(
     config: TrainerConfig,
     *,
     device: torch.device,
+    share: slice,
 ) -> Samples:
     """The samples of a run; `Trainer` says what its arguments are.
+
+    Args:
+        share:  of the samples of each step, those that this process takes
 
     Raises:
         ValueError: the source is no data, or does not go with keys or workers.
@@ -79,24 +83,28 @@ def open_samples(
                 f"workers must be 0 for the stream {type(source).__name__}, whose own loader has "
                 f"them, got {workers}"
             )
-        return FromStream(Stream(source, config.batch_size, keys))
-    here = Here(as_data(source, keys), config)
+        return FromStream(Stream(source, config.batch_size, keys), share)
+    here = Here(as_data(source, keys), config, share)
     if not workers:
         return here
     size, seed, gpu = config.batch_size, config.seed, device.type == "cuda"
-    return FromWorkers(here, Workers(here.data, workers, batch_size=size, seed=seed, on_gpu=gpu))
+    return FromWorkers(
+        here,
+        Workers(here.data, workers, batch_size=size, seed=seed, on_gpu=gpu, share=share),
+        share,
+    )
 
 
 class Here:
     """Samples that this process reads, in each step: no more of them at a time than a piece."""
 
-    def __init__(self, data: Data, config: TrainerConfig):
-        self.data, self._config = data, config
+    def __init__(self, data: Data, config: TrainerConfig, share: slice):
+        self.data, self._config, self._share = data, config, share
 
     def of_step(self, block: int, step: int, put: Put) -> Pieces:
         of_step = {"seed": self._config.seed, "block": block, "step": step}
         indices = batch_indices(len(self.data), self._config.batch_size, **of_step)
-        return partial(read_pieces, self.data, indices, put)
+        return partial(read_pieces, self.data, indices[self._share], put)
 
     def expect(self, coming: Coming) -> None:
         pass
@@ -122,8 +130,8 @@ class Here:
 class FromWorkers(Here):
     """Samples that workers have read before; those of a step out of order this process reads."""
 
-    def __init__(self, here: Here, workers: Workers):
-        super().__init__(here.data, here._config)
+    def __init__(self, here: Here, workers: Workers, share: slice):
+        super().__init__(here.data, here._config, share)
         self._workers = workers
 
     def of_step(self, block: int, step: int, put: Put) -> Pieces:
@@ -140,13 +148,17 @@ class FromWorkers(Here):
 
 
 class FromStream:
-    """Samples in the order of a stream, whatever block they are for."""
+    """Samples in the order of a stream, whatever block they are for.
 
-    def __init__(self, stream: Stream):
-        self._stream, self.data = stream, stream.source
+    Each of several processes reads all of it, and takes its share.
+    """
+
+    def __init__(self, stream: Stream, share: slice):
+        self._stream, self.data, self._share = stream, stream.source, share
 
     def of_step(self, block: int, step: int, put: Put) -> Pieces:
-        return partial(_put_pieces, self._stream.next(), put, _as_it_is)
+        mine = {name: tensor[self._share] for name, tensor in self._stream.next().items()}
+        return partial(_put_pieces, mine, put, _as_it_is)
 
     def expect(self, coming: Coming) -> None:
         pass

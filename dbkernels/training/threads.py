@@ -37,8 +37,9 @@ def fastest_for(trainer: Trainer) -> int:
     Nothing of the trainer moves. Where its blocks wait elsewhere than in memory, or on a GPU, or a
     stream would lose a batch, nothing is tried, and it is torch's own number.
     """
-    blocks, block = trainer.blocks, max(trainer.blocks, key=lambda block: len(block.layers))
-    parameters = [p for p in blocks.of(block).parameters() if p.requires_grad]
+    blocks = trainer.blocks
+    block = max(blocks.trained, key=lambda block: len(block.layers))
+    parameters = [p for p in blocks.of(block).parameters() if p.requires_grad and not p.is_meta]
     most = torch.get_num_threads()
     elsewhere = trainer.device.type != "cpu" or trainer.config.offload != "none"
     data = trainer.samples.data

@@ -22,12 +22,14 @@ from dbkernels.data.dataset import Keys
 from dbkernels.data.images import Batch, Data
 from dbkernels.data.stream import Place
 from dbkernels.models import stem_and_head
-from dbkernels.ops.layer.gradients import is_quantized
 from dbkernels.ops.philox import Draw, stream_seed
 from dbkernels.training import pending
 from dbkernels.training.block_order import BlockOrder
+from dbkernels.training.checkpoint.shard import Parts, Tensors
+from dbkernels.training.contents import contents, require_contents, take_back
 from dbkernels.training.cuda_graphs import CudaGraphs, CudaRecorder
-from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, load_weights, own_group
+from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, own_group
+from dbkernels.training.offload.activations import ActivationOffload
 from dbkernels.training.offload.offloader import device_of, open_offloader
 from dbkernels.training.one_thread import OneThread
 from dbkernels.training.optimizers.decay import DecayOn, DecayRule, rule_of
@@ -35,11 +37,14 @@ from dbkernels.training.optimizers.kind import OptimizerFactory
 from dbkernels.training.optimizers.registry import OPTIMIZERS, OptimizerName
 from dbkernels.training.optimizers.schedule import Rates, Schedule
 from dbkernels.training.optimizers.trial import tried
+from dbkernels.training.parallel.gradients import SharedGradients
+from dbkernels.training.parallel.job import ALONE, Job
+from dbkernels.training.parallel.place import place
 from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward
 from dbkernels.training.param_groups import make_groups
 from dbkernels.training.partition import Block
 from dbkernels.training.samples import open_samples
-from dbkernels.training.saved import require_counters, require_tensors
+from dbkernels.training.saved import require_counters
 from dbkernels.training.tensor_file import Pieces
 from dbkernels.training.trainer_config import Decay, Offload, Order, TrainerConfig
 
@@ -70,6 +75,8 @@ class Trainer:
         augment:    (batch, draw) -> batch, applied to every batch that is drawn; with graphs, all
                     in which one step differs from the next reaches it and the objective in tensors
         device:     to train on; None is where the blocks are
+        job:        this process among those that train the same blocks, which share each batch and
+                    perhaps each layer; None is alone
     The other arguments are the fields of `TrainerConfig`, which says what they mean.
 
     A trainer is for one thread at a time: another that comes to it meanwhile is refused.
@@ -107,6 +114,8 @@ class Trainer:
         offload: Offload = TrainerConfig.offload,
         offload_dir: str = TrainerConfig.offload_dir,
         prefetch: bool = TrainerConfig.prefetch,
+        shard: bool = TrainerConfig.shard,
+        offload_activations: bool = TrainerConfig.offload_activations,
         seed: int = TrainerConfig.seed,
         make_optimizer: OptimizerFactory | None = None,
         schedule: Schedule | None = None,
@@ -114,6 +123,7 @@ class Trainer:
         objective: Objective | None = None,
         augment: Augment | None = None,
         device: torch.device | str | None = None,
+        job: Job | None = None,
     ):
         # each of its fields is an argument, with its default
         settings = locals()
@@ -122,7 +132,12 @@ class Trainer:
         self.blocks = blocks.train()
         self.objective, self.augment = objective or DiffusionBlocks.loss, augment
         self.device = device_of(blocks, config, device)
-        self.samples = open_samples(data, keys, workers, config, device=self.device)
+        named = OPTIMIZERS[config.optimizer]
+        kind = tried(make_optimizer, self.device) if make_optimizer else named
+        self.placements = place(blocks, config, job or ALONE, kind)
+        self._share = self.placements.job.share(config.batch_size)
+        told = {"device": self.device, "share": self._share}
+        self.samples = open_samples(data, keys, workers, config, **told)
         self.data = self.samples.data
         if compile_stem_and_head:
             for model in (blocks.model, *blocks.copies):
@@ -130,22 +145,23 @@ class Trainer:
         self.step = 0
         self.block_order = BlockOrder(blocks.in_running_order, config)
         self.samples.expect(lambda: self.block_order.coming(self.step, self._own_steps()))
-        size = config.batch_size // config.accumulate
-        # an optimizer in the backward cannot wait for gradients to add up
-        least = config.batch_size if config.optimizer_in_backward else 1
-        self.micro_batch = pending.MicroBatch(size, config.batch_size, least=least)
+        self._size = self._share.stop - self._share.start
+        size = self._size // config.accumulate
+        # an optimizer in the backward cannot wait for gradients to add up, and other processes wait
+        # for gradients of as many parts as they have
+        least = size if config.optimizer_in_backward or self.placements.job.group else 1
+        self.micro_batch = pending.MicroBatch(size, self._size, least=least)
         self._rates = Rates(config, schedule)
-        named = OPTIMIZERS[config.optimizer]
-        kind = tried(make_optimizer, self.device) if make_optimizer else named
         decays = decays or rule_of(config.decay_on, blocks)
         self.offloader = open_offloader(blocks, self.device, config, kind)
+        self.activations = ActivationOffload(blocks, self.device, enabled=offload_activations)
         self._alone = OneThread()
-        self._untrained = [
-            (name, p) for name, p in self.blocks.named_parameters() if not p.requires_grad
-        ]
+        self._untrained = [each for each in blocks.named_parameters() if not each[1].requires_grad]
         told = {"kind": kind, "decays": decays, "offloader": self.offloader}
         self.groups = make_groups(blocks, config, device=self.device, **told)
-        self.updater = Updater(config.clip, self.device)
+        trained = [p for group in self.groups.values() for p in group.parameters.values()]
+        shared = SharedGradients(trained, self.placements)
+        self.updater = Updater(config.clip, self.device, shared)
         if config.optimizer_in_backward:
             self.updater = UpdaterInBackward(list(self.groups.values()), self.device)
         self.staging = pending.Staging(self.device)
@@ -157,7 +173,7 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         """Steps of the run: those of every block."""
-        return self.config.steps * len(self.blocks)
+        return self.config.steps * len(self.blocks.trained)
 
     def next_block(self) -> Block:
         """The block that the run's next step trains."""
@@ -254,13 +270,14 @@ class Trainer:
             f"{noise.high:.6g}]; {updated} updated"
         )
 
-    def advance(self, block: Block) -> tuple[Tensor, Tensor]:
+    def advance(self, block: Block) -> tuple[Tensor, ...]:
         """The device's share of a step, read back only as `ParamGroup.update` says; no count moves.
 
         Returns:
-            Loss and norm of the gradient, (). Where one is not finite, nothing was updated, but
-            for what an optimizer in the backward had moved by then; nor is anything updated from
-            there on, until the step's `Pending.row` has raised.
+            Loss and norm of the gradient, (), and where several processes train how many of them
+            were asked to end. Where one is not finite, nothing was updated, but for what an
+            optimizer in the backward had moved by then; nor is anything updated from there on,
+            until the step's `Pending.row` has raised.
         """
         self.offloader.enter(own_group(block))
         moved = self.moved(block)
@@ -270,10 +287,10 @@ class Trainer:
             group.prepare(self._rates.of(group.steps, group.total))
         config, block_step = self.config, moved[0].steps
         pieces = self.samples.of_step(block.index, block_step, self.staging.put)
-        draw = Draw(stream_seed(config.seed, block.index), block_step)
+        draw = Draw(stream_seed(config.seed, block.index), block_step, sample=self._share.start)
         if self.cuda_graphs is None:
             return self._update(block, draw, pieces)
-        self._held.fill(next(pieces(config.batch_size)))
+        self._held.fill(next(pieces(self._size)))
         self._block_step.fill_(block_step)
         draw = replace(draw, step=self._block_step)
         update = partial(self._update, block, draw, self._held.pieces)
@@ -284,55 +301,47 @@ class Trainer:
 
     def moved(self, block: Block) -> list[ParamGroup]:
         """What a step on a block updates: its own group, and the shared one if there is one."""
-        names = own_group(block), SHARED
-        return [self.groups[name] for name in names if name in self.groups]
+        return [self.groups[name] for name in (own_group(block), SHARED) if name in self.groups]
 
-    def _update(self, block: Block, draw: Draw, pieces: pending.Pieces) -> tuple[Tensor, Tensor]:
-        """What a step runs on the device, once its inputs are there; loss and norm."""
+    def _update(self, block: Block, draw: Draw, pieces: pending.Pieces) -> tuple[Tensor, ...]:
+        """What a step runs on the device, once its inputs are there; what `advance` returns."""
         moved = self.moved(block)
         loss = self.micro_batch.attempt(
             partial(self._accumulate, block, draw, pieces),
             partial(_drop_gradients, moved),
             f"block {block.index} at its step {moved[0].steps}",
         )
-        return loss, self.updater.finish(loss, moved)
+        if self.placements.job.group is None:
+            return loss, self.updater.finish(loss, moved)
+        # all judge the same number, and so end or go on together
+        loss, asked = self.placements.job.mean(loss)
+        return loss, self.updater.finish(loss, moved), asked
 
     def _accumulate(self, block: Block, draw: Draw, pieces: pending.Pieces, size: int) -> Tensor:
         """Backward of the mean loss over the block's next batch; the loss, detached."""
-        config = self.config
+        config, left = self.config, self._size
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for batch in pieces(size):
             count = len(next(iter(batch.values())))
-            if self.augment:
-                batch = self.augment(batch, draw)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
+            batch = self.augment(batch, draw) if self.augment else batch
+            cast = torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast)
+            with cast, self.activations.around(batch.values()):
                 loss = self.objective(self.blocks, block, batch, draw)
-            loss = loss / (config.batch_size / count)
-            self.updater.backward(loss)
+            loss, left = loss / (self._size / count), left - count
+            self.updater.backward(loss, is_last=not left)
             total += loss.detach()
             draw = replace(draw, sample=draw.sample + count)
         return total
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
+    def tensors(self) -> Parts:
         """Everything that a checkpoint must hold: weights, their average, optimizer state.
 
         Raises:
             ValueError: a weight has fewer bits than its dtype says, which no checkpoint holds.
         """
-        groups = self.groups.values()
-        for name, parameter in self.blocks.named_parameters():
-            if is_quantized(parameter):
-                kind = type(parameter).__name__
-                raise ValueError(
-                    f"a checkpoint has no place for {name} of {kind}: save the adapters alone"
-                )
         with self._alone:
             self.offloader.wait()
-        weights = {name: p.detach() for name, p in self.blocks.named_parameters()}
-        average = {name: tensor for group in groups for name, tensor in group.average.items()}
-        optimizer = {k: v for group in groups for k, v in group.optimizer_tensors().items()}
-        found = {"model": weights, "ema": average, "optimizer": optimizer}
-        return {name: tensors for name, tensors in found.items() if tensors}
+        return contents(self.blocks, self.groups, self.placements)
 
     def read(self, tensor: Tensor) -> Pieces:
         """The bytes of one of `tensors`, of which no copy is made but of a piece.
@@ -350,8 +359,8 @@ class Trainer:
         """
         return {**self._counted(), **self.samples.place()}
 
-    def _own_steps(self) -> list[int]:
-        return [self.groups[own_group(block)].steps for block in self.blocks]
+    def _own_steps(self) -> dict[int, int]:
+        return {block.index: self.groups[own_group(block)].steps for block in self.blocks.trained}
 
     def _counted(self) -> Counters:
         counters: Counters = {
@@ -363,7 +372,7 @@ class Trainer:
         counts = {k: v for group in self.groups.values() for k, v in group.counts().items()}
         return counters | ({"optimizer": counts} if counts else {})
 
-    def restore(self, tensors: dict[str, dict[str, Tensor]], counters: Counters) -> None:
+    def restore(self, tensors: Tensors, counters: Counters) -> None:
         """Go on from what `tensors` and `counters` once gave, bit for bit.
 
         Raises:
@@ -373,10 +382,9 @@ class Trainer:
         with self._alone:
             self._restore(tensors, counters)
 
-    def _restore(self, tensors: dict[str, dict[str, Tensor]], counters: Counters) -> None:
+    def _restore(self, tensors: Tensors, counters: Counters) -> None:
         require_counters(self.samples.check(counters), self._counted())
-        for group, expected in {**{name: {} for name in tensors}, **self.tensors()}.items():
-            require_tensors(tensors.get(group, {}), expected, group)
+        require_contents(tensors, self.tensors())
         size = counters["micro_batch"]
         if self.config.optimizer_in_backward and size < self.config.batch_size:
             raise ValueError(
@@ -385,13 +393,10 @@ class Trainer:
             )
         self.samples.go_on(counters)
         self.offloader.settle()
-        load_weights(self.blocks, tensors["model"])
-        for name, group in self.groups.items():
-            steps = counters["groups"][name]
-            saved = tensors.get("ema", {}), tensors.get("optimizer", {})
-            group.restore(steps, *saved, counters.get("optimizer", {}))
+        take_back(self.blocks, self.groups, self.placements, tensors, counters)
         self.step, self.block_order.steps_per_swap = counters["step"], counters["steps_per_swap"]
-        self.micro_batch.size = size
+        # processes may be more by now, and then have fewer samples each
+        self.micro_batch.size = min(size, self._size)
         self.updater.go_on()
 
 

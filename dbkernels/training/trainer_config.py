@@ -64,6 +64,10 @@ class TrainerConfig:
     """Directory of the blocks' files with offload disk; they are deleted when the run ends."""
     prefetch: bool = False
     """Load the next block while this one trains; this takes memory for a second block."""
+    shard: bool = False
+    """Where several processes train a block, each holds a share of every parameter (FSDP2)."""
+    offload_activations: bool = False
+    """Keep what the backward needs in host memory until it comes to it."""
     seed: int = 0
     """Seed of all that is random in the run."""
 
@@ -95,6 +99,8 @@ class TrainerConfig:
         choices = {"optimizer": OptimizerName, "decay": Decay, "decay_on": DecayOn}
         for name, known in (choices | {"order": Order, "offload": Offload}).items():
             check_choice(name, getattr(self, name), get_args(known))
+        if self.offload_activations and self.cuda_graphs:
+            raise ValueError("cuda_graphs must be False with offload_activations, got True")
         if self.offload == "none" and self.prefetch:
             raise ValueError("offload must be cpu or disk for prefetch, got none")
         if (self.offload == "disk") != bool(self.offload_dir):

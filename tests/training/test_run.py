@@ -74,7 +74,7 @@ def test_blocks_are_built_of_the_seed_alone_whatever_the_partition(make_config):
 def test_models_whose_blocks_are_offloaded_are_built_on_the_host(make_config, monkeypatch):
     places, build = [], RunConfig.build
     monkeypatch.setattr(
-        RunConfig, "build", lambda c, device, weights: places.append(device) or build(c, "cpu")
+        RunConfig, "build", lambda c, device, *_: places.append(device) or build(c, "cpu")
     )
     data = open_data("data.npy", "train", make_config().model.num_classes)
     with pytest.raises(ValueError, match="blocks must be on meta"):

@@ -153,7 +153,7 @@ def _cross_backward(
         dtokens.copy_(w.cross_kv.back(dkv))
     grads.add_weight("cross_q", dq, _after_attention(call, kept["a"]).to(dq.dtype))
     grads.add_bias("cross_q", dq)
-    if dq.dtype == dx2.dtype:
+    if dq.dtype == dx2.dtype and w.ranks is None:
         w.cross_q.add_back(dq, dx2)
     else:
         dx2 += w.cross_q.back(dq)

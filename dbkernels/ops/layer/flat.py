@@ -37,6 +37,7 @@ class Form(NamedTuple):
 
     def apart(self, gradients: Gradients, flat: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of the row's tensors, each in its dtype; None is not wanted."""
+        gradients.add_up(self.weights.ranks)
         small = flat[len(flat) - 2 * len(self.weights.adapters) :]
         results = gradients.results(self.weights.names(), [t.dtype for t in small])
         return stacked.apart(results, flat, self.layout)

@@ -185,8 +185,9 @@ def adaln_layer(
                      attention branch, then of the MLP; or the condition of each token that it is
                      made of, which policies that keep little keep in its place
         weights:     of one dtype, as `LayerWeights` tells their shapes; any may be `Stacked`. Its
-                     adapters may have other dtypes, and run in that of the branches
-        num_heads:   H
+                     adapters may have other dtypes, and run in that of the branches. With `ranks`
+                     they are this rank's part of the layer, without adapters or `Stacked`
+        num_heads:   H, of this rank where there are ranks, and then head_dim is given
         head_dim:    d; None is D / H, and then H divides D
         rotary:      (2, T, d) cosines and sines, float32; None does not rotate
         mlp:         "gelu" (tanh), "gelu_exact" or "swiglu"
@@ -216,7 +217,8 @@ def adaln_layer(
     Raises:
         ValueError: a shape, dtype or device disagrees, a name is unknown, num_queries is not from
             1 to T, num_samples is not that of a stream, either or attention_dropout is not for this
-            attention, or dropout is not in [0, 1) or has no draw.
+            attention, dropout is not in [0, 1) or has no draw, or a layer on several ranks has
+            adapters, `Stacked` weights or attention_dropout, or is compiled.
         RuntimeError: the gradient is differentiated.
     """
     check_choice("mlp", mlp, ACTIVATIONS)
@@ -224,6 +226,8 @@ def adaln_layer(
     dtype, centred = compute_dtype(x, weights.qkv_weight), checks.check_norm(norm)
     norms = (NormOptions(each, centred, dtype) for each in (eps, eps if eps2 is None else eps2))
     dropped = _dropout(dropout, attention_dropout, draw)
+    if attention_dropout and weights.ranks is not None:
+        raise ValueError(f"attention_dropout must be 0 with ranks, got {attention_dropout}")
     checks.check_tokens(x=x)
     check_attention(attention, attention_dropout, x.shape[0])
     wanted = wanted_of(x, attention, num_queries, num_samples)

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dbkernels.ops.backend import checks
 from dbkernels.ops.backend.register import runs_as_on_gpu
 from dbkernels.ops.layer.linear import Adapter, adapter_names, as_rows
+from dbkernels.ops.layer.ranks import Ranks
 from dbkernels.ops.layer.tensors import chunks
 
+SHARED = ("q_weight", "k_weight")  # by all heads, of which each rank has some
 CPU_CHUNK = 1024  # tokens whose operands a CPU holds in float32 beside them
 
 
@@ -84,6 +86,14 @@ class Gradients:
             for grad, dtype in zip(found[first:], dtypes, strict=True)
         ]
         return [*cast(found[:first], self.dtype), *small]
+
+    def add_up(self, ranks: Ranks | None) -> None:
+        """Once all else is there, those of what ranks that share a layer have in common."""
+        names = [name for name in SHARED if name in self.sums]
+        if ranks is not None and names:
+            total = torch.stack([self.sums[name] for name in names])
+            ranks.sum(total)
+            self.sums.update(zip(names, total, strict=True))
 
     def wants(self, name: str) -> bool:
         """Whether a projection's weight or an adapter of it is to have a gradient."""

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dbkernels.ops.layer.ranks import Ranks, sum_or_not
+
 
 def as_rows(x: Tensor) -> Tensor:
     """(..., D) as (tokens, D)."""
@@ -115,6 +117,10 @@ class Linear(NamedTuple):
     bias: Tensor | None = None
     """(D_out,)"""
     adapters: tuple[Adapter, ...] = ()
+    adds: Ranks | None = None
+    """Each of which has some of D_in: `of` is the sum of what they make, and the bias."""
+    adds_back: Ranks | None = None
+    """Each of which has some of D_out: `back` is the sum of what they make."""
 
     @property
     def width(self) -> int:
@@ -124,6 +130,11 @@ class Linear(NamedTuple):
     def of(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """(..., D_in) -> (..., D_out), into out (tokens, D_out) where it is given."""
         rows = as_rows(x)
+        if self.adds is not None:
+            y = self.part().of(rows, out=out)
+            self.adds.sum(y)
+            self.add_bias(y)
+            return y.view(*x.shape[:-1], self.width)
         if self.bias is None:
             y = torch.mm(rows, self.weight.T, out=out)
         else:
@@ -136,17 +147,20 @@ class Linear(NamedTuple):
         rows = as_rows(dy)
         dx = torch.mm(rows, self.weight, out=out)
         self._adapt_back(rows, dx)
+        sum_or_not(self.adds_back, dx)
         return dx.view(*dy.shape[:-1], self.weight.shape[1])
 
     def add_of(self, x: Tensor, total: Tensor) -> None:
-        """total (..., D_out) += `of` x."""
+        """total (..., D_out) += `of` x; of a `part`, where there are ranks."""
+        assert self.adds is None
         total = as_rows(total).addmm_(as_rows(x), self.weight.T)
         if self.bias is not None:
             total += self.bias
         self._adapt(as_rows(x), total)
 
     def add_back(self, dy: Tensor, total: Tensor) -> None:
-        """total (..., D_in) += `back` of dy."""
+        """total (..., D_in) += `back` of dy; of a `part`, where there are ranks."""
+        assert self.adds_back is None
         total = as_rows(total).addmm_(as_rows(dy), self.weight)
         self._adapt_back(as_rows(dy), total)
 
@@ -160,8 +174,18 @@ class Linear(NamedTuple):
         for adapter in self.adapters:
             dx.addmm_(adapter.narrow_back(dy), adapter.down)
 
+    def part(self) -> "Linear":
+        """What this rank adds to the sum, without the bias of a sum; itself where it is whole."""
+        bias = self.bias if self.adds is None else None
+        return self._replace(bias=bias, adds=None, adds_back=None)
+
+    def add_bias(self, y: Tensor) -> None:
+        """To a sum y (..., D_out) of what `part` makes on each rank."""
+        if self.adds is not None and self.bias is not None:
+            y += self.bias
+
     def rows(self, start: int, stop: int | None) -> "Linear":
-        """Of some of its outputs."""
+        """Of some of its outputs, the `part` of this rank."""
         bias = None if self.bias is None else self.bias[start:stop]
         weight = self.weight[start:stop]
         cut = (adapter.rows(start, start + len(weight)) for adapter in self.adapters)

@@ -11,6 +11,7 @@ from dbkernels.ops.backend.checks import statistics_dtype
 from dbkernels.ops.backend.register import runs_as_on_gpu
 from dbkernels.ops.layer.gradients import Gradients
 from dbkernels.ops.layer.linear import Linear, as_rows
+from dbkernels.ops.layer.ranks import begin_sum, wait_for
 from dbkernels.ops.layer.tensors import Kept, chunks
 
 CHUNK = 8192  # tokens: enough of them to fill a GPU with one matmul
@@ -19,6 +20,7 @@ _addmm_gelu = torch.ops.aten._addmm_activation
 
 def mlp(y: Tensor, activation: str, fc1: Linear, fc2: Linear, *, hidden: Tensor | None) -> Tensor:
     """The MLP's output, over y (B, T, D); writes hidden (B * T, F) where it is given."""
+    part, sums = fc2.part(), []
     rows, without_bias = as_rows(y), fc1._replace(bias=None)
     epilogue = hidden is None and _has_epilogue(rows, activation, fc1)
     for chunk in chunks(len(rows), _chunk(rows, 2 if hidden is None and not epilogue else 1)):
@@ -27,8 +29,11 @@ def mlp(y: Tensor, activation: str, fc1: Linear, fc2: Linear, *, hidden: Tensor 
         else:
             kept = None if hidden is None else hidden[chunk]
             u = activation_forward(activation, without_bias.of(rows[chunk], out=kept), fc1.bias)
-        fc2.of(u, out=rows[chunk])
+        part.of(u, out=rows[chunk])
         del u  # or the next chunk's would stand beside it
+        sums += begin_sum(fc2.adds, rows[chunk])
+    wait_for(sums)
+    fc2.add_bias(y)
     return y
 
 
@@ -49,7 +54,7 @@ def mlp_backward(
     """
     rows, hidden, without_bias = as_rows(dm), kept.pop("hidden"), fc1._replace(bias=None)
     dhidden, size = kept.buffer(hidden), _chunk(rows, 2 if hidden is None else 1)
-    part = len(rows) > size
+    part, own, sums = len(rows) > size, fc1.part(), []
     grads.add_bias("fc2", dm)
     for chunk in chunks(len(rows), size):
         h = without_bias.of(as_rows(y)[chunk]) if hidden is None else hidden[chunk]
@@ -59,10 +64,12 @@ def mlp_backward(
         BACKWARD_OPS[activation](h, u, fc1.bias, dh, u, dbias)
         grads.add_weight("fc2", rows[chunk], u, part=part)
         grads.add("fc1_bias", dbias)
+        own.back(dh, out=rows[chunk])
+        sums += begin_sum(fc1.adds_back, rows[chunk])
         if hidden is None:
             grads.add_weight("fc1", dh, as_rows(y)[chunk], part=part)
-        fc1.back(dh, out=rows[chunk])
         del h, dh, u, dbias
+    wait_for(sums)
     return dm, dhidden
 
 

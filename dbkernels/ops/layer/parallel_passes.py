@@ -20,6 +20,7 @@ from dbkernels.ops.layer.linear import as_rows
 from dbkernels.ops.layer.mlp import mlp, mlp_backward
 from dbkernels.ops.layer.passes import Kind, Streams, first_norm
 from dbkernels.ops.layer.qkv import QKV
+from dbkernels.ops.layer.ranks import sum_or_not
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.ops.layer.tensors import Activations, Kept
 
@@ -44,9 +45,14 @@ def _write(streams: Streams, outs: Sequence[Tensor]) -> list[Activations]:
     y, stats = first_norm(call, mod.scale, mod.shift)
     qkv = QKV.of(y, w.qkv, options.wanted)
     hidden = y.new_empty((len(as_rows(y)), w.fc1.width)) if "hidden" in keeps else None
-    a = mlp(y, options.mlp, w.fc1, w.fc2, hidden=hidden)  # over y, which nothing reads after it
+    own = w.fc2.part()
+    a = mlp(y, options.mlp, w.fc1, own, hidden=hidden)  # over y, which nothing reads after it
     attended, logsumexp = attend_forward(options, *heads(call, qkv))
-    w.out.add_of(attended, a)
+    w.out.part().add_of(attended, a)
+    if w.ranks is not None:
+        w.ranks.sum(a)
+        w.out.add_bias(a)
+        w.fc2.add_bias(a)
     x, h, y = map(call.by_sample, (call.x, a, out))
     gated_residual_forward(x, h, mod.gate, y=y)
     made = Activations(stats, *qkv, attended, logsumexp, a, hidden=hidden)
@@ -81,7 +87,7 @@ def _gradients(
     if attended is None:
         attended, logsumexp = attend_forward(options, *heads(call, qkv))
     dattended = output_backward(call, da, attended, grads)
-    dy, dhidden = mlp_backward(da, y, options.mlp, w.fc1, w.fc2, kept, grads)
+    dy, dhidden = mlp_backward(da, y, options.mlp, w.fc1.part(), w.fc2, kept, grads)
     if dhidden is not None:
         # made here and again below, for a pass over x each: kept until then, dhidden would stand
         # beside all of the attention's gradients
@@ -95,7 +101,8 @@ def _gradients(
     dqkv.write(*attend_gradients(options, *given))
     del given
     heads_backward(call, dqkv, qkv, grads)
-    w.qkv.add_back(dqkv.qkv, dy)
+    w.qkv.part().add_back(dqkv.qkv, dy)
+    sum_or_not(w.ranks, dy)
     dx = torch.empty_like(call.x)
     adaln_norm_backward(
         rows(dy), rows(dout), rows(call.x), mod.scale, mod.shift, kept.pop("stats1"),

@@ -17,6 +17,7 @@ from dbkernels.ops.layer.linear import (
     flat_adapters,
     with_adapters,
 )
+from dbkernels.ops.layer.ranks import Ranks, sum_or_not
 from dbkernels.settings import check_choice
 
 NAME = "linear"  # of the projection, to its adapters
@@ -30,20 +31,23 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, dtype, adapters, *small):
+    def forward(ctx, x, weight, bias, dtype, adapters, ranks, *small):
         ctx.save_for_backward(x, weight, *small)
+        ctx.ranks = ranks
         ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
         ctx.adapters = adapters
         x, weight, bias, *small = cast([x, weight, bias, *small], dtype)
-        return Linear(weight, bias, with_adapters(adapters, small)).of(x)
+        y = Linear(weight, bias, with_adapters(adapters, small)).of(x)
+        return y if ranks is None else ranks.gather(y)
 
     @staticmethod
     def backward(ctx, dy):
         checks.refuse_double_backward("linear")
-        (x, weight, *small), needed = ctx.saved_tensors, ctx.needs_input_grad
+        (x, weight, *small), needed, ranks = ctx.saved_tensors, ctx.needs_input_grad, ctx.ranks
+        dy = dy if ranks is None else ranks.own(dy)
         rows, dx, dweight, dbias = as_rows(dy.contiguous()), None, None, None
         names = adapter_names(ctx.adapters)
-        wanted = frozenset(n for n, want in zip(names, needed[5:], strict=True) if want)
+        wanted = frozenset(n for n, want in zip(names, needed[6:], strict=True) if want)
         with dtypes_as_they_are(dy.device.type):
             adapters = with_adapters(ctx.adapters, cast(small, ctx.dtype))
             reads_x = needed[1] or wanted
@@ -52,6 +56,7 @@ class _Linear(torch.autograd.Function):
                 dx = product(rows, read.pop(), sum_dtype(rows, x.dtype))
                 for adapter in adapters:
                     add_product(dx, adapter.narrow_back(rows), adapter.down)
+                sum_or_not(ranks, dx)
                 dx = dx.to(x.dtype).view(x.shape)
             if needed[1]:
                 dtype = weight.dtype
@@ -61,11 +66,15 @@ class _Linear(torch.autograd.Function):
             grads = Gradients(wanted, ctx.dtype, adapters)
             if wanted:
                 grads.add_adapters(NAME, rows, read[0])
-        return dx, dweight, dbias, None, None, *grads.results(names, [t.dtype for t in small])
+        return dx, dweight, dbias, None, None, None, *grads.results(names, [t.dtype for t in small])
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, adapters: Sequence[Adapter] = ()
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    adapters: Sequence[Adapter] = (),
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """x W^T + b, in the dtype of the weight or in autocast's.
 
@@ -74,10 +83,12 @@ def linear(
         weight:  (D_out, D_in)   of any of these dtypes
         bias:    (D_out,)        of any of these dtypes, or None
         adapters: of the projection "linear", of any of these dtypes
+        ranks:   each of which has some of the outputs, in order; None has all. x is the same on all
     Returns:
-        (..., D_out).
+        (..., D_out), of all ranks.
     Raises:
-        ValueError: a shape, dtype or device disagrees.
+        ValueError: a shape, dtype or device disagrees, or there are adapters with ranks, or ranks
+            under torch.compile.
         RuntimeError: the gradient is differentiated.
     """
     small = flat_adapters(adapters)
@@ -89,8 +100,12 @@ def linear(
             f"got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     checks.check_shape(weight.shape[:1], bias=bias)
+    if ranks is not None and adapters:
+        raise ValueError(f"adapters must be none with ranks, got {len(adapters)}")
+    if ranks is not None and torch.compiler.is_compiling():
+        raise ValueError(f"ranks must be None under torch.compile, got {ranks.size} ranks")
     for adapter in adapters:
         check_choice("projection of an adapter", adapter.projection, (NAME,))
         check_adapter(adapter, weight)
     dtype, bare = compute_dtype(x, weight), with_adapters(adapters, [None] * len(small))
-    return _Linear.apply(x.contiguous(), weight, bias, dtype, bare, *small)
+    return _Linear.apply(x.contiguous(), weight, bias, dtype, bare, ranks, *small)

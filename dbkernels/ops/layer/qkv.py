@@ -9,6 +9,7 @@ from dbkernels.ops.backend import checks
 from dbkernels.ops.layer.gradients import Gradients, product
 from dbkernels.ops.layer.linear import Linear, as_rows
 from dbkernels.ops.layer.part import Wanted
+from dbkernels.ops.layer.ranks import sum_or_not
 
 
 class QKV(NamedTuple):
@@ -74,6 +75,7 @@ class QKV(NamedTuple):
         of_q, of_kv = _apart(qkv)
         dy = of_kv.back(self.qkv)
         self._queried(dy).add_(of_q.back(self.q))
+        sum_or_not(qkv.adds_back, dy)
         return dy
 
     def add_to(self, gradients: Gradients, y: Tensor) -> None:

@@ -1,7 +1,10 @@
 """What the weights of one stream of a layer must be."""
 
+import torch
+
 from dbkernels.ops.backend import checks
 from dbkernels.ops.layer.linear import check_adapter
+from dbkernels.ops.layer.stacked import Stacked
 from dbkernels.ops.layer.weights import LayerWeights
 from dbkernels.settings import check_choice
 
@@ -34,8 +37,10 @@ def check_weights(
         has:    the projections that there are to be, of PROJECTIONS; of the others all is None
         C:      width of the other sequence; None is a layer without cross-attention
     Raises:
-        ValueError: one is of another shape or dtype, is missing, or is not for this stream.
+        ValueError: one is of another shape or dtype, is missing, or is not for this stream, or
+            ranks are given that share what they cannot.
     """
+    _check_ranks(name, w)
     first = 0 if w.fc1_weight is None else len(w.fc1_weight)
     hidden = 0 if w.fc2_weight is None else w.fc2_weight.shape[-1]
     expected = LayerWeights(
@@ -53,7 +58,7 @@ def check_weights(
         elif getattr(w, weight) is None:
             raise ValueError(f"{name}{weight} must be {expected[weight]}, got None")
     for field, t in w._asdict().items():
-        if field == "adapters" or t is None:
+        if field in ("adapters", "ranks") or t is None:
             continue
         checks.check_shape(expected[field], **{f"{name}{field}": t})
         if t.dtype != w.qkv_weight.dtype:
@@ -64,3 +69,16 @@ def check_weights(
     for adapter in w.adapters:
         check_choice("projection of an adapter", adapter.projection, has)
         check_adapter(adapter, getattr(w, f"{adapter.projection}_weight"))
+
+
+def _check_ranks(name: str, w: LayerWeights) -> None:
+    """Of a layer on several ranks all is cut before it is stacked, adapted or compiled: none is."""
+    if w.ranks is None:
+        return
+    if w.adapters:
+        raise ValueError(f"{name}adapters must be none with ranks, got {len(w.adapters)}")
+    for field, t in w._asdict().items():
+        if isinstance(t, Stacked):
+            raise ValueError(f"{name}{field} must be a tensor with ranks, got a Stacked")
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{name}ranks must be None under torch.compile, got {w.ranks.size} ranks")

@@ -6,12 +6,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dbkernels.ops.layer.linear import Adapter, Linear, adapter_names, flat_adapters, with_adapters
+from dbkernels.ops.layer.ranks import Ranks
 
 
 class LayerWeights(NamedTuple):
     """What a layer learns, but for its condition's projection.
 
-    F is the hidden layer's width, and H heads of width d are usually, not always, as wide as D.
+    F is the hidden layer's width, and H heads of width d are usually, not always, as wide as D. On
+    one of several ranks that share a layer, H and F are this rank's own.
     """
 
     qkv_weight: Tensor
@@ -46,39 +48,49 @@ class LayerWeights(NamedTuple):
     """(D, H d)"""
     cross_out_bias: Tensor | None = None
     """(D,)"""
+    ranks: Ranks | None = None
+    """That share the layer; None is a whole one. What they have between them adds up to it."""
     adapters: tuple[Adapter, ...] = ()
     """Of the projections above; queries alone are the first third of qkv's outputs."""
 
     @property
     def qkv(self) -> Linear:
-        return Linear(self.qkv_weight, self.qkv_bias, self._of("qkv"))
+        return self._by_outputs(self.qkv_weight, self.qkv_bias, "qkv")
 
     @property
     def out(self) -> Linear:
-        return Linear(self.out_weight, self.out_bias, self._of("out"))
+        return self._by_inputs(self.out_weight, self.out_bias, "out")
 
     @property
     def fc1(self) -> Linear:
-        return Linear(self.fc1_weight, self.fc1_bias, self._of("fc1"))
+        return self._by_outputs(self.fc1_weight, self.fc1_bias, "fc1")
 
     @property
     def fc2(self) -> Linear:
-        return Linear(self.fc2_weight, self.fc2_bias, self._of("fc2"))
+        return self._by_inputs(self.fc2_weight, self.fc2_bias, "fc2")
+
+    def _by_outputs(self, weight: Tensor, bias: Tensor | None, name: str) -> Linear:
+        """A projection of whose outputs each rank has some."""
+        return Linear(weight, bias, self._of(name), adds_back=self.ranks)
+
+    def _by_inputs(self, weight: Tensor, bias: Tensor | None, name: str) -> Linear:
+        """A projection of whose inputs each rank has some."""
+        return Linear(weight, bias, self._of(name), adds=self.ranks)
 
     def _of(self, projection: str) -> tuple[Adapter, ...]:
         return tuple(a for a in self.adapters if a.projection == projection)
 
     @property
     def cross_q(self) -> Linear:
-        return Linear(self.cross_q_weight, self.cross_q_bias, self._of("cross_q"))
+        return self._by_outputs(self.cross_q_weight, self.cross_q_bias, "cross_q")
 
     @property
     def cross_kv(self) -> Linear:
-        return Linear(self.cross_kv_weight, self.cross_kv_bias, self._of("cross_kv"))
+        return self._by_outputs(self.cross_kv_weight, self.cross_kv_bias, "cross_kv")
 
     @property
     def cross_out(self) -> Linear:
-        return Linear(self.cross_out_weight, self.cross_out_bias, self._of("cross_out"))
+        return self._by_inputs(self.cross_out_weight, self.cross_out_bias, "cross_out")
 
     @property
     def qk_norms(self) -> tuple[Tensor | None, Tensor | None]:
@@ -86,16 +98,18 @@ class LayerWeights(NamedTuple):
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All of them in one row, the adapters' last: what autograd sees."""
-        return (*self[:-1], *flat_adapters(self.adapters))
+        return (*self[:-2], *flat_adapters(self.adapters))
 
     def names(self) -> tuple[str, ...]:
         """Of `tensors`, those by which `Gradients` knows them."""
-        return (*self._fields[:-1], *adapter_names(self.adapters))
+        return (*self._fields[:-2], *adapter_names(self.adapters))
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> "LayerWeights":
         """The same layer of other tensors, in the order of `tensors`."""
-        count = len(self) - 1
-        return LayerWeights(*tensors[:count], with_adapters(self.adapters, tensors[count:]))
+        count = len(self) - 2
+        return LayerWeights(
+            *tensors[:count], self.ranks, with_adapters(self.adapters, tensors[count:])
+        )
 
     def without_tensors(self) -> "LayerWeights":
         """What `with_tensors` needs, and no tensor."""

@@ -12,7 +12,7 @@ from dbkernels.training.optimizers.kind import State, Trained, groups_of
 class FusedAdamW:
     """torch's fused AdamW, which reads its rate, and whether to step, on the device."""
 
-    name, capturable = "adamw", True
+    name, capturable, by_element = "adamw", True, True
     counts: tuple[str, ...] = ()
 
     def make(self, trained: Sequence[Trained], *, captured: bool) -> list[Optimizer]:

@@ -26,11 +26,13 @@ class Kind(Protocol):
 
     name:        for errors
     capturable:  whether a CUDA graph can hold a step, whose rate is then a tensor
+    by_element:  whether each number is updated by itself, so that a process may have some of them
     counts:      names of numbers in its parameter groups that its steps may change
     """
 
     name: str
     capturable: bool
+    by_element: bool
     counts: tuple[str, ...]
 
     def make(self, trained: Sequence[Trained], *, captured: bool) -> list[Optimizer]:

@@ -34,7 +34,7 @@ class LowBitAdamW:
         bits:  of a number of a moment
     """
 
-    capturable = False
+    capturable = by_element = False
     counts: tuple[str, ...] = ()
 
     def __init__(self, bits: Literal[4, 8]):

@@ -21,7 +21,7 @@ SkippingMuon = skipping(Muon)
 class MuonAndAdamW:
     """torch's Muon and fused AdamW."""
 
-    name, capturable = "muon", False
+    name, capturable, by_element = "muon", False, False
     counts: tuple[str, ...] = ()
 
     def make(self, trained: Sequence[Trained], *, captured: bool) -> list[Optimizer]:

@@ -22,7 +22,7 @@ class Own:
         factory:  makes an optimizer; `tried` says whether a trainer can have it
     """
 
-    capturable = False
+    capturable = by_element = False
 
     def __init__(self, factory: OptimizerFactory):
         self._factory, self.name = factory, "the optimizer"
