@@ -57,10 +57,12 @@ class Profile(OfPreset):
     """Share of its activations that the compiled baseline may keep."""
     optimizer_in_backward: bool = False
     """Update each parameter as soon as the backward has its gradient, and free the gradient."""
+    offload_activations: bool = False
+    """Keep what the backward needs in host memory until it comes to it."""
     target: str = "auto"
     """The device that is predicted: cpu, a100, h100, h200, b200; auto is h100, or the measured."""
     measure: bool = False
-    """Run the steps for real too; on a CPU compiled code, and one block at a time, are not."""
+    """Run the steps for real too; on a CPU not compiled code, nor what is partly off the device."""
     steps: int = 5
     """Steps that are timed, of every block, where they are run."""
     device: str = "auto"
@@ -122,6 +124,7 @@ class Profile(OfPreset):
             replace(
                 recipe,
                 optimizer_in_backward=self.optimizer_in_backward,
+                offload_activations=self.offload_activations,
                 method=method,
                 num_blocks=count,
                 recompute=policy,
@@ -171,8 +174,9 @@ class Profile(OfPreset):
     def _measured(self, recipe: Recipe) -> dict[str, object]:
         """What the recipe's steps take for real; nothing if they cannot tell."""
         device = pick_device(self.device)
-        # a CPU's memory also holds the blocks off the device, and the tracker sees no compiled code
+        # a CPU's memory also holds what is off the device, and the tracker sees no compiled code
         unseen = recipe.method == "compiled" or recipe.offload == "cpu"
+        unseen |= recipe.offload_activations
         return {} if unseen and device.type == "cpu" else measured(recipe, device, self.steps)
 
     def _check(self, path: Path) -> None:
@@ -229,7 +233,9 @@ def predicted_tables(rows: list[Row]) -> Iterator[Table]:
     compute = "bfloat16" if first["autocast"] else "float32"
     title = f"{first['family']} {first['preset']}, batch {first['batch']}, {compute} compute"
     title += f", {first['optimizer']}" if "optimizer" in first else ""
-    title += ",\noptimizer in backward" if first["optimizer_in_backward"] else ""
+    early, kept = first["optimizer_in_backward"], first.get("offload_activations")
+    title += ",\noptimizer in backward" if early else ""
+    title += ",\nwhat the backward needs off the device" if kept else ""
     for name in ("allocated", "reserved"):
         caption = f"{title}\npredicted peak {name}, {unit}, on {first['target']}"
         yield _by_blocks(rows, caption, f"peak_{name}_bytes", UNITS[unit])
@@ -311,6 +317,7 @@ def _settings(recipe: Recipe) -> str:
     compute = " bf16" if row["autocast"] else ""
     optimizer = f" {row['optimizer']}" if "optimizer" in row else ""
     early = " in-backward" if row["optimizer_in_backward"] else ""
+    early += " activations-off" if "offload_activations" in row else ""
     offload = "" if row["offload"] == "none" else f", offload {row['offload']}"
     return (
         f"{row['family']} {row['preset']} {row['batch']}{compute}{optimizer}{early} "

@@ -14,7 +14,7 @@ class Wrapper(Protocol):
 
     @classmethod
     def __tensor_unflatten__(
-        cls, inside: dict[str, Tensor], told: object, size: object, stride: object
+        cls, inside: dict[str, object], told: object, size: object, stride: object
     ) -> Tensor: ...
 
 
@@ -29,28 +29,33 @@ def plain_tensors(name: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
     if not is_wrapper(value):
         yield name, value
         return
-    for inside in cast(Wrapper, value).__tensor_flatten__()[0]:
-        yield from plain_tensors(f"{name}.{inside}", getattr(value, inside))
+    for inside, held in _held(value).items():
+        # a DTensor tells its mesh too
+        if isinstance(held, Tensor):
+            yield from plain_tensors(f"{name}.{inside}", held)
 
 
 def copy_of(value: Tensor) -> Tensor:
     """A tensor of its own with the same numbers; of a wrapper, around copies of what it wraps."""
     if not is_wrapper(value):
         return value.detach().clone()
-    names, told = cast(Wrapper, value).__tensor_flatten__()
-    inside = {name: copy_of(getattr(value, name)) for name in names}
-    return _wrapped(value, inside, told)
+    inside = _held(value).items()
+    return _wrapped(value, {n: copy_of(t) if isinstance(t, Tensor) else t for n, t in inside})
 
 
 def where_it_lies(value: Tensor) -> Tensor:
     """A wrapper that says the device on which what it wraps lies, which was moved beneath it."""
-    names, told = cast(Wrapper, value).__tensor_flatten__()
-    inside = {name: getattr(value, name) for name in names}
-    if all(tensor.device == value.device for tensor in inside.values()):
+    inside = _held(value)
+    if all(t.device == value.device for t in inside.values() if isinstance(t, Tensor)):
         return value
-    return _wrapped(value, inside, told)
+    return _wrapped(value, inside)
 
 
-def _wrapped(like: Tensor, inside: dict[str, Tensor], told: object) -> Tensor:
-    kind = cast(type[Wrapper], type(like))
+def _held(value: Tensor) -> dict[str, object]:
+    names, _ = cast(Wrapper, value).__tensor_flatten__()
+    return {name: getattr(value, name) for name in names}
+
+
+def _wrapped(like: Tensor, inside: dict[str, object]) -> Tensor:
+    kind, (_, told) = cast(type[Wrapper], type(like)), cast(Wrapper, like).__tensor_flatten__()
     return kind.__tensor_unflatten__(inside, told, like.shape, like.stride())

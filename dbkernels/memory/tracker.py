@@ -15,13 +15,15 @@ addition are two, elementwise ops are none.
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from types import TracebackType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch._guards import active_fake_mode
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import BackwardCFunction
@@ -29,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dbkernels.memory.plain import is_wrapper, plain_tensors
+from dbkernels.memory.sharded import seeing_resizes, whole
 
 # a storage with several uses is counted under the first of them; buffers are parameters
 CATEGORIES = (
@@ -167,17 +170,19 @@ class Tracker(TorchDispatchMode):
         self._alive: dict[int, int] = {}  # address of a storage -> its index
         self._watches: list[weakref.finalize] = []
         self._reused: tuple[int | None, int] | None = None  # storage, position of the op in events
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, attrgetter("tensor"))
+        self._seeing = ExitStack()
 
     def __enter__(self) -> "Tracker":
         super().__enter__()
-        self._hooks.__enter__()
+        saved = torch.autograd.graph.saved_tensors_hooks(self._pack, attrgetter("tensor"))
+        self._seeing.enter_context(saved)
+        self._seeing.enter_context(seeing_resizes(self._resize))
         return self
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hooks.__exit__(kind, error, trace)
+        self._seeing.close()
         super().__exit__(kind, error, trace)
         for watch in self._watches:
             watch.detach()
@@ -206,6 +211,8 @@ class Tracker(TorchDispatchMode):
             self._reused = self._meet(args[0]), len(self.events)
         for tensor in _tensors(out):
             self._meet(tensor)
+        if told := whole(func, args, kwargs):
+            self.tag(_tensors(told[0]), told[1])
         packet = func.overloadpacket
         if formula := flop_registry.get(_LIKE.get(packet, packet)):
             flops = formula(*args, **kwargs, out_val=out)
@@ -250,27 +257,40 @@ class Tracker(TorchDispatchMode):
         return highest
 
     def _meet(self, tensor: Tensor, *, before: bool = False) -> int | None:
-        """Index of the tensor's storage, and a log entry if it is new or has changed its size.
-
-        One that is new was there before the run, or is made now.
-        """
+        """Index of the tensor's storage; None if it is not counted."""
         if tensor.layout != torch.strided:
             return None
-        storage, op = tensor.untyped_storage(), self._now()
+        storage = tensor.untyped_storage()
+        # asked last, since a fake tensor takes long to answer
+        if storage._cdata not in self._alive and tensor.device != self.device:
+            return None
+        return self._follow(storage, storage.nbytes() if before else None)
+
+    def _resize(self, storage: UntypedStorage, before: int) -> None:
+        # that of a fake tensor does not say where the tensor lies
+        here = storage.device == self.device or active_fake_mode() is not None
+        if here or storage._cdata in self._alive:
+            self._follow(storage, before)
+
+    def _follow(self, storage: UntypedStorage, before: int | None) -> int:
+        """Index of a storage, and a log entry if it is new or has changed its size.
+
+        One that is new had so many bytes before the run, or is made now.
+        """
         index = self._alive.get(storage._cdata)
         if index is None:
-            # asked last, since a fake tensor takes long to answer
-            if tensor.device != self.device:
-                return None
             index = self._alive[storage._cdata] = len(self.categories)
-            self.categories.append("inputs" if before else "temporaries")
+            self.categories.append("temporaries" if before is None else "inputs")
             self._bytes.append(0)
             self._watches.append(weakref.finalize(storage, self._die, storage._cdata))
-            op = START if before else op
-        if delta := storage.nbytes() - self._bytes[index]:
-            self._bytes[index] += delta
-            self.events.append(Event(op, index, delta))
+            self._change(index, before or 0, START)
+        self._change(index, storage.nbytes(), self._now())
         return index
+
+    def _change(self, index: int, size: int, op: int) -> None:
+        if delta := size - self._bytes[index]:
+            self._bytes[index] = size
+            self.events.append(Event(op, index, delta))
 
     def _die(self, address: int) -> None:
         index = self._alive.pop(address)

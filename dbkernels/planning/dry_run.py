@@ -11,7 +11,8 @@ from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -22,6 +23,7 @@ from dbkernels.ops.backend.register import dry_run_on_gpu, scratch_bytes
 from dbkernels.planning.recipe import Recipe
 from dbkernels.pool import results
 from dbkernels.training.diffusion_blocks import SHARED, own_group
+from dbkernels.training.offload.activations import Copies
 from dbkernels.training.offload.memory import flat_bytes
 from dbkernels.training.partition import Block
 from dbkernels.training.trainer import Trainer
@@ -78,6 +80,8 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
 
     with _pretending(target):
         trainer = _plain(recipe).trainer("cpu")
+        if recipe.offload_activations:
+            trainer.activations.copies = Copies(trainer.device, _off_the_device)
         found: list[tuple[Prediction, ...]] = []  # of a block, for each of the offloads
         for block in _costliest(trainer):
             moved, on_device = trainer.moved(block), _on_device(trainer, block)
@@ -113,6 +117,11 @@ def _plain(recipe: Recipe) -> Recipe:
     """
     alone = replace(recipe, offload="none", prefetch=False)
     return replace(alone, cuda_graphs=False, compile_stem_and_head=False)
+
+
+def _off_the_device(nbytes: int) -> Tensor:
+    """Host memory, which is counted with no device."""
+    return torch.empty(nbytes, dtype=torch.uint8, device="meta")
 
 
 class _Mode(FakeTensorMode):

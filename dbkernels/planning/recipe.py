@@ -45,6 +45,7 @@ SETTINGS = {  # of a recipe in a row, and what each may be
     "recompute": str | None,
     "offload": str,
 }
+OTHERS = {"optimizer": str, "offload_activations": bool}  # only where they are not the default
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Recipe:
     """Share of its activations that compiled may keep, from 0 to 1; None for the other methods."""
     offload: Offload = "none"
     prefetch: bool = False
+    offload_activations: bool = False
     sharing: Sharing = "joint"
     ema: float = 0.0
     optimizer: OptimizerName = "adamw"
@@ -162,9 +164,10 @@ class Recipe:
         return config.trainer_of(blocks, data, device=device)
 
     def settings(self) -> Settings:
-        """What a row of JSON and a budget say of it; of an optimizer, where it is not AdamW."""
+        """What a row of JSON and a budget say of it; of OTHERS, where they are not the default."""
         other: Settings = {"batch": self.batch_size, "target": self.device.name}
-        own: Settings = {} if self.optimizer == "adamw" else {"optimizer": self.optimizer}
+        usual = {each.name: each.default for each in fields(Recipe)}
+        own: Settings = {n: getattr(self, n) for n in OTHERS if getattr(self, n) != usual[n]}
         given = {name: other[name] if name in other else getattr(self, name) for name in SETTINGS}
         return given | own
 
@@ -200,9 +203,9 @@ def of_settings(settings: Settings) -> Recipe:
     Raises:
         ValueError: a name is missing or unknown, or a value is none that it may have.
     """
-    known = {**SETTINGS}
-    if isinstance(settings, dict) and "optimizer" in settings:
-        known["optimizer"] = str
+    known: dict[str, Any] = {**SETTINGS}
+    if isinstance(settings, dict):
+        known |= {name: kind for name, kind in OTHERS.items() if name in settings}
     values = require_names("settings", settings, known)
     for (name, kind), value in zip(known.items(), values, strict=True):
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
