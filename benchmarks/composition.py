@@ -64,7 +64,7 @@ class Options(Program):
     """Predict what blocks and other ways to need less memory give together."""
 
     family: tuple[str, ...] = ()  # dit or ar, of sizes as they are published; both
-    batch: int = 64  # samples of a step on each GPU, made up
+    batch: int = 128  # samples of a step on each GPU, made up
     dtype: str = "autocast"  # or float32; autocast is compute in bfloat16
     num_blocks: tuple[int, ...] = (1, 3, 4)  # with 1
     target: str = "h100"  # that is predicted: a100, h100, ...

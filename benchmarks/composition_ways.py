@@ -134,13 +134,9 @@ def ways(model: Recipe, counts: Sequence[int], *, few: bool = False) -> list[Way
     single = [(PLAIN,), ("checkpointing",), *((RECOMPUTE + name,) for name in policies)]
     single += [(part,) for part in SETTINGS if part not in (PLAIN, "checkpointing")]
     every = [(), *single, *TOGETHER]
-    known = {field.name for field in fields(Composed)}
-    left_out = {part for part, own in SETTINGS.items() if not own.keys() <= known}
     # over 4 GPUs only where 8 cannot share the heads
-    left_out.add("tensor 8" if model.model.num_heads % 8 else "tensor 4")
-    if few:
-        every = [parts for parts in every if {*parts} <= FEW]
-    every = [parts for parts in every if not {*parts} & left_out]
+    unshared = "tensor 8" if model.model.num_heads % 8 else "tensor 4"
+    every = [parts for parts in every if unshared not in parts and (not few or {*parts} <= FEW)]
     return [
         Way(count, parts)
         for parts in every

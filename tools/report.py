@@ -95,6 +95,11 @@ layer. End to end a language model is the ordinary one, without noise."""),
     "loading": ("Waiting for images", """Steps on JPEGs of a folder, which workers decode while
 steps run. A step waits while it reads samples itself, or while it asks workers for them. *Asleep*
 is a step that takes no processor, as that of a host whose GPU computes."""),
+    "checkpoints": ("Checkpoints", """Ways to save the same numbers, by this library, by
+torch.distributed.checkpoint (DCP) and by `torch.save` with a flush. *Beside* is by a thread, while
+steps go on, which are products of matrices. Of two processes each holds half of every tensor. A
+flip of one bit of a file is noticed where a load refuses the checkpoint; otherwise it gives wrong
+numbers, or the bit means nothing."""),
     "timeline": ("Memory within one step", "What is alive at the peak of a step, by category."),
     "layer": ("One layer", "Forward and backward of one layer: AdaLN where no other is named."),
     "ops": ("Ops", """Each op against eager torch and `torch.compile`; forward and backward of noise

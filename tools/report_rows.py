@@ -49,6 +49,11 @@ SUITES = {  # names that the rows of a benchmark have: of the case, of the way, 
         "peak_allocated_bytes by_category sent_bytes host_bytes flops sweep_flops ratio saved"
         " product apart verdict refused memory",
     ),
+    "checkpoints": (
+        "processes state_bytes product",
+        "impl",
+        "disk_bytes stall_ms slowed_ms durable_ms flips noticed",
+    ),
     "timeline": (MODEL, TRAINED, "peak_allocated_bytes by_category at starts phases levels"),
     "layer": (
         "B T dim num_heads hidden dtype",

@@ -231,6 +231,15 @@ COLUMNS = {
         _number("a sweep, TFLOP", "sweep_flops", tera_text),
         _number("step, ms", "step_ms", number_text),
     ),
+    "checkpoints": (
+        Column("saved by", lambda row, _: row["impl"]),
+        _number("steps stand still, ms", "stall_ms", number_text, min),
+        _number("and are slower by, ms", "slowed_ms", number_text),
+        _number("durable after, ms", "durable_ms", number_text, min),
+        _number("on disk", "disk_bytes", in_words),
+        _number("flips noticed", "noticed", str),
+        _number("of", "flips", str),
+    ),
     "timeline": (
         *PEAK,
         *(

@@ -160,6 +160,8 @@ class Train:
     """Steps between checkpoints; 0 saves at the end alone."""
     keep: int = 2
     """Checkpoints that are kept; where the newest is damaged the one before it serves."""
+    save_async: bool = False
+    """Write a checkpoint beside the steps that follow it, from a copy in host memory."""
     requeue: bool = False
     """Exit with 75 where a signal ends the run, as schedulers want; else with 128 + its number."""
     threads: int = 0
@@ -269,7 +271,8 @@ class Train:
             device = own_device(pick_device(self.device))
             apart = config.partition.sharing == "copies" and config.partition.num_blocks > 1
             blocks = config.partition.num_blocks if apart else None
-            with open_job(device, blocks, self.block, self.tensor_parallel) as job:
+            tensor = self.tensor_parallel
+            with open_job(device, blocks=blocks, block=self.block, tensor=tensor) as job:
                 if not job.is_first:
                     # it says what the others would say again
                     warnings.simplefilter("ignore")
@@ -301,6 +304,7 @@ class Train:
             data_changed=self.data_changed,
             save_every=self.save_every,
             keep=self.keep,
+            save_async=self.save_async,
             threads=self.threads,
             workers=self.workers,
             track=trackers_named(self.track),
