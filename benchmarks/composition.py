@@ -27,19 +27,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
+import composition_gloo as gloo
 import pipelined
 from collectives import HOST, counting
 from composition_ways import (
     OFFLOAD,
     ONE_JOB,
-    PIPELINE,
-    STAGES,
     Way,
     compared,
     sweep_flops,
     ways,
 )
-from machine import machine
+from machine import device_name, machine
 from program import Known, Program, called, main
 from show import Row
 from training_step import DTYPES
@@ -68,11 +67,16 @@ class Options(Program):
     dtype: str = "autocast"  # or float32; autocast is compute in bfloat16
     num_blocks: tuple[int, ...] = (1, 3, 4)  # with 1
     target: str = "h100"  # that is predicted: a100, h100, ...
+    measure: bool = False  # small models in place of these, on two processes of this CPU
+    rounds: int = 5  # steps that are timed where something is measured
     quick: bool = False  # the smallest model of each family, on 1 and 2 blocks, and fewer ways
 
     def __post_init__(self):
         self.require_positive("batch", "threads")
+        self.require_positive("rounds", least=2)
         self.require_known(family=MODELS, dtype=DTYPES)
+        if self.measure and self.on.type != "cpu":
+            raise ValueError(f"device must be cpu to measure, got {self.on.type}")
         if 1 not in self.num_blocks:
             raise ValueError(f"num_blocks must have 1, got {self.num_blocks}")
         for model in self.models():
@@ -82,6 +86,10 @@ class Options(Program):
     def models(self) -> list[Recipe]:
         """What is trained, and on what device."""
         told = {"autocast": self.dtype == "autocast", "device": target_named(self.target)}
+        if self.measure:
+            told = {"batch_size": 8, "device": target_named("cpu")}
+            small = (of_preset(f, FAMILIES[f].model.smallest) for f in self.family or MODELS)
+            return [gloo.small(replace(model, **told)) for model in small]
         if not self.quick:
             told["batch_size"] = self.batch
             return [replace(of_preset(f, MODELS[f]), **told) for f in self.family or MODELS]
@@ -91,18 +99,18 @@ class Options(Program):
 
     def ways(self, model: Recipe) -> list[Way]:
         """All of them, each way on every number of blocks."""
-        found = ways(model, (1, 2) if self.quick else self.num_blocks, few=self.quick)
-        return [
-            way
-            for way in found
-            if PIPELINE not in way.parts or pipelined.can_be(model, way, STAGES)
-        ]
+        if self.measure:
+            found = [Way(count, parts) for parts in gloo.WAYS for count in (1, 2)]
+        else:
+            found = ways(model, (1, 2) if self.quick else self.num_blocks, few=self.quick)
+        return [way for way in found if pipelined.can_be(way.recipe(model))]
 
     def key_of(self, model: Recipe, way: Way) -> Row:
         """What a row is known by."""
         about = {"suite": "composition", "family": model.family, "preset": model.preset}
-        about |= {"batch": model.batch_size, "dtype": self.dtype}
-        about |= {"device": model.device.name.upper()}
+        about |= {"batch": model.batch_size, "dtype": DTYPES[model.autocast]}
+        here = device_name(self.on) if self.measure else model.device.name.upper()
+        about |= {"device": here}
         return about | {"num_blocks": way.num_blocks, "way": way.name}
 
     def wanted(self) -> list[Row]:
@@ -114,9 +122,17 @@ class Options(Program):
             every = self.ways(model)
             if any(known.lacks(self.key_of(model, way)) for way in every):
                 # each is compared with others, so all are found
-                most = 1 if self.quick else None
-                found = zip(every, rows_of(model, every, most), strict=True)
+                rows = self._measured if self.measure else self._predicted
+                found = zip(every, rows(model, every), strict=True)
                 yield (about | self.key_of(model, way) | row for way, row in found)
+
+    def _predicted(self, model: Recipe, every: list[Way]) -> Iterator[Row]:
+        return rows_of(model, every, 1 if self.quick else None)
+
+    def _measured(self, model: Recipe, every: list[Way]) -> Iterator[Row]:
+        figures = dict(zip(every, gloo.rows_of(model, every, self.rounds), strict=True))
+        told = {"memory": "measured", "rounds": self.rounds, "timing": "wall clock"}
+        return (row | told for row in _compared(model, figures))
 
 
 def rows_of(model: Recipe, every: list[Way], most: int | None = None) -> Iterator[Row]:
@@ -125,26 +141,32 @@ def rows_of(model: Recipe, every: list[Way], most: int | None = None) -> Iterato
     keys = {way: _key(way) for way in every}
     jobs = [partial(followed, model, key) for key in dict.fromkeys(keys.values())]
     found = dict(zip(dict.fromkeys(keys.values()), results(jobs, most=most), strict=True))
-    told = {way: found[keys[way]] for way in every}
-    figures = {way: _chosen(way, row) for way, row in told.items() if REFUSED not in row}
-    peaks = {way: row["peak_allocated_bytes"] for way, row in figures.items()}
-    flops = {way: row["flops"] for way, row in figures.items()}
-    for way in every:
-        if way not in figures:
-            yield NOTHING | told[way][REFUSED] | {"memory": "predicted"}
-            continue
-        sweep = {"sweep_flops": sweep_flops(way, way.recipe(model), flops)}
-        yield figures[way] | sweep | compared(way, peaks) | {REFUSED: None, "memory": "predicted"}
+    figures = {way: _chosen(way, found[keys[way]]) for way in every}
+    return (row | {"memory": "predicted", "step_ms": None} for row in _compared(model, figures))
+
+
+def _compared(model: Recipe, figures: dict[Way, Row]) -> Iterator[Row]:
+    """Rows with what each way saves beside its parts."""
+    there = {way: row for way, row in figures.items() if REFUSED not in row}
+    peaks = {way: row["peak_allocated_bytes"] for way, row in there.items()}
+    flops = {way: row["flops"] for way, row in there.items()}
+    for way, row in figures.items():
+        if way in there:
+            sweep = {"sweep_flops": sweep_flops(way, way.recipe(model), flops)}
+            yield row | sweep | compared(way, peaks) | {REFUSED: None}
+        else:
+            yield NOTHING | row
 
 
 def _key(way: Way) -> Way:
     """The way of which the same dry run tells."""
-    alone = {OFFLOAD, ONE_JOB} & {*way.parts}
-    return replace(way, parts=()) if alone else way
+    return replace(way, parts=(ONE_JOB,)) if OFFLOAD in way.parts else way
 
 
 def _chosen(way: Way, found: dict[str, Row]) -> Row:
     """Of what is found of a way, what holds for it: a job has one block unless it has all."""
+    if REFUSED in found:
+        return found[REFUSED]
     row = found["none" if ONE_JOB in way.parts or "cpu" not in found else "cpu"]
     host = row["swapped_bytes" if OFFLOAD in way.parts else "copied_bytes"]
     return {name: each for name, each in row.items() if name in NOTHING} | {"host_bytes": host}
@@ -154,8 +176,8 @@ def followed(model: Recipe, way: Way) -> dict[str, Row]:
     """Figures of a step by what is on the GPU: all blocks, or one; or why there are none."""
     recipe = way.recipe(model)
     try:
-        if PIPELINE in way.parts:
-            return {"none": pipelined.predicted(recipe, STAGES)}
+        if recipe.stages > 1:
+            return {"none": pipelined.predicted(recipe, recipe.stages)}
         with counting() as steps:
             found = dry_run(recipe)
     except ValueError as error:

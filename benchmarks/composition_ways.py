@@ -21,18 +21,18 @@ from dbkernels.training.trainer import Trainer
 
 Parts = tuple[str, ...]
 PLAIN, ONE_JOB, OFFLOAD = "plain torch", "one job", "parameter offload"
-PIPELINE = "pipeline 4"
-STAGES = 4
+PIPELINES = {"pipeline 2": 2, "pipeline 4": 4}
 RECOMPUTE = "recompute "
 SETTINGS: dict[str, Row] = {
     PLAIN: {"method": "block_stock", "recompute": None},
     "checkpointing": {"method": "block_stock", "recompute": None, "checkpointed": True},
+    "FSDP2 2": {"data_parallel": 2, "shard": True},
     "FSDP2 8": {"data_parallel": 8, "shard": True},
     "FSDP2 64": {"data_parallel": 64, "shard": True},
     "tensor 2": {"tensor_parallel": 2},
     "tensor 4": {"tensor_parallel": 4},
     "tensor 8": {"tensor_parallel": 8},
-    PIPELINE: {},
+    **{name: {"stages": stages} for name, stages in PIPELINES.items()},
     "activation offload": {"offload_activations": True},
     OFFLOAD: {},
     "optimizer in backward": {"optimizer_in_backward": True},
@@ -60,6 +60,8 @@ class Composed(Recipe):
 
     checkpointed: bool = False
     """Whether plain torch checkpoints every layer."""
+    stages: int = 1
+    """Of a pipeline, each a GPU."""
 
     @property
     def objective(self) -> Objective:
@@ -119,6 +121,8 @@ class Way:
             own = {"recompute": part.removeprefix(RECOMPUTE)}
             values |= own if part.startswith(RECOMPUTE) else SETTINGS[part]
         values["batch_size"] *= values["data_parallel"]
+        if self.num_blocks > 1 and not {*self.parts} & {*NEEDS_BLOCKS}:
+            values["sharing"] = "copies"  # a block that is trained alone shares nothing
         return Composed(**values)
 
 
@@ -134,6 +138,7 @@ def ways(model: Recipe, counts: Sequence[int], *, few: bool = False) -> list[Way
     single = [(PLAIN,), ("checkpointing",), *((RECOMPUTE + name,) for name in policies)]
     single += [(part,) for part in SETTINGS if part not in (PLAIN, "checkpointing")]
     every = [(), *single, *TOGETHER]
+    every = [parts for parts in every if not {*parts} & {"FSDP2 2", "pipeline 2"}]
     # over 4 GPUs only where 8 cannot share the heads
     unshared = "tensor 8" if model.model.num_heads % 8 else "tensor 4"
     every = [parts for parts in every if unshared not in parts and (not few or {*parts} <= FEW)]

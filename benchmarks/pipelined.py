@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from composition_ways import Composed, Way
+from composition_ways import Composed
 from show import Row
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -30,7 +30,6 @@ from dbkernels.models.layer import run_layers
 from dbkernels.ops.add_noise import add_noise
 from dbkernels.ops.backend.register import dry_run_on_gpu, scratch_bytes
 from dbkernels.ops.philox import Draw
-from dbkernels.planning.recipe import Recipe
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.optimizers.registry import OPTIMIZERS
 from dbkernels.training.param_group import ParamGroup, Updater
@@ -45,10 +44,10 @@ LAST = {
 }
 
 
-def can_be(model: Recipe, way: Way, stages: int) -> bool:
+def can_be(recipe: Composed) -> bool:
     """Whether there are stages of some layers each, of a model that can be cut so here."""
-    cut = model.family == "dit" or way.num_blocks == 1
-    return cut and model.model.depth // way.num_blocks >= stages
+    cut = recipe.family == "dit" or recipe.num_blocks == 1
+    return recipe.stages == 1 or (cut and recipe.model.depth // recipe.num_blocks >= recipe.stages)
 
 
 # stages
