@@ -79,6 +79,11 @@ def test_a_row_describes_a_preset_in_full(optimizer):
     assert of_settings(recipe.settings()) == recipe
     # rows of before there were others say nothing of it
     assert ("optimizer" in recipe.settings()) == (optimizer != "adamw")
+    moved = replace(recipe, offload_activations=True)
+    assert moved.settings() == recipe.settings() | {"offload_activations": True}
+    assert of_settings(moved.settings()) == moved
+    with pytest.raises(ValueError, match='offload_activations must be bool, got "yes"'):
+        of_settings(moved.settings() | {"offload_activations": "yes"})
 
 
 def ways(**flags):
