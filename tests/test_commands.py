@@ -25,6 +25,7 @@ PAGES += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*
 ONE_STEP = "--preset digits --batch 2 --num-blocks 1 --methods block_fused --recompute none"
 SMALLER = {
     "train": [*SIZES, "--depth", "4"],
+    "merge": [],
     "evaluate": ["--device", "cpu"],
     "sample": ["--device", "cpu", "--per-class", "1", "--levels", "2"],
     "profile": [*ONE_STEP.split(), "--offload", "none", "--steps", "1", "--device", "cpu"],
@@ -38,6 +39,11 @@ ELSEWHERE = {
     "bash tools/test.sh": "exec bash tools/test.sh",  # it is what CI runs
     "bash tools/test.sh tests/training -k resume": '-m pytest "$@"',
     "bash tools/demo.sh": '"demo.sh"',
+    # torchrun is torch.distributed.run, which tests start
+    "torchrun --nproc-per-node 8 -m dbkernels train dit --preset XL/2 --data latents.npy --out "
+    "runs/xl --num-blocks 4 --sharing copies --block 0 --shard": "torch.distributed.run",
+    "torchrun --nproc-per-node 6 -m dbkernels train vit --out runs/six --num-blocks 3 --sharing "
+    "copies": "torch.distributed.run",
     "pip install torch": "\"$torch\" 'setuptools>=77' ninja",
     "pip install .": '"bdist_wheel", "--dist-dir"',
     # it installs torch for each Python; tests make the same archive and wheel of two functions

@@ -1,5 +1,7 @@
 """The device that a verb runs on."""
 
+import os
+
 import torch
 
 
@@ -22,3 +24,11 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"device {name} must be below cuda:{count} on this machine")
     return device
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Of several GPUs that torchrun's processes share out, this one's."""
+    local = os.environ.get("LOCAL_RANK")
+    if device.type != "cuda" or local is None or device.index is not None:
+        return device
+    return pick_device(f"cuda:{local}")

@@ -15,6 +15,7 @@ from tyro.constructors import (
 
 from dbkernels.cli.doctor import Doctor
 from dbkernels.cli.evaluate import Evaluate
+from dbkernels.cli.merge import Merge
 from dbkernels.cli.plan import Plan
 from dbkernels.cli.profile import Profile
 from dbkernels.cli.sample import Sample
@@ -23,7 +24,7 @@ from dbkernels.cli.tokenize import Tokenize
 from dbkernels.cli.train import Train
 from dbkernels.memory.measure import out_of_memory
 
-Verb = Train | Sample | Evaluate | Tokenize | Profile | Plan | Doctor
+Verb = Train | Merge | Sample | Evaluate | Tokenize | Profile | Plan | Doctor
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 from rich.table import Table
 
 from dbkernels.cli.device import pick_device
-from dbkernels.cli.preset import OfPreset
+from dbkernels.cli.preset import OfPreset, devices_of
 from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.table import Row, show, table
 from dbkernels.memory.allocator import target_named, target_of
@@ -24,7 +24,6 @@ from dbkernels.planning.recipe import (
     METHODS,
     OFFLOAD,
     Recipe,
-    offloads_of,
     repeats,
 )
 from dbkernels.settings import check_number
@@ -57,10 +56,12 @@ class Profile(OfPreset):
     """Share of its activations that the compiled baseline may keep."""
     optimizer_in_backward: bool = False
     """Update each parameter as soon as the backward has its gradient, and free the gradient."""
+    offload_activations: bool = False
+    """Keep what the backward needs in host memory until it comes to it."""
     target: str = "auto"
     """The device that is predicted: cpu, a100, h100, h200, b200; auto is h100, or the measured."""
     measure: bool = False
-    """Run the steps for real too; on a CPU compiled code, and one block at a time, are not."""
+    """Run the steps for real too; on a CPU not compiled code, nor what is partly off the device."""
     steps: int = 5
     """Steps that are timed, of every block, where they are run."""
     device: str = "auto"
@@ -113,15 +114,21 @@ class Profile(OfPreset):
             ) from None
         if self.measure and self.target != "auto":
             raise ValueError(f"target must be auto for measure, got {self.target}")
+        if self.measure and (count := self.data_parallel * self.tensor_parallel) > 1:
+            raise ValueError(f"devices must be one for measure, got {count}")
         name, device = "h100" if self.target == "auto" else self.target, pick_device(self.device)
         recipe = self.recipe(target_of(device) if self.measure else target_named(name))
         methods = _names("methods", self.methods, METHODS)
+        if recipe.tensor_parallel > 1:
+            # plain torch cannot be cut; alone it is refused
+            methods = [name for name in methods if name == "block_fused"] or methods
         policies = _names("recompute", self.recompute, tuple(POLICIES))
         places = _names("offload", self.offload, OFFLOAD)
         return [
             replace(
                 recipe,
                 optimizer_in_backward=self.optimizer_in_backward,
+                offload_activations=self.offload_activations,
                 method=method,
                 num_blocks=count,
                 recompute=policy,
@@ -132,7 +139,7 @@ class Profile(OfPreset):
             for count in (counts if method in BLOCKWISE else (1,))
             for policy in (policies if method == "block_fused" else (None,))
             if not repeats(recipe.family, methods, method, count)
-            for place in _possible(places, offloads_of(recipe.model, count))
+            for place in _possible(places, replace(recipe, num_blocks=count).offloads)
         ]
 
     def _rows(self, recipes: list[Recipe]) -> Iterator[tuple[Recipe, Row]]:
@@ -171,8 +178,9 @@ class Profile(OfPreset):
     def _measured(self, recipe: Recipe) -> dict[str, object]:
         """What the recipe's steps take for real; nothing if they cannot tell."""
         device = pick_device(self.device)
-        # a CPU's memory also holds the blocks off the device, and the tracker sees no compiled code
+        # a CPU's memory also holds what is off the device, and the tracker sees no compiled code
         unseen = recipe.method == "compiled" or recipe.offload == "cpu"
+        unseen |= recipe.offload_activations
         return {} if unseen and device.type == "cpu" else measured(recipe, device, self.steps)
 
     def _check(self, path: Path) -> None:
@@ -229,7 +237,10 @@ def predicted_tables(rows: list[Row]) -> Iterator[Table]:
     compute = "bfloat16" if first["autocast"] else "float32"
     title = f"{first['family']} {first['preset']}, batch {first['batch']}, {compute} compute"
     title += f", {first['optimizer']}" if "optimizer" in first else ""
-    title += ",\noptimizer in backward" if first["optimizer_in_backward"] else ""
+    early, kept = first["optimizer_in_backward"], first.get("offload_activations")
+    title += f",\n{devices}" if (devices := devices_of(first)) else ""
+    title += ",\noptimizer in backward" if early else ""
+    title += ",\nwhat the backward needs off the device" if kept else ""
     for name in ("allocated", "reserved"):
         caption = f"{title}\npredicted peak {name}, {unit}, on {first['target']}"
         yield _by_blocks(rows, caption, f"peak_{name}_bytes", UNITS[unit])
@@ -311,6 +322,9 @@ def _settings(recipe: Recipe) -> str:
     compute = " bf16" if row["autocast"] else ""
     optimizer = f" {row['optimizer']}" if "optimizer" in row else ""
     early = " in-backward" if row["optimizer_in_backward"] else ""
+    early += " activations-off" if "offload_activations" in row else ""
+    early += f" {recipe.data_parallel} x {recipe.tensor_parallel}" if recipe.devices > 1 else ""
+    early += " shard" if recipe.shard else ""
     offload = "" if row["offload"] == "none" else f", offload {row['offload']}"
     return (
         f"{row['family']} {row['preset']} {row['batch']}{compute}{optimizer}{early} "

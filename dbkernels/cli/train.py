@@ -3,14 +3,16 @@
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from tyro.conf import Positional
 
-from dbkernels.cli.device import pick_device
+from dbkernels.cli.device import own_device, pick_device
 from dbkernels.cli.noise_flags import NoiseFlags, PriorFlags
 from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.text_flags import TextFlags, require_settings
@@ -23,8 +25,9 @@ from dbkernels.ops.layer.recompute import Recompute
 from dbkernels.settings import check_number
 from dbkernels.training.lora_config import Base, LoraConfig
 from dbkernels.training.optimizers.decay import DecayOn
+from dbkernels.training.parallel.job import Job, open_job
 from dbkernels.training.pending import Row
-from dbkernels.training.run import train
+from dbkernels.training.run import part_of, train
 from dbkernels.training.run_config import (
     Objective,
     PartitionConfig,
@@ -35,6 +38,7 @@ from dbkernels.training.run_config import (
 from dbkernels.training.same_run import DataChanged
 from dbkernels.training.stop import Stopped
 from dbkernels.training.tracking.registry import trackers_named
+from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import TrainerConfig
 
 RANDOM_BASE = (
@@ -156,6 +160,8 @@ class Train:
     """Steps between checkpoints; 0 saves at the end alone."""
     keep: int = 2
     """Checkpoints that are kept; where the newest is damaged the one before it serves."""
+    save_async: bool = False
+    """Write a checkpoint beside the steps that follow it, from a copy in host memory."""
     requeue: bool = False
     """Exit with 75 where a signal ends the run, as schedulers want; else with 128 + its number."""
     threads: int = 0
@@ -166,6 +172,11 @@ class Train:
     workers: int = 0
     """Processes that read the samples of coming steps; 0 has each step read its own. No number of
     the run depends on it."""
+    block: int | None = None
+    """Train this block alone, from 0, in OUT/block<number>; merge unites the blocks. None: all; of
+    blocks that share nothing, each by as many of torchrun's processes as the others."""
+    tensor_parallel: int = 1
+    """Processes that share each layer, of those that torchrun starts; the others share batches."""
 
     def trained(self) -> Trained | None:
         """The network of --from; None without it, and where the run that goes on has started.
@@ -183,8 +194,9 @@ class Train:
         return trained
 
     def _resumed(self) -> RunConfig | None:
-        there = self.resume and (self.out / "config.json").exists()
-        return read_config(self.out) if there else None
+        out = part_of(self.out, self.block)
+        there = self.resume and (out / "config.json").exists()
+        return read_config(out) if there else None
 
     def config(self, trained: Trained | None = None) -> RunConfig:
         """The run that the flags describe.
@@ -256,29 +268,61 @@ class Train:
             _warn_of_test(config)
             if self.lora and not self.source:
                 warnings.warn(RANDOM_BASE, stacklevel=2)
-            try:
-                trainer = train(
-                    config,
-                    self.out,
-                    device=pick_device(self.device),
-                    trained=trained,
-                    resume=self.resume,
-                    data_changed=self.data_changed,
-                    save_every=self.save_every,
-                    keep=self.keep,
-                    threads=self.threads,
-                    workers=self.workers,
-                    track=trackers_named(self.track),
-                    on_row=on_row,
-                )
-            except Stopped as stopped:
-                shown.warn(str(stopped))
-                sys.exit(os.EX_TEMPFAIL if self.requeue else 128 + stopped.signal)
+            device = own_device(pick_device(self.device))
+            apart = config.partition.sharing == "copies" and config.partition.num_blocks > 1
+            blocks = config.partition.num_blocks if apart else None
+            tensor = self.tensor_parallel
+            with open_job(device, blocks=blocks, block=self.block, tensor=tensor) as job:
+                if not job.is_first:
+                    # it says what the others would say again
+                    warnings.simplefilter("ignore")
+                if job.block is not None:
+                    shown.total = config.trainer.steps
+                try:
+                    trainer = self._train(config, trained, device, job, on_row)
+                except Stopped as stopped:
+                    if job.is_first:
+                        shown.warn(str(stopped))
+                    sys.exit(os.EX_TEMPFAIL if self.requeue else 128 + stopped.signal)
+        if job.is_first:
+            self._say(trainer, steps)
+
+    def _train(
+        self,
+        config: RunConfig,
+        trained: Trained | None,
+        device: torch.device,
+        job: Job,
+        on_row: Callable[[Row], None],
+    ) -> Trainer:
+        return train(
+            config,
+            self.out,
+            device=device,
+            trained=trained,
+            resume=self.resume,
+            data_changed=self.data_changed,
+            save_every=self.save_every,
+            keep=self.keep,
+            save_async=self.save_async,
+            threads=self.threads,
+            workers=self.workers,
+            track=trackers_named(self.track),
+            job=job,
+            on_row=on_row,
+        )
+
+    def _say(self, trainer: Trainer, steps: int) -> None:
+        block = trainer.placements.job.block
+        out = part_of(self.out, block)
         if not steps:
-            print(f"nothing to do: all {trainer.total_steps} steps are trained already: {self.out}")
+            print(f"nothing to do: all {trainer.total_steps} steps are trained already: {out}")
             return
         count = len(trainer.blocks)
-        print(f"trained {steps} steps in {count} block{'s' * (count > 1)}: {self.out}")
+        where = f"in {count} block{'s' * (count > 1)}" if block is None else f"of block {block}"
+        print(f"trained {steps} steps {where}: {out}")
+        if block is not None and count > 1:
+            print(f"dbkernels merge {self.out} unites the blocks when all are trained")
 
 
 def _warn_of_test(config: RunConfig) -> None:

@@ -13,6 +13,7 @@ from dbkernels.models.mmdit import MMDiT, MMDiTConfig
 from dbkernels.models.own_layers import OwnLayers
 from dbkernels.models.parallel_layer import ParallelConfig, ParallelLayer
 from dbkernels.models.registry import FAMILIES, FamilyEntry, family_named, family_of
+from dbkernels.models.tensor_parallel import Cut, cut_layer, cuts
 from dbkernels.models.vit import ViT, ViTConfig
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "AdaLNLayer",
     "CrossConfig",
     "CrossLayer",
+    "Cut",
     "DiT",
     "DiTConfig",
     "Family",
@@ -41,6 +43,8 @@ __all__ = [
     "ViT",
     "ViTConfig",
     "add_adapters",
+    "cut_layer",
+    "cuts",
     "family_named",
     "family_of",
     "merge_adapters",

@@ -97,10 +97,12 @@ def cut_layer(layer: Layer, group: dist.ProcessGroup) -> None:
         group:  of the ranks that share it
     Raises:
         ValueError: the layer is of another kind, is cut already, or has adapters, another way to
-            run or attention_dropout; or the group's size does not divide num_heads, mlp_hidden or
-            the modulation's width.
+            run or attention_dropout; this process is not in the group; or the group's size does not
+            divide num_heads, mlp_hidden or the modulation's width.
     """
     _check_kind(layer)
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group must be a ProcessGroup that this process is in, got {group}")
     ranks, config = Ranks(group), layer.config
     size = ranks.size
     if layer.ranks is not None:

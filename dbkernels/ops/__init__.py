@@ -16,6 +16,7 @@ from dbkernels.ops.layer.joint import joint_layer
 from dbkernels.ops.layer.linear import Adapter
 from dbkernels.ops.layer.parallel import parallel_layer
 from dbkernels.ops.layer.projection import linear
+from dbkernels.ops.layer.ranks import Ranks
 from dbkernels.ops.layer.recompute import POLICIES
 from dbkernels.ops.layer.stacked import Stacked
 from dbkernels.ops.layer.tensors import ResidualStream
@@ -33,6 +34,7 @@ __all__ = [
     "Condition",
     "Draw",
     "LayerWeights",
+    "Ranks",
     "ResidualStream",
     "Stacked",
     "adaln_layer",

@@ -11,7 +11,8 @@ from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -23,6 +24,7 @@ from dbkernels.planning.ranks import fake_job
 from dbkernels.planning.recipe import Recipe
 from dbkernels.pool import results
 from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, own_group
+from dbkernels.training.offload.activations import Copies
 from dbkernels.training.offload.memory import flat_bytes
 from dbkernels.training.parallel.job import Job
 from dbkernels.training.parallel.placement import here
@@ -99,14 +101,22 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
 
 
 def _trainers(recipe: Recipe, job: Job) -> Iterator[tuple[Trainer, Block]]:
-    """The costliest blocks, each with a trainer; several processes train one and have no other."""
-    if job.group is None or recipe.num_blocks == 1:
-        trainer = recipe.trainer("cpu", job)
+    """The costliest blocks, each with a trainer: several processes train one alone, if they can."""
+    config = recipe.config()
+    if job.group is None or config.partition.sharing == "joint":
+        trainer = _trainer(recipe, job)
         yield from ((trainer, block) for block in _costliest(trainer.blocks))
         return
-    for block in _costliest(recipe.config().build("cpu")):
+    for block in _costliest(config.build("cpu")):
         own = Job(block.index, job.data, job.tensor, job.group)
-        yield recipe.trainer("cpu", own), block
+        yield _trainer(recipe, own), block
+
+
+def _trainer(recipe: Recipe, job: Job) -> Trainer:
+    trainer = recipe.trainer("cpu", job)
+    if recipe.offload_activations:
+        trainer.activations.copies = Copies(trainer.device, _off_the_device)
+    return trainer
 
 
 def sweep_flops(recipe: Recipe) -> int:
@@ -126,6 +136,11 @@ def _plain(recipe: Recipe) -> Recipe:
     """
     alone = replace(recipe, offload="none", prefetch=False)
     return replace(alone, cuda_graphs=False, compile_stem_and_head=False)
+
+
+def _off_the_device(nbytes: int) -> Tensor:
+    """Host memory, which is counted with no device."""
+    return torch.empty(nbytes, dtype=torch.uint8, device="meta")
 
 
 class _Mode(FakeTensorMode):

@@ -14,6 +14,8 @@ from dbkernels.training.tracking.registry import TRACKERS, TrackerName, require_
 from dbkernels.training.tracking.tracker import Row, TrackedRun, Tracker
 from dbkernels.whole_file import make_directory, write_whole
 
+LOG = "log.jsonl"  # in the directory of a run
+
 
 class RunLog:
     """Appends rows to `log.jsonl`; a resumed run drops the rows from its own step on.
@@ -45,7 +47,7 @@ class RunLog:
         self._release = weakref.finalize(self, os.close, _claim(directory))
         # not before the claim: one who is refused leaves no file beside those of a run that goes on
         self._trackers = _open(track, directory, first_step, config or {})
-        path = directory / "log.jsonl"
+        path = directory / LOG
         kept = [row for row in read_log(path) if row["step"] < first_step]
         if not first_step:
             _set_aside(path)

@@ -70,6 +70,7 @@ def train(
     data_changed: DataChanged = "refuse",
     save_every: int = 0,
     keep: int = 2,
+    save_async: bool = False,
     threads: int = 0,
     workers: int = 0,
     track: Sequence[TrackerName] = (),
@@ -129,7 +130,7 @@ def train(
     trainer = config.trainer_on(device, data, start, loss, workers=workers, job=job)
     before: Conditions = {}
     if resume:
-        path, tensors, state, saved = _load(config, directory, resume)
+        path, tensors, state, saved = load_checkpoint(config, directory, resume)
         trainer.restore(tensors, state["counters"])
         turn = trainer.block_order.steps_per_swap
         blocks, step = len(trainer.blocks.trained), trainer.step
@@ -165,7 +166,7 @@ def train(
 
         job.on_first(open_log)
         log = opened[0] if opened else None
-        _train(trainer, config, directory, log, now, save_every, keep, on_row)
+        _train(trainer, config, directory, log, now, save_every, keep, save_async, on_row)
     return trainer
 
 
@@ -177,11 +178,13 @@ def _train(
     now: Conditions,
     save_every: int,
     keep: int,
+    save_async: bool,
     on_row: Callable[[Row], None],
 ) -> None:
     """Train to the end; save there, every so many steps, and where it ends early."""
     root, job = directory / "checkpoints", trainer.placements.job
-    saved, told = trainer.step, True
+    saved, told, finished = trainer.step, True, False
+    saver = checkpoint.Saver(group=job.group if save_async else None)
 
     def take(row: Row) -> None:
         nonlocal told
@@ -196,15 +199,16 @@ def _train(
             on_row(row)
             told = True
 
-    def save(rows: Rows) -> None:
-        nonlocal saved
+    def save(rows: Rows, *, last: bool = False) -> None:
+        nonlocal saved, finished
         # a step that was not finite raises here, before it can be saved
         rows.settle()
         if trainer.step > saved:
             state = {"version": VERSION, "config": asdict(config), "conditions": now}
             state["counters"] = trainer.counters()
             # the loss of the last step says nothing of what its update made
-            checkpoint.save(
+            write = saver.save if save_async else partial(checkpoint.save, group=job.group)
+            write(
                 root,
                 trainer.step,
                 trainer.tensors(),
@@ -212,13 +216,15 @@ def _train(
                 keep=keep,
                 read=trainer.read,
                 finite=("model", "ema"),
-                group=job.group,
             )
             saved = trainer.step
+        if last:
+            saver.wait()
+            finished = saved >= trainer.total_steps
 
     try:
         job.on_first(partial(_describe, config, directory))
-        with StopSignals() as stop, Rows(take) as rows:
+        with StopSignals() as stop, Rows(take) as rows, saver:
 
             def goes_on() -> bool:
                 job.asked = stop.asked is not None
@@ -229,6 +235,7 @@ def _train(
             try:
                 while goes_on():
                     rows.add(trainer.launch(trainer.next_block()))
+                    saver.check()
                     if save_every and not trainer.step % save_every:
                         save(rows)
             except BaseException as error:
@@ -237,15 +244,15 @@ def _train(
                 early = config.trainer.optimizer_in_backward
                 # nor can one process save what others hold
                 if not early and not isinstance(error, FloatingPointError) and job.group is None:
-                    _save_at_last(partial(save, rows))
+                    _save_at_last(partial(save, rows, last=True))
                 raise
-            save(rows)
+            save(rows, last=True)
             if trainer.step < trainer.total_steps:
                 asked = stop.asked or signal.SIGTERM
                 raise Stopped(asked, trainer.step, trainer.total_steps)
     finally:
         if log is not None:
-            log.close(finished=saved >= trainer.total_steps)
+            log.close(finished=finished)
         trainer.close()
 
 
@@ -267,7 +274,7 @@ def _save_at_last(save: Callable[[], None]) -> None:
         warnings.warn(f"steps since the last checkpoint are lost: {error}", stacklevel=2)
 
 
-def _load(
+def load_checkpoint(
     config: RunConfig, directory: Path, which: str
 ) -> tuple[Path, checkpoint.Tensors, dict, RunConfig]:
     """A checkpoint of a run, "latest" or a path; its settings are those of the run.
@@ -310,7 +317,7 @@ def load_run(
         ValueError: there is no such run or checkpoint, or it is damaged.
     """
     config = read_config(directory)
-    _, tensors, state, _ = _load(config, directory, which)
+    _, tensors, state, _ = load_checkpoint(config, directory, which)
     blocks = config.build(device)
     trained, every = set(state["counters"].get("groups", ())), set(blocks.groups())
     if trained < every:

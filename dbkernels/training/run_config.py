@@ -151,6 +151,10 @@ class RunConfig:
                 "accumulate must be 1 with the published weighting, which is no mean over samples, "
                 f"got {self.trainer.accumulate}"
             )
+        if self.start.distill and self.trainer.shard:
+            raise ValueError(
+                "shard must be off with distill, whose teacher every process holds whole, got on"
+            )
         self._check_family()
 
     def _check_family(self) -> None:

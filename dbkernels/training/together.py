@@ -45,7 +45,8 @@ class Together(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are, but for those that are in no memory."""
-        return next(p.device for p in self.parameters() if not p.is_meta)
+        there = (p.device for p in self.parameters() if not p.is_meta)
+        return next(there, torch.device("meta"))
 
     def predict(self, batch: Batch, z: Tensor, level: float) -> Tensor:
         """Prediction of the block that serves a level, in the family's own form.

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from models.tiny import DRAW, make_batch, randomise
+from models.tiny import CONFIGS, DRAW, make_batch, randomise
 
 from dbkernels.models import (
     AdaLNLayer,
@@ -25,7 +25,7 @@ B, T, D, H, C, S = 4, 6, 24, 4, 7, 5
 EVERY_POLICY = list(POLICIES)
 CONFIG = LayerConfig(dim=D, num_heads=H, mlp_hidden=20, cond_dim=C)
 TABLE = rotary_table(torch.arange(T), D // H)
-MODELS = ("vit", "dit")
+MODELS = ("vit", "dit", "mmdit", "ar", "mdm", "huginn")
 
 
 class Case:
@@ -42,7 +42,8 @@ class Case:
 
     def layer(self, recompute="none", dtype=torch.float64):
         torch.manual_seed(0)
-        return randomise(self.kind(replace(self.config, recompute=recompute))).to(dtype)
+        layer = randomise(self.kind(replace(self.config, recompute=recompute)))
+        return layer if dtype == torch.float32 else layer.to(dtype)
 
     def inputs(self, dtype=torch.float64):
         """By name, as the layer takes them; all have gradients."""
@@ -103,10 +104,10 @@ CASES = {
 
 
 def blocks_of(family):
-    """DiffusionBlocks of the smallest preset, in two blocks."""
+    """DiffusionBlocks of a small model, in two blocks."""
     of_family = family_named(family).model
     torch.manual_seed(3)
-    model = of_family(of_family.presets["digits"])
+    model = of_family(of_family.presets.get("digits") or CONFIGS[family])
     return DiffusionBlocks(randomise(model, 0.1), 2)
 
 

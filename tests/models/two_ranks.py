@@ -17,6 +17,8 @@ from dbkernels.ops.layer.ranks import Ranks
 
 HALVES = 2  # of a batch
 SIZE = 2  # ranks that share a layer
+OFTEN = ("norms", "num_queries", "dropout", "condition of tokens", "parallel", "cross", "joint")
+IN_PARTS = [(case, recompute) for case in OFTEN for recompute in ("none", "mlp", "layer")]
 SHARDED = ("gelu", "norms", "joint")
 
 
@@ -60,10 +62,16 @@ def of_layers(group):
         for recompute in EVERY_POLICY:
             results = CASES[case].results(shared(case, group, recompute))
             found[f"whole batch/{case}/{recompute}"] = results
-            # several chunks of the MLP, and several parts of the samples
-            with patched((mlp, "CHUNK", 5), (passes, "PART", 8)):
-                results = CASES[case].results(shared(case, group, recompute))
-                found[f"in parts/{case}/{recompute}"] = results
+    # several chunks of the MLP, and several parts of the samples
+    with patched((mlp, "CHUNK", 5), (passes, "PART", 8)):
+        for case, recompute in IN_PARTS:
+            results = CASES[case].results(shared(case, group, recompute))
+            found[f"in parts/{case}/{recompute}"] = results
+    for recompute in EVERY_POLICY:
+        with torch.autocast("cpu", torch.bfloat16):
+            layer, given = shared("norms", group, recompute, torch.float32), CASES["norms"].inputs()
+            given = {name: t.float() for name, t in given.items()}
+            found[f"autocast/norms/{recompute}"] = CASES["norms"].results(layer, given)
     for what, change in LEFT_OUT.items():
         with patched(change):
             found[f"without {what}/norms/none"] = CASES["norms"].results(shared("norms", group))

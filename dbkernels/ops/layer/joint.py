@@ -281,11 +281,14 @@ def _check_weights(
     check_head_width(x.device, d)
     keys_only = weights["context_weights"].out_weight is None
     has = {"context_weights": KEYS if keys_only else PROJECTIONS, "second_weights": ATTENTION}
-    dtype = weights["weights"].qkv_weight.dtype
+    dtype, ranks = weights["weights"].qkv_weight.dtype, weights["weights"].ranks
     for name, w in weights.items():
         width, of = context.shape[-1] if name == "context_weights" else D, has.get(name)
         check_weights(f"{name}.", w, width, H * d, d, mlp=options.mlp, has=of or PROJECTIONS)
         if w.qkv_weight.dtype != dtype:
             got = w.qkv_weight.dtype
             raise ValueError(f"{name} must have the dtype of weights, {dtype}, got {got}")
+        if w.ranks is not ranks:
+            sizes = [None if each is None else each.size for each in (ranks, w.ranks)]
+            raise ValueError(f"{name} must have the ranks of weights, {sizes[0]}, got {sizes[1]}")
         checks.check_heads(*w.qk_norms, rotary, T, d)

@@ -17,10 +17,11 @@ and in the backward for the gradient of its queries' input and of the context wh
 A layer of two streams has those of each stream, and a second attention a sum for a2 and one for its
 dy. Beside them the backward has one of 2 d numbers, for the weights of the norms of queries and
 keys, which all heads share; and a condition's projection that is cut too has a gathering of
-(samples, 6 D) where the modulation is made, and a sum of (samples, cond_dim) in the backward.
+(samples, 6 D) where the modulation is made, and a sum of (samples, cond_dim) in the backward. Where
+each token has a condition, the gathering moves as many bytes as three sums.
 
 The sum of one chunk of the MLP runs beside the matmuls of the next, and beside the gradient of
-fc1's weight where hidden is made again. Others have nothing that could run beside them.
+fc1's weight where hidden is made again. Others wait: what follows them reads what they give.
 
 Of the units that `recompute` counts, x, a and m are whole on each rank, and q, k, v, what was
 attended to and hidden are cut: of n ranks a layer at "none" keeps 3 + 8 / n.

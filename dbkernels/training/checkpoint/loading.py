@@ -70,9 +70,11 @@ def _read_group(path: Path, group: str, manifest: dict) -> dict[str, Tensor]:
     names = [file_name(group, rank, ranks) for rank in range(ranks)]
     held = [_read_file(path, n, files[n]) if n in files else {} for n in names]
     whole = {}
+    # a tensor's parts are gone from memory before the next one is joined
     for name, entry in manifest["pieces"].get(group, {}).items():
         try:
-            whole[name] = _joined(held, entry, f"{group}.{name}")
+            local = {rank: held[rank].pop(name, None) for rank in boxes_of(entry)}
+            whole[name] = _joined(local, entry, f"{group}.{name}")
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"checkpoint {path}: {error}") from None
     for file, rest in zip(names[1:], held[1:], strict=True):
@@ -83,12 +85,12 @@ def _read_group(path: Path, group: str, manifest: dict) -> dict[str, Tensor]:
     return dict(sorted((held[0] | whole).items()))
 
 
-def _joined(held: list[dict[str, Tensor]], entry: Entry, name: str) -> Tensor:
-    """Take what the ranks hold of a tensor out of their files, as the whole."""
+def _joined(held: dict[int, Tensor | None], entry: Entry, name: str) -> Tensor:
+    """The whole of what the ranks hold of a tensor."""
     shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
     parts: list[tuple[Box, Tensor]] = []
     for rank, boxes in boxes_of(entry).items():
-        local = held[rank].pop(name, None)
+        local = held[rank]
         if local is None or local.dtype != dtype:
             got = "none" if local is None else str(local.dtype)
             raise ValueError(f"{name} must be {dtype} on rank {rank}, got {got}")

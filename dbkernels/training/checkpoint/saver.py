@@ -12,9 +12,9 @@ from torch.distributed import ProcessGroup
 
 from dbkernels.training.checkpoint.host_copy import HostCopy
 from dbkernels.training.checkpoint.part import Part, part_of
-from dbkernels.training.checkpoint.ranks import Alone, ranks_of
 from dbkernels.training.checkpoint.saving import Request, save_part
 from dbkernels.training.checkpoint.shard import Parts
+from dbkernels.training.checkpoint.writers import Alone, writers_of
 from dbkernels.training.tensor_file import Read, pieces
 
 
@@ -31,9 +31,8 @@ class Saver:
     """
 
     def __init__(self, *, group: ProcessGroup | None = None):
-        alone = isinstance(ranks_of(group), Alone)
-        self._group = None if group is None or alone else _copied(group)
-        self._ranks = ranks_of(self._group)
+        alone = isinstance(writers_of(group), Alone)
+        self._writers = writers_of(None if group is None or alone else _copied(group))
         self._host, self._pool = HostCopy(), ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[Path] | None = None
 
@@ -63,12 +62,12 @@ class Saver:
         try:
             request.check()
             request = Request(root, step, copy.deepcopy(state), keep, frozenset(finite))
-            own = part_of(tensors, self._ranks.rank, self._ranks.count)
+            own = part_of(tensors, self._writers.rank, self._writers.count)
             part.set_result(self._host.of(own, read))
         except Exception as error:
             # the other ranks wait for this one in the save, and hear of it there
             part.set_exception(error)
-        self._saving = self._pool.submit(save_part, request, part.result, pieces, self._ranks)
+        self._saving = self._pool.submit(save_part, request, part.result, pieces, self._writers)
 
     def check(self) -> None:
         """Raise what went wrong with the last checkpoint, if that is known; for every step to call.
@@ -76,7 +75,7 @@ class Saver:
         Of several processes, which come to know it at different steps, none raises it here: the
         next `save` does, in all of them.
         """
-        if self._saving is not None and self._saving.done() and isinstance(self._ranks, Alone):
+        if self._saving is not None and self._saving.done() and isinstance(self._writers, Alone):
             self.wait()
 
     def wait(self) -> None:
@@ -86,15 +85,12 @@ class Saver:
             saving.result()
 
     def close(self) -> None:
-        """`wait`, and give back the thread, the host memory and the group."""
+        """`wait`, and give back the thread and the host memory."""
         try:
             self.wait()
         finally:
             self._pool.shutdown()
             self._host.free()
-            if self._group is not None:
-                dist.destroy_process_group(self._group)
-                self._group = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -115,6 +111,9 @@ class Saver:
 
 
 def _copied(group: ProcessGroup) -> ProcessGroup:
-    """A group of the same processes."""
+    """A group of the same processes, which stays until the last group goes.
+
+    A new one of the same processes would find the addresses of one that is gone, and wait there.
+    """
     ranks = dist.get_process_group_ranks(group)
     return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)

@@ -20,7 +20,6 @@ from dbkernels.training.checkpoint.manifest import (
     manifest_bytes,
 )
 from dbkernels.training.checkpoint.part import Part, part_of, together
-from dbkernels.training.checkpoint.ranks import Alone, Ranks, ranks_of
 from dbkernels.training.checkpoint.root import (
     check_names,
     discard,
@@ -30,6 +29,7 @@ from dbkernels.training.checkpoint.root import (
     told,
 )
 from dbkernels.training.checkpoint.shard import Parts
+from dbkernels.training.checkpoint.writers import Alone, Writers, writers_of
 from dbkernels.training.tensor_file import Read, pieces, write_tensors
 
 _SAVING = threading.Lock()
@@ -90,22 +90,24 @@ def save(
         RuntimeError: another process died; earlier checkpoints are untouched.
         What fails in one of several processes is raised in all of them.
     """
-    ranks = ranks_of(group)
+    writers = writers_of(group)
     request = Request(root, step, state, keep, finite)
-    return save_part(request, lambda: part_of(tensors, ranks.rank, ranks.count), read, ranks)
+    return save_part(request, lambda: part_of(tensors, writers.rank, writers.count), read, writers)
 
 
-def save_part(request: Request, take: Callable[[], Part], read: Read, ranks: Alone | Ranks) -> Path:
+def save_part(
+    request: Request, take: Callable[[], Part], read: Read, writers: Alone | Writers
+) -> Path:
     """Save what a process writes, with the others.
 
     Args:
         request:  the same on each rank, but for its state
         take:     gives what this one writes
         read:     gives a tensor's bytes, in pieces
-        ranks:    that save together
+        writers:  that save together
     """
     with _SAVING:
-        return _Save(request, read, ranks).run(take)
+        return _Save(request, read, writers).run(take)
 
 
 class _Opened(NamedTuple):
@@ -119,16 +121,16 @@ class _Opened(NamedTuple):
 class _Save:
     """One save, on one rank."""
 
-    def __init__(self, request: Request, read: Read, ranks: Alone | Ranks):
-        self._request, self._read, self._ranks = request, read, ranks
+    def __init__(self, request: Request, read: Read, writers: Alone | Writers):
+        self._request, self._read, self._writers = request, read, writers
         self._root = request.root
-        self._first, self._begun = not ranks.rank, False
+        self._first, self._begun = not writers.rank, False
 
     def run(self, take: Callable[[], Part]) -> Path:
         try:
-            opened = self._ranks.do(lambda: self._open(take))
-            written = self._ranks.do(lambda: self._write(opened))
-            self._ranks.do(lambda: self._publish(written))
+            opened = self._writers.do(lambda: self._open(take))
+            written = self._writers.do(lambda: self._write(opened))
+            self._writers.do(lambda: self._publish(written))
         except BaseException:
             if self._begun:
                 # of a rank that died without a word, another may still write: the next save tidies
@@ -162,7 +164,7 @@ class _Save:
         files: Files = {}
         with _named(self._final):
             for group, named in self._part.tensors.items():
-                path = self._temporary / file_name(group, self._ranks.rank, self._ranks.count)
+                path = self._temporary / file_name(group, self._writers.rank, self._writers.count)
                 finite = group in self._request.finite
                 with whole_file.new_file(path) as file:
                     size, digest = write_tensors(file, named, read=self._read, finite=finite)
@@ -175,7 +177,7 @@ class _Save:
             return
         final, temporary, request = self._final, self._temporary, self._request
         files = {name: entry for each in written for name, entry in each.items()}
-        ranks = self._ranks.count
+        ranks = self._writers.count
         manifest = manifest_bytes(request.step, request.state, files, ranks, self._pieces)
         with _named(final):
             with whole_file.new_file(temporary / STATE_FILE) as file:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dbkernels.settings import check_number
-from dbkernels.training.checkpoint.ranks import ranks_of
+from dbkernels.training.checkpoint.writers import writers_of
 
 MINUTES = 30  # that a process waits for another, which may write a checkpoint
 
@@ -100,7 +100,7 @@ class Job:
         Raises:
             FloatingPointError, ValueError, OSError, RuntimeError: what it raised.
         """
-        ranks_of(self.group).do(action if self.is_first else lambda: None)
+        writers_of(self.group).do(action if self.is_first else lambda: None)
 
     def agree(self, what: str, value: object) -> None:
         """Refuse to start where processes of the job were told different things.
@@ -134,7 +134,11 @@ def launched() -> bool:
 
 @contextmanager
 def open_job(
-    device: torch.device, *, blocks: int | None, block: int | None, tensor: int
+    device: torch.device | str,
+    *,
+    blocks: int | None = None,
+    block: int | None = None,
+    tensor: int = 1,
 ) -> Iterator[Job]:
     """Meet the other processes of the job; a process that torchrun has not started is alone.
 
@@ -163,6 +167,7 @@ def open_job(
             f"the number of processes must be a multiple of {groups * tensor} (blocks side by "
             f"side {groups}, tensor_parallel {tensor}), got {world}"
         )
+    device = torch.device(device)
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.set_device(device)

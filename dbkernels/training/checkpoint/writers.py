@@ -36,11 +36,11 @@ class Alone:
     rank, count = 0, 1
 
     def do(self, action: Callable[[], Found]) -> list[Found]:
-        """As `Ranks.do`."""
+        """As `Writers.do`."""
         return [action()]
 
 
-class Ranks:
+class Writers:
     """The processes of a group, of which each calls `do` as often as the others.
 
     Args:
@@ -117,6 +117,6 @@ def _gone(rank: int, error: RuntimeError) -> _Failure:
     return _Failure(len(KINDS), f"rank {rank} has left the save: {error}", None)
 
 
-def ranks_of(group: ProcessGroup | None) -> Alone | Ranks:
+def writers_of(group: ProcessGroup | None) -> Alone | Writers:
     """Those that save together; a group of one is alone."""
-    return Alone() if group is None or dist.get_world_size(group) == 1 else Ranks(group)
+    return Alone() if group is None or dist.get_world_size(group) == 1 else Writers(group)
