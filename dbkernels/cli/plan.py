@@ -136,6 +136,16 @@ def _command(recipe: Recipe) -> str:
     return " ".join([program, *(flag for flag, given in flags.items() if given)])
 
 
+def _in_lines(command: str) -> str:
+    """What is below a network, and what several devices share, in lines of their own."""
+    shared = "--tensor-parallel", "--shard", "--sharing"
+    starts = ["--batch-size"] if command.startswith("torchrun") else []
+    starts += [flag for flag in shared if f" {flag}" in command][:1]
+    for flag in ("--from", *starts):
+        command = command.replace(f" {flag}", BREAK + flag)
+    return command
+
+
 def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
     """The rows as a screen of 80 columns."""
     limits = [row for row in rows if row["row"] == "limit"]
@@ -150,7 +160,7 @@ def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
     fits = whole["peak_reserved_bytes"] <= whole["memory"] - whole["context"]
     left = f"; {in_words(whole['context'])} are left to CUDA's context" if whole["context"] else ""
     sent = ";\nnot by what the devices send each other" if devices_of(whole) else ""
-    first, second = plans[0]["command"].split(" --num-blocks")
+    first, second = _in_lines(plans[0]["command"]).split(" --num-blocks")
     yield Text(f"{run}, on {whole['target']} with {in_words(whole['memory'])}", style="bold")
     yield (
         f"{_whole(whole)} with nothing computed again it needs {_needed(whole)}, and "
@@ -169,7 +179,7 @@ def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
         f"op, and swaps{sent}\nboth are predicted, not measured\n\n"
         f"Largest preset of {whole['family']} that fits at all: {rows[-1]['largest']}.\n"
         "To train by the first of them, with --data and --out of your own:\n"
-        f"  {first} \\\n    --num-blocks{second.replace(' --from', BREAK + '--from')}"
+        f"  {first} \\\n    --num-blocks{second}"
     )
 
 
