@@ -55,6 +55,53 @@ def test_one_step_is_written_and_drawn(cli, tmp_path):
     assert "vit digits, batch 2: fused qkv, 4 blocks" in (tmp_path / "step.svg").read_text()
 
 
+# one of several devices
+
+
+def test_a_device_of_several_needs_less(cli):
+    def found(flags):
+        asked = "--methods block_fused --recompute qkv --num-blocks 4 --json"
+        return rows_of(cli(f"profile {asked} {flags}"))
+
+    (alone,) = found("--batch 4 --offload none")
+    (shared,) = found("--batch 4 --data-parallel 2 --shard")
+    assert (shared["data_parallel"], shared["shard"], shared["offload"]) == (2, True, "none")
+    assert "data_parallel" not in alone and "tensor_parallel" not in shared
+    assert shared["by_category"]["optimizer"] < 0.3 * alone["by_category"]["optimizer"]
+    assert shared["peak_allocated_bytes"] < alone["peak_allocated_bytes"]
+    # layers in plain torch are not cut
+    cut = rows_of(
+        cli("profile --batch 2 --recompute qkv --num-blocks 1 --tensor-parallel 2 --json")
+    )
+    assert [(each["method"], each["tensor_parallel"]) for each in cut] == [("block_fused", 2)]
+
+
+def test_a_batch_that_nobody_gives_has_a_share_for_each_device():
+    recipe = profile.Profile(data_parallel=3, tensor_parallel=2).recipe(TARGETS["h100"])
+    assert (recipe.batch_size, recipe.share) == (3 * 128, 128)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--data-parallel 2 --measure", "devices must be one for measure, got 2"),
+        ("--data-parallel 0", "data_parallel must be at least 1, got 0"),
+        ("--batch 3 --data-parallel 2", "batch_size must be a multiple of data_parallel 2, got 3"),
+        (
+            "--methods end_to_end --tensor-parallel 2",
+            "tensor_parallel must be 1 for end_to_end, got 2",
+        ),
+        (
+            "--num-blocks 1 --optimizer muon --batch 2 --data-parallel 2 --shard",
+            "optimizer must be adamw",
+        ),
+    ],
+)
+def test_rejects_what_several_devices_cannot_do(flags, message, cli):
+    outcome = cli(f"profile {flags}")
+    assert outcome.code == 1 and message in " ".join(outcome.err.split())
+
+
 # measured
 
 
@@ -237,6 +284,23 @@ def test_a_title_says_what_was_trained_and_the_unit(told, name, words):
     assert "dit XL/2, batch 128, bfloat16 compute" in lines[0]
     assert any(words in line for line in lines) == told
     assert "MiB" in lines[1 + told]
+
+
+@pytest.mark.parametrize(
+    "shared, words",
+    [
+        ({}, None),
+        ({"data_parallel": 8}, "one of 8 devices"),
+        ({"data_parallel": 8, "shard": True}, "one of 8 devices, parameters shared out"),
+        (
+            {"data_parallel": 8, "tensor_parallel": 2, "shard": True},
+            "one of 16 devices, 2 to a layer, parameters shared out",
+        ),
+    ],
+)
+def test_a_title_says_how_devices_share_a_step(shared, words):
+    lines = [line.strip() for line in printed(predicted_tables([row(**shared)]))]
+    assert [line for line in lines if line.startswith("one of ")] == 2 * [words] * bool(words)
 
 
 COUNTS = [row(num_blocks=count, size=count * GiB) for count in (1, 2, 3, 4, 6)]
