@@ -6,6 +6,7 @@
 <run>/checkpoints/   safetensors and JSON
 """
 
+import math
 import signal
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from torch import Tensor
 
 from dbkernels.models.start import Trained
 from dbkernels.settings import check_choice, check_number
@@ -22,7 +24,7 @@ from dbkernels.training import checkpoint
 from dbkernels.training.checkpoint.shard import Shard
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, load_weights
 from dbkernels.training.log import RunLog
-from dbkernels.training.parallel.job import ALONE, Job
+from dbkernels.training.parallel.job import ALONE, Job, launched
 from dbkernels.training.pending import Row, Rows
 from dbkernels.training.run_config import (
     VERSION,
@@ -49,8 +51,10 @@ from dbkernels.training.trained import keep as keep_trained
 from dbkernels.training.trainer import Trainer
 
 # settings of the trainer that a run may change on its way, for its bits stay the same; without
-# clipping from its start it may also move the optimizer into the backward
+# clipping from its start it may also move the optimizer into the backward. What processes share
+# moves the last bits, as their number does, which is no setting
 PLACEMENT = (
+    "shard",
     "offload",
     "offload_dir",
     "prefetch",
@@ -118,6 +122,9 @@ def train(
     check_choice("data_changed", data_changed, get_args(DataChanged))
     require_trackers(track)
     job.agree("the configuration of the run", asdict(config))
+    told = {"save_every": save_every, "keep": keep, "save_async": save_async}
+    for name, value in told.items():
+        job.agree(name, value)
     directory = part_of(directory, job.block)
     data = config.model.open(config.data, "train", convert=config.convert, stride=config.stride)
     root, distills = directory / "checkpoints", bool(config.start.distill)
@@ -144,17 +151,20 @@ def train(
     if not threads:
         # processes that run side by side share the machine as whoever started them says
         threads = fastest_for(trainer) if job.group is None else torch.get_num_threads()
+    # where each has a disk of its own, one may have an older checkpoint, or other data
+    job.agree("the checkpoint to go on from", trainer.step)
     with cpu_threads(threads):
-        now = conditions(data, trainer.device)
+        now = conditions(data, trainer.device, job.count)
+        job.agree("the data", now.get("data"))
         if resume:
             moved = saved.data != config.data
             require_same_data(before, now, moved=moved, path=path, data_changed=data_changed)
         if trainer.step < trainer.total_steps:
             every = [t for tensors in trainer.tensors().values() for t in tensors.values()]
-            size = sum(t.local.nbytes if isinstance(t, Shard) else t.nbytes for t in every)
-            job.on_first(partial(checkpoint.check_root, root, size * job.count))
+            job.on_first(partial(checkpoint.check_root, root, sum(map(_whole_bytes, every))))
         if distills and not resume and weights is not None:
-            keep_trained(directory, weights, config.start.digest)
+            digest = config.start.digest
+            job.on_first(partial(keep_trained, directory, weights, digest))
         del weights
         opened: list[RunLog] = []
 
@@ -224,7 +234,7 @@ def _train(
 
     try:
         job.on_first(partial(_describe, config, directory))
-        with StopSignals() as stop, Rows(take) as rows, saver:
+        with StopSignals(twice=launched()) as stop, Rows(take) as rows, saver:
 
             def goes_on() -> bool:
                 job.asked = stop.asked is not None
@@ -254,6 +264,13 @@ def _train(
         if log is not None:
             log.close(finished=finished)
         trainer.close()
+
+
+def _whole_bytes(value: Tensor | Shard) -> int:
+    """Of a tensor in a checkpoint, whoever writes how much of it."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return math.prod(value.shape) * value.local.itemsize
 
 
 def _describe(config: RunConfig, directory: Path) -> None:
