@@ -4,21 +4,27 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from training.parallel.runs import open_data, train_apart, train_block
-from training.tiny import CPU, equal
+from training.parallel.runs import (
+    RUN,
+    WHOLE,
+    assert_same_runs,
+    open_data,
+    read,
+    train_apart,
+    train_block,
+)
+from training.tiny import CPU
 
 from dbkernels.models.start import Trained
 from dbkernels.training import checkpoint
 from dbkernels.training.log import RunLog
 from dbkernels.training.merge import merge
 from dbkernels.training.run import load_run
-from dbkernels.training.run_config import StartConfig, read_config
+from dbkernels.training.run_config import StartConfig
 
-RUN, WHOLE = Path("run"), Path("whole")
 DEEPEST = {"num_blocks": 2, "split": "2,1", "noise_order": "deepest"}
 CASES = {
     "vit": ("vit", {}),
@@ -32,25 +38,6 @@ CASES = {
     "one block": ("vit", {"partition": {"num_blocks": 1}}),
     "turns": ("vit", {**CPU, "steps_per_swap": 2}),
 }
-
-
-def read(directory):
-    path = checkpoint.latest(directory / "checkpoints")
-    return path.name, *checkpoint.load(path)
-
-
-def assert_same_runs(directory=RUN, other=WHOLE):
-    """In every bit that is saved and logged, but for where they lie."""
-    (name, tensors, state), (expected_name, expected, expected_state) = map(
-        read, (directory, other)
-    )
-    assert name == expected_name
-    assert tensors.keys() == expected.keys()
-    for group in expected:
-        assert equal(tensors[group], expected[group]), group
-    assert state == expected_state
-    assert (directory / "log.jsonl").read_bytes() == (other / "log.jsonl").read_bytes()
-    assert read_config(directory) == read_config(other)
 
 
 @pytest.mark.parametrize("case", CASES)
