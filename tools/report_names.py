@@ -94,6 +94,11 @@ def mega_text(value: float) -> str:
     return number_text(value / 1e6)
 
 
+def tera_text(value: float) -> str:
+    """Write a number in millions of millions."""
+    return f"{value / 1e12:.3g}"
+
+
 def run_text(row: Row) -> str:
     """Name a way and what computes, such as "fused layers, qkv (cpp)"."""
     return f"{way_text(row)} ({row['implementation']})"
