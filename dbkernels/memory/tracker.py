@@ -268,8 +268,7 @@ class Tracker(TorchDispatchMode):
 
     def _resize(self, storage: UntypedStorage, before: int) -> None:
         # that of a fake tensor does not say where the tensor lies
-        here = storage.device == self.device or active_fake_mode() is not None
-        if here or storage._cdata in self._alive:
+        if storage.device == self.device or active_fake_mode() is not None:
             self._follow(storage, before)
 
     def _follow(self, storage: UntypedStorage, before: int | None) -> int:

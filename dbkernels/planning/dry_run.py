@@ -4,7 +4,6 @@ A trainer is built as for a real run, under FakeTensorMode, which allocates and 
 and one step of it is followed.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -85,8 +84,6 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
     found: list[tuple[Prediction, ...]] = []  # of a block, for each of the offloads
     with fake_job(recipe.data_parallel, recipe.tensor_parallel) as job, _pretending(target):
         for trainer, block in _trainers(_plain(recipe), job):
-            if recipe.offload_activations:
-                trainer.activations.copies = Copies(trainer.device, _off_the_device)
             moved, on_device = trainer.moved(block), _on_device(trainer, block)
             trace = record(
                 partial(trainer.advance, block),
@@ -104,14 +101,22 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
 
 
 def _trainers(recipe: Recipe, job: Job) -> Iterator[tuple[Trainer, Block]]:
-    """The costliest blocks, each with a trainer; several processes train one and have no other."""
-    if job.group is None or recipe.num_blocks == 1:
-        trainer = recipe.trainer("cpu", job)
+    """The costliest blocks, each with a trainer: several processes train one alone, if they can."""
+    config = recipe.config()
+    if job.group is None or config.partition.sharing == "joint":
+        trainer = _trainer(recipe, job)
         yield from ((trainer, block) for block in _costliest(trainer.blocks))
         return
-    for block in _costliest(recipe.config().build("cpu")):
+    for block in _costliest(config.build("cpu")):
         own = Job(block.index, job.data, job.tensor, job.group)
-        yield recipe.trainer("cpu", own), block
+        yield _trainer(recipe, own), block
+
+
+def _trainer(recipe: Recipe, job: Job) -> Trainer:
+    trainer = recipe.trainer("cpu", job)
+    if recipe.offload_activations:
+        trainer.activations.copies = Copies(trainer.device, _off_the_device)
+    return trainer
 
 
 def sweep_flops(recipe: Recipe) -> int:
@@ -149,11 +154,7 @@ class _Mode(FakeTensorMode):
 def _pretending(target: Target) -> Iterator[None]:
     forget_orders()
     try:
-        as_on = dry_run_on_gpu(target.processors) if target.is_gpu else nullcontext()
-        with warnings.catch_warnings(), _Mode(), as_on:
-            # torch's own deepcopy asks, and does with the answer 0
-            asked = "Accessing the data pointer of FakeTensor"
-            warnings.filterwarnings("ignore", asked, category=UserWarning)
+        with _Mode(), dry_run_on_gpu(target.processors) if target.is_gpu else nullcontext():
             yield
     finally:
         forget_orders()

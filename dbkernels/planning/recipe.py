@@ -3,7 +3,6 @@
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
-from types import UnionType
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ SETTINGS = {  # of a recipe in a row, and what each may be
     "recompute": str | None,
     "offload": str,
 }
-OTHERS: dict[str, type] = {
+OTHERS: dict[str, type] = {  # only where they are not the default
     "optimizer": str,
     "offload_activations": bool,
     "data_parallel": int,
@@ -90,7 +89,8 @@ class Recipe:
     prefetch: bool = False
     offload_activations: bool = False
     sharing: Sharing = "joint"
-    """With several devices each block has a stem and a head of its own in any case."""
+    """With several devices a block has a stem and a head of its own in any case where it can, and
+    a job of its own."""
     ema: float = 0.0
     optimizer: OptimizerName = "adamw"
     optimizer_in_backward: bool = False
@@ -176,7 +176,7 @@ class Recipe:
         layers, split = (",".join(map(str, each or ())) for each in (self.layers, self.split))
         names = [field.name for field in fields(TrainerConfig)]
         same = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        sharing = self.sharing if self.devices == 1 or self.num_blocks == 1 else "copies"
+        apart = self.devices > 1 and self.num_blocks > 1 and self.model.independent
         return RunConfig(
             family=self.family,
             model=replace(self.model, recompute=self.recompute or self.model.recompute),
@@ -185,7 +185,9 @@ class Recipe:
             label_drop=0.0,
             mirror=False,
             shift=0,
-            partition=PartitionConfig(self.num_blocks, layers, split, sharing=sharing),
+            partition=PartitionConfig(
+                self.num_blocks, layers, split, sharing="copies" if apart else self.sharing
+            ),
             prior=entry.process_of(self.model),
             objective=self.objective,
             lora=self.lora,
@@ -205,10 +207,10 @@ class Recipe:
         return config.trainer_of(blocks, data, device=device, job=job)
 
     def settings(self) -> Settings:
-        """What a row of JSON and a budget say of it; of OTHERS, what is not the default."""
+        """What a row of JSON and a budget say of it; of OTHERS, where they are not the default."""
         other: Settings = {"batch": self.batch_size, "target": self.device.name}
-        defaults = {each.name: each.default for each in fields(self)}
-        own = {n: getattr(self, n) for n in OTHERS if getattr(self, n) != defaults[n]}
+        usual = {each.name: each.default for each in fields(Recipe)}
+        own: Settings = {n: getattr(self, n) for n in OTHERS if getattr(self, n) != usual[n]}
         given = {name: other[name] if name in other else getattr(self, name) for name in SETTINGS}
         return given | own
 
@@ -244,7 +246,7 @@ def of_settings(settings: Settings) -> Recipe:
     Raises:
         ValueError: a name is missing or unknown, or a value is none that it may have.
     """
-    known: dict[str, type | UnionType] = {**SETTINGS}
+    known: dict[str, Any] = {**SETTINGS}
     if isinstance(settings, dict):
         known |= {name: kind for name, kind in OTHERS.items() if name in settings}
     values = require_names("settings", settings, known)

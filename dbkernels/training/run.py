@@ -6,6 +6,7 @@
 <run>/checkpoints/   safetensors and JSON
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from torch import Tensor
 
 from dbkernels.models.start import Trained
 from dbkernels.settings import check_choice, check_number
@@ -47,7 +49,8 @@ from dbkernels.training.trained import keep as keep_trained
 from dbkernels.training.trainer import Trainer
 
 # settings of the trainer that a run may change on its way, for its bits stay the same; without
-# clipping from its start it may also move the optimizer into the backward
+# clipping from its start it may also move the optimizer into the backward. What processes share
+# moves the last bits, as their number does, which is no setting
 PLACEMENT = (
     "shard",
     "offload",
@@ -117,6 +120,9 @@ def train(
     check_choice("data_changed", data_changed, get_args(DataChanged))
     require_trackers(track)
     job.agree("the configuration of the run", asdict(config))
+    told = {"save_every": save_every, "keep": keep, "save_async": save_async}
+    for name, value in told.items():
+        job.agree(name, value)
     directory = part_of(directory, job.block)
     data = config.model.open(config.data, "train", convert=config.convert, stride=config.stride)
     root, distills = directory / "checkpoints", bool(config.start.distill)
@@ -143,17 +149,20 @@ def train(
     if not threads:
         # processes that run side by side share the machine as whoever started them says
         threads = fastest_for(trainer) if job.group is None else torch.get_num_threads()
+    # where each has a disk of its own, one may have an older checkpoint, or other data
+    job.agree("the checkpoint to go on from", trainer.step)
     with cpu_threads(threads):
-        now = conditions(data, trainer.device)
+        now = conditions(data, trainer.device, job.count)
+        job.agree("the data", now.get("data"))
         if resume:
             moved = saved.data != config.data
             require_same_data(before, now, moved=moved, path=path, data_changed=data_changed)
         if trainer.step < trainer.total_steps:
             every = [t for tensors in trainer.tensors().values() for t in tensors.values()]
-            size = sum(t.local.nbytes if isinstance(t, Shard) else t.nbytes for t in every)
-            job.on_first(partial(checkpoint.check_root, root, size * job.count))
+            job.on_first(partial(checkpoint.check_root, root, sum(map(_whole_bytes, every))))
         if distills and not resume and weights is not None:
-            keep_trained(directory, weights, config.start.digest)
+            digest = config.start.digest
+            job.on_first(partial(keep_trained, directory, weights, digest))
         del weights
         log = _open_log(directory, trainer, track, config)
         state = {"version": VERSION, "config": asdict(config), "conditions": now}
@@ -180,6 +189,13 @@ def _open_log(
 
     trainer.placements.job.on_first(open_log)
     return opened[0] if opened else None
+
+
+def _whole_bytes(value: Tensor | Shard) -> int:
+    """Of a tensor in a checkpoint, whoever writes how much of it."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return math.prod(value.shape) * value.local.itemsize
 
 
 def _describe(config: RunConfig, directory: Path) -> None:

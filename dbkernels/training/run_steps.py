@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dbkernels.training import checkpoint
 from dbkernels.training.log import RunLog
+from dbkernels.training.parallel.job import launched
 from dbkernels.training.pending import Row, Rows
 from dbkernels.training.stop import Stopped, StopSignals
 from dbkernels.training.trainer import Trainer
@@ -101,7 +102,7 @@ def take_steps(
         Stopped: a signal asked this process or another of the job to end; all of them save.
     """
     job = trainer.placements.job
-    with StopSignals() as stop, Rows(take) as rows, saving.saver:
+    with StopSignals(twice=launched()) as stop, Rows(take) as rows, saving.saver:
 
         def goes_on() -> bool:
             job.asked = stop.asked is not None

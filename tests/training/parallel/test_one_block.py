@@ -1,35 +1,14 @@
 """A process that trains one block alone: the bits of one that trains all, and no other's memory."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from training.parallel.runs import open_data
 from training.tiny import CPU
 
 from dbkernels.training.diffusion_blocks import own_group
-from dbkernels.training.lora_config import LoraConfig
 from dbkernels.training.parallel.job import Job
 
-COPIES = {"sharing": "copies"}
-DEEPEST = {"num_blocks": 2, "split": "2,1", "noise_order": "deepest", **COPIES}
-
-
-@pytest.fixture
-def make_copies(make_config):
-    """Makes configurations of blocks that share nothing."""
-
-    def make(family="vit", lora=0, model=None, **changes):
-        partition = changes.pop("partition", COPIES)
-        config = make_config(family, partition=partition, steps=3, **changes)
-        if model:
-            config = replace(config, model=replace(config.model, **model))
-        return replace(config, lora=LoraConfig(lora)) if lora else config
-
-    return make
-
-
-def open_data(config):
-    return config.model.open(config.data, "train")
+DEEPEST = {"num_blocks": 2, "split": "2,1", "noise_order": "deepest"}
 
 
 def trained(config, block=None):
@@ -57,7 +36,7 @@ CASES = {
     "sequential": ("vit", {"order": "sequential"}),
     "recomputed": ("dit", {"model": {"recompute": "layer"}}),
     "muon": ("vit", {"optimizer": "muon", "weight_decay": 0.1}),
-    "idle": ("vit", {"partition": {"num_blocks": 2, "layers": "0,2", **COPIES}}),
+    "idle": ("vit", {"partition": {"num_blocks": 2, "layers": "0,2"}}),
 }
 
 
@@ -132,7 +111,11 @@ def test_a_run_of_one_block_is_block_0_alone(make_copies):
     [
         (3, {}, "block must be at most 2, got 3"),
         (-1, {}, "block must be at least 0, got -1"),
-        (1, {"partition": {}}, "sharing must be copies for a block that is trained alone, got j"),
+        (
+            1,
+            {"partition": {"sharing": "joint"}},
+            "sharing must be copies for a block that is trained alone, got j",
+        ),
     ],
 )
 def test_what_cannot_be_a_block_of_its_own_is_refused(make_copies, block, changes, message):
