@@ -59,6 +59,8 @@ def test_what_is_copied_to_the_host_is_counted_where_something_is(rows):
     # of two blocks one comes and one goes; each is as large as what is not there
     assert rows[2, "parameter offload"]["host_bytes"] == 2 * (of_block[0] - of_block[1])
     kept = rows[1, "activation offload"]["host_bytes"]
+    # almost all of it goes, and comes back
+    assert 1.6 < kept / rows[1, "alone"]["by_category"]["saved_activations"] < 2.4
     assert kept > rows[1, "activation offload + recompute layer"]["host_bytes"] > 0
 
 
@@ -67,6 +69,9 @@ def test_a_sweep_has_a_step_of_every_block(rows):
     for (count, _), row in there.items():
         assert row["sweep_flops"] == count * row["flops"]
     assert rows[2, "recompute layer"]["flops"] > 1.2 * rows[2, "alone"]["flops"]
+    # each of 8 GPUs has as many samples as one alone, and each of 2 that share layers half the work
+    assert rows[1, "FSDP2 8"]["flops"] == rows[1, "alone"]["flops"]
+    assert 0.5 <= rows[1, "tensor 2"]["flops"] / rows[1, "alone"]["flops"] < 0.51
 
 
 @pytest.mark.parametrize(("depth", "count"), [(28, 3), (28, 4), (7, 4), (5, 2)])
