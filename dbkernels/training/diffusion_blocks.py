@@ -159,8 +159,10 @@ class DiffusionBlocks(Evaluated):
             return
         if only:
             to_meta(self.model, but=common)
+        owner = {index: block.index for block in self._blocks for index in block.layers}
         for index, layer in enumerate(self.model.layers):
-            if index not in self._blocks[only].layers:
+            # what no block runs is in the checkpoints of the first
+            if owner.get(index, 0) != only:
                 to_meta(layer)
 
     def __len__(self) -> int:

@@ -6,7 +6,8 @@ import os
 import secrets
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -107,6 +108,20 @@ def _id(directory: Path, first_step: int) -> str:
     made = secrets.token_hex(4)
     write_whole(path, made)
     return made
+
+
+@contextmanager
+def one_writer(directory: Path) -> Iterator[None]:
+    """Hold the directory of a run, as a run that goes on does.
+
+    Raises:
+        ValueError: another holds it, in whatever process.
+    """
+    descriptor = _claim(directory)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _claim(directory: Path) -> int:

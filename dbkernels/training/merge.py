@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from dbkernels.training import checkpoint
 from dbkernels.training.block_order import BlockOrder
 from dbkernels.training.checkpoint.shard import Tensors
-from dbkernels.training.log import LOG, read_log
+from dbkernels.training.log import LOG, one_writer, read_log
 from dbkernels.training.run import PLACEMENT, load_checkpoint
 from dbkernels.training.run_config import VERSION, RunConfig, read_config, write_config
 from dbkernels.training.same_run import require_same_config
@@ -49,24 +48,26 @@ def merge(directory: Path) -> Path:
         The directory of the checkpoint.
     Raises:
         ValueError: a block is missing or damaged, or one has another configuration or number of
-            steps; or the directory holds another run.
+            steps; or the directory holds another run, or one that has gone on, or goes on now.
     """
     parts = [_read(path) for path in _parts_of(directory)]
     config = parts[0].config
     _require_alike(parts)
     if (directory / "config.json").exists():
         there = _alike(read_config(directory), config)
+        # blocks may have gone on for more steps since they were united
+        there = replace(there, trainer=replace(there.trainer, steps=config.trainer.steps))
         require_same_config(asdict(there), asdict(config), directory)
-    counters = _counters(parts)
-    tensors = _united(parts)
-    _add_what_no_block_has(tensors["model"], config)
+    counters, tensors = _counters(parts), _united(parts)
     state = {"version": VERSION, "config": asdict(config), "counters": counters}
     if "conditions" in parts[0].state:
         state["conditions"] = parts[0].state["conditions"]
-    write_config(config, directory)
-    _copy_beside(parts[0].path.parents[1], directory)
-    write_whole(directory / LOG, _log(parts, config))
-    return checkpoint.save(directory / "checkpoints", counters["step"], tensors, state)
+    with one_writer(directory):
+        _require_no_later(directory / "checkpoints", counters["step"])
+        write_config(config, directory)
+        _copy_beside(parts[0].path.parents[1], directory)
+        write_whole(directory / LOG, _log(parts, config))
+        return checkpoint.save(directory / "checkpoints", counters["step"], tensors, state)
 
 
 def _parts_of(directory: Path) -> list[Path]:
@@ -127,7 +128,7 @@ def _require_alike(parts: Sequence[_Part]) -> None:
             f"order must be shuffled to merge blocks at step {steps} of {trainer.steps}, got "
             "sequential, of which later blocks come when earlier ones are done"
         )
-    turn = max(first.state["counters"]["steps_per_swap"], 1)
+    turn = _counters(parts)["steps_per_swap"]
     if steps % turn and steps < trainer.steps:
         raise ValueError(
             f"blocks that take turns of {turn} steps must be merged between turns, got step {steps}"
@@ -142,7 +143,8 @@ def _counters(parts: Sequence[_Part]) -> dict:
     """As a process that has trained all blocks would have counted."""
     counted = [part.state["counters"] for part in parts]
     found: dict = {"step": sum(each["step"] for each in counted), "groups": {}}
-    found |= {name: min(each[name] for each in counted) for name in LEAST}
+    # blocks that end before they have measured how long their turns are to be take any
+    found |= {name: max(min(each[name] for each in counted), 1) for name in LEAST}
     for each in counted:
         found["groups"] |= each["groups"]
         if "optimizer" in each:
@@ -165,19 +167,21 @@ def _united(parts: Sequence[_Part]) -> Tensors:
     return found
 
 
-def _add_what_no_block_has(weights: dict[str, Tensor], config: RunConfig) -> None:
-    """Layers that no block runs are as they were initialised."""
-    with torch.device("meta"):
-        names = [name for name, _ in config.build("meta").named_parameters()]
-    if set(names) - weights.keys():
-        every = dict(config.build("cpu").named_parameters())
-        weights |= {name: every[name].detach() for name in names if name not in weights}
+def _require_no_later(root: Path, step: int) -> None:
+    """Refuse to put a run back that has gone on since its blocks were united."""
+    newest = checkpoint.latest(root)
+    if newest is not None and (found := int(newest.name.removeprefix("step-"))) > step:
+        raise ValueError(
+            f"{newest.parent} must hold no later checkpoint than that of step {step} which the "
+            f"blocks make, got step {found}"
+        )
 
 
 def _copy_beside(part: Path, directory: Path) -> None:
     """What lies beside a run's checkpoints and is the same for all of its blocks."""
     for path in part.iterdir():
-        if path.is_file() and path.name not in ("config.json", LOG, "tracked_as.txt"):
+        own = path.name in ("config.json", "tracked_as.txt") or path.name.startswith(("log", "."))
+        if path.is_file() and not own:
             shutil.copyfile(path, directory / path.name)
     if (part / KEPT).is_dir():
         shutil.copytree(part / KEPT, directory / KEPT, dirs_exist_ok=True)
@@ -187,7 +191,7 @@ def _log(parts: Sequence[_Part], config: RunConfig) -> str:
     """The rows of all blocks in the order in which one process would have made them."""
     running = range(len(parts))[:: 1 if config.partition.noise_order == "first" else -1]
     order = BlockOrder(running, config.trainer)
-    order.steps_per_swap = min(part.state["counters"]["steps_per_swap"] for part in parts)
+    order.steps_per_swap = _counters(parts)["steps_per_swap"]
     rows = {
         (int(row["block"]), int(row["block_step"])): row
         for part in parts

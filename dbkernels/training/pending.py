@@ -210,15 +210,11 @@ class Rows:
             FloatingPointError: that row's; the step after it updated nothing, and is forgotten.
         """
         last, self._last = self._last, pending
-        if last is None:
-            return
         try:
-            row = last.row()
+            self._hand_on(last)
         except FloatingPointError:
             self._last = None
             raise
-        self.is_asked |= last.is_asked
-        self._take(row)
 
     def settle(self) -> None:
         """Hand on what is left; the device is then done with every step.
@@ -227,5 +223,11 @@ class Rows:
             FloatingPointError: the row's.
         """
         last, self._last = self._last, None
-        if last is not None:
-            self._take(last.row())
+        self._hand_on(last)
+
+    def _hand_on(self, pending: Pending | None) -> None:
+        if pending is None:
+            return
+        row = pending.row()
+        self.is_asked |= pending.is_asked
+        self._take(row)

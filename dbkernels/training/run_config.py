@@ -66,13 +66,14 @@ class PartitionConfig:
         return DiffusionBlocks(model, process=process, weighting=weighting, only=only, **settings)
 
     def absent(self, only: int, depth: int, process: Process) -> set[int]:
-        """Of so many layers, those that one block does not run."""
+        """Of so many layers, those that one block does not run; block 0 has what no block runs."""
         check_number("block", only, 0, self.num_blocks - 1)
         numbers = self._numbers()
         order = tuple(range(depth)) if numbers["layers"] is None else tuple(numbers["layers"])
         split, noise_order = numbers["split"], self.noise_order
         blocks = partition(order, self.num_blocks, process, split=split, noise_order=noise_order)
-        return set(range(depth)) - set(blocks[only].layers)
+        owner = {index: block.index for block in blocks for index in block.layers}
+        return {index for index in range(depth) if owner.get(index, 0) != only}
 
     def _numbers(self) -> dict[str, list[int] | None]:
         return {name: _whole_numbers(name, getattr(self, name)) for name in ("layers", "split")}

@@ -25,15 +25,16 @@ Conditions = dict[str, int | str]
 DataChanged = Literal["refuse", "ok"]
 MAX_DIFFERENCES = 5  # more make an error message that nobody reads
 # of the conditions, those that move the last bits and no more
-ROUNDING = ("threads", "torch", "library", "device")
+ROUNDING = ("threads", "processes", "torch", "library", "device")
 
 
-def conditions(data: Data, device: torch.device) -> Conditions:
+def conditions(data: Data, device: torch.device, processes: int = 1) -> Conditions:
     """What the bits of a run depend on, beside its configuration.
 
     Args:
-        data:    that it trains on
-        device:  that it trains on
+        data:       that it trains on
+        device:     that it trains on
+        processes:  that train each block
     """
     cuda = device.type == "cuda"
     return {
@@ -42,6 +43,7 @@ def conditions(data: Data, device: torch.device) -> Conditions:
         "data": digest(cast(ImageData | CaptionedImages | TokenData, data)),
         # of the CPU, where it trains
         "threads": 0 if cuda else torch.get_num_threads(),
+        "processes": processes,
         "torch": str(torch.__version__),
         "library": _library(),
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
@@ -55,7 +57,7 @@ def conditions_of(state: dict, path: Path) -> Conditions:
         ValueError: they are malformed.
     """
     saved = state.get("conditions", {})
-    kinds = {"samples": int, "threads": int}
+    kinds = {"samples": int, "threads": int, "processes": int}
     if not isinstance(saved, dict) or any(
         type(value) is not kinds.get(name, str) for name, value in saved.items()
     ):

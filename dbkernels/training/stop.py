@@ -27,9 +27,17 @@ class StopSignals:
     """Takes note of a signal that asks a run to end; a second one does what it did before.
 
     As a context, in the main thread: Python hands signals to no other.
+
+    Args:
+        twice:  whether a second SIGTERM is the same request. Where a scheduler sends it to all of a
+                job, a launcher that got it sends it to its processes once more, and kills those
+                that stay for long
     """
 
     asked: signal.Signals | None = None
+
+    def __init__(self, *, twice: bool = False):
+        self._twice = twice
 
     def __enter__(self) -> "StopSignals":
         main = threading.current_thread() is threading.main_thread()
@@ -42,4 +50,6 @@ class StopSignals:
 
     def _note(self, number: int, _: object) -> None:
         self.asked = signal.Signals(number)
-        self.__exit__()
+        for each, handler in self._before.items():
+            if not (self._twice and each == signal.SIGTERM):
+                signal.signal(each, handler)

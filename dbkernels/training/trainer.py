@@ -135,7 +135,7 @@ class Trainer:
         named = OPTIMIZERS[config.optimizer]
         kind = tried(make_optimizer, self.device) if make_optimizer else named
         self.placements = place(blocks, config, job or ALONE, kind)
-        self._share = self.placements.job.share(config.batch_size)
+        self._share = self.placements.job.share(config.batch_size, config.accumulate)
         told = {"device": self.device, "share": self._share}
         self.samples = open_samples(data, keys, workers, config, **told)
         self.data = self.samples.data

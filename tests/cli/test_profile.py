@@ -118,6 +118,20 @@ def test_measured_stands_beside_predicted_where_a_cpu_can_tell(cli):
     assert 0 < row["seconds_per_step"] <= row["seconds_per_sweep"]
 
 
+def test_activations_off_the_device_are_told_and_not_measured_on_a_cpu(cli):
+    flags = "--methods block_fused --recompute none --num-blocks 1 --offload none --target cpu"
+    stays, moved = (
+        rows_of(cli(f"profile {flags} --batch 64 --json{more}"))[0]
+        for more in ("", " --offload-activations")
+    )
+    assert moved["saved_bytes"] < stays["saved_bytes"] and moved["flops"] == stays["flops"]
+    assert moved["offload_activations"] and "offload_activations" not in stays
+    flags = flags.replace("--target cpu", "--measure --offload-activations")
+    outcome = cli(f"{FAST} {flags} --json --write budgets.json")
+    assert "measured_allocated_bytes" not in rows_of(outcome)[0]
+    assert "vit digits 2 activations-off cpu, 1 x none" in cli(CHECK).out
+
+
 def test_a_gpu_runs_every_way_after_the_predictions_or_says_why_not(cli, monkeypatch):
     def predicted(recipes):
         for each in predict(recipes):
@@ -258,10 +272,17 @@ def printed(tables):
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_a_title_says_what_was_trained_and_the_unit(told):
-    lines = printed(predicted_tables([row(optimizer_in_backward=told, size=3 * 2**20)]))
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("optimizer_in_backward", "optimizer in backward"),
+        ("offload_activations", "what the backward needs off the device"),
+    ],
+)
+def test_a_title_says_what_was_trained_and_the_unit(told, name, words):
+    lines = printed(predicted_tables([row(**{name: told}, size=3 * 2**20)]))
     assert "dit XL/2, batch 128, bfloat16 compute" in lines[0]
-    assert any("optimizer in backward" in line for line in lines) == told
+    assert any(words in line for line in lines) == told
     assert "MiB" in lines[1 + told]
 
 

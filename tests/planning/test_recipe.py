@@ -80,6 +80,11 @@ def test_a_row_describes_a_preset_in_full(optimizer):
     # rows of before there were others say nothing of it
     assert ("optimizer" in recipe.settings()) == (optimizer != "adamw")
     assert not {"data_parallel", "tensor_parallel", "shard"} & recipe.settings().keys()
+    moved = replace(recipe, offload_activations=True)
+    assert moved.settings() == recipe.settings() | {"offload_activations": True}
+    assert of_settings(moved.settings()) == moved
+    with pytest.raises(ValueError, match='offload_activations must be bool, got "yes"'):
+        of_settings(moved.settings() | {"offload_activations": "yes"})
 
 
 def test_a_row_describes_the_devices_that_share_a_step():

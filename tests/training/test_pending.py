@@ -91,6 +91,18 @@ def test_rows_are_handed_on_in_order_one_step_late_and_once():
     assert list(pending(3).row().items()) == whole
 
 
+@pytest.mark.parametrize("settle", [False, True])
+def test_rows_tell_that_a_process_was_asked_to_end_however_they_are_read(settle):
+    rows = Rows(lambda row: None)
+    for step, asked in ((0, 0.0), (1, 2.0), (2, 0.0)):
+        told = [torch.tensor(number) for number in (1.0, 2.0, asked)]
+        rows.add(Pending({"step": step}, told, None))
+        assert rows.is_asked == (step == 2)
+        if settle:
+            rows.settle()
+            assert rows.is_asked == (step >= 1)
+
+
 def test_where_a_row_cannot_be_taken_the_one_of_the_step_behind_it_still_is():
     told = []
 

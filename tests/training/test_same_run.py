@@ -180,9 +180,12 @@ def test_what_moves_the_last_bits_is_recorded_and_said_when_it_is_another(
 ):
     train(make_config(steps=2))
     recorded = load(newest())[1]["conditions"]
-    assert set(recorded) == {"samples", "data", "threads", "torch", "library", "device"}
+    assert set(recorded) == {
+        "samples", "data", "threads", "processes", "torch", "library", "device"
+    }  # fmt: skip
     assert (recorded["samples"], recorded["threads"]) == (12, torch.get_num_threads())
-    other = {"threads": 99, "torch": "1.0", "library": "none!", "device": "Device"}
+    assert recorded["processes"] == 1
+    other = {"threads": 99, "processes": 2, "torch": "1.0", "library": "none!", "device": "Device"}
     inner = same_run.conditions
     monkeypatch.setattr("dbkernels.training.run.conditions", lambda *a: inner(*a) | other)
     with pytest.warns(UserWarning) as told:

@@ -87,6 +87,18 @@ def test_a_second_signal_ends_a_process_at_once(number):
     assert ended.returncode == -number
 
 
+def test_a_launcher_may_say_it_twice_and_the_rest_of_what_it_says_is_obeyed():
+    before = [signal.getsignal(each) for each in ASKING]
+    with StopSignals(twice=True) as stop:
+        asked(signal.SIGTERM), asked(signal.SIGTERM)
+        assert stop.asked == signal.SIGTERM
+        others = [each for each in ASKING if each != signal.SIGTERM]
+        assert [signal.getsignal(each) for each in others] == before[1:]
+    assert [signal.getsignal(each) for each in ASKING] == before
+    with StopSignals(twice=True) as stop, pytest.raises(KeyboardInterrupt):
+        asked(signal.SIGTERM), asked(signal.SIGINT)
+
+
 def test_another_thread_than_the_first_is_asked_nothing():
     seen, before = [], signal.getsignal(signal.SIGTERM)
 

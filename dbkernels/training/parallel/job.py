@@ -73,16 +73,20 @@ class Job:
         """Whether it writes what one of them writes for all."""
         return not self.data.rank and not self.tensor.rank
 
-    def share(self, batch_size: int) -> slice:
+    def share(self, batch_size: int, accumulate: int = 1) -> slice:
         """Samples of a step that this process takes.
 
+        Args:
+            batch_size:  of all
+            accumulate:  micro-batches that each process cuts its share into
         Raises:
-            ValueError: the batch cannot be shared evenly.
+            ValueError: the batch cannot be shared evenly, or its shares be cut so.
         """
-        if batch_size % self.data.size:
+        if batch_size % (self.data.size * accumulate):
+            cut = f" times {accumulate} micro-batches" if accumulate > 1 else ""
             raise ValueError(
                 f"batch_size must be a multiple of the {self.data.size} processes that share a "
-                f"batch, got {batch_size}"
+                f"batch{cut}, got {batch_size}"
             )
         size = batch_size // self.data.size
         return slice(self.data.rank * size, (self.data.rank + 1) * size)

@@ -45,6 +45,11 @@ def place(blocks: DiffusionBlocks, config: TrainerConfig, job: Job, kind: Kind) 
             f"weighting must not be published with {job.data.size} processes that share a batch, "
             "as it is no mean over samples, got published"
         )
+    if config.shard and job.data.size > 1 and config.offload_activations:
+        raise ValueError(
+            "offload_activations must be off with shard, whose gathered weights it would take for "
+            "activations, got on"
+        )
     apart = config.shard or job.tensor.size > 1
     if apart and not kind.by_element:
         raise ValueError(
@@ -54,7 +59,9 @@ def place(blocks: DiffusionBlocks, config: TrainerConfig, job: Job, kind: Kind) 
     for name, parameter in blocks.named_parameters():
         if apart and is_quantized(parameter):
             of = type(parameter).__name__
-            raise ValueError(f"shard must be off with {name} of {of}, got on")
+            which = "shard must be off" if config.shard else "tensor_parallel must be 1"
+            got = "on" if config.shard else job.tensor.size
+            raise ValueError(f"{which} with {name} of {of}, got {got}")
     found: dict[nn.Parameter, Cut] = {}
     if job.tensor.group is not None:
         for index in sorted({index for block in blocks.trained for index in block.layers}):
