@@ -101,13 +101,12 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
 
 
 def _trainers(recipe: Recipe, job: Job) -> Iterator[tuple[Trainer, Block]]:
-    """The costliest blocks, each with a trainer: several processes train one alone, if they can."""
-    config = recipe.config()
-    if job.group is None or config.partition.sharing == "joint":
+    """The costliest blocks, each with a trainer."""
+    if not recipe.is_apart:
         trainer = _trainer(recipe, job)
         yield from ((trainer, block) for block in _costliest(trainer.blocks))
         return
-    for block in _costliest(config.build("cpu")):
+    for block in _costliest(recipe.config().build("cpu")):
         own = Job(block.index, job.data, job.tensor, job.group)
         yield _trainer(recipe, own), block
 
