@@ -84,6 +84,7 @@ ELSEWHERE = {
     "python examples/own_dataset.py --workers 2": 'run("own_dataset.py"',
     "python examples/own_layers.py --layers torch --num-blocks 3": 'run("own_layers.py"',
     "python benchmarks/loading.py --workers 0 1 2": 'rows_of_main("loading"',
+    "python benchmarks/checkpoints.py --threads 1": 'run_main("checkpoints"',
     "python examples/small_gpu.py --memory 600MiB --steps 100": 'run("small_gpu.py"',
     "python examples/compare_runs.py --steps 300 --out runs/compared": 'run("compare_runs.py"',
     "python -m pytest examples/test_memory_budget.py": '"test_memory_budget.py"',

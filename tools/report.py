@@ -83,9 +83,23 @@ ordinary model, and keeps less, but not 4 times less. The last layer of a block 
 clean tokens keys and values alone, unless they guess the next token: the layers of a way with
 next-token loss are those without this saving. A classifier or a generator of images in blocks reads
 nothing twice."""),
+    "composition": ("What composes with blocks", """What other ways to need less memory give beside
+blocks, as one GPU sees it. Each block has a job of its own, whose GPUs hold no other block; *one
+job* has all on one GPU. Every GPU has the same number of samples of a step, so more GPUs share a
+larger batch. *Of alone* is the ratio of the peak to that of one block alone, end to end in the same
+layers. *Its parts save* adds up what blocks and each word of the way save by themselves. *Additive*
+reaches the product of their ratios within 10 %; *overlapping* does not, and no part is better
+without the others; *harmful* is worse than some of its parts. *Sent* is the whole buffer of every
+collective of a step, without the factors of a ring. *Plain torch* and *checkpointing* run no fused
+layer. End to end a language model is the ordinary one, without noise."""),
     "loading": ("Waiting for images", """Steps on JPEGs of a folder, which workers decode while
 steps run. A step waits while it reads samples itself, or while it asks workers for them. *Asleep*
 is a step that takes no processor, as that of a host whose GPU computes."""),
+    "checkpoints": ("Checkpoints", """Ways to save the same numbers, by this library, by
+torch.distributed.checkpoint (DCP) and by `torch.save` with a flush. *Beside* is by a thread, while
+steps go on, which are products of matrices. Of two processes each holds half of every tensor. A
+flip of one bit of a file is noticed where a load refuses the checkpoint; otherwise it gives wrong
+numbers, or the bit means nothing."""),
     "timeline": ("Memory within one step", "What is alive at the peak of a step, by category."),
     "layer": ("One layer", "Forward and backward of one layer: AdaLN where no other is named."),
     "ops": ("Ops", """Each op against eager torch and `torch.compile`; forward and backward of noise

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from report_rows import Row, is_predicted
 
+from dbkernels.memory.units import in_words
 from dbkernels.models import registry
 
 # no acronyms of capitals alone
@@ -51,6 +52,9 @@ def case_text(row: Row) -> str:
         more += [f"{row['source_updates']} before"] if "source_updates" in row else []
         updates = f"{row['updates']} updates of batches of {row['batch']}"
         return ", ".join([str(row["data"]), updates, *more])
+    if "processes" in row:
+        count = "1 process" if row["processes"] == 1 else f"{row['processes']} processes"
+        return f"{in_words(row['state_bytes'])} of {count}, products of {row['product']} rows"
     if "family" in row:
         join = "-" if "/" in row["preset"] else " "
         name = f"{FAMILIES[row['family']]}{join}{row['preset']}"
@@ -88,6 +92,11 @@ def mode_text(row: Row) -> str:
 def mega_text(value: float) -> str:
     """Write a number in millions."""
     return number_text(value / 1e6)
+
+
+def tera_text(value: float) -> str:
+    """Write a number in millions of millions."""
+    return f"{value / 1e12:.3g}"
 
 
 def run_text(row: Row) -> str:

@@ -43,6 +43,17 @@ SUITES = {  # names that the rows of a benchmark have: of the case, of the way, 
         "layers_flops head_flops sweep_flops kept_units",
     ),
     "loading": (MODEL, "num_blocks workers", "step_ms wait_ms share samples_per_second"),
+    "composition": (
+        MODEL,
+        "num_blocks way",
+        "peak_allocated_bytes by_category sent_bytes host_bytes flops sweep_flops ratio saved"
+        " product apart verdict refused memory",
+    ),
+    "checkpoints": (
+        "processes state_bytes product",
+        "impl",
+        "disk_bytes stall_ms slowed_ms durable_ms flips noticed",
+    ),
     "timeline": (MODEL, TRAINED, "peak_allocated_bytes by_category at starts phases levels"),
     "layer": (
         "B T dim num_heads hidden dtype",

@@ -15,6 +15,7 @@ from report_names import (
     ratio_text,
     run_text,
     shares_text,
+    tera_text,
 )
 from report_rows import Row, is_plain, is_predicted
 
@@ -55,7 +56,8 @@ def _ratio(name: str, title: str = "of eager") -> Column:
 
 def _category(*names: str) -> Column:
     def cell(row: Row, _: Row | None) -> str:
-        return in_words(sum(row["by_category"].get(name, 0) for name in names))
+        sizes = row["by_category"]
+        return MISSING if sizes is None else in_words(sum(sizes.get(name, 0) for name in names))
 
     return Column(names[0].replace("_", " "), cell)
 
@@ -98,6 +100,18 @@ def _spread(row: Row, _: Row | None) -> str:
 def _share_of_copies(row: Row, _: Row | None) -> str:
     rate = row.get("same_size_copy_gbps") or row.get("copy_gbps")
     return ratio_text(row["achieved_gbps"] / rate) if rate else MISSING
+
+
+def _peak_of_way(row: Row, _: Row | None) -> str:
+    """Bytes, or that a trainer refuses the way."""
+    return "refused" if row["refused"] else in_words(row["peak_allocated_bytes"])
+
+
+def _saved_by_parts(row: Row, _: Row | None) -> str:
+    """What a way saves, and what its parts save one by one, where it has several."""
+    if row["apart"] is None:
+        return MISSING if row["saved"] is None else in_words(row["saved"])
+    return f"{in_words(row['saved'])} ({in_words(row['apart'])})"
 
 
 def _launches(row: Row, _: Row | None) -> str:
@@ -199,6 +213,32 @@ COLUMNS = {
         _number("waits, ms", "wait_ms", number_text),
         _number("of the step", "share", percent_text, min),
         _number("samples/s", "samples_per_second", number_text, max),
+    ),
+    "composition": (
+        Column("way", lambda row, _: row["way"]),
+        Column("blocks", lambda row, _: str(row["num_blocks"])),
+        Column("peak", _peak_of_way),
+        *(_category(name) for name in ("parameters", "optimizer", "gradients")),
+        _category("saved_activations"),
+        _category("temporaries", "workspaces", "inputs"),
+        _number("of alone", "ratio", ratio_text),
+        _number("product of parts", "product", ratio_text),
+        Column("saves (its parts)", _saved_by_parts),
+        _number("together", "verdict", str),
+        _number("sent", "sent_bytes", in_words),
+        _number("to and from the host", "host_bytes", in_words),
+        _number("a step, TFLOP", "flops", tera_text),
+        _number("a sweep, TFLOP", "sweep_flops", tera_text),
+        _number("step, ms", "step_ms", number_text),
+    ),
+    "checkpoints": (
+        Column("saved by", lambda row, _: row["impl"]),
+        _number("steps stand still, ms", "stall_ms", number_text, min),
+        _number("and are slower by, ms", "slowed_ms", number_text),
+        _number("durable after, ms", "durable_ms", number_text, min),
+        _number("on disk", "disk_bytes", in_words),
+        _number("flips noticed", "noticed", str),
+        _number("of", "flips", str),
     ),
     "timeline": (
         *PEAK,

@@ -7,14 +7,14 @@ from functools import partial
 from rich.table import Table
 from rich.text import Text
 
-from dbkernels.cli.preset import OfPreset
+from dbkernels.cli.preset import OfPreset, devices_of
 from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.table import Row, show, table
 from dbkernels.memory.allocator import target_named
 from dbkernels.memory.units import bytes_from, in_words
 from dbkernels.models.registry import family_named
 from dbkernels.planning import search
-from dbkernels.planning.recipe import Recipe
+from dbkernels.planning.recipe import OTHERS, Recipe
 from dbkernels.planning.search import OP_SECONDS, SHARE, STATE
 from dbkernels.training.lora_config import Base, LoraConfig
 
@@ -91,6 +91,7 @@ def rows_of(recipe: Recipe, memory: int, answer: search.Answer) -> Iterator[Row]
         "lora": recipe.lora.rank,
         "lora_base": recipe.lora.base,
     }
+    common |= {name: value for name, value in recipe.settings().items() if name in OTHERS}
     common |= {"memory": memory, "context": search.context_bytes(recipe.device)}
     # where end to end is another network, one block is still the diffusion
     whole = "one block" if family_named(recipe.family).conventional else "end to end"
@@ -125,8 +126,24 @@ def _command(recipe: Recipe) -> str:
         f"--optimizer {recipe.optimizer}": recipe.optimizer != "adamw",
         f"--from NETWORK --lora {recipe.lora.rank}": recipe.lora.rank > 0,
         f"--lora-base {recipe.lora.base}": recipe.lora != replace(recipe.lora, base="float32"),
+        f"--tensor-parallel {recipe.tensor_parallel}": recipe.tensor_parallel > 1,
+        "--shard": recipe.shard,
+        # and so on: a job for each block
+        "--sharing copies --block 0": recipe.config().partition.sharing == "copies",
     }
-    return " ".join(["python -m dbkernels", *(flag for flag, given in flags.items() if given)])
+    several = f"torchrun --nproc-per-node {recipe.devices} -m dbkernels"
+    program = "python -m dbkernels" if recipe.devices == 1 else several
+    return " ".join([program, *(flag for flag, given in flags.items() if given)])
+
+
+def _in_lines(command: str) -> str:
+    """What is below a network, and what several devices share, in lines of their own."""
+    shared = "--tensor-parallel", "--shard", "--sharing"
+    starts = ["--batch-size"] if command.startswith("torchrun") else []
+    starts += [flag for flag in shared if f" {flag}" in command][:1]
+    for flag in ("--from", *starts):
+        command = command.replace(f" {flag}", BREAK + flag)
+    return command
 
 
 def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
@@ -137,11 +154,13 @@ def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
     compute = "bfloat16" if whole["autocast"] else "float32"
     run = f"{whole['family']} {whole['preset']}, batch {whole['batch']}, {compute} compute"
     run += "" if whole["optimizer"] == "adamw" else f", {whole['optimizer']}"
+    run += f",\n{devices}" if (devices := devices_of(whole)) else ""
     if whole["lora"]:
         run += f",\nadapters of rank {whole['lora']} on a base in {whole['lora_base']}"
     fits = whole["peak_reserved_bytes"] <= whole["memory"] - whole["context"]
     left = f"; {in_words(whole['context'])} are left to CUDA's context" if whole["context"] else ""
-    first, second = plans[0]["command"].split(" --num-blocks")
+    sent = ";\nnot by what the devices send each other" if devices_of(whole) else ""
+    first, second = _in_lines(plans[0]["command"]).split(" --num-blocks")
     yield Text(f"{run}, on {whole['target']} with {in_words(whole['memory'])}", style="bold")
     yield (
         f"{_whole(whole)} with nothing computed again it needs {_needed(whole)}, and "
@@ -157,10 +176,10 @@ def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
         f"peak: what the allocator takes{left}\n"
         f"time: of an update of every layer, 1.00 being {whole['of']} with nothing computed\n"
         f"again; by operations at {SHARE:.0%} of the device's peak, {OP_SECONDS * 1e6:.0f} us an "
-        "op, and swaps\nboth are predicted, not measured\n\n"
+        f"op, and swaps{sent}\nboth are predicted, not measured\n\n"
         f"Largest preset of {whole['family']} that fits at all: {rows[-1]['largest']}.\n"
         "To train by the first of them, with --data and --out of your own:\n"
-        f"  {first} \\\n    --num-blocks{second.replace(' --from', BREAK + '--from')}"
+        f"  {first} \\\n    --num-blocks{second}"
     )
 
 
@@ -174,7 +193,9 @@ def _needed(row: Row) -> str:
 
 
 def _choices(row: Row) -> tuple[str, ...]:
-    place = "all blocks" if row["offload"] == "none" else "one block"
+    # of several devices each has the block that it trains
+    alone = row["offload"] == "cpu" or (row["num_blocks"] > 1 and devices_of(row))
+    place = "one block" if alone else "all blocks"
     numbers = in_words(row["peak_reserved_bytes"]), f"{row['relative_time']:.2f}"
     return str(row["num_blocks"]), row["recompute"], place, str(row["micro_batch"]), *numbers
 

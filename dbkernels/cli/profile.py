@@ -8,7 +8,7 @@ from typing import TypeVar
 from rich.table import Table
 
 from dbkernels.cli.device import pick_device
-from dbkernels.cli.preset import OfPreset
+from dbkernels.cli.preset import OfPreset, devices_of
 from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.table import Row, show, table
 from dbkernels.memory.allocator import target_named, target_of
@@ -24,7 +24,6 @@ from dbkernels.planning.recipe import (
     METHODS,
     OFFLOAD,
     Recipe,
-    offloads_of,
     repeats,
 )
 from dbkernels.settings import check_number
@@ -115,9 +114,14 @@ class Profile(OfPreset):
             ) from None
         if self.measure and self.target != "auto":
             raise ValueError(f"target must be auto for measure, got {self.target}")
+        if self.measure and (count := self.data_parallel * self.tensor_parallel) > 1:
+            raise ValueError(f"devices must be one for measure, got {count}")
         name, device = "h100" if self.target == "auto" else self.target, pick_device(self.device)
         recipe = self.recipe(target_of(device) if self.measure else target_named(name))
         methods = _names("methods", self.methods, METHODS)
+        if recipe.tensor_parallel > 1:
+            # plain torch cannot be cut; alone it is refused
+            methods = [name for name in methods if name == "block_fused"] or methods
         policies = _names("recompute", self.recompute, tuple(POLICIES))
         places = _names("offload", self.offload, OFFLOAD)
         return [
@@ -135,7 +139,7 @@ class Profile(OfPreset):
             for count in (counts if method in BLOCKWISE else (1,))
             for policy in (policies if method == "block_fused" else (None,))
             if not repeats(recipe.family, methods, method, count)
-            for place in _possible(places, offloads_of(recipe.model, count))
+            for place in _possible(places, replace(recipe, num_blocks=count).offloads)
         ]
 
     def _rows(self, recipes: list[Recipe]) -> Iterator[tuple[Recipe, Row]]:
@@ -234,6 +238,7 @@ def predicted_tables(rows: list[Row]) -> Iterator[Table]:
     title = f"{first['family']} {first['preset']}, batch {first['batch']}, {compute} compute"
     title += f", {first['optimizer']}" if "optimizer" in first else ""
     early, kept = first["optimizer_in_backward"], first.get("offload_activations")
+    title += f",\n{devices}" if (devices := devices_of(first)) else ""
     title += ",\noptimizer in backward" if early else ""
     title += ",\nwhat the backward needs off the device" if kept else ""
     for name in ("allocated", "reserved"):
@@ -318,6 +323,8 @@ def _settings(recipe: Recipe) -> str:
     optimizer = f" {row['optimizer']}" if "optimizer" in row else ""
     early = " in-backward" if row["optimizer_in_backward"] else ""
     early += " activations-off" if "offload_activations" in row else ""
+    early += f" {recipe.data_parallel} x {recipe.tensor_parallel}" if recipe.devices > 1 else ""
+    early += " shard" if recipe.shard else ""
     offload = "" if row["offload"] == "none" else f", offload {row['offload']}"
     return (
         f"{row['family']} {row['preset']} {row['batch']}{compute}{optimizer}{early} "

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import UntypedStorage
-from torch._ops import OpOverload
 
 
 @contextmanager
@@ -40,15 +39,13 @@ def _put(resize: Callable[[UntypedStorage, int], UntypedStorage] | None) -> None
         UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
 
 
-def whole(func: OpOverload, args: tuple, kwargs: dict) -> tuple[object, str] | None:
+def whole(op: str, args: tuple, kwargs: dict) -> tuple[object, str] | None:
     """The tensors of one of FSDP2's ops that are whole for a time, and their category.
 
     None of any other op. Weights are sharded along their first dimension.
     """
-    if func.namespace != "fsdp":
-        return None
-    if func.name() == "fsdp::split_with_sizes_copy":  # of what was gathered, into the weights
+    if op == "fsdp::split_with_sizes_copy":  # of what was gathered, into the weights
         return kwargs["out"], "parameters"
-    if func.name() == "fsdp::chunk_cat":  # of gradients, into what is reduced and scattered
+    if op == "fsdp::chunk_cat":  # of gradients, into what is reduced and scattered
         return args[0], "gradients"
     return None

@@ -204,14 +204,14 @@ class Tracker(TorchDispatchMode):
         if func is not torch.ops.aten.lift_fresh.default:
             for tensor in _tensors((args, kwargs)):
                 self._meet(tensor, before=True)
-        out, phase = func(*args, **kwargs), self._phase()
-        self.ops.append(f"{phase}: {func.name()}")
+        out, phase, name = func(*args, **kwargs), self._phase(), func.name()
+        self.ops.append(f"{phase}: {name}")
         self._reused = None
         if phase == "backward" and _merges_gradients(func):
             self._reused = self._meet(args[0]), len(self.events)
         for tensor in _tensors(out):
             self._meet(tensor)
-        if told := whole(func, args, kwargs):
+        if told := whole(name, args, kwargs):
             self.tag(_tensors(told[0]), told[1])
         packet = func.overloadpacket
         if formula := flop_registry.get(_LIKE.get(packet, packet)):
@@ -268,8 +268,7 @@ class Tracker(TorchDispatchMode):
 
     def _resize(self, storage: UntypedStorage, before: int) -> None:
         # that of a fake tensor does not say where the tensor lies
-        here = storage.device == self.device or active_fake_mode() is not None
-        if here or storage._cdata in self._alive:
+        if storage.device == self.device or active_fake_mode() is not None:
             self._follow(storage, before)
 
     def _follow(self, storage: UntypedStorage, before: int | None) -> int:

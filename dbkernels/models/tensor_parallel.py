@@ -133,7 +133,6 @@ def cut_layer(layer: Layer, group: dist.ProcessGroup) -> None:
     for module in layer.modules():
         if isinstance(module, Projection):
             module.ranks = ranks
-    layer.note_inside()
 
 
 @torch.no_grad()

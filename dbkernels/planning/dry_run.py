@@ -20,11 +20,14 @@ from dbkernels.data.images import forget_orders
 from dbkernels.memory.allocator import Target
 from dbkernels.memory.measure import Prediction, predict, record
 from dbkernels.ops.backend.register import dry_run_on_gpu, scratch_bytes
+from dbkernels.planning.ranks import fake_job
 from dbkernels.planning.recipe import Recipe
 from dbkernels.pool import results
-from dbkernels.training.diffusion_blocks import SHARED, own_group
+from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, own_group
 from dbkernels.training.offload.activations import Copies
 from dbkernels.training.offload.memory import flat_bytes
+from dbkernels.training.parallel.job import Job
+from dbkernels.training.parallel.placement import here
 from dbkernels.training.partition import Block
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import Offload
@@ -78,12 +81,9 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
         own = scratch_bytes(func, args) if target.is_gpu else 0
         return own or target.workspace(func, args, kwargs)
 
-    with _pretending(target):
-        trainer = _plain(recipe).trainer("cpu")
-        if recipe.offload_activations:
-            trainer.activations.copies = Copies(trainer.device, _off_the_device)
-        found: list[tuple[Prediction, ...]] = []  # of a block, for each of the offloads
-        for block in _costliest(trainer):
+    found: list[tuple[Prediction, ...]] = []  # of a block, for each of the offloads
+    with fake_job(recipe.data_parallel, recipe.tensor_parallel) as job, _pretending(target):
+        for trainer, block in _trainers(_plain(recipe), job):
             moved, on_device = trainer.moved(block), _on_device(trainer, block)
             trace = record(
                 partial(trainer.advance, block),
@@ -98,6 +98,25 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
     # of blocks that peak alike, the one that computes the most
     highest = partial(max, key=attrgetter("peak_allocated_bytes", "flops"))
     return dict(zip(offloads, map(highest, zip(*found, strict=True)), strict=True))
+
+
+def _trainers(recipe: Recipe, job: Job) -> Iterator[tuple[Trainer, Block]]:
+    """The costliest blocks, each with a trainer: several processes train one alone, if they can."""
+    config = recipe.config()
+    if job.group is None or config.partition.sharing == "joint":
+        trainer = _trainer(recipe, job)
+        yield from ((trainer, block) for block in _costliest(trainer.blocks))
+        return
+    for block in _costliest(config.build("cpu")):
+        own = Job(block.index, job.data, job.tensor, job.group)
+        yield _trainer(recipe, own), block
+
+
+def _trainer(recipe: Recipe, job: Job) -> Trainer:
+    trainer = recipe.trainer("cpu", job)
+    if recipe.offload_activations:
+        trainer.activations.copies = Copies(trainer.device, _off_the_device)
+    return trainer
 
 
 def sweep_flops(recipe: Recipe) -> int:
@@ -141,19 +160,19 @@ def _pretending(target: Target) -> Iterator[None]:
         forget_orders()
 
 
-def _costliest(trainer: Trainer) -> list[Block]:
+def _costliest(blocks: DiffusionBlocks) -> list[Block]:
     """Blocks of which one needs the most: no block that runs some of another's ops, or the same."""
-    if not trainer.blocks.model.independent:
-        return list(trainer.blocks)  # each may run other layers besides its own
+    if not blocks.model.independent:
+        return list(blocks)  # each may run other layers besides its own
     # how often a step on each block reads a parameter of a layer, by shape
-    layers = trainer.blocks.model.layers
+    layers = blocks.model.layers
     shapes = [
         Counter(tuple(p.shape) for index in block.layers for p in layers[index].parameters())
-        for block in trainer.blocks
+        for block in blocks
     ]
     return [
         block
-        for i, block in enumerate(trainer.blocks)
+        for i, block in enumerate(blocks)
         if not any(shapes[i] < other or shapes[i] == other for other in shapes[:i])
         and not any(shapes[i] < other for other in shapes[i + 1 :])
     ]
@@ -172,6 +191,8 @@ def _on_device(trainer: Trainer, block: Block) -> nn.Module:
         (*trainer.groups[name].parameters.values(), *frozen[name]) for name in idle
     ]
     of_others.append(trainer.blocks.idle())
+    # of a block that is trained alone, the others are nowhere
+    of_others.append([p for p in model.parameters() if p.device.type == "meta"])
     left_out = {id(parameter) for parameters in of_others for parameter in parameters}
     read.own = nn.ParameterList(p for p in model.parameters() if id(p) not in left_out)
     for index, buffer in enumerate(model.buffers()):
@@ -185,7 +206,8 @@ def _elsewhere(trainer: Trainer, block: Block, on_device: nn.Module) -> list[tup
     moved = trainer.moved(block)
     # copies of what the blocks share have buffers of their own
     every = [*trainer.blocks.parameters(), *trainer.blocks.buffers()]
-    tensors = [("parameters", tensor) for tensor in every if id(tensor) not in read]
+    there = [tensor for tensor in every if tensor.device.type != "meta"]
+    tensors = [("parameters", here(tensor)) for tensor in there if id(tensor) not in read]
     for group in (group for group in trainer.groups.values() if group not in moved):
         tensors += [("optimizer", tensor) for tensor in group.optimizer_tensors().values()]
         tensors += [("inputs", tensor) for tensor in group.average.values()]

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from dbkernels.training.parallel.job import ALONE, Job, job_on, mesh_of
+
 
 @contextmanager
 def fake_ranks(world: int, rank: int = 0) -> Iterator[None]:
@@ -32,3 +34,20 @@ def fake_ranks(world: int, rank: int = 0) -> Iterator[None]:
         # a failed start has opened none
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def fake_job(data: int, tensor: int) -> Iterator[Job]:
+    """Be the first of the processes that train a model or one of its blocks.
+
+    The first has as much of each parameter as any other, and as much to compute.
+
+    Args:
+        data:    processes that share a batch
+        tensor:  processes that share each layer
+    """
+    if data * tensor == 1:
+        yield ALONE
+        return
+    with fake_ranks(data * tensor):
+        yield job_on(mesh_of("cpu", 1, data, tensor), None)

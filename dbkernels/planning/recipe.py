@@ -12,9 +12,11 @@ from dbkernels.memory.allocator import TARGETS, Target, target_named
 from dbkernels.models.baseline import Baseline, use_baseline
 from dbkernels.models.registry import ModelConfig, family_named
 from dbkernels.ops.layer.recompute import POLICIES, Recompute
+from dbkernels.settings import check_number
 from dbkernels.training.diffusion_blocks import Sharing
 from dbkernels.training.lora_config import NO_LORA, LoraConfig
 from dbkernels.training.optimizers.registry import OptimizerName
+from dbkernels.training.parallel.job import ALONE, Job
 from dbkernels.training.partition import partition
 from dbkernels.training.run_config import Objective, PartitionConfig, RunConfig
 from dbkernels.training.trainer import Trainer
@@ -45,7 +47,13 @@ SETTINGS = {  # of a recipe in a row, and what each may be
     "recompute": str | None,
     "offload": str,
 }
-OTHERS = {"optimizer": str, "offload_activations": bool}  # only where they are not the default
+OTHERS: dict[str, type] = {  # only where they are not the default
+    "optimizer": str,
+    "offload_activations": bool,
+    "data_parallel": int,
+    "tensor_parallel": int,
+    "shard": bool,
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Recipe:
     model: ModelConfig
     """The recipe's recompute takes the place of its own."""
     batch_size: int = 128
-    """Samples of a step, which are made up."""
+    """Samples of a step, which are made up; of all devices that share it."""
     accumulate: int = 1
     """Parts that a batch is cut into."""
     method: str = "block_fused"
@@ -81,6 +89,8 @@ class Recipe:
     prefetch: bool = False
     offload_activations: bool = False
     sharing: Sharing = "joint"
+    """With several devices a block has a stem and a head of its own in any case where it can, and
+    a job of its own."""
     ema: float = 0.0
     optimizer: OptimizerName = "adamw"
     optimizer_in_backward: bool = False
@@ -92,7 +102,11 @@ class Recipe:
     lora: LoraConfig = NO_LORA
     """Adapters, which alone are trained then."""
     data_parallel: int = 1
-    """Devices that share a batch."""
+    """Devices that share a batch; those of one block, where there are several."""
+    tensor_parallel: int = 1
+    """Devices that share each layer, for each share of a batch."""
+    shard: bool = False
+    """Whether each device holds a share of every parameter, by FSDP2."""
     device: Target = TARGETS["h100"]
     """That trains, or that is predicted."""
 
@@ -107,15 +121,39 @@ class Recipe:
             raise ValueError(f"budget must be from 0 to 1, got {self.budget}")
         if self.num_blocks != 1 and self.method not in BLOCKWISE:
             raise ValueError(f"num_blocks must be 1 for {self.method}, got {self.num_blocks}")
-        if self.data_parallel != 1:
-            raise ValueError(f"data_parallel must be 1, got {self.data_parallel}")
+        self._check_devices()
         order = self.layers or self.model.depth
         partition(order, self.num_blocks, self.config().prior, split=self.split)
 
+    def _check_devices(self) -> None:
+        for name in ("data_parallel", "tensor_parallel"):
+            check_number(name, getattr(self, name), 1)
+        if self.batch_size % self.data_parallel:
+            raise ValueError(
+                f"batch_size must be a multiple of data_parallel {self.data_parallel}, "
+                f"got {self.batch_size}"
+            )
+        if self.devices > 1 and self.offload != "none":
+            raise ValueError(f"offload must be none with several devices, got {self.offload}")
+        if self.tensor_parallel > 1 and self.method != "block_fused":
+            raise ValueError(
+                f"tensor_parallel must be 1 for {self.method}, got {self.tensor_parallel}"
+            )
+
+    @property
+    def devices(self) -> int:
+        """That train one block together, or all of the model."""
+        return self.data_parallel * self.tensor_parallel
+
+    @property
+    def share(self) -> int:
+        """Samples of a step that one device takes."""
+        return self.batch_size // self.data_parallel
+
     @property
     def micro_batch(self) -> int:
-        """Samples of one backward."""
-        return self.batch_size // self.accumulate
+        """Samples of one backward on one device."""
+        return self.share // self.accumulate
 
     @property
     def objective(self) -> Objective:
@@ -129,7 +167,8 @@ class Recipe:
     @property
     def offloads(self) -> tuple[Offload, ...]:
         """Those of OFFLOAD that it may have."""
-        return offloads_of(self.model, self.num_blocks)
+        every = offloads_of(self.model, self.num_blocks)
+        return every if self.devices == 1 else every[:1]
 
     def config(self) -> RunConfig:
         """The run, with the settings that `train` has by default; its data is made up."""
@@ -137,6 +176,7 @@ class Recipe:
         layers, split = (",".join(map(str, each or ())) for each in (self.layers, self.split))
         names = [field.name for field in fields(TrainerConfig)]
         same = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        apart = self.devices > 1 and self.num_blocks > 1 and self.model.independent
         return RunConfig(
             family=self.family,
             model=replace(self.model, recompute=self.recompute or self.model.recompute),
@@ -145,7 +185,9 @@ class Recipe:
             label_drop=0.0,
             mirror=False,
             shift=0,
-            partition=PartitionConfig(self.num_blocks, layers, split, sharing=self.sharing),
+            partition=PartitionConfig(
+                self.num_blocks, layers, split, sharing="copies" if apart else self.sharing
+            ),
             prior=entry.process_of(self.model),
             objective=self.objective,
             lora=self.lora,
@@ -154,14 +196,15 @@ class Recipe:
             ),
         )
 
-    def trainer(self, device: torch.device | str) -> Trainer:
+    def trainer(self, device: torch.device | str, job: Job = ALONE) -> Trainer:
         """A trainer at its first step, on a device of this machine; its data is made up."""
         config = self.config()
-        blocks = config.build(config.home(device))
+        blocks = config.build(config.home(device), only=job.block)
         if baseline := BASELINES[self.method]:
-            use_baseline(blocks.model, baseline, budget=1.0 if self.budget is None else self.budget)
+            budget = 1.0 if self.budget is None else self.budget
+            use_baseline(blocks.model, baseline, budget=budget)
         data = MadeUpData(self.model.fields(), self.batch_size)
-        return config.trainer_of(blocks, data, device=device)
+        return config.trainer_of(blocks, data, device=device, job=job)
 
     def settings(self) -> Settings:
         """What a row of JSON and a budget say of it; of OTHERS, where they are not the default."""

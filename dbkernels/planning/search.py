@@ -10,7 +10,8 @@ The time of a sweep is taken to be
 
     flops / (SHARE * peak flops) + ops * OP_SECONDS + swapped bytes / (SHARE * link)
 
-with the speeds of the target. A run with one block on the device takes so many steps per swap that
+with the speeds of the target, of what one device computes; what several devices send each other is
+not counted. A run with one block on the device takes so many steps per swap that
 swaps are SWAP_SHARE of its time, so they are not counted as more. Only ratios of such times are
 meant to be read.
 """
@@ -49,7 +50,7 @@ OP_SECONDS = 5e-6  # to launch an op, and for a GPU to fill and drain
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a recipe needs of its device.
+    """What a recipe needs of its device, or of each of several.
 
     Args:
         recipe:       whose offload is that of the estimate
@@ -73,7 +74,8 @@ _smallest = partial(min, key=attrgetter("peak_bytes"))
 def estimate(recipe: Recipe) -> Estimates:
     """What a recipe needs with all blocks on the device, and with one block on it."""
     followed = min(recipe.accumulate, FOLLOWED)
-    fewer = replace(recipe, batch_size=followed * recipe.micro_batch, accumulate=followed)
+    batch = followed * recipe.micro_batch * recipe.data_parallel
+    fewer = replace(recipe, batch_size=batch, accumulate=followed)
     found, pieces = dry_run(fewer), recipe.accumulate / followed
     estimates = {}
     for offload, prediction in found.items():
@@ -180,7 +182,7 @@ def search(
     for name in by_size:
         model = presets[name]
         small = replace(recipe, preset=name, model=model, num_blocks=model.depth)
-        small = replace(small, recompute=least, accumulate=recipe.batch_size)
+        small = replace(small, recompute=least, accumulate=recipe.share)
         jobs.append(partial(estimate, small))
     found: list[Found] = []
     of_presets: list[Estimates] = []
@@ -217,13 +219,13 @@ def plans_of(recipe: Recipe, predict: Callable[[Recipe], Estimates], limit: int)
     known: dict[Recipe, Estimates] = {}
 
     def planned(offload: Offload, recompute: Recompute, micro_batch: int) -> Estimate:
-        pieces = recipe.batch_size // micro_batch
+        pieces = recipe.share // micro_batch
         chosen = replace(recipe, recompute=recompute, accumulate=pieces)
         if chosen not in known:
             known[chosen] = predict(chosen)
         return known[chosen][offload]
 
-    whole = planned("none", "none", recipe.batch_size)
+    whole = planned("none", "none", recipe.share)
     # with one block all is on the device in any case
     offloads = recipe.offloads[:1] if recipe.num_blocks == 1 else recipe.offloads
     best = [_fastest(partial(planned, offload), recipe, limit) for offload in offloads]
@@ -235,7 +237,7 @@ def _fastest(
     planned: Callable[[Recompute, int], Estimate], recipe: Recipe, limit: int
 ) -> Estimate | None:
     """The fastest plan that fits of all policies and micro-batches; None where there is none."""
-    batch, policies = recipe.batch_size, policies_of(mixed=recipe.autocast)
+    batch, policies = recipe.share, policies_of(mixed=recipe.autocast)
     whole = planned("none", batch)
     if whole.peak_bytes <= limit:
         return whole
@@ -290,9 +292,11 @@ def outside_layers(whole: Estimate) -> dict[str, int]:
     """Bytes of the stem and the head, which no number of blocks divides: each of STATE.
 
     Args:
-        whole:  of a model with all blocks on the device
+        whole:  of a model with all blocks on the device; where parameters are shared out, it is a
+                device's share
     """
-    config = whole.recipe.config()
+    recipe, config = whole.recipe, whole.recipe.config()
+    devices = recipe.data_parallel if recipe.shard else 1
     with torch.device("meta"):
         blocks = config.build("meta")
         inside = set(map(id, blocks.model.layers.parameters()))
@@ -301,8 +305,8 @@ def outside_layers(whole: Estimate) -> dict[str, int]:
         kind = OPTIMIZERS[config.trainer.optimizer]
         group = ParamGroup(trained, config.trainer, total=1, device=blocks.device, kind=kind)
     return {
-        "parameters": sum(p.nbytes for p in outside.values()),
-        "optimizer": sum(tensor.nbytes for tensor in group.optimizer_tensors().values()),
+        "parameters": sum(p.nbytes for p in outside.values()) // devices,
+        "optimizer": sum(t.nbytes for t in group.optimizer_tensors().values()) // devices,
     }
 
 

@@ -7,8 +7,6 @@
 """
 
 import math
-import signal
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,8 +22,8 @@ from dbkernels.training import checkpoint
 from dbkernels.training.checkpoint.shard import Shard
 from dbkernels.training.diffusion_blocks import DiffusionBlocks, load_weights
 from dbkernels.training.log import RunLog
-from dbkernels.training.parallel.job import ALONE, Job, launched
-from dbkernels.training.pending import Row, Rows
+from dbkernels.training.parallel.job import ALONE, Job
+from dbkernels.training.pending import Row
 from dbkernels.training.run_config import (
     VERSION,
     RunConfig,
@@ -33,6 +31,7 @@ from dbkernels.training.run_config import (
     read_config,
     write_config,
 )
+from dbkernels.training.run_steps import Saving, Shown, take_steps
 from dbkernels.training.same_run import (
     Conditions,
     DataChanged,
@@ -43,7 +42,6 @@ from dbkernels.training.same_run import (
     require_same_schedule,
 )
 from dbkernels.training.saved import require_tensors
-from dbkernels.training.stop import Stopped, StopSignals
 from dbkernels.training.threads import MOST_THREADS, cpu_threads, fastest_for
 from dbkernels.training.tracking.registry import TrackerName, require_trackers
 from dbkernels.training.trained import distillation, kept, start_weights
@@ -166,104 +164,31 @@ def train(
             digest = config.start.digest
             job.on_first(partial(keep_trained, directory, weights, digest))
         del weights
-        opened: list[RunLog] = []
-
-        def open_log() -> None:
-            first_step = trainer.step
-            opened.append(
-                RunLog(directory, first_step=first_step, track=track, config=asdict(config))
-            )
-
-        job.on_first(open_log)
-        log = opened[0] if opened else None
-        _train(trainer, config, directory, log, now, save_every, keep, save_async, on_row)
+        log = _open_log(directory, trainer, track, config)
+        state = {"version": VERSION, "config": asdict(config), "conditions": now}
+        saving = Saving(trainer, root, state, keep, is_async=save_async)
+        try:
+            job.on_first(partial(_describe, config, directory))
+            take_steps(trainer, saving, save_every, Shown(log, now.get("threads"), on_row).take)
+        finally:
+            if log is not None:
+                log.close(finished=saving.is_finished)
+            trainer.close()
     return trainer
 
 
-def _train(
-    trainer: Trainer,
-    config: RunConfig,
-    directory: Path,
-    log: RunLog | None,
-    now: Conditions,
-    save_every: int,
-    keep: int,
-    save_async: bool,
-    on_row: Callable[[Row], None],
-) -> None:
-    """Train to the end; save there, every so many steps, and where it ends early."""
-    root, job = directory / "checkpoints", trainer.placements.job
-    saved, told, finished = trainer.step, True, False
-    saver = checkpoint.Saver(group=job.group if save_async else None)
+def _open_log(
+    directory: Path, trainer: Trainer, track: Sequence[TrackerName], config: RunConfig
+) -> RunLog | None:
+    """The log of a run, on the first process of its job."""
+    opened: list[RunLog] = []
 
-    def take(row: Row) -> None:
-        nonlocal told
-        if log is None:
-            return
-        if not row["step"] and (threads := now.get("threads")):
-            row["threads"] = int(threads)
-        log.write(row)
-        if told:
-            # where it fails, it is not called on the way out
-            told = False
-            on_row(row)
-            told = True
+    def open_log() -> None:
+        settings = asdict(config)
+        opened.append(RunLog(directory, first_step=trainer.step, track=track, config=settings))
 
-    def save(rows: Rows, *, last: bool = False) -> None:
-        nonlocal saved, finished
-        # a step that was not finite raises here, before it can be saved
-        rows.settle()
-        if trainer.step > saved:
-            state = {"version": VERSION, "config": asdict(config), "conditions": now}
-            state["counters"] = trainer.counters()
-            # the loss of the last step says nothing of what its update made
-            write = saver.save if save_async else partial(checkpoint.save, group=job.group)
-            write(
-                root,
-                trainer.step,
-                trainer.tensors(),
-                state,
-                keep=keep,
-                read=trainer.read,
-                finite=("model", "ema"),
-            )
-            saved = trainer.step
-        if last:
-            saver.wait()
-            finished = saved >= trainer.total_steps
-
-    try:
-        job.on_first(partial(_describe, config, directory))
-        with StopSignals(twice=launched()) as stop, Rows(take) as rows, saver:
-
-            def goes_on() -> bool:
-                job.asked = stop.asked is not None
-                # several processes end behind the same step: where all know that one was asked
-                ends = job.asked if job.group is None else rows.is_asked
-                return trainer.step < trainer.total_steps and not ends
-
-            try:
-                while goes_on():
-                    rows.add(trainer.launch(trainer.next_block()))
-                    saver.check()
-                    if save_every and not trainer.step % save_every:
-                        save(rows)
-            except BaseException as error:
-                # a step that was cut short has moved nothing, unless its backward had; and whoever
-                # goes on from before a loss that is not finite comes to it again
-                early = config.trainer.optimizer_in_backward
-                # nor can one process save what others hold
-                if not early and not isinstance(error, FloatingPointError) and job.group is None:
-                    _save_at_last(partial(save, rows, last=True))
-                raise
-            save(rows, last=True)
-            if trainer.step < trainer.total_steps:
-                asked = stop.asked or signal.SIGTERM
-                raise Stopped(asked, trainer.step, trainer.total_steps)
-    finally:
-        if log is not None:
-            log.close(finished=finished)
-        trainer.close()
+    trainer.placements.job.on_first(open_log)
+    return opened[0] if opened else None
 
 
 def _whole_bytes(value: Tensor | Shard) -> int:
@@ -281,14 +206,6 @@ def _describe(config: RunConfig, directory: Path) -> None:
 def part_of(directory: Path, block: int | None) -> Path:
     """Directory of what a job trains of a run: one block, or all of it."""
     return directory if block is None else directory / f"block{block}"
-
-
-def _save_at_last(save: Callable[[], None]) -> None:
-    """Save on the way out of an error, which is told whether or not this comes off."""
-    try:
-        save()
-    except Exception as error:
-        warnings.warn(f"steps since the last checkpoint are lost: {error}", stacklevel=2)
 
 
 def load_checkpoint(

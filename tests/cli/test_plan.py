@@ -92,6 +92,30 @@ def test_the_command_has_every_choice_that_differs_from_the_defaults(planned, qu
     assert "--accumulate" not in whole["command"]
 
 
+def test_plans_of_several_devices_say_how_they_share_a_step(planned, quick):
+    flags = "--data-parallel 2 --tensor-parallel 2 --shard"
+    every, plans = planned("500MiB", flags)
+    shared = {"data_parallel": 2, "tensor_parallel": 2, "shard": True}
+    assert all(shared.items() <= row.items() for row in every)
+    # a share of 32 samples is cut
+    assert all(32 % row["micro_batch"] == 0 for row in plans)
+    assert {row["offload"] for row in plans} == {"none"}
+    for row in plans:
+        cut = 32 // row["micro_batch"]
+        assert row["command"] == (
+            "torchrun --nproc-per-node 4 -m dbkernels train dit --preset digits --batch-size 64 "
+            f"--num-blocks {row['num_blocks']} --recompute {row['recompute']} "
+            + f"--accumulate {cut} " * (cut > 1)
+            + "--tensor-parallel 2 --shard"
+            + " --sharing copies --block 0" * (row["num_blocks"] > 1)
+        )
+    lines = quick("500MiB", flags).out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1].startswith("one of 4 devices, 2 to a layer, parameters shared out, on cpu")
+    assert "not by what the devices send each other" in lines
+    assert not any("all blocks" in line and not line.startswith(" 1 ") for line in lines)
+
+
 def test_a_memory_that_nothing_fits_gets_the_smallest_plan_and_what_would_fit(quick, monkeypatch):
     # a layer of 30 MiB with 1 of activations, the head with 16, and 1 that the allocator holds
     message = (

@@ -55,6 +55,53 @@ def test_one_step_is_written_and_drawn(cli, tmp_path):
     assert "vit digits, batch 2: fused qkv, 4 blocks" in (tmp_path / "step.svg").read_text()
 
 
+# one of several devices
+
+
+def test_a_device_of_several_needs_less(cli):
+    def found(flags):
+        asked = "--methods block_fused --recompute qkv --num-blocks 4 --json"
+        return rows_of(cli(f"profile {asked} {flags}"))
+
+    (alone,) = found("--batch 4 --offload none")
+    (shared,) = found("--batch 4 --data-parallel 2 --shard")
+    assert (shared["data_parallel"], shared["shard"], shared["offload"]) == (2, True, "none")
+    assert "data_parallel" not in alone and "tensor_parallel" not in shared
+    assert shared["by_category"]["optimizer"] < 0.3 * alone["by_category"]["optimizer"]
+    assert shared["peak_allocated_bytes"] < alone["peak_allocated_bytes"]
+    # layers in plain torch are not cut
+    cut = rows_of(
+        cli("profile --batch 2 --recompute qkv --num-blocks 1 --tensor-parallel 2 --json")
+    )
+    assert [(each["method"], each["tensor_parallel"]) for each in cut] == [("block_fused", 2)]
+
+
+def test_a_batch_that_nobody_gives_has_a_share_for_each_device():
+    recipe = profile.Profile(data_parallel=3, tensor_parallel=2).recipe(TARGETS["h100"])
+    assert (recipe.batch_size, recipe.share) == (3 * 128, 128)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--data-parallel 2 --measure", "devices must be one for measure, got 2"),
+        ("--data-parallel 0", "data_parallel must be at least 1, got 0"),
+        ("--batch 3 --data-parallel 2", "batch_size must be a multiple of data_parallel 2, got 3"),
+        (
+            "--methods end_to_end --tensor-parallel 2",
+            "tensor_parallel must be 1 for end_to_end, got 2",
+        ),
+        (
+            "--num-blocks 1 --optimizer muon --batch 2 --data-parallel 2 --shard",
+            "optimizer must be adamw",
+        ),
+    ],
+)
+def test_rejects_what_several_devices_cannot_do(flags, message, cli):
+    outcome = cli(f"profile {flags}")
+    assert outcome.code == 1 and message in " ".join(outcome.err.split())
+
+
 # measured
 
 
@@ -69,6 +116,20 @@ def test_measured_stands_beside_predicted_where_a_cpu_can_tell(cli):
     measured = row["measured_allocated_bytes"]
     assert row["peak_allocated_bytes"] == pytest.approx(measured, rel=0.005)
     assert 0 < row["seconds_per_step"] <= row["seconds_per_sweep"]
+
+
+def test_activations_off_the_device_are_told_and_not_measured_on_a_cpu(cli):
+    flags = "--methods block_fused --recompute none --num-blocks 1 --offload none --target cpu"
+    stays, moved = (
+        rows_of(cli(f"profile {flags} --batch 64 --json{more}"))[0]
+        for more in ("", " --offload-activations")
+    )
+    assert moved["saved_bytes"] < stays["saved_bytes"] and moved["flops"] == stays["flops"]
+    assert moved["offload_activations"] and "offload_activations" not in stays
+    flags = flags.replace("--target cpu", "--measure --offload-activations")
+    outcome = cli(f"{FAST} {flags} --json --write budgets.json")
+    assert "measured_allocated_bytes" not in rows_of(outcome)[0]
+    assert "vit digits 2 activations-off cpu, 1 x none" in cli(CHECK).out
 
 
 def test_a_gpu_runs_every_way_after_the_predictions_or_says_why_not(cli, monkeypatch):
@@ -211,11 +272,35 @@ def printed(tables):
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_a_title_says_what_was_trained_and_the_unit(told):
-    lines = printed(predicted_tables([row(optimizer_in_backward=told, size=3 * 2**20)]))
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("optimizer_in_backward", "optimizer in backward"),
+        ("offload_activations", "what the backward needs off the device"),
+    ],
+)
+def test_a_title_says_what_was_trained_and_the_unit(told, name, words):
+    lines = printed(predicted_tables([row(**{name: told}, size=3 * 2**20)]))
     assert "dit XL/2, batch 128, bfloat16 compute" in lines[0]
-    assert any("optimizer in backward" in line for line in lines) == told
+    assert any(words in line for line in lines) == told
     assert "MiB" in lines[1 + told]
+
+
+@pytest.mark.parametrize(
+    "shared, words",
+    [
+        ({}, None),
+        ({"data_parallel": 8}, "one of 8 devices"),
+        ({"data_parallel": 8, "shard": True}, "one of 8 devices, parameters shared out"),
+        (
+            {"data_parallel": 8, "tensor_parallel": 2, "shard": True},
+            "one of 16 devices, 2 to a layer, parameters shared out",
+        ),
+    ],
+)
+def test_a_title_says_how_devices_share_a_step(shared, words):
+    lines = [line.strip() for line in printed(predicted_tables([row(**shared)]))]
+    assert [line for line in lines if line.startswith("one of ")] == 2 * [words] * bool(words)
 
 
 COUNTS = [row(num_blocks=count, size=count * GiB) for count in (1, 2, 3, 4, 6)]

@@ -14,7 +14,8 @@ def reckoned(recipe):
     depth, policy = recipe.model.depth, POLICIES[recipe.recompute]
     layers = depth // recipe.num_blocks
     found = {}
-    for offload, held in (("none", depth), ("cpu", layers)):
+    for offload in recipe.offloads:
+        held = depth if offload == "none" else layers
         sizes = {
             "parameters": 4 + 10 * held,
             "optimizer": 12 + 20 * held,

@@ -172,8 +172,8 @@ def test_all_blocks_on_the_device_add_what_the_step_does_not_touch():
 @pytest.mark.parametrize("sharing", ["joint", "copies"])
 @pytest.mark.parametrize("family", MODELS)
 def test_parameters_are_one_blocks_and_what_is_no_layer_or_all(family, sharing, monkeypatch):
-    def half_frozen(config, device):
-        blocks = build(config, device)
+    def half_frozen(config, device, only=None):
+        blocks = build(config, device, only=only)
         for layer in blocks.model.layers:
             next(layer.parameters()).requires_grad_(False)
         return blocks

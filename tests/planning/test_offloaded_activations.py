@@ -60,3 +60,17 @@ def test_a_step_peaks_as_predicted(recipe, hollow_ops):
     assert expected.saved_bytes == worst.saved_bytes and expected.at == worst.at
     for name in MEASURED:
         assert abs(expected.by_category[name] - worst.by_category[name]) <= 256, name
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_what_is_on_the_device_does_not_grow_with_the_layers(recompute):
+    few, many = (replace(OFF.model, depth=depth) for depth in (10, 14))
+    recipe = replace(OFF, model=few, num_blocks=1, recompute=recompute, autocast=True)
+    # the smallest of what a layer keeps, such as a policy's statistics, is large enough to move
+    recipe = replace(recipe, batch_size=256)
+    moved, more = (dry_run(replace(recipe, model=model))["none"] for model in (few, many))
+    stays = dry_run(replace(recipe, offload_activations=False))["none"]
+    units = 256 * 16 * 64 * 2  # bytes of bfloat16
+    assert more.saved_bytes - moved.saved_bytes < 4 * 0.2 * units
+    assert moved.saved_bytes < stays.saved_bytes / 2
+    assert moved.flops == stays.flops and moved.peak_allocated_bytes < stays.peak_allocated_bytes

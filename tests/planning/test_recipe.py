@@ -79,6 +79,32 @@ def test_a_row_describes_a_preset_in_full(optimizer):
     assert of_settings(recipe.settings()) == recipe
     # rows of before there were others say nothing of it
     assert ("optimizer" in recipe.settings()) == (optimizer != "adamw")
+    assert not {"data_parallel", "tensor_parallel", "shard"} & recipe.settings().keys()
+    moved = replace(recipe, offload_activations=True)
+    assert moved.settings() == recipe.settings() | {"offload_activations": True}
+    assert of_settings(moved.settings()) == moved
+    with pytest.raises(ValueError, match='offload_activations must be bool, got "yes"'):
+        of_settings(moved.settings() | {"offload_activations": "yes"})
+
+
+def test_a_row_describes_the_devices_that_share_a_step():
+    shared = {"data_parallel": 4, "tensor_parallel": 2, "shard": True}
+    recipe = replace(of_preset("vit", "cifar100"), **shared)
+    assert (recipe.devices, recipe.share, recipe.micro_batch) == (8, 32, 32)
+    assert replace(recipe, accumulate=4).micro_batch == 8
+    assert recipe.offloads == ("none",)
+    assert shared.items() <= recipe.settings().items()
+    assert of_settings(recipe.settings()) == recipe
+    with pytest.raises(ValueError, match="data_parallel must be int, got true"):
+        of_settings(recipe.settings() | {"data_parallel": True})
+    # a process of one block has its own stem and head
+    sharing = [replace(recipe, num_blocks=n).config().partition.sharing for n in (1, 2)]
+    assert sharing == ["joint", "copies"]
+    assert (
+        replace(recipe, data_parallel=1, tensor_parallel=1, num_blocks=2).config()
+        == replace(of_preset("vit", "cifar100"), num_blocks=2, shard=True).config()
+    )
+    assert recipe.config().trainer.shard
 
 
 def ways(**flags):
@@ -115,7 +141,17 @@ COMPILED = {"method": "compiled", "recompute": None}
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"accumulate": 3}, "accumulate must divide the batch size 128, got 3"),
         ({"prefetch": True}, "offload must be cpu or disk for prefetch, got none"),
-        ({"data_parallel": 2}, "data_parallel must be 1, got 2"),
+        ({"data_parallel": 0}, "data_parallel must be at least 1, got 0"),
+        ({"tensor_parallel": 0}, "tensor_parallel must be at least 1, got 0"),
+        ({"data_parallel": 3}, "batch_size must be a multiple of data_parallel 3, got 128"),
+        (
+            {"data_parallel": 2, "num_blocks": 2, "offload": "cpu"},
+            "offload must be none with several devices, got cpu",
+        ),
+        (
+            {"tensor_parallel": 2, "method": "end_to_end", "recompute": None},
+            "tensor_parallel must be 1 for end_to_end, got 2",
+        ),
     ],
 )
 def test_rejects(changes, message):

@@ -24,7 +24,7 @@ from training.tiny import (
 )
 
 from dbkernels.training.cuda_graphs import CudaRecorder
-from dbkernels.training.offload import rest_file
+from dbkernels.training.offload import activations, rest_file
 from dbkernels.training.offload.copy_stream import CopyStream
 from dbkernels.training.offload.memory import CpuMemory, DiskMemory, pin
 from dbkernels.training.pending import Pending, Staging
@@ -80,6 +80,21 @@ def test_locked_pages_are_those_of_torch_and_a_refusal_disturbs_no_later_kernel(
     address = home.data_ptr()
     del memory
     assert not home.is_pinned() and home.data_ptr() == address
+
+
+# activations off the device
+
+
+@pytest.mark.parametrize("settings", [{}, {"autocast": True}, PREFETCH], ids=str)
+def test_activations_off_the_device_change_no_bit(gpu, monkeypatch, settings):
+    monkeypatch.setattr(activations, "SMALLEST", 16)
+    plain, moved = (
+        make_trainer("dit", 1, device=gpu, offload_activations=on, **settings)
+        for on in (False, True)
+    )
+    assert_same_steps(moved, plain)
+    homes = [home for same in moved.activations.copies._unused.values() for home in same]
+    assert homes and {home.is_pinned() for home in homes} == {gpu.type == "cuda"}
 
 
 # captures

@@ -43,6 +43,7 @@ class Interrupted(Exception):
         # in a turn, and wherever blocks are
         ("vit", 4, {"steps_per_swap": 3}, CPU, DISK, "latest"),
         ("vit", 7, {"steps_per_swap": 3}, CPU, DISK, "latest"),
+        ("vit", 5, {}, {}, {"offload_activations": True}, "latest"),
         ("vit", 5, {"clip": 0.0}, {}, {"optimizer_in_backward": True}, "latest"),
         ("mdm", 5, {"stride": 1}, {}, {}, "latest"),
     ],

@@ -240,7 +240,7 @@ def test_a_format_of_one_process_has_no_files_of_several(sharded):
         ("whole_and_parts", ValueError, r"model\.w must be whole on each rank or on none"),
         ("interrupted", RuntimeError, "rank 1: KeyboardInterrupt|as it was asked"),
         ("copy_fails_in_the_background", ValueError, "rank 1: a file was cut short"),
-        ("dies", RuntimeError, "rank 2 has left the save: .*by peer"),
+        ("dies", RuntimeError, r"rank 2 has left the job: .*(closed|reset) by peer"),
     ],
 )
 def test_what_fails_in_one_process_is_raised_in_all_and_nothing_is_left(

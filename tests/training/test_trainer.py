@@ -394,6 +394,10 @@ def test_settings_are_those_of_the_configuration_with_its_defaults():
         ({"offload_dir": "x"}, "offload_dir must name a directory .* disk alone, got x"),
         ({"offload": "disk"}, "offload_dir must name a directory .* disk alone, got none"),
         ({**CPU, "offload_dir": "x"}, "offload_dir must name a directory .* disk alone, got x"),
+        (
+            {"offload_activations": True, "cuda_graphs": True},
+            "cuda_graphs must be False with offload_act.*, got True",
+        ),
         ({**IN_BACKWARD, "clip": 1.0}, "clip must be 0 with optimizer_in_backward: .*, got 1.0"),
         ({**IN_BACKWARD, "accumulate": 2}, "accumulate must be 1 with optimizer_in_ba.*, got 2"),
     ],

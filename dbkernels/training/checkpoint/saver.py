@@ -69,20 +69,30 @@ class Saver:
             part.set_exception(error)
         self._saving = self._pool.submit(save_part, request, part.result, pieces, self._writers)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is still being written."""
+        return self._saving is not None and not self._saving.done()
+
     def check(self) -> None:
         """Raise what went wrong with the last checkpoint, if that is known; for every step to call.
 
         Of several processes, which come to know it at different steps, none raises it here: the
         next `save` does, in all of them.
         """
-        if self._saving is not None and self._saving.done() and isinstance(self._writers, Alone):
+        if not self.busy and isinstance(self._writers, Alone):
             self.wait()
 
     def wait(self) -> None:
         """Return when the last checkpoint is published; raise what went wrong with it."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        if self._saving is None:
+            return
+        try:
+            self._saving.result()
+        finally:
+            # one who is interrupted here may wait again
+            if not self.busy:
+                self._saving = None
 
     def close(self) -> None:
         """`wait`, and give back the thread and the host memory."""

@@ -1,4 +1,4 @@
-"""What the processes of a job do together in a save: all of it, or none and one error.
+"""What the processes of a job do together, as in a save: all of it, or one error in all of them.
 
 Each does its part and tells the first rank how that went, which tells all. No two others wait for
 each other, so that those which are left hear at once of one that died, and not after the group's
@@ -114,7 +114,8 @@ def _failure(rank: int, error: BaseException | None) -> _Failure | None:
 
 
 def _gone(rank: int, error: RuntimeError) -> _Failure:
-    return _Failure(len(KINDS), f"rank {rank} has left the save: {error}", None)
+    # the sentences behind the first are advice of the library
+    return _Failure(len(KINDS), f"rank {rank} has left the job: {str(error).split('. ')[0]}", None)
 
 
 def writers_of(group: ProcessGroup | None) -> Alone | Writers:

@@ -84,9 +84,9 @@ class Copies:
 class ActivationOffload:
     """Moves what the forwards within `around` keep for their backward.
 
-    What lives anyway stays: parameters, buffers and the batch; and so does what is small, or on
-    another device. Hooks for saved tensors that are around all of it are asked for what is on the
-    device, so whoever counts that counts right.
+    What lives anyway stays: parameters, buffers and the batch. So does what is small, or on another
+    device, or held by `torch.utils.checkpoint`. Hooks for saved tensors that are around all of it
+    are asked for what is on the device, so whoever counts that counts right.
 
     Args:
         model:    whose parameters and buffers stay

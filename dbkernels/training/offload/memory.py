@@ -72,9 +72,9 @@ class CpuMemory:
                 self._pinned.append(buffer)
             else:
                 warnings.warn(
-                    f"{in_words(nbytes)} of host memory cannot be page-locked: the blocks "
-                    "are in pageable memory, so a swap takes about twice as long and no swap "
-                    "runs beside the steps",
+                    f"{in_words(nbytes)} of host memory cannot be page-locked: what waits in "
+                    "it is pageable, so a copy takes about twice as long and none runs beside "
+                    "the steps",
                     stacklevel=2,
                 )
         return buffer

@@ -180,13 +180,23 @@ def open_job(
         "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=MINUTES)
     )
     try:
-        shape = groups, world // (groups * tensor), tensor
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("block", "data", "tensor"))
+        mesh = mesh_of(device.type, groups, world // (groups * tensor), tensor)
         if block is None and blocks is not None:
             block = mesh.get_local_rank("block")
-        yield Job(block, _axis(mesh, "data"), _axis(mesh, "tensor"), _group(mesh))
+        yield job_on(mesh, block)
     finally:
         dist.destroy_process_group()
+
+
+def mesh_of(device: str, blocks: int, data: int, tensor: int) -> DeviceMesh:
+    """The mesh of all processes, so many along each dimension; each of them makes it."""
+    names = ("block", "data", "tensor")
+    return init_device_mesh(device, (blocks, data, tensor), mesh_dim_names=names)
+
+
+def job_on(mesh: DeviceMesh, block: int | None) -> Job:
+    """This process in a mesh; every process of the mesh makes its own."""
+    return Job(block, _axis(mesh, "data"), _axis(mesh, "tensor"), _group(mesh))
 
 
 def _axis(mesh: DeviceMesh, name: str) -> Axis:

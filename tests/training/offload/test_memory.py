@@ -111,7 +111,7 @@ def test_refused_page_locking_falls_back_with_one_warning_that_names_the_cost(lo
     monkeypatch.setattr(torch, "zeros", Mock(side_effect=RuntimeError))
     memory = CpuMemory(CUDA)
     memory.room(2**12), memory.room(512)
-    message = r"32\.0 MiB of host memory cannot be page-locked.*twice as long and no swap runs"
+    message = r"32\.0 MiB of host memory cannot be page-locked.*twice as long and none runs"
     with pytest.warns(UserWarning, match=message + " beside") as told:
         buffers = [memory.room(2**25), memory.room(512)]
     assert len(told) == 1 and [buffer.nbytes for buffer in buffers] == [2**25, 512]
