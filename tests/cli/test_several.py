@@ -15,7 +15,7 @@ from cli.runs import SIZES, refused, rows_of, until
 from several import Launched
 
 from dbkernels.cli.main import main
-from dbkernels.training import checkpoint
+from dbkernels.training import checkpoint, run
 from dbkernels.training.log import LOG, RunLog, read_log
 from dbkernels.training.parallel.gradients import SharedGradients
 from dbkernels.training.parallel.placement import here
@@ -280,6 +280,43 @@ def test_blocks_side_by_side_are_merged_evaluated_and_go_on(cli):
     for each in succeeded(SIDE_BY_SIDE, "--resume=latest", "--steps=7"):
         assert each.out.startswith("trained 1 steps of block")
     assert cli("merge run").out == "united the blocks: run/checkpoints/step-00000014\n"
+
+
+def test_the_network_that_they_start_from_is_kept_by_one_of_them_and_they_go_on_with_it():
+    main(["train", "vit", *FLAGS[:-2], "--num-blocks=1", "--sharing=joint", "--out=source"])
+
+    def before(rank):
+        inner = run.keep_trained
+
+        def keep(*given):
+            Path(f"kept{rank}").touch()
+            inner(*given)
+
+        run.keep_trained = keep
+
+    line = [*BLOCK0[:-1], "--distill=0.5"]
+    succeeded(line, "--from=source", out="whole", before=before)
+    assert Path("kept0").exists() and not Path("kept1").exists()
+    ended(line, "--from=source", before=partial(asked, (0,)))
+    Path("source").rename("elsewhere")
+    succeeded(line, "--from=source", "--resume=latest")
+    assert_same_bits("run/block0", "whole/block0")
+
+
+def test_the_room_that_a_checkpoint_needs_is_that_of_all_of_it():
+    def before(rank):
+        inner = checkpoint.check_root
+
+        def check(root, nbytes):
+            Path("room").write_text(str(nbytes))
+            inner(root, nbytes)
+
+        checkpoint.check_root = check
+
+    for line in (BLOCK0, BLOCK0[:-1]):
+        succeeded(line, out=f"run{len(line)}", before=before)
+        tensors = tensors_in(f"run{len(line)}/block0").values()
+        assert int(Path("room").read_text()) == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_processes_that_do_not_fit_are_refused():
