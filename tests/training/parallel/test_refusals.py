@@ -84,6 +84,14 @@ def test_weights_of_few_bits_are_not_cut(job, settings, message):
     assert case.config().trainer_of(blocks, make_data(), job=PAIR).placements.job is PAIR
 
 
+def test_several_models_have_no_layers_to_share_out():
+    pair = Job(data=Axis(0, 2, GROUP), group=GROUP)
+    with pytest.raises(
+        ValueError, match=r"several blocks must not be trained by one .*, got 3: tr"
+    ):
+        Case(block=None, trainer={"shard": True}).trainer_of(pair)
+
+
 def test_a_weight_that_is_no_mean_over_samples_is_not_shared_out(monkeypatch):
     config = replace(Case().config(), weighting="published")
     monkeypatch.setattr(Case, "config", lambda case: config)
