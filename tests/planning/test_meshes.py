@@ -11,7 +11,7 @@ from dbkernels.planning import meshes as module
 from dbkernels.planning.dry_run import dry_run
 from dbkernels.planning.meshes import meshes, search_meshes
 from dbkernels.planning.recipe import Recipe
-from dbkernels.planning.search import Estimate, counts_of
+from dbkernels.planning.search import CONTEXT, Estimate, counts_of
 from dbkernels.training.lora_config import LoraConfig
 
 GiB = 2**30
@@ -102,6 +102,9 @@ def test_what_does_not_fit_is_told_with_the_least_that_was_found(searched):
     assert (least.recipe.micro_batch, least.recipe.devices) == (1, 2)
     assert least.recipe.recompute == policies_of(mixed=False)[-1]
     assert 32 * GiB < least.peak_bytes < 34 * GiB  # half of one layer
+    # a GPU's context has no room for it either
+    gpu, enough = replace(ONE, device=TARGETS["h100"]), least.peak_bytes + CONTEXT
+    assert searched(gpu, 2, enough)[1] and not searched(gpu, 2, enough - 1)[1]
 
 
 @pytest.mark.parametrize(
@@ -118,9 +121,12 @@ def test_what_does_not_fit_is_told_with_the_least_that_was_found(searched):
 def test_meshes_are_those_that_a_model_and_an_optimizer_can_have(
     recipe, devices, counts, shapes, searched
 ):
-    _, plans = searched(recipe, devices, 10**6 * GiB)
+    answer, plans = searched(recipe, devices, 10**6 * GiB)
     assert {count for count, *_ in plans} == counts
     assert {(data, tensor) for *_, data, tensor in plans} == shapes
+    whole = recipe.optimizer != "adamw"
+    shared = [plan.recipe for plan in answer.plans]
+    assert all(each.shard == (each.data_parallel > 1 and not whole) for each in shared)
 
 
 def test_rejects_what_devices_cannot_share(searched):
