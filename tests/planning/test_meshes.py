@@ -1,11 +1,10 @@
 from dataclasses import replace
 
 import pytest
-from planning.two_trainers import DIT
+from planning.two_trainers import DIT, THROUGH
 
 from dbkernels.memory.allocator import TARGETS
 from dbkernels.memory.tracker import CATEGORIES
-from dbkernels.models import ARConfig
 from dbkernels.ops.layer.recompute import POLICIES, policies_of
 from dbkernels.planning import meshes as module
 from dbkernels.planning.dry_run import dry_run
@@ -16,10 +15,6 @@ from dbkernels.training.lora_config import LoraConfig
 
 GiB = 2**30
 ONE = Recipe("dit", "", DIT, batch_size=8, device=TARGETS["cpu"])
-THROUGH = ARConfig(
-    dim=64, depth=4, num_heads=4, mlp_hidden=176, cond_dim=16, length=40, vocabulary=50,
-    clean="through",
-)  # fmt: skip
 
 
 def reckoned(recipe):
