@@ -10,7 +10,7 @@ from dbkernels.planning import meshes as module
 from dbkernels.planning.dry_run import dry_run
 from dbkernels.planning.meshes import meshes, search_meshes
 from dbkernels.planning.recipe import Recipe
-from dbkernels.planning.search import CONTEXT, Estimate, counts_of
+from dbkernels.planning.search import CONTEXT, Estimate, counts_of, outside_layers
 from dbkernels.training.lora_config import LoraConfig
 
 GiB = 2**30
@@ -140,4 +140,7 @@ def test_a_search_predicts_real_steps(monkeypatch):
     assert (plan.side_by_side, *shape(plan.recipe), plan.recipe.num_blocks) == (2, 2, 1, 2)
     assert plan.peak_bytes == dry_run(plan.recipe)["none"].peak_reserved_bytes
     assert [given[:2] for given in told] == [(1, 1)]
+    # a device has half of the stem and the head
+    all_of_it = outside_layers(replace(plan, recipe=replace(plan.recipe, shard=False)))
+    assert answer.outside == {name: size // 2 for name, size in all_of_it.items()}
     assert 0 < answer.outside["parameters"] < plan.by_category["parameters"]
