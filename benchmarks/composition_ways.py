@@ -180,11 +180,12 @@ def compared(way: Way, peaks: Mapping[Way, int]) -> Row:
 def sweep_flops(way: Way, recipe: Recipe, flops: Mapping[Way, int]) -> int:
     """Operations of a step of every block, from those of a step of the largest and of all layers.
 
-    Each layer takes as many as any other, and what is outside of them the same in every step.
+    Each layer takes as many as any other, and what is outside of them the same in every step. Of a
+    pipeline the longest stage counts, which uneven blocks have too.
     """
     depth, count = recipe.model.depth, way.num_blocks
     largest, own = -(-depth // count), flops[way]
-    if depth % count == 0:
+    if depth % count == 0 or recipe.stages > 1:
         return count * own
     parts = tuple(part for part in way.parts if part not in NEEDS_BLOCKS)
     whole = flops[replace(way, num_blocks=1, parts=parts)]

@@ -37,11 +37,10 @@ from dbkernels.training.optimizers.kind import OptimizerFactory
 from dbkernels.training.optimizers.registry import OPTIMIZERS, OptimizerName
 from dbkernels.training.optimizers.schedule import Rates, Schedule
 from dbkernels.training.optimizers.trial import tried
-from dbkernels.training.parallel.gradients import SharedGradients
 from dbkernels.training.parallel.job import ALONE, Job
 from dbkernels.training.parallel.place import place
-from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward
-from dbkernels.training.param_groups import make_groups
+from dbkernels.training.param_group import ParamGroup
+from dbkernels.training.param_groups import make_groups, make_updater
 from dbkernels.training.partition import Block
 from dbkernels.training.samples import open_samples
 from dbkernels.training.saved import require_counters
@@ -159,11 +158,7 @@ class Trainer:
         self._untrained = [each for each in blocks.named_parameters() if not each[1].requires_grad]
         told = {"kind": kind, "decays": decays, "offloader": self.offloader}
         self.groups = make_groups(blocks, config, device=self.device, **told)
-        trained = [p for group in self.groups.values() for p in group.parameters.values()]
-        shared = SharedGradients(trained, self.placements)
-        self.updater = Updater(config.clip, self.device, shared)
-        if config.optimizer_in_backward:
-            self.updater = UpdaterInBackward(list(self.groups.values()), self.device)
+        self.updater = make_updater(self.groups, config, self.placements, device=self.device)
         self.staging = pending.Staging(self.device)
         self.cuda_graphs = CudaGraphs(CudaRecorder(self.device)) if config.cuda_graphs else None
         # what a graph reads of a step
