@@ -210,7 +210,7 @@ class Recipe:
     def trainer(self, device: torch.device | str, job: Job = ALONE) -> Trainer:
         """A trainer at its first step, on a device of this machine; its data is made up."""
         config = self.config()
-        blocks = config.build(config.home(device), only=job.block)
+        blocks = config.build(config.home(device, job), only=job.block)
         if baseline := BASELINES[self.method]:
             budget = 1.0 if self.budget is None else self.budget
             use_baseline(blocks.model, baseline, budget=budget)

@@ -56,7 +56,7 @@ class Trainer:
     """Trains the blocks of a model.
 
     Args:
-        blocks:     on the device; on the host where they are offloaded
+        blocks:     on the device; on the host where they are offloaded, or may be shared out
         data:       gives batches by sample index, as `ImageData.batch` does; or a Dataset, as
                     `DatasetBatches` takes it; or an iterable of batches, as `Stream` takes it
         steps:      updates of every block
@@ -75,7 +75,7 @@ class Trainer:
                     in which one step differs from the next reaches it and the objective in tensors
         device:     to train on; None is where the blocks are
         job:        this process among those that train the same blocks, which share each batch and
-                    perhaps each layer; None is alone
+                    perhaps each layer
     The other arguments are the fields of `TrainerConfig`, which says what they mean.
 
     A trainer is for one thread at a time: another that comes to it meanwhile is refused.
@@ -122,7 +122,7 @@ class Trainer:
         objective: Objective | None = None,
         augment: Augment | None = None,
         device: torch.device | str | None = None,
-        job: Job | None = None,
+        job: Job = ALONE,
     ):
         # each of its fields is an argument, with its default
         settings = locals()
@@ -130,10 +130,10 @@ class Trainer:
         self.config = config
         self.blocks = blocks.train()
         self.objective, self.augment = objective or DiffusionBlocks.loss, augment
-        self.device = device_of(blocks, config, device)
+        self.device = device_of(blocks, config, device, shared_out=job.shares_out(shard))
         named = OPTIMIZERS[config.optimizer]
         kind = tried(make_optimizer, self.device) if make_optimizer else named
-        self.placements = place(blocks, config, job or ALONE, kind)
+        self.placements = place(blocks, config, job, kind)
         self._share = self.placements.job.share(config.batch_size, config.accumulate)
         told = {"device": self.device, "share": self._share}
         self.samples = open_samples(data, keys, workers, config, **told)

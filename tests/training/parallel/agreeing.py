@@ -111,6 +111,8 @@ TWO = {
     **{f"{f} {p}": Case(f, trainer=SHARD, model={"recompute": p}) for f in ("mdm", "ar")
        for p in ("none", "layer")},
     "mmdit": Case("mmdit", trainer=SHARD),
+    "activations on the host": Case("dit", trainer=SHARD | {"offload_activations": True},
+        model={"dim": 64, "num_heads": 4}),
     "replicas vit": Case(),
     "replicas mdm": Case("mdm"),
     "replicas of all blocks": Case("dit", block=None, partition={}),
