@@ -46,11 +46,6 @@ def test_every_setting_has_a_case():
 @pytest.mark.parametrize(
     ("job", "settings", "message"),
     [
-        (
-            PAIR,
-            {"shard": True, "offload_activations": True},
-            "offload_activations must be off wit",
-        ),
         (PAIR, {"shard": True, "optimizer": "muon"}, "optimizer must be adamw .*, got muon"),
         (SHARING_LAYERS, {"optimizer": "muon"}, "optimizer must be adamw .*, got muon"),
         (PAIR, {"batch_size": 7}, "multiple of the 2 processes that share a batch, got 7"),
