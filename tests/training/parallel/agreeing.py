@@ -137,6 +137,9 @@ TWO = {
     "huginn": Case("huginn", block=None, partition={}, trainer=SHARD),
     "augmented": Case("dit", run={"label_drop": 0.4, "mirror": True, "shift": 1}, trainer=SHARD),
     "offloaded activations": Case("dit", trainer={"offload_activations": True}),
+    "offloaded activations beside shares": Case(
+        "dit", trainer={"offload_activations": True, **SHARD}
+    ),
     "tensor vit": Case(tensor=2),
     "tensor mdm": Case("mdm", tensor=2),
     "tensor ar": Case("ar", tensor=2, model={"recompute": "layer"}),
