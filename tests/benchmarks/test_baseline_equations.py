@@ -109,6 +109,52 @@ def test_greedy_reads_the_last_head(make_baseline):
 # NoProp
 
 
+@pytest.mark.parametrize("timed", [False, True])
+def test_the_cnn_is_three_branches(bench, timed):
+    module, config = bench("baselines.cnn"), bench("baselines").CNNConfig((4, 8, 6), hidden=16)
+    cond_dim = 5 if timed else 0
+    net = module.CNN(config, (2, 16, 16), 3, 7, cond_dim=cond_dim, normed=not timed).eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    image, z, c = torch.randn(4, 2, 16, 16), torch.randn(4, 3), torch.randn(4, 5)
+
+    def full(layers, x):
+        x = F.linear(x, layers[0].weight, layers[0].bias)
+        if not timed:
+            x = F.layer_norm(x, x.shape[1:], layers[1].weight, layers[1].bias)
+        return x.relu()
+
+    i, step = image, 4 if timed else 5
+    for place, groups in enumerate((4, 8, 6)):
+        each = net.image[place * step : (place + 1) * step]
+        i = F.conv2d(i, each[0].weight, each[0].bias, padding=1)
+        if not timed:
+            i = F.group_norm(i, groups, each[1].weight, each[1].bias)
+        i = F.max_pool2d(i.relu(), 2)
+    h = full(net.first, z)
+    parts = [full(net.image[-1], i.flatten(1)), net.second(h).relu() + h]
+    x = torch.cat([*parts, full(net.time, c)] if timed else parts, dim=1)
+    x = full(net.out[1], full(net.out[0], x))
+    torch.testing.assert_close(net(z, image, c if timed else None), net.out[2](x))
+
+
+def test_nets_of_discrete_steps_have_norms_and_those_of_all_times_none(make_baseline):
+    norms = nn.GroupNorm, nn.LayerNorm
+    for name, normed in (("noprop-dt", True), ("noprop-ct", False), ("noprop-fm", False)):
+        found = [m for m in make_baseline("cnn", name).blocks.modules() if isinstance(m, norms)]
+        assert bool(found) == normed
+
+
+@pytest.mark.parametrize("network", ["vit", "cnn"])
+@pytest.mark.parametrize("name", ["noprop-ct", "noprop-fm"])
+def test_a_net_of_all_times_hears_z_the_image_and_the_time(make_baseline, network, name):
+    row = without_dropout(shaken(make_baseline(network, name)))
+    z, image, time = torch.randn(6, 4), batch_of()["image"], torch.full((6,), 0.3)
+    found = row.output(z, image, time)
+    for other in ((z + 1, image, time), (z, image.flip(-1), time), (z, image, time + 0.5)):
+        assert (row.output(*other) - found).abs().amax(1).min() > 1e-3
+
+
 @pytest.mark.parametrize("count", [2, 10])
 def test_posteriors_keep_the_marginals(bench, count):
     """Mean, variance and covariance of neighbours fix all three coefficients."""

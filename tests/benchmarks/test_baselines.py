@@ -65,6 +65,14 @@ def test_a_loss_is_a_function_of_the_draw(make_baseline, network, name):
     assert (loss_of(row, draw=Draw(5, 4, 2)) != loss) == drawn
 
 
+def test_random_layers_draw_what_the_step_names(make_baseline):
+    row = make_baseline("vit", "greedy")
+    row.loss = lambda block, batch, draw: torch.rand(())
+    draws = DRAW, Draw(6, 3, 2), Draw(5, 4, 2), Draw(5, 3, 1)
+    found = [loss_of(row, draw=draw).item() for draw in draws]
+    assert len(set(found)) == 4 and loss_of(row).item() == found[0]
+
+
 @pytest.mark.parametrize(("network", "name"), STEPS)
 def test_a_step_moves_its_own_part_and_what_is_shared(make_baseline, network, name):
     row = shaken(make_baseline(network, name))
