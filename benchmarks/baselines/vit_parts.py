@@ -1,8 +1,10 @@
 """The vision transformer of the package, in parts that a baseline may train one by one.
 
 Sizes, layers and first weights are those of `dbkernels.models.vit.ViT`. Where there is no noise,
-the condition of its layers is zero, so their modulation is a constant that each learns; as there,
-a new layer returns its input.
+the condition of its layers is zero, so their modulation is a constant that each learns. There its
+gates begin at 1 in place of 0: such a layer is an ordinary one with norms before its branches, as
+the published comparisons have it, where one that returned its input would tell a Forward-Forward
+step nothing of the label.
 """
 
 import torch
@@ -10,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dbkernels.models.embed import Linear, patchify
+from dbkernels.models.layer import AdaLNLayer
 from dbkernels.models.vit import ViT, ViTConfig
+
+SILU_IS_1 = 1.2784645427610738  # silu of it is 1
 
 
 class Stem(nn.Module):
@@ -53,13 +58,15 @@ class LabelToken(Stem):
 
 
 class Plain(nn.Module):
-    """A layer of the transformer without a noise level."""
+    """A layer without a noise level: x + attention(norm(x)), and of that x + mlp(norm(x))."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: AdaLNLayer):
         super().__init__()
         self.layer = layer
         # nothing but the bias meets a condition of zero
         layer.modulation.weight.requires_grad_(False)
+        gates = layer.modulation.bias.detach().unflatten(0, (2, 3, -1))[:, 2]
+        gates.fill_(SILU_IS_1 if layer.config.silu_modulation else 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""

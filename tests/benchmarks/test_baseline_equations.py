@@ -1,6 +1,7 @@
 """The equations of the baselines, each against a few lines of plain torch."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,9 +10,28 @@ import torch.nn.functional as F
 from baseline_case import DRAW, VIT, batch_of, loss_of, shaken, without_dropout
 from torch import nn
 
+from dbkernels.models.vit import ViT
 from dbkernels.ops.philox import Draw, normals, uniforms
 
-# Forward-Forward, contrastive, greedy
+# layers, Forward-Forward, contrastive, greedy
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_a_layer_without_noise_is_an_ordinary_one(bench, silu):
+    """Of which each token attends to all tokens alike, where no query differs."""
+    sizes = replace(VIT, silu_modulation=silu)
+    layer = bench("baselines.vit_parts").Plain(ViT(sizes).layers[0])
+    attention, mlp = layer.layer.attention, layer.layer.mlp
+    x, D = torch.randn(3, 5, 16), 16
+    attention.qkv.weight.data[: 2 * D] = 0
+
+    def norm(x):
+        return F.layer_norm(x, (D,), eps=sizes.eps)
+
+    value = F.linear(norm(x), attention.qkv.weight[2 * D :], attention.qkv.bias[2 * D :])
+    y = x + attention.out(value.mean(1, keepdim=True))
+    y = y + mlp.fc2(F.gelu(mlp.fc1(norm(y)), approximate="tanh"))
+    torch.testing.assert_close(layer(x), y)
 
 
 def test_goodness_is_the_mean_square_of_the_mean_patch(bench):
