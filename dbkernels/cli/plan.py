@@ -13,11 +13,13 @@ from dbkernels.cli.table import Row, show, table
 from dbkernels.memory.allocator import target_named
 from dbkernels.memory.units import bytes_from, in_words
 from dbkernels.models.registry import family_named
-from dbkernels.planning import search
+from dbkernels.planning import meshes, search
 from dbkernels.planning.recipe import OTHERS, Recipe
 from dbkernels.planning.search import OP_SECONDS, SHARE, STATE
+from dbkernels.settings import check_number
 from dbkernels.training.lora_config import Base, LoraConfig
 
+MESH = "blocks", "at once", "data", "tensor", "recompute", "micro-batch", "peak", "time"
 BREAK = " \\\n    "  # of a command that goes on in the next line
 
 
@@ -33,6 +35,9 @@ class Plan(OfPreset):
     """Memory of the device: a number and one of KiB, MiB, GiB, TiB, such as 24GiB."""
     target: str = "h100"
     """The device that is predicted: cpu, a100, h100, h200, b200."""
+    gpus: int = 1
+    """Devices that train it together. How they share blocks, batches and layers is searched for
+    too, in place of data-parallel, tensor-parallel and shard. The batch is a multiple of them."""
     lora: int = 0
     """Rank of adapters on every layer, which alone are trained then; 0 trains the network."""
     lora_base: Base = LoraConfig.base
@@ -41,11 +46,23 @@ class Plan(OfPreset):
     def run(self) -> None:
         memory, recipe = bytes_from(self.memory), self.recipe(target_named(self.target))
         recipe = replace(recipe, lora=LoraConfig(self.lora, base=self.lora_base))
+        check_number("gpus", self.gpus, 1)
+        find = search.search
+        if self.gpus > 1:
+            if recipe.devices > 1 or recipe.shard:
+                raise ValueError(
+                    "data_parallel, tensor_parallel and shard must be left out with gpus, "
+                    f"got {recipe.data_parallel}, {recipe.tensor_parallel} and {recipe.shard}"
+                )
+            if self.batch is None:
+                batch = -(recipe.batch_size // -self.gpus) * self.gpus
+                recipe = replace(recipe, batch_size=batch)
+            find = partial(meshes.search_meshes, devices=self.gpus)
         with ProgressBar("predicting", 0, "parts") as shown:
-            answer = search.search(recipe, memory, partial(_tell, shown))
+            answer = find(recipe, memory=memory, told=partial(_tell, shown))
         if not answer.plans:
-            raise ValueError(_nothing_fits(recipe, memory, answer))
-        rows = list(rows_of(recipe, memory, answer))
+            raise ValueError(_nothing_fits(recipe, memory, answer, self.gpus))
+        rows = list(rows_of(recipe, memory, answer, self.gpus))
         show(rows, screen(rows), as_json=self.json)
 
 
@@ -61,28 +78,34 @@ def _tell(shown: ProgressBar, done: int, total: int, found: search.Found | None)
         shown.say(f"{blocks}: nothing fits")
     for plan in found.plans:
         place = "" if plan.recipe.offload == "none" else ", one on the device"
+        if plan.recipe.is_apart or plan.recipe.devices > 1:
+            place = f", {plan.side_by_side} side by side with {plan.recipe.devices} for each"
         shown.say(
             f"{blocks}{place}: recompute {plan.recipe.recompute}, micro-batch "
             f"{plan.recipe.micro_batch}, peak {in_words(plan.peak_bytes)}"
         )
 
 
-def _nothing_fits(recipe: Recipe, memory: int, answer: search.Answer) -> str:
+def _nothing_fits(recipe: Recipe, memory: int, answer: search.Answer, gpus: int) -> str:
     """One sentence: the smallest plan, what it needs, and what would fit instead."""
     least = answer.smallest.recipe
     needed = answer.smallest.peak_bytes + search.context_bytes(recipe.device)
-    instead = "no preset of the family fits"
+    asked = f"batch {recipe.batch_size}"
+    instead = "; no preset of the family fits"
     if answer.largest:
-        instead = f"the largest preset of the family that fits is {answer.largest}"
+        instead = f"; the largest preset of the family that fits is {answer.largest}"
+    if gpus > 1:
+        asked += f" on {gpus} devices"
+        instead = f", {least.data_parallel} to a batch and {least.tensor_parallel} to a layer"
     return (
         f"memory must be at least {in_words(needed)} for {recipe.family} {recipe.preset} at "
-        f"batch {recipe.batch_size}, got {in_words(memory)}: that is its smallest plan, "
-        f"num_blocks {least.num_blocks}, offload {least.offload}, recompute {least.recompute}, "
-        f"micro-batch {least.micro_batch}; {instead}"
+        f"{asked}, got {in_words(memory)}: that is its smallest plan, num_blocks "
+        f"{least.num_blocks}, offload {least.offload}, recompute {least.recompute}, "
+        f"micro-batch {least.micro_batch}{instead}"
     )
 
 
-def rows_of(recipe: Recipe, memory: int, answer: search.Answer) -> Iterator[Row]:
+def rows_of(recipe: Recipe, memory: int, answer: search.Answer, gpus: int = 1) -> Iterator[Row]:
     """What limits end to end and the fastest plan, every plan, and the largest preset."""
     asked = ("family", "preset", "batch", "autocast", "target")
     common = {name: recipe.settings()[name] for name in asked}
@@ -92,11 +115,14 @@ def rows_of(recipe: Recipe, memory: int, answer: search.Answer) -> Iterator[Row]
         "lora_base": recipe.lora.base,
     }
     common |= {name: value for name, value in recipe.settings().items() if name in OTHERS}
+    common |= {"gpus": gpus} if gpus > 1 else {}
     common |= {"memory": memory, "context": search.context_bytes(recipe.device)}
     # where end to end is another network, one block is still the diffusion
     whole = "one block" if family_named(recipe.family).conventional else "end to end"
     for name, plan in ((whole, answer.whole), ("fastest plan", answer.plans[0])):
-        parts = search.shares(plan, answer.outside)
+        # a device's share of them is another in another mesh
+        outside = answer.outside if gpus == 1 else search.outside_layers(plan)
+        parts = search.shares(plan, outside)
         limit = max((part for part in parts if part != search.FREE), key=parts.__getitem__)
         row = {"row": "limit", "of": name, "limit": limit, "by_category": parts}
         yield {**common, **row, "peak_reserved_bytes": plan.peak_bytes}
@@ -111,12 +137,17 @@ def rows_of(recipe: Recipe, memory: int, answer: search.Answer) -> Iterator[Row]
             "flops": plan.flops,
             "seconds_per_sweep": plan.seconds,
             "relative_time": plan.seconds / answer.whole.seconds,
-            "command": _command(plan.recipe),
+            "command": _command(plan),
+            **({"side_by_side": plan.side_by_side} if gpus > 1 else {}),
         }
-    yield {**common, "row": "preset", "largest": answer.largest}
+    if gpus == 1:
+        yield {**common, "row": "preset", "largest": answer.largest}
 
 
-def _command(recipe: Recipe) -> str:
+def _command(plan: search.Estimate) -> str:
+    recipe, apart = plan.recipe, plan.recipe.is_apart
+    together = 1 < recipe.num_blocks == plan.side_by_side
+    processes = recipe.devices * (recipe.num_blocks if together else 1)
     flags = {
         f"train {recipe.family} --preset {recipe.preset} --batch-size {recipe.batch_size}": True,
         f"--num-blocks {recipe.num_blocks} --recompute {recipe.recompute}": True,
@@ -128,11 +159,12 @@ def _command(recipe: Recipe) -> str:
         f"--lora-base {recipe.lora.base}": recipe.lora != replace(recipe.lora, base="float32"),
         f"--tensor-parallel {recipe.tensor_parallel}": recipe.tensor_parallel > 1,
         "--shard": recipe.shard,
+        "--sharing copies": apart,
         # and so on: a job for each block
-        "--sharing copies --block 0": recipe.config().partition.sharing == "copies",
+        "--block 0": apart and not together,
     }
-    several = f"torchrun --nproc-per-node {recipe.devices} -m dbkernels"
-    program = "python -m dbkernels" if recipe.devices == 1 else several
+    several = f"torchrun --nproc-per-node {processes} -m dbkernels"
+    program = "python -m dbkernels" if processes == 1 else several
     return " ".join([program, *(flag for flag, given in flags.items() if given)])
 
 
@@ -158,10 +190,13 @@ def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
     if whole["lora"]:
         run += f",\nadapters of rank {whole['lora']} on a base in {whole['lora_base']}"
     fits = whole["peak_reserved_bytes"] <= whole["memory"] - whole["context"]
+    gpus = whole.get("gpus", 1)
     left = f"; {in_words(whole['context'])} are left to CUDA's context" if whole["context"] else ""
-    sent = ";\nnot by what the devices send each other" if devices_of(whole) else ""
+    sent = ";\nnot by what the devices send each other" if gpus > 1 or devices_of(whole) else ""
+    largest = rows[-1].get("largest")
     first, second = _in_lines(plans[0]["command"]).split(" --num-blocks")
-    yield Text(f"{run}, on {whole['target']} with {in_words(whole['memory'])}", style="bold")
+    on = f"{gpus} x {whole['target']}, each" if gpus > 1 else whole["target"]
+    yield Text(f"{run}, on {on} with {in_words(whole['memory'])}", style="bold")
     yield (
         f"{_whole(whole)} with nothing computed again it needs {_needed(whole)}, and "
         f"{'fits' if fits else 'does not fit'}: {_words(whole['limit'])} limit this run. "
@@ -170,15 +205,24 @@ def screen(rows: list[Row]) -> Iterator[Table | Text | str]:
     yield "\nwhat fills the device at the predicted peak"
     yield _limits(limits)
     yield "\nplans that fit, the fastest first"
-    columns = ("blocks", "recompute", "on the device", "micro-batch", "peak", "time")
-    yield table(columns, map(_choices, plans), names=3)
+    if gpus > 1:
+        yield table(MESH, map(_mesh, plans), names=5)
+    else:
+        columns = ("blocks", "recompute", "on the device", "micro-batch", "peak", "time")
+        yield table(columns, map(_choices, plans), names=3)
+    if gpus > 1:
+        yield (
+            "at once: blocks that train side by side, each on devices of its own\n"
+            "data, tensor: devices that share its batches, and its parameters; and each layer"
+        )
     yield (
         f"peak: what the allocator takes{left}\n"
         f"time: of an update of every layer, 1.00 being {whole['of']} with nothing computed\n"
         f"again; by operations at {SHARE:.0%} of the device's peak, {OP_SECONDS * 1e6:.0f} us an "
         f"op, and swaps{sent}\nboth are predicted, not measured\n\n"
-        f"Largest preset of {whole['family']} that fits at all: {rows[-1]['largest']}.\n"
-        "To train by the first of them, with --data and --out of your own:\n"
+        + f"Largest preset of {whole['family']} that fits at all: {largest}.\n"
+        * (gpus == 1)
+        + "To train by the first of them, with --data and --out of your own:\n"
         f"  {first} \\\n    --num-blocks{second}"
     )
 
@@ -198,6 +242,13 @@ def _choices(row: Row) -> tuple[str, ...]:
     place = "one block" if alone else "all blocks"
     numbers = in_words(row["peak_reserved_bytes"]), f"{row['relative_time']:.2f}"
     return str(row["num_blocks"]), row["recompute"], place, str(row["micro_batch"]), *numbers
+
+
+def _mesh(row: Row) -> tuple[str, ...]:
+    shared = (str(row.get(f"{name}_parallel", 1)) for name in ("data", "tensor"))
+    numbers = in_words(row["peak_reserved_bytes"]), f"{row['relative_time']:.2f}"
+    start = str(row["num_blocks"]), str(row["side_by_side"]), *shared
+    return *start, row["recompute"], str(row["micro_batch"]), *numbers
 
 
 def _limits(limits: list[Row]) -> Table:

@@ -194,9 +194,10 @@ class Train:
         return trained
 
     def _resumed(self) -> RunConfig | None:
-        out = part_of(self.out, self.block)
-        there = self.resume and (out / "config.json").exists()
-        return read_config(out) if there else None
+        # of blocks that one job trains side by side each has its own
+        places = part_of(self.out, self.block), part_of(self.out, self.block or 0)
+        there = [out for out in places if self.resume and (out / "config.json").exists()]
+        return read_config(there[0]) if there else None
 
     def config(self, trained: Trained | None = None) -> RunConfig:
         """The run that the flags describe.
@@ -265,9 +266,6 @@ class Train:
             trained = self.trained()
             config = self.config(trained)
             shown.total = config.trainer.steps * config.partition.num_blocks
-            _warn_of_test(config)
-            if self.lora and not self.source:
-                warnings.warn(RANDOM_BASE, stacklevel=2)
             device = own_device(pick_device(self.device))
             apart = config.partition.sharing == "copies" and config.partition.num_blocks > 1
             blocks = config.partition.num_blocks if apart else None
@@ -276,6 +274,9 @@ class Train:
                 if not job.is_first:
                     # it says what the others would say again
                     warnings.simplefilter("ignore")
+                _warn_of_test(config)
+                if self.lora and not self.source:
+                    warnings.warn(RANDOM_BASE, stacklevel=2)
                 if job.block is not None:
                     shown.total = config.trainer.steps
                 try:

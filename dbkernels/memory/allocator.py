@@ -1,10 +1,11 @@
 """What a device takes for a run beside the bytes of its tensors: segments, and workspaces of ops.
 
-Segments. The rules of c10/cuda/CUDACachingAllocator.cpp with its defaults, for one stream: sizes
-are rounded up to a multiple of MIN_BLOCK and served from the smallest free block that holds them.
+Segments. The rules of c10/cuda/CUDACachingAllocator.cpp with its defaults: sizes are rounded up to
+a multiple of MIN_BLOCK and served from the smallest free block of the same stream that holds them.
 Where there is none, a segment is taken from the driver: SMALL_SEGMENT for a small request,
 LARGE_SEGMENT for a middling one, else the request itself rounded up to ROUND_LARGE. A block that is
-much too large is split; neighbours that are free are merged. Segments are never given back.
+much too large is split; neighbours that are free are merged. Segments are never given back, and
+serve the stream that they were taken for.
 
 cuBLAS: one workspace to a handle, kept for good; a step has two handles, one to the thread of the
 forward and one to that of the backward. PyTorch's aten/src/ATen/cuda/CublasHandlePool.cpp chooses
@@ -19,7 +20,7 @@ The memory-efficient kernel's backward in float32 (aten's transformers/cuda/atte
 the product dout * out and its row sums.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -50,49 +51,53 @@ class Block(NamedTuple):
     address: int
     size: int  # bytes, a multiple of MIN_BLOCK
     small: bool  # of the pool of small blocks
+    stream: int = 0
 
 
 class CachingAllocator:
-    """One device with one stream. Addresses are counted from 0, segment after segment."""
+    """One device. Addresses are counted from 0, segment after segment."""
 
     def __init__(self) -> None:
         self.segments: dict[int, int] = {}  # bytes of each, by its first address, in order
-        # end of each free block, by its address; of the pool of small blocks and of the other
-        self._free: dict[bool, dict[int, int]] = {True: {}, False: {}}
+        self.streams: dict[int, int] = {}  # that each serves, likewise
+        # end of each free block, by its address; of each stream's pool of small blocks and other
+        self._free: defaultdict[tuple[int, bool], dict[int, int]] = defaultdict(dict)
 
     @property
     def reserved_bytes(self) -> int:
         """Taken from the driver; never given back, so it is also the peak."""
         return sum(self.segments.values())
 
-    def allocate(self, size: int) -> Block:
+    def allocate(self, size: int, stream: int = 0) -> Block:
         """A block of at least `size` bytes, size > 0."""
         size = _round_up(size, MIN_BLOCK)
         small = size <= SMALL
-        free = self._free[small]
+        free = self._free[stream, small]
         # the smallest that fits, and of equal ones that with the lowest address
         fitting = ((end - start, start) for start, end in free.items() if end - start >= size)
-        found, start = min(fitting, default=None) or self._add_segment(size, small)
+        found, start = min(fitting, default=None) or self._add_segment(size, small, stream)
         free.pop(start, None)
         if found - size >= MIN_BLOCK if small else found - size > SMALL:
             free[start + size] = start + found
             found = size
-        return Block(start, found, small)
+        return Block(start, found, small, stream)
 
     def free(self, block: Block) -> None:
         """Give a block back; free neighbours of the same segment become one block with it."""
-        free, start, end = self._free[block.small], block.address, block.address + block.size
+        free = self._free[block.stream, block.small]
+        start, end = block.address, block.address + block.size
         if end not in self.segments:
             end = free.pop(end, end)
         if start not in self.segments:
             start = next((other for other, until in free.items() if until == start), start)
         free[start] = end
 
-    def _add_segment(self, size: int, small: bool) -> tuple[int, int]:
+    def _add_segment(self, size: int, small: bool, stream: int) -> tuple[int, int]:
         """Bytes and address of a new segment for a request."""
         large = LARGE_SEGMENT if size < OWN_SEGMENT else _round_up(size, ROUND_LARGE)
         start = self.reserved_bytes
         self.segments[start] = SMALL_SEGMENT if small else large
+        self.streams[start] = stream
         return self.segments[start], start
 
 
@@ -112,10 +117,11 @@ def place(events: Iterable[Event]) -> tuple[list[Event], CachingAllocator]:
         old = blocks.pop(event.storage, None)
         sizes[event.storage] += event.delta_bytes
         if size := sizes[event.storage]:
-            new = blocks[event.storage] = allocator.allocate(size)
+            new = blocks[event.storage] = allocator.allocate(size, event.stream)
             placed.append(event._replace(delta_bytes=new.size, address=new.address))
         if old:
-            placed.append(event._replace(delta_bytes=-old.size, address=old.address))
+            at = {"address": old.address, "stream": old.stream}
+            placed.append(event._replace(delta_bytes=-old.size, **at))
             allocator.free(old)
     return placed, allocator
 

@@ -156,8 +156,8 @@ def snapshot(prediction: Prediction) -> dict[str, list]:
     alive: dict[int, tuple[int, list[Entry]]] = {}  # bytes and frames of blocks, by their addresses
     entries: list[Entry] = []
 
-    def log(action: str, address: int, size: int, frames: list[Entry]) -> None:
-        about = {"stream": 0, "pool_id": POOL, "time_us": len(entries), "frames": frames}
+    def log(action: str, address: int, size: int, stream: int, frames: list[Entry]) -> None:
+        about = {"stream": stream, "pool_id": POOL, "time_us": len(entries), "frames": frames}
         entries.append({"action": action, "addr": BASE + address, "size": size, **about})
 
     for event in events:
@@ -168,15 +168,18 @@ def snapshot(prediction: Prediction) -> dict[str, list]:
             {"name": category, "filename": "category", "line": 0},
         ]
         while waiting and waiting[-1][0] <= address:
-            log("segment_alloc", *waiting.pop(), frames)
+            log("segment_alloc", *waiting.pop(), event.stream, frames)
         if event.delta_bytes > 0:
             alive[address] = event.delta_bytes, frames
-            log("alloc", address, event.delta_bytes, frames)
+            log("alloc", address, event.delta_bytes, event.stream, frames)
         else:
             _, frames = alive.pop(address)
             for action in ("free_requested", "free_completed"):
-                log(action, address, -event.delta_bytes, frames)
-    segments = [_segment(start, size, alive) for start, size in allocator.segments.items()]
+                log(action, address, -event.delta_bytes, event.stream, frames)
+    segments = [
+        _segment(start, size, alive) | {"stream": allocator.streams[start]}
+        for start, size in allocator.segments.items()
+    ]
     return {"segments": segments, "device_traces": [entries]}
 
 
@@ -201,7 +204,6 @@ def _segment(start: int, size: int, alive: dict[int, tuple[int, list[Entry]]]) -
         "total_size": size,
         "allocated_size": used,
         "active_size": used,
-        "stream": 0,
         "segment_type": "small" if size == SMALL_SEGMENT else "large",
         "segment_pool_id": POOL,
         "blocks": blocks,

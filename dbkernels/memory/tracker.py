@@ -67,6 +67,7 @@ class Event(NamedTuple):
     storage: int  # index into Trace.categories
     delta_bytes: int
     address: int = 0  # of its block, where an allocator has given it one
+    stream: int = 0  # of the device, in the order in which they are met
 
 
 class Moment(NamedTuple):
@@ -168,6 +169,7 @@ class Tracker(TorchDispatchMode):
         self._bytes: list[int] = []  # of each storage, when last met
         self._holds: list[tuple[int, int]] = []  # storage; +1 autograd takes it, -1 it lets go
         self._alive: dict[int, int] = {}  # address of a storage -> its index
+        self._streams: dict[torch.cpu.Stream, int] = {torch.cpu.current_stream(): 0}
         self._watches: list[weakref.finalize] = []
         self._reused: tuple[int | None, int] | None = None  # storage, position of the op in events
         self._seeing = ExitStack()
@@ -289,7 +291,9 @@ class Tracker(TorchDispatchMode):
     def _change(self, index: int, size: int, op: int) -> None:
         if delta := size - self._bytes[index]:
             self._bytes[index] = size
-            self.events.append(Event(op, index, delta))
+            # a CPU's are no more than names, which is enough for a device that is predicted
+            stream = self._streams.setdefault(torch.cpu.current_stream(), len(self._streams))
+            self.events.append(Event(op, index, delta, stream=stream))
 
     def _die(self, address: int) -> None:
         index = self._alive.pop(address)

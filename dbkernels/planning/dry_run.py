@@ -27,7 +27,6 @@ from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, own_gro
 from dbkernels.training.offload.activations import Copies
 from dbkernels.training.offload.memory import flat_bytes
 from dbkernels.training.parallel.job import Job
-from dbkernels.training.parallel.placement import here
 from dbkernels.training.partition import Block
 from dbkernels.training.trainer import Trainer
 from dbkernels.training.trainer_config import Offload
@@ -101,13 +100,12 @@ def dry_run(recipe: Recipe) -> dict[Offload, Prediction]:
 
 
 def _trainers(recipe: Recipe, job: Job) -> Iterator[tuple[Trainer, Block]]:
-    """The costliest blocks, each with a trainer: several processes train one alone, if they can."""
-    config = recipe.config()
-    if job.group is None or config.partition.sharing == "joint":
+    """The costliest blocks, each with a trainer."""
+    if not recipe.is_apart:
         trainer = _trainer(recipe, job)
         yield from ((trainer, block) for block in _costliest(trainer.blocks))
         return
-    for block in _costliest(config.build("cpu")):
+    for block in _costliest(recipe.config().build("cpu")):
         own = Job(block.index, job.data, job.tensor, job.group)
         yield _trainer(recipe, own), block
 
@@ -191,8 +189,6 @@ def _on_device(trainer: Trainer, block: Block) -> nn.Module:
         (*trainer.groups[name].parameters.values(), *frozen[name]) for name in idle
     ]
     of_others.append(trainer.blocks.idle())
-    # of a block that is trained alone, the others are nowhere
-    of_others.append([p for p in model.parameters() if p.device.type == "meta"])
     left_out = {id(parameter) for parameters in of_others for parameter in parameters}
     read.own = nn.ParameterList(p for p in model.parameters() if id(p) not in left_out)
     for index, buffer in enumerate(model.buffers()):
@@ -206,8 +202,9 @@ def _elsewhere(trainer: Trainer, block: Block, on_device: nn.Module) -> list[tup
     moved = trainer.moved(block)
     # copies of what the blocks share have buffers of their own
     every = [*trainer.blocks.parameters(), *trainer.blocks.buffers()]
+    # beside a block that is trained alone, there is no other
     there = [tensor for tensor in every if tensor.device.type != "meta"]
-    tensors = [("parameters", here(tensor)) for tensor in there if id(tensor) not in read]
+    tensors = [("parameters", tensor) for tensor in there if id(tensor) not in read]
     for group in (group for group in trainer.groups.values() if group not in moved):
         tensors += [("optimizer", tensor) for tensor in group.optimizer_tensors().values()]
         tensors += [("inputs", tensor) for tensor in group.average.values()]

@@ -53,6 +53,7 @@ OTHERS: dict[str, type] = {  # only where they are not the default
     "data_parallel": int,
     "tensor_parallel": int,
     "shard": bool,
+    "alone": bool,
 }
 
 
@@ -89,8 +90,7 @@ class Recipe:
     prefetch: bool = False
     offload_activations: bool = False
     sharing: Sharing = "joint"
-    """With several devices a block has a stem and a head of its own in any case where it can, and
-    a job of its own."""
+    """A block that has a job of its own has a stem and a head of its own in any case."""
     ema: float = 0.0
     optimizer: OptimizerName = "adamw"
     optimizer_in_backward: bool = False
@@ -107,6 +107,8 @@ class Recipe:
     """Devices that share each layer, for each share of a batch."""
     shard: bool = False
     """Whether each device holds a share of every parameter, by FSDP2."""
+    alone: bool = False
+    """Whether each block has a job of its own, as with several devices it has in any case."""
     device: Target = TARGETS["h100"]
     """That trains, or that is predicted."""
 
@@ -133,8 +135,10 @@ class Recipe:
                 f"batch_size must be a multiple of data_parallel {self.data_parallel}, "
                 f"got {self.batch_size}"
             )
-        if self.devices > 1 and self.offload != "none":
-            raise ValueError(f"offload must be none with several devices, got {self.offload}")
+        if (self.devices > 1 or self.alone) and self.offload != "none":
+            raise ValueError(
+                f"offload must be none with several devices or blocks alone, got {self.offload}"
+            )
         if self.tensor_parallel > 1 and self.method != "block_fused":
             raise ValueError(
                 f"tensor_parallel must be 1 for {self.method}, got {self.tensor_parallel}"
@@ -144,6 +148,15 @@ class Recipe:
     def devices(self) -> int:
         """That train one block together, or all of the model."""
         return self.data_parallel * self.tensor_parallel
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether its blocks are trained one by one, each with no other on its devices.
+
+        Blocks that read layers of each other cannot be.
+        """
+        several = self.devices > 1 or self.alone
+        return several and self.num_blocks > 1 and self.model.independent
 
     @property
     def share(self) -> int:
@@ -168,7 +181,7 @@ class Recipe:
     def offloads(self) -> tuple[Offload, ...]:
         """Those of OFFLOAD that it may have."""
         every = offloads_of(self.model, self.num_blocks)
-        return every if self.devices == 1 else every[:1]
+        return every if self.devices == 1 and not self.is_apart else every[:1]
 
     def config(self) -> RunConfig:
         """The run, with the settings that `train` has by default; its data is made up."""
@@ -176,7 +189,7 @@ class Recipe:
         layers, split = (",".join(map(str, each or ())) for each in (self.layers, self.split))
         names = [field.name for field in fields(TrainerConfig)]
         same = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        apart = self.devices > 1 and self.num_blocks > 1 and self.model.independent
+        sharing = "copies" if self.is_apart else self.sharing
         return RunConfig(
             family=self.family,
             model=replace(self.model, recompute=self.recompute or self.model.recompute),
@@ -185,9 +198,7 @@ class Recipe:
             label_drop=0.0,
             mirror=False,
             shift=0,
-            partition=PartitionConfig(
-                self.num_blocks, layers, split, sharing="copies" if apart else self.sharing
-            ),
+            partition=PartitionConfig(self.num_blocks, layers, split, sharing=sharing),
             prior=entry.process_of(self.model),
             objective=self.objective,
             lora=self.lora,
@@ -199,7 +210,7 @@ class Recipe:
     def trainer(self, device: torch.device | str, job: Job = ALONE) -> Trainer:
         """A trainer at its first step, on a device of this machine; its data is made up."""
         config = self.config()
-        blocks = config.build(config.home(device), only=job.block)
+        blocks = config.build(config.home(device, job), only=job.block)
         if baseline := BASELINES[self.method]:
             budget = 1.0 if self.budget is None else self.budget
             use_baseline(blocks.model, baseline, budget=budget)

@@ -58,6 +58,7 @@ class Estimate:
         by_category:  bytes of each of CATEGORIES at the step's peak of allocated bytes
         flops:        of matmuls and attention, in a sweep
         seconds:      of a sweep
+        side_by_side:  blocks that train at the same time, each on devices of its own
     """
 
     recipe: Recipe
@@ -65,6 +66,7 @@ class Estimate:
     by_category: dict[str, int]
     flops: int
     seconds: float
+    side_by_side: int = 1
 
 
 Estimates = dict[Offload, Estimate]  # by what is on the device

@@ -1,4 +1,6 @@
-"""The parameter groups of all blocks, and of what they share."""
+"""The parameter groups of all blocks, of what they share, and what updates them."""
+
+from collections.abc import Mapping
 
 import torch
 
@@ -6,7 +8,9 @@ from dbkernels.training.diffusion_blocks import SHARED, DiffusionBlocks, own_gro
 from dbkernels.training.offload.offloader import Offloader
 from dbkernels.training.optimizers.decay import DecayRule
 from dbkernels.training.optimizers.kind import Kind
-from dbkernels.training.param_group import ParamGroup
+from dbkernels.training.parallel.gradients import SharedGradients
+from dbkernels.training.parallel.placement import Placements
+from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward
 from dbkernels.training.trainer_config import TrainerConfig
 
 
@@ -41,3 +45,17 @@ def make_groups(
         if config.offload != "none":
             offloader.adopt(name, found[name], frozen.get(name, ()))
     return found
+
+
+def make_updater(
+    groups: Mapping[str, ParamGroup],
+    config: TrainerConfig,
+    placements: Placements,
+    *,
+    device: torch.device,
+) -> Updater:
+    """What makes of a loss the updates of groups whose parameters are placed so."""
+    if config.optimizer_in_backward:
+        return UpdaterInBackward(list(groups.values()), device)
+    trained = [p for group in groups.values() for p in group.parameters.values()]
+    return Updater(config.clip, device, SharedGradients(trained, placements))

@@ -233,9 +233,10 @@ class RunConfig:
         move(blocks, device)
         return blocks
 
-    def home(self, device: torch.device | str) -> torch.device | str:
-        """Where models are built that train on a device: where all of their blocks have room."""
-        return "cpu" if self.trainer.offload != "none" else device
+    def home(self, device: torch.device | str, job: Job = ALONE) -> torch.device | str:
+        """Where models are built that train on a device: where all that is built has room."""
+        apart = self.trainer.offload != "none" or job.shares_out(self.trainer.shard)
+        return "cpu" if apart else device
 
     def trainer_on(
         self,
@@ -248,7 +249,7 @@ class RunConfig:
         job: Job = ALONE,
     ) -> Trainer:
         """A trainer at its first step, of blocks with these weights; with another loss, if any."""
-        blocks = self.build(self.home(device), weights, job.block)
+        blocks = self.build(self.home(device, job), weights, job.block)
         return self.trainer_of(blocks, data, device=device, loss=loss, workers=workers, job=job)
 
     def trainer_of(

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from dbkernels.data.dataset import Keys, as_data
 from dbkernels.data.images import Batch, Data, Put, batch_indices
 from dbkernels.data.stream import Place, Stream, is_stream
-from dbkernels.data.workers import Coming, Workers
+from dbkernels.data.workers import EVERY, Coming, Workers
 from dbkernels.settings import check_number
 from dbkernels.training.pending import Pieces, cut, read_pieces
 from dbkernels.training.trainer_config import TrainerConfig
@@ -66,7 +66,7 @@ def open_samples(
     config: TrainerConfig,
     *,
     device: torch.device,
-    share: slice,
+    share: slice = EVERY,
 ) -> Samples:
     """The samples of a run; `Trainer` says what its arguments are.
 

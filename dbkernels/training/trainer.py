@@ -37,11 +37,10 @@ from dbkernels.training.optimizers.kind import OptimizerFactory
 from dbkernels.training.optimizers.registry import OPTIMIZERS, OptimizerName
 from dbkernels.training.optimizers.schedule import Rates, Schedule
 from dbkernels.training.optimizers.trial import tried
-from dbkernels.training.parallel.gradients import SharedGradients
 from dbkernels.training.parallel.job import ALONE, Job
 from dbkernels.training.parallel.place import place
-from dbkernels.training.param_group import ParamGroup, Updater, UpdaterInBackward
-from dbkernels.training.param_groups import make_groups
+from dbkernels.training.param_group import ParamGroup
+from dbkernels.training.param_groups import make_groups, make_updater
 from dbkernels.training.partition import Block
 from dbkernels.training.samples import open_samples
 from dbkernels.training.saved import require_counters
@@ -57,7 +56,7 @@ class Trainer:
     """Trains the blocks of a model.
 
     Args:
-        blocks:     on the device; on the host where they are offloaded
+        blocks:     on the device; on the host where they are offloaded, or may be shared out
         data:       gives batches by sample index, as `ImageData.batch` does; or a Dataset, as
                     `DatasetBatches` takes it; or an iterable of batches, as `Stream` takes it
         steps:      updates of every block
@@ -76,7 +75,7 @@ class Trainer:
                     in which one step differs from the next reaches it and the objective in tensors
         device:     to train on; None is where the blocks are
         job:        this process among those that train the same blocks, which share each batch and
-                    perhaps each layer; None is alone
+                    perhaps each layer
     The other arguments are the fields of `TrainerConfig`, which says what they mean.
 
     A trainer is for one thread at a time: another that comes to it meanwhile is refused.
@@ -123,7 +122,7 @@ class Trainer:
         objective: Objective | None = None,
         augment: Augment | None = None,
         device: torch.device | str | None = None,
-        job: Job | None = None,
+        job: Job = ALONE,
     ):
         # each of its fields is an argument, with its default
         settings = locals()
@@ -131,10 +130,10 @@ class Trainer:
         self.config = config
         self.blocks = blocks.train()
         self.objective, self.augment = objective or DiffusionBlocks.loss, augment
-        self.device = device_of(blocks, config, device)
+        self.device = device_of(blocks, config, device, shared_out=job.shares_out(shard))
         named = OPTIMIZERS[config.optimizer]
         kind = tried(make_optimizer, self.device) if make_optimizer else named
-        self.placements = place(blocks, config, job or ALONE, kind)
+        self.placements = place(blocks, config, job, kind)
         self._share = self.placements.job.share(config.batch_size, config.accumulate)
         told = {"device": self.device, "share": self._share}
         self.samples = open_samples(data, keys, workers, config, **told)
@@ -159,11 +158,7 @@ class Trainer:
         self._untrained = [each for each in blocks.named_parameters() if not each[1].requires_grad]
         told = {"kind": kind, "decays": decays, "offloader": self.offloader}
         self.groups = make_groups(blocks, config, device=self.device, **told)
-        trained = [p for group in self.groups.values() for p in group.parameters.values()]
-        shared = SharedGradients(trained, self.placements)
-        self.updater = Updater(config.clip, self.device, shared)
-        if config.optimizer_in_backward:
-            self.updater = UpdaterInBackward(list(self.groups.values()), self.device)
+        self.updater = make_updater(self.groups, config, self.placements, device=self.device)
         self.staging = pending.Staging(self.device)
         self.cuda_graphs = CudaGraphs(CudaRecorder(self.device)) if config.cuda_graphs else None
         # what a graph reads of a step

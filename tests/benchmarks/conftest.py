@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from baseline_case import DATA, VIT
 
 from dbkernels.ops.backend import library
 
@@ -75,3 +76,21 @@ def small_case(bench):
     """A layer and its inputs."""
     case = bench("layer_case").LayerCase(B=2, T=8, dim=16, num_heads=2, hidden=64, dtype="float32")
     return case, bench("layer_case").make_inputs(case, torch.device("cpu"))
+
+
+@pytest.fixture
+def make_baseline(bench, monkeypatch):
+    """Makes a small baseline by network and name."""
+    module = bench("baselines")
+    monkeypatch.setattr(bench("baselines.noprop_dt"), "NETS", 4)
+
+    def of(network, name, data=DATA, sizes=None, seed=0, **options):
+        cnn = module.CNNConfig(channels=(4, 8, 8), hidden=16)
+        kind = module.BASELINES[network, name]
+        if kind.__name__ in ("NoPropCT", "NoPropFM", "DiffusionBlocksCNN"):
+            options = {"steps": 12, **options}
+        if network == "cnn" or "noprop" in name:
+            options = {"embedding": 4, **options}
+        return kind(data, seed, sizes or (VIT if network == "vit" else cnn), **options)
+
+    return of

@@ -6,6 +6,7 @@ from planning.reckoned import reckoned, wide
 
 from dbkernels.cli.plan import Plan
 from dbkernels.memory.allocator import TARGETS
+from dbkernels.planning import meshes
 from dbkernels.planning import search as module
 
 
@@ -114,6 +115,54 @@ def test_plans_of_several_devices_say_how_they_share_a_step(planned, quick):
     assert lines[1].startswith("one of 4 devices, 2 to a layer, parameters shared out, on cpu")
     assert "not by what the devices send each other" in lines
     assert not any("all blocks" in line and not line.startswith(" 1 ") for line in lines)
+
+
+def test_plans_of_gpus_say_how_they_share_blocks_batches_and_layers(quick, monkeypatch):
+    monkeypatch.setattr(meshes, "estimate", reckoned)
+    outcome = quick("500MiB", "--gpus 8 --json")
+    every = rows_of(outcome)
+    assert {row["row"] for row in every} == {"limit", "plan"}
+    assert all(row["gpus"] == 8 for row in every)
+    plans = {row["num_blocks"]: row for row in every if row["row"] == "plan"}
+    assert list(plans) and all(row["side_by_side"] >= 1 for row in plans.values())
+    row = plans[4]
+    assert (row["side_by_side"], row["data_parallel"], row["shard"]) == (4, 2, True)
+    start = "torchrun --nproc-per-node 8 -m dbkernels train dit --preset digits --batch-size 64"
+    assert row["command"].startswith(f"{start} --num-blocks 4 ")
+    assert row["command"].endswith(" --shard --sharing copies")
+    # of twelve blocks four are trained at once
+    start = "torchrun --nproc-per-node 2 -m dbkernels train dit"
+    assert plans[12]["side_by_side"] == 4 and plans[12]["command"].startswith(start)
+    assert plans[12]["command"].endswith(" --shard --sharing copies --block 0")
+    text = quick("500MiB", "--gpus 8").out
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in text
+    assert lines[0] == "dit digits, batch 64, float32 compute, on 8 x cpu, each with 500 MiB"
+    assert "Largest preset" not in text and "not by what the devices send each other" in lines
+    cells = [line.split("│") for line in lines if line.startswith(" 12 ")]
+    assert [cell.strip() for cell in cells[0][:4]] == ["12", "4", "2", "1"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--gpus 0", "gpus must be at least 1, got 0"),
+        ("--gpus 2 --shard", "must be left out with gpus, got 1, 1 and True"),
+        ("--gpus 2 --data-parallel 2", "must be left out with gpus, got 2, 1 and False"),
+        ("--gpus 2 --memory 1MiB", "at batch 64 on 2 devices, got 1.00 MiB: that is its smallest"),
+    ],
+)
+def test_rejects_what_gpus_cannot_do(flags, message, quick, monkeypatch):
+    monkeypatch.setattr(meshes, "estimate", reckoned)
+    outcome = quick("500MiB", flags)
+    assert outcome.code == 1 and message in " ".join(outcome.err.split())
+
+
+def test_a_batch_that_nobody_gives_is_a_multiple_of_the_gpus(cli, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(meshes, "estimate", reckoned)
+    rows = rows_of(cli("plan --family dit --memory 100GiB --target cpu --gpus 6 --json"))
+    assert {row["batch"] for row in rows} == {132}
 
 
 def test_a_memory_that_nothing_fits_gets_the_smallest_plan_and_what_would_fit(quick, monkeypatch):

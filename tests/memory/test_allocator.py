@@ -67,6 +67,17 @@ def test_segments_are_never_given_back_and_serve_again():
     assert [*allocator.segments.items()] == [(0, 50 * MiB), (50 * MiB, 60 * MiB)]
 
 
+def test_a_segment_serves_the_stream_that_it_was_taken_for():
+    changes = ((0, 30, 0), (0, -30, 0), (1, 30, 1), (2, 30, 0), (1, -30, 0), (3, 20, 1), (4, 1, 2))
+    events = [Event(i, which, n * MiB, stream=s) for i, (which, n, s) in enumerate(changes)]
+    placed, allocator = place(events)
+    # the second goes, to whatever stream: its block stays that of its own
+    assert [event.address // MiB for event in placed] == [0, 0, 30, 0, 30, 30, 60]
+    assert [event.stream for event in placed] == [0, 0, 1, 0, 1, 1, 2]
+    assert allocator.segments == {0: 30 * MiB, 30 * MiB: 30 * MiB, 60 * MiB: 2 * MiB}
+    assert allocator.streams == {0: 0, 30 * MiB: 1, 60 * MiB: 2}
+
+
 def test_a_storage_that_grows_moves_and_one_of_no_bytes_has_no_block():
     placed, _ = place([Event(0, 0, 512), Event(0, 1, 0), Event(1, 0, 512), Event(2, 0, -1024)])
     changes = [(event.delta_bytes, event.address) for event in placed]

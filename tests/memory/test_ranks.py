@@ -1,7 +1,10 @@
 """A rank of a sharded step, by one process alone and by the allocator of a real rank."""
 
 import json
+from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -11,8 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dbkernels.memory.measure import record
+from dbkernels.memory.allocator import MiB, target_named
+from dbkernels.memory.measure import predict, record
 from dbkernels.memory.plain import copy_of, plain_tensors, where_it_lies
+from dbkernels.memory.timeline import snapshot
 from dbkernels.memory.tracker import Tracker
 from dbkernels.planning.ranks import fake_ranks
 
@@ -30,6 +35,7 @@ def measured(tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
+@cache
 def predicted(case, *, world=WORLD, rank=0):
     """What one process finds of a rank's second step, and what it finds between two steps."""
     with fake_ranks(world, rank):
@@ -113,6 +119,31 @@ def test_the_buffers_of_collectives_are_temporaries():
             made = [e for e in trace.events if e.op == op - 2 or e.op == op - 1]
             buffers = [trace.categories[e.storage] for e in made if e.delta_bytes == layer]
             assert buffers == ["temporaries"], trace.ops[op - 3 : op + 1]
+
+
+def test_what_is_gathered_and_reduced_is_in_memory_of_other_streams():
+    trace, _ = predicted("none")
+    layer, _ = shares(WORLD)
+    told = Counter(
+        (event.stream, trace.categories[event.storage], event.delta_bytes)
+        for event in trace.events
+        if event.stream and event.delta_bytes > 0
+    )
+    # gathered in the forward and in the backward, reduced once
+    gathered = {(1, "temporaries", WORLD * layer): 2 * DEPTH}
+    assert told == gathered | {(2, "gradients", layer): DEPTH}
+    # on a GPU they have segments of their own
+    prediction = predict(trace, target_named("h100"))
+    one_stream = replace(trace, events=[event._replace(stream=0) for event in trace.events])
+    together = predict(one_stream, target_named("h100"))
+    assert prediction.peak_allocated_bytes == pytest.approx(together.peak_allocated_bytes, rel=0.1)
+    assert prediction.peak_reserved_bytes - together.peak_reserved_bytes >= 20 * MiB
+    shown = snapshot(prediction)
+    segments = [(s["address"], s["total_size"], s["stream"]) for s in shown["segments"]]
+    assert {stream for *_, stream in segments} == {0, 1, 2}
+    for entry in shown["device_traces"][0]:
+        at, stream = entry["addr"], entry["stream"]
+        assert [s for start, size, s in segments if start <= at < start + size] == [stream]
 
 
 # changes of size

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from planning.two_trainers import DATA, ONE, RECIPES, SHARD, work
+from planning.two_trainers import DATA, ONE, RECIPES, SHARD, THROUGH, work
 
 from dbkernels.planning import dry_run as module
 from dbkernels.planning.dry_run import dry_run
@@ -114,6 +114,15 @@ def test_the_costliest_block_is_predicted_alone(monkeypatch):
     even = dry_run(replace(SHARD, num_blocks=2))["none"]
     assert asked == [1, 0]
     assert found.flops > even.flops and found.peak_allocated_bytes > even.peak_allocated_bytes
+
+
+def test_blocks_that_read_layers_of_each_other_stay_in_one_job():
+    recipe = replace(SHARD, family="ar", model=THROUGH, num_blocks=2)
+    assert not recipe.is_apart and recipe.config().partition.sharing == "joint"
+    start = start_of(dry_run(recipe)["none"]).by_category
+    one = start_of(dry_run(replace(recipe, num_blocks=1))["none"]).by_category
+    # all blocks are there
+    assert start["optimizer"] == pytest.approx(one["optimizer"], rel=1e-3)
 
 
 def test_a_dry_run_leaves_no_process_group_behind():

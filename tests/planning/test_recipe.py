@@ -146,7 +146,11 @@ COMPILED = {"method": "compiled", "recompute": None}
         ({"data_parallel": 3}, "batch_size must be a multiple of data_parallel 3, got 128"),
         (
             {"data_parallel": 2, "num_blocks": 2, "offload": "cpu"},
-            "offload must be none with several devices, got cpu",
+            "offload must be none with several devices or blocks alone, got cpu",
+        ),
+        (
+            {"alone": True, "num_blocks": 2, "offload": "cpu"},
+            "offload must be none with several devices or blocks alone, got cpu",
         ),
         (
             {"tensor_parallel": 2, "method": "end_to_end", "recompute": None},

@@ -9,11 +9,15 @@ from memory.two_ranks import allocator_peak, meet, part
 
 from dbkernels.memory.allocator import TARGETS
 from dbkernels.memory.plain import plain_tensors
-from dbkernels.models import DiTConfig
+from dbkernels.models import ARConfig, DiTConfig
 from dbkernels.planning.recipe import Recipe
 from dbkernels.training.parallel.job import job_on, mesh_of
 
 DIT = DiTConfig(dim=64, depth=4, num_heads=4, image_size=8, channels=4, num_classes=10)
+THROUGH = ARConfig(
+    dim=64, depth=4, num_heads=4, mlp_hidden=176, cond_dim=16, length=40, vocabulary=50,
+    clean="through",
+)  # fmt: skip
 ONE = Recipe("dit", "", DIT, batch_size=8, device=TARGETS["cpu"])
 DATA = replace(ONE, data_parallel=2)
 SHARD = replace(DATA, shard=True)

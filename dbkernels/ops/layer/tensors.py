@@ -286,6 +286,7 @@ class ResidualStream:
     def __init__(self) -> None:
         self._run: tuple[Tensor, ...] = ()
         self._out: Tensor | None = None
+        self._version = 0  # of it
         self._turns: tuple[Turn, ...] = ()
 
     def run_to(self, x: Tensor) -> tuple[tuple[Tensor, ...], Turn]:
@@ -293,13 +294,25 @@ class ResidualStream:
 
         It is x alone where the layer has to keep it.
         """
-        if self._out is not x or len(self._run) > 1 + 4 * (LENGTH - 1):
+        if not self._is_out(x) or len(self._run) > 1 + 4 * (LENGTH - 1):
             return (x.detach(),), Turn()
         return self._run, Turn(self._turns)
+
+    def _is_out(self, x: Tensor) -> bool:
+        """Whether x is the output of the layer before, or a view of all of it, as it was made."""
+        out = self._out
+        if out is None or torch.compiler.is_compiling():
+            return x is out
+        if (x.shape, x.stride()) != (out.shape, out.stride()) or x._version != self._version:
+            return False
+        # FSDP2 hands a layer its input through a function of its own, which gives a view
+        same = x.untyped_storage()._cdata == out.untyped_storage()._cdata
+        return same and x.storage_offset() == out.storage_offset()
 
     def extend(self, run: tuple[Tensor, ...], turn: Turn, out: Tensor, *sums: Tensor) -> None:
         """Add a layer: what `run_to` gave for its input, its output, gate1, a, gate2 and m."""
         self._run, self._out = (*run, *(t.detach() for t in sums)), out
+        self._version = 0 if torch.compiler.is_compiling() else out._version
         self._turns = (*turn.earlier, turn)
 
 

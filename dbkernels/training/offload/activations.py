@@ -124,8 +124,10 @@ class ActivationOffload:
             yield
 
     def _pack(self, tensor: Tensor) -> "_Saved | _Stayed":
+        # a weight that FSDP2 has gathered since, which it lets go of by itself
+        is_weight = isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
         tensor = tensor.detach()
-        if not self._moves(tensor):
+        if is_weight or not self._moves(tensor):
             return _Stayed(self._hooks, self._hooks.pack(tensor), tensor._version)
         storage = tensor.untyped_storage()
         kept = self._known.get(storage._cdata)

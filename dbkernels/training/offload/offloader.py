@@ -65,17 +65,23 @@ def open_offloader(
 
 
 def device_of(
-    blocks: DiffusionBlocks, config: TrainerConfig, device: torch.device | str | None
+    blocks: DiffusionBlocks,
+    config: TrainerConfig,
+    device: torch.device | str | None,
+    *,
+    shared_out: bool = False,
 ) -> torch.device:
     """Where a trainer steps blocks: on a device that was named, or where they are.
 
+    Args:
+        shared_out:  whether each layer comes to the device when it is shared out
     Raises:
         ValueError: they are elsewhere and would stay there.
     """
     home = blocks.device
     # tensors on "cuda" say "cuda:0"
     device = home if device is None else torch.empty(0, dtype=torch.uint8, device=device).device
-    if config.offload == "none" and device != home:
+    if config.offload == "none" and not shared_out and device != home:
         raise ValueError(f"blocks must be on {device} where offload is none, got {home}")
     return device
 

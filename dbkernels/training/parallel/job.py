@@ -73,6 +73,10 @@ class Job:
         """Whether it writes what one of them writes for all."""
         return not self.data.rank and not self.tensor.rank
 
+    def shares_out(self, shard: bool) -> bool:
+        """Whether each process holds a share of every parameter, where that is asked for."""
+        return shard and self.data.mesh is not None
+
     def share(self, batch_size: int, accumulate: int = 1) -> slice:
         """Samples of a step that this process takes.
 

@@ -45,11 +45,6 @@ def place(blocks: DiffusionBlocks, config: TrainerConfig, job: Job, kind: Kind) 
             f"weighting must not be published with {job.data.size} processes that share a batch, "
             "as it is no mean over samples, got published"
         )
-    if config.shard and job.data.size > 1 and config.offload_activations:
-        raise ValueError(
-            "offload_activations must be off with shard, whose gathered weights it would take for "
-            "activations, got on"
-        )
     apart = config.shard or job.tensor.size > 1
     if apart and not kind.by_element:
         raise ValueError(

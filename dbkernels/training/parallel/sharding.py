@@ -17,7 +17,8 @@ def shard(blocks: DiffusionBlocks, data: Axis) -> None:
     """Leave of the trained blocks' parameters this process's share, in place; names stay.
 
     Args:
-        blocks:  on the device
+        blocks:  on the device; or on the host, and each layer goes to the device when it is its
+                 turn, so that there is never more than one whole there
         data:    the processes that share a batch
     Raises:
         ValueError: several models would share their layers, which FSDP2 cannot do.

@@ -63,6 +63,36 @@ def test_a_run_keeps_x_of_its_first_layer_alone(depth, num_queries, spared, reco
     assert without - streamed == spared * stack.x.nbytes
 
 
+BETWEEN = {  # what stands between two layers, and whether the run goes on
+    "a view of all": (lambda x: x.view_as(x), True),
+    "another shape": (lambda x: x.view(1, -1, x.shape[-1]).view(x.shape).transpose(1, 2), False),
+    "a part": (lambda x: x[:1], False),
+    "a change in place": (lambda x: x.mul_(2), False),
+    "a change of a view": (lambda x: x.view_as(x).mul_(2), False),
+    "a copy": (lambda x: x.clone(), False),
+}
+
+
+@pytest.mark.parametrize("between", list(BETWEEN))
+def test_a_run_goes_on_from_a_view_of_its_end_and_from_nothing_else(between):
+    # FSDP2 gives each layer such a view of what the layer before has left
+    change, goes_on = BETWEEN[between]
+    stack, stream = Stack(1), ResidualStream()
+    out = stack.run(stream)
+    run, _ = stream.run_to(change(out))
+    assert (len(run) > 1) == goes_on
+
+
+def test_the_same_bits_through_a_view_between_layers():
+    stack = Stack(2)
+
+    def viewed(stream):
+        middle = stack.run(stream, places=[0])
+        return stack.run(stream, x=middle.view_as(middle), places=[1])
+
+    assert_same_bits(*(stack.gradients(viewed(s)) for s in (ResidualStream(), None)))
+
+
 def test_another_operation_between_layers_starts_a_new_run():
     stack = Stack(2)
 

@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -38,6 +39,7 @@ class Case:
     run: dict = field(default_factory=dict)
     partition: dict = field(default_factory=lambda: COPIES)
     dtype: torch.dtype = torch.float32
+    source: str = "here"  # of samples: this process, a worker, or a stream
     without: str = ""  # what is left out, so that processes go apart
 
     def config(self):
@@ -69,13 +71,22 @@ class Case:
         if self.dtype != torch.float32:
             for parameter in blocks.parameters():
                 parameter.data = parameter.data.to(self.dtype)
-        return config.trainer_of(blocks, data, device=CPU, job=job)
+        if self.source == "stream":
+            data = in_batches(data, config.trainer.batch_size)
+        workers = int(self.source == "worker")
+        return config.trainer_of(blocks, data, device=CPU, job=job, workers=workers)
 
     def alone(self):
         """What one process has at the end, by name, and its rows."""
         trainer = self.trainer_of(Job(self.block))
         rows = ran(trainer)
         return whole(trainer), rows
+
+
+def in_batches(data, size):
+    """Batches one after another, without an end."""
+    for step in count():
+        yield data.batch((torch.arange(size) + size * step) % len(data))
 
 
 def whole(trainer):
@@ -100,10 +111,16 @@ TWO = {
     **{f"{f} {p}": Case(f, trainer=SHARD, model={"recompute": p}) for f in ("mdm", "ar")
        for p in ("none", "layer")},
     "mmdit": Case("mmdit", trainer=SHARD),
+    "activations on the host": Case("dit", trainer=SHARD | {"offload_activations": True},
+        model={"dim": 64, "num_heads": 4}),
     "replicas vit": Case(),
     "replicas mdm": Case("mdm"),
     "replicas of all blocks": Case("dit", block=None, partition={}),
     "replicas muon": Case(trainer={"optimizer": "muon"}),
+    "replicas of copies": Case(block=None),
+    "dropout": Case(model={"dropout": 0.3, "attention_dropout": 0.3}, trainer=SHARD),
+    "from a worker": Case("dit", source="worker"),
+    "from a stream": Case("dit", source="stream", trainer=SHARD),
     "replicas accumulate": Case("dit", trainer={"accumulate": 2}),
     "accumulate": Case("dit", trainer={"accumulate": 2, **SHARD}),
     "no clip": Case(trainer={"clip": 0.0, **SHARD}),
@@ -120,6 +137,9 @@ TWO = {
     "huginn": Case("huginn", block=None, partition={}, trainer=SHARD),
     "augmented": Case("dit", run={"label_drop": 0.4, "mirror": True, "shift": 1}, trainer=SHARD),
     "offloaded activations": Case("dit", trainer={"offload_activations": True}),
+    "offloaded activations beside shares": Case(
+        "dit", trainer={"offload_activations": True, **SHARD}
+    ),
     "tensor vit": Case(tensor=2),
     "tensor mdm": Case("mdm", tensor=2),
     "tensor ar": Case("ar", tensor=2, model={"recompute": "layer"}),

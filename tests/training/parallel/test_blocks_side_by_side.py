@@ -93,6 +93,14 @@ def test_two_processes_of_each_block_send_nothing_to_those_of_another(make_copie
     assert load_run(RUN, device="cpu")[0] == config
 
 
+def test_a_gradient_is_sent_once_in_a_step_however_many_micro_batches_make_it(make_copies):
+    config = make_copies("vit", steps=1, accumulate=2, partition={"num_blocks": 1})
+    together(partial(train_side_by_side, config), 2, "printed")
+    _, tensors, _ = read(RUN / "block0")
+    # and the loss and the norm
+    assert len(sent_by(0)["sent"]) == len(tensors["ema"]) + 2
+
+
 def test_what_is_sent_across_blocks_is_seen(tmp_path):
     def work(rank):
         sent = Collectives()

@@ -6,7 +6,8 @@ from training.parallel.runs import open_data
 from training.tiny import CPU
 
 from dbkernels.training.diffusion_blocks import own_group
-from dbkernels.training.parallel.job import Job
+from dbkernels.training.offload.offloader import device_of
+from dbkernels.training.parallel.job import Axis, Job
 
 DEEPEST = {"num_blocks": 2, "split": "2,1", "noise_order": "deepest"}
 
@@ -128,3 +129,21 @@ def test_blocks_that_read_layers_of_others_are_not_trained_apart(make_copies):
     through = make_copies("ar", model={"clean": "through"})
     with pytest.raises(ValueError, match="sharing must be joint where a block's steps read layers"):
         through.trainer_on("cpu", open_data(through), job=Job(1))
+
+
+@pytest.mark.parametrize(
+    ("data", "shard", "home"), [(2, True, "cpu"), (2, False, "cuda"), (1, True, "cuda")]
+)
+def test_what_is_shared_out_is_built_on_the_host_and_goes_to_the_device_layer_by_layer(
+    make_copies, data, shard, home
+):
+    config, others = make_copies("vit", shard=shard), None if data == 1 else object()
+    job = Job(1, data=Axis(0, data, others))
+    assert config.home("cuda", job) == home
+    blocks = config.build("cpu", only=1)
+    told = {"shared_out": job.shares_out(shard)}
+    if home == "cpu":
+        assert device_of(blocks, config.trainer, "meta", **told) == torch.device("meta")
+        return
+    with pytest.raises(ValueError, match="blocks must be on meta where offload is none, got cpu"):
+        device_of(blocks, config.trainer, "meta", **told)

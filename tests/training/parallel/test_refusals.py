@@ -46,11 +46,6 @@ def test_every_setting_has_a_case():
 @pytest.mark.parametrize(
     ("job", "settings", "message"),
     [
-        (
-            PAIR,
-            {"shard": True, "offload_activations": True},
-            "offload_activations must be off wit",
-        ),
         (PAIR, {"shard": True, "optimizer": "muon"}, "optimizer must be adamw .*, got muon"),
         (SHARING_LAYERS, {"optimizer": "muon"}, "optimizer must be adamw .*, got muon"),
         (PAIR, {"batch_size": 7}, "multiple of the 2 processes that share a batch, got 7"),
@@ -82,6 +77,14 @@ def test_weights_of_few_bits_are_not_cut(job, settings, message):
     # each may hold them all
     case = Case(trainer={"shard": False})
     assert case.config().trainer_of(blocks, make_data(), job=PAIR).placements.job is PAIR
+
+
+def test_several_models_have_no_layers_to_share_out():
+    pair = Job(data=Axis(0, 2, GROUP), group=GROUP)
+    with pytest.raises(
+        ValueError, match=r"several blocks must not be trained by one .*, got 3: tr"
+    ):
+        Case(block=None, trainer={"shard": True}).trainer_of(pair)
 
 
 def test_a_weight_that_is_no_mean_over_samples_is_not_shared_out(monkeypatch):
