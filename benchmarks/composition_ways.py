@@ -41,6 +41,7 @@ SETTINGS: dict[str, Row] = {
 TOGETHER = (
     ("FSDP2 8", RECOMPUTE + "layer"),
     ("FSDP2 8", "activation offload"),
+    ("FSDP2 8", "optimizer in backward"),
     ("tensor 2", RECOMPUTE + "layer"),
     ("tensor 2", "FSDP2 8"),
     ("tensor 2", "FSDP2 8", RECOMPUTE + "layer"),
@@ -48,7 +49,15 @@ TOGETHER = (
     ("activation offload", "optimizer in backward"),
     ("optimizer in backward", RECOMPUTE + "layer"),
 )
-FEW = {"FSDP2 8", "tensor 2", "activation offload", OFFLOAD, ONE_JOB, RECOMPUTE + "layer"}
+FEW = {
+    "FSDP2 8",
+    "optimizer in backward",
+    "tensor 2",
+    "activation offload",
+    OFFLOAD,
+    ONE_JOB,
+    RECOMPUTE + "layer",
+}
 NEEDS_BLOCKS = (ONE_JOB, OFFLOAD)  # one block is all that there is
 CLOSE = 0.1  # of the product of the ratios, within which it counts as reached
 SAME = 0.01  # of a peak, within which two are alike

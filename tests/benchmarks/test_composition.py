@@ -134,9 +134,9 @@ def test_layers_in_plain_torch_are_compared_with_plain_torch(bench):
 
 def test_a_way_that_a_trainer_refuses_has_a_row_with_the_reason(rows):
     refused = {way: row for (count, way), row in rows.items() if row["refused"]}
-    assert refused.keys() == {"FSDP2 8 + activation offload"}
+    assert refused.keys() == {"FSDP2 8 + optimizer in backward"}
     (row,) = refused.values()
-    assert "offload_activations must be off with shard" in row["refused"]
+    assert "optimizer_in_backward must be off with 8 processes" in row["refused"]
     assert row["peak_allocated_bytes"] is row["verdict"] is row["sent_bytes"] is None
 
 
