@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dbkernels.training.parallel.job import open_job
+from dbkernels.with_parent import end_with_parent
 
 CPU = torch.device("cpu")
 SECONDS = 120  # that a job may take beside a busy machine
@@ -38,10 +39,7 @@ class Launched:
     def __init__(self, work, world, folder):
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        # where they meet; torchrun's own process has it too
-        self._store = dist.TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
-        )
+        self._server, self._port = _serve()
         self.pids = [self._fork(work, rank, world) for rank in range(world)]
         self._codes = {}
 
@@ -57,7 +55,7 @@ class Launched:
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self._store.port),
+            "MASTER_PORT": str(self._port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
         }
@@ -81,6 +79,10 @@ class Launched:
         for rank in late:
             os.kill(self.pids[rank], signal.SIGKILL)
             self._reap(rank, 0)
+        if self._server:
+            os.kill(self._server, signal.SIGKILL)
+            os.waitpid(self._server, 0)
+            self._server = 0
         return [
             Ended(None if rank in late else self._codes[rank], *self._printed(rank))
             for rank in range(len(self.pids))
@@ -94,6 +96,27 @@ class Launched:
 
     def _printed(self, rank):
         return [path.read_text() for path in self._files(rank)]
+
+
+def _serve():
+    """A process with the store where others meet, as torchrun's own has it; its number and port.
+
+    Threads of a store here would be asking for names of addresses while processes are forked, which
+    would then have the lock of such questions as one that nobody gives back.
+    """
+    parent, (mine, its) = os.getpid(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        end_with_parent(parent)
+        wait = timedelta(seconds=60)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=wait)
+        os.write(its, str(store.port).encode())
+        os.close(its)
+        while True:
+            signal.pause()
+    os.close(its)
+    with open(mine) as told:
+        return pid, int(told.read())
 
 
 _met = 0

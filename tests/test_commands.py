@@ -22,14 +22,14 @@ from dbkernels.cli import main as cli
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/RESULTS.md"]
 PAGES += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))]
-ONE_STEP = "--preset digits --batch 2 --num-blocks 1 --methods block_fused --recompute none"
+ONE_STEP = "--preset digits --batch 8 --num-blocks 1 --methods block_fused --recompute none"
 SMALLER = {
     "train": [*SIZES, "--depth", "4"],
     "merge": [],
     "evaluate": ["--device", "cpu"],
     "sample": ["--device", "cpu", "--per-class", "1", "--levels", "2"],
     "profile": [*ONE_STEP.split(), "--offload", "none", "--steps", "1", "--device", "cpu"],
-    "plan": ["--preset", "digits", "--batch", "2"],
+    "plan": ["--preset", "digits", "--batch", "8"],
     "doctor": [],
     "tokenize": ["--processes", "1"],
 }
