@@ -87,6 +87,7 @@ ELSEWHERE = {
     "python benchmarks/checkpoints.py --threads 1": 'run_main("checkpoints"',
     "python benchmarks/composition.py": 'run_main("composition", words)',
     "python benchmarks/composition.py --measure": 'bench("composition_gloo")',
+    "python examples/scale.py --gpus 1024 --memory 80GiB": 'run("scale.py"',
     "python examples/small_gpu.py --memory 600MiB --steps 100": 'run("small_gpu.py"',
     "python examples/compare_runs.py --steps 300 --out runs/compared": 'run("compare_runs.py"',
     "python -m pytest examples/test_memory_budget.py": '"test_memory_budget.py"',

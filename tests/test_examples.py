@@ -137,3 +137,15 @@ def test_every_example_is_run_here():
     text = Path(__file__).read_text()
     for path in EXAMPLES.iterdir():
         assert f'"{path.name}"' in text or not path.is_file(), path.name
+
+
+def test_a_model_of_any_size_is_planned_for_many_gpus(run):
+    sizes = {"dim": 32, "depth": 4, "num_heads": 2, "per_gpu": 1}
+    first, _, *plans = run("scale.py", gpus=8, memory="600MiB", **sizes).splitlines()
+    assert first == "0.0e9 parameters in layers, 8 samples a step"
+    ways = [line.split()[:4] for line in plans]
+    assert [way[0] for way in ways] and all(
+        int(at_once) * int(batch) * int(layer) == 8 for _, at_once, batch, layer in ways
+    )
+    with pytest.raises(SystemExit, match="nothing fits 513MiB: the smallest plan needs"):
+        run("scale.py", gpus=8, memory="513MiB", **sizes)
