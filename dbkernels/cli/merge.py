@@ -12,8 +12,8 @@ from dbkernels.training.merge import merge
 class Merge:
     """Unite blocks that `train --block` has trained, each in a job of its own, as one run."""
 
-    run_directory: Positional[Path]
+    run_dir: Positional[Path]
     """Directory that holds block0, block1, ..."""
 
     def run(self) -> None:
-        print(f"united the blocks: {merge(self.run_directory)}")
+        print(f"united the blocks: {merge(self.run_dir)}")
