@@ -4,6 +4,7 @@ A trainer is built as for a real run, under FakeTensorMode, which allocates and 
 and one step of it is followed.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -151,8 +152,12 @@ class _Mode(FakeTensorMode):
 @contextmanager
 def _pretending(target: Target) -> Iterator[None]:
     forget_orders()
+    as_on = dry_run_on_gpu(target.processors) if target.is_gpu else nullcontext()
     try:
-        with _Mode(), dry_run_on_gpu(target.processors) if target.is_gpu else nullcontext():
+        with warnings.catch_warnings(), _Mode(), as_on:
+            # torch's own deepcopy asks, and does with the answer 0
+            asked = "Accessing the data pointer of FakeTensor"
+            warnings.filterwarnings("ignore", asked, category=UserWarning)
             yield
     finally:
         forget_orders()
