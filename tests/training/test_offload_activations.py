@@ -461,3 +461,14 @@ def test_no_copy_meets_a_step_that_reads_or_writes_the_same_memory(races):
 @pytest.mark.parametrize("wait", ["wait_event", "wait_stream"])
 def test_a_wait_that_is_forgotten_is_a_race(races, wait):
     assert races((wait,))
+
+
+@pytest.mark.parametrize("seen", [lambda w: w, lambda w: w.T], ids=["itself", "a view"])
+def test_a_weight_that_was_gathered_within_stays(seen):
+    # FSDP2 makes such parameters in the forward, and lets go of their storage by itself
+    moved, x = offload(), torch.ones(N, requires_grad=True)
+    with moved.around([]):
+        gathered, other = nn.Parameter(torch.ones(1, N)), torch.full((N,), 2.0)
+        out = Read.apply(lambda *kept: None, x, seen(gathered), other)
+    assert len(moved.copies.stored) == 1
+    out.sum().backward()

@@ -106,10 +106,10 @@ def whole(trainer):
 
 LORA = {"lora": LoraConfig(4)}
 TWO = {
-    **{f"{f} {p}": Case(f, trainer=SHARD, model={"recompute": p}) for f in ("vit", "dit")
-       for p in POLICIES},
-    **{f"{f} {p}": Case(f, trainer=SHARD, model={"recompute": p}) for f in ("mdm", "ar")
-       for p in ("none", "layer")},
+    **{f"{f} {p}": Case(f, trainer=SHARD, model={"recompute": p}) 
+       for f in ("vit", "dit", "mdm", "ar") for p in POLICIES},
+    **{f"huginn {p}": Case("huginn", block=None, trainer=SHARD, model={"recompute": p},
+       partition={"num_blocks": 1}) for p in POLICIES},
     "mmdit": Case("mmdit", trainer=SHARD),
     "activations on the host": Case("dit", trainer=SHARD | {"offload_activations": True},
         model={"dim": 64, "num_heads": 4}),
