@@ -233,9 +233,11 @@ class Train:
                     order = entry.start.noise_order
         given = {k: v for k, v in sizes.items() if v}
         require_settings(f"a model of {self.family}", given, own)
+        # a patch divides the images of the data, which those of the preset need not be
+        of_images = {"patch": given.pop("patch")} if "patch" in given else {}
         model = self.noise.of(self.text.of(own.resized(given)))
         prior = self.prior.of(entry, model)
-        model = model.fitted(model.find(self.data, convert=self.convert))
+        model = model.fitted(model.find(self.data, convert=self.convert), of_images)
         if (resumed := self._resumed()) is not None:
             model = model.as_in(resumed.model)
         as_given = ("data", "convert", "stride", "label_drop", "mirror", "shift", "objective")

@@ -2,20 +2,20 @@ import json
 import shutil
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cli.runs import read_tree, refused, write_npz
+from cli.runs import SIZES, read_tree, refused, write_captions, write_npz
 from training.tiny import make_older
 from training.trackers import PACKAGES
 
 from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.train import PartitionFlags
 from dbkernels.data.token_files import write_tokens
-from dbkernels.models import dit, family_named
+from dbkernels.models import FAMILIES, dit, family_named
 from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.run_config import PartitionConfig, read_config
@@ -44,6 +44,34 @@ def test_flags_reach_the_configuration(train, tmp_path):
     assert {"sigma_max": 40.0, "sigma_min": 0.002}.items() <= config["prior"].items()
     assert (config["label_drop"], config["mirror"]) == (0.1, True)
     assert list((tmp_path / "off").iterdir()) == []
+
+
+OF_IMAGES = [
+    name
+    for name, entry in FAMILIES.items()
+    if any(field.name == "patch" for field in fields(entry.config))
+]
+
+
+def test_three_families_have_patches():
+    assert OF_IMAGES == ["vit", "dit", "mmdit"]
+
+
+@pytest.mark.parametrize("family", OF_IMAGES)
+def test_a_patch_fits_the_images_of_the_data_and_not_those_of_the_preset(cli, tmp_path, family):
+    entry = FAMILIES[family].model
+    assert entry.preset(entry.smallest).image_size % 7
+    write_npz(tmp_path / "z.npz", (1, 14, 14))
+    write_captions(tmp_path, side=14)
+    data = "z.npy" if family == "mmdit" else "z.npz"
+    line = f"train {family} --data {data} {' '.join(SIZES)} --out"
+    assert cli(f"{line} run --patch 7").code == 0
+    model = read_config(tmp_path / "run").model
+    assert (model.patch, model.image_size, model.dim) == (7, 14, 16)
+    for patch in (4, 28):
+        message = f"the patch must divide the image size, got {patch} and 14"
+        assert refused(cli(f"{line} wrong --patch {patch}"), message)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_a_run_is_shown_by_what_is_asked_for_and_goes_on_there(train, monkeypatch):
