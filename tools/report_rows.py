@@ -36,6 +36,11 @@ SUITES = {  # names that the rows of a benchmark have: of the case, of the way, 
         "family competitor num_blocks",
         "seeds",
     ),
+    "study": (
+        "study scale family data",
+        "arm seed",
+        "updates batch num_blocks layers train config",
+    ),
     "training": (MODEL, TRAINED, "peak_allocated_bytes saved_bytes memory step_ms sweep_ms"),
     "cost": (
         f"{MODEL} words",

@@ -1,0 +1,123 @@
+"""One run of a study: trained as a command would, measured, and kept with its row.
+
+A run is a directory. What was trained goes on from its last checkpoint, and what was measured is
+read again, so a study that was killed ends with the rows of one that was not.
+"""
+
+import json
+import shlex
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import machine
+import torch
+import tyro
+from judge import judge_of
+from show import Row
+
+from dbkernels import DiffusionBlocks
+from dbkernels.cli.device import pick_device
+from dbkernels.cli.train import Train
+from dbkernels.training.run import load_run
+from dbkernels.training.run_config import RunConfig
+from dbkernels.whole_file import write_whole
+from studies.arm import Arm
+from studies.measuring import Sizes, figures
+from studies.study import More
+
+SAVE_EVERY = 200  # steps
+SIZES = Sizes()
+
+
+@dataclass(frozen=True)
+class Job:
+    """An arm with a seed, and what a row says of it.
+
+    place:    of the data, as `dbkernels train` takes it
+    runs:     directory of all runs
+    about:    of the row: suite, study and command
+    more:     as that of a study, and the study's name, which is that of what is kept of it
+    """
+
+    arm: Arm
+    seed: int
+    place: str
+    runs: Path
+    device: str
+    about: tuple[tuple[str, str], ...]
+    more: More | None = None
+    sizes: Sizes = SIZES
+
+    @property
+    def directory(self) -> Path:
+        return self.runs / f"{self.arm.folder}-{self.seed}"
+
+    def config(self) -> RunConfig:
+        """Of the run.
+
+        Raises:
+            ValueError: a flag or the data is wrong.
+        """
+        return self._command().config()
+
+    def finish(self) -> Row:
+        """Train what is missing, measure what is missing, and give the row."""
+        if self.device == "cpu":
+            torch.set_num_threads(1)
+        about = dict(self.about)
+        kept = self.directory / "figures.json"
+        more = self.directory / f"{about['study']}.json"
+        if not kept.is_file() or (self.more and not more.is_file()):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with (
+                (self.directory / "said.txt").open("a") as said,
+                redirect_stdout(said),
+                redirect_stderr(said),
+            ):
+                self._train_and_measure(kept, more)
+        found = json.loads(kept.read_text())
+        if self.more:
+            found |= json.loads(more.read_text())
+        # another study may have trained the same under another name
+        return about | {"arm": self.arm.name, "family": self.arm.family} | found
+
+    def _train_and_measure(self, kept: Path, more: Path) -> None:
+        config, blocks = self._trained()
+        if not kept.is_file():
+            row = self._told(config, [len(block.layers) for block in blocks])
+            how = {"guidance": self.arm.guidance, "sizes": self.sizes}
+            row |= figures(config, blocks, judge=partial(judge_of, self.place), **how)
+            write_whole(kept, json.dumps(row))
+        if self.more and not more.is_file():
+            data = config.model.open(config.data, "test", convert=config.convert)
+            write_whole(more, json.dumps(self.more(blocks, data, self.seed)))
+
+    def _command(self) -> Train:
+        words = [*self.arm.words(self.place, self.seed), "--device", self.device]
+        words += ["--threads", "1"] if self.device == "cpu" else []
+        words += ["--save-every", str(SAVE_EVERY), "--keep", "1", "--out", str(self.directory)]
+        if any((self.directory / "checkpoints").glob("step-*")):
+            words += ["--resume", "latest"]
+        return tyro.cli(Train, args=words, config=(tyro.conf.OmitArgPrefixes,))
+
+    def _trained(self) -> tuple[RunConfig, DiffusionBlocks]:
+        self._command().run()
+        return load_run(self.directory, device=pick_device(self.device))
+
+    def _told(self, config: RunConfig, layers: list[int]) -> Row:
+        """What a row says beside its figures: where it ran, and the whole configuration."""
+        name = self.arm.data
+        command = self.arm.words(name, self.seed)
+        where = machine.machine(torch.device(self.device if self.device != "auto" else "cpu"))
+        return where | {
+            "data": name,
+            "batch": config.trainer.batch_size,
+            "updates": self.arm.updates,
+            "num_blocks": len(layers),
+            "layers": layers,
+            "seed": self.seed,
+            "train": shlex.join(["dbkernels", "train", *command]),
+            "config": asdict(replace(config, data=name)),
+        }
