@@ -1,11 +1,9 @@
-"""What trained blocks are worth on some data: means over its samples, and distances of samples."""
+"""What trained blocks are worth on some data: means over its samples."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from dbkernels.data.images import Batch, Data
 from dbkernels.models.registry import TextNoise
@@ -82,27 +80,3 @@ def batches(
     for indices in torch.arange(len(data)).split(batch_size):
         draw = Draw(stream_seed(seed, EVALUATION_KEY), step=0, sample=int(indices[0]))
         yield data.batch(indices, put), draw
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Distance of two sets of features, each taken as a normal distribution.
-
-        |m1 - m2|**2 + tr(C1 + C2 - 2 (C1 C2)**(1/2))
-
-    Dowson & Landau 1982. Called FID only where the features are Inception's.
-
-    Args:
-        first:   (N, K)  features, N at least 2
-        second:  (M, K)
-    """
-    a, b = (features.double().cpu().numpy() for features in (first, second))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(
-            "features must be two matrices of equal width with at least 2 rows, "
-            f"got {a.shape} and {b.shape}"
-        )
-    covariance_a, covariance_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
-    # the product is similar to a positive matrix: its eigenvalues are real but for rounding
-    roots = np.sqrt(np.linalg.eigvals(covariance_a @ covariance_b).real.clip(min=0))
-    spread = np.trace(covariance_a) + np.trace(covariance_b) - 2 * roots.sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + spread)
