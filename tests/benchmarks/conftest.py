@@ -89,6 +89,8 @@ def make_baseline(bench, monkeypatch):
         kind = module.BASELINES[network, name]
         if kind.__name__ in ("NoPropCT", "NoPropFM", "DiffusionBlocksCNN"):
             options = {"steps": 12, **options}
+        if kind.__name__ in ("DiffusionBlocksViT", "Unconditioned"):
+            options = {"num_blocks": 2, **options}
         if network == "cnn" or "noprop" in name:
             options = {"embedding": 4, **options}
         return kind(data, seed, sizes or (VIT if network == "vit" else cnn), **options)
