@@ -1,12 +1,16 @@
 """`python -m dbkernels plan`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.table import Table
 from rich.text import Text
 
+from dbkernels.cli.plan_quality import quality_rows, quality_screen
 from dbkernels.cli.preset import OfPreset, devices_of
 from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.table import Row, show, table
@@ -31,8 +35,14 @@ class Plan(OfPreset):
     GPU is needed. A plan may cut a batch into micro-batches.
     """
 
-    memory: str
-    """Memory of the device: a number and one of KiB, MiB, GiB, TiB, such as 24GiB."""
+    memory: str = ""
+    """Memory of the device: a number and one of KiB, MiB, GiB, TiB, such as 24GiB. Only with
+    quality it may be left out, for no limit."""
+    quality: Annotated[
+        tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(none)")
+    ] = ()
+    """Directories of short runs in one block: say which partition of their network would train
+    best. Those of another depth, or of fewer steps, show how much layers and samples count."""
     target: str = "h100"
     """The device that is predicted: cpu, a100, h100, h200, b200."""
     gpus: int = 1
@@ -44,6 +54,9 @@ class Plan(OfPreset):
     """Dtype of the frozen network below adapters."""
 
     def run(self) -> None:
+        if self.quality:
+            self._say_quality()
+            return
         memory, recipe = bytes_from(self.memory), self.recipe(target_named(self.target))
         recipe = replace(recipe, lora=LoraConfig(self.lora, base=self.lora_base))
         check_number("gpus", self.gpus, 1)
@@ -64,6 +77,19 @@ class Plan(OfPreset):
             raise ValueError(_nothing_fits(recipe, memory, answer, self.gpus))
         rows = list(rows_of(recipe, memory, answer, self.gpus))
         show(rows, screen(rows), as_json=self.json)
+
+    def _say_quality(self) -> None:
+        """Which partition is best for the network of some runs."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value != each.default and each.name not in ("quality", "memory", "target", "json"):
+                raise ValueError(
+                    f"{each.name} must be left out with quality, which takes it from the runs, "
+                    f"got {value}"
+                )
+        memory = bytes_from(self.memory) if self.memory else None
+        rows = quality_rows(self.quality, target_named(self.target), memory)
+        show(rows, quality_screen(rows), as_json=self.json)
 
 
 def _tell(shown: ProgressBar, done: int, total: int, found: search.Found | None) -> None:

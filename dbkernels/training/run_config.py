@@ -24,7 +24,7 @@ from dbkernels.training.diffusion_blocks import DiffusionBlocks, Sharing
 from dbkernels.training.lora_config import NO_LORA, LoraConfig
 from dbkernels.training.offload.offloader import check_offload
 from dbkernels.training.parallel.job import ALONE, Job
-from dbkernels.training.partition import partition
+from dbkernels.training.partition import Block, partition
 from dbkernels.training.saved import require_types
 from dbkernels.training.trainer import Augment, Trainer
 from dbkernels.training.trainer import Objective as Loss
@@ -65,13 +65,23 @@ class PartitionConfig:
         settings = asdict(self) | self._numbers()
         return DiffusionBlocks(model, process=process, weighting=weighting, only=only, **settings)
 
+    def cut(self, depth: int, process: Process) -> tuple[Block, ...]:
+        """The blocks of a stack of so many layers; `partition` says the rest."""
+        numbers = self._numbers()
+        return partition(
+            depth if numbers["layers"] is None else numbers["layers"],
+            self.num_blocks,
+            process,
+            split=numbers["split"],
+            scheme=self.scheme,
+            gamma=self.gamma,
+            noise_order=self.noise_order,
+        )
+
     def absent(self, only: int, depth: int, process: Process) -> set[int]:
         """Of so many layers, those that one block does not run; block 0 has what no block runs."""
         check_number("block", only, 0, self.num_blocks - 1)
-        numbers = self._numbers()
-        order = tuple(range(depth)) if numbers["layers"] is None else tuple(numbers["layers"])
-        split, noise_order = numbers["split"], self.noise_order
-        blocks = partition(order, self.num_blocks, process, split=split, noise_order=noise_order)
+        blocks = self.cut(depth, process)
         owner = {index: block.index for block in blocks for index in block.layers}
         return {index for index in range(depth) if owner.get(index, 0) != only}
 

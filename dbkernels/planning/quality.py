@@ -1,0 +1,272 @@
+"""What a partition of a network will be worth, by short runs of it in one block.
+
+A run of one block has a loss at every level of noise. A block of another partition has fewer
+layers, and at each of its own levels it trains on more samples, for all of its updates fall there.
+With u in [0, 1] the share of the run's prior that lies below a level,
+
+    loss(u) of the block = f(u) * (n / L)**-a * d**-c
+
+    f     the loss of the run that has most layers and most steps, in which all of them see all
+    n, L  layers of the block, and of that run
+    d     how many times as many samples the block trains on at its levels as the run: one over the
+          share of the run's prior in its interval, up to MOST_TIMES
+    a, c  how fast a loss falls with layers, and with samples at its level
+
+What is assumed:
+
+- every layer is updated as often as in the run, by batches of its size;
+- a and c are the same at all levels and there is no loss that cannot be undercut: they are slopes
+  of the whole loss, near where it was measured;
+- a is measured by runs that differ in depth. Without them it is DEPTH;
+- a run that is longer has more samples at a level, but more updates too. Of the slope that runs
+  show which differ in steps, samples at a level are worth KEPT. Without such runs c is SAMPLES;
+- a block is worth as much with the layers of the others behind it as without them; what its stem
+  and head gain from the steps of others is in KEPT.
+
+One run alone tells nothing of a and c, so what it says of the number of blocks is only as good as
+DEPTH and SAMPLES: with them, evenly split blocks of equal probability get worse with their number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dbkernels.data.spaced import Spaced
+from dbkernels.diffusion.process import Interval, Process
+from dbkernels.models.registry import family_named
+from dbkernels.training.evaluation import Passes, Told
+from dbkernels.training.partition import Block
+from dbkernels.training.run import load_run
+from dbkernels.training.run_config import RunConfig, read_config
+
+LEVELS = 24  # of a curve, beside the most noise
+MOST = 512  # samples that it is read from
+CELLS = 960  # parts of equal probability, in which a curve is summed up
+FINE = 4001  # quantiles that a prior is read at
+LEAST_MASS = 1e-12
+MOST_TIMES = 10.0  # samples at a level: no run was measured with more, or with so few
+DEPTH, SAMPLES = 0.5, 0.25  # exponents that nobody measured
+KEPT = 0.4  # of the exponent of steps
+EDGES = np.linspace(0, 1, CELLS + 1)
+MIDDLES = (EDGES[1:] + EDGES[:-1]) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Mean losses of a run of one block over its noise.
+
+    config:         of the run
+    losses:         (LEVELS,) float64, in the middle of parts of equal probability, the least noise
+                    first; unweighted, but of masked tokens weighted as in their bound
+    at_most_noise:  the loss at the highest level
+    """
+
+    config: RunConfig
+    losses: np.ndarray
+    at_most_noise: float
+
+    @property
+    def mean(self) -> float:
+        """Over levels as they are drawn."""
+        return float(self.losses.mean())
+
+    def cells(self) -> np.ndarray:
+        """(CELLS,) the losses in the middle of each cell, by lines between those that are known."""
+        places = np.append((np.arange(LEVELS) + 0.5) / LEVELS, 1.0)
+        return np.interp(MIDDLES, places, np.append(self.losses, self.at_most_noise))
+
+
+@dataclass(frozen=True)
+class Law:
+    """Exponents a and c, and whether runs have shown them."""
+
+    depth: float = DEPTH
+    samples: float = SAMPLES
+    depth_measured: bool = False
+    samples_measured: bool = False
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a partition is predicted to be worth.
+
+    config:         of the run that would train it
+    loss:           mean over levels as the runs drew them
+    at_most_noise:  at the highest level
+    block_losses:   mean of each block over the levels that it serves, the most noise first
+    to_learn:       share of the loss of the run of one block that lies at each block's levels: one
+                    of a few percent has little to win, however many layers it has
+    """
+
+    config: RunConfig
+    loss: float
+    at_most_noise: float
+    block_losses: tuple[float, ...]
+    to_learn: tuple[float, ...]
+
+
+def predicted(run_dirs: Sequence[Path], ways: Sequence[RunConfig]) -> list[Predicted]:
+    """What partitions are predicted to be worth, by runs of one block.
+
+    Args:
+        run_dirs:  of the runs, which may differ in depth and steps
+        ways:      of which the partition and the prior count
+    Raises:
+        ValueError: as `read_curves`.
+    """
+    curves = read_curves(run_dirs, device="cpu")
+    law = law_of(curves)
+    return [predict(longest(curves), law, way) for way in ways]
+
+
+def read_curves(
+    run_dirs: Sequence[Path],
+    *,
+    device: torch.device | str,
+    told: Told = lambda done, total: None,
+) -> list[Curve]:
+    """The curves of runs, on held-out data.
+
+    Args:
+        run_dirs:  their directories, at least one
+        device:    to evaluate on
+        told:      called with how many levels are done, and of how many
+    Raises:
+        ValueError: there is no such run, one has several blocks, no noise, or layers that run again
+            and again; it has no checkpoint; or two differ in more than depth and steps.
+    """
+    if not run_dirs:
+        raise ValueError("run_dirs must name at least one run, got none")
+    configs = [_checked(directory, read_config(directory)) for directory in run_dirs]
+    for directory, config in zip(run_dirs, configs, strict=True):
+        if other := _other_settings(configs[0], config):
+            raise ValueError(
+                f"runs must differ in depth and steps alone, got {directory} and {run_dirs[0]} "
+                f"that differ in {', '.join(other)}"
+            )
+        if configs.count(config) > 1:
+            raise ValueError(f"runs must differ in depth or steps, got {directory} and its like")
+    passes = Passes(told, total=len(run_dirs) * (LEVELS + 1))
+    return [_read(directory, device, passes) for directory in run_dirs]
+
+
+def _checked(directory: Path, config: RunConfig) -> RunConfig:
+    if config.objective != "blocks":
+        raise ValueError(f"{directory} must be trained on noise, got a {config.objective} run")
+    if family_named(config.family).recurs:
+        raise ValueError(
+            f"{directory} must be of a family that is cut into blocks, got {config.family}"
+        )
+    if (blocks := config.partition.num_blocks) != 1:
+        raise ValueError(f"{directory} must be trained in one block, got {blocks}")
+    return config
+
+
+def _other_settings(first: RunConfig, second: RunConfig) -> list[str]:
+    """Names of settings that differ, but for depth and steps."""
+    found = []
+    for name, value in asdict(first).items():
+        other = asdict(second)[name]
+        parts = value if isinstance(value, dict) else {"": value}
+        others = other if isinstance(other, dict) else {"": other}
+        for part in parts:
+            if f"{name} {part}" not in ("model depth", "trainer steps"):
+                found += [f"{name} {part}".strip()] if parts[part] != others[part] else []
+    return found
+
+
+def _read(directory: Path, device: torch.device | str, passes: Passes) -> Curve:
+    config, blocks = load_run(directory, device=device)
+    data = Spaced(config.model.open(config.data, "test", convert=config.convert), MOST)
+    process = blocks.process
+    middles = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
+    levels = process.level_at(process.range, middles).tolist()
+    losses = []
+    for level in (*levels, process.range.high):
+        weight = 1.0
+        if family_named(config.family).text == "masked":
+            weight = float(process.weight(torch.tensor(level, dtype=torch.float64), None))
+        losses.append(weight * blocks.loss_at(data, level))
+        passes.made(1)
+    return Curve(config, np.array(losses[:-1], dtype=np.float64), losses[-1])
+
+
+def longest(curves: Sequence[Curve]) -> Curve:
+    """Of the run with most layers, and of those with most steps."""
+    return max(curves, key=lambda curve: (curve.config.model.depth, curve.config.trainer.steps))
+
+
+def law_of(curves: Sequence[Curve]) -> Law:
+    """The exponents that runs show: least squares of ln(mean loss) by ln(depth) and ln(steps).
+
+    Raises:
+        ValueError: depth and steps change together, so that no run tells which of them counts.
+    """
+    sizes = np.array([(c.config.model.depth, c.config.trainer.steps) for c in curves])
+    centred = np.log(sizes) - np.log(sizes).mean(0)
+    varied = np.ptp(sizes, axis=0) > 0
+    if np.linalg.matrix_rank(centred) < varied.sum():
+        raise ValueError(
+            "runs must differ in depth at the same steps, or in steps at the same depth, "
+            f"got depth and steps {', '.join(f'{depth} and {steps}' for depth, steps in sizes)}"
+        )
+    losses = np.log([curve.mean for curve in curves])
+    slopes = np.linalg.lstsq(centred, losses - losses.mean(), rcond=None)[0]
+    law = Law()
+    if varied[0]:
+        law = replace(law, depth=float(-slopes[0]), depth_measured=True)
+    if varied[1]:
+        law = replace(law, samples=float(-slopes[1]) * KEPT, samples_measured=True)
+    return law
+
+
+def predict(curve: Curve, law: Law, way: RunConfig) -> Predicted:
+    """What a partition is predicted to be worth.
+
+    Args:
+        curve:  of the run of one block
+        law:    its exponents
+        way:    whose partition and prior count, at the depth of the run
+    """
+    prior, mean = curve.config.prior, curve.cells().mean()
+    blocks = way.partition.cut(curve.config.model.depth, way.prior)
+    layers = sum(len(block.layers) for block in blocks)
+    shares = to_learn(curve, blocks)
+    parts, found, noisiest = [], [], 0.0
+    for block, share in zip(blocks, shares, strict=True):
+        times = np.clip(1 / max(_mass(prior, block.trained_noise), LEAST_MASS), 1.0, MOST_TIMES)
+        worth = float((len(block.layers) / layers) ** -law.depth * times**-law.samples)
+        parts.append(share * float(mean) * worth)
+        found.append(parts[-1] / max(_mass(prior, block.noise), LEAST_MASS))
+        if block is blocks[0]:
+            noisiest = curve.at_most_noise * worth
+    return Predicted(way, sum(parts), noisiest, tuple(found), shares)
+
+
+def to_learn(curve: Curve, blocks: Sequence[Block]) -> tuple[float, ...]:
+    """Share of a curve's integral at the levels of each block."""
+    summed = np.append(0.0, np.cumsum(curve.cells()))
+    ends = [
+        np.interp(_ends(curve.config.prior, block.noise), EDGES, summed / summed[-1])
+        for block in blocks
+    ]
+    return tuple(float(high - low) for low, high in ends)
+
+
+def _mass(prior: Process, interval: Interval) -> float:
+    """Share of a prior in an interval."""
+    low, high = _ends(prior, interval)
+    return float(high - low)
+
+
+def _ends(prior: Process, interval: Interval) -> np.ndarray:
+    return share_below(prior, np.array([interval.low, interval.high]))
+
+
+def share_below(prior: Process, levels: np.ndarray) -> np.ndarray:
+    """Share of a prior, as training draws from it, below each of some levels, float64."""
+    shares = torch.linspace(0, 1, FINE, dtype=torch.float64)
+    return np.interp(levels, prior.level_at(prior.range, shares).double().numpy(), shares.numpy())
