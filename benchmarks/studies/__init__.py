@@ -1,6 +1,17 @@
 """The paper's comparisons, each a list of arms that are trained and measured in the same way."""
 
-from studies import blocks, families, huginn, overlap, partition, sharing, weighting
+from studies import (
+    blocks,
+    conditioning,
+    families,
+    huginn,
+    layer_sweep,
+    overlap,
+    partition,
+    rivalry,
+    sharing,
+    weighting,
+)
 from studies.arm import Arm
 from studies.places import Places
 from studies.running import Job
@@ -16,5 +27,8 @@ STUDIES: dict[str, Study] = {
     "overlap": overlap.STUDY,
     "weighting": weighting.STUDY,
     "sharing": sharing.STUDY,
+    "conditioning": conditioning.STUDY,
+    "baselines": rivalry.STUDY,
+    "layer-sweep": layer_sweep.STUDY,
     "huginn": huginn.STUDY,
 }

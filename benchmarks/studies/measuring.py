@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from dbkernels.metrics import precision_recall
 from judge import Judge
 from show import Row
 
 from dbkernels import DiffusionBlocks, Draw
 from dbkernels.data.images import Data
+from dbkernels.metrics import precision_recall
 from dbkernels.models.registry import family_named
 from dbkernels.training.evaluation import Evaluation
 from dbkernels.training.run_config import RunConfig

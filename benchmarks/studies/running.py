@@ -25,6 +25,7 @@ from dbkernels.training.run_config import RunConfig
 from dbkernels.whole_file import write_whole
 from studies.arm import Arm
 from studies.measuring import Sizes, figures
+from studies.rivals import train_rival
 from studies.study import More
 
 SAVE_EVERY = 200  # steps
@@ -84,6 +85,14 @@ class Job:
         return about | {"arm": self.arm.name, "family": self.arm.family} | found
 
     def _train_and_measure(self, kept: Path, more: Path) -> None:
+        if self.arm.baseline:
+            config = self.config()
+            found = train_rival(self.arm, config, self.directory, SAVE_EVERY)
+            data = config.model.open(config.data, "test", convert=config.convert)
+            layers = [len(block.layers) for block in found.trainer.blocks]
+            row = self._told(config, layers) | found.figures(data, self.sizes.images)
+            write_whole(kept, json.dumps(row))
+            return
         config, blocks = self._trained()
         if not kept.is_file():
             row = self._told(config, [len(block.layers) for block in blocks])
