@@ -17,6 +17,7 @@ class Arm:
     baseline:  network and name of a row of `baselines.BASELINES`, which is trained in place of the
                family's own blocks, by the trainer that the flags describe; empty for none
     guidance:  of the images that a generator draws
+    steps:     of an answer of those baselines that take many
     """
 
     family: str
@@ -26,6 +27,7 @@ class Arm:
     updates: int
     baseline: tuple[str, str] | tuple[()] = ()
     guidance: float = 1.5
+    steps: int = 50
 
     def words(self, place: str, seed: int) -> list[str]:
         """Arguments of `dbkernels train`, but for the directory of the run."""
