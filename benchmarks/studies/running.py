@@ -82,7 +82,15 @@ class Job:
         if self.more:
             found |= json.loads(more.read_text())
         # another study may have trained the same under another name
-        return about | {"arm": self.arm.name, "family": self.arm.family} | found
+        names = {"arm": self.arm.name, "family": self.arm.family, "train": self._said()}
+        return about | names | found
+
+    def _said(self) -> str:
+        """What trains the run alone."""
+        if not self.arm.baseline:
+            return shlex.join(["dbkernels", "train", *self.arm.words(self.arm.data, self.seed)])
+        arm = f"{self.arm.family} {self.arm.data} {self.arm.name}"
+        return f"{dict(self.about)['command']} --only {shlex.quote(arm)}"
 
     def _train_and_measure(self, kept: Path, more: Path) -> None:
         if self.arm.baseline:
@@ -118,7 +126,6 @@ class Job:
     def _told(self, config: RunConfig, layers: list[int]) -> Row:
         """What a row says beside its figures: where it ran, and the whole configuration."""
         name = self.arm.data
-        command = self.arm.words(name, self.seed)
         where = machine.machine(torch.device(self.device if self.device != "auto" else "cpu"))
         return where | {
             "data": name,
@@ -127,6 +134,6 @@ class Job:
             "num_blocks": len(layers),
             "layers": layers,
             "seed": self.seed,
-            "train": shlex.join(["dbkernels", "train", *command]),
+            "baseline": list(self.arm.baseline),
             "config": asdict(replace(config, data=name)),
         }
