@@ -1,7 +1,8 @@
 """What trained blocks are worth on some data: means over its samples."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
 
 import torch
 
@@ -44,25 +45,32 @@ class Evaluation:
     loss_at_most_noise:  mean loss at the highest level
     levels:              descending, of the sampler that the metrics were read from
     metrics:             by name, after each level; shares are in [0, 1], cross-entropies in nats
+    starts:              by name, after the last level of each single start of those whose
+                         probabilities were averaged; empty where there was one
     """
 
     block_losses: tuple[float, ...]
     loss_at_most_noise: float
     levels: tuple[float, ...]
     metrics: dict[str, tuple[float, ...]]
+    starts: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = {
-            "loss of each block": self.block_losses,
-            "loss at the most noise": (self.loss_at_most_noise,),
+            "loss of each block": _written(self.block_losses),
+            "loss at the most noise": _written((self.loss_at_most_noise,)),
         }
         for name, values in self.metrics.items():
-            lines[f"{name.replace('_', ' ')} after each step"] = values
+            lines[f"{name.replace('_', ' ')} after each step"] = _written(values)
+        for name, values in self.starts.items():
+            spread = f"{fmean(values):.4g} ± {stdev(values):.1g}"
+            lines[f"{name.replace('_', ' ')} of one start"] = spread
         width = max(map(len, lines))
-        return "\n".join(
-            f"{name:{width}}  {'  '.join(f'{value:.4g}' for value in values)}"
-            for name, values in lines.items()
-        )
+        return "\n".join(f"{name:{width}}  {text}" for name, text in lines.items())
+
+
+def _written(values: Sequence[float]) -> str:
+    return "  ".join(f"{value:.4g}" for value in values)
 
 
 def batches(
