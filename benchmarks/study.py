@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from show import Row, show
+from show import Row, show_study
 from studies import STUDIES, Arm, Job, Places, Scale
 from tyro.conf import Positional
 
@@ -63,7 +63,7 @@ class Run:
             rows += self._rows(self._jobs(study.then(self.scale, rows)))
         if self.out is not None:
             write_whole(self.out, "".join(json.dumps(row) + "\n" for row in rows))
-        show(rows)
+        show_study(rows)
 
     def _jobs(self, arms: Sequence[Arm]) -> list[Job]:
         """Of the arms that are wanted, each seed; refuses what cannot run before anything does."""

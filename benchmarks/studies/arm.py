@@ -17,6 +17,7 @@ class Arm:
     baseline:  network and name of a row of `baselines.BASELINES`, which is trained in place of the
                family's own blocks, by the trainer that the flags describe; empty for none
     guidance:  of the images that a generator draws
+    steps:     of an answer of those baselines that take many
     source:    whose run with the same seed this one starts from; None starts from nothing
     """
 
@@ -27,6 +28,7 @@ class Arm:
     updates: int
     baseline: tuple[str, str] | tuple[()] = ()
     guidance: float = 1.5
+    steps: int = 50
     source: "Arm | None" = None
 
     def words(self, place: str, seed: int, source: str = "SOURCE") -> list[str]:

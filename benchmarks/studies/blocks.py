@@ -9,10 +9,16 @@ COUNTS = (1, 2, 3, 4, 6)
 
 def _arms(scale: Scale) -> list[Arm]:
     return [
-        arm(family, setting, f"{count} block{'s' * (count > 1)}", cut(setting, count, gamma=0))
-        for family in ("vit", "dit")
+        arm(
+            family,
+            setting,
+            f"{count} block{'s' * (count > 1)}",
+            f"{cut(setting, count, gamma=0)} {setting.fitted}",
+        )
+        for family in ("vit", "dit", "ar")
         for setting in settings(scale, family)[:1]
         for count in COUNTS
+        if setting.depth % count == 0
     ]
 
 

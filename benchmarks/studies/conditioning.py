@@ -5,17 +5,13 @@ from dataclasses import replace
 from studies.arm import Arm
 from studies.rivalry import rival
 from studies.scales import Scale
-from studies.study import Study, settings
+from studies.study import Study
 
 ARMS = {"with": "diffusion blocks", "without": "diffusion blocks, unconditioned"}
 
 
 def _arms(scale: Scale) -> list[Arm]:
-    return [
-        replace(rival(setting, "vit", name), name=called)
-        for setting in settings(scale, "vit")
-        for called, name in ARMS.items()
-    ]
+    return [replace(rival(scale, "vit", name), name=called) for called, name in ARMS.items()]
 
 
 STUDY = Study(_arms)

@@ -9,9 +9,9 @@ WHOLE = "--num-blocks 1"
 MOST_NOISE = f"{WHOLE} --sigma-min 79"
 WITHOUT_NOISE = f"{WHOLE} --objective conventional"
 # a conventional step's forwards of one layer over those of one pass, 3 (c + e):
-# r c + e + 2 (k c + e), of r = 8 recurrences, k = 4 of them with a gradient, c = 2 layers of the
-# core and e = 2 others
-SAME_ARITHMETIC = 38 / 12
+# r c + e + 2 (k c + e), of r recurrences, k of them with a gradient, c layers of the core and e
+# others: 8, 4, 2 and 2 of the small preset, 32, 8, 4 and 4 of the paper's
+SAME_ARITHMETIC = {"tiny": 38 / 12, "small": 38 / 12, "paper": 204 / 24}
 RECOMMENDED = "--clean through --noise-order deepest --read-out posterior"
 
 
@@ -52,7 +52,9 @@ def recurrent(scale: Scale) -> list[Arm]:
         arms += [
             arm("huginn", setting, "recurrent", WITHOUT_NOISE),
             arm("huginn", setting, "one pass, as many updates", one),
-            arm("huginn", setting, "one pass, as much arithmetic", one, times=SAME_ARITHMETIC),
+            arm(
+                "huginn", setting, "one pass, as much arithmetic", one, times=SAME_ARITHMETIC[scale]
+            ),
         ]
     return arms
 

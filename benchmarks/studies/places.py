@@ -9,10 +9,12 @@ BUILT_IN = ("digits", "fashion")  # names that `dbkernels train --data` knows
 SHAKESPEARE = Path("runs/shakespeare/tokens")
 GIVEN = {  # what a path must be given for, and what lies there
     "cifar100": "CIFAR-100's files",
+    "tiny-imagenet": "Tiny-ImageNet, a folder of images of each class or an .npz",
     "cifar10": "CIFAR-10's files",
     "latents": "latents of ImageNet with their labels, as `train` reads .npy files",
     "text8": "text8's tokens, which `dbkernels tokenize` writes",
     "lm1b": "LM1B's tokens in 32,000 words, which `dbkernels tokenize` writes",
+    "owt": "OpenWebText's tokens in 32,000 words, which `dbkernels tokenize` writes",
 }
 
 

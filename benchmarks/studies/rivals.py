@@ -21,10 +21,7 @@ from dbkernels.training.run_config import RunConfig
 from dbkernels.training.run_steps import Saving, take_steps
 from studies.arm import Arm
 
-# an answer of these takes 1000 steps in the papers, which find little beyond some dozens; tables
-# tell the number of passes
-STEPS = 50
-OF_STEPS = ("noprop-ct", "noprop-fm")
+OF_STEPS = ("noprop-ct", "noprop-fm")  # an answer takes many
 TIMED = 7  # sweeps, of which the least time counts: others may have kept the machine busy
 
 
@@ -43,7 +40,7 @@ def train_rival(arm: Arm, config: RunConfig, directory: Path, save_every: int) -
     assert isinstance(sizes, ViTConfig | CNNConfig)
     kind, few = BASELINES[network, name], {}
     if name in OF_STEPS or arm.baseline == ("cnn", "diffusion blocks"):
-        few = {"steps": STEPS}
+        few = {"steps": arm.steps}
     baseline = kind(data, config.trainer.seed, sizes, **few)
     trainer = Trainer(baseline.blocks, data, objective=baseline.objective, **asdict(config.trainer))
     root = directory / "checkpoints"

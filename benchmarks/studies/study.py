@@ -40,9 +40,9 @@ def arm(family: str, setting: Setting, name: str, flags: str, *, times: float = 
         flags:  behind those of the setting; of a flag that is there twice the last one counts
         times:  as many updates
     """
-    words = f"--depth {setting.depth} {setting.flags} {flags}"
+    words = f"--depth {setting.depth} {setting.flags} {flags}".split()
     updates = round(setting.updates * times)
-    return Arm(family, name, setting.data, words, updates, guidance=setting.guidance)
+    return Arm(family, name, setting.data, " ".join(words), updates, guidance=setting.guidance)
 
 
 def cut(setting: Setting, count: int | None = None, gamma: float | None = None) -> str:
