@@ -21,6 +21,7 @@ from show import Row
 from dbkernels import DiffusionBlocks
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.train import Train
+from dbkernels.models.start import Trained
 from dbkernels.training.run import load_run
 from dbkernels.training.run_config import RunConfig
 from dbkernels.whole_file import write_whole
@@ -75,12 +76,17 @@ class Job:
         return all(path.is_file() for path in self.kept)
 
     def config(self) -> RunConfig:
-        """Of the run; of one that starts from another, with sizes of the family's own.
+        """Of the run, before it or what it starts from is trained.
 
         Raises:
             ValueError: a flag or the data is wrong.
         """
-        return self._command().config()
+        if self.source is None:
+            return self._command().config()
+        first = self.source.config()
+        without_noise = first.objective == "conventional"
+        untrained = Trained("", first.family, first.model, {}, without_noise=without_noise)
+        return self._command().config(untrained)
 
     def train(self) -> None:
         """Train what is missing."""
