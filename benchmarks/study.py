@@ -82,6 +82,10 @@ class Run:
         return jobs
 
     def _rows(self, jobs: Sequence[Job]) -> list[Row]:
+        """What each job finds, in their order; the runs that some start from are trained before."""
+        starts = [job.source for job in jobs if job.source and not job.is_done()]
+        sources = {source.directory: partial(Job.train, source) for source in starts}
+        list(results([*sources.values()], most=self.processes))
         rows = []
         for row in results([partial(Job.finish, job) for job in jobs], most=self.processes):
             rows.append(row)

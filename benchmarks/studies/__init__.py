@@ -3,13 +3,16 @@
 from studies import (
     blocks,
     conditioning,
+    conversion,
     families,
     huginn,
     layer_sweep,
+    noise,
     overlap,
     partition,
     rivalry,
     sharing,
+    text,
     weighting,
 )
 from studies.arm import Arm
@@ -31,4 +34,7 @@ STUDIES: dict[str, Study] = {
     "baselines": rivalry.STUDY,
     "layer-sweep": layer_sweep.STUDY,
     "huginn": huginn.STUDY,
+    "text": text.STUDY,
+    "noise": noise.STUDY,
+    "conversion": conversion.STUDY,
 }

@@ -6,7 +6,8 @@ read again, so a study that was killed ends with the rows of one that was not.
 
 import json
 import shlex
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from show import Row
 from dbkernels import DiffusionBlocks
 from dbkernels.cli.device import pick_device
 from dbkernels.cli.train import Train
+from dbkernels.models.start import Trained
 from dbkernels.training.run import load_run
 from dbkernels.training.run_config import RunConfig
 from dbkernels.whole_file import write_whole
@@ -55,35 +57,66 @@ class Job:
     def directory(self) -> Path:
         return self.runs / f"{self.arm.folder}-{self.seed}"
 
+    @property
+    def source(self) -> "Job | None":
+        """The run that this one starts from, if it does."""
+        return replace(self, arm=self.arm.source) if self.arm.source else None
+
+    @property
+    def kept(self) -> list[Path]:
+        """Files of what was measured: the family's own figures, and the study's where it has some.
+
+        All are there where the job is done.
+        """
+        names = ["figures", *([dict(self.about)["study"]] if self.more else [])]
+        return [self.directory / f"{name}.json" for name in names]
+
+    def is_done(self) -> bool:
+        """Whether nothing is left to train or to measure."""
+        return all(path.is_file() for path in self.kept)
+
     def config(self) -> RunConfig:
-        """Of the run.
+        """Of the run, before it or what it starts from is trained.
 
         Raises:
             ValueError: a flag or the data is wrong.
         """
-        return self._command().config()
+        if self.source is None:
+            return self._command().config()
+        first = self.source.config()
+        without_noise = first.objective == "conventional"
+        untrained = Trained("", first.family, first.model, {}, without_noise=without_noise)
+        return self._command().config(untrained)
+
+    def train(self) -> None:
+        """Train what is missing."""
+        with self._heard():
+            self._command().run()
 
     def finish(self) -> Row:
         """Train what is missing, measure what is missing, and give the row."""
-        if self.device == "cpu":
-            torch.set_num_threads(1)
-        about = dict(self.about)
-        kept = self.directory / "figures.json"
-        more = self.directory / f"{about['study']}.json"
-        if not kept.is_file() or (self.more and not more.is_file()):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with (
-                (self.directory / "said.txt").open("a") as said,
-                redirect_stdout(said),
-                redirect_stderr(said),
-            ):
-                self._train_and_measure(kept, more)
-        found = json.loads(kept.read_text())
-        if self.more:
-            found |= json.loads(more.read_text())
+        if not self.is_done():
+            with self._heard():
+                self._train_and_measure()
+        found: Row = {}
+        for path in self.kept:
+            found |= json.loads(path.read_text())
         # another study may have trained the same under another name
         names = {"arm": self.arm.name, "family": self.arm.family, "train": self._said()}
-        return about | names | found
+        return dict(self.about) | names | found
+
+    @contextmanager
+    def _heard(self) -> Iterator[None]:
+        """What the run says goes to a file beside it."""
+        if self.device == "cpu":
+            torch.set_num_threads(1)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (
+            (self.directory / "said.txt").open("a") as said,
+            redirect_stdout(said),
+            redirect_stderr(said),
+        ):
+            yield
 
     def _said(self) -> str:
         """What trains the run alone."""
@@ -92,7 +125,8 @@ class Job:
         arm = f"{self.arm.family} {self.arm.data} {self.arm.name}"
         return f"{dict(self.about)['command']} --only {shlex.quote(arm)}"
 
-    def _train_and_measure(self, kept: Path, more: Path) -> None:
+    def _train_and_measure(self) -> None:
+        kept, *more = self.kept
         if self.arm.baseline:
             config = self.config()
             found = train_rival(self.arm, config, self.directory, SAVE_EVERY)
@@ -107,12 +141,14 @@ class Job:
             how = {"guidance": self.arm.guidance, "sizes": self.sizes}
             row |= figures(config, blocks, judge=partial(judge_of, self.place), **how)
             write_whole(kept, json.dumps(row))
-        if self.more and not more.is_file():
+        if self.more and not more[0].is_file():
             data = config.model.open(config.data, "test", convert=config.convert)
-            write_whole(more, json.dumps(self.more(blocks, data, self.seed)))
+            write_whole(more[0], json.dumps(self.more(blocks, data, self.seed)))
 
     def _command(self) -> Train:
-        words = [*self.arm.words(self.place, self.seed), "--device", self.device]
+        source = self.source
+        place = {"source": str(source.directory)} if source else {}
+        words = [*self.arm.words(self.place, self.seed, **place), "--device", self.device]
         words += ["--threads", "1"] if self.device == "cpu" else []
         words += ["--save-every", str(SAVE_EVERY), "--keep", "1", "--out", str(self.directory)]
         if any((self.directory / "checkpoints").glob("step-*")):
@@ -126,6 +162,8 @@ class Job:
     def _told(self, config: RunConfig, layers: list[int]) -> Row:
         """What a row says beside its figures: where it ran, and the whole configuration."""
         name = self.arm.data
+        # names in the place of paths, so that a row is the same on every machine
+        start = replace(config.start, source="SOURCE") if self.arm.source else config.start
         where = machine.machine(torch.device(self.device if self.device != "auto" else "cpu"))
         return where | {
             "data": name,
@@ -135,5 +173,5 @@ class Job:
             "layers": layers,
             "seed": self.seed,
             "baseline": list(self.arm.baseline),
-            "config": asdict(replace(config, data=name)),
+            "config": asdict(replace(config, data=name, start=start)),
         }
