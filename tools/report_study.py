@@ -37,10 +37,11 @@ def _bits(bits: float) -> str:
 
 SHOWN = (
     Shown("accuracy after each step, %", "accuracy", _percent, max),
-    Shown("from noise, %", "accuracy_from_noise", _percent),
-    Shown("mean of starts, %", "accuracy_of_starts", _percent),
+    Shown("from a start of noise, %", "accuracy_of_a_start", _percent),
+    Shown("starts differ by, points", "accuracy_between_starts", _percent),
+    Shown("mean of the starts, %", "accuracy_of_starts", _percent, last=True),
     Shown("cross-entropy", "cross_entropy", number_text, last=True),
-    Shown("calibration error, %", "calibration_error", _percent),
+    Shown("calibration error, %", "calibration_error", _percent, last=True),
     Shown("Fréchet distance", "frechet", number_text, min),
     Shown("precision, %", "precision", _percent, max),
     Shown("recall, %", "recall", _percent, max),

@@ -3,6 +3,7 @@
 A figure is a number, or a list of numbers: one for each Euler step or block, in their order.
 """
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from dbkernels.metrics import precision_recall
 from dbkernels.models.registry import family_named
 from dbkernels.training.evaluation import Evaluation
 from dbkernels.training.run_config import RunConfig
+from dbkernels.training.text_bits import TextEvaluation
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,13 @@ def figures(
     data = config.model.open(config.data, "test", convert=config.convert)
     if family_named(config.family).text:
         return _of_text(config, blocks, data, sizes)
-    losses = _of_losses(blocks, data, sizes)
     if config.family == "vit":
-        return losses | _of_classes(blocks, data, sizes)
+        return _of_classes(blocks, data, sizes)
+    losses = _of_losses(blocks.evaluate(data, samples=min(sizes.images, len(data))))
     return losses | _of_images(config, blocks, guidance, judge(), sizes)
 
 
-def _of_losses(blocks: DiffusionBlocks, data: Data, sizes: Sizes) -> Row:
-    metrics, blocks.metrics = blocks.metrics, None  # the losses alone
-    found = blocks.evaluate(data, samples=min(sizes.images, len(data)))
-    blocks.metrics = metrics
+def _of_losses(found: Evaluation | TextEvaluation) -> Row:
     assert isinstance(found, Evaluation)
     return {
         "loss_of_blocks": list(found.block_losses),
@@ -74,16 +73,21 @@ def _of_losses(blocks: DiffusionBlocks, data: Data, sizes: Sizes) -> Row:
 
 
 def _of_classes(blocks: DiffusionBlocks, data: Data, sizes: Sizes) -> Row:
-    """How a classifier answers after each step: from z = 0, and from noise as in the paper."""
+    """How a classifier answers after each step: from z = 0, and from noise as in the paper.
+
+    From noise an answer depends on the start, so each of several starts has an accuracy of its own
+    after the last step, and the mean of their probabilities has another after each.
+    """
     count = min(sizes.images, len(data))
     zero = blocks.evaluate(data, samples=count)
-    noise = blocks.evaluate(data, samples=count, start="noise")
-    many = blocks.evaluate(data, samples=count, start="noise", starts=sizes.starts)
-    return {
-        "accuracy": list(zero.metrics["accuracy"]),
-        "cross_entropy": list(zero.metrics["cross_entropy"]),
-        "accuracy_from_noise": list(noise.metrics["accuracy"]),
-        "accuracy_of_starts": list(many.metrics["accuracy"]),
+    noise = blocks.evaluate(data, samples=count, start="noise", starts=sizes.starts)
+    assert isinstance(zero, Evaluation) and isinstance(noise, Evaluation)
+    told = ("accuracy", "cross_entropy", "calibration_error")
+    return _of_losses(zero) | {
+        **{name: list(zero.metrics[name]) for name in told},
+        "accuracy_of_a_start": statistics.fmean(noise.starts["accuracy"]),
+        "accuracy_between_starts": statistics.stdev(noise.starts["accuracy"]),
+        "accuracy_of_starts": list(noise.metrics["accuracy"]),
     }
 
 
