@@ -37,6 +37,10 @@ EVEN = "equal probability, [4, 4, 4]"
 CLAIMS = (
     Claim("families", "vit", "within a point of end to end", "3 blocks", (WHOLE,), 0.01),
     Claim("families", "vit", "better than a block's depth alone", "3 blocks", (SHALLOW,)),
+    Claim(
+        "families", "vit", "better than with the paper's prior", "3 blocks",
+        ("3 blocks, the paper's prior",),
+    ),
     Claim("families", "dit", "within 5 % of end to end", "3 blocks", (WHOLE,), 0.05, True),
     Claim("families", "dit", "better than a block's depth alone", "3 blocks", (SHALLOW,)),
     Claim("families", "mdm", "within 2 % of end to end", "3 blocks", (WHOLE,), 0.02, True),

@@ -25,6 +25,10 @@ def _arms(scale: Scale) -> list[Arm]:
                 arm(family, setting, "end to end, as deep as a block", shallow),
                 arm(family, setting, f"{setting.blocks} blocks", cut(setting)),
             ]
+            if family == "vit":
+                # down to levels where the label can be read off the noise
+                name = f"{setting.blocks} blocks, the paper's prior"
+                arms.append(arm(family, setting, name, f"{cut(setting)} --paper"))
     for setting in settings(scale, "ar"):
         shallow = f"{WITHOUT_NOISE} --depth {setting.depth // setting.blocks}"
         blocks = cut(setting)
