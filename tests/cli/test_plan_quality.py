@@ -1,6 +1,7 @@
 """`plan --quality`, and the command that it gives."""
 
 import shutil
+from math import log
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from dbkernels.cli.plan_quality import NEAR
 from dbkernels.cli.train_command import train_command
 from dbkernels.data.token_files import write_tokens
 from dbkernels.planning import search
+from dbkernels.planning.quality import predicted, read_curves
 from dbkernels.training.run_config import read_config
 
 DEEP, SHALLOW, LONGER = (
@@ -54,6 +56,9 @@ def test_runs_say_which_partition_to_train_and_by_which_command(asked, cli):
         assert (config.partition.num_blocks, config.trainer.steps) == (row["num_blocks"], 4)
         blocks = config.partition.cut(4, config.prior)
         assert [[block.noise.low, block.noise.high] for block in blocks] == row["levels"]
+        (found,) = predicted([Path(run) for run in law["runs"]], [config])
+        assert found.loss == pytest.approx(row["loss"])
+        assert list(found.block_losses) == pytest.approx(row["block_losses"])
 
 
 def test_the_screen_has_80_columns_and_says_what_is_a_guess(asked):
@@ -110,6 +115,14 @@ def text(tmp_path_factory):
     place = tmp_path_factory.mktemp("text") / "tokens"
     write_tokens(place, {"train": [list(range(27)) * 9], "test": [[3] * 99]}, vocabulary=27)
     return place
+
+
+def test_the_loss_of_masked_tokens_is_that_of_their_bound(runs, text):
+    run = runs(f"mdm --length 8 --num-blocks 1 --data {text}")
+    (curve,) = read_curves([run], device="cpu")
+    # at each level it is about what a model that knows nothing needs for a token
+    assert curve.mean == pytest.approx(log(27), rel=0.15)
+    assert curve.at_most_noise == pytest.approx(log(27), rel=0.05)
 
 
 @pytest.mark.parametrize("family", ["huginn", "ar --objective conventional"])
