@@ -57,6 +57,8 @@ class Plan(OfPreset):
         if self.quality:
             self._say_quality()
             return
+        if not self.memory:
+            raise ValueError("memory must be given where quality is not asked for, got none")
         memory, recipe = bytes_from(self.memory), self.recipe(target_named(self.target))
         recipe = replace(recipe, lora=LoraConfig(self.lora, base=self.lora_base))
         check_number("gpus", self.gpus, 1)

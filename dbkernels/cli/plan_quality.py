@@ -17,12 +17,16 @@ from dbkernels.planning.recipe import Recipe
 from dbkernels.planning.ways import ways_of
 from dbkernels.training.run_config import RunConfig
 
-NEAR = 0.1  # of a loss: predictions that are nearer than this say little of each other
+NEAR = 0.1  # of a loss: predictions that are nearer than this cannot be told apart
 LITTLE = 0.05  # of what there is to learn
+SHOWN = 12  # ways on a screen
 
 
 def quality_rows(run_dirs: Sequence[Path], target: Target, memory: int | None) -> list[Row]:
-    """The law, then every way that fits, the least loss first.
+    """The law, then the recommended way, then every other that fits, the least loss first.
+
+    Of the ways whose loss is within NEAR of the least, the one that needs least memory is
+    recommended.
 
     Args:
         run_dirs:  of runs in one block
@@ -71,7 +75,20 @@ def quality_rows(run_dirs: Sequence[Path], target: Target, memory: int | None) -
         "samples_measured": law.samples_measured,
         "curve": curve.losses.tolist(),
     }
-    return [told_of, *sorted(fits, key=lambda row: row["loss"])]
+    return [told_of, *_ranked(fits)]
+
+
+def _ranked(rows: list[Row]) -> list[Row]:
+    """Rows of ways in the order in which they are told: the recommended one first."""
+
+    def idle(row: Row) -> int:
+        return sum(share < LITTLE for share in row["to_learn"])
+
+    # of what is alike, blocks that all have something to learn, and then what comes first
+    ranked = sorted(rows, key=lambda row: (float(f"{row['loss']:.4g}"), idle(row)))
+    near = [row for row in ranked if row["loss"] <= (1 + NEAR) * ranked[0]["loss"]]
+    best = min(near, key=lambda row: (row["peak_reserved_bytes"], idle(row)))
+    return [best, *(row for row in ranked if row is not best)]
 
 
 def _cut(config: RunConfig) -> tuple[int, str]:
@@ -130,25 +147,27 @@ def _row(
 def quality_screen(rows: Sequence[Row]) -> Iterator[Table | Text | str]:
     """The rows as a screen of 80 columns."""
     law, best, *others = rows
-    runs = f"{len(law['runs'])} run{'s' * (len(law['runs']) > 1)}"
+    count = len(law["runs"])
     room = "" if law["memory"] is None else f" with {in_words(law['memory'])}"
     title = f"{law['family']} of {law['depth']} layers, {law['steps']} updates of each, batch "
     title += f"{law['batch']}, on {law['target']}{room}"
     yield Text(title, style="bold")
-    yield f"partitions by the loss that is predicted from {runs} in one block, the least first"
-    columns = ("blocks", "scheme", "layers", "loss", "at the most\nnoise", "peak", "time")
-    yield table(columns, map(_cells, rows[1:]), names=3)
-    yield f"\nthe first of them, block by block\n{_blocks_told(best)}"
+    yield f"by {count} run{'s' * (count > 1)} in one block; the recommended partition first"
+    columns = ("blocks", "scheme", "layers", "loss", "at most\nnoise", "peak", "time")
+    yield table(columns, map(_cells, [best, *others[: SHOWN - 1]]), names=3)
+    if len(others) >= SHOWN:
+        yield f"{len(others) - SHOWN + 1} more, of higher loss, are in --json"
+    yield "\nthe recommended one, block by block"
     yield table(("block", "layers", "levels of noise", "to learn", "loss"), _of_blocks(best))
-    yield "\n".join([*_assumed(law), "", *_near(best, others), "To train by the first of them:"])
-    yield "  " + best["command"].replace(" --", " \\\n    --")
+    yield "\n".join(_told(law, best))
+    yield "\nTo train by it:\n  " + _in_lines(best["command"])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         str(row["num_blocks"]),
         row["scheme"].replace("_", " ") if row["num_blocks"] > 1 else "",
-        ", ".join(map(str, row["split"])),
+        ",".join(map(str, row["split"])),
         f"{row['loss']:.4g}",
         f"{row['loss_at_most_noise']:.4g}",
         in_words(row["peak_reserved_bytes"]),
@@ -163,42 +182,31 @@ def _of_blocks(row: Row) -> Iterator[tuple[str, ...]]:
         yield str(index), str(layers), noise, f"{share:.0%}", f"{loss:.4g}"
 
 
-def _blocks_told(row: Row) -> str:
-    idle = [str(index) for index, share in enumerate(row["to_learn"]) if share < LITTLE]
-    if not idle:
-        return "to learn: share of the loss of one block that lies at its levels"
-    return f"to learn: share of the loss of one block; there is little for {', '.join(idle)}"
-
-
-def _assumed(law: Row) -> list[str]:
-    """What the prediction rests on."""
+def _told(law: Row, best: Row) -> Iterator[str]:
+    """What the columns are, and what the prediction rests on."""
+    idle = [str(index) for index, share in enumerate(best["to_learn"]) if share < LITTLE]
+    if idle:
+        yield f"There is little to learn for block {', '.join(idle)}."
     depth, samples = law["exponent_of_depth"], law["exponent_of_samples"]
-    says = {
-        True: "as the runs show",
-        False: "which is assumed: give a run of another depth too",
-    }
-    lines = [
-        "loss: mean over levels as the runs drew them, on held-out data",
-        "peak, time: of an update of every layer with nothing more computed again, as",
-        "the planner predicts; 1.00 is one block",
-        f"A block of n of {law['depth']} layers has loss times (n / {law['depth']})**-{depth:.2f},",
-        f"{says[law['depth_measured']]}.",
-        f"A block that trains on d times as many samples at its levels: times d**-{samples:.2f},",
-    ]
-    if law["samples_measured"]:
-        lines.append(f"{quality.KEPT:g} of the exponent of steps that the runs show.")
-    else:
-        lines.append("which is assumed: give a run of fewer steps too.")
-    return lines
+    yield "loss: predicted mean on held-out data, over levels as the runs drew them"
+    yield "peak: of the costliest step, with nothing more computed again"
+    yield "time: of one update of every layer, as the planner predicts; 1.00 is one block"
+    yield "to learn: share of the loss of one block that lies at the levels of each"
+    yield f"recommended: of those within {NEAR:.0%} of the least loss, what needs least memory"
+    yield "\nassumed: every layer is updated as often as in the runs; a block of n layers"
+    yield f"has (n / {law['depth']})**-{depth:.2f} times the loss,"
+    yield f"  {_source(law, 'depth', 'depth')};"
+    yield f"B equally likely blocks have B**-{samples:.2f} times the loss,"
+    yield f"  {_source(law, 'samples', 'steps')}"
 
 
-def _near(best: Row, others: Sequence[Row]) -> Iterator[str]:
-    """Of those that are predicted to be about as good, the one that needs least."""
-    near = [row for row in others if row["loss"] <= (1 + NEAR) * best["loss"]]
-    least = min([best, *near], key=lambda row: row["peak_reserved_bytes"])
-    if least is not best:
-        yield (
-            f"Within {NEAR:.0%} of the first, {least['num_blocks']} blocks of "
-            f"{', '.join(map(str, least['split']))} layers need least: "
-            f"{in_words(least['peak_reserved_bytes'])}."
-        )
+def _source(law: Row, exponent: str, name: str) -> str:
+    known = law[f"{exponent}_measured"]
+    return "as the runs show" if known else f"a guess until a run of other {name} is given"
+
+
+def _in_lines(command: str) -> str:
+    """A command with a line for what decides the partition, and one for the rest."""
+    for flag in ("--num-blocks", "--steps"):
+        command = command.replace(f" {flag}", f" \\\n    {flag}", 1)
+    return command

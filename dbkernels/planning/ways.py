@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from typing import get_args
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import minimize
 
 from dbkernels.diffusion.process import Process, Scheme
 from dbkernels.models.registry import family_named
@@ -15,8 +15,10 @@ from dbkernels.training.run_config import PartitionConfig, RunConfig
 
 COUNTS = 1, 2, 3, 4, 6  # of blocks, where they cut the layers evenly
 EVEN: Scheme = "equal_probability"
-FARTHEST = 3.0  # of a prior that is fitted: standard deviations that its mean moves by, at most
-WIDEST = 3.0  # and times that its own is as wide, or as narrow
+WIDEST = math.log(4)  # of a prior that is fitted: its deviation is so much wider, or narrower
+FARTHEST = 3  # and its mean is moved by so many deviations, at most
+DIGITS = 3  # of its numbers
+SIMPLEX = np.array([[0.0, 0.0], [0.5, 0.0], [0.0, 0.3]])  # moves of both that the fit starts with
 
 
 def ways_of(curve: Curve) -> list[RunConfig]:
@@ -87,23 +89,26 @@ def equal_loss(curve: Curve, count: int) -> Process | None:
     if count == 1 or not {"mean", "std"} <= names or getattr(prior, "density", "") == "uniform":
         return None
     wanted = np.interp(np.arange(1, count) / count, np.append(0.0, content(curve).cumsum()), EDGES)
-    start = {name: float(getattr(prior, name)) for name in ("mean", "std")}
+    mean, std = (getattr(prior, name) for name in ("mean", "std"))
 
-    def fitted(numbers: np.ndarray) -> Process:
+    def fitted(moved: np.ndarray) -> Process:
+        wider = float(np.clip(moved[1], -WIDEST, WIDEST)) if count > 2 else 0.0
         # digits that a flag shows
-        mean, log_std = (float(number) for number in numbers)
-        return replace(prior, mean=round(mean, 3), std=round(math.exp(log_std), 3))
+        return replace(
+            prior,
+            mean=round(mean + float(np.clip(moved[0], -FARTHEST * std, FARTHEST * std)), DIGITS),
+            std=round(std * math.exp(wider), DIGITS),
+        )
 
-    def misses(numbers: np.ndarray) -> np.ndarray:
+    def misses(moved: np.ndarray) -> float:
         try:
-            blocks = fitted(np.append(numbers, math.log(start["std"]))[:2]).intervals(count, EVEN)
+            blocks = fitted(moved).intervals(count, EVEN)
         except ValueError:
-            return np.ones(count - 1)
-        return share_below(prior, np.array([block.low for block in blocks[-2::-1]])) - wanted
+            return math.inf
+        found = share_below(prior, np.array([block.low for block in blocks[-2::-1]]))
+        return float(np.square(found - wanted).sum())
 
-    free = 1 if count == 2 else 2  # one boundary tells one number
-    first = np.array([start["mean"], math.log(start["std"])])[:free]
-    room = np.array([FARTHEST * start["std"], math.log(WIDEST)])[:free]
-    # steps that rounding does not hide
-    found = least_squares(misses, first, bounds=(first - room, first + room), diff_step=0.01).x
-    return fitted(np.append(found, math.log(start["std"]))[:2])
+    # two blocks have one boundary, which tells one number
+    simplex = SIMPLEX if count > 2 else SIMPLEX[:2, :1]
+    found = minimize(misses, simplex[0], method="Nelder-Mead", options={"initial_simplex": simplex})
+    return fitted(found.x)
