@@ -73,6 +73,7 @@ def test_the_best_of_a_figure_is_bold_where_one_is_best(name, values, title, bes
     cells = study_table(rows)
     assert cells["a"][title] == best
     assert other is None or cells["b"][title] == other
+    assert "**" not in study_table(rows[:1])["a"][title]
 
 
 def test_an_arm_without_a_figure_has_a_dash():
