@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as their binary archives hold them, read where they lie."""
+"""CIFAR-10 and CIFAR-100 as their archives hold them: the binary ones are read where they lie."""
 
 import math
 from functools import partial
@@ -7,26 +7,29 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dbkernels.data.cifar_pickle import SHAPE, read_pickled
 from dbkernels.data.formats import Arrays, MissingSplit, OneByOne
 from dbkernels.data.rows import RowsOnDisk
 
-SHAPE = (3, 32, 32)  # of an image
-
 
 class CifarLayout(NamedTuple):
-    """Records of label bytes, the last of which counts, and 3 x 32 x 32 pixels."""
+    """Records of label bytes, the last of which counts, and 3 x 32 x 32 pixels; or pickles."""
 
     folder: str  # as the archive names it
     train: tuple[str, ...]
     test: tuple[str, ...]
     label_bytes: int
     num_classes: int
+    labels: str = ""  # their name in a pickle
 
 
-CIFAR_10_BATCHES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+CIFAR_10_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
+CIFAR_10_BIN = tuple(f"{name}.bin" for name in CIFAR_10_BATCHES)
 CIFAR = (
-    CifarLayout("cifar-10-batches-bin", CIFAR_10_BATCHES, ("test_batch.bin",), 1, 10),
+    CifarLayout("cifar-10-batches-bin", CIFAR_10_BIN, ("test_batch.bin",), 1, 10),
     CifarLayout("cifar-100-binary", ("train.bin",), ("test.bin",), 2, 100),
+    CifarLayout("cifar-10-batches-py", CIFAR_10_BATCHES, ("test_batch",), 0, 10, "labels"),
+    CifarLayout("cifar-100-python", ("train",), ("test",), 0, 100, "fine_labels"),
 )
 
 
@@ -44,6 +47,10 @@ def read_cifar(folder: Path, layout: CifarLayout, split: str) -> Arrays:
     names = layout.train if split == "train" else layout.test
     if not any((folder / name).is_file() for name in names):
         raise MissingSplit(f"{folder} has no {split} split: expected {', '.join(names)} in it")
+    if layout.labels:
+        told = layout.labels, layout.num_classes
+        pixels, own = zip(*(read_pickled(folder / name, *told) for name in names), strict=True)
+        return Arrays(np.concatenate(pixels), np.concatenate(own), layout.num_classes)
     images, labels = zip(*(_open(folder / name, layout) for name in names), strict=True)
     # where each lies: no pixel is read before its row is asked for
     places = [(rows, index) for rows in images for index in range(len(rows))]

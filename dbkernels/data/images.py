@@ -1,18 +1,19 @@
 """Labelled images from local files, and the order in which the blocks see them.
 
-What `open_data` reads; nothing is downloaded, written or unpickled:
+What `open_data` reads; nothing is downloaded or written, and no file names a function to call:
 
     source                  train                       test
     "digits"                scikit-learn's digits       a stratified fifth of them, held out
     "fashion"               Debian's dataset-fashion-mnist, and its test images
     folder of images        train/<class>/*.png ...     test/<class>/ or val/<class>/
-    folder of CIFAR files   data_batch_1.bin ...        test_batch.bin; CIFAR-100: train, test
+    folder of CIFAR files   data_batch_1.bin ...        test_batch.bin; CIFAR-100: train, test;
+                            or without .bin, the python version
     folder of IDX files     train-images-idx3-ubyte ... t10k-images-idx3-ubyte ..., each or .gz
     name.npz                images, labels              test_images, test_labels
     name.npy (latents)      name.npy, name_labels.npy   name_test.npy, name_test_labels.npy
 
-Images stay on disk and are read, or decoded, for each batch. Only the digits, packed IDX files and
-the smaller compressed .npz files are held in memory.
+Images stay on disk and are read, or decoded, for each batch. Only the digits, packed IDX files,
+CIFAR's python version and the smaller compressed .npz files are held in memory.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from dbkernels.data.formats import Arrays, Images, read_digits, read_latents, re
 from dbkernels.data.idx import fashion, has_idx, read_idx
 from dbkernels.data.image_folder import Convert, read_folder
 from dbkernels.data.order import samples_at
+from dbkernels.data.token_files import NAME as TOKENS
 from dbkernels.ops.philox import generator, stream_seed
 from dbkernels.settings import check_choice
 
@@ -189,6 +191,8 @@ def open_data(
 def _read(source: str | Path, split: str, convert: Convert) -> Arrays:
     path = fashion() if source == "fashion" else Path(source)
     is_folder = source != "digits" and path.is_dir()
+    if is_folder and (path / TOKENS).is_file():
+        raise ValueError(f"{source} holds tokens of text: expected images")
     cifar = find_cifar(path) if is_folder else None
     idx = is_folder and has_idx(path)
     if is_folder and not cifar and not idx:
