@@ -22,12 +22,9 @@ from pathlib import Path
 import machine
 import torch
 import tyro
-from noise import everything
+from judge import Judge, judge_of
 from seeds import over_seeds
 from show import Row, show
-
-# the judge of the demo, which stands beside the report's files
-from demo_judge import CLASSES, DigitClassifier, train_classifier  # isort: skip
 
 from dbkernels import DiffusionBlocks, Draw
 from dbkernels.training.run import load_run
@@ -108,7 +105,7 @@ class Conversion:
                 list(pool.map(lambda job: self._train(*job), jobs))
         torch.set_num_threads(1)
         digits = any(family == "dit" for family, _ in wanted)
-        judge = train_classifier(*everything(), seed=0) if digits else None
+        judge = judge_of("digits") if digits else None
         about = {"suite": "conversion", **machine.machine(torch.device("cpu"))}
         rows = []
         for key in wanted:
@@ -155,7 +152,7 @@ class Conversion:
             raise ValueError(f"{shlex.join(command)} failed: {done.stderr.splitlines()[-1:]}")
         print(f"trained: {directory.name}", file=sys.stderr, flush=True)
 
-    def _row(self, family: str, name: str, seed: int, judge: DigitClassifier | None) -> Row:
+    def _row(self, family: str, name: str, seed: int, judge: Judge | None) -> Row:
         """A run's figures, each in a list, as `over_seeds` wants them."""
         config, blocks = load_run(self._directory(family, name, seed), device="cpu")
         figures = _of_digits(blocks, seed, judge) if judge and family == "dit" else None
@@ -188,13 +185,12 @@ def _of_text(config: RunConfig, blocks: DiffusionBlocks, windows: int) -> Row:
     return {name: [value] for name, value in (noisy | {"ordinary": ordinary.bits}).items()}
 
 
-def _of_digits(blocks: DiffusionBlocks, seed: int, judge: DigitClassifier) -> Row:
+def _of_digits(blocks: DiffusionBlocks, seed: int, judge: Judge) -> Row:
     """How far digits are from real ones, and how many are recognised as what was asked for."""
-    asked = torch.arange(CLASSES).repeat_interleave(PER_CLASS)
+    asked = torch.arange(judge.classes).repeat_interleave(PER_CLASS)
     levels = blocks.process.grid(LEVELS, "cdf")
     made = blocks.sample({"label": asked}, levels, Draw(seed, step=0), guidance=GUIDANCE)
-    real = everything()[0]
-    return {"frechet": [judge.distance(made, real)], "recognised": [judge.accuracy(made, asked)]}
+    return {"frechet": [judge.distance(made)], "recognised": [judge.accuracy(made, asked)]}
 
 
 if __name__ == "__main__":

@@ -20,13 +20,11 @@ from typing import NamedTuple
 import machine
 import torch
 import tyro
+from judge import Judge, judge_of
 from seeds import over_seeds
 from show import Row, show
 
-# the judge of the demo, which stands beside the report's files
-from demo_judge import CLASSES, DigitClassifier, train_classifier  # isort: skip
-
-from dbkernels import Draw, open_data
+from dbkernels import Draw
 from dbkernels.diffusion.prediction import PREDICTIONS
 from dbkernels.diffusion.samplers import SAMPLERS, Sampler
 from dbkernels.training.run import load_run
@@ -89,7 +87,7 @@ class Noise:
         with ThreadPoolExecutor(self.processes) as pool:
             list(pool.map(lambda job: self._train(*job), jobs))
         torch.set_num_threads(1)
-        judge = train_classifier(*everything(), seed=0)
+        judge = judge_of("digits")
         about = {"suite": "noise", **machine.machine(torch.device("cpu"))}
         rows = []
         for way in ways:
@@ -122,12 +120,12 @@ class Noise:
             raise ValueError(f"{shlex.join(command)} failed: {done.stderr.splitlines()[-1:]}")
         print(f"trained: {directory.name}", file=sys.stderr, flush=True)
 
-    def _row(self, way: Way, seed: int, judge: DigitClassifier) -> Row:
+    def _row(self, way: Way, seed: int, judge: Judge) -> Row:
         directory = self._directory(way, seed)
         config, blocks = load_run(directory, device="cpu")
         spacing = blocks.process.close if SAMPLERS[self.sampler].close else "cdf"
         levels = blocks.process.grid(self.levels, spacing)
-        asked = torch.arange(CLASSES).repeat_interleave(self.per_class)
+        asked = torch.arange(judge.classes).repeat_interleave(self.per_class)
         how = {"guidance": GUIDANCE, "sampler": self.sampler}
         made = blocks.sample({"label": asked}, levels, Draw(seed, step=0), **how)
         return {
@@ -136,17 +134,10 @@ class Noise:
             "updates": self.updates,
             **way._asdict(),
             "sampler": f"{self.sampler}, {self.levels} levels",
-            "frechet": [judge.distance(made, everything()[0])],
+            "frechet": [judge.distance(made)],
             "recognised": [judge.accuracy(made, asked)],
             "command": shlex.join(["dbkernels", "train", *self.flags(way)]),
         }
-
-
-def everything() -> tuple[torch.Tensor, torch.Tensor]:
-    """All digits to train on and their labels."""
-    data = open_data("digits")
-    batch = data.batch(torch.arange(len(data)))
-    return batch["image"], batch["label"]
 
 
 if __name__ == "__main__":

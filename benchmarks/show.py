@@ -10,13 +10,15 @@ from rich.text import Text
 
 # the report's files stand beside each other and are no package
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
+from report_claims import verdicts
 from report_names import about, case_text, cut_text
 from report_rows import SUITES, Row, object_of, parsed, read, suite_of, tables
+from report_study import study_table
 from report_tables import table_of
 
 from dbkernels.cli.table import plain_console
 
-__all__ = ["Row", "cut_text", "object_of", "parsed", "read", "rich_table", "show"]
+__all__ = ["Row", "cut_text", "object_of", "parsed", "read", "rich_table", "show", "show_study"]
 WHOLE = ("op", "way", "model", "p20 to p80", "launches")  # columns of which no cell is broken
 
 
@@ -25,10 +27,24 @@ def show(rows: Sequence[Row]) -> None:
     rows = [{"suite": suite_of(row)} | row for row in rows]
     suite, device = rows[0]["suite"], rows[0]["device"]
     title = suite if suite == "demo" else f"{suite}: {case_text(rows[0])}, {device}"
+    _print(table_of(rows), title, about(rows))
+
+
+def show_study(rows: Sequence[Row]) -> None:
+    """Print the rows of a study: a table of each family and data, and what was expected."""
+    for table in tables(rows, "study"):
+        row = table[0]
+        case = f"{row['study']}, {row['scale']}: {row['family']}, {row['data']}, {row['device']}"
+        _print(study_table(table), case, about(table))
+        if claims := verdicts(table):
+            _print(claims, "as expected?", "")
+
+
+def _print(lines: Sequence[Sequence[str]], title: str, caption: str) -> None:
     # a table that is cut at the width of a terminal, or of a pipe, cannot be read
     console = plain_console()
     console.width = max(console.width, 240)
-    console.print(rich_table(table_of(rows), title, about(rows)))
+    console.print(rich_table(lines, title, caption))
 
 
 def rich_table(lines: Sequence[Sequence[str]], title: str, caption: str) -> Table:
@@ -52,6 +68,9 @@ def main(paths: Sequence[str]) -> None:
     """Print the rows of some files, a table for each case."""
     rows = read([Path(path) for path in paths])
     for suite in SUITES:
+        if suite == "study":
+            show_study(rows)
+            continue
         for table in tables(rows, suite):
             show(table)
 

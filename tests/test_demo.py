@@ -109,7 +109,7 @@ def test_without_the_archive_the_demo_says_so_and_goes_on_with_digits(
     monkeypatch.setattr(text.shakespeare, "archive", away)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(train, "LEVELS", 2)
-    monkeypatch.setattr(tool("demo_judge"), "STEPS", 2)
+    monkeypatch.setattr(tool("judge"), "STEPS", 2)
     monkeypatch.setattr(demo, "trained", lambda jobs: {job: job.run(id) for job in jobs})
     demo.Demo(tmp_path, classifier_steps=1, generator_steps=1, seeds=1, per_class=8).run()
     [folder] = tmp_path.iterdir()

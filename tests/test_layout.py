@@ -14,6 +14,7 @@ FLOOR = {
     "pool": -1,
     "whole_file": -1,
     "with_parent": -2,
+    "metrics": 0,
     "ops": 0,
     "memory": 0,
     "diffusion": 1,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 import tyro
-from demo_judge import train_classifier
 from demo_text import TextJob, text_data, text_jobs
 from demo_train import CLASSES, Job
+from judge import judge_of
 from machine import machine
 from matplotlib.figure import Figure
 from page import Section, html
@@ -105,7 +105,7 @@ class Demo:
     def _of_digits(self, found: Models, setting: Row) -> tuple[list[Row], dict[str, Tensor], str]:
         """Rows of the models of digits, digits to draw, and what is known of their judge."""
         (images, labels), (unseen, answers) = (everything(split) for split in ("train", "test"))
-        judge = train_classifier(images, labels, seed=0)
+        judge = judge_of("digits")
         rows, shown = [], {"real": images[_in_rows(labels)]}
         asked = torch.arange(CLASSES).repeat_interleave(self.per_class)
         for family in ("vit", "dit"):
@@ -116,13 +116,13 @@ class Demo:
                     row["final_accuracy"] = row["accuracy"][-1]
                 else:
                     [(_, made)] = [found[job] for job in alike]
-                    row |= {"frechet": judge.distance(made, images)}
+                    row |= {"frechet": judge.distance(made)}
                     row |= {"recognised": judge.accuracy(made, asked)}
                     shown[blocks_text(count)] = made[_in_rows(asked)]
                 rows.append(row)
         right = 100 * judge.accuracy(unseen, answers)
         note = f"The small classifier is right on {right:.1f} % of unseen digits, "
-        note += f"which are at a Fréchet distance of {judge.distance(unseen, images):.3g}."
+        note += f"which are at a Fréchet distance of {judge.distance(unseen):.3g}."
         return rows, shown, note
 
     def _generators(self) -> list[Job]:

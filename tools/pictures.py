@@ -4,7 +4,7 @@ python tools/pictures.py
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from palette import PALETTE
-from report_rows import Row, read
+from report_rows import Row, read, tables
+from report_studies import TITLES, picture_of
 
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.memory.units import UNITS
@@ -20,6 +21,7 @@ from dbkernels.training.partition import partition
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "pictures"
+SCALES = ("tiny", "small", "paper")
 INK = "#7c828d"  # which either shows
 COLOURS = (PALETTE[4], PALETTE[3], PALETTE[6])  # of blocks, the noisiest first
 DEPTH, NUM_BLOCKS, GAMMA = 12, 3, 0.05
@@ -101,12 +103,31 @@ def main() -> int:
     for name, (draw, size) in PICTURES.items():
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
-        for axes in figure.axes:
-            _in_ink(axes)
-        path = FOLDER / f"{name}.svg"
-        figure.savefig(path, transparent=True, metadata={"Date": None})
-        print(path)
+        _save(figure, name)
+    for name, figure in studies():
+        _save(figure, f"study-{name}")
     return 0
+
+
+def studies() -> Iterator[tuple[str, Figure]]:
+    """The picture of each study that has rows, at the smallest scale that it has."""
+    every = tables(read([ROOT / "benchmarks" / "results"]), "study")
+    for name in TITLES:
+        some = [table for table in every if table[0]["study"] == name]
+        if some:
+            scale = min((table[0]["scale"] for table in some), key=SCALES.index)
+            yield name, picture_of([table for table in some if table[0]["scale"] == scale])
+
+
+def _save(figure: Figure, name: str) -> None:
+    for axes in figure.axes:
+        _in_ink(axes)
+    for legend in figure.legends:
+        for text in legend.get_texts():
+            text.set_color(INK)
+    path = FOLDER / f"{name}.svg"
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+    print(path)
 
 
 def _in_ink(axes: Axes) -> None:
@@ -114,7 +135,7 @@ def _in_ink(axes: Axes) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(INK)
     axes.tick_params(colors=INK, length=0)
-    for text in (axes.title, axes.xaxis.label):
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
         text.set_color(INK)
 
 

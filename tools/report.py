@@ -12,6 +12,7 @@ from page import Section, html, markdown
 from report_names import about, case_text
 from report_pictures import pictures
 from report_rows import Row, read, tables
+from report_studies import study_sections
 from report_tables import headline, table_of
 from report_text import texts_section
 
@@ -106,6 +107,8 @@ numbers, or the bit means nothing."""),
 and loss are one call. *Of copies* is the share of the rate at which the device copies."""),
 }  # fmt: skip
 
+STUDIES_AFTER = "answers"  # title behind which they stand
+
 
 def sections(rows: Sequence[Row]) -> list[Section]:
     """Lay out everything that was read.
@@ -130,6 +133,8 @@ def sections(rows: Sequence[Row]) -> list[Section]:
             heading = f"{case}{table[0]['device']}"
             found.append(Section(heading, table=table_of(table), note=about(table), level=3))
             found += texts_section(table) if suite == "demo" else []
+        if name == STUDIES_AFTER:
+            found += study_sections(rows)
     return found
 
 

@@ -109,6 +109,12 @@ def place_text(row: Row) -> str:
     return "all" if row["offload"] == "none" else f"1 of {row['num_blocks']}"
 
 
+def commits_text(rows: Sequence[Row]) -> str:
+    """Name the commits that rows were measured at."""
+    names = list(dict.fromkeys(str(row["commit"] or "unknown") for row in rows))
+    return f"commit{'s' * (len(names) > 1)} {', '.join(names)}"
+
+
 def about(rows: Sequence[Row]) -> str:
     """Say where the rows of a table come from: the device, the commit and the commands."""
     row = rows[0]
@@ -116,7 +122,7 @@ def about(rows: Sequence[Row]) -> str:
     driver = f", driver {row['driver']}" if row["driver"] else ""
     parts.append(
         f"{row['device']}{driver}, {row['threads']} CPU threads, torch {row['torch']}, "
-        f"triton {row['triton']}, commit {row['commit'] or 'unknown'}."
+        f"triton {row['triton']}, {commits_text(rows)}."
     )
     if row.get("copy_gbps"):
         rates = f"copies {row['copy_gbps']:.4g} GB/s and multiplies {row['matmul_tflops']:.3g}"

@@ -16,6 +16,8 @@ BLOCKWISE = ("block_stock", "block_fused")
 METHODS = ("end_to_end", "compiled", "checkpointed", "selective", *BLOCKWISE)
 POLICIES = ("none", "attention", "mlp", "qkv", "layer", "layer_narrow")
 SETTING = "device driver threads torch triton commit"
+# runs of one study are trained one after another, and commits go on meanwhile
+STUDY_SETTING = "device threads torch"
 MODEL = "family preset batch dtype"
 TRAINED = "method num_blocks recompute budget offload optimizer_in_backward launch implementation"
 SUITES = {  # names that the rows of a benchmark have: of the case, of the way, and others
@@ -35,6 +37,11 @@ SUITES = {  # names that the rows of a benchmark have: of the case, of the way, 
         "data batch updates source_updates",
         "family competitor num_blocks",
         "seeds",
+    ),
+    "study": (
+        "study scale family data",
+        "arm seed",
+        "updates batch num_blocks layers train config",
     ),
     "training": (MODEL, TRAINED, "peak_allocated_bytes saved_bytes memory step_ms sweep_ms"),
     "cost": (
@@ -195,7 +202,7 @@ def tables(rows: Sequence[Row], suite: str) -> list[list[Row]]:
         named = row.get("words"), row.get("layer"), *_key(row, f"{case} device")
         settings = found.setdefault(named, {})
         # the newest setting goes to the end; two commands may each print a part of a table
-        setting = _key(row, SETTING)
+        setting = _key(row, STUDY_SETTING if suite == "study" else SETTING)
         table = settings[setting] = settings.pop(setting, {})
         older = table.get(_key(row, way))
         if older is None or is_predicted(older) or not is_predicted(row):

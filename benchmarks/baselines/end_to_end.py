@@ -10,6 +10,8 @@ the layers' condition is zero. What NoProp's authors call back-propagation is ta
 answer's own steps, differentiated, with the nets that NoProp-DT has.
 """
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,6 +49,15 @@ class EndToEndViT(Baseline):
 
     def probabilities(self, batch: Batch, draw: Draw) -> Tensor:
         return self.logits(batch["image"]).softmax(-1)
+
+
+class Checkpointed(EndToEndViT):
+    """The same block, whose backward computes each layer again: other memory, the same numbers."""
+
+    name = "end to end, checkpointed"
+
+    def make(self, sizes: ViTConfig) -> DiffusionBlocks:
+        return super().make(replace(sizes, recompute="layer"))
 
 
 class EndToEndCNN(NoPropDT):

@@ -30,8 +30,8 @@ from dbkernels.training.together import Start
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluate trained runs on held-out data: losses by block and accuracy after every step, or the
-    bits per character of a text."""
+    """Evaluate trained runs on held-out data: losses by block, accuracy and calibration after
+    every step, or the bits per character of a text."""
 
     run_dirs: Annotated[
         Positional[tuple[Path, ...]],

@@ -40,9 +40,10 @@ def run_table(
         cells:     (row, how it writes a number) -> what stands in these columns
     """
     names, parent = _short_names([str(row["run"]) for row in rows if row["seed"] != ""])
+    caption = parent and f"runs of {parent}"
     table = Table(
         Column("run", overflow="fold"), *headings, box=box.SIMPLE_HEAD, show_edge=False,
-        padding=(0, 1, 0, 0), caption=parent and f"runs of {parent}",
+        padding=(0, 1, 0, 0), caption=caption, min_width=len(caption),  # so that it is one line
     )  # fmt: skip
     for row in rows:
         digits = ".1g" if row["run"] == SPREAD else ".4g"

@@ -107,13 +107,14 @@ class LabelledConfig(ImageConfig):
         """The training split of data that the model may not fit yet, as `open_data`."""
         return open_data(source, convert=convert)
 
-    def fitted(self, data: ImageData) -> "Self":
-        """With the image size, channels and classes of some data.
+    def fitted(self, data: ImageData, sizes: dict[str, int] | None = None) -> "Self":
+        """With the image size, channels and classes of some data, and other sizes by field.
 
         Raises:
             ValueError: images are not square, or the patch does not divide them.
         """
-        return replace(self, **self.sized(data.image_shape), num_classes=data.num_classes)
+        of_data = self.sized(data.image_shape) | {"num_classes": data.num_classes}
+        return self.resized((sizes or {}) | of_data)
 
     def open(
         self,

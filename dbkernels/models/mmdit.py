@@ -92,15 +92,15 @@ class MMDiTConfig(ImageConfig):
         _check_no_convert(convert)
         return open_captions(source)
 
-    def fitted(self, data: CaptionedImages) -> "Self":
-        """With the sizes of some data's images and embeddings.
+    def fitted(self, data: CaptionedImages, sizes: dict[str, int] | None = None) -> "Self":
+        """With the sizes of some data's images and embeddings, and other sizes by field.
 
         Raises:
             ValueError: images are not square, or the patch does not divide them.
         """
         length, width = data.text_shape
-        sizes = {"text_length": length, "text_dim": width, "pooled_dim": data.pooled_dim}
-        return replace(self, **self.sized(data.image_shape), **sizes)
+        of_data = {"text_length": length, "text_dim": width, "pooled_dim": data.pooled_dim}
+        return self.resized((sizes or {}) | self.sized(data.image_shape) | of_data)
 
     def open(
         self,

@@ -52,8 +52,8 @@ class ModelConfig(Protocol):
     def find(self, source: str, *, convert: Convert) -> Data:
         """The training split of the data under a name or a path, which may not fit the model."""
 
-    def fitted(self, data: OwnData) -> "Self":
-        """With what the data say of a model for them."""
+    def fitted(self, data: OwnData, sizes: dict[str, int] | None = None) -> "Self":
+        """With what the data say of a model for them, and at once with other sizes by field."""
 
     def open(
         self,

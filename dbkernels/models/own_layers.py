@@ -204,10 +204,16 @@ class OwnLayers(nn.Module):
         return (scale.float() * losses).sum()
 
     def metrics(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Accuracy and cross-entropy in nats of each sample, (B,) float32."""
+        """Accuracy and cross-entropy in nats of each sample, (B,) float32.
+
+        A sample of one class also has the confidence of its answer.
+        """
         label = self._clean(batch)
         right = (logits.argmax(-1) == label).float().view(len(label), -1).mean(1)
-        return {"accuracy": right, "cross_entropy": _cross_entropy(logits, label)}
+        found = {"accuracy": right, "cross_entropy": _cross_entropy(logits, label)}
+        if label.ndim == 1:
+            found["confidence"] = logits.float().softmax(-1).amax(-1)
+        return found
 
     def _unit_table(self) -> Tensor:
         return F.normalize(self.table.weight.float(), dim=-1)

@@ -52,7 +52,8 @@ class FamilyEntry:
     guided: bool = False
     """Whether a model has a batch that asks for nothing, `unconditional`, which guidance needs."""
     metrics: Callable[[Tensor, Batch], dict[str, Tensor]] | None = None
-    """(prediction, batch) -> numbers (B,) of the samples, by name; None where only losses count."""
+    """(prediction, batch) -> numbers (B,) of the samples, by name; None where only losses count.
+    Where confidence comes with accuracy, an evaluation also has the calibration error."""
     average: Callable[[Tensor], Tensor] | None = None
     """Predictions of several starts (N, B, ...) -> one (B, ...); None where they have no mean."""
     text: TextNoise | None = None

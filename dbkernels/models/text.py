@@ -86,9 +86,9 @@ class TextConfig:
         _require_no_images(convert)
         return open_tokens(source, length=self.length)
 
-    def fitted(self, data: TokenData) -> "Self":
-        """With the vocabulary of some data."""
-        return replace(self, vocabulary=data.vocabulary)
+    def fitted(self, data: TokenData, sizes: dict[str, int] | None = None) -> "Self":
+        """With the vocabulary of some data, and other sizes by field."""
+        return self.resized((sizes or {}) | {"vocabulary": data.vocabulary})
 
     def open(
         self,

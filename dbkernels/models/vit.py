@@ -265,9 +265,10 @@ def average(logits: Tensor) -> Tensor:
 
 
 def metrics(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Accuracy and cross-entropy in nats of each sample, (B,) float32."""
+    """Accuracy, cross-entropy in nats and confidence of each sample, (B,) float32."""
     logits, label = logits.float(), batch["label"]
     return {
         "accuracy": (logits.argmax(-1) == label).float(),
         "cross_entropy": F.cross_entropy(logits, label, reduction="none"),
+        "confidence": logits.softmax(-1).amax(-1),
     }

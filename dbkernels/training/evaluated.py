@@ -11,6 +11,7 @@ from dbkernels.data.dataset import as_data
 from dbkernels.data.images import Batch, Data
 from dbkernels.data.spaced import Spaced
 from dbkernels.diffusion.bridges import BridgeName
+from dbkernels.metrics.calibration import error_of_bins
 from dbkernels.models.registry import TextNoise
 from dbkernels.ops.philox import Draw
 from dbkernels.settings import check_number
@@ -186,23 +187,36 @@ class Evaluated(Together):
         highest = self._loss_at(data, self.process.range.high, passes, **at)
 
         def of_steps(batch: Batch, draw: Draw) -> list[Tensor]:
-            found = self.predictions(batch, grid, draw, start=start, starts=starts)
-            passes.made(len(found[0]) * in_steps)
-            return found
+            runs = self._of_starts(batch, grid, draw, start=start, starts=starts)
+            passes.made(len(runs[0][0]) * in_steps)
+            single = [run[-1] for run in runs] if starts > 1 else []
+            return [*self._mean(runs), *single]
 
         measured = self._measured(data, of_steps, **at) if grid else {}
-        return Evaluation(tuple(losses), highest, tuple(grid), measured)
+        steps = len(grid)
+        after = {name: values[:steps] for name, values in measured.items()}
+        single = {name: values[steps:] for name, values in measured.items() if starts > 1}
+        return Evaluation(tuple(losses), highest, tuple(grid), after, single)
 
     def _measured(
         self, data: Data, of_steps: Callable[..., list[Tensor]], *, seed: int, batch_size: int
     ) -> dict[str, tuple[float, ...]]:
-        """Means of the family's own numbers after each step, by name."""
+        """Means of the family's own numbers after each step, by name, and what calibration is."""
         assert self.metrics is not None
         totals: dict[str, list[float]] = {}
+        answers: dict[int, list[Tensor]] = {}  # by step: confidence and accuracy, (2, B) float64
         for batch, draw in batches(data, batch_size, self.device, seed=seed):
             predictions = of_steps(batch, draw=draw)
             for step, prediction in enumerate(predictions):
-                for name, numbers in self.metrics(prediction, batch).items():
+                found = self.metrics(prediction, batch)
+                for name, numbers in found.items():
                     total = totals.setdefault(name, [0.0] * len(predictions))
                     total[step] += float(numbers.sum())
-        return {name: tuple(x / len(data) for x in each) for name, each in totals.items()}
+                if "confidence" in found and "accuracy" in found:
+                    answer = torch.stack([found["confidence"], found["accuracy"]])
+                    answers.setdefault(step, []).append(answer.double().cpu())
+        means = {name: tuple(x / len(data) for x in each) for name, each in totals.items()}
+        if answers:
+            errors = (error_of_bins(*torch.cat(parts, dim=1)) for parts in answers.values())
+            means["calibration_error"] = tuple(errors)
+        return means

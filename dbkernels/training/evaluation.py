@@ -1,11 +1,10 @@
-"""What trained blocks are worth on some data: means over its samples, and distances of samples."""
+"""What trained blocks are worth on some data: means over its samples."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from dbkernels.data.images import Batch, Data
 from dbkernels.models.registry import TextNoise
@@ -46,25 +45,32 @@ class Evaluation:
     loss_at_most_noise:  mean loss at the highest level
     levels:              descending, of the sampler that the metrics were read from
     metrics:             by name, after each level; shares are in [0, 1], cross-entropies in nats
+    starts:              by name, after the last level of each single start of those whose
+                         probabilities were averaged; empty where there was one
     """
 
     block_losses: tuple[float, ...]
     loss_at_most_noise: float
     levels: tuple[float, ...]
     metrics: dict[str, tuple[float, ...]]
+    starts: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = {
-            "loss of each block": self.block_losses,
-            "loss at the most noise": (self.loss_at_most_noise,),
+            "loss of each block": _written(self.block_losses),
+            "loss at the most noise": _written((self.loss_at_most_noise,)),
         }
         for name, values in self.metrics.items():
-            lines[f"{name.replace('_', ' ')} after each step"] = values
+            lines[f"{name.replace('_', ' ')} after each step"] = _written(values)
+        for name, values in self.starts.items():
+            spread = f"{fmean(values):.4g} ± {stdev(values):.1g}"
+            lines[f"{name.replace('_', ' ')} of one start"] = spread
         width = max(map(len, lines))
-        return "\n".join(
-            f"{name:{width}}  {'  '.join(f'{value:.4g}' for value in values)}"
-            for name, values in lines.items()
-        )
+        return "\n".join(f"{name:{width}}  {text}" for name, text in lines.items())
+
+
+def _written(values: Sequence[float]) -> str:
+    return "  ".join(f"{value:.4g}" for value in values)
 
 
 def batches(
@@ -82,27 +88,3 @@ def batches(
     for indices in torch.arange(len(data)).split(batch_size):
         draw = Draw(stream_seed(seed, EVALUATION_KEY), step=0, sample=int(indices[0]))
         yield data.batch(indices, put), draw
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Distance of two sets of features, each taken as a normal distribution.
-
-        |m1 - m2|**2 + tr(C1 + C2 - 2 (C1 C2)**(1/2))
-
-    Dowson & Landau 1982. Called FID only where the features are Inception's.
-
-    Args:
-        first:   (N, K)  features, N at least 2
-        second:  (M, K)
-    """
-    a, b = (features.double().cpu().numpy() for features in (first, second))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(
-            "features must be two matrices of equal width with at least 2 rows, "
-            f"got {a.shape} and {b.shape}"
-        )
-    covariance_a, covariance_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
-    # the product is similar to a positive matrix: its eigenvalues are real but for rounding
-    roots = np.sqrt(np.linalg.eigvals(covariance_a @ covariance_b).real.clip(min=0))
-    spread = np.trace(covariance_a) + np.trace(covariance_b) - 2 * roots.sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + spread)

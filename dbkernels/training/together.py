@@ -105,6 +105,12 @@ class Together(nn.Module):
             ValueError: a setting is unknown, or several starts are asked for from z = 0 or of a
                 family whose predictions have no average.
         """
+        return self._mean(self._of_starts(batch, levels, draw, start=start, starts=starts))
+
+    def _of_starts(
+        self, batch: Batch, levels: Sequence[float], draw: Draw, *, start: Start, starts: int
+    ) -> list[list[Tensor]]:
+        """As `predictions`, of each start alone."""
         self.check_starts(start, starts)
         runs: list[list[Tensor]] = [[] for _ in range(starts)]
         for k, found in enumerate(runs):
@@ -113,7 +119,11 @@ class Together(nn.Module):
             else:
                 z = self.start(batch, levels[0], replace(draw, step=draw.step + k))
             euler(self.denoiser(batch, found.append), z, levels, self._path)
-        if starts == 1 or self.average is None:
+        return runs
+
+    def _mean(self, runs: list[list[Tensor]]) -> list[Tensor]:
+        """Predictions after each step, of several starts."""
+        if len(runs) == 1 or self.average is None:
             return runs[0]
         return [self.average(torch.stack(step)) for step in zip(*runs, strict=True)]
 

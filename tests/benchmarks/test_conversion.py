@@ -20,13 +20,12 @@ def conversion(bench, tmp_path, monkeypatch):
     splits = {name: [random.integers(27, size=64)] for name in ("train", "test")}
     write_tokens(tmp_path / "tokens", splits, vocabulary=27)
     module = bench("conversion")
-    judge = module.DigitClassifier()
     small = "--dim 16 --depth 3 --num-heads 2"
     monkeypatch.setattr(module, "SIZES", {"ar": f"{small} --length 8", "dit": small})
     monkeypatch.setattr(module, "BATCH", {"ar": "--batch-size 2", "dit": "--batch-size 4"})
     monkeypatch.setattr(module, "GUIDANCE", 1.0)
     monkeypatch.setattr(module, "PER_CLASS", 2)
-    monkeypatch.setattr(module, "train_classifier", lambda *data, seed: judge)
+    monkeypatch.setattr(bench("judge"), "STEPS", 1)
 
     def run(**options):
         told = {"seeds": 1, "updates": 1, "source_updates": (2, 2), "windows": 2, **options}

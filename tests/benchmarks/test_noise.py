@@ -15,7 +15,7 @@ def noise(bench, tmp_path, monkeypatch):
     module = bench("noise")
     monkeypatch.setattr(module, "SIZES", "--dim 16 --depth 3 --num-heads 2")
     monkeypatch.setattr(module, "RATE", "--batch-size 4 --label-drop 0.1")
-    monkeypatch.setattr(module, "train_classifier", lambda *data, seed: module.DigitClassifier())
+    monkeypatch.setattr(bench("judge"), "STEPS", 1)
 
     def run(**options):
         told = {"seeds": 1, "updates": 1, "per_class": 2, "levels": 3, **options}

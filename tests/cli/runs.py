@@ -20,6 +20,18 @@ def write_npz(path, shape=(1, 8, 8), classes=3):
     np.savez(path, images=images, labels=labels, test_images=images[:9], test_labels=labels[:9])
 
 
+def write_captions(folder, channels=1, pooled=True, side=8):
+    """Both splits of 8 images and texts, and two prompts."""
+    random = np.random.default_rng(0)
+    shapes = {"": (channels, side, side), "_text": (3, 5)}
+    shapes |= {"_pooled": (6,)} if pooled else {}
+    for split in ("", "_test"):
+        for end, shape in shapes.items():
+            np.save(folder / f"z{split}{end}.npy", random.normal(size=(8, *shape)).astype("f4"))
+    made = {end[1:]: random.normal(size=(2, *shape)) for end, shape in shapes.items() if end}
+    np.savez(folder / "prompts.npz", **{name: array.astype("f4") for name, array in made.items()})
+
+
 def refused(outcome, message):
     """Whether a run ended as a mistake does: exit 1 and one line that holds the message."""
     assert outcome.code == 1, outcome

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli.runs import SIZES, read_tree, refused, rows_of
+from cli.runs import SIZES, read_tree, refused, rows_of, write_captions
 from PIL import Image
 
 from dbkernels.cli.main import main
@@ -13,22 +13,11 @@ FLAGS = "--label-drop 0.5 --num-blocks 2 --lr 0.1"
 FEW = "--per-class 2 --levels 3 --device cpu"
 
 
-def write(folder, channels=1, pooled=True):
-    """Both splits of 8 images and texts, and two prompts."""
-    random = np.random.default_rng(0)
-    shapes = {"": (channels, 8, 8), "_text": (3, 5)} | ({"_pooled": (6,)} if pooled else {})
-    for split in ("", "_test"):
-        for end, shape in shapes.items():
-            np.save(folder / f"z{split}{end}.npy", random.normal(size=(8, *shape)).astype("f4"))
-    made = {end[1:]: random.normal(size=(2, *shape)) for end, shape in shapes.items() if end}
-    np.savez(folder / "prompts.npz", **{name: array.astype("f4") for name, array in made.items()})
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The directory of a run and of what it was trained on."""
     root = tmp_path_factory.mktemp("captions")
-    write(root)
+    write_captions(root)
     out = f"--out {root}/run --data {root}/z.npy"
     main(["train", "mmdit", *out.split(), *SIZES, *FLAGS.split()])
     return root
@@ -75,7 +64,7 @@ def test_guidance_is_two_where_texts_were_dropped_and_each_prompt_has_its_images
 
 
 def test_latents_without_embeddings_of_all_the_text_are_numbers(cli, tmp_path):
-    write(tmp_path, channels=4, pooled=False)
+    write_captions(tmp_path, channels=4, pooled=False)
     assert cli(f"train mmdit --out run --data z.npy {' '.join(SIZES)}").code == 0
     line = f"sample run --prompts prompts.npz {FEW}"
     assert refused(cli(line), "out must end in .npy where a sample has 4 channels")
@@ -119,9 +108,9 @@ def test_latents_without_embeddings_of_all_the_text_are_numbers(cli, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_and_touches_no_file(cli, runs, trained, tmp_path, line, message):
-    write(tmp_path)
+    write_captions(tmp_path)
     (tmp_path / "other").mkdir()
-    write(tmp_path / "other", pooled=False)
+    write_captions(tmp_path / "other", pooled=False)
     (tmp_path / "run").symlink_to(trained / "run")
     (tmp_path / "dit").symlink_to(runs("dit"))
     np.save("lonely.npy", np.zeros((8, 1, 8, 8), np.float32))

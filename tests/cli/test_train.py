@@ -2,20 +2,21 @@ import json
 import shutil
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cli.runs import read_tree, refused, write_npz
+from cli.runs import SIZES, read_tree, refused, write_captions, write_npz
+from fake_torchvision import modules
 from training.tiny import make_older
 from training.trackers import PACKAGES
 
 from dbkernels.cli.progress import ProgressBar
 from dbkernels.cli.train import PartitionFlags
 from dbkernels.data.token_files import write_tokens
-from dbkernels.models import dit, family_named
+from dbkernels.models import FAMILIES, dit, family_named
 from dbkernels.training import checkpoint
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
 from dbkernels.training.run_config import PartitionConfig, read_config
@@ -31,10 +32,12 @@ def test_says_what_it_trained(train, tmp_path):
     assert train("vit --out one --num-blocks 1").out == "trained 2 steps in 1 block: one\n"
 
 
-def test_flags_reach_the_configuration(train, tmp_path):
+def test_flags_reach_the_configuration(train, monkeypatch, tmp_path):
     flags = "--split 2,1 --num-blocks 2 --gamma 0.2 --sigma-max 40 --lr 0.01 --seed 7 --ema 0.5"
     flags += " --offload disk --offload-dir off --prefetch --steps-per-swap 2"
-    train(f"dit --out out {flags} --label-drop 0.1 --mirror --patch 4")
+    for name, module in modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    train(f"dit --out out {flags} --label-drop 0.1 --mirror --rand-augment --patch 4")
     config = json.loads((tmp_path / "out/config.json").read_text())
     trainer = {"steps": 2, "batch_size": 8, "lr": 0.01, "seed": 7, "ema": 0.5}
     trainer |= {"offload": "disk", "offload_dir": "off", "prefetch": True, "steps_per_swap": 2}
@@ -42,8 +45,36 @@ def test_flags_reach_the_configuration(train, tmp_path):
     assert trainer.items() <= config["trainer"].items() and sizes.items() <= config["model"].items()
     assert {"split": "2,1", "gamma": 0.2}.items() <= config["partition"].items()
     assert {"sigma_max": 40.0, "sigma_min": 0.002}.items() <= config["prior"].items()
-    assert (config["label_drop"], config["mirror"]) == (0.1, True)
+    assert (config["label_drop"], config["mirror"], config["rand_augment"]) == (0.1, True, True)
     assert list((tmp_path / "off").iterdir()) == []
+
+
+OF_IMAGES = [
+    name
+    for name, entry in FAMILIES.items()
+    if any(field.name == "patch" for field in fields(entry.config))
+]
+
+
+def test_three_families_have_patches():
+    assert OF_IMAGES == ["vit", "dit", "mmdit"]
+
+
+@pytest.mark.parametrize("family", OF_IMAGES)
+def test_a_patch_fits_the_images_of_the_data_and_not_those_of_the_preset(cli, tmp_path, family):
+    entry = FAMILIES[family].model
+    assert entry.preset(entry.smallest).image_size % 7
+    write_npz(tmp_path / "z.npz", (1, 14, 14))
+    write_captions(tmp_path, side=14)
+    data = "z.npy" if family == "mmdit" else "z.npz"
+    line = f"train {family} --data {data} {' '.join(SIZES)} --out"
+    assert cli(f"{line} run --patch 7").code == 0
+    model = read_config(tmp_path / "run").model
+    assert (model.patch, model.image_size, model.dim) == (7, 14, 16)
+    for patch in (4, 28):
+        message = f"the patch must divide the image size, got {patch} and 14"
+        assert refused(cli(f"{line} wrong --patch {patch}"), message)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_a_run_is_shown_by_what_is_asked_for_and_goes_on_there(train, monkeypatch):
@@ -78,6 +109,15 @@ def test_a_tracker_that_is_missing_is_said_before_anything_is_done(train, monkey
     assert refused(
         train("vit --out out --track neptune"), "track must be one of tensorboard, wandb"
     )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_torchvision_that_is_missing_is_said_before_anything_is_done(
+    train, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    message = "torchvision must be installed for rand_augment (pip install dbkernels[augment]), got"
+    assert refused(train("vit --out out --rand-augment"), message)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,7 @@
 """What embeds pixels, levels and labels, and how families and their sizes are found."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,6 +179,15 @@ def test_sizes_of_images_change_by_data(family):
     fitted = config.fitted(data_of((3, 12, 12)))
     assert (fitted.image_size, fitted.channels, fitted.num_classes) == (12, 3, 7)
     assert fitted.fields()["image"].shape == (3, 12, 12) and fitted.fields()["label"].bound == 7
+    # sizes that only the data allow, whose own sizes stand
+    assert config.fitted(data_of((3, 9, 9)), {"patch": 3, "image_size": 6}).image_size == 9
+
+
+@pytest.mark.parametrize("family", ["mdm", "ar", "huginn"])
+def test_sizes_of_text_change_by_data(family):
+    config = FAMILIES[family].model.preset("small")
+    fitted = config.fitted(SimpleNamespace(vocabulary=9), {"dim": config.dim // 4})
+    assert (fitted.vocabulary, fitted.mlp_hidden) == (9, config.mlp_hidden // 4)
 
 
 def test_a_vit_keeps_the_ratio_of_its_mlp():

@@ -1,9 +1,7 @@
 import math
 from statistics import NormalDist
 
-import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from models.tiny import randomise
 from torch import nn
@@ -13,7 +11,7 @@ from dbkernels.data.images import ImageData
 from dbkernels.diffusion.prediction import EDM
 from dbkernels.models.vit import metrics
 from dbkernels.training.diffusion_blocks import DiffusionBlocks
-from dbkernels.training.evaluation import batches, frechet_distance
+from dbkernels.training.evaluation import batches
 
 
 class Known(nn.Module):
@@ -121,6 +119,25 @@ def test_answers_are_read_after_each_step():
     assert cross_entropy == pytest.approx((50.0, 30.0, 0.0), abs=1e-4)
 
 
+def test_single_starts_are_what_each_of_them_answers_alone():
+    blocks, data = randomise(make_blocks("vit")), make_data()
+    how = {"levels": 2, "start": "noise", "batch_size": 4}
+    found = blocks.evaluate(data, starts=3, **how)
+    assert found.starts.keys() == found.metrics.keys()
+    assert {len(values) for values in found.starts.values()} == {3}
+    assert {len(values) for values in found.metrics.values()} == {2}
+    one = blocks.evaluate(data, **how)
+    assert one.starts == {}
+    # the first of three starts is the start of one
+    first = {name: values[0] for name, values in found.starts.items()}
+    assert first == pytest.approx({name: values[-1] for name, values in one.metrics.items()})
+    assert len({*found.starts["cross_entropy"], found.metrics["cross_entropy"][-1]}) == 4
+    shown = str(found).splitlines()[-4:]
+    nats = torch.tensor(found.starts["cross_entropy"], dtype=torch.float64)
+    assert shown[1].startswith("cross entropy of one start ")
+    assert shown[1].endswith(f"  {nats.mean():.4g} ± {nats.std():.1g}")
+
+
 @pytest.mark.parametrize(("start", "starts"), [("zero", 1), ("noise", 3)])
 def test_an_evaluation_tells_how_many_passes_are_done_and_of_how_many(start, starts):
     blocks, told = make_blocks(), []
@@ -130,6 +147,34 @@ def test_an_evaluation_tells_how_many_passes_are_done_and_of_how_many(start, sta
     # of ten samples: eight quantiles of each block, the most noise, and the steps of each start
     assert set(totals) == {done[-1]} == {10 * (3 * 8 + 1 + 4 * starts)}
     assert list(done[:3]) == [4, 8, 10] and list(done) == sorted({*done})
+
+
+def test_the_calibration_error_is_of_all_samples_and_of_each_step():
+    # at first always sure of class 0, which four of ten have; then half sure of the right one
+    half = {1.0: 0.5, 80.0: 1.0}
+
+    def logits(label, level):
+        share = half[float(level)]
+        right = nn.functional.one_hot(label if share < 1 else torch.zeros_like(label), 3)
+        return (right * share + (1 - right) * (1 - share) / 2).clamp(min=1e-30).log()
+
+    blocks = known(logits=logits)
+    found = blocks.evaluate(labelled(), levels=list(half)[::-1], batch_size=4).metrics
+    assert found["confidence"] == pytest.approx((1.0, 0.5))
+    assert found["accuracy"] == pytest.approx((0.4, 1.0))
+    assert found["calibration_error"] == pytest.approx((0.6, 0.5))
+    # bins, not batches, are where right answers and wrong ones make up for each other
+    blocks.metrics = lambda prediction, batch: {
+        "confidence": torch.full((len(prediction),), 0.5),
+        "accuracy": (batch["label"] != 1).float(),
+    }
+    errors = [
+        blocks.evaluate(labelled(), levels=[1.0], batch_size=size).metrics["calibration_error"]
+        for size in (1, 4, 10)
+    ]
+    assert errors == [pytest.approx((0.2,))] * 3
+    blocks.metrics = lambda prediction, batch: {"accuracy": (batch["label"] != 1).float()}
+    assert blocks.evaluate(labelled(), levels=[1.0]).metrics.keys() == {"accuracy"}
 
 
 def test_an_evaluation_is_a_function_of_the_seed_and_leaves_the_mode_of_training():
@@ -146,41 +191,11 @@ def test_an_evaluation_is_a_function_of_the_seed_and_leaves_the_mode_of_training
 def test_an_evaluation_prints_a_line_for_each_figure():
     found = make_blocks("vit").evaluate(make_data())
     assert str(found).splitlines() == [
-        "loss of each block             1.099  1.099  1.099",
-        "loss at the most noise         1.099",
-        "accuracy after each step       0.4  0.4  0.4",
-        "cross entropy after each step  1.099  1.099  1.099",
+        "loss of each block                 1.099  1.099  1.099",
+        "loss at the most noise             1.099",
+        "accuracy after each step           0.4  0.4  0.4",
+        "cross entropy after each step      1.099  1.099  1.099",
+        "confidence after each step         0.3333  0.3333  0.3333",
+        "calibration error after each step  0.06667  0.06667  0.06667",
     ]
     assert "accuracy" not in str(make_blocks("dit").evaluate(make_data()))
-
-
-@pytest.mark.parametrize("width", [1, 4])
-def test_features_are_as_far_as_a_matrix_root_says(width):
-    first, second = (
-        torch.randn(count, width).double() @ torch.randn(width, width).double() + mean
-        for count, mean in ((50, 0), (70, 1))
-    )
-    a, b = (np.cov(each, rowvar=False).reshape(width, width) for each in (first, second))
-    root = scipy.linalg.sqrtm(a @ b).real
-    expected = float((first.mean(0) - second.mean(0)).square().sum())
-    expected += np.trace(a) + np.trace(b) - 2 * np.trace(root)
-    assert frechet_distance(first, second) == pytest.approx(expected)
-    assert frechet_distance(second, first) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("count", [3, 100])
-def test_equal_features_are_at_no_distance_and_a_move_costs_its_square(count):
-    x = torch.randn(count, 8)  # three rows of eight leave a covariance of rank two
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-5)
-    move = torch.zeros(8)
-    move[2] = 3
-    assert frechet_distance(x, x + move) == pytest.approx(9, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [((5, 3), (5, 4)), ((5, 3), (1, 3)), ((1, 3), (5, 3)), ((5,), (5, 3)), ((5, 3), (5, 3, 1))],
-)
-def test_rejects_features_that_cannot_be_compared(first, second):
-    with pytest.raises(ValueError, match="matrices of equal width with at least 2 rows, got"):
-        frechet_distance(torch.zeros(first), torch.zeros(second))

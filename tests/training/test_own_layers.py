@@ -202,6 +202,9 @@ def test_blocks_of_classes_are_evaluated_and_know_their_labels():
     trainer.run()
     found = blocks.evaluate(data)
     assert found.metrics["accuracy"][-1] >= 0.9 and found.metrics["cross_entropy"][-1] < 0.5
+    assert (
+        0.5 < found.metrics["confidence"][-1] <= 1 and found.metrics["calibration_error"][-1] < 0.5
+    )
     several = blocks.evaluate(data, start="noise", starts=3)
     assert several.metrics["accuracy"][-1] >= 0.9
 
@@ -288,6 +291,7 @@ def test_classes_of_many_places_count_as_their_mean():
     metrics = model.metrics(logits, batch)
     assert torch.allclose(metrics["cross_entropy"], expected)
     assert torch.allclose(metrics["accuracy"], (logits.argmax(-1) == label).float().mean((1, 2)))
+    assert "confidence" not in metrics  # of one answer there are many
 
 
 def test_one_number_of_a_sample_is_a_target():

@@ -1,0 +1,105 @@
+"""One of the paper's comparisons: train what is missing, measure it, and print a table over seeds.
+
+    python benchmarks/study.py NAME [--seeds 3] [--scale tiny|small|paper]
+
+Every run is a command that a user would type, `dbkernels train`, and the row has it. A study that
+was killed goes on and ends with the same rows. It downloads nothing, and says which one command
+brings what is missing.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from show import Row, show_study
+from studies import STUDIES, Arm, Job, Places, Scale
+from tyro.conf import Positional
+
+from dbkernels.pool import results
+from dbkernels.settings import check_number
+from dbkernels.whole_file import write_whole
+
+Name = Literal[tuple(STUDIES)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Repeat one of the paper's comparisons at a size that this machine can run."""
+
+    name: Annotated[Positional[Name], tyro.conf.arg(metavar="NAME")]
+    """What is compared."""
+    seeds: int = 3
+    """Of every arm."""
+    scale: Scale = "tiny"
+    """tiny: minutes of two CPU cores. small: hours of them. paper: the paper's own settings."""
+    data: tuple[str, ...] = ()
+    """NAME=PATH of data that are not built in, such as cifar100=DIR or shakespeare=DIR."""
+    only: str = ""
+    """Family, or the beginning of `family data arm`, of the arms; empty takes all."""
+    runs: Path = Path("runs/studies")
+    """Directory of the runs, which studies share."""
+    processes: int = 2
+    """Runs at a time, one thread each; 1 where a GPU trains."""
+    device: str = "cpu"
+    """auto, cpu or cuda."""
+    out: Path | None = None
+    """A file of rows to write, one of each run; without it a table is printed alone."""
+
+    def run(self) -> None:
+        check_number("seeds", self.seeds, 1)
+        check_number("processes", self.processes, 1)
+        study = STUDIES[self.name]
+        jobs = self._jobs(study.arms(self.scale))
+        if not jobs:
+            names = ", ".join(map(_called, study.arms(self.scale)))
+            raise ValueError(f"only must begin one of {names}, got {self.only}")
+        rows = self._rows(jobs)
+        if study.then is not None:
+            rows += self._rows(self._jobs(study.then(self.scale, rows)))
+        if self.out is not None:
+            write_whole(self.out, "".join(json.dumps(row) + "\n" for row in rows))
+        show_study(rows)
+
+    def _jobs(self, arms: Sequence[Arm]) -> list[Job]:
+        """Of the arms that are wanted, each seed; refuses what cannot run before anything does."""
+        places, study = Places.of(self.data), STUDIES[self.name]
+        command = f"python benchmarks/study.py {self.name} --scale {self.scale}"
+        about = {"suite": "study", "study": self.name, "scale": self.scale, "command": command}
+        jobs = [
+            Job(arm, seed, places[arm.data], self.runs, self.device, tuple(about.items()),
+                more=study.more)
+            for arm in arms
+            if _called(arm).startswith(self.only)
+            for seed in range(self.seeds)
+        ]  # fmt: skip
+        for job in jobs[:: self.seeds]:
+            job.config()
+        return jobs
+
+    def _rows(self, jobs: Sequence[Job]) -> list[Row]:
+        """What each job finds, in their order; the runs that some start from are trained before."""
+        starts = [job.source for job in jobs if job.source and not job.is_done()]
+        sources = {source.directory: partial(Job.train, source) for source in starts}
+        list(results([*sources.values()], most=self.processes))
+        rows = []
+        for row in results([partial(Job.finish, job) for job in jobs], most=self.processes):
+            rows.append(row)
+            name = f"{row['family']}, {row['data']}, {row['arm']}, seed {row['seed']}"
+            print(f"{len(rows)} of {len(jobs)}: {name}", file=sys.stderr, flush=True)
+        return rows
+
+
+def _called(arm: Arm) -> str:
+    return f"{arm.family} {arm.data} {arm.name}"
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(Run).run()
+    except ValueError as error:
+        sys.exit(str(error))

@@ -1,0 +1,73 @@
+"""The paper's comparisons: every arm can be trained, and what cannot run is refused before."""
+
+from pathlib import Path
+
+import pytest
+import tyro
+
+from dbkernels.data import idx
+
+STUDIES = ["families", "blocks", "partition", "overlap", "weighting", "sharing", "conditioning"]
+STUDIES += ["baselines", "layer-sweep", "huginn", "text", "noise", "conversion"]
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_is_a_run_that_can_be_made(name, scale, bench, places, monkeypatch):
+    job, studies, made = bench("studies.running").Job, bench("studies").STUDIES, {}
+    config = job.config
+
+    def noted(self):
+        made[self.arm] = config(self)
+        return made[self.arm]
+
+    monkeypatch.setattr(job, "config", noted)
+    arms = studies[name].arms(scale)
+    jobs = bench("study").Run(name, 1, scale, places, runs=Path("runs"))._jobs(arms)
+    assert [each.arm for each in jobs] == arms and made.keys() == set(arms)
+    assert len({(arm.family, arm.data, arm.name) for arm in arms}) == len(arms) > 1
+    assert len({arm.folder for arm in arms}) == len(arms)
+    for arm, found in made.items():
+        assert found.family == arm.family and found.trainer.steps == arm.updates
+        assert arm.source is None or made[arm.source].model.depth == found.model.depth
+        assert arm.baseline or found.build("meta")
+
+
+def test_every_study_is_checked(bench):
+    assert list(bench("studies").STUDIES) == STUDIES
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"processes": 0}, "processes must be at least 1, got 0"),
+        ({"only": "gpt"}, "only must begin one of vit digits end to end, .*, got gpt"),
+        ({"data": ("digits",)}, "data must be NAME=PATH with a name of .*, got digits$"),
+        ({"data": ("mnist=there",)}, "data must be NAME=PATH .*, got mnist=there"),
+        ({"data": ("shakespeare=",)}, "data must be NAME=PATH .*, got shakespeare$"),
+        ({"data": ("digits=none.npz",), "only": "vit digits"}, r"none\.npz"),
+        ({"data": (), "only": "mdm"}, r"shakespeare must be .*: `python tools/shakespeare\.py"),
+        ({"data": (), "scale": "paper"}, r"data must name a path for cifar100, got none: --data"),
+    ],
+)
+def test_a_study_is_refused_before_anything_runs(options, message, study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message) as refused:
+        study("families", **options)
+    assert str(refused.value).count("\n") == 0 and not (tmp_path / "runs").exists()
+
+
+def test_what_is_not_installed_is_told_with_its_command(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(idx, "FASHION", tmp_path / "absent")
+    run = bench("study").Run("families", data=(), runs=tmp_path / "runs")
+    with pytest.raises(ValueError, match="sudo apt install dataset-fashion-mnist"):
+        run.run()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("words", [["wrong"], ["families", "--scale", "huge"], []])
+def test_names_and_scales_are_known(words, bench, capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(bench("study").Run, args=words)
+    assert capsys.readouterr().err

@@ -1,0 +1,192 @@
+"""What a report says of studies: means over seeds, what was expected, and pictures."""
+
+import json
+
+import benchmark_rows as made
+import pytest
+from checkout_tools import tool
+
+RUN = {
+    "suite": "study", "study": "families", "scale": "tiny", "data": "digits", "family": "vit",
+    "batch": 32, "updates": 1200, "num_blocks": 1, "layers": [12], "train": "dbkernels train vit",
+    "config": {}, "command": "python benchmarks/study.py families --scale tiny",
+}  # fmt: skip
+WHOLE, SHALLOW = "end to end", "end to end, as deep as a block"
+
+
+def rows_of(arm, values, name="accuracy", **changes):
+    """A row of each seed; a figure is a number or a list."""
+    about = RUN | made.CPU | {"arm": arm} | changes
+    return [about | {"seed": seed, name: value} for seed, value in enumerate(values)]
+
+
+def cells_of(table):
+    """Lines by arm, as dictionaries by heading."""
+    headings, *lines = table
+    return {line[0]: dict(zip(headings, line, strict=True)) for line in lines}
+
+
+def study_table(rows):
+    return cells_of(tool("report_study").study_table(rows))
+
+
+def verdicts(rows, *claims):
+    """What a table of claims says: by how much, and whether it is so."""
+    module = tool("report_claims")
+    table = module.verdicts(rows, claims) if claims else module.verdicts(rows)
+    assert not table or table[0] == module.HEADINGS
+    return [line[3:] for line in table[1:]]
+
+
+def claim(*words, **changes):
+    return tool("report_claims").Claim("families", "vit", "expected", *words, **changes)
+
+
+def test_a_line_is_an_arm_with_its_mean_and_spread_over_seeds():
+    rows = [
+        *rows_of(WHOLE, [[0.9, 0.9], [0.92, 0.92], [0.94, 0.94]], layers=[12]),
+        *rows_of("3 blocks", [[0.9, 0.95], [0.9, 0.96], [0.9, 0.97]], layers=[4, 4, 4]),
+        *rows_of("alone", [[0.5, 0.8]], layers=[6, 6]),
+    ]
+    cells = study_table(rows)
+    accuracy = "accuracy after each step, %"
+    assert cells[WHOLE][accuracy] == "92.0 ± 2.0"  # steps that are alike are one
+    assert cells["3 blocks"][accuracy] == "**90.0 ± 0.0, 96.0 ± 1.0**"
+    assert cells["alone"][accuracy] == "50.0, 80.0"
+    assert [line["layers"] for line in cells.values()] == ["12", "4+4+4", "6+6"]
+    assert [line["seeds"] for line in cells.values()] == ["3", "3", "1"]
+    assert {line["updates"] for line in cells.values()} == {"1,200"}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "title", "best", "other"),
+    [
+        ("frechet", (20.0, 30.0), "Fréchet distance", "**20.0**", "30.0"),
+        ("bits", (2.5, 2.4), "bits", "2.500", "**2.400**"),
+        ("recall", (0.5, 0.6), "recall, %", "50.0", "**60.0**"),
+        ("bits_of_blocks", ([1.0, 2.0], [1.5, 1.0]), "bits of each block", "1.000, 2.000", None),
+        ("cross_entropy", ([0.5, 0.25], [0.1, 0.2]), "cross-entropy", "0.250", "0.200"),
+    ],
+)
+def test_the_best_of_a_figure_is_bold_where_one_is_best(name, values, title, best, other):
+    rows = [*rows_of("a", values[:1], name), *rows_of("b", values[1:], name)]
+    cells = study_table(rows)
+    assert cells["a"][title] == best
+    assert other is None or cells["b"][title] == other
+
+
+def test_an_arm_without_a_figure_has_a_dash():
+    rows = [*rows_of("a", [0.5]), *rows_of("b", [0.25], "calibration_error")]
+    cells = study_table(rows)
+    assert cells["b"]["accuracy after each step, %"] == "–"
+    assert cells["a"]["calibration error, %"] == "–"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "margin", "by", "so"),
+    [
+        ((0.960, 0.962), None, "+5.1 points", "yes"),
+        ((0.905, 0.925), None, "+0.5 points", "within the spread"),
+        ((0.80, 0.82), None, "-10.0 points", "**no**"),
+        ((0.80, 0.82), 0.1, "-10.0 points", "yes"),
+        ((0.80, 0.82), 0.099, "-10.0 points", "**no**"),
+        ((0.905, 0.915), 0.0, "+0.0 points", "yes"),
+        ((0.900, 0.918), 0.0, "-0.1 points", "within the spread"),
+    ],
+)
+def test_a_claim_holds_beyond_the_spread_or_within_its_margin(blocks, margin, by, so):
+    rows = [*rows_of("3 blocks", blocks), *rows_of(WHOLE, (0.905, 0.915))]
+    assert verdicts(rows, claim("3 blocks", (WHOLE,), margin=margin)) == [[by, so]]
+
+
+def test_a_lower_figure_is_better_where_it_is_a_distance_or_bits():
+    rows = [
+        *rows_of("3 blocks", (20.0, 22.0), "frechet", family="dit"),
+        *rows_of(WHOLE, (20.0, 20.0), "frechet", family="dit"),
+    ]
+    told = claim("3 blocks", (WHOLE,), margin=0.05, relative=True)._replace(family="dit")
+    assert verdicts(rows, told) == [["-1 (-5.0 %)", "yes"]]
+    assert verdicts(rows, told._replace(margin=0.049)) == [["-1 (-5.0 %)", "within the spread"]]
+
+
+def test_half_the_distance_to_another_arm_may_be_a_margin():
+    text = {"family": "ar", "data": "shakespeare"}
+
+    def said(bits):
+        rows = [
+            *rows_of("3 blocks, recommended", [bits], "bits", **text),
+            *rows_of(SHALLOW, [2.6], "bits", **text),
+            *rows_of(WHOLE, [2.4], "bits", **text),
+        ]
+        return [so for by, so in verdicts(rows)]
+
+    assert said(2.699) == ["yes"] and said(2.701) == ["**no**"]
+
+
+def test_claims_of_other_studies_families_and_arms_are_left_out():
+    rows = [*rows_of("3 blocks", (0.9,)), *rows_of(WHOLE, (0.9,))]
+    one = claim("3 blocks", (WHOLE,))
+    others = [one._replace(study="blocks"), one._replace(family="dit"), one._replace(better="3")]
+    assert len(verdicts(rows, one, *others)) == 1
+    assert len(verdicts(rows, one._replace(better="3 bl*"))) == 1
+    assert verdicts(rows, *others) == []
+
+
+def test_every_claim_is_of_arms_that_its_study_has():
+    claims, studies = tool("report_claims").CLAIMS, tool("studies")
+    for each in claims:
+        study = studies.STUDIES[each.study]
+        names = [arm.name for arm in study.arms("tiny") if arm.family == each.family]
+        # arms of a second stage depend on what the first one found
+        better = [] if each.better.endswith("*") else [each.better]
+        wanted = {*better, *each.worse, *filter(None, [each.halfway])}
+        assert wanted <= set(names), each
+
+
+def test_the_sections_of_a_report_have_every_study_its_tables_and_claims(tmp_path):
+    rows = [*rows_of("3 blocks", (0.9, 0.92)), *rows_of(WHOLE, (0.9, 0.9))]
+    other = [row | {"data": "fashion", "commit": "def5678"} for row in rows]
+    # a commit that came meanwhile makes no other table, and the newest row of a run counts
+    rows[1] |= {"commit": "def5678"}
+    rows.append(rows[0] | {"accuracy": 0.94})
+    path = made.write(tmp_path / "rows.jsonl", [*rows, *other])
+    read = tool("report_rows").read([path])
+    sections = tool("report_studies").study_sections(read)
+    assert [each.title for each in sections] == [
+        "Studies", "Every family (`families`, tiny)", "ViT, digits", "As expected?",
+        "ViT, fashion", "As expected?",
+    ]  # fmt: skip
+    [_, first, table, claims, *_] = sections
+    assert len(first.picture.axes) == 2
+    assert "commits abc1234, def5678" in table.note
+    assert cells_of(table.table)["3 blocks"]["accuracy after each step, %"] == "**93.0 ± 1.4**"
+    assert claims.table[1][3:] == ["+3.0 points", "yes"]
+    assert tool("report_studies").study_sections([]) == []
+
+
+def test_a_picture_has_a_dot_for_each_seed_and_a_mark_at_the_mean():
+    rows = [*rows_of("3 blocks", (0.9, 0.92)), *rows_of(WHOLE, (0.8, 0.9))]
+    [axes] = tool("report_study").study_picture([rows]).axes
+    dots, means = axes.lines[::2], axes.lines[1::2]
+    assert [[round(x, 6) for x in line.get_xdata()] for line in dots] == [[90, 92], [80, 90]]
+    assert [round(line.get_xdata()[0], 6) for line in means] == [91, 85]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["3 blocks", WHOLE]
+    best, other = (line.get_color() for line in means)
+    assert best != other
+
+
+def test_rows_of_a_study_are_printed_with_what_was_expected(tmp_path, capsys):
+    rows = [*rows_of("3 blocks", (0.9, 0.92)), *rows_of(WHOLE, (0.9, 0.9))]
+    tool("show").main([str(made.write(tmp_path / "rows.jsonl", rows))])
+    said = capsys.readouterr().out
+    assert "families, tiny: vit, digits" in said and "91.0 ± 1.4" in said
+    assert "within a point of end to end" in said and "+1.0 points" in said
+
+
+def test_a_row_of_a_study_must_have_its_whole_configuration(tmp_path):
+    [row] = rows_of("3 blocks", [0.9])
+    del row["config"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="a row of study must have config, which it lacks"):
+        tool("report_rows").read([path])
