@@ -75,10 +75,10 @@ def quality_rows(run_dirs: Sequence[Path], target: Target, memory: int | None) -
         "samples_measured": law.samples_measured,
         "curve": curve.losses.tolist(),
     }
-    return [told_of, *_ranked(fits)]
+    return [told_of, *ranked(fits)]
 
 
-def _ranked(rows: list[Row]) -> list[Row]:
+def ranked(rows: Sequence[Row]) -> list[Row]:
     """Rows of ways in the order in which they are told: the recommended one first."""
 
     def idle(row: Row) -> int:

@@ -8,7 +8,7 @@ import pytest
 from cli.runs import refused, rows_of
 from planning.reckoned import reckoned
 
-from dbkernels.cli.plan_quality import NEAR
+from dbkernels.cli.plan_quality import NEAR, ranked
 from dbkernels.cli.train_command import train_command
 from dbkernels.data.token_files import write_tokens
 from dbkernels.planning import search
@@ -72,6 +72,21 @@ def test_the_screen_has_80_columns_and_says_what_is_a_guess(asked):
     assert "train vit" in said and "--out OUT" in said
     both = " ".join(asked(DEEP, SHALLOW, LONGER).out.split())
     assert "a guess" not in both and both.count("as the runs show") == 2
+
+
+def test_the_recommended_way_needs_least_of_those_that_are_about_as_good():
+    def row(name, loss, peak, *to_learn):
+        return {"name": name, "loss": loss, "peak_reserved_bytes": peak, "to_learn": to_learn}
+
+    rows = [
+        row("far", 1.2, 1, 0.5, 0.5),
+        row("idle", 1.05, 2, 0.97, 0.03),
+        row("busy", 1.05, 2, 0.6, 0.4),
+        row("best", 1.0, 3, 1.0),
+        row("near", 1.09, 4, 1.0),
+    ]
+    assert [each["name"] for each in ranked(rows)] == ["busy", "best", "idle", "near", "far"]
+    assert ranked(rows[:1]) == rows[:1]
 
 
 def test_a_memory_leaves_out_what_does_not_fit(asked):
@@ -141,12 +156,15 @@ def test_a_run_that_is_not_cut_into_blocks_is_refused(cli, runs, text, family):
         "dit --num-blocks 1 --process flow --label-drop 0.1 --mirror --time-shift 2 --ema 0.9",
         "dit --num-blocks 2 --depth 2 --scheme linear --gamma 0 --autocast --decay-on all",
         "ar --clean through --noise-order deepest --num-blocks 3 --next-token-weight 0.5",
+        "vit --from SOURCE --num-blocks 3 --lora 2 --lora-alpha 3 --distill 0.5",
         "mdm --schedule cosine --num-blocks 3 --stride 4 --recompute mlp",
     ],
 )
 def test_the_command_of_a_run_trains_the_same_run(cli, runs, text, line):
     if line.startswith(("ar", "mdm")):
         line += f" --length 8 --data {text}"
+    if "SOURCE" in line:
+        line = line.replace("SOURCE", str(runs("vit --num-blocks 1")))
     config = read_config(runs(line))
     command = train_command(config)
     assert command.startswith("python -m dbkernels train ") and command.endswith(" --out OUT")
