@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import tyro
 from show import Row, show_study
 from studies import STUDIES, Arm, Job, Places, Scale
+from studies.measuring import SIZES
 from tyro.conf import Positional
 
 from dbkernels.pool import results
@@ -72,7 +73,7 @@ class Run:
         about = {"suite": "study", "study": self.name, "scale": self.scale, "command": command}
         jobs = [
             Job(arm, seed, places[arm.data], self.runs, self.device, tuple(about.items()),
-                more=study.more)
+                more=study.more, sizes=SIZES[self.scale])
             for arm in arms
             if _called(arm).startswith(self.only)
             for seed in range(self.seeds)

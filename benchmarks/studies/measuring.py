@@ -18,6 +18,7 @@ from dbkernels.models.registry import family_named
 from dbkernels.training.evaluation import Evaluation
 from dbkernels.training.run_config import RunConfig
 from dbkernels.training.text_bits import TextEvaluation
+from studies.scales import Scale
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class Sizes:
     drawn: int = 500
     levels: int = 18
     windows: int = 256
+
+
+SIZES: dict[Scale, Sizes] = {
+    "tiny": Sizes(),
+    "small": Sizes(images=10_000, drawn=2000, windows=1024),
+    "paper": Sizes(images=10_000, drawn=50_000, levels=50, windows=4096),
+}
+AT_ONCE = 500  # images drawn together
 
 
 def figures(
@@ -98,8 +107,12 @@ def _of_images(
     classes = config.model.num_classes
     asked = torch.arange(classes).repeat_interleave(-(-sizes.drawn // classes))
     levels = blocks.process.grid(sizes.levels, "cdf")
-    draw = Draw(config.trainer.seed, step=0)
-    made = blocks.sample({"label": asked}, levels, draw, guidance=guidance)
+    drawn = []
+    for begin in range(0, len(asked), AT_ONCE):
+        draw = Draw(config.trainer.seed, step=0, sample=begin)
+        some = {"label": asked[begin : begin + AT_ONCE].to(blocks.device)}
+        drawn.append(blocks.sample(some, levels, draw, guidance=guidance).cpu())
+    made = torch.cat(drawn)
     precision, recall = precision_recall(judge.features(made), judge.real)
     return {
         "frechet": judge.distance(made),

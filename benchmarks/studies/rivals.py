@@ -25,13 +25,16 @@ OF_STEPS = ("noprop-ct", "noprop-fm")  # an answer takes many
 TIMED = 7  # sweeps, of which the least time counts: others may have kept the machine busy
 
 
-def train_rival(arm: Arm, config: RunConfig, directory: Path, save_every: int) -> "Rival":
+def train_rival(
+    arm: Arm, config: RunConfig, directory: Path, device: torch.device, save_every: int
+) -> "Rival":
     """Train a baseline to the end, from its last checkpoint where there is one.
 
     Args:
         arm:         has the baseline
         config:      its trainer's settings, its data, and the sizes of a transformer
         directory:   of its checkpoints
+        device:      to train on
         save_every:  steps
     """
     network, name = arm.baseline
@@ -42,7 +45,9 @@ def train_rival(arm: Arm, config: RunConfig, directory: Path, save_every: int) -
     if name in OF_STEPS or arm.baseline == ("cnn", "diffusion blocks"):
         few = {"steps": arm.steps}
     baseline = kind(data, config.trainer.seed, sizes, **few)
-    trainer = Trainer(baseline.blocks, data, objective=baseline.objective, **asdict(config.trainer))
+    trainer = Trainer(
+        baseline.blocks.to(device), data, objective=baseline.objective, **asdict(config.trainer)
+    )
     root = directory / "checkpoints"
     if checkpoint.latest(root) is not None:
         _, tensors, state = checkpoint.load_latest(root)

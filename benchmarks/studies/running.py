@@ -26,12 +26,11 @@ from dbkernels.training.run import load_run
 from dbkernels.training.run_config import RunConfig
 from dbkernels.whole_file import write_whole
 from studies.arm import Arm
-from studies.measuring import Sizes, figures
+from studies.measuring import SIZES, Sizes, figures
 from studies.rivals import train_rival
 from studies.study import More
 
 SAVE_EVERY = 200  # steps
-SIZES = Sizes()
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Job:
     device: str
     about: tuple[tuple[str, str], ...]
     more: More | None = None
-    sizes: Sizes = SIZES
+    sizes: Sizes = SIZES["tiny"]
 
     @property
     def directory(self) -> Path:
@@ -129,7 +128,8 @@ class Job:
         kept, *more = self.kept
         if self.arm.baseline:
             config = self.config()
-            found = train_rival(self.arm, config, self.directory, SAVE_EVERY)
+            device = pick_device(self.device)
+            found = train_rival(self.arm, config, self.directory, device, SAVE_EVERY)
             data = config.model.open(config.data, "test", convert=config.convert)
             layers = [len(block.layers) for block in found.trainer.blocks]
             row = self._told(config, layers) | found.figures(data, self.sizes.images)
