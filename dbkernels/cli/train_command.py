@@ -15,7 +15,8 @@ from dbkernels.training.trainer_config import TrainerConfig
 
 SIZES = "patch", "dim", "depth", "num_heads", "length"
 # what decides no number is left to whoever types the command, as OUT is
-AS_GIVEN = "data", "convert", "stride", "label_drop", "mirror", "shift", "objective"
+AS_GIVEN = "data", "convert", "stride", "label_drop", "mirror", "shift", "rand_augment", "objective"
+FITTED = "image_size", "channels", "num_classes", "vocabulary"  # to the data, by no flag
 DECAY_ON: DecayOn = TrainerConfig.decay_on
 
 
@@ -50,7 +51,7 @@ def _model_flags(model: ModelConfig, preset: ModelConfig) -> Iterator[tuple[str,
     changed = {name: size for name, size in sizes.items() if size != getattr(preset, name)}
     yield from changed.items()
     # what is in proportion to a size has changed with it
-    own = preset.resized(changed)
+    own = preset.resized({n: getattr(model, n) for n in FITTED if hasattr(model, n)} | changed)
     named = [each.name for flags in (TextFlags, NoiseFlags) for each in fields(flags)]
     for name in named:
         if hasattr(model, name) and getattr(model, name) != getattr(own, name):

@@ -247,8 +247,7 @@ def predict(curve: Curve, law: Law, way: RunConfig) -> Predicted:
     prior = curve.config.prior
     blocks = way.partition.cut(curve.config.model.depth, way.prior)
     depths = np.array([len(block.layers) for block in blocks])
-    # an interval that no draw falls into has a width still
-    masses = np.array([np.diff(_ends(prior, block.noise))[0] for block in blocks]).clip(TINY)
+    masses = _masses(prior, blocks)
     times = np.sqrt(len(blocks) * np.minimum(1 / masses, MOST_TIMES))
     worth = (depths / depths.sum()) ** -law.depth * times**-law.samples
     shares = to_learn(curve, blocks)
@@ -262,6 +261,18 @@ def predict(curve: Curve, law: Law, way: RunConfig) -> Predicted:
     )
 
 
+def mean_loss(prior: Process, way: RunConfig, block_losses: Sequence[float]) -> float:
+    """The figure that `predict` predicts, of blocks that were trained and evaluated.
+
+    Args:
+        prior:         of the run of one block
+        way:           the run of the blocks
+        block_losses:  mean of each over the levels that it serves, as `Evaluation` has them
+    """
+    masses = _masses(prior, way.partition.cut(way.model.depth, way.prior))
+    return float(np.average(block_losses, weights=masses))
+
+
 def to_learn(curve: Curve, blocks: Sequence[Block]) -> tuple[float, ...]:
     """Share of a curve's integral at the levels of each block."""
     summed = np.append(0.0, np.cumsum(curve.cells()))
@@ -270,6 +281,11 @@ def to_learn(curve: Curve, blocks: Sequence[Block]) -> tuple[float, ...]:
         for block in blocks
     ]
     return tuple(float(high - low) for low, high in ends)
+
+
+def _masses(prior: Process, blocks: Sequence[Block]) -> np.ndarray:
+    """(B,) shares of a prior at the levels of each block, none of them 0."""
+    return np.array([np.diff(_ends(prior, block.noise))[0] for block in blocks]).clip(TINY)
 
 
 def _ends(prior: Process, interval: Interval) -> np.ndarray:

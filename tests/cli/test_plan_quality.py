@@ -5,7 +5,7 @@ from math import log
 from pathlib import Path
 
 import pytest
-from cli.runs import refused, rows_of
+from cli.runs import refused, rows_of, write_npz
 from planning.reckoned import reckoned
 
 from dbkernels.cli.plan_quality import NEAR, ranked
@@ -156,15 +156,19 @@ def test_a_run_that_is_not_cut_into_blocks_is_refused(cli, runs, text, family):
         "dit --num-blocks 1 --process flow --label-drop 0.1 --mirror --time-shift 2 --ema 0.9",
         "dit --num-blocks 2 --depth 2 --scheme linear --gamma 0 --autocast --decay-on all",
         "ar --clean through --noise-order deepest --num-blocks 3 --next-token-weight 0.5",
+        "vit --num-blocks 1 --data large.npz --patch 7 --shift 1",
         "vit --from SOURCE --num-blocks 3 --lora 2 --lora-alpha 3 --distill 0.5",
         "mdm --schedule cosine --num-blocks 3 --stride 4 --recompute mlp",
     ],
 )
-def test_the_command_of_a_run_trains_the_same_run(cli, runs, text, line):
+def test_the_command_of_a_run_trains_the_same_run(cli, runs, text, tmp_path, line):
     if line.startswith(("ar", "mdm")):
         line += f" --length 8 --data {text}"
     if "SOURCE" in line:
         line = line.replace("SOURCE", str(runs("vit --num-blocks 1")))
+    if "large.npz" in line:
+        write_npz(tmp_path / "large.npz", shape=(3, 28, 28))
+        line = line.replace("large.npz", str(tmp_path / "large.npz"))
     config = read_config(runs(line))
     command = train_command(config)
     assert command.startswith("python -m dbkernels train ") and command.endswith(" --out OUT")

@@ -18,6 +18,7 @@ from dbkernels.planning.quality import (
     Law,
     law_of,
     longest,
+    mean_loss,
     predict,
     read_curves,
     share_below,
@@ -100,6 +101,7 @@ def test_a_block_loses_by_its_layers_and_wins_by_the_samples_of_its_levels(schem
     assert found.at_most_noise == pytest.approx(worth[0], rel=1e-3)
     assert found.loss == pytest.approx(np.dot(masses, worth), rel=0.01)
     assert sum(found.to_learn) == pytest.approx(1)
+    assert mean_loss(prior, way, found.block_losses) == pytest.approx(found.loss)
 
 
 def test_an_overlap_changes_no_prediction():
