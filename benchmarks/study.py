@@ -15,17 +15,22 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
+from fits import require_fits
 from show import Row, show_study
 from studies import STUDIES, Arm, Job, Places, Scale
 from studies.measuring import SIZES
 from tyro.conf import Positional
 
+from dbkernels.cli.device import pick_device
 from dbkernels.pool import results
 from dbkernels.settings import check_number
+from dbkernels.training.run_config import RunConfig
 from dbkernels.whole_file import write_whole
 
 Name = Literal[tuple(STUDIES)]
+OF_DATA = ("image_size", "channels", "num_classes", "vocabulary")  # what data say of a model
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,12 @@ class Run:
             if _called(arm).startswith(self.only)
             for seed in range(self.seeds)
         ]  # fmt: skip
-        for job in jobs[:: self.seeds]:
-            job.config()
+        configs = {job.arm: job.config() for job in jobs[:: self.seeds]}
+        if self.scale != "tiny":
+            # the first arm of a family's data trains all layers at once, where any arm does
+            firsts = {(arm.family, arm.data): arm for arm in reversed(configs)}
+            for arm in firsts.values():
+                _require_room(arm, configs[arm], pick_device(self.device))
         return jobs
 
     def _rows(self, jobs: Sequence[Job]) -> list[Row]:
@@ -93,6 +102,12 @@ class Run:
             name = f"{row['family']}, {row['data']}, {row['arm']}, seed {row['seed']}"
             print(f"{len(rows)} of {len(jobs)}: {name}", file=sys.stderr, flush=True)
         return rows
+
+
+def _require_room(arm: Arm, config: RunConfig, device: torch.device) -> None:
+    """Refuse what this machine has no memory for, by a prediction."""
+    of_data = {name: getattr(config.model, name) for name in OF_DATA if hasattr(config.model, name)}
+    require_fits(arm.family, arm.flags, device, of_data=of_data)
 
 
 def _called(arm: Arm) -> str:
