@@ -24,6 +24,7 @@ class Shown(NamedTuple):
     name: str
     text: Callable[[float], str]
     best: Callable | None = None  # of the last number of each arm
+    last: bool = False  # whether the last number is shown alone
 
 
 def _percent(share: float) -> str:
@@ -38,7 +39,7 @@ SHOWN = (
     Shown("accuracy after each step, %", "accuracy", _percent, max),
     Shown("from noise, %", "accuracy_from_noise", _percent),
     Shown("mean of starts, %", "accuracy_of_starts", _percent),
-    Shown("cross-entropy after each step", "cross_entropy", number_text),
+    Shown("cross-entropy", "cross_entropy", number_text, last=True),
     Shown("calibration error, %", "calibration_error", _percent),
     Shown("Fréchet distance", "frechet", number_text, min),
     Shown("precision, %", "precision", _percent, max),
@@ -114,7 +115,10 @@ def study_table(rows: Sequence[Row]) -> Table:
             if not arm.has(each.name):
                 line.append(MISSING)
                 continue
-            text = ", ".join(_over(place, each.text) for place in _places(arm, each.name))
+            places = [_over(place, each.text) for place in _places(arm, each.name)]
+            # steps that all answer alike, as those of a network without blocks, are one
+            alike = each.last or len(set(places)) == 1
+            text = places[-1] if alike else ", ".join(places)
             is_best = each.name in best and _mean(arm, each) == best[each.name]
             line.append(f"**{text}**" if is_best else text)
         lines.append(line)
@@ -130,9 +134,8 @@ def _mean(arm: Arm, shown: Shown) -> float:
 
 
 def _over(values: Figures, text: Callable[[float], str]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
     mean = text(statistics.fmean(values))
-    return f"{mean} ± {text(spread)}" if spread else mean
+    return f"{mean} ± {text(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def study_picture(tables: Sequence[Sequence[Row]]) -> Figure:

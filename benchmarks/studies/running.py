@@ -102,7 +102,8 @@ class Job:
         for path in self.kept:
             found |= json.loads(path.read_text())
         # another study may have trained the same under another name
-        return dict(self.about) | {"arm": self.arm.name, "family": self.arm.family} | found
+        names = {"arm": self.arm.name, "family": self.arm.family, "train": self._said()}
+        return dict(self.about) | names | found
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
@@ -116,6 +117,13 @@ class Job:
             redirect_stderr(said),
         ):
             yield
+
+    def _said(self) -> str:
+        """What trains the run alone."""
+        if not self.arm.baseline:
+            return shlex.join(["dbkernels", "train", *self.arm.words(self.arm.data, self.seed)])
+        arm = f"{self.arm.family} {self.arm.data} {self.arm.name}"
+        return f"{dict(self.about)['command']} --only {shlex.quote(arm)}"
 
     def _train_and_measure(self) -> None:
         kept, *more = self.kept
@@ -154,7 +162,6 @@ class Job:
     def _told(self, config: RunConfig, layers: list[int]) -> Row:
         """What a row says beside its figures: where it ran, and the whole configuration."""
         name = self.arm.data
-        command = self.arm.words(name, self.seed)
         # names in the place of paths, so that a row is the same on every machine
         start = replace(config.start, source="SOURCE") if self.arm.source else config.start
         where = machine.machine(torch.device(self.device if self.device != "auto" else "cpu"))
@@ -165,6 +172,6 @@ class Job:
             "num_blocks": len(layers),
             "layers": layers,
             "seed": self.seed,
-            "train": shlex.join(["dbkernels", "train", *command]),
+            "baseline": list(self.arm.baseline),
             "config": asdict(replace(config, data=name, start=start)),
         }

@@ -19,7 +19,7 @@ Scale = Literal["tiny", "small", "paper"]
 SCALES = get_args(Scale)
 RATE = "--lr 2e-3 --decay cosine"
 IMAGES = f"--batch-size 32 {RATE} --warmup 20"
-DRAWN = f"{IMAGES} --ema 0.99 --label-drop 0.1"
+DRAWN = f"--batch-size 64 {RATE} --warmup 20 --ema 0.99 --label-drop 0.1"
 TEXT = f"--dim 64 --num-heads 4 --length 32 --batch-size 12 {RATE} --warmup 50"
 MORE_TEXT = f"--dim 128 --num-heads 4 --length 64 --batch-size 8 {RATE} --warmup 50"
 
@@ -59,8 +59,8 @@ SETTINGS: dict[Scale, dict[str, tuple[Setting, ...]]] = {
             Setting("fashion", 12, 3, 0.05, 600, f"--patch 7 {IMAGES}"),
         ),
         "dit": (
-            Setting("digits", 12, 3, 0.05, 400, DRAWN),
-            Setting("fashion", 12, 3, 0.05, 600, f"--patch 7 {DRAWN}"),
+            Setting("digits", 12, 3, 0.05, 600, f"--patch 4 {DRAWN}"),
+            Setting("fashion", 12, 3, 0.05, 800, f"--patch 7 {DRAWN}"),
         ),
         "mdm": (Setting("shakespeare", 6, 3, 0.05, 800, TEXT),),
         "ar": (Setting("shakespeare", 6, 3, 0.1, 800, TEXT, CHARACTERS),),

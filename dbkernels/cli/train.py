@@ -147,6 +147,8 @@ class Train:
     """Mirror images left to right at random."""
     shift: int = 0
     """Move images by up to so many pixels at random."""
+    rand_augment: bool = False
+    """Change images by torchvision's RandAugment too; it needs images of bytes."""
     partition: PartitionFlags = field(default_factory=PartitionFlags)
     prior: PriorFlags = field(default_factory=PriorFlags)
     trainer: TrainerFlags = field(default_factory=TrainerFlags)
@@ -240,7 +242,8 @@ class Train:
         model = model.fitted(model.find(self.data, convert=self.convert), of_images)
         if (resumed := self._resumed()) is not None:
             model = model.as_in(resumed.model)
-        as_given = ("data", "convert", "stride", "label_drop", "mirror", "shift", "objective")
+        as_given = ("data", "convert", "stride", "label_drop", "mirror", "shift", "rand_augment")
+        as_given += ("objective",)
         return RunConfig(
             family=self.family,
             model=replace(model, recompute=self.recompute),

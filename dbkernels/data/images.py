@@ -102,7 +102,7 @@ class ImageData:
     def finish(batch: Batch) -> Batch:
         """What `batch` gives, of what `read` gave."""
         image = batch["image"]
-        return {**batch, "image": _scaled(image) if image.dtype == torch.uint8 else image}
+        return {**batch, "image": scaled(image) if image.dtype == torch.uint8 else image}
 
 
 def check_indices(indices: Tensor, count: int) -> Tensor:
@@ -120,9 +120,15 @@ def check_indices(indices: Tensor, count: int) -> Tensor:
     return indices
 
 
-def _scaled(pixels: Tensor) -> Tensor:
+def scaled(pixels: Tensor) -> Tensor:
+    """Pixels (...) uint8 as they leave, float32 in [-1, 1]."""
     # the subtraction is exact, so one rounding is left and every device gives the same bits
     return pixels.to(torch.float32).sub_(127.5).mul_(1 / 127.5)
+
+
+def pixels_of(image: Tensor) -> Tensor:
+    """The pixels (...) uint8 that `scaled` made an image of, exactly."""
+    return image.mul(127.5).add_(127.5).round_().to(torch.uint8)
 
 
 def finite(values: np.ndarray, indices: Tensor, name: str) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from dbkernels.data.augment import drop_conditions, mirror, shift
 from dbkernels.data.image_folder import Convert
 from dbkernels.data.images import Batch, Data
+from dbkernels.data.rand_augment import policy_for, rand_augment
 from dbkernels.diffusion.process import NoiseOrder, Process, Scheme
 from dbkernels.models.absent import DrawingForAbsent, load, made_without, move
 from dbkernels.models.family import FamilyModule, Weighting
@@ -149,6 +150,8 @@ class RunConfig:
     """The trained network that it starts from."""
     lora: LoraConfig = NO_LORA
     """Adapters, which alone are trained then."""
+    rand_augment: bool = False
+    """Whether torchvision's RandAugment changes images, after they are moved and mirrored."""
 
     def __post_init__(self) -> None:
         check_choice("convert", self.convert, get_args(Convert))
@@ -174,11 +177,15 @@ class RunConfig:
         if self.label_drop and not entry.guided:
             raise ValueError(f"label_drop must be 0 for {self.family}, got {self.label_drop}")
         if "image" not in self.model.fields():
-            for name in ("mirror", "shift"):
+            for name in ("mirror", "shift", "rand_augment"):
                 if value := getattr(self, name):
                     raise ValueError(
                         f"{name} must be {type(value)()} for {self.family}, got {value}"
                     )
+        if self.rand_augment and self.trainer.cuda_graphs:
+            raise ValueError(
+                "cuda_graphs must be off with rand_augment, which the host draws, got on"
+            )
         if self.objective == "conventional" and not entry.conventional:
             raise ValueError(
                 f"objective must be blocks for {self.family}, which is trained end to end with one "
@@ -273,15 +280,16 @@ class RunConfig:
         job: Job = ALONE,
     ) -> Trainer:
         """A trainer at its first step, of blocks that `build` gave; `Trainer` says the rest."""
-        settings = asdict(self.trainer) | {"augment": self._augment(blocks), "device": device}
+        settings = asdict(self.trainer) | {"augment": self._augment(blocks, data), "device": device}
         settings |= {"objective": loss, "workers": workers, "job": job}
         if self.objective == "conventional":
             settings["objective"] = DiffusionBlocks.conventional_loss
         return Trainer(blocks, data, **settings)
 
-    def _augment(self, blocks: DiffusionBlocks) -> Augment | None:
+    def _augment(self, blocks: DiffusionBlocks, data: Data) -> Augment | None:
         changes: list[Augment] = [partial(shift, pixels=self.shift)] if self.shift else []
         changes += [mirror] if self.mirror else []
+        changes += [partial(rand_augment, policy=policy_for(data))] if self.rand_augment else []
         if self.label_drop:
             drop = partial(drop_conditions, share=self.label_drop)
             changes.append(partial(drop, unconditional=blocks.model.unconditional))

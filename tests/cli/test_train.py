@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cli.runs import SIZES, read_tree, refused, write_captions, write_npz
+from fake_torchvision import modules
 from training.tiny import make_older
 from training.trackers import PACKAGES
 
@@ -31,10 +32,12 @@ def test_says_what_it_trained(train, tmp_path):
     assert train("vit --out one --num-blocks 1").out == "trained 2 steps in 1 block: one\n"
 
 
-def test_flags_reach_the_configuration(train, tmp_path):
+def test_flags_reach_the_configuration(train, monkeypatch, tmp_path):
     flags = "--split 2,1 --num-blocks 2 --gamma 0.2 --sigma-max 40 --lr 0.01 --seed 7 --ema 0.5"
     flags += " --offload disk --offload-dir off --prefetch --steps-per-swap 2"
-    train(f"dit --out out {flags} --label-drop 0.1 --mirror --patch 4")
+    for name, module in modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    train(f"dit --out out {flags} --label-drop 0.1 --mirror --rand-augment --patch 4")
     config = json.loads((tmp_path / "out/config.json").read_text())
     trainer = {"steps": 2, "batch_size": 8, "lr": 0.01, "seed": 7, "ema": 0.5}
     trainer |= {"offload": "disk", "offload_dir": "off", "prefetch": True, "steps_per_swap": 2}
@@ -42,7 +45,7 @@ def test_flags_reach_the_configuration(train, tmp_path):
     assert trainer.items() <= config["trainer"].items() and sizes.items() <= config["model"].items()
     assert {"split": "2,1", "gamma": 0.2}.items() <= config["partition"].items()
     assert {"sigma_max": 40.0, "sigma_min": 0.002}.items() <= config["prior"].items()
-    assert (config["label_drop"], config["mirror"]) == (0.1, True)
+    assert (config["label_drop"], config["mirror"], config["rand_augment"]) == (0.1, True, True)
     assert list((tmp_path / "off").iterdir()) == []
 
 
@@ -106,6 +109,15 @@ def test_a_tracker_that_is_missing_is_said_before_anything_is_done(train, monkey
     assert refused(
         train("vit --out out --track neptune"), "track must be one of tensorboard, wandb"
     )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_torchvision_that_is_missing_is_said_before_anything_is_done(
+    train, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    message = "torchvision must be installed for rand_augment (pip install dbkernels[augment]), got"
+    assert refused(train("vit --out out --rand-augment"), message)
     assert not (tmp_path / "out").exists()
 
 

@@ -24,6 +24,7 @@ def make_config(tmp_path, monkeypatch):
     write_tokens("tokens", {"train": tokens}, vocabulary=3)
     trainer = TrainerConfig(steps=4, batch_size=4, lr=1e-2, ema=0.9)
     fields = {"label_drop": 0.0, "mirror": False, "shift": 0, "stride": 0, "objective": "blocks"}
+    fields |= {"rand_augment": False}
 
     def make(family="vit", *, partition=None, **changes):
         of_field = {"token": "tokens", "text": "captions.npy", "label": "data.npy"}

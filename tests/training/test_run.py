@@ -1,10 +1,14 @@
 import json
 import shutil
+import struct
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from fake_torchvision import modules
 from models.tiny import dynamo_alone
 from torch._dynamo.utils import counters
 from training.tiny import CONFIGS, CPU, IN_BACKWARD, equal, families, make_data, make_older, weights
@@ -22,6 +26,7 @@ from dbkernels.training.run_config import RunConfig, read_config, write_config
 from dbkernels.training.trainer import Trainer
 
 RUN = Path("run")
+PIXELS = {"data": "pixels", "rand_augment": True}
 CONVENTIONAL = {"family": "huginn", "objective": "conventional", "partition": {"num_blocks": 1}}
 
 
@@ -117,6 +122,9 @@ def test_a_loaded_run_has_the_average_or_the_last_weights(make_config, train, sh
         ({"shift": -1}, {}, "shift must be at least 0, got -1"),
         ({"family": "mdm", "stride": -1}, {}, "stride must be at least 0, got -1"),
         ({"stride": 2}, {}, "stride must be 0 where data is no text, got 2"),
+        ({"family": "mdm", "rand_augment": True}, {}, "rand_augment must be False for mdm, got Tr"),
+        ({"rand_augment": True}, {}, "rand_augment needs images of pixels, which are uint8, got"),
+        ({**PIXELS, "cuda_graphs": True}, {}, "cuda_graphs must be off with rand_augment, which"),
         ({"partition": {"num_blocks": 4}}, {}, "num_blocks"),
         ({"partition": {"split": "1,1"}}, {}, "split"),
         ({"partition": {"split": "1,x"}}, {}, "whole numbers"),
@@ -147,13 +155,31 @@ def test_a_run_trains_on_windows_at_its_stride_and_goes_on_at_no_other(make_conf
         train(make_config("mdm", steps=1), "1", resume="latest")
 
 
-def test_a_run_of_before_windows_had_a_stride_has_them_end_to_end(make_config, tmp_path):
-    config = make_config("mdm")
+@pytest.mark.parametrize(("family", "field"), [("mdm", "stride"), ("vit", "rand_augment")])
+def test_a_run_of_before_a_setting_was_there_has_none_of_it(make_config, tmp_path, family, field):
+    config = make_config(family)
     write_config(config, tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
-    del fields["stride"]
+    assert not fields.pop(field) and not getattr(config, field)
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    assert read_config(tmp_path) == config and config.stride == 0
+    assert read_config(tmp_path) == config
+
+
+def test_a_run_whose_images_are_changed_goes_on_with_the_same_bits(make_config, train, monkeypatch):
+    for name, module in modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    Path("pixels").mkdir()
+    for name, shape, most in (("images-idx3", (12, 4, 4), 256), ("labels-idx1", (12,), 3)):
+        header = struct.pack(f">I{len(shape)}I", 0x800 + len(shape), *shape)
+        values = np.random.default_rng(2).integers(most, size=shape, dtype=np.uint8)
+        Path(f"pixels/train-{name}-ubyte").write_bytes(header + values.tobytes())
+    whole = train(make_config(**PIXELS), "whole")
+    train(make_config(**PIXELS, steps=2), "parts")
+    assert equal(weights(train(make_config(**PIXELS), "parts", resume="latest")), weights(whole))
+    plain = train(make_config(**PIXELS | {"rand_augment": False}), "plain")
+    assert not equal(weights(plain), weights(whole))
+    with pytest.raises(ValueError, match="rand_augment: saved True, current False"):
+        train(make_config(**PIXELS | {"rand_augment": False}), "parts", resume="latest")
 
 
 def test_a_run_is_neither_written_over_nor_goes_on_with_other_settings(make_config, train):
