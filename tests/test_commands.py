@@ -66,16 +66,9 @@ ELSEWHERE = {
     "python benchmarks/layer.py --launches --B 64 --dim 1152 --num-heads 16 --dtype autocast": (
         "launches=True"
     ),
-    "python benchmarks/text.py --data DIR --runs DIR --out benchmarks/results/NAME/text.jsonl": (
-        'bench("text")'
-    ),
-    "python benchmarks/noise.py --runs DIR --out benchmarks/results/NAME/noise.jsonl": (
-        'bench("noise")'
-    ),
+    "python benchmarks/study.py NAME [--seeds 3] [--scale tiny|small|paper]": 'bench("study")',
+    "python benchmarks/isometry.py RUN [RUN ...]": "OfRuns(",
     "python examples/adopt.py --layer dit --recompute none": 'run("adopt.py"',
-    "python benchmarks/conversion.py --data DIR --runs DIR --out FILE.jsonl": (
-        'bench("conversion")'
-    ),
     "python examples/finetune_dit.py --weights DiT-XL-2-256x256.pt --data latents.npy": (
         'run("finetune_dit.py"'
     ),

@@ -55,12 +55,12 @@ and levels; the blocks below it have a prior that is fitted to the text. *Own* r
 through a block's own layers, *through* through all layers before them too, with the deepest block
 at the most noise; *next token* adds that loss. *All of these* has both, and its noisy stream goes
 on from the clean one (`--noisy-input z_and_clean`). *As much arithmetic* has as many updates more
-as a conventional step costs more forwards of one layer. `benchmarks/text.py` trains and evaluates
-all."""),
+as a conventional step costs more forwards of one layer. The study `text` repeats all but recurrent
+depth at `--scale small`; for that there is the study `huginn`."""),
     "noise": ("Digits by noise", """Digits that a DiT generates, by the noise and by what the
 network predicts, after the same number of updates of every layer; what all blocks share gets an
 update from each block's step. The Fréchet distance, ± its standard deviation over seeds, is that of
-the demo's classifier; lower is better."""),
+the demo's classifier; lower is better. The study `noise` repeats them at `--scale small`."""),
     "conversion": ("Blocks of a trained network", """Blocks that start from a network trained end to
 end, after few updates more of every layer, by what they are trained on; what all blocks share gets
 an update from each block's step. *Untrained*: as they start. *Alone*: their own loss. *Distilled*:
@@ -70,7 +70,7 @@ stream guesses the next token too, with a gradient in the block alone; *whole*, 
 Bits are per character. *As an ordinary network* they are those of all layers without noise, which
 the source was trained for.
 The Fréchet distance is that of the demo's classifier; lower is better. ± is the standard deviation
-over seeds. `benchmarks/conversion.py` trains and evaluates all."""),
+over seeds. The study `conversion` repeats them at `--scale small`."""),
     "training": ("Training steps", """Methods of one model: end to end, and cut into blocks. *On the
 device* says how many blocks' parameters and optimizer state the device holds; the others wait in
 the memory of the host. *Fused layers* are this library's, *eager layers* are the published

@@ -1,5 +1,6 @@
 """The paper's comparisons: every arm can be trained, and what cannot run is refused before."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def test_every_arm_is_a_run_that_can_be_made(name, scale, bench, places, monkeyp
     for arm, found in made.items():
         assert found.family == arm.family and found.trainer.steps == arm.updates
         assert arm.source is None or made[arm.source].model.depth == found.model.depth
-        assert arm.baseline or found.build("meta")
+        # of any width the blocks are the same, and what is wide takes long to begin
+        thin = replace(found, model=found.model.resized({"dim": 4 * found.model.num_heads}))
+        assert arm.baseline or thin.build("meta")
 
 
 def test_every_study_is_checked(bench):
