@@ -89,6 +89,10 @@ PRESETS = {
     "published": ViTConfig(
         dim=128, depth=12, num_heads=4, mlp_hidden=3072, cond_dim=21, **PUBLISHED
     ),
+    "tiny-imagenet": ViTConfig(
+        dim=768, depth=12, num_heads=12, mlp_hidden=3072, cond_dim=128,
+        image_size=64, num_classes=200, **PUBLISHED,
+    ),
 }  # fmt: skip
 
 
@@ -98,7 +102,8 @@ class ViT(Presets, nn.Module):
     The preset "published" computes what the code of arXiv:2506.14202 computes for CIFAR-100, and
     begins with its weights' distributions. "cifar100" has its sizes, and differs from it as DiT
     does: no silu after the modulations' projections, GELU in its tanh form, eps of 1e-6, no
-    dropout, and an initialisation that learns sooner.
+    dropout, and an initialisation that learns sooner. "tiny-imagenet" is as the published one, at
+    the paper's sizes for Tiny-ImageNet.
 
     Dropout is of the training loss alone, and of a model in training mode: `loss` draws it from the
     step's draw, `losses` and `denoise` have none.

@@ -27,7 +27,7 @@ BEFORE = {
         ("train --data nope", "data source nope does not exist"),
         ("train --data=", "data must be digits or a path, got an empty text"),
         ("train --data odd.npz", "the patch must divide the image size, got 2 and 7"),
-        ("train --preset huge", "preset of ViT must be one of cifar100, digits, published, got"),
+        ("train --preset huge", "preset of ViT must be one of cifar100, digits, published, tiny-"),
         ("train --num-heads -1", "num_heads must be at least 0, got -1"),
         ("train --clip inf", f"clip must be at most {MOST}, got inf"),
         ("train --batch-size 1000000000", "batch_size must be at most 1048576, got 1000000000"),

@@ -1,6 +1,7 @@
 """What embeds pixels, levels and labels, and how families and their sizes are found."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -193,6 +194,14 @@ def test_sizes_of_text_change_by_data(family):
 def test_a_vit_keeps_the_ratio_of_its_mlp():
     config = ViT.preset("cifar100")
     assert config.resized({"dim": config.dim // 4}).mlp_hidden == config.mlp_hidden // 4
+
+
+def test_the_vit_of_tiny_imagenet_is_as_the_published_one_but_for_its_sizes():
+    config = ViT.preset("tiny-imagenet")
+    assert config.fields()["image"].shape == (3, 64, 64) and config.fields()["label"].bound == 200
+    assert (config.patch, config.mlp_hidden) == (4, 4 * config.dim)
+    sizes = ("dim", "num_heads", "cond_dim", "image_size", "num_classes")
+    assert replace(ViT.preset("published"), **{k: getattr(config, k) for k in sizes}) == config
 
 
 @image_families

@@ -141,6 +141,7 @@ def test_predictions_loss_and_gradients_have_the_bits_of_the_equations(equations
     ("family", "preset", "count"),
     [
         ("vit", "cifar100", 10_529_095),
+        ("vit", "tiny-imagenet", 92_979_144),
         ("dit", "S/2", 32_858_896),
         ("dit", "B/2", 130_303_504),
         ("dit", "L/2", 457_824_272),
