@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dbkernels import open_data
 
@@ -34,9 +35,26 @@ def test_learns_images_of_any_size_and_number_of_classes(judge, shape, classes):
 
 
 def test_digits_are_judged_by_the_network_that_they_always_were(judge):
-    sizes = [tuple(p.shape) for p in judge.Classifier((1, 8, 8), 10).parameters()]
-    body = [(16, 1, 3, 3), (16,), (32, 16, 3, 3), (32,), (32, 512), (32,)]
-    assert sizes == [*body, (10, 32), (10,)]
+    network = judge.Classifier((1, 8, 8), 10)
+    first, of_first, second, of_second, features, of_features, head, of_head = network.parameters()
+    images, _ = bright(5, (1, 8, 8), 4)
+    full = F.conv2d(images, first, of_first, padding=1).relu()
+    half = F.conv2d(full, second, of_second, stride=2, padding=1).relu()
+    found = F.linear(half.flatten(1), features, of_features)
+    assert found.shape == (5, 32)
+    judged = judge.Judge(network, 10, found.detach()).features(images)
+    assert torch.equal(judged, found)
+    assert torch.equal(network(images), F.linear(found.relu(), head, of_head))
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((1, 28, 28), [2, 2, 2]), ((3, 6, 9), [2, 2]), ((1, 8, 5), [1, 2]), ((4, 4, 3), [1])],
+)
+def test_large_images_are_halved_at_once_and_all_until_no_side_is_over_four(judge, shape, strides):
+    body = judge.Classifier(shape, 3).body
+    assert [part.stride[0] for part in body if hasattr(part, "stride")] == strides
+    assert max(body[: 2 * len(strides)](torch.zeros(1, *shape)).shape[2:]) <= 4
 
 
 def test_training_is_a_function_of_the_seed_and_leaves_the_random_state(judge):

@@ -33,12 +33,12 @@ def test_the_error_is_that_of_the_paper(bins, dtype):
 
 
 def test_bins_are_fifteen_and_closed_above():
-    # 0.6 ends the ninth of 15, in which half is right; 0.61 is in the tenth, where none is
+    # 0.6 ends the ninth of 15, in which all is right; 0.61 is in the tenth, where nothing is
     confidence = torch.tensor([0.6, 0.6, 0.61], dtype=torch.float64)
     probabilities = torch.stack([confidence, 1 - confidence], dim=1)
-    labels = torch.tensor([0, 1, 1])
-    assert calibration_error(probabilities, labels) == pytest.approx((0.2 + 0.61) / 3)
-    assert calibration_error(probabilities, labels, bins=1) == pytest.approx(abs(1 - 1.81) / 3)
+    labels = torch.tensor([0, 0, 1])
+    assert calibration_error(probabilities, labels) == pytest.approx((0.8 + 0.61) / 3)
+    assert calibration_error(probabilities, labels, bins=1) == pytest.approx((0.8 - 0.61) / 3)
 
 
 def test_who_knows_how_often_he_is_right_makes_no_error():
