@@ -38,7 +38,7 @@ def ways_of(curve: Curve) -> list[RunConfig]:
                 ways.append(replace(config, partition=partition))
         even = replace(config.partition, num_blocks=count, scheme=EVEN, split="")
         fitted = equal_loss(curve, count)
-        if fitted is not None and _exists(even, depth, fitted):
+        if fitted not in (None, config.prior) and _exists(even, depth, fitted):
             ways.append(replace(config, partition=even, prior=fitted))
         for split in uneven(layers, count):
             cut = replace(even, split=",".join(map(str, split)))

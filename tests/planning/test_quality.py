@@ -170,6 +170,8 @@ def test_uneven_splits_have_all_layers(layers, count, splits):
 
 @pytest.mark.parametrize("depth", [4, 12])
 def test_ways_cut_the_layers_evenly_or_have_a_split_and_no_two_are_alike(depth):
+    flat = ways_of(curve(1, 1, depth=depth))
+    assert len(flat) == len(set(map(str, flat)))
     base = curve(depth=depth)
     ways = ways_of(base)
     assert ways[0] == base.config and len(ways) == len(set(map(str, ways)))
