@@ -66,7 +66,10 @@ class Run:
             raise ValueError(f"only must begin one of {names}, got {self.only}")
         rows = self._rows(jobs)
         if study.then is not None:
-            rows += self._rows(self._jobs(study.then(self.scale, rows)))
+            more = self._jobs(study.then(self.scale, rows))
+            jobs, rows = jobs + more, rows + self._rows(more)
+        if study.finish is not None:
+            rows = study.finish([(job.directory, row) for job, row in zip(jobs, rows, strict=True)])
         if self.out is not None:
             write_whole(self.out, "".join(json.dumps(row) + "\n" for row in rows))
         show_study(rows)

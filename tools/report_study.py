@@ -31,6 +31,10 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
+def _loss(loss: float) -> str:
+    return f"{loss:.4f}"
+
+
 def _bits(bits: float) -> str:
     return f"{bits:.3f}"
 
@@ -52,6 +56,8 @@ SHOWN = (
     Shown("bits of each block", "bits_of_blocks", _bits),
     Shown("loss of each block", "loss_of_blocks", number_text),
     Shown("at the most noise, loss", "loss_at_most_noise", number_text),
+    Shown("loss over all noise", "mean_loss", _loss),
+    Shown("predicted", "predicted_loss", _loss),
     Shown("passes of an image", "forwards", number_text),
     Shown("peak of a step", "peak_bytes", in_words, min),
     Shown("a step of every block, ms", "sweep_ms", number_text, min),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from show import Row
 
@@ -11,6 +12,7 @@ from studies.arm import Arm
 from studies.scales import SETTINGS, Scale, Setting
 
 More = Callable[[DiffusionBlocks, Data, int], Row]
+Finish = Callable[[Sequence[tuple[Path, Row]]], list[Row]]
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,14 @@ class Study:
     then:      arms that follow from the rows of those; None for none
     more:      figures beside the family's own, of the trained blocks, their test data and the seed;
                None for none
+    finish:    the rows once more, by the directories of their runs, when all are there; None leaves
+               them as they are
     """
 
     arms: Callable[[Scale], list[Arm]]
     then: Callable[[Scale, Sequence[Row]], list[Arm]] | None = None
     more: More | None = None
+    finish: Finish | None = None
 
 
 def settings(scale: Scale, family: str) -> tuple[Setting, ...]:
