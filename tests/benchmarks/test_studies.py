@@ -23,6 +23,8 @@ def test_every_arm_is_a_run_that_can_be_made(name, scale, bench, places, monkeyp
         return made[self.arm]
 
     monkeypatch.setattr(job, "config", noted)
+    # whether this machine has room for all of them is another question
+    monkeypatch.setattr(bench("study"), "require_fits", lambda *words, **sizes: None)
     arms = studies[name].arms(scale)
     jobs = bench("study").Run(name, 1, scale, places, runs=Path("runs"))._jobs(arms)
     assert [each.arm for each in jobs] == arms and made.keys() == set(arms)
@@ -59,6 +61,20 @@ def test_a_study_is_refused_before_anything_runs(options, message, study, tmp_pa
     with pytest.raises(ValueError, match=message) as refused:
         study("families", **options)
     assert str(refused.value).count("\n") == 0 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small"])
+def test_a_scale_that_the_machine_has_no_memory_for_is_refused(
+    scale, study, bench, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(bench("fits"), "free_bytes", lambda device: 2**20)
+    if scale == "tiny":  # is for any machine
+        assert study("sharing", only="vit digits shared")
+        return
+    message = r"cpu must have .* free to train vit --depth 12 --dim 128 .*, got 1.00 MiB"
+    with pytest.raises(ValueError, match=message):
+        study("families", scale=scale, only="vit fashion", runs=tmp_path / "small")
+    assert not (tmp_path / "small").exists()
 
 
 def test_what_is_not_installed_is_told_with_its_command(bench, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -141,3 +142,23 @@ def test_bits_without_noise_are_those_of_the_source(study):
     assert untrained["bits_without_noise"] == pytest.approx(source["bits"], abs=1e-4)
     assert trained_on["bits"] == pytest.approx(trained_on["bits_without_noise"])
     assert trained_on["bits"] != source["bits"]
+
+
+def test_blocks_are_told_what_one_block_predicts(study, bench, monkeypatch):
+    monkeypatch.setattr(bench("studies.blocks"), "COUNTS", (1, 2))
+    scales = bench("studies.scales")
+    thirds = [replace(each, updates=6, depth=6) for each in scales.SETTINGS["tiny"]["vit"]]
+    monkeypatch.setitem(scales.SETTINGS["tiny"], "vit", thirds)
+    rows = {row["arm"]: row for row in study("blocks", only="vit")}
+    shallow, short = "1 block, a third of the layers", "1 block, a third of the updates"
+    assert [*rows] == ["1 block", "2 blocks", shallow, short]
+    assert (rows[shallow]["layers"], rows[short]["updates"]) == ([2], 2)
+    # both blocks serve as much of the noise as the other
+    for row in rows.values():
+        assert row["mean_loss"] == pytest.approx(np.mean(row["loss_of_blocks"]))
+    # what was read to predict is no prediction
+    assert [arm for arm, row in rows.items() if "predicted_loss" in row] == ["2 blocks"]
+    assert 0.5 < rows["2 blocks"]["predicted_loss"] / rows["2 blocks"]["mean_loss"] < 2
+    # without one of the three nothing is known
+    [alone] = study("blocks", only="vit digits 2")
+    assert not {"mean_loss", "predicted_loss"} & alone.keys()
