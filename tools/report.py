@@ -60,7 +60,8 @@ depth at `--scale small`; for that there is the study `huginn`."""),
     "noise": ("Digits by noise", """Digits that a DiT generates, by the noise and by what the
 network predicts, after the same number of updates of every layer; what all blocks share gets an
 update from each block's step. The Fréchet distance, ± its standard deviation over seeds, is that of
-the demo's classifier; lower is better. The study `noise` repeats them at `--scale small`."""),
+the demo's classifier; lower is better. The study `noise` repeats them at `--scale
+small`, with another judge."""),
     "conversion": ("Blocks of a trained network", """Blocks that start from a network trained end to
 end, after few updates more of every layer, by what they are trained on; what all blocks share gets
 an update from each block's step. *Untrained*: as they start. *Alone*: their own loss. *Distilled*:
@@ -70,7 +71,7 @@ stream guesses the next token too, with a gradient in the block alone; *whole*, 
 Bits are per character. *As an ordinary network* they are those of all layers without noise, which
 the source was trained for.
 The Fréchet distance is that of the demo's classifier; lower is better. ± is the standard deviation
-over seeds. The study `conversion` repeats them at `--scale small`."""),
+over seeds. The study `conversion` repeats them at `--scale small`, with another judge."""),
     "training": ("Training steps", """Methods of one model: end to end, and cut into blocks. *On the
 device* says how many blocks' parameters and optimizer state the device holds; the others wait in
 the memory of the host. *Fused layers* are this library's, *eager layers* are the published

@@ -96,7 +96,6 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> None:
             axes.plot(part, r[:, part].mean(0), **own)
             band = r[:, part].min(0), r[:, part].max(0)
             axes.fill_between(part, *band, color=colour, alpha=0.15, lw=0)
-            label = None  # once for all blocks
     for end in ends:
         axes.axvline(end - 0.5, color="black", ls=":", lw=0.8)
     axes.axhline(0, color="black", lw=0.5)
