@@ -47,6 +47,9 @@ class Arm:
         """A name of its runs' directories; arms that differ by their name alone share them."""
         said = [self.family, self.data, self.flags, str(self.updates), *self.baseline]
         said += [self.source.folder] if self.source else []
+        # what an answer is asked for, where it is not what most arms have
+        asked = (self.guidance, Arm.guidance), (self.steps, Arm.steps)
+        said += [str(own) for own, usual in asked if own != usual]
         digest = hashlib.sha256("\n".join(said).encode()).hexdigest()[:10]
         parts = [self.family, *self.baseline[:1], self.data, digest]
         return "-".join(parts)
