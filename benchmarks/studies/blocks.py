@@ -1,8 +1,8 @@
 """How many blocks: 1, 2, 3, 4 and 6 of the same layers, without overlap, and what was predicted.
 
 Two more runs of one block, with a third of the layers and with a third of the updates, are what
-`plan --quality` needs to predict the others. So a row of images has its loss over the noise of one
-block, and the loss that was predicted for it; what blocks of a text are worth is their bits.
+`plan --quality` needs to predict the others. So a row has its loss over the noise of one block, and
+the loss that was predicted for it.
 """
 
 from collections.abc import Sequence
@@ -23,23 +23,20 @@ SHALLOW, SHORT = f"{ONE}, a third of the layers", f"{ONE}, a third of the update
 
 def _arms(scale: Scale) -> list[Arm]:
     arms = []
-    for family in ("vit", "dit", "ar"):
+    for family in ("vit", "dit"):
         for setting in settings(scale, family)[:1]:
             arms += [
-                _of(family, setting, f"{count} block{'s' * (count > 1)}", count)
-                for count in COUNTS
-                if setting.depth % count == 0
+                _of(family, setting, f"{count} block{'s' * (count > 1)}", count) for count in COUNTS
             ]
-            if family != "ar":
-                arms.append(_of(family, setting, SHALLOW, 1, f"--depth {setting.depth // 3}"))
-                arms.append(_of(family, setting, SHORT, 1, times=1 / 3))
+            arms.append(_of(family, setting, SHALLOW, 1, f"--depth {setting.depth // 3}"))
+            arms.append(_of(family, setting, SHORT, 1, times=1 / 3))
     return arms
 
 
 def _of(
     family: str, setting: Setting, name: str, count: int, more: str = "", times: float = 1
 ) -> Arm:
-    flags = f"{cut(setting, count, gamma=0)} {setting.fitted} {more}"
+    flags = f"{cut(setting, count, gamma=0)} {more}"
     return arm(family, setting, name, flags, times=times)
 
 
