@@ -3,13 +3,13 @@
 A run of one block has a loss at every level of noise. A block of a partition has fewer layers. But
 all its samples are at its own levels, and the stem and the head learn from the steps of all blocks:
 
-    loss of the block at a level = f(level) * (n / L)**-a * d**-c,    d = sqrt(B / m)
+    loss of the block at a level = f(level) * (n / L)**-a * d**-c,    d = min(sqrt(B / m), 3)
 
     f     the loss of the run that has most layers and most steps, in which all of them see all
     n, L  layers of the block, and of that run
-    d     times as many samples: the mean, of factors, of the B times that the stem and the head see
-          and of the 1 / m, up to MOST_TIMES, that its layers see at each of its levels, where m is
-          the share of the run's prior in its interval. With equal probability both are B
+    d     times as many samples, up to MOST_TIMES: the mean, of factors, of the B times that the
+          stem and the head see and of the 1 / m that its layers see at each of its levels, where m
+          is the share of the run's prior in its interval. With equal probability both are B
     a, c  how fast a loss falls with layers, and with these samples
 
 What is assumed:
@@ -22,10 +22,11 @@ What is assumed:
 - blocks with copies of the stem and the head are taken to be as good as those that share them;
 - a block is worth as much beside layers of others that it reads as without them.
 
-KEPT was measured on small runs, whose losses in 2, 3, 4 and 6 blocks it predicts, with runs of few
-layers and of few steps: 8 % off for 12 layers that classify digits, 2 % for 6 that draw them, and
-1 % for 6 that fill gaps of a text in 3 blocks. Each alone would have it from 0.4 to 0.65. One run
-alone tells nothing of a and c, so what it says of the number of blocks is only as good as DEPTH and
+KEPT and MOST_TIMES were chosen on small runs: 12 layers that classify digits, and that draw them,
+in 2, 3, 4 and 6 blocks, by runs of a third of the layers and a third of the steps, and 6 layers
+that fill gaps of a text in 3. More blocks than three gained nothing from their samples there, which
+no run of one block can tell. docs/studies.md has what was predicted and what came. One run alone
+tells nothing of a and c, so what it says of the number of blocks is only as good as DEPTH and
 RATIO: by them, evenly split blocks get worse with their number.
 """
 
@@ -49,7 +50,7 @@ MOST = 512  # samples that it is read from
 CELLS = 960  # parts of equal probability, in which a curve is summed up
 FINE = 4001  # quantiles that a prior is read at
 TINY = 1e-12  # share of a prior
-MOST_TIMES = 10.0  # samples at a level: more have not been measured
+MOST_TIMES = 3.0  # samples: of more no run has gained
 DEPTH = 0.5  # a that nobody measured
 RATIO = 0.5  # of c to a, where one of them is not measured
 KEPT = 0.4  # of the exponent of steps
@@ -249,7 +250,7 @@ def predict(curve: Curve, law: Law, way: RunConfig) -> Predicted:
     blocks = way.partition.cut(curve.config.model.depth, way.prior)
     depths = np.array([len(block.layers) for block in blocks])
     masses = _masses(prior, blocks)
-    times = np.sqrt(len(blocks) * np.minimum(1 / masses, MOST_TIMES))
+    times = np.minimum(np.sqrt(len(blocks) / masses), MOST_TIMES)
     worth = (depths / depths.sum()) ** -law.depth * times**-law.samples
     shares = to_learn(curve, blocks)
     parts = curve.cells().mean() * np.array(shares) * worth
