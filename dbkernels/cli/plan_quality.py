@@ -17,7 +17,7 @@ from dbkernels.planning.recipe import Recipe
 from dbkernels.planning.ways import ways_of
 from dbkernels.training.run_config import RunConfig
 
-NEAR = 0.1  # of a loss: predictions that are nearer than this cannot be told apart
+NEAR = 0.02  # of a loss: what is nearer than this is not worth memory
 LITTLE = 0.05  # of what there is to learn
 SHOWN = 12  # ways on a screen
 

@@ -79,11 +79,11 @@ def test_the_recommended_way_needs_least_of_those_that_are_about_as_good():
         return {"name": name, "loss": loss, "peak_reserved_bytes": peak, "to_learn": to_learn}
 
     rows = [
-        row("far", 1.2, 1, 0.5, 0.5),
-        row("idle", 1.05, 2, 0.97, 0.03),
-        row("busy", 1.05, 2, 0.6, 0.4),
+        row("far", 1 + 1.1 * NEAR, 1, 0.5, 0.5),
+        row("idle", 1 + NEAR / 2, 2, 0.97, 0.03),
+        row("busy", 1 + NEAR / 2, 2, 0.6, 0.4),
         row("best", 1.0, 3, 1.0),
-        row("near", 1.09, 4, 1.0),
+        row("near", 1 + 0.9 * NEAR, 4, 1.0),
     ]
     assert [each["name"] for each in ranked(rows)] == ["busy", "best", "idle", "near", "far"]
     assert ranked(rows[:1]) == rows[:1]
