@@ -25,6 +25,8 @@ class Shown(NamedTuple):
     text: Callable[[float], str]
     best: Callable | None = None  # of the last number of each arm
     last: bool = False  # whether the last number is shown alone
+    spread: bool = True  # whether the standard deviation is shown
+    over: Callable[[Figures], float] = statistics.fmean  # of the seeds
 
 
 def _percent(share: float) -> str:
@@ -54,13 +56,14 @@ SHOWN = (
     Shown("down to the least level", "bits_down_to_least", _bits),
     Shown("at the most noise", "bits_at_most_noise", _bits),
     Shown("bits of each block", "bits_of_blocks", _bits),
-    Shown("loss of each block", "loss_of_blocks", number_text),
+    Shown("loss of each block", "loss_of_blocks", number_text, spread=False),
     Shown("at the most noise, loss", "loss_at_most_noise", number_text),
     Shown("loss over all noise", "mean_loss", _loss),
-    Shown("predicted", "predicted_loss", _loss),
-    Shown("passes of an image", "forwards", number_text),
-    Shown("peak of a step", "peak_bytes", in_words, min),
-    Shown("a step of every block, ms", "sweep_ms", number_text, min),
+    Shown("predicted", "predicted_loss", _loss, spread=False),
+    Shown("passes of an image", "forwards", number_text, spread=False),
+    Shown("peak of a step", "peak_bytes", in_words, min, spread=False),
+    # others kept the machine busy, so the least of the seeds is nearest
+    Shown("a step of every block, ms", "sweep_ms", number_text, min, spread=False, over=min),
 )
 MAIN = {  # of each family: the figure that its arms are compared by, and which is better
     "vit": ("accuracy", max, "accuracy after the last step, %"),
@@ -122,7 +125,7 @@ def study_table(rows: Sequence[Row]) -> Table:
             if not arm.has(each.name):
                 line.append(MISSING)
                 continue
-            places = [_over(place, each.text) for place in _places(arm, each.name)]
+            places = [_over(place, each) for place in _places(arm, each.name)]
             # steps that all answer alike, as those of a network without blocks, are one
             alike = each.last or len(set(places)) == 1
             text = places[-1] if alike else ", ".join(places)
@@ -137,12 +140,13 @@ def _places(arm: Arm, name: str) -> list[Figures]:
 
 
 def _mean(arm: Arm, shown: Shown) -> float:
-    return statistics.fmean(arm.last(shown.name))
+    return shown.over(arm.last(shown.name))
 
 
-def _over(values: Figures, text: Callable[[float], str]) -> str:
-    mean = text(statistics.fmean(values))
-    return f"{mean} ± {text(statistics.stdev(values))}" if len(values) > 1 else mean
+def _over(values: Figures, shown: Shown) -> str:
+    mean = shown.text(shown.over(values))
+    told = shown.spread and len(values) > 1
+    return f"{mean} ± {shown.text(statistics.stdev(values))}" if told else mean
 
 
 def study_picture(tables: Sequence[Sequence[Row]]) -> Figure:
