@@ -16,9 +16,9 @@ def _arms(scale: Scale) -> list[Arm]:
     arms = []
     for setting in settings(scale, "dit")[:1]:
         blocks = cut(setting, 3, gamma=0)
-        for scheme in SCHEMES:
-            for shares in SPLITS:
-                split = [setting.depth * share // sum(shares) for share in shares]
+        for shares in SPLITS:
+            split = [setting.depth * share // sum(shares) for share in shares]
+            for scheme in SCHEMES:
                 flags = f"{blocks} --scheme {scheme}"
                 if len(set(split)) > 1:
                     flags += f" --split {','.join(map(str, split))}"
