@@ -158,11 +158,22 @@ def test_the_sections_of_a_report_have_every_study_its_tables_and_claims(tmp_pat
         "ViT, fashion", "As expected?",
     ]  # fmt: skip
     [_, first, table, claims, *_] = sections
+    assert first.file == "../docs/pictures/study-families.svg"
+    text = tool("page").markdown("Results", sections)
+    assert f"![{first.title}]({first.file})" in text and text.count("![") == 1
     assert len(first.picture.axes) == 2
     assert "commits abc1234, def5678" in table.note
     assert cells_of(table.table)["3 blocks"]["accuracy after each step, %"] == "**93.0 ± 1.4**"
     assert claims.table[1][3:] == ["+3.0 points", "yes"]
     assert tool("report_studies").study_sections([]) == []
+
+
+def test_each_scale_has_its_own_tables_and_the_smallest_the_picture_of_the_pages(tmp_path):
+    rows = rows_of("3 blocks", (0.9, 0.92), scale="small")
+    path = made.write(tmp_path / "rows.jsonl", [*rows, *rows_of("3 blocks", (0.8,))])
+    sections = tool("report_studies").study_sections(tool("report_rows").read([path]))
+    pictures = [(each.title.split(", ")[-1], bool(each.file)) for each in sections if each.picture]
+    assert pictures == [("tiny)", True), ("small)", False)]
 
 
 def test_a_picture_has_a_dot_for_each_seed_and_a_mark_at_the_mean():

@@ -24,24 +24,26 @@ class Section:
     table: Sequence[Sequence[str]] = ()  # its first line is the headings
     note: str = ""  # below the table, in small letters
     picture: Figure | None = None  # not in Markdown
+    file: str = ""  # of the picture, from the page, for Markdown
     level: int = 2  # of the heading
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """Write a page as Markdown, without its pictures.
+    """Write a page as Markdown, without the pictures that are in no file.
 
     Args:
         title:     above all
-        sections:  in order; those that hold a picture alone are left out
+        sections:  in order; those that hold a picture alone, which is in no file, are left out
     Returns:
         text that ends with a new line.
     """
     parts = [f"# {title}"]
     for each in sections:
-        if each.table or not each.picture:
+        if each.table or each.file or not each.picture:
             table = markdown_table(each.table) if each.table else ""
             heading = f"{'#' * each.level} {each.title}"
-            parts += filter(None, [heading, _filled(each.text), table, _filled(each.note)])
+            picture = f"![{each.title}]({each.file})" if each.file else ""
+            parts += filter(None, [heading, _filled(each.text), picture, table, _filled(each.note)])
     return "\n\n".join(parts) + "\n"
 
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from palette import PALETTE
 from report_rows import Row, read, tables
-from report_studies import TITLES, picture_of
+from report_studies import TITLES, by_scale, picture_of
 
 from dbkernels.diffusion.gaussian import LogNormal
 from dbkernels.memory.units import UNITS
@@ -21,7 +21,6 @@ from dbkernels.training.partition import partition
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "pictures"
-SCALES = ("tiny", "small", "paper")
 INK = "#7c828d"  # which either shows
 COLOURS = (PALETTE[4], PALETTE[3], PALETTE[6])  # of blocks, the noisiest first
 DEPTH, NUM_BLOCKS, GAMMA = 12, 3, 0.05
@@ -113,10 +112,8 @@ def studies() -> Iterator[tuple[str, Figure]]:
     """The picture of each study that has rows, at the smallest scale that it has."""
     every = tables(read([ROOT / "benchmarks" / "results"]), "study")
     for name in TITLES:
-        some = [table for table in every if table[0]["study"] == name]
-        if some:
-            scale = min((table[0]["scale"] for table in some), key=SCALES.index)
-            yield name, picture_of([table for table in some if table[0]["scale"] == scale])
+        if some := [table for table in every if table[0]["study"] == name]:
+            yield name, picture_of(by_scale(some)[0])
 
 
 def _save(figure: Figure, name: str) -> None:

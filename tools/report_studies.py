@@ -17,6 +17,8 @@ are those of the test split; a classifier starts from z = 0, or from noise as in
 distance, precision and recall compare features of a small classifier of the real images. Bits are
 per character, exact where a network has no noise and bounds from above otherwise. Below each table
 stands what was expected and whether it is so at this size; what loses stays."""
+SCALES = ("tiny", "small", "paper")
+FOLDER = "../docs/pictures"  # from the tables
 TITLES = {  # by study: a title, and what it asks
     "families": ("Every family", """End to end, a network that is as deep as one block, and blocks.
 End to end a classifier has the most noise alone, and a language model has none: both are the
@@ -61,16 +63,25 @@ def study_sections(rows: Sequence[Row]) -> list[Section]:
     found = [Section("Studies", " ".join(ABOUT.split()))] if every else []
     for name, (title, text) in TITLES.items():
         of_study = [table for table in every if table[0]["study"] == name]
-        for scale in dict.fromkeys(table[0]["scale"] for table in of_study):
-            some = [table for table in of_study if table[0]["scale"] == scale]
-            heading = f"{title} (`{name}`, {scale})"
-            found.append(Section(heading, " ".join(text.split()), picture=picture_of(some)))
+        # the pictures of the pages are those of the smallest scale
+        file = f"{FOLDER}/study-{name}.svg"
+        for some in by_scale(of_study):
+            heading = f"{title} (`{name}`, {some[0][0]['scale']})"
+            picture = picture_of(some)
+            found.append(Section(heading, " ".join(text.split()), picture=picture, file=file))
+            file = ""
             for table in some:
                 case = f"{FAMILIES[table[0]['family']]}, {table[0]['data']}"
                 found.append(Section(case, table=study_table(table), note=about(table), level=3))
                 if claims := verdicts(table):
                     found.append(Section("As expected?", table=claims, level=4))
     return found
+
+
+def by_scale(every: Sequence[list[Row]]) -> list[list[list[Row]]]:
+    """The tables of a study at each of its scales, the smallest first."""
+    scales = [name for name in SCALES if any(table[0]["scale"] == name for table in every)]
+    return [[table for table in every if table[0]["scale"] == name] for name in scales]
 
 
 def picture_of(some: Sequence[list[Row]]) -> Figure:
