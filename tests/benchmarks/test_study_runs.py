@@ -84,9 +84,11 @@ def test_studies_share_the_runs_that_they_have_in_common(study, tmp_path):
     study("sharing", only="vit digits shared")
     [run] = (tmp_path / "runs").iterdir()
     before = (run / "log.jsonl").read_bytes()
-    [row] = study("families", only="vit digits 3 blocks")
-    assert [*(tmp_path / "runs").iterdir()] == [run] and row["arm"] == "3 blocks"
-    assert row["study"] == "families" and (run / "log.jsonl").read_bytes() == before
+    row, other = study("families", only="vit digits 3 blocks")
+    assert (row["study"], row["arm"]) == ("families", "3 blocks")
+    assert other["arm"] == "3 blocks, the paper's prior"
+    assert len([*(tmp_path / "runs").iterdir()]) == 2
+    assert (run / "log.jsonl").read_bytes() == before
 
 
 def test_blocks_are_cut_at_the_seams_of_the_network_end_to_end(study, bench):
