@@ -60,7 +60,7 @@ SETTINGS: dict[Scale, dict[str, tuple[Setting, ...]]] = {
         ),
         "dit": (
             Setting("digits", 12, 3, 0.05, 600, f"--patch 4 {DRAWN}"),
-            Setting("fashion", 12, 3, 0.05, 800, f"--patch 14 {DRAWN}"),
+            Setting("fashion", 12, 3, 0.05, 800, f"--patch 7 {DRAWN}"),
         ),
         "mdm": (Setting("shakespeare", 6, 3, 0.05, 800, TEXT),),
         "ar": (Setting("shakespeare", 6, 3, 0.1, 800, TEXT, CHARACTERS),),
