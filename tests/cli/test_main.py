@@ -60,7 +60,6 @@ def test_help_has_a_sentence_for_every_flag(cli, monkeypatch, verb, columns):
         ("tokenize text.txt --tokenizer bytes", "--out"),
         ("tokenize text.txt --out out --documents page", "invalid choice 'page'"),
         ("profile --family gpt", "invalid choice 'gpt'"),
-        ("plan", "--memory"),
         ("fly", "fly"),
         ("", "Expected one of {train, merge, sample, evaluate, tokenize, profile, plan,"),
     ],
