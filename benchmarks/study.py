@@ -42,7 +42,7 @@ class Run:
     seeds: int = 3
     """Of every arm."""
     scale: Scale = "tiny"
-    """tiny: minutes of two CPU cores. small: hours of them. paper: the paper's own settings."""
+    """tiny: minutes of two CPU cores. small: many more updates. paper: the paper's own settings."""
     data: tuple[str, ...] = ()
     """NAME=PATH of data that are not built in, such as cifar100=DIR or shakespeare=DIR."""
     only: str = ""

@@ -1,7 +1,7 @@
 """Sizes of the studies: what each family is, how it is trained, and on what.
 
-tiny   finishes on two cores of a CPU, in about twenty minutes a study
-small  takes hours of a CPU, or minutes of a GPU
+tiny   took two cores of a CPU 3 to 20 minutes a study, and `families` half an hour
+small  has the same data, wider networks and many more updates; nobody has timed it
 paper  has the settings of arXiv:2506.14202, appendix E, as they stand there
 
 Where the paper says nothing, the published code is followed, and what that lacks is as here: decay

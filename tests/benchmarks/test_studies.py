@@ -38,6 +38,15 @@ def test_every_arm_is_a_run_that_can_be_made(name, scale, bench, places, monkeyp
         assert arm.baseline or thin.build("meta")
 
 
+def test_runs_that_differ_in_what_their_figures_depend_on_have_folders_of_their_own(bench):
+    arm = bench("studies.arm").Arm("dit", "a", "digits", "--dim 8", 3)
+    assert replace(arm, name="b").folder == arm.folder
+    others = {"data": "fashion", "flags": "--dim 4", "updates": 4, "guidance": 2.0, "steps": 9}
+    others |= {"baseline": ("vit", "greedy"), "source": arm}
+    folders = {replace(arm, **{name: value}).folder for name, value in others.items()}
+    assert len(folders | {arm.folder}) == len(others) + 1
+
+
 def test_every_study_is_checked(bench):
     assert list(bench("studies").STUDIES) == STUDIES
 
