@@ -110,6 +110,23 @@ def test_a_lower_figure_is_better_where_it_is_a_distance_or_bits():
     assert verdicts(rows, told._replace(margin=0.049)) == [["-1 (-5.0 %)", "within the spread"]]
 
 
+def test_a_generator_is_compared_on_close_levels_too_where_it_was_drawn_on_them():
+    def rows(name, levels, close):
+        return [
+            row | {"frechet_close": close}
+            for row in rows_of(name, (levels,), "frechet", family="dit", study="more-data")
+        ]
+
+    both = [*rows("3 blocks", 30.0, 20.0), *rows(WHOLE, 20.0, 30.0)]
+    [_, *lines] = tool("report_claims").verdicts(both)
+    assert [(line[0], *line[3:]) for line in lines] == [
+        ("within 5 % of end to end", "-10 (-50.0 %)", "**no**"),
+        ("within 5 % of end to end, on close levels", "+10 (+33.3 %)", "yes"),
+    ]
+    del both[0]["frechet_close"]
+    assert len(tool("report_claims").verdicts(both)) == 2
+
+
 def test_half_the_distance_to_another_arm_may_be_a_margin():
     text = {"family": "ar", "data": "shakespeare"}
 

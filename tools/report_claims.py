@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from report_rows import Row
-from report_study import MAIN, Arm, Table, arms_of
+from report_study import BESIDE, MAIN, Arm, Table, arms_of
 
 HEADINGS = ["expected", "arm", "beside", "better by", "so it is here"]
 
@@ -32,6 +32,7 @@ class Claim(NamedTuple):
     halfway: str = ""
 
 
+LIKE = {"more-data": "families"}  # studies that claim what another does
 WHOLE, SHALLOW = "end to end", "end to end, as deep as a block"
 EVEN = "equal probability, [4, 4, 4]"
 CLAIMS = (
@@ -109,7 +110,8 @@ def verdicts(rows: Sequence[Row], claims: Sequence[Claim] = CLAIMS) -> Table:
     """Which claims hold among the rows of one table, each with its figures.
 
     A better figure is a difference of the means of more than the larger of the two standard
-    deviations; one of less is within the spread.
+    deviations; one of less is within the spread. What a family is compared by beside its main
+    figure has a line of its own.
 
     Args:
         rows:    of one study, scale, family and data
@@ -117,16 +119,19 @@ def verdicts(rows: Sequence[Row], claims: Sequence[Claim] = CLAIMS) -> Table:
     Returns:
         HEADINGS and a line for each pair of arms; nothing where there is none.
     """
-    arms, family = arms_of(rows), rows[0]["family"]
+    arms, family, study = arms_of(rows), rows[0]["family"], rows[0]["study"]
+    main, best, _ = MAIN[family]
     lines = []
     for claim in claims:
-        if (claim.study, claim.family) != (rows[0]["study"], family):
+        if (claim.study, claim.family) != (LIKE.get(study, study), family):
             continue
         for first in (arm for arm in arms if _is(arm, claim.better)):
             for other in (arm for arm in arms if any(_is(arm, name) for name in claim.worse)):
                 whole = next((arm for arm in arms if arm.name == claim.halfway), None)
-                said = _compared(first, other, whole, claim, *MAIN[family][:2])
-                lines.append([claim.text, first.name, other.name, *said])
+                for figure, where in {main: "", **BESIDE.get(family, {})}.items():
+                    if first.has(figure) and other.has(figure):
+                        said = _compared(first, other, whole, claim, figure, best)
+                        lines.append([claim.text + where, first.name, other.name, *said])
     return [HEADINGS, *lines] if lines else []
 
 

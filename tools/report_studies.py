@@ -14,9 +14,11 @@ ABOUT = """The paper's comparisons, repeated by `python benchmarks/study.py NAME
 of training over seeds, ± the standard deviation; all have the same number of updates of every layer
 but where the table says more, and what blocks share gets an update from each block's step. Images
 are those of the test split; a classifier starts from z = 0, or from noise as in the paper. Fréchet
-distance, precision and recall compare features of a small classifier of the real images. Bits are
-per character, exact where a network has no noise and bounds from above otherwise. Below each table
-stands what was expected and whether it is so at this size; what loses stays."""
+distance, precision and recall compare features of a small classifier of real images; those of a
+model are drawn on levels of equal probability, as in the paper, and on as many *close levels*, for
+Gaussian noise those of EDM. Bits are per character, exact where a network has no noise and bounds
+from above otherwise. Below each table stands what was expected and whether it is so at this size;
+what loses stays."""
 SCALES = ("tiny", "small", "paper")
 FOLDER = "../docs/pictures"  # from the tables
 TITLES = {  # by study: a title, and what it asks
@@ -26,6 +28,7 @@ ordinary network. *The paper's* language model has its prior and read-out, and e
 text through its own layers. *Recommended* has a prior that is fitted to the text, all layers before
 a block read it too, the deepest block serves the most noise, and the clean stream guesses the next
 token."""),
+    "more-data": ("The families on more data", """The same arms on the other data of a family."""),
     "blocks": ("How many blocks", """The same layers in more and more blocks, without overlap. One
 block is trained on all levels of noise."""),
     "partition": ("How noise and layers are cut", """Without overlap. The numbers are layers of each

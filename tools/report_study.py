@@ -52,6 +52,8 @@ SHOWN = (
     Shown("precision, %", "precision", _percent, max),
     Shown("recall, %", "recall", _percent, max),
     Shown("recognised as asked, %", "recognised", _percent, max),
+    Shown("Fréchet distance, close levels", "frechet_close", number_text, min),
+    Shown("recognised, close levels, %", "recognised_close", _percent, max),
     Shown("bits", "bits", _bits, min),
     Shown("down to the least level", "bits_down_to_least", _bits),
     Shown("at the most noise", "bits_at_most_noise", _bits),
@@ -72,6 +74,7 @@ MAIN = {  # of each family: the figure that its arms are compared by, and which 
     "ar": ("bits", min, "bits per character"),
     "huginn": ("bits", min, "bits per character"),
 }
+BESIDE = {"dit": {"frechet_close": ", on close levels"}}  # what they are compared by too
 
 
 class Arm(NamedTuple):

@@ -25,6 +25,7 @@ __all__ = ["STUDIES", "Arm", "Job", "Places", "Scale", "Study"]
 
 STUDIES: dict[str, Study] = {
     "families": families.STUDY,
+    "more-data": families.MORE_DATA,
     "blocks": blocks.STUDY,
     "partition": partition.STUDY,
     "overlap": overlap.STUDY,

@@ -1,4 +1,9 @@
-"""Every family: end to end, a network of one block's depth, and blocks."""
+"""Every family: end to end, a network of one block's depth, and blocks.
+
+`families` has the first of the data that a scale has for a family, `more-data` has the others.
+"""
+
+from functools import partial
 
 from studies.arm import Arm
 from studies.scales import Scale
@@ -12,13 +17,14 @@ WITHOUT_NOISE = f"{WHOLE} --objective conventional"
 # r c + e + 2 (k c + e), of r recurrences, k of them with a gradient, c layers of the core and e
 # others: 8, 4, 2 and 2 of the small preset, 32, 8, 4 and 4 of the paper's
 SAME_ARITHMETIC = {"tiny": 38 / 12, "small": 38 / 12, "paper": 204 / 24}
+FIRST, OTHERS, ALL = slice(1), slice(1, None), slice(None)  # of the data of a family
 RECOMMENDED = "--clean through --noise-order deepest --read-out posterior"
 
 
-def _arms(scale: Scale) -> list[Arm]:
+def _arms(which: slice, scale: Scale) -> list[Arm]:
     arms = []
     for family, whole in (("vit", MOST_NOISE), ("dit", WHOLE), ("mdm", WHOLE)):
-        for setting in settings(scale, family):
+        for setting in settings(scale, family)[which]:
             shallow = f"{whole} --depth {setting.depth // setting.blocks}"
             arms += [
                 arm(family, setting, "end to end", whole),
@@ -29,7 +35,7 @@ def _arms(scale: Scale) -> list[Arm]:
                 # down to levels where the label can be read off the noise
                 name = f"{setting.blocks} blocks, the paper's prior"
                 arms.append(arm(family, setting, name, f"{cut(setting)} --paper"))
-    for setting in settings(scale, "ar"):
+    for setting in settings(scale, "ar")[which]:
         shallow = f"{WITHOUT_NOISE} --depth {setting.depth // setting.blocks}"
         blocks = cut(setting)
         arms += [
@@ -39,7 +45,7 @@ def _arms(scale: Scale) -> list[Arm]:
             arm("ar", setting, f"{setting.blocks} blocks, recommended",
                 f"{blocks} {setting.fitted} {RECOMMENDED}"),
         ]  # fmt: skip
-    return arms + recurrent(scale)
+    return arms + recurrent(scale, which)
 
 
 def paper(blocks: str) -> str:
@@ -47,11 +53,11 @@ def paper(blocks: str) -> str:
     return f"{blocks} --paper --next-token-weight 0"
 
 
-def recurrent(scale: Scale) -> list[Arm]:
+def recurrent(scale: Scale, which: slice = ALL) -> list[Arm]:
     """Recurrent depth: its layers run again and again, or once with as many updates, or once with
     as much arithmetic."""
     arms = []
-    for setting in settings(scale, "huginn"):
+    for setting in settings(scale, "huginn")[which]:
         one = f"{WHOLE} {setting.fitted}"
         arms += [
             arm("huginn", setting, "recurrent", WITHOUT_NOISE),
@@ -63,4 +69,4 @@ def recurrent(scale: Scale) -> list[Arm]:
     return arms
 
 
-STUDY = Study(_arms)
+STUDY, MORE_DATA = Study(partial(_arms, FIRST)), Study(partial(_arms, OTHERS))

@@ -4,12 +4,13 @@ A figure is a number, or a list of numbers: one for each Euler step or block, in
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from judge import Judge
 from show import Row
+from torch import Tensor
 
 from dbkernels import DiffusionBlocks, Draw
 from dbkernels.data.images import Data
@@ -103,23 +104,38 @@ def _of_classes(blocks: DiffusionBlocks, data: Data, sizes: Sizes) -> Row:
 def _of_images(
     config: RunConfig, blocks: DiffusionBlocks, guidance: float, judge: Judge, sizes: Sizes
 ) -> Row:
-    """How far images are from real ones, and how many are recognised as what was asked for."""
-    classes = config.model.num_classes
+    """How far images are from real ones, and how many are recognised as what was asked for.
+
+    They are drawn twice: on levels of equal probability, as in the paper, and on as many that are
+    close all the way, of which no step has to trust the estimate at the most noise far.
+    """
+    classes, process = config.model.num_classes, blocks.process
     asked = torch.arange(classes).repeat_interleave(-(-sizes.drawn // classes))
-    levels = blocks.process.grid(sizes.levels, "cdf")
-    drawn = []
-    for begin in range(0, len(asked), AT_ONCE):
-        draw = Draw(config.trainer.seed, step=0, sample=begin)
-        some = {"label": asked[begin : begin + AT_ONCE].to(blocks.device)}
-        drawn.append(blocks.sample(some, levels, draw, guidance=guidance).cpu())
-    made = torch.cat(drawn)
-    precision, recall = precision_recall(judge.features(made), judge.real)
+    paper, close = (
+        _drawn(blocks, asked, process.grid(sizes.levels, spacing), config.trainer.seed, guidance)
+        for spacing in ("cdf", process.close)
+    )
+    precision, recall = precision_recall(judge.features(paper), judge.real)
     return {
-        "frechet": judge.distance(made),
+        "frechet": judge.distance(paper),
         "precision": precision,
         "recall": recall,
-        "recognised": judge.accuracy(made, asked),
+        "recognised": judge.accuracy(paper, asked),
+        "frechet_close": judge.distance(close),
+        "recognised_close": judge.accuracy(close, asked),
     }
+
+
+def _drawn(
+    blocks: DiffusionBlocks, asked: Tensor, levels: Sequence[float], seed: int, guidance: float
+) -> Tensor:
+    """Images (N, C, H, W) of the classes that are asked for, (N,), on the host."""
+    drawn = []
+    for begin in range(0, len(asked), AT_ONCE):
+        draw = Draw(seed, step=0, sample=begin)
+        some = {"label": asked[begin : begin + AT_ONCE].to(blocks.device)}
+        drawn.append(blocks.sample(some, levels, draw, guidance=guidance).cpu())
+    return torch.cat(drawn)
 
 
 def _of_text(config: RunConfig, blocks: DiffusionBlocks, data: Data, sizes: Sizes) -> Row:

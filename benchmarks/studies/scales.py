@@ -1,6 +1,6 @@
 """Sizes of the studies: what each family is, how it is trained, and on what.
 
-tiny   took two cores of a CPU 3 to 20 minutes a study, and `families` half an hour
+tiny   took two cores of a CPU 3 to 20 minutes a study
 small  has the same data, wider networks and many more updates; nobody has timed it
 paper  has the settings of arXiv:2506.14202, appendix E, as they stand there
 
@@ -27,6 +27,8 @@ MORE_TEXT = f"--dim 128 --num-heads 4 --length 64 --batch-size 8 {RATE} --warmup
 @dataclass(frozen=True)
 class Setting:
     """A model of one family, the same for every arm.
+
+    A family's first is what most studies train; `more-data` has the others.
 
     data:       by the name that `Places` knows
     depth:      layers
@@ -60,15 +62,21 @@ SETTINGS: dict[Scale, dict[str, tuple[Setting, ...]]] = {
         ),
         "dit": (
             Setting("digits", 12, 3, 0.05, 600, f"--patch 4 {DRAWN}"),
-            Setting("fashion", 12, 3, 0.05, 800, f"--patch 7 {DRAWN}"),
+            Setting("fashion", 12, 3, 0.05, 1600, f"--patch 7 {DRAWN}"),
         ),
         "mdm": (Setting("shakespeare", 6, 3, 0.05, 800, TEXT),),
         "ar": (Setting("shakespeare", 6, 3, 0.1, 800, TEXT, CHARACTERS),),
         "huginn": (Setting("shakespeare", 4, 1, 0.05, 400, TEXT, CHARACTERS),),
     },
     "small": {
-        "vit": (Setting("fashion", 12, 3, 0.05, 5000, f"--dim 128 {IMAGES} --shift 2"),),
-        "dit": (Setting("fashion", 12, 3, 0.05, 20_000, f"--dim 128 {DRAWN}"),),
+        "vit": (
+            Setting("fashion", 12, 3, 0.05, 5000, f"--dim 128 {IMAGES} --shift 2"),
+            Setting("digits", 12, 3, 0.05, 2000, f"--dim 128 {IMAGES} --shift 1"),
+        ),
+        "dit": (
+            Setting("fashion", 12, 3, 0.05, 20_000, f"--dim 128 {DRAWN}"),
+            Setting("digits", 12, 3, 0.05, 2000, f"--dim 128 {DRAWN}"),
+        ),
         "mdm": (Setting("shakespeare", 6, 3, 0.05, 10_000, MORE_TEXT),),
         "ar": (Setting("shakespeare", 6, 3, 0.1, 10_000, MORE_TEXT, CHARACTERS),),
         "huginn": (Setting("shakespeare", 4, 1, 0.05, 10_000, MORE_TEXT, CHARACTERS),),

@@ -8,8 +8,8 @@ import tyro
 
 from dbkernels.data import idx
 
-STUDIES = ["families", "blocks", "partition", "overlap", "weighting", "sharing", "conditioning"]
-STUDIES += ["baselines", "layer-sweep", "huginn", "text", "noise", "conversion"]
+STUDIES = ["families", "more-data", "blocks", "partition", "overlap", "weighting", "sharing"]
+STUDIES += ["conditioning", "baselines", "layer-sweep", "huginn", "text", "noise", "conversion"]
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
@@ -45,6 +45,23 @@ def test_runs_that_differ_in_what_their_figures_depend_on_have_folders_of_their_
     others |= {"baseline": ("vit", "greedy"), "source": arm}
     folders = {replace(arm, **{name: value}).folder for name, value in others.items()}
     assert len(folders | {arm.folder}) == len(others) + 1
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
+def test_families_and_more_data_have_each_of_the_data_of_a_family_once(scale, bench):
+    families = "vit", "dit", "mdm", "ar", "huginn"
+    settings = bench("studies.scales").SETTINGS[scale]
+    first, others = (
+        list(
+            dict.fromkeys(
+                (arm.family, arm.data) for arm in bench("studies").STUDIES[name].arms(scale)
+            )
+        )
+        for name in ("families", "more-data")
+    )
+    assert first == [(family, settings[family][0].data) for family in families]
+    assert others == [(family, each.data) for family in families for each in settings[family][1:]]
+    assert others
 
 
 def test_every_study_is_checked(bench):
@@ -88,7 +105,7 @@ def test_a_scale_that_the_machine_has_no_memory_for_is_refused(
 
 def test_what_is_not_installed_is_told_with_its_command(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(idx, "FASHION", tmp_path / "absent")
-    run = bench("study").Run("families", data=(), runs=tmp_path / "runs")
+    run = bench("study").Run("more-data", data=(), runs=tmp_path / "runs")
     with pytest.raises(ValueError, match="sudo apt install dataset-fashion-mnist"):
         run.run()
     assert not (tmp_path / "runs").exists()

@@ -15,6 +15,7 @@ from dbkernels.cli.progress import ProgressBar
     [
         ("vit", "accuracy"),
         ("dit", "frechet"),
+        ("dit", "frechet_close"),
         ("mdm", "bits"),
         ("ar", "bits"),
         ("huginn", "bits"),
