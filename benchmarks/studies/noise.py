@@ -3,12 +3,11 @@
 from dbkernels.diffusion.prediction import PREDICTIONS
 from studies.arm import Arm
 from studies.families import WHOLE
-from studies.scales import RATE, Scale, Setting
+from studies.scales import DRAWN, Scale, Setting
 from studies.study import Study, arm, cut, settings
 
 NOISES = [(process, name) for process, names in PREDICTIONS.items() for name in names]
 OWN = ("gaussian", "edm")  # a generator's own, whose runs other studies have too
-DRAWN = f"--batch-size 64 {RATE} --warmup 20 --ema 0.99 --label-drop 0.1"
 DIGITS: dict[Scale, Setting] = {"small": Setting("digits", 12, 3, 0.05, 1000, DRAWN)}
 
 

@@ -16,19 +16,16 @@ import torch
 from scipy.special import expit, logit, ndtr, ndtri
 from torch import Tensor
 
-from dbkernels.diffusion.gaussian import LEAST_MASS, MOST_LEVELS, exponential_moments
+from dbkernels.diffusion.continuous import MOST_LEVELS, Continuous, exponential_moments
 from dbkernels.diffusion.path import STRAIGHT
 from dbkernels.diffusion.prediction import Prediction
 from dbkernels.diffusion.process import (
     Interval,
-    OnPath,
-    Scheme,
     Spacing,
     check_gamma,
     check_inside,
     check_quantiles,
     rounded_inside,
-    tiled,
 )
 from dbkernels.settings import check_choice, check_number
 
@@ -39,7 +36,7 @@ MOST_SHIFT = 1e6
 
 
 @dataclass(frozen=True)
-class Flow(OnPath):
+class Flow(Continuous):
     """Flow matching: the prior over the time, a `Process`."""
 
     path = STRAIGHT
@@ -61,11 +58,7 @@ class Flow(OnPath):
 
     def __post_init__(self) -> None:
         check_choice("density", self.density, get_args(Density))
-        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
-            raise ValueError(
-                "mean must be finite and std positive and finite, "
-                f"got mean {self.mean} and std {self.std}"
-            )
+        self.check_mean_and_std()
         if self.density == "uniform" and (self.mean, self.std) != (0.0, 1.0):
             raise ValueError(
                 "mean and std must be those of logit_normal times where density is uniform, which "
@@ -77,7 +70,7 @@ class Flow(OnPath):
                 f"t_min and t_max must have {LEAST_TIME} <= t_min < t_max <= 1, "
                 f"got t_min {self.t_min} and t_max {self.t_max}"
             )
-        if not self.cdf(self.t_max) - self.cdf(self.t_min) >= LEAST_MASS:
+        if not self.has_mass():
             raise ValueError(
                 f"mean, std and time_shift must put times between t_min {self.t_min} and t_max "
                 f"{self.t_max}, got mean {self.mean}, std {self.std} and time_shift "
@@ -89,28 +82,15 @@ class Flow(OnPath):
         """All times, from t_min to t_max."""
         return Interval(self.t_min, self.t_max)
 
-    def cdf(self, time: float) -> float:
+    def cdf(self, level: float) -> float:
         """Probability, under the uncut prior, of a time up to this one."""
-        u = self._unshifted(time)
+        u = self._unshifted(level)
         return float(ndtr((logit(u) - self.mean) / self.std)) if self._is_normal else u
 
     def quantile(self, q: float) -> float:
         """The time whose `cdf` is q."""
         u = float(expit(self.mean + self.std * ndtri(q))) if self._is_normal else q
         return self._shifted(u)
-
-    def mass(self, interval: Interval) -> float:
-        """Share of the cut prior that an interval holds; 1 for the whole range."""
-        whole = self.cdf(self.t_max) - self.cdf(self.t_min)
-        return (self.cdf(interval.high) - self.cdf(interval.low)) / whole
-
-    def at_mass(self, share: float) -> float:
-        """The time below which the cut prior holds `share` of its mass."""
-        # the ends are exact, where the round trip would lose digits
-        if share in (0.0, 1.0):
-            return self.t_max if share else self.t_min
-        q_min, q_max = self.cdf(self.t_min), self.cdf(self.t_max)
-        return self.quantile(q_min + share * (q_max - q_min))
 
     @property
     def _is_normal(self) -> bool:
@@ -121,33 +101,6 @@ class Flow(OnPath):
 
     def _unshifted(self, time: float) -> float:
         return time / (self.time_shift + (1 - self.time_shift) * time)
-
-    def intervals(
-        self, num_blocks: int, scheme: Scheme = "equal_probability"
-    ) -> tuple[Interval, ...]:
-        """Cut the range into one interval per block, the most noise first.
-
-        Args:
-            num_blocks:  how many
-            scheme:      equal_probability gives each the same mass of the prior; linear the same
-                         width in t; log_uniform the same width in ln t
-        Returns:
-            num_blocks intervals that tile the range without gap or overlap.
-        Raises:
-            ValueError: num_blocks is not positive, the scheme is unknown, or the prior is so narrow
-                that a block would have no time of its own in float32.
-        """
-        check_number("num_blocks", num_blocks, 1)
-        low, high = self.t_min, self.t_max
-        positions = {
-            "equal_probability": self.at_mass,
-            "log_uniform": lambda share: low * (high / low) ** share,
-            "linear": lambda share: low + share * (high - low),
-        }
-        check_choice("scheme", scheme, positions)
-        inner = [positions[scheme](b / num_blocks) for b in range(1, num_blocks)]
-        got = f"std {self.std} with mean {self.mean}, from {low} to {high}"
-        return tiled([low, *inner, high], "std and t_max - t_min", got)
 
     def widen(self, interval: Interval, gamma: float) -> Interval:
         """Widen an interval on both sides by gamma times its own width in t, cut to the range.
@@ -196,7 +149,7 @@ class Flow(OnPath):
         """
         check_number("levels", count, 2, MOST_LEVELS)
         if spacing == "cdf":
-            return [self.at_mass(i / (count - 1)) for i in reversed(range(count))]
+            return self.equal_steps(count)
         if spacing != "linear":
             raise ValueError(f"spacing of a flow must be cdf or linear, got {spacing}")
         first = self._unshifted(self.t_max)

@@ -13,35 +13,28 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from scipy.special import log_ndtr, ndtr, ndtri
+from scipy.special import ndtr, ndtri
 from torch import Tensor
 
+from dbkernels.diffusion.continuous import MOST_LEVELS, Continuous, exponential_moments
 from dbkernels.diffusion.path import EXPLODING
 from dbkernels.diffusion.prediction import Prediction
 from dbkernels.diffusion.process import (
     Interval,
-    OnPath,
-    Scheme,
     Spacing,
     check_gamma,
     check_inside,
     check_quantiles,
     rounded_inside,
-    tiled,
 )
-from dbkernels.settings import check_choice, check_number
+from dbkernels.settings import check_number
 
 LOG_MOST = math.log(np.finfo(np.float64).max)
-MOST_LEVELS = 10_000  # of a sampler
-# of the uncut prior, below which its quantiles would be roundings of 0 and 1
-LEAST_MASS = 1e-9
 LEAST_SIGMA, MOST_SIGMA = 1e-9, 1e9  # whose fourth powers float32 has
-# standard deviations above the mean, from which on 1 - Phi has lost half of its digits in Phi
-TAIL = 6.0
 
 
 @dataclass(frozen=True)
-class LogNormal(OnPath):
+class LogNormal(Continuous):
     """The Gaussian process: the prior over sigma, a `Process`."""
 
     path = EXPLODING
@@ -57,17 +50,13 @@ class LogNormal(OnPath):
     """Greatest level, in units of z."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
-            raise ValueError(
-                "mean must be finite and std positive and finite, "
-                f"got mean {self.mean} and std {self.std}"
-            )
+        self.check_mean_and_std()
         if not LEAST_SIGMA <= self.sigma_min < self.sigma_max <= MOST_SIGMA:
             raise ValueError(
                 f"sigma_min and sigma_max must have {LEAST_SIGMA} <= sigma_min < sigma_max <= "
                 f"{MOST_SIGMA}, got sigma_min {self.sigma_min} and sigma_max {self.sigma_max}"
             )
-        if not self.cdf(self.sigma_max) - self.cdf(self.sigma_min) >= LEAST_MASS:
+        if not self.has_mass():
             raise ValueError(
                 f"mean and std must put levels between sigma_min {self.sigma_min} and sigma_max "
                 f"{self.sigma_max}, which are {math.log(self.sigma_min):.4g} and "
@@ -80,53 +69,13 @@ class LogNormal(OnPath):
         """All levels, from sigma_min to sigma_max."""
         return Interval(self.sigma_min, self.sigma_max)
 
-    def cdf(self, sigma: float) -> float:
-        """Probability, under the uncut log-normal, of a level up to sigma."""
-        return float(ndtr((math.log(sigma) - self.mean) / self.std))
+    def cdf(self, level: float) -> float:
+        """Probability, under the uncut log-normal, of a sigma up to this one."""
+        return float(ndtr((math.log(level) - self.mean) / self.std))
 
     def quantile(self, q: float) -> float:
         """The level whose `cdf` is q."""
         return math.exp(self.mean + self.std * float(ndtri(q)))
-
-    def mass(self, interval: Interval) -> float:
-        """Share of the cut prior that an interval holds; 1 for the whole range."""
-        whole = self.cdf(self.sigma_max) - self.cdf(self.sigma_min)
-        return (self.cdf(interval.high) - self.cdf(interval.low)) / whole
-
-    def at_mass(self, share: float) -> float:
-        """The level below which the cut prior holds `share` of its mass."""
-        # the ends are exact, where the round trip through the normal would lose digits
-        if share in (0.0, 1.0):
-            return self.sigma_max if share else self.sigma_min
-        q_min, q_max = self.cdf(self.sigma_min), self.cdf(self.sigma_max)
-        return self.quantile(q_min + share * (q_max - q_min))
-
-    def intervals(
-        self, num_blocks: int, scheme: Scheme = "equal_probability"
-    ) -> tuple[Interval, ...]:
-        """Cut the range into one interval per block, the most noise first.
-
-        Args:
-            num_blocks:  how many
-            scheme:      equal_probability gives each the same mass of the prior (section 3.3);
-                         log_uniform the same width in ln sigma; linear the same width in sigma
-        Returns:
-            num_blocks intervals that tile the range without gap or overlap.
-        Raises:
-            ValueError: num_blocks is not positive, the scheme is unknown, or the prior is so narrow
-                that a block would have no level of its own in float32.
-        """
-        check_number("num_blocks", num_blocks, 1)
-        low, high = self.sigma_min, self.sigma_max
-        positions = {
-            "equal_probability": self.at_mass,
-            "log_uniform": lambda share: low * (high / low) ** share,
-            "linear": lambda share: low + share * (high - low),
-        }
-        check_choice("scheme", scheme, positions)
-        inner = [positions[scheme](b / num_blocks) for b in range(1, num_blocks)]
-        levels = [low, *inner, high]
-        return tiled(levels, "std", f"std {self.std} with mean {self.mean}")
 
     def widen(self, interval: Interval, gamma: float) -> Interval:
         """Widen an interval on both sides by gamma times its own width in ln sigma.
@@ -178,7 +127,7 @@ class LogNormal(OnPath):
         """
         check_number("levels", count, 2, MOST_LEVELS)
         if spacing == "cdf":
-            return [self.at_mass(i / (count - 1)) for i in reversed(range(count))]
+            return self.equal_steps(count)
         if spacing != "karras":
             raise ValueError(f"spacing must be cdf or karras, got {spacing}")
         if not rho > 0:
@@ -194,21 +143,3 @@ class LogNormal(OnPath):
         assert prediction is not None
         constant, linear, square = prediction.powers
         return square * moments[1] + linear * moments[0] + constant
-
-
-def exponential_moments(mean: float, std: float, a: float, b: float) -> tuple[float, float]:
-    """Means of exp(-x) and exp(-2 x) of x = mean + std * n, with n normal and cut to [a, b].
-
-    E[exp(-k x)] = exp(k**2 std**2 / 2 - k mean) * (Phi(b + k std) - Phi(a + k std))
-                   / (Phi(b) - Phi(a))
-    """
-    found = []
-    for k in (1, 2):
-        tilt = k**2 / 2 * std**2 - k * mean
-        if a + k * std < TAIL:
-            tilted = math.exp(tilt) * (ndtr(b + k * std) - ndtr(a + k * std))
-        else:
-            upper, lower = log_ndtr([-b - k * std, -a - k * std])
-            tilted = math.exp(tilt + lower) * -math.expm1(upper - lower)
-        found.append(float(tilted / (ndtr(b) - ndtr(a))))
-    return found[0], found[1]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dbkernels.diffusion.gaussian import MOST_LEVELS
+from dbkernels.diffusion.continuous import MOST_LEVELS
 from dbkernels.diffusion.path import PRESERVING, STEPS
 from dbkernels.diffusion.prediction import Prediction
 from dbkernels.diffusion.process import (

@@ -39,7 +39,7 @@ BEFORE = {
         ("train --mean 10 --std 0.1", "mean and std must put levels between sigma_min"),
         (
             "train --mean 0 --std 1e-9",
-            "std must be large enough for 3 blocks with levels of their own",
+            "std and the range must be large enough for 3 blocks with levels of their own",
         ),
         ("train --process flow", "process is no setting of the model: dim, depth, num_heads"),
         ("train --t-max 0.5", "t_max is no setting of the prior: mean, std, sigma_min, sigma_max"),

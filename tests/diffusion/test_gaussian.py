@@ -168,7 +168,7 @@ def test_karras_grid_is_the_published_one():
         (lambda: LogNormal(std=1e300), r"mean and std must put levels between .* std 1e\+300$"),
         (
             lambda: LogNormal(std=1e-9).intervals(3),
-            "std must be large enough for 3 blocks",
+            "std and the range must be large enough for 3 blocks",
         ),
         (lambda: LogNormal(mean=math.nan), "mean must be finite"),
         (lambda: PRIOR.intervals(0), "num_blocks must be at least 1, got 0"),
