@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dbkernels import DiffusionBlocks, Draw
 from dbkernels.data.images import Data
-from dbkernels.metrics import precision_recall
 from dbkernels.models.registry import family_named
 from dbkernels.training.evaluation import Evaluation
 from dbkernels.training.run_config import RunConfig
@@ -56,7 +55,7 @@ def figures(
     judge: Callable[[], Judge],
     sizes: Sizes,
 ) -> Row:
-    """What a run is worth on data that it has not seen.
+    """What a run is worth: on data that it has not seen, and the images it draws beside real ones.
 
     Args:
         config:    of the run
@@ -115,7 +114,7 @@ def _of_images(
         _drawn(blocks, asked, process.grid(sizes.levels, spacing), config.trainer.seed, guidance)
         for spacing in ("cdf", process.close)
     )
-    precision, recall = precision_recall(judge.features(paper), judge.real)
+    precision, recall = judge.precision_recall(paper)
     return {
         "frechet": judge.distance(paper),
         "precision": precision,

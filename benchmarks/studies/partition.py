@@ -8,7 +8,7 @@ from studies.arm import Arm
 from studies.scales import Scale
 from studies.study import Study, arm, cut, settings
 
-SCHEMES = ("equal_probability", "log_uniform", "linear")
+SCHEMES = ("equal_probability", "log_uniform", "linear")  # the first is that of other studies
 SPLITS = ((1, 1, 1), (3, 6, 3), (6, 4, 2), (2, 4, 6))  # shares of the layers, the most noise first
 
 
@@ -19,7 +19,7 @@ def _arms(scale: Scale) -> list[Arm]:
         for shares in SPLITS:
             split = [setting.depth * share // sum(shares) for share in shares]
             for scheme in SCHEMES:
-                flags = f"{blocks} --scheme {scheme}"
+                flags = blocks + ("" if scheme == SCHEMES[0] else f" --scheme {scheme}")
                 if len(set(split)) > 1:
                     flags += f" --split {','.join(map(str, split))}"
                 arms.append(arm("dit", setting, f"{scheme.replace('_', ' ')}, {split}", flags))

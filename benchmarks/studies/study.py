@@ -53,5 +53,6 @@ def arm(family: str, setting: Setting, name: str, flags: str, *, times: float = 
 def cut(setting: Setting, count: int | None = None, gamma: float | None = None) -> str:
     """Flags that cut a setting's layers into blocks, as many as it has or `count`."""
     blocks = setting.blocks if count is None else count
-    overlap = setting.gamma if gamma is None else gamma
-    return f"--num-blocks {blocks} --gamma {overlap if blocks > 1 else 0:g}"
+    if blocks == 1:  # overlaps none; other studies have its runs under these words too
+        return "--num-blocks 1"
+    return f"--num-blocks {blocks} --gamma {setting.gamma if gamma is None else gamma:g}"
