@@ -46,7 +46,7 @@ class Run:
     data: tuple[str, ...] = ()
     """NAME=PATH of data that are not built in, such as cifar100=DIR or shakespeare=DIR."""
     only: str = ""
-    """Family, or the beginning of `family data arm`, of the arms; empty takes all."""
+    """One arm as `family data arm`, or the beginning of some; empty takes all."""
     runs: Path = Path("runs/studies")
     """Directory of the runs, which studies share."""
     processes: int = 2
@@ -79,10 +79,11 @@ class Run:
         places, study = Places.of(self.data), STUDIES[self.name]
         command = f"python benchmarks/study.py {self.name} --scale {self.scale}"
         about = {"suite": "study", "study": self.name, "scale": self.scale, "command": command}
+        alone = [arm for arm in arms if _called(arm) == self.only]
         jobs = [
             Job(arm, seed, places[arm.data], self.runs, self.device, tuple(about.items()),
                 more=study.more, sizes=SIZES[self.scale])
-            for arm in arms
+            for arm in alone or arms
             if _called(arm).startswith(self.only)
             for seed in range(self.seeds)
         ]  # fmt: skip

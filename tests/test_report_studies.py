@@ -112,9 +112,10 @@ def test_a_lower_figure_is_better_where_it_is_a_distance_or_bits():
 
 def test_a_generator_is_compared_on_close_levels_too_where_it_was_drawn_on_them():
     def rows(name, levels, close):
+        both = (levels, levels)
         return [
             row | {"frechet_close": close}
-            for row in rows_of(name, (levels,), "frechet", family="dit", study="more-data")
+            for row in rows_of(name, both, "frechet", family="dit", study="more-data")
         ]
 
     both = [*rows("3 blocks", 30.0, 20.0), *rows(WHOLE, 20.0, 30.0)]
@@ -127,18 +128,47 @@ def test_a_generator_is_compared_on_close_levels_too_where_it_was_drawn_on_them(
     assert len(tool("report_claims").verdicts(both)) == 2
 
 
-def test_half_the_distance_to_another_arm_may_be_a_margin():
-    text = {"family": "ar", "data": "shakespeare"}
+@pytest.mark.parametrize(
+    ("recommended", "shallow", "whole", "so"),
+    [
+        (2.699, 2.6, 2.4, "yes"),
+        (2.701, 2.6, 2.4, "**no**"),
+        (2.601, 2.6, 2.8, "**no**"),  # a whole that is worse leaves no room
+        (2.599, 2.6, 2.8, "yes"),
+    ],
+)
+def test_half_the_distance_to_another_arm_may_be_a_margin(recommended, shallow, whole, so):
+    def rows(name, bits):
+        return rows_of(name, [bits, bits], "bits", family="ar", data="shakespeare")
 
-    def said(bits):
-        rows = [
-            *rows_of("3 blocks, recommended", [bits], "bits", **text),
-            *rows_of(SHALLOW, [2.6], "bits", **text),
-            *rows_of(WHOLE, [2.4], "bits", **text),
-        ]
-        return [so for by, so in verdicts(rows)]
+    two = [*rows("3 blocks, recommended", recommended), *rows(SHALLOW, shallow)]
+    [(_, said)] = verdicts([*two, *rows(WHOLE, whole)])
+    assert said == so
+    assert not verdicts(two)
 
-    assert said(2.699) == ["yes"] and said(2.701) == ["**no**"]
+
+@pytest.mark.parametrize(
+    ("blocks", "limits", "so"),
+    [
+        (0.905, {"margin": 0.01, "near": True}, "yes"),
+        (0.895, {"margin": 0.01, "near": True}, "yes"),
+        (0.92, {"margin": 0.01, "near": True}, "**no**"),
+        (0.88, {"margin": 0.01, "near": True}, "**no**"),
+        (0.95, {"least": 0.04}, "yes"),
+        (0.93, {"least": 0.04}, "**no**"),
+    ],
+)
+def test_near_and_far_have_limits(blocks, limits, so):
+    rows = [*rows_of("3 blocks", (blocks, blocks)), *rows_of(WHOLE, (0.9, 0.9))]
+    [(_, said)] = verdicts(rows, claim("3 blocks", (WHOLE,), **limits))
+    assert said == so
+
+
+def test_one_seed_tells_nothing():
+    rows = [*rows_of("3 blocks", (0.9, 0.9)), *rows_of(WHOLE, (0.8,))]
+    assert verdicts(rows, claim("3 blocks", (WHOLE,))) == [
+        ["+10.0 points", "one seed tells nothing"]
+    ]
 
 
 def test_claims_of_other_studies_families_and_arms_are_left_out():
@@ -219,3 +249,13 @@ def test_a_row_of_a_study_must_have_its_whole_configuration(tmp_path):
     path.write_text(json.dumps(row))
     with pytest.raises(ValueError, match="a row of study must have config, which it lacks"):
         tool("report_rows").read([path])
+
+
+def test_a_picture_of_layers_has_a_panel_for_each_data_and_arm():
+    sweep = {"layers": [0, 1], "block": [0, 0], "r": [0.0, 0.5], "null_low": [0.0, -0.3]}
+    sweep |= {"null_high": [0.0, 0.3], "null_median": [0.0, 0.0], "p": [1.0, 0.1]}
+    about = {"study": "layer-sweep", "sweeps": {"trajectory": sweep}}
+    some = [rows_of(WHOLE, (0.9,), data=data, **about) for data in ("digits", "fashion")]
+    picture = tool("report_studies").picture_of(some)
+    titles = [axes.get_title() for axes in picture.axes]
+    assert titles == ["digits, end to end", "fashion, end to end"]

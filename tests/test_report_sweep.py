@@ -78,12 +78,12 @@ def test_ticks_are_the_layers_as_they_run(section):
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "3", "4", "1", "2"]
 
 
-def test_three_arms_have_panels_on_one_scale_and_one_legend(section):
-    rows = [*made_rows(), {**made_rows()[2], "arm": "seams"}]
+def test_arms_have_panels_on_one_scale_three_in_a_line_and_one_legend(section):
+    rows = [*made_rows(), *({**made_rows()[2], "arm": name} for name in ("seams", "others"))]
     found = section(rows)
-    third = found.picture.axes[2]
-    assert third.get_ylim() == found.picture.axes[0].get_ylim() and third.get_ylim()[1] == 1
-    assert not found.picture.axes[3].axison
+    first, *_, fourth, fifth, sixth = found.picture.axes
+    assert fourth.get_ylim() == first.get_ylim() and fourth.get_ylim()[1] == 1
+    assert fourth.axison and not fifth.axison and not sixth.axison
     [legend] = found.picture.legends
     assert [text.get_text() for text in legend.get_texts()] == [
         "classes change places", "answer of the last step", "answer of the block's own step"

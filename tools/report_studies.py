@@ -12,22 +12,21 @@ from report_sweep import sweep_section
 
 ABOUT = """The paper's comparisons, repeated by `python benchmarks/study.py NAME`. A line is a way
 of training over seeds, ± the standard deviation; all have the same number of updates of every layer
-but where the table says more, and what blocks share gets an update from each block's step. Images
-are those of the test split; a classifier starts from z = 0, or from noise as in the paper. Fréchet
-distance, precision and recall compare features of a small classifier of real images; those of a
-model are drawn on levels of equal probability, as in the paper, and on as many *close levels*, for
-Gaussian noise those of EDM. Bits are per character, exact where a network has no noise and bounds
-from above otherwise. Below each table stands what was expected and whether it is so at this size;
-what loses stays."""
+but where the table says more, and what blocks share gets an update from each block's step. A
+classifier answers on test images, from z = 0, or from noise as in the paper. Fréchet distance,
+precision and recall compare drawn images with training images, by features of a small classifier of
+these. They are drawn on levels of equal probability, as in the paper, and on as many *close
+levels*, for Gaussian noise those of EDM. Bits are per character, exact where a network has no noise
+and bounds from above otherwise. Below each table stands what was expected and whether it is so at
+this size; what loses stays."""
 SCALES = ("tiny", "small", "paper")
 FOLDER = "../docs/pictures"  # from the tables
 TITLES = {  # by study: a title, and what it asks
     "families": ("Every family", """End to end, a network that is as deep as one block, and blocks.
-End to end a classifier has the most noise alone, and a language model has none: both are the
-ordinary network. *The paper's* language model has its prior and read-out, and each block reads the
-text through its own layers. *Recommended* has a prior that is fitted to the text, all layers before
-a block read it too, the deepest block serves the most noise, and the clean stream guesses the next
-token."""),
+End to end a classifier has the most noise alone, and a language model has none. *The paper's*
+language model has its prior and read-out, and each block reads the text through its own layers.
+*Recommended* has a prior that is fitted to the text, all layers before a block read it too, the
+deepest block serves the most noise, and the clean stream guesses the next token."""),
     "more-data": ("The families on more data", """The same arms on the other data of a family."""),
     "blocks": ("How many blocks", """The same layers in more and more blocks, without overlap. One
 block is trained on all levels of noise."""),
@@ -43,14 +42,20 @@ for each block, which may then be trained apart."""),
     "conditioning": ("Whether layers know the noise level", """*Without*, the modulation of every
 layer has a constant condition; the preconditioning stays."""),
     "baselines": ("Beside other ways without one long backward", """On the same transformer, and on
-the CNN of NoProp. Forward-Forward asks its network once for each class. The times are the least of
-seven steps of every block beside another busy process, so small differences mean nothing."""),
+the CNN of NoProp, whose nets stand in the place of layers. Contrastive Forward-Forward alone shifts
+its images, of which it compares two views. Forward-Forward asks its network once for each class.
+The times are the least of seven steps of every block beside another busy process, so small
+differences mean nothing."""),
     "layer-sweep": ("Where layers space the classes as the answers do", """r correlates distances
 between the classes in a layer's label token with those in the answers. The third line is cut where
 the end-to-end network's r changes most."""),
     "huginn": ("Recurrent depth", """Layers that run again and again, with a gradient through the
 last recurrences, beside one pass that denoises: with as many updates, or with as much
 arithmetic."""),
+    "text": ("How blocks of a text know more of it", """The names are those of *Bits of text*."""),
+    "noise": ("Which noise, and what is predicted", """End to end and in blocks."""),
+    "conversion": ("Blocks that start from a trained network",
+                   """The names are those of *Blocks of a trained network*."""),
 }  # fmt: skip
 
 
@@ -89,5 +94,8 @@ def by_scale(every: Sequence[list[Row]]) -> list[list[list[Row]]]:
 
 def picture_of(some: Sequence[list[Row]]) -> Figure:
     """Of the tables of one study: its main figures, or r over the layers."""
-    swept = [table for table in some if all("sweeps" in row for row in table)]
-    return sweep_section(swept[0]).picture if swept else study_picture(some)
+    swept = [row for table in some for row in table if "sweeps" in row]
+    if not swept:
+        return study_picture(some)
+    named = [row | {"arm": f"{row['data']}, {row['arm']}"} for row in swept]
+    return sweep_section(named).picture

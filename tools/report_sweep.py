@@ -37,9 +37,9 @@ def sweep_section(rows: Sequence[Row]) -> Section:
         arms.setdefault(row["arm"], []).append(row)
     for arm, alike in arms.items():
         _check(arm, alike)
-    columns = min(len(arms), 2)
+    columns = min(len(arms), 3)  # a line for each data of a study
     lines = -(-len(arms) // columns)
-    figure = Figure((5.2 * columns, 3.6 * lines), layout="constrained")
+    figure = Figure((4 * columns, 3.2 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
     for axes, (arm, alike) in zip(panels, arms.items(), strict=False):
         _panel(axes, alike)

@@ -11,7 +11,8 @@ margins m_l go evenly from the first layer's to the last one's.
 Decisions. Published, the head is trained after all layers, for a twelfth of their epochs. Here it
 is one more block: with `order="sequential"` it comes last too, and with the trainer's shuffled
 order it follows the layers; it has as many updates as each of them. A view is what `augment` makes
-of the batch with a draw of its own; the study gives the augmentation of the other rows.
+of the batch with a draw of its own. Two views of an image have to differ, so they are shifted in a
+study too, where no other row may be.
 """
 
 from collections.abc import Callable

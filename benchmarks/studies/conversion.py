@@ -78,12 +78,12 @@ def _of_family(family: str, setting: Setting, scale: Scale, whole: str, like: st
     return arms
 
 
-def _ordinary(blocks: DiffusionBlocks, data: Data, seed: int) -> Row:
+def _ordinary(blocks: DiffusionBlocks, data: Data, seed: int, sizes: Sizes) -> Row:
     """Bits of a text by all layers as an ordinary network, which the source was trained as."""
     if not blocks.text:
         return {}
     whole = DiffusionBlocks(blocks.model, 1, process=blocks.process)
-    found = whole.evaluate_conventional(data, samples=Sizes.windows)
+    found = whole.evaluate_conventional(data, samples=sizes.windows)
     return {"bits_without_noise": found.bits}
 
 

@@ -1,7 +1,8 @@
 """How layers space the classes, end to end and in blocks, and blocks that are cut where it changes.
 
 A public conjecture sees phases of a network in this curve and a block in each. So the third arm has
-its layers cut at the seams of the end-to-end network's curve, beside an even cut.
+its layers cut at the seams of the end-to-end network's curve, beside an even cut. The curve is that
+of the test images on which the arm is then measured, which can only favour it.
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ from dbkernels import DiffusionBlocks
 from dbkernels.data.images import Data
 from studies.arm import Arm
 from studies.families import MOST_NOISE
+from studies.measuring import Sizes
 from studies.scales import Scale
 from studies.study import Study, arm, cut, settings
 
 WHOLE = "end to end"
-SAMPLES = 1000  # images, evenly spaced
 
 
 def _arms(scale: Scale) -> list[Arm]:
@@ -49,9 +50,9 @@ def _at_seams(scale: Scale, rows: Sequence[Row]) -> list[Arm]:
     return arms
 
 
-def _sweeps(blocks: DiffusionBlocks, data: Data, seed: int) -> Row:
+def _sweeps(blocks: DiffusionBlocks, data: Data, seed: int, sizes: Sizes) -> Row:
     """The curve for both ways of pairing layers with answers."""
-    samples = min(SAMPLES, len(data))
+    samples = min(sizes.images, len(data))
     found = [sweep(blocks, data, mode=m, seed=seed, samples=samples) for m in get_args(Mode)]
     return {"sweeps": {each.mode: asdict(each) for each in found}}
 

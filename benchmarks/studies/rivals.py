@@ -2,18 +2,20 @@
 
 import time
 import warnings
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 from baselines import BASELINES, Baseline, CNNConfig
+from baselines.cnn import CNN
 from show import Row
+from torch import nn
 
 from dbkernels import Trainer, measure_peak
 from dbkernels.data.images import Data
 from dbkernels.data.spaced import Spaced
 from dbkernels.metrics import calibration_error
+from dbkernels.models.layer import AdaLNLayer
 from dbkernels.models.vit import ViTConfig
 from dbkernels.training import checkpoint
 from dbkernels.training.evaluation import batches
@@ -45,9 +47,7 @@ def train_rival(
     if name in OF_STEPS or arm.baseline == ("cnn", "diffusion blocks"):
         few = {"steps": arm.steps}
     baseline = kind(data, config.trainer.seed, sizes, **few)
-    trainer = Trainer(
-        baseline.blocks.to(device), data, objective=baseline.objective, **asdict(config.trainer)
-    )
+    trainer = config.trainer_of(baseline.blocks.to(device), data, loss=baseline.objective)
     root = directory / "checkpoints"
     if checkpoint.latest(root) is not None:
         _, tensors, state = checkpoint.load_latest(root)
@@ -64,6 +64,15 @@ class Rival:
 
     def __init__(self, baseline: Baseline, trainer: Trainer):
         self.baseline, self.trainer = baseline, trainer
+
+    @property
+    def layers(self) -> list[int]:
+        """Of each block: layers of a transformer, or nets of a CNN. A head alone has none."""
+        parts = self.baseline.model.layers
+        return [
+            sum(_is_layer(each) for index in block.layers for each in parts[index].modules())
+            for block in self.trainer.blocks
+        ]
 
     def figures(self, data: Data, most: int) -> Row:
         """How well it answers on at most so many images, and what a step of it costs."""
@@ -91,6 +100,10 @@ class Rival:
         peaks = [measure_peak(step, **about).total_bytes for step in steps]
         least = [min(_timed(step) for _ in range(TIMED)) for step in steps]
         return {"peak_bytes": max(peaks), "sweep_ms": sum(least)}
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, AdaLNLayer | CNN)
 
 
 def _timed(step: partial) -> float:

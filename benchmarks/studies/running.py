@@ -131,8 +131,7 @@ class Job:
             device = pick_device(self.device)
             found = train_rival(self.arm, config, self.directory, device, SAVE_EVERY)
             data = config.model.open(config.data, "test", convert=config.convert)
-            layers = [len(block.layers) for block in found.trainer.blocks]
-            row = self._told(config, layers) | found.figures(data, self.sizes.images)
+            row = self._told(config, found.layers) | found.figures(data, self.sizes.images)
             write_whole(kept, json.dumps(row))
             return
         config, blocks = self._trained()
@@ -143,7 +142,7 @@ class Job:
             write_whole(kept, json.dumps(row))
         if self.more and not more[0].is_file():
             data = config.model.open(config.data, "test", convert=config.convert)
-            write_whole(more[0], json.dumps(self.more(blocks, data, self.seed)))
+            write_whole(more[0], json.dumps(self.more(blocks, data, self.seed, self.sizes)))
 
     def _command(self) -> Train:
         source = self.source

@@ -13,10 +13,9 @@ windows of 1,024 tokens of OpenWebText.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 Scale = Literal["tiny", "small", "paper"]
-SCALES = get_args(Scale)
 RATE = "--lr 2e-3 --decay cosine"
 IMAGES = f"--batch-size 32 {RATE} --warmup 20"
 DRAWN = f"--batch-size 64 {RATE} --warmup 20 --ema 0.99 --label-drop 0.1"

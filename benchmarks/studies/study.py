@@ -9,9 +9,10 @@ from show import Row
 from dbkernels import DiffusionBlocks
 from dbkernels.data.images import Data
 from studies.arm import Arm
+from studies.measuring import Sizes
 from studies.scales import SETTINGS, Scale, Setting
 
-More = Callable[[DiffusionBlocks, Data, int], Row]
+More = Callable[[DiffusionBlocks, Data, int, Sizes], Row]
 Finish = Callable[[Sequence[tuple[Path, Row]]], list[Row]]
 
 
@@ -21,8 +22,8 @@ class Study:
 
     arms:      of a scale, in the order of the table
     then:      arms that follow from the rows of those; None for none
-    more:      figures beside the family's own, of the trained blocks, their test data and the seed;
-               None for none
+    more:      figures beside the family's own, of the trained blocks, their test data, the seed and
+               how much an evaluation reads; None for none
     finish:    the rows once more, by the directories of their runs, when all are there; None leaves
                them as they are
     """

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tyro
+from checkout_tools import tool
 
 from dbkernels.data import idx
 
@@ -64,8 +65,8 @@ def test_families_and_more_data_have_each_of_the_data_of_a_family_once(scale, be
     assert others
 
 
-def test_every_study_is_checked(bench):
-    assert list(bench("studies").STUDIES) == STUDIES
+def test_every_study_is_checked_and_has_a_title(bench):
+    assert list(bench("studies").STUDIES) == STUDIES == list(tool("report_studies").TITLES)
 
 
 @pytest.mark.parametrize(

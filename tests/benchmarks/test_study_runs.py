@@ -81,11 +81,17 @@ def test_a_study_that_was_killed_ends_with_the_same_rows(study, bench, tmp_path,
     assert study("sharing", only="vit", runs=runs) == whole
 
 
+def test_an_arm_whose_name_begins_another_is_taken_alone(study):
+    both = {"3 blocks", "3 blocks, the paper's prior"}
+    assert {row["arm"] for row in study("families", only="vit digits 3 b")} == both
+    assert [row["arm"] for row in study("families", only="vit digits 3 blocks")] == ["3 blocks"]
+
+
 def test_studies_share_the_runs_that_they_have_in_common(study, tmp_path):
     study("sharing", only="vit digits shared")
     [run] = (tmp_path / "runs").iterdir()
     before = (run / "log.jsonl").read_bytes()
-    row, other = study("families", only="vit digits 3 blocks")
+    row, other = study("families", only="vit digits 3")
     assert (row["study"], row["arm"]) == ("families", "3 blocks")
     assert other["arm"] == "3 blocks, the paper's prior"
     assert len([*(tmp_path / "runs").iterdir()]) == 2
