@@ -5,8 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import tyro
 from rich.table import Table
 from rich.text import Text
+from tyro.conf import Positional
 
 # the report's files stand beside each other and are no package
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
@@ -16,6 +18,7 @@ from report_rows import SUITES, Row, object_of, parsed, read, suite_of, tables
 from report_study import study_table
 from report_tables import table_of
 
+from dbkernels.cli.sentence import in_a_sentence
 from dbkernels.cli.table import plain_console
 
 __all__ = ["Row", "cut_text", "object_of", "parsed", "read", "rich_table", "show", "show_study"]
@@ -64,9 +67,15 @@ def _bold(cell: str) -> Text:
     return Text.assemble(*((part, "bold" if i % 2 else "") for i, part in enumerate(parts)))
 
 
-def main(paths: Sequence[str]) -> None:
-    """Print the rows of some files, a table for each case."""
-    rows = read([Path(path) for path in paths])
+def main(paths: Positional[tuple[Path, ...]], /) -> None:
+    """Print the rows of benchmarks, a table for each case.
+
+    Args:
+        paths:  files of JSON lines, or folders of such
+    """
+    if not paths:
+        raise ValueError("show needs a file of rows, got none")
+    rows = read(paths)
     for suite in SUITES:
         if suite == "study":
             show_study(rows)
@@ -76,4 +85,5 @@ def main(paths: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with in_a_sentence():
+        tyro.cli(main)

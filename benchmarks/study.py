@@ -10,7 +10,7 @@ brings what is missing.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,6 +24,8 @@ from studies.measuring import SIZES
 from tyro.conf import Positional
 
 from dbkernels.cli.device import pick_device
+from dbkernels.cli.sentence import in_a_sentence
+from dbkernels.data.digest import digest
 from dbkernels.pool import results
 from dbkernels.settings import check_number
 from dbkernels.training.run_config import RunConfig
@@ -59,10 +61,12 @@ class Run:
     def run(self) -> None:
         check_number("seeds", self.seeds, 1)
         check_number("processes", self.processes, 1)
+        pick_device(self.device)
+        self._check_paths()
         study = STUDIES[self.name]
         jobs = self._jobs(study.arms(self.scale))
         if not jobs:
-            names = ", ".join(map(_called, study.arms(self.scale)))
+            names = "; ".join(map(_called, study.arms(self.scale)))
             raise ValueError(f"only must begin one of {names}, got {self.only}")
         rows = self._rows(jobs)
         if study.then is not None:
@@ -73,6 +77,13 @@ class Run:
         if self.out is not None:
             write_whole(self.out, "".join(json.dumps(row) + "\n" for row in rows))
         show_study(rows)
+
+    def _check_paths(self) -> None:
+        """Refuse where nothing can be written, before anything runs."""
+        if self.runs.exists() and not self.runs.is_dir():
+            raise ValueError(f"runs must be a directory, got the file {self.runs}")
+        if self.out is not None and (self.out.is_dir() or not self.out.parent.is_dir()):
+            raise ValueError(f"out must be a file in a directory that exists, got {self.out}")
 
     def _jobs(self, arms: Sequence[Arm]) -> list[Job]:
         """Of the arms that are wanted, each seed; refuses what cannot run before anything does."""
@@ -88,12 +99,14 @@ class Run:
             for seed in range(self.seeds)
         ]  # fmt: skip
         configs = {job.arm: job.config() for job in jobs[:: self.seeds]}
+        firsts = {arm.data: config for arm, config in reversed(configs.items())}
+        digests = {name: _digest(config) for name, config in firsts.items()}
         if self.scale != "tiny":
             # the first arm of a family's data trains all layers at once, where any arm does
             firsts = {(arm.family, arm.data): arm for arm in reversed(configs)}
             for arm in firsts.values():
                 _require_room(arm, configs[arm], pick_device(self.device))
-        return jobs
+        return [replace(job, digest=digests[job.arm.data]) for job in jobs]
 
     def _rows(self, jobs: Sequence[Job]) -> list[Row]:
         """What each job finds, in their order; the runs that some start from are trained before."""
@@ -108,6 +121,12 @@ class Run:
         return rows
 
 
+def _digest(config: RunConfig) -> str:
+    """Of the data that a run trains on; those that it is measured on must be there too."""
+    config.model.open(config.data, "test", convert=config.convert)
+    return digest(config.model.open(config.data, "train", convert=config.convert))
+
+
 def _require_room(arm: Arm, config: RunConfig, device: torch.device) -> None:
     """Refuse what this machine has no memory for, by a prediction."""
     of_data = {name: getattr(config.model, name) for name in OF_DATA if hasattr(config.model, name)}
@@ -118,8 +137,16 @@ def _called(arm: Arm) -> str:
     return f"{arm.family} {arm.data} {arm.name}"
 
 
+def main() -> None:
+    """Run a study of the command line."""
+    run = tyro.cli(Run)
+    with in_a_sentence():
+        try:
+            run.run()
+        except (KeyboardInterrupt, SystemExit):
+            print("stopped: the same command goes on", file=sys.stderr)
+            raise
+
+
 if __name__ == "__main__":
-    try:
-        tyro.cli(Run).run()
-    except ValueError as error:
-        sys.exit(str(error))
+    main()

@@ -236,7 +236,7 @@ def test_a_picture_has_a_dot_for_each_seed_and_a_mark_at_the_mean():
 
 def test_rows_of_a_study_are_printed_with_what_was_expected(tmp_path, capsys):
     rows = [*rows_of("3 blocks", (0.9, 0.92)), *rows_of(WHOLE, (0.9, 0.9))]
-    tool("show").main([str(made.write(tmp_path / "rows.jsonl", rows))])
+    tool("show").main((made.write(tmp_path / "rows.jsonl", rows),))
     said = capsys.readouterr().out
     assert "families, tiny: vit, digits" in said and "91.0 ± 1.4" in said
     assert "within a point of end to end" in said and "+1.0 points" in said
@@ -259,3 +259,46 @@ def test_a_picture_of_layers_has_a_panel_for_each_data_and_arm():
     picture = tool("report_studies").picture_of(some)
     titles = [axes.get_title() for axes in picture.axes]
     assert titles == ["digits, end to end", "fashion, end to end"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accuracy": None}, "accuracy must be a number, or a list of some, got None"),
+        ({"accuracy": []}, "accuracy must be a number, or a list of some"),
+        ({"accuracy": ["0.9"]}, "accuracy must be a number, or a list of some"),
+        ({"layers": 3}, "layers must be of the kind list, got 3"),
+        ({"layers": []}, "layers must be a number, or a list of some"),
+        ({"arm": None}, "arm must be of the kind str, got None"),
+        ({"updates": "many"}, "updates must be of the kind int, got 'many'"),
+        ({"scale": "giant"}, "scale must be one of tiny, small, paper, got 'giant'"),
+    ],
+)
+def test_a_row_that_no_table_can_show_is_refused_with_its_place(changes, message, tmp_path):
+    [row] = rows_of("3 blocks", (0.9,))
+    path = made.write(tmp_path / "rows.jsonl", [row | changes])
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:1: {message}"):
+        tool("report_rows").read([path])
+
+
+def test_seeds_with_lists_of_other_lengths_and_studies_without_a_title_are_refused():
+    with pytest.raises(ValueError, match="accuracy of a must have as many numbers for each seed"):
+        study_table(rows_of("a", ([0.9], [0.9, 0.8])))
+    with pytest.raises(ValueError, match=r"study must be one of families, .*, got no"):
+        tool("report_studies").study_sections(rows_of("a", (0.9,), study="no"))
+
+
+def test_a_difference_from_zero_has_no_share():
+    both = [rows_of(name, (value,) * 2, "bits") for name, value in (("3 blocks", 1.0), (WHOLE, 0))]
+    rows = [row | {"family": "mdm"} for rows in both for row in rows]
+    told = claim("3 blocks", (WHOLE,))._replace(family="mdm")
+    assert verdicts(rows, told) == [["-1", "**no**"]]
+
+
+def test_seeds_that_ran_under_another_torch_stay_in_the_table():
+    rows = rows_of("a", (0.9, 0.8, 0.7))
+    rows[1] |= {"torch": "2.14.0", "commit": "def5678"}
+    [table] = tool("report_rows").tables(rows, "study")
+    assert [row["accuracy"] for row in table] == [0.9, 0.8, 0.7]
+    said = tool("report_names").about(table)
+    assert "torch 2.13.0" in said and "torch 2.14.0" in said and "def5678" in said

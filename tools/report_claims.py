@@ -153,8 +153,12 @@ def _compared(
     sign = 1 if best is max else -1
     a, b = first.last(name), other.last(name)
     gain = sign * (statistics.fmean(a) - statistics.fmean(b))
-    share = gain / abs(statistics.fmean(b))
-    by = f"{100 * gain:+.1f} points" if best is max else f"{gain:+.3g} ({100 * share:+.1f} %)"
+    if best is max:
+        by = f"{100 * gain:+.1f} points"
+    else:
+        beside = abs(statistics.fmean(b))
+        share = f" ({100 * gain / beside:+.1f} %)" if beside else ""
+        by = f"{gain:+.3g}{share}"
     if min(len(a), len(b)) < 2:
         return by, "one seed tells nothing"
     spread = max(statistics.stdev(a), statistics.stdev(b))

@@ -119,11 +119,7 @@ def about(rows: Sequence[Row]) -> str:
     """Say where the rows of a table come from: the device, the commit and the commands."""
     row = rows[0]
     parts = [f"No {row['device']} has run what is predicted."] * any(map(is_predicted, rows))
-    driver = f", driver {row['driver']}" if row["driver"] else ""
-    parts.append(
-        f"{row['device']}{driver}, {row['threads']} CPU threads, torch {row['torch']}, "
-        f"triton {row['triton']}, {commits_text(rows)}."
-    )
+    parts.append(f"{' or '.join(dict.fromkeys(map(_where, rows)))}, {commits_text(rows)}.")
     if row.get("copy_gbps"):
         rates = f"copies {row['copy_gbps']:.4g} GB/s and multiplies {row['matmul_tflops']:.3g}"
         parts.append(f"The device {rates} TFLOP/s.")
@@ -131,3 +127,11 @@ def about(rows: Sequence[Row]) -> str:
     parts += [f"Times are medians of {' or '.join(sorted(timed))}."] if timed else []
     commands = dict.fromkeys(f"`{r['command']}`" for r in rows)
     return f"{' '.join(parts)} Printed by {' and '.join(commands)}."
+
+
+def _where(row: Row) -> str:
+    driver = f", driver {row['driver']}" if row["driver"] else ""
+    return (
+        f"{row['device']}{driver}, {row['threads']} CPU threads, torch {row['torch']}, "
+        f"triton {row['triton']}"
+    )

@@ -16,8 +16,6 @@ BLOCKWISE = ("block_stock", "block_fused")
 METHODS = ("end_to_end", "compiled", "checkpointed", "selective", *BLOCKWISE)
 POLICIES = ("none", "attention", "mlp", "qkv", "layer", "layer_narrow")
 SETTING = "device driver threads torch triton commit"
-# runs of one study are trained one after another, and commits go on meanwhile
-STUDY_SETTING = "device threads torch"
 MODEL = "family preset batch dtype"
 TRAINED = "method num_blocks recompute budget offload optimizer_in_backward launch implementation"
 SUITES = {  # names that the rows of a benchmark have: of the case, of the way, and others
@@ -80,6 +78,7 @@ CHOICES = {
     "optimizer_in_backward": (False, True),
     "launch": ("ops", "graph"),  # op by op, or a step as one CUDA graph
     "memory": ("measured", "predicted"),
+    "scale": ("tiny", "small", "paper"),  # of a study
 }
 UNITS = ("_ms", "_bytes", "_gbps", "_tflops")  # endings of names whose values are numbers
 
@@ -161,7 +160,25 @@ def _row(line: str) -> Row:
         raise ValueError(f"a row of {name} must have {', '.join(missing)}, which it lacks")
     for key, value in row.items():
         _check(key, value)
+    if name == "study":
+        _check_study(row)
     return row | {"suite": name}
+
+
+def _check_study(row: Row) -> None:
+    """Refuse a row of a study that no table can show: its figures are numbers, or lists of them."""
+    kinds = dict.fromkeys(("study", "family", "data", "arm", "train", "command"), str)
+    kinds |= {"seed": int, "updates": int, "layers": list, "config": dict, "sweeps": dict}
+    kinds |= {"baseline": list}
+    named = {*kinds, *CHOICES, *SETTING.split(), "suite", "data_digest", "memory"}
+    for key, value in row.items():
+        if key in kinds and not isinstance(value, kinds[key]):
+            raise ValueError(f"{key} must be of the kind {kinds[key].__name__}, got {value!r:.40}")
+        if key in named - {"layers"}:
+            continue
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers or not all(type(each) in (int, float) for each in numbers):
+            raise ValueError(f"{key} must be a number, or a list of some, got {value!r:.40}")
 
 
 def _check(name: str, value: object) -> None:
@@ -201,8 +218,9 @@ def tables(rows: Sequence[Row], suite: str) -> list[list[Row]]:
     for row in (row for row in rows if row["suite"] == suite):
         named = row.get("words"), row.get("layer"), *_key(row, f"{case} device")
         settings = found.setdefault(named, {})
-        # the newest setting goes to the end; two commands may each print a part of a table
-        setting = _key(row, STUDY_SETTING if suite == "study" else SETTING)
+        # the newest setting goes to the end; two commands may each print a part of a table, and a
+        # study goes on for days, while commits and packages come
+        setting = () if suite == "study" else _key(row, SETTING)
         table = settings[setting] = settings.pop(setting, {})
         older = table.get(_key(row, way))
         if older is None or is_predicted(older) or not is_predicted(row):

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from page import Section
 from report_claims import verdicts
 from report_names import FAMILIES, about
-from report_rows import Row, tables
+from report_rows import CHOICES, Row, tables
 from report_study import study_picture, study_table
 from report_sweep import sweep_section
 
@@ -19,7 +19,6 @@ these. They are drawn on levels of equal probability, as in the paper, and on as
 levels*, for Gaussian noise those of EDM. Bits are per character, exact where a network has no noise
 and bounds from above otherwise. Below each table stands what was expected and whether it is so at
 this size; what loses stays."""
-SCALES = ("tiny", "small", "paper")
 FOLDER = "../docs/pictures"  # from the tables
 TITLES = {  # by study: a title, and what it asks
     "families": ("Every family", """End to end, a network that is as deep as one block, and blocks.
@@ -68,6 +67,8 @@ def study_sections(rows: Sequence[Row]) -> list[Section]:
         sections; nothing where there is no study.
     """
     every = tables(rows, "study")
+    if unknown := {table[0]["study"] for table in every} - TITLES.keys():
+        raise ValueError(f"study must be one of {', '.join(TITLES)}, got {unknown.pop()}")
     found = [Section("Studies", " ".join(ABOUT.split()))] if every else []
     for name, (title, text) in TITLES.items():
         of_study = [table for table in every if table[0]["study"] == name]
@@ -88,8 +89,9 @@ def study_sections(rows: Sequence[Row]) -> list[Section]:
 
 def by_scale(every: Sequence[list[Row]]) -> list[list[list[Row]]]:
     """The tables of a study at each of its scales, the smallest first."""
-    scales = [name for name in SCALES if any(table[0]["scale"] == name for table in every)]
-    return [[table for table in every if table[0]["scale"] == name] for name in scales]
+    scales = CHOICES["scale"]
+    found = [[table for table in every if table[0]["scale"] == scale] for scale in scales]
+    return [some for some in found if some]
 
 
 def picture_of(some: Sequence[list[Row]]) -> Figure:

@@ -2,15 +2,17 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from palette import PALETTE
 from report_names import FAMILIES, number_text
 from report_rows import Row
 
 from dbkernels.memory.units import in_words
+
+if TYPE_CHECKING:  # a table is shown without matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Table = list[list[str]]
 MISSING = "–"
@@ -89,7 +91,10 @@ class Arm(NamedTuple):
     def of(self, name: str) -> list[Figures]:
         """A figure of every seed, as a list: of steps or blocks, or of one number."""
         found = [row[name] for row in self.rows]
-        return [value if isinstance(value, list) else [value] for value in found]
+        lists = [value if isinstance(value, list) else [value] for value in found]
+        if len({len(each) for each in lists}) > 1:
+            raise ValueError(f"{name} of {self.name} must have as many numbers for each seed")
+        return lists
 
     def last(self, name: str) -> Figures:
         """The last number of each seed's."""
@@ -152,8 +157,10 @@ def _over(values: Figures, shown: Shown) -> str:
     return f"{mean} ± {shown.text(statistics.stdev(values))}" if told else mean
 
 
-def study_picture(tables: Sequence[Sequence[Row]]) -> Figure:
+def study_picture(tables: Sequence[Sequence[Row]]) -> "Figure":
     """A panel for each table of a study: the main figure of each arm, a dot for each seed."""
+    from matplotlib.figure import Figure
+
     heights = [len(arms_of(rows)) for rows in tables]
     figure = Figure((8.5, 0.7 * len(tables) + 0.27 * sum(heights)), layout="constrained")
     panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights).flatten()
@@ -162,7 +169,7 @@ def study_picture(tables: Sequence[Sequence[Row]]) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, rows: Sequence[Row]) -> None:
+def _panel(axes: "Axes", rows: Sequence[Row]) -> None:
     family = rows[0]["family"]
     name, best, label = MAIN[family]
     arms = [arm for arm in arms_of(rows) if arm.has(name)]

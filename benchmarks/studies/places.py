@@ -29,9 +29,12 @@ class Places:
         """Of the command line's words.
 
         Raises:
-            ValueError: a word is none, or its name is unknown.
+            ValueError: a word is none, or its name is unknown or there twice.
         """
-        given = dict(word.partition("=")[::2] for word in words)
+        pairs = [word.partition("=")[::2] for word in words]
+        given = dict(pairs)
+        if len(given) < len(pairs):
+            raise ValueError(f"data must name each place once, got {' '.join(words)}")
         known = (*BUILT_IN, "shakespeare", *GIVEN)
         for name, path in given.items():
             if name not in known or not path:

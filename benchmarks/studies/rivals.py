@@ -28,7 +28,13 @@ TIMED = 7  # sweeps, of which the least time counts: others may have kept the ma
 
 
 def train_rival(
-    arm: Arm, config: RunConfig, directory: Path, device: torch.device, save_every: int
+    arm: Arm,
+    config: RunConfig,
+    directory: Path,
+    device: torch.device,
+    save_every: int,
+    *,
+    digest: str,
 ) -> "Rival":
     """Train a baseline to the end, from its last checkpoint where there is one.
 
@@ -38,6 +44,9 @@ def train_rival(
         directory:   of its checkpoints
         device:      to train on
         save_every:  steps
+        digest:      of the data
+    Raises:
+        ValueError: the checkpoint is one of other data or of another baseline.
     """
     network, name = arm.baseline
     data = config.model.open(config.data, "train", convert=config.convert)
@@ -48,11 +57,13 @@ def train_rival(
         few = {"steps": arm.steps}
     baseline = kind(data, config.trainer.seed, sizes, **few)
     trainer = config.trainer_of(baseline.blocks.to(device), data, loss=baseline.objective)
-    root = directory / "checkpoints"
+    root, about = directory / "checkpoints", {"baseline": list(arm.baseline), "data": digest}
     if checkpoint.latest(root) is not None:
-        _, tensors, state = checkpoint.load_latest(root)
+        path, tensors, state = checkpoint.load_latest(root)
+        if {name: state.get(name) for name in about} != about:
+            raise ValueError(f"{path} must be of {arm.name} and of these data, got another")
         trainer.restore(tensors, state["counters"])
-    saving = Saving(trainer, root, {"baseline": list(arm.baseline)}, 1, is_async=False)
+    saving = Saving(trainer, root, about, 1, is_async=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         take_steps(trainer, saving, save_every, lambda row: None)

@@ -40,6 +40,7 @@ class Job:
     place:    of the data, as `dbkernels train` takes it
     runs:     directory of all runs
     about:    of the row: suite, study and command
+    digest:   of the data; runs of others are refused
     more:     as that of a study, and the study's name, which is that of what is kept of it
     """
 
@@ -49,6 +50,7 @@ class Job:
     runs: Path
     device: str
     about: tuple[tuple[str, str], ...]
+    digest: str = ""
     more: More | None = None
     sizes: Sizes = SIZES["tiny"]
 
@@ -93,16 +95,47 @@ class Job:
             self._command().run()
 
     def finish(self) -> Row:
-        """Train what is missing, measure what is missing, and give the row."""
-        if not self.is_done():
-            with self._heard():
-                self._train_and_measure()
-        found: Row = {}
-        for path in self.kept:
-            found |= json.loads(path.read_text())
+        """Train what is missing, measure what is missing, and give the row.
+
+        Raises:
+            ValueError: the run is one of other data or of another kind of device, or what is kept
+                of it is damaged.
+            FloatingPointError: the loss is no number.
+        """
+        try:
+            if not self.is_done():
+                with self._heard():
+                    self._train_and_measure()
+            found = self._found()
+        except (ValueError, FloatingPointError) as error:
+            name = f"{self.arm.family}, {self.arm.data}, {self.arm.name}, seed {self.seed}"
+            raise type(error)(f"{error} ({name}; its run is {self.directory})") from error
         # another study may have trained the same under another name
         names = {"arm": self.arm.name, "family": self.arm.family, "train": self._said()}
         return dict(self.about) | names | found
+
+    def _found(self) -> Row:
+        """What was measured."""
+        found: Row = {}
+        for path in self.kept:
+            try:
+                found |= json.loads(path.read_text())
+            except (ValueError, TypeError):
+                raise ValueError(
+                    f"{path.name} must be what was measured, got {path.read_bytes()[:40]!r}: "
+                    "remove it, and it is measured again"
+                ) from None
+        if found.get("data_digest") != self.digest:
+            raise ValueError(
+                f"runs must be of the data that {self.place} has, got other data: give other --runs"
+            )
+        on_cpu = torch.device(pick_device(self.device)).type == "cpu"
+        if (found.get("driver") is None) != on_cpu:
+            raise ValueError(
+                f"device must be {'cuda' if on_cpu else 'cpu'} as for what was measured, got "
+                f"{self.device}: give other --runs"
+            )
+        return found
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
@@ -129,7 +162,9 @@ class Job:
         if self.arm.baseline:
             config = self.config()
             device = pick_device(self.device)
-            found = train_rival(self.arm, config, self.directory, device, SAVE_EVERY)
+            found = train_rival(
+                self.arm, config, self.directory, device, SAVE_EVERY, digest=self.digest
+            )
             data = config.model.open(config.data, "test", convert=config.convert)
             row = self._told(config, found.layers) | found.figures(data, self.sizes.images)
             write_whole(kept, json.dumps(row))
@@ -166,6 +201,7 @@ class Job:
         where = machine.machine(torch.device(self.device if self.device != "auto" else "cpu"))
         return where | {
             "data": name,
+            "data_digest": self.digest,
             "batch": config.trainer.batch_size,
             "updates": self.arm.updates,
             "num_blocks": len(layers),

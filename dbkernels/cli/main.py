@@ -1,10 +1,7 @@
 """The command line: parse, run one verb, say errors in one sentence."""
 
-import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
 
 import tyro
 from tyro.constructors import (
@@ -19,10 +16,9 @@ from dbkernels.cli.merge import Merge
 from dbkernels.cli.plan import Plan
 from dbkernels.cli.profile import Profile
 from dbkernels.cli.sample import Sample
-from dbkernels.cli.table import plain_console
+from dbkernels.cli.sentence import in_a_sentence
 from dbkernels.cli.tokenize import Tokenize
 from dbkernels.cli.train import Train
-from dbkernels.memory.measure import out_of_memory
 
 Verb = Train | Merge | Sample | Evaluate | Tokenize | Profile | Plan | Doctor
 
@@ -37,21 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         registry=_paths(),
     )
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _warn
-            verb.run()
-    except OSError as error:
-        _exit(f"{error.strerror}: {error.filename}" if error.filename else str(error))
-    except (ValueError, FloatingPointError) as error:
-        _exit(str(error))
-    except (RuntimeError, MemoryError) as error:
-        reason = out_of_memory(error)
-        if reason is None:
-            raise
-        _exit(reason)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with in_a_sentence():
+        verb.run()
 
 
 def _paths() -> ConstructorRegistry:
@@ -77,21 +60,3 @@ def _path(text: str) -> Path:
     if not text:
         raise ValueError("a path must not be empty")
     return Path(text)
-
-
-def _warn(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Say a warning in a line, without the code that gave it."""
-    plain_console(stderr=True, soft_wrap=True).print(f"warning: {message}", style="yellow")
-
-
-def _exit(text: str) -> NoReturn:
-    # whole lines: a message that is cut at the terminal's width cannot be searched for
-    plain_console(stderr=True, soft_wrap=True).print(f"error: {text}", style="red")
-    sys.exit(1)

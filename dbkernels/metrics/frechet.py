@@ -18,7 +18,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     Raises:
         ValueError: the features are no two matrices of equal width, or one has a single row.
     """
-    a, b = (features.double().cpu().numpy() for features in (first, second))
+    a, b = (features.detach().double().cpu().numpy() for features in (first, second))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(
             "features must be two matrices of equal width with at least 2 rows, "

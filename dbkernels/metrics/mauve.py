@@ -40,6 +40,8 @@ def mauve_score(
             f"made and real must be two matrices of equal width, got {a.shape} and {b.shape}"
         )
     fewest = min(len(a), len(b))
+    if fewest < 2:
+        raise ValueError(f"made and real must have 2 texts or more, got {len(a)} and {len(b)}")
     count = max(2, round(fewest / 10)) if clusters is None else clusters
     check_number("clusters", count, 2, fewest)
     if not scaling_factor > 0:

@@ -30,6 +30,7 @@ tells nothing of a and c, so what it says of the number of blocks is only as goo
 RATIO: by them, evenly split blocks get worse with their number.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -141,11 +142,14 @@ def read_curves(
         device:    to evaluate on
         told:      called with how many levels are done, and of how many
     Raises:
-        ValueError: there is no such run, one has several blocks, no noise, or layers that run again
-            and again; it has no checkpoint; or two differ in more than FREE.
+        ValueError: there is no such run; one is named twice, has several blocks, no noise, or
+            layers that run again and again, or has no checkpoint; or two differ in more than FREE.
     """
     if not run_dirs:
         raise ValueError("run_dirs must name at least one run, got none")
+    directory, times = Counter(run_dirs).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"run_dirs must name each run once, got {directory} twice")
     configs = [_checked(directory, read_config(directory)) for directory in run_dirs]
     for directory, config in zip(run_dirs, configs, strict=True):
         if other := _other_settings(configs[0], config):

@@ -156,8 +156,8 @@ def study(bench, places, tmp_path, monkeypatch):
 
     def run(name, **options):
         out = tmp_path / "rows.jsonl"
-        told = {"seeds": 1, "data": places, "runs": tmp_path / "runs", "processes": 1}
-        module.Run(name, out=out, **told | options).run()
+        told = {"seeds": 1, "data": places, "runs": tmp_path / "runs", "processes": 1, "out": out}
+        module.Run(name, **told | options).run()
         return [json.loads(line) for line in out.read_text().splitlines()]
 
     return run

@@ -69,7 +69,7 @@ def test_the_command_of_a_row_prints_a_table_when_it_is_repeated(bench, monkeypa
 
 def test_results_of_older_programs_can_be_shown(bench, capsys):
     for path in sorted((ROOT / "benchmarks" / "results").rglob("*.jsonl")):
-        bench("show").main([str(path)])
+        bench("show").main((path,))
         assert "─" in capsys.readouterr().out
 
 
@@ -96,7 +96,7 @@ def test_a_file_of_results_is_shown_case_by_case(bench, layer_rows, tmp_path, ca
     path = tmp_path / "layer.jsonl"
     rows = [*layer_rows, *({**row, "dim": 65} for row in layer_rows)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    bench("show").main([str(path)])
+    bench("show").main((path,))
     out = capsys.readouterr().out
     assert out.count("dim = 64") == out.count("dim = 65") == 1
 

@@ -3,14 +3,21 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tyro
 from checkout_tools import tool
+from cli.runs import write_npz
 
 from dbkernels.data import idx
 
 STUDIES = ["families", "more-data", "blocks", "partition", "overlap", "weighting", "sharing"]
 STUDIES += ["conditioning", "baselines", "layer-sweep", "huginn", "text", "noise", "conversion"]
+
+
+def _arrays(path):
+    write_npz(path)
+    return dict(np.load(path))
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
@@ -74,12 +81,22 @@ def test_every_study_is_checked_and_has_a_title(bench):
     [
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"processes": 0}, "processes must be at least 1, got 0"),
-        ({"only": "gpt"}, "only must begin one of vit digits end to end, .*, got gpt"),
+        ({"only": "gpt"}, "only must begin one of vit digits end to end; .*, got gpt"),
         ({"data": ("digits",)}, "data must be NAME=PATH with a name of .*, got digits$"),
+        (
+            {"data": ("digits=a", "digits=b")},
+            "data must name each place once, got digits=a digits=b",
+        ),
         ({"data": ("mnist=there",)}, "data must be NAME=PATH .*, got mnist=there"),
         ({"data": ("shakespeare=",)}, "data must be NAME=PATH .*, got shakespeare$"),
         ({"data": ("digits=none.npz",), "only": "vit digits"}, r"none\.npz"),
         ({"data": (), "only": "mdm"}, r"shakespeare must be .*: `python tools/shakespeare\.py"),
+        (
+            {"out": Path("none/rows.jsonl")},
+            "out must be a file in a directory .*, got none/rows.jsonl",
+        ),
+        ({"out": Path()}, r"out must be a file in a directory that exists, got \."),
+        ({"runs": Path(__file__)}, "runs must be a directory, got the file"),
         ({"data": (), "scale": "paper"}, r"data must name a path for cifar100, got none: --data"),
     ],
 )
@@ -88,6 +105,14 @@ def test_a_study_is_refused_before_anything_runs(options, message, study, tmp_pa
     with pytest.raises(ValueError, match=message) as refused:
         study("families", **options)
     assert str(refused.value).count("\n") == 0 and not (tmp_path / "runs").exists()
+
+
+def test_data_that_cannot_be_tested_on_are_refused_before_anything_runs(study, tmp_path):
+    data = _arrays(tmp_path / "digits.npz")
+    np.savez(tmp_path / "one.npz", **{n: data[n] for n in ("images", "labels")})
+    with pytest.raises(ValueError, match="test"):
+        study("sharing", only="vit", data=(f"digits={tmp_path / 'one.npz'}",))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small"])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cli.runs import write_npz
 
 from dbkernels.cli.progress import ProgressBar
 
@@ -79,6 +80,55 @@ def test_a_study_that_was_killed_ends_with_the_same_rows(study, bench, tmp_path,
     (first.parent / "figures.json").unlink()
     shutil.rmtree(half[0] / "checkpoints")
     assert study("sharing", only="vit", runs=runs) == whole
+
+
+def test_runs_of_other_data_are_refused(study, tmp_path):
+    study("sharing", only="vit digits shared")
+    write_npz(tmp_path / "digits.npz", classes=2)
+    other = (f"digits={tmp_path / 'digits.npz'}",)
+    with pytest.raises(ValueError, match=r"runs must be of the data .*other --runs \(vit, digits,"):
+        study("sharing", only="vit digits shared", data=other)
+    assert study("sharing", only="vit digits shared", data=other, runs=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "figures.json must be what was measured, got b'': remove it"),
+        ('{"study"', "figures.json must be what was measured"),
+        ("3", "figures.json must be what was measured"),
+        ("{}", "runs must be of the data"),
+        (None, "device must be cuda as for what was measured, got cpu: give other --runs"),
+    ],
+)
+def test_what_is_kept_and_is_not_of_the_run_is_refused(text, message, study, tmp_path):
+    [row] = study("sharing", only="vit digits shared")
+    [kept] = (tmp_path / "runs").glob("*/figures.json")
+    kept.write_text(json.dumps(row | {"driver": "570.86"}) if text is None else text)
+    with pytest.raises(ValueError, match=message):
+        study("sharing", only="vit digits shared")
+    kept.unlink()
+    assert study("sharing", only="vit digits shared") == [row]
+
+
+def test_a_loss_that_is_no_number_is_told_with_its_run(study, bench, monkeypatch):
+    settings = bench("studies.scales").SETTINGS["tiny"]
+    wild = replace(settings["vit"][0], flags=f"{settings['vit'][0].flags} --lr 1e38")
+    monkeypatch.setitem(settings, "vit", [wild])
+    with pytest.raises(FloatingPointError, match=r"\(vit, digits, shared, seed 0; its run is "):
+        study("sharing", only="vit digits shared")
+
+
+def test_a_study_that_is_stopped_says_how_it_goes_on(study, bench, monkeypatch, capsys):
+    def stopped(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench("study").Run, "run", stopped)
+    monkeypatch.setattr("sys.argv", ["study.py", "sharing"])
+    with pytest.raises(SystemExit) as ended:
+        bench("study").main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "stopped: the same command goes on\n"
 
 
 def test_an_arm_whose_name_begins_another_is_taken_alone(study):
