@@ -1,8 +1,9 @@
 """A small classifier of real images, which judges those that a model generates.
 
-    python -c "from judge import judge_of; print(judge_of('digits').real.shape)"
+    python benchmarks/judge.py PLACE [--images 500]
 
-It is as good a judge as its features are: compare distances that one judge gave.
+says how near unseen real images come, which is as near as a model can. It is as good a judge as its
+features are: compare distances that one judge gave.
 """
 
 from dataclasses import dataclass
@@ -10,13 +11,17 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor, nn
+from tyro.conf import Positional
 
 from dbkernels import open_data
+from dbkernels.cli.sentence import in_a_sentence
 from dbkernels.data.images import Batch
 from dbkernels.data.rows import spaced
 from dbkernels.data.spaced import Spaced
 from dbkernels.metrics import PrecisionRecall, frechet_distance, precision_recall
+from dbkernels.settings import check_number
 from dbkernels.training.threads import cpu_threads
 
 FEATURES = 32  # in which images are compared
@@ -127,6 +132,24 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int) -> Judge:
     return Judge(model.eval(), classes, _some_at_a_time(model.body, compared))
 
 
+def main(place: Positional[str], /, images: int = 500) -> None:
+    """Judge test images of some data as if a model had drawn them.
+
+    Args:
+        place:   what `dbkernels train --data` takes: digits, fashion, or a path
+        images:  at most so many, evenly spaced; of fewer a distance is larger
+    """
+    check_number("images", images, 2)
+    judge, data = judge_of(place), open_data(place, "test")
+    batch = _everything(Spaced(data, min(images, len(data))))
+    image, label = batch["image"], batch["label"]
+    precision, recall = judge.precision_recall(image)
+    print(
+        f"{len(image)} test images: Fréchet distance {judge.distance(image):.2f}, precision "
+        f"{precision:.3f}, recall {recall:.3f}, recognised {judge.accuracy(image, label):.3f}"
+    )
+
+
 def _everything(data: Spaced) -> Batch:
     return data.batch(torch.arange(len(data)))
 
@@ -134,3 +157,8 @@ def _everything(data: Spaced) -> Batch:
 @torch.no_grad()
 def _some_at_a_time(network: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([network(some) for some in images.split(AT_ONCE)])
+
+
+if __name__ == "__main__":
+    with in_a_sentence():
+        tyro.cli(main)

@@ -67,6 +67,7 @@ ELSEWHERE = {
         "launches=True"
     ),
     "python benchmarks/study.py NAME [--seeds 3] [--scale tiny|small|paper]": 'bench("study")',
+    "python benchmarks/judge.py PLACE [--images 500]": 'bench("judge").main',
     "python benchmarks/isometry.py RUN [RUN ...]": "OfRuns(",
     "python examples/adopt.py --layer dit --recompute none": 'run("adopt.py"',
     "python examples/finetune_dit.py --weights DiT-XL-2-256x256.pt --data latents.npy": (

@@ -135,3 +135,15 @@ def test_the_judge_of_a_place_learns_its_training_images_once_and_on_one_thread(
     # evenly spaced
     assert len(images) == 700 and torch.equal(images[350], batch["image"][718])
     assert labels[350] == batch["label"][718]
+
+
+def test_test_images_are_judged_as_if_they_were_drawn(bench, capsys, monkeypatch):
+    monkeypatch.setattr(bench("judge"), "STEPS", 1)
+    monkeypatch.setattr(bench("judge"), "PASSES", 0)
+    bench("judge").main("digits", images=50)
+    said = capsys.readouterr().out
+    found, data = bench("judge").judge_of("digits"), open_data("digits", "test")
+    image = data.batch(torch.arange(50) * len(data) // 50)["image"]
+    assert said.startswith(f"50 test images: Fréchet distance {found.distance(image):.2f}, ")
+    with pytest.raises(ValueError, match="images must be at least 2, got 1"):
+        bench("judge").main("digits", images=1)
