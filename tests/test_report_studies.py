@@ -63,7 +63,10 @@ def test_a_line_is_an_arm_with_its_mean_and_spread_over_seeds():
     [
         ("frechet", (20.0, 30.0), "Fréchet distance", "**20.0**", "30.0"),
         ("bits", (2.5, 2.4), "bits", "2.500", "**2.400**"),
+        ("frechet_close", (20.0, 30.0), "Fréchet distance, close levels", "**20.0**", "30.0"),
+        ("precision", (0.5, 0.6), "precision, %", "50.0", "**60.0**"),
         ("recall", (0.5, 0.6), "recall, %", "50.0", "**60.0**"),
+        ("sweep_ms", (20.0, 30.0), "a step of every block, ms", "**20.0**", "30.0"),
         ("bits_of_blocks", ([1.0, 2.0], [1.5, 1.0]), "bits of each block", "1.000, 2.000", None),
         ("cross_entropy", ([0.5, 0.25], [0.1, 0.2]), "cross-entropy", "0.250", "0.200"),
     ],
@@ -88,6 +91,8 @@ def test_an_arm_without_a_figure_has_a_dash():
     [
         ((0.960, 0.962), None, "+5.1 points", "yes"),
         ((0.905, 0.925), None, "+0.5 points", "within the spread"),
+        ((0.912, 0.932), None, "+1.2 points", "within the spread"),
+        ((0.912, 0.912), None, "+0.2 points", "within the spread"),
         ((0.80, 0.82), None, "-10.0 points", "**no**"),
         ((0.80, 0.82), 0.1, "-10.0 points", "yes"),
         ((0.80, 0.82), 0.099, "-10.0 points", "**no**"),
@@ -189,6 +194,32 @@ def test_every_claim_is_of_arms_that_its_study_has():
         better = [] if each.better.endswith("*") else [each.better]
         wanted = {*better, *each.worse, *filter(None, [each.halfway])}
         assert wanted <= set(names), each
+
+
+def test_claims_that_name_the_paper_are_of_these_arms_the_better_one_first():
+    even, nets = "equal probability, [4, 4, 4]", "diffusion blocks, CNN"
+    said = [
+        ("families", "vit", "better than with the paper's prior", "3 blocks",
+         ("3 blocks, the paper's prior",)),
+        ("families", "ar", "better than the paper's mode", "3 blocks, recommended",
+         ("3 blocks, the paper's",)),
+        ("blocks", "dit", "the paper: two blocks are best", "2 blocks",
+         ("1 block", "3 blocks", "4 blocks", "6 blocks")),
+        ("partition", "dit", "the paper: equal probability is best", even,
+         ("log uniform, [4, 4, 4]", "linear, [4, 4, 4]")),
+        ("partition", "dit", "the paper: an even split is best", even,
+         ("equal probability, [3, 6, 3]", "equal probability, [6, 4, 2]",
+          "equal probability, [2, 4, 6]")),
+        ("overlap", "dit", "the paper: overlap is not worse than none", "overlap 0.05",
+         ("overlap 0",)),
+        ("baselines", "vit", "the paper: Forward-Forward is 25 points behind or more",
+         "diffusion blocks, ViT", ("forward-forward, ViT",)),
+        ("baselines", "vit", "the paper: NoProp-DT is within a point", nets, ("noprop-dt, CNN",)),
+        ("baselines", "vit", "the paper: NoProp's continuous forms are behind", nets,
+         ("noprop-ct, CNN", "noprop-fm, CNN")),
+    ]  # fmt: skip
+    claims = tool("report_claims").CLAIMS
+    assert [each[:5] for each in claims if "the paper" in each.text] == said
 
 
 def test_the_sections_of_a_report_have_every_study_its_tables_and_claims(tmp_path):

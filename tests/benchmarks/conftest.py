@@ -145,8 +145,8 @@ def study(bench, places, tmp_path, monkeypatch):
     monkeypatch.setattr(bench("judge"), "STEPS", 1)
     monkeypatch.setattr(bench("judge"), "PASSES", 0)
     measuring = bench("studies.measuring")
-    monkeypatch.setattr(measuring.Sizes, "windows", 2)
-    sizes = measuring.Sizes(images=9, starts=2, drawn=10, levels=3, windows=2)
+    # none is the default, and there are more images and windows
+    sizes = measuring.Sizes(images=8, starts=2, drawn=10, levels=3, windows=2)
     jobs = module.Run._jobs
 
     def quick(self, arms):

@@ -46,6 +46,67 @@ def test_every_arm_is_a_run_that_can_be_made(name, scale, bench, places, monkeyp
         assert arm.baseline or thin.build("meta")
 
 
+@pytest.mark.parametrize(
+    ("study", "called", "updates", "flags"),  # those behind the setting's own
+    [
+        ("families", "vit end to end", 300, "--num-blocks 1 --sigma-min 79"),
+        ("families", "vit end to end, as deep as a block", 300,
+         "--num-blocks 1 --sigma-min 79 --depth 4"),
+        ("families", "vit 3 blocks, the paper's prior", 300, "--num-blocks 3 --gamma 0.05 --paper"),
+        ("families", "dit end to end", 600, "--num-blocks 1"),
+        ("families", "ar end to end", 800, "--num-blocks 1 --objective conventional"),
+        ("families", "ar 3 blocks, the paper's", 800,
+         "--num-blocks 3 --gamma 0.1 --paper --next-token-weight 0"),
+        ("families", "ar 3 blocks, recommended", 800,
+         "--num-blocks 3 --gamma 0.1 --mean -0.55 --std 0.8 --sigma-max 8 "
+         "--clean through --noise-order deepest --read-out posterior"),
+        ("huginn", "huginn recurrent", 400, "--num-blocks 1 --objective conventional"),
+        ("huginn", "huginn one pass, as many updates", 400,
+         "--num-blocks 1 --mean -0.55 --std 0.8 --sigma-max 8"),
+        ("huginn", "huginn one pass, as much arithmetic", 1333,
+         "--num-blocks 1 --mean -0.55 --std 0.8 --sigma-max 8"),
+        ("blocks", "dit 1 block, a third of the layers", 600, "--num-blocks 1 --depth 4"),
+        ("blocks", "dit 1 block, a third of the updates", 200, "--num-blocks 1"),
+        ("partition", "dit equal probability, [4, 4, 4]", 600, "--num-blocks 3 --gamma 0"),
+        ("partition", "dit linear, [2, 4, 6]", 600,
+         "--num-blocks 3 --gamma 0 --scheme linear --split 2,4,6"),
+        ("partition", "dit log uniform, [6, 4, 2]", 600,
+         "--num-blocks 3 --gamma 0 --scheme log_uniform --split 6,4,2"),
+        ("partition", "ar linear of the paper's prior", 800,
+         "--num-blocks 3 --gamma 0 --next-token-weight 0 --paper --scheme linear"),
+        ("partition", "ar equal information", 800,
+         "--num-blocks 3 --gamma 0 --next-token-weight 0 --mean -0.55 --std 0.8 --sigma-max 8"),
+        ("overlap", "dit overlap 0.1", 600, "--num-blocks 3 --gamma 0.1"),
+        ("weighting", "vit none", 300, "--num-blocks 3 --gamma 0.05"),
+        ("weighting", "vit that of the process", 300,
+         "--num-blocks 3 --gamma 0.05 --weighting process"),
+        ("weighting", "dit the same, of mean 1 in a block", 600,
+         "--num-blocks 3 --gamma 0.05 --weighting normalised"),
+        ("weighting", "dit the published code's", 600,
+         "--num-blocks 3 --gamma 0.05 --weighting published"),
+        ("baselines", "vit forward-forward, ViT", 300, "--lr 4e-3"),
+        ("baselines", "vit contrastive forward-forward, ViT", 300, "--order sequential"),
+        ("baselines", "vit greedy, ViT", 300, ""),
+    ],
+)  # fmt: skip
+def test_an_arm_is_trained_as_it_is_called(study, called, updates, flags, bench):
+    first = {name: of[0] for name, of in bench("studies.scales").SETTINGS["tiny"].items()}
+    [arm] = [
+        arm
+        for arm in bench("studies").STUDIES[study].arms("tiny")
+        if (f"{arm.family} {arm.name}", arm.data) == (called, first[arm.family].data)
+    ]
+    own = first[arm.family]
+    assert arm.flags == f"--depth {own.depth} {own.flags} {flags}".strip()
+    assert arm.updates == updates
+
+
+@pytest.mark.parametrize(("scale", "updates"), [("small", 33_333), ("paper", 650_000)])
+def test_one_pass_has_as_many_updates_as_its_arithmetic_allows(scale, updates, bench):
+    arms = {arm.name: arm.updates for arm in bench("studies").STUDIES["huginn"].arms(scale)}
+    assert arms["one pass, as much arithmetic"] == updates
+
+
 def test_runs_that_differ_in_what_their_figures_depend_on_have_folders_of_their_own(bench):
     arm = bench("studies.arm").Arm("dit", "a", "digits", "--dim 8", 3)
     assert replace(arm, name="b").folder == arm.folder

@@ -148,8 +148,17 @@ def test_studies_share_the_runs_that_they_have_in_common(study, tmp_path):
     assert (run / "log.jsonl").read_bytes() == before
 
 
-def test_blocks_are_cut_at_the_seams_of_the_network_end_to_end(study, bench):
+def test_blocks_are_cut_at_the_seams_of_the_network_end_to_end(study, bench, monkeypatch):
+    module, read = bench("studies.layer_sweep"), []
+    sweep = module.sweep
+
+    def noted(blocks, data, **options):
+        read.append((options["samples"], len(data)))
+        return sweep(blocks, data, **options)
+
+    monkeypatch.setattr(module, "sweep", noted)
     rows = study("layer-sweep")
+    assert read == [(8, 9)] * 6  # both curves of three arms
     assert [row["num_blocks"] for row in rows] == [1, 3, 3]
     for row in rows:
         assert set(row["sweeps"]) == {"trajectory", "within"}

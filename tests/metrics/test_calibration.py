@@ -60,6 +60,7 @@ def test_who_knows_how_often_he_is_right_makes_no_error():
         (torch.ones(3, 1), torch.tensor([0, 1, 0]), r"labels must be in \[0, 1\), got 0 to 1"),
         (torch.ones(3, 1), torch.tensor([0, -1, 0]), r"labels must be in \[0, 1\), got -1 to 0"),
         (torch.ones(3, 2), torch.zeros(3).long(), "rows that sum to 2 to 2"),
+        (torch.tensor([[0.6, 0.37]]), torch.zeros(1).long(), "rows that sum to 0.97 to 0.97"),
         (torch.tensor([[1.5, -0.5]]), torch.zeros(1).long(), "and -0.5 at least"),
         (torch.tensor([[math.nan, 1.0]]), torch.zeros(1).long(), "sum to nan"),
     ],
