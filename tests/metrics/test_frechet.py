@@ -27,6 +27,7 @@ def test_equal_features_are_at_no_distance_and_a_move_costs_its_square(count):
     move = torch.zeros(8)
     move[2] = 3
     assert frechet_distance(x, x + move) == pytest.approx(9, abs=1e-4)
+    assert frechet_distance(x.clone().requires_grad_(), x + move) == pytest.approx(9, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_clusters_are_a_tenth_of_the_fewer_texts_unless_they_are_told(
         (features(9), features(9, 3), {}, r"equal width, got \(9, 4\) and \(9, 3\)"),
         (features(9)[0], features(9), {}, r"two matrices of equal width, got \(4,\)"),
         (features(9), features(9)[None], {}, "two matrices of equal width"),
-        (features(1), features(9), {}, "clusters must be at most 1, got 2"),
+        (features(1), features(9), {}, "made and real must have 2 texts or more, got 1 and 9"),
         (features(9), features(5), {"clusters": 6}, "clusters must be at most 5, got 6"),
         (features(9), features(9), {"clusters": 1}, "clusters must be at least 2, got 1"),
         (features(9), features(9), {"scaling_factor": 0.0}, "must be above 0, got 0"),

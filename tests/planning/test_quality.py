@@ -198,8 +198,10 @@ def test_shares_are_those_of_levels_as_training_draws_them():
     assert share_below(cosine, np.array([cosine.at_time(0.3)])) == pytest.approx([0.3], abs=1e-3)
 
 
-def test_no_run_is_refused():
+def test_no_run_and_one_run_twice_are_refused():
     with pytest.raises(ValueError, match="run_dirs must name at least one run, got none"):
         read_curves([], device="cpu")
     with pytest.raises(ValueError, match=r"must hold config.json, got none in nowhere"):
         read_curves([Path("nowhere")], device="cpu")
+    with pytest.raises(ValueError, match="run_dirs must name each run once, got nowhere twice"):
+        read_curves([Path("nowhere"), Path("nowhere")], device="cpu")
