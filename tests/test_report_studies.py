@@ -282,6 +282,16 @@ def test_a_row_of_a_study_must_have_its_whole_configuration(tmp_path):
         tool("report_rows").read([path])
 
 
+def test_a_picture_has_a_panel_for_all_that_a_family_is_compared_by():
+    drawn = rows_of(WHOLE, (20.0, 22.0), "frechet", family="dit")
+    both = [row | {"frechet_close": 30.0} for row in drawn]
+    picture_of = tool("report_studies").picture_of
+    titles = [axes.get_title() for axes in picture_of([drawn]).axes]
+    assert titles == ["DiT, digits"]
+    titles = [axes.get_title() for axes in picture_of([rows_of(WHOLE, (0.9,)), both]).axes]
+    assert titles == ["ViT, digits", "DiT, digits", "DiT, digits, on close levels"]
+
+
 def test_a_picture_of_layers_has_a_panel_for_each_data_and_arm():
     sweep = {"layers": [0, 1], "block": [0, 0], "r": [0.0, 0.5], "null_low": [0.0, -0.3]}
     sweep |= {"null_high": [0.0, 0.3], "null_median": [0.0, 0.0], "p": [1.0, 0.1]}

@@ -158,21 +158,29 @@ def _over(values: Figures, shown: Shown) -> str:
 
 
 def study_picture(tables: Sequence[Sequence[Row]]) -> "Figure":
-    """A panel for each table of a study: the main figure of each arm, a dot for each seed."""
+    """A panel for each table of a study: the main figure of each arm, a dot for each seed.
+
+    What a family is compared by beside it has a panel of its own.
+    """
     from matplotlib.figure import Figure
 
-    heights = [len(arms_of(rows)) for rows in tables]
-    figure = Figure((8.5, 0.7 * len(tables) + 0.27 * sum(heights)), layout="constrained")
-    panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights).flatten()
-    for axes, rows in zip(panels, tables, strict=True):
-        _panel(axes, rows)
+    shown = []
+    for rows in tables:
+        arms, (main, _, _) = arms_of(rows), MAIN[rows[0]["family"]]
+        for name, where in {main: "", **BESIDE.get(rows[0]["family"], {})}.items():
+            if some := [arm for arm in arms if arm.has(name)]:
+                shown.append((some, name, where))
+    heights = [len(arms) for arms, _, _ in shown]
+    figure = Figure((8.5, 0.7 * len(shown) + 0.27 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=heights).flatten()
+    for axes, each in zip(panels, shown, strict=True):
+        _panel(axes, *each)
     return figure
 
 
-def _panel(axes: "Axes", rows: Sequence[Row]) -> None:
-    family = rows[0]["family"]
-    name, best, label = MAIN[family]
-    arms = [arm for arm in arms_of(rows) if arm.has(name)]
+def _panel(axes: "Axes", arms: Sequence[Arm], name: str, where: str) -> None:
+    row = arms[0].rows[0]
+    _, best, label = MAIN[row["family"]]
     times = 100 if best is max else 1  # shares are in percent
     means = [times * statistics.fmean(arm.last(name)) for arm in arms]
     for place, (arm, mean) in enumerate(zip(arms, means, strict=True)):
@@ -182,6 +190,6 @@ def _panel(axes: "Axes", rows: Sequence[Row]) -> None:
         axes.plot([mean], [place], "|", ms=14, mew=2, color=colour)
     axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
-    axes.set_title(f"{FAMILIES[family]}, {rows[0]['data']}")
+    axes.set_title(f"{FAMILIES[row['family']]}, {row['data']}{where}")
     axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.25)
