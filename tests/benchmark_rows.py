@@ -99,6 +99,20 @@ def ops_rows(about=CPU, *, ops=("adaln_norm", "gelu")):
                 yield row | moved | about
 
 
+STUDY = {
+    "suite": "study", "study": "families", "scale": "tiny", "data": "digits", "family": "vit",
+    "batch": 32, "updates": 1200, "num_blocks": 1, "layers": [12], "train": "dbkernels train vit",
+    "config": {}, "command": "python benchmarks/study.py families --scale tiny",
+}  # fmt: skip
+WHOLE, SHALLOW = "end to end", "end to end, as deep as a block"
+
+
+def of_study(arm, values, name="accuracy", **changes):
+    """A row of each seed of a study's arm; a figure is a number or a list."""
+    about = STUDY | CPU | {"arm": arm} | changes
+    return [about | {"seed": seed, name: value} for seed, value in enumerate(values)]
+
+
 def write(path: Path, rows) -> Path:
     """Write rows as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
