@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cli.runs import write_npz
 
 from dbkernels import Trainer
 
@@ -88,3 +89,14 @@ def test_a_rival_that_was_killed_ends_with_the_same_row(study, tmp_path, monkeyp
         row_of("killed")
     last = None
     assert row_of("killed") == whole and len(done) == steps > 3
+
+
+def test_a_rival_of_other_data_is_not_gone_on_with(study, tmp_path):
+    asked = {"only": "vit digits greedy, ViT", "runs": tmp_path / "runs"}
+    study("baselines", **asked)
+    [kept] = (tmp_path / "runs").glob("*/figures.json")
+    kept.unlink()  # as if it had been killed before it was measured
+    write_npz(tmp_path / "digits.npz", classes=2)
+    with pytest.raises(ValueError, match="must be of greedy, ViT and of these data, got another"):
+        study("baselines", data=(f"digits={tmp_path / 'digits.npz'}",), **asked)
+    assert not kept.exists()

@@ -153,6 +153,13 @@ def test_karras_grid_is_the_published_one():
     assert grid[1] == pytest.approx(57.586, abs=1e-3)
 
 
+def test_a_range_that_holds_little_of_the_prior_is_one_until_quantiles_cannot_be_told():
+    far = LogNormal(mean=math.log(80) + 5.5, std=1.0)  # 2e-8 of it lies below sigma_max
+    assert far.mass(far.range) == 1 and len(far.intervals(2)) == 2
+    with pytest.raises(ValueError, match="mean and std must put levels between"):
+        LogNormal(mean=math.log(80) + 6.2, std=1.0)  # 3e-10
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
